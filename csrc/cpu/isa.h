@@ -1,0 +1,57 @@
+// Instruction-set paths of the CPU kernels: which exist, which one runs, and how code is compiled for each.
+//
+// Every kernel is compiled for all paths in one translation unit without per-file flags: code between
+// QK_TARGET_<ISA>_BEGIN and QK_TARGET_END may use that path's instructions and is reached only after active_isa().
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace qkernels {
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
+constexpr int kIsaCount = 4;
+
+// Lives once in the process (in qkernels._host), so that the op library and Python see the same choice.
+struct IsaState {
+  std::atomic<int> active;  // the highest path that kernels may take
+  std::atomic<int> last;    // the path that the last kernel took: lets a test assert what really ran
+};
+
+inline Isa supported_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Isa::scalar;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
+#else
+  return Isa::scalar;
+#endif
+}
+
+// Until qkernels_bind_isa() hands over the shared state, the library runs on its own.
+inline IsaState own_isa_state{{static_cast<int>(supported_isa())}, {0}};
+inline IsaState* isa_state = &own_isa_state;
+
+inline Isa active_isa() { return static_cast<Isa>(isa_state->active.load(std::memory_order_relaxed)); }
+inline void record_isa(Isa isa) { isa_state->last.store(static_cast<int>(isa), std::memory_order_relaxed); }
+
+}  // namespace qkernels
+
+#define QK_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define QK_TARGET_BEGIN(features) \
+  QK_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define QK_TARGET_END QK_PRAGMA(clang attribute pop)
+#else
+#define QK_TARGET_BEGIN(features) QK_PRAGMA(GCC push_options) QK_PRAGMA(GCC target(features))
+#define QK_TARGET_END QK_PRAGMA(GCC pop_options)
+#endif
+#define QK_TARGET_AVX2_BEGIN QK_TARGET_BEGIN("avx2,fma,f16c,bmi2")
+#define QK_TARGET_AVX512_BEGIN \
+  QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define QK_TARGET_AVX512VNNI_BEGIN \
+  QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
