@@ -1,0 +1,151 @@
+// The thin place where CPU kernels meet torch: argument checks, allocation and memory layout. Kernels below take raw
+// pointers. Errors are thrown before any parallel region, where their text would be lost.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+namespace qkernels {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  ((text << args), ...);
+  throw std::runtime_error(text.str());
+}
+
+// Each failure says the argument's name, what it was, and what is accepted.
+#define QK_CHECK(condition, ...)                  \
+  do {                                            \
+    if (!(condition)) ::qkernels::fail(__VA_ARGS__); \
+  } while (0)
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.sizes()[i];
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Bool: return "torch.bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_cpu(const char* name, const Tensor& t) {
+  QK_CHECK(t.is_cpu(), name, ": got a tensor on another device than the first argument's; accepted: a CPU tensor");
+}
+
+inline void check_floating(const char* name, const Tensor& t) {
+  QK_CHECK(is_floating(t.scalar_type()), name, ": got ", dtype_name(t.scalar_type()),
+           "; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16");
+}
+
+// A third of the price of torch::stable::empty, which goes through the dispatcher.
+inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t shim_dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), shim_dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  return empty_strided({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, dtype);
+}
+
+inline std::vector<int64_t> to_vector(IntHeaderOnlyArrayRef ref) { return {ref.data(), ref.data() + ref.size()}; }
+
+// Dimensions from the outermost to the innermost in memory.
+inline std::vector<int64_t> storage_order(const Tensor& t) {
+  std::vector<int64_t> order(t.dim());
+  std::iota(order.begin(), order.end(), 0);
+  const auto strides = t.strides();
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  return order;
+}
+
+// True where the elements fill one block of memory without gaps or overlaps, in any order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto order = storage_order(t);
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    const int64_t size = t.sizes()[order[i]];
+    if (size == 1) continue;
+    if (t.strides()[order[i]] != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.sizes()[i] > 1 && a.strides()[i] != b.strides()[i]) return false;
+  return true;
+}
+
+// As torch.empty_like: the strides of a dense tensor, else those of its dense counterpart.
+inline Tensor empty_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
+  if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()));
+  const Tensor dense = torch::stable::empty_like(t);
+  return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype) : dense;
+}
+
+// `t` itself where it is laid out as `like` (a dense tensor of the same shape), else a copy that is.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_layout(t, like)) return t;
+  Tensor copy = empty_strided(like.sizes(), like.strides(), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+inline Tensor to_dense(const Tensor& t) { return is_dense(t) ? t : in_layout_of(t, torch::stable::empty_like(t)); }
+
+inline Tensor to_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  Tensor copy = empty(to_vector(t.sizes()), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace qkernels
