@@ -1,0 +1,460 @@
+"""Fake quantization: differentiable public functions over the raw ops ``qkernels::fake_quantize_*``.
+
+Raw ops are not differentiable. Autograd lives in old-style autograd.Functions, entered only where a gradient is
+wanted: per call that costs a third of ``register_autograd``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import library
+from ..reference import fake_quantize as reference
+
+_ISAS = ("avx512", "avx2", "scalar")
+
+
+def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
+    defined = library.define(op, schema, reference_fn, fake)
+    library.cpu_kernels(op, *_ISAS)
+    return defined
+
+
+def _mask_like(x: Tensor) -> Tensor:
+    return x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def _scalar(fn: Any) -> Any:
+    """The reference of an overload whose scale and zero point are numbers."""
+
+    def call(*args: Any) -> Any:
+        *tensors, scale, zero_point, quant_min, quant_max = args
+        x = tensors[-1]
+        scale = torch.tensor(scale, dtype=reference.compute_dtype(x), device=x.device)
+        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
+        return fn(*tensors, scale, zero_point, quant_min, quant_max)
+
+    return call
+
+
+_forward = _define(
+    "fake_quantize_forward",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
+    reference.fake_quantize_forward,
+    lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+)
+_forward_mask = _define(
+    "fake_quantize_forward_mask",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
+    reference.fake_quantize_forward_mask,
+    lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), _mask_like(x)),
+)
+_backward = _define(
+    "fake_quantize_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
+    reference.fake_quantize_backward,
+    lambda grad, x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+)
+_forward_scalar = _define(
+    "fake_quantize_forward.scalar",
+    "(Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
+    _scalar(reference.fake_quantize_forward),
+    lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+)
+_forward_mask_scalar = _define(
+    "fake_quantize_forward_mask.scalar",
+    "(Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
+    _scalar(reference.fake_quantize_forward_mask),
+    lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), _mask_like(x)),
+)
+_backward_scalar = _define(
+    "fake_quantize_backward.scalar",
+    "(Tensor grad, Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
+    _scalar(reference.fake_quantize_backward),
+    lambda grad, x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+)
+_backward_mask = _define(
+    "fake_quantize_backward_mask",
+    "(Tensor grad, Tensor mask) -> Tensor",
+    reference.fake_quantize_backward_mask,
+    lambda grad, mask: torch.empty_like(grad),
+)
+_learnable_backward = _define(
+    "fake_quantize_learnable_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, float grad_factor) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.fake_quantize_learnable_backward,
+    lambda grad, x, scale, zero_point, quant_min, quant_max, grad_factor: (
+        torch.empty_like(x),
+        scale.new_empty(scale.shape),
+        scale.new_empty(scale.shape),
+    ),
+)
+
+
+def _fake_dynamic(
+    x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale, zero_point = fake_dynamic_qparams(x, group_size)
+    return torch.empty_like(x), scale, zero_point, x.new_empty(0, dtype=torch.uint8) if symmetric else _mask_like(x)
+
+
+def fake_dynamic_qparams(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    shape = [1] * x.dim() if group_size == 0 else [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
+    scale = x.new_empty(shape, dtype=reference.compute_dtype(x))
+    return scale, torch.empty_like(scale, dtype=torch.int32)
+
+
+_dynamic_forward = _define(
+    "fake_quantize_dynamic_forward",
+    "(Tensor x, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference.fake_quantize_dynamic_forward,
+    _fake_dynamic,
+)
+_observe = _define(
+    "observe_fake_quantize",
+    "(Tensor x, Tensor observer_on, Tensor fake_quant_on, Tensor(a!) running_min, Tensor(b!) running_max, "
+    "Tensor(c!) scale, Tensor(d!) zero_point, float averaging_const, SymInt quant_min, SymInt quant_max, "
+    "float symmetric_steps) -> (Tensor, Tensor)",
+    reference.observe_fake_quantize,
+    lambda x, *_: (torch.empty_like(x), _mask_like(x)),
+)
+
+# Autograd nodes that keep their own output: keeping x for the backward pass costs nothing after these.
+_KEEPS_OUTPUT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"}
+
+
+def _is_kept(x: Tensor) -> bool:
+    """Whether x lives until the backward pass anyway, so that recomputing from it needs no memory at all."""
+    return x.is_leaf or (not torch.compiler.is_compiling() and type(x.grad_fn).__name__ in _KEEPS_OUTPUT)
+
+
+def _as_output(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """grad in the memory layout that the mask's bits follow."""
+    if grad.stride() == stride:
+        return grad
+    return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+class _FakeQuantize(Function):
+    """x alone needs a gradient: keeps x where it lives anyway, else one bit per element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, keep: bool) -> Tensor:
+        tensors = isinstance(scale, Tensor)
+        ctx.keep = keep
+        if keep:
+            ctx.range = (quant_min, quant_max) if tensors else (scale, zero_point, quant_min, quant_max)
+            ctx.save_for_backward(x, *((scale, zero_point) if tensors else ()))
+            return (_forward if tensors else _forward_scalar)(x, scale, zero_point, quant_min, quant_max)
+        y, mask = (_forward_mask if tensors else _forward_mask_scalar)(x, scale, zero_point, quant_min, quant_max)
+        ctx.stride = y.stride()
+        ctx.save_for_backward(mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if not ctx.keep:
+            (mask,) = ctx.saved_tensors
+            dx = _backward_mask(_as_output(grad, ctx.stride), mask)
+        elif len(ctx.range) == 2:
+            dx = _backward(grad, *ctx.saved_tensors, *ctx.range)
+        else:
+            dx = _backward_scalar(grad, *ctx.saved_tensors, *ctx.range)
+        return dx, None, None, None, None, None
+
+
+class _FakeQuantizeLearnable(Function):
+    """Scale or zero point is learned (LSQ, LSQ+): x is kept, everything else is recomputed in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, factor: float
+    ) -> Tensor:
+        ctx.range = (quant_min, quant_max, factor)
+        ctx.save_for_backward(x, scale, zero_point)
+        return _forward(x, scale, zero_point, quant_min, quant_max)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale, zero_point = ctx.saved_tensors
+        dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
+        if not ctx.needs_input_grad[2]:
+            dzp = None
+        elif zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
+            dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+        return dx, dscale, dzp, None, None, None
+
+
+class _FakeQuantizeMasked(Function):
+    """An op that returned its mask (dynamic, observed): the gradient passes where nothing was clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        ctx.stride = y.stride()
+        ctx.save_for_backward(mask)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _backward_mask(_as_output(grad, ctx.stride), mask), None, None
+
+
+class _StraightThrough(Function):
+    """y in the forward pass, x's gradient in the backward pass: nothing was clipped, nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """Quantizes x to integers and back: (clamp(round(x/scale) + zero_point, quant_min, quant_max) − zero_point)·scale.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16. Arithmetic is fp32 (fp64 for fp64), rounding half to even.
+        scale: positive. Its shape is the granularity: one element (per tensor), or x's rank with every dim dividing
+            x's: ``[N, 1]`` per row, ``[N, K/G]`` per group, ``[1, C, 1, 1]`` per channel of NCHW. A float is per tensor.
+            Below the smallest normal fp32 it acts as that value; negative or NaN gives NaN.
+        zero_point: None (0), one element, or scale's shape. Integers must lie in the range; a float one is rounded
+            half to even and clamped into the range.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+        grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
+
+    Returns:
+        A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
+
+    The gradient of x passes where the rounded value lies in the range. Where scale or zero_point requires grad, they
+    are learned as in LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). For the backward pass x is kept where it
+    lives anyway or a scale is learned, else one bit per element.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
+    """
+    if not isinstance(scale, Tensor):
+        if isinstance(zero_point, Tensor):
+            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None, or make scale a tensor")
+        zero_point = 0 if zero_point is None else zero_point
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, _is_kept(x))
+        return _forward_scalar(x, scale, zero_point, quant_min, quant_max)
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
+    if torch.is_grad_enabled():
+        if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
+            return _FakeQuantizeLearnable.apply(x, scale, zero_point, quant_min, quant_max, grad_factor)
+        if x.requires_grad:
+            return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, _is_kept(x))
+    return _forward(x, scale, zero_point, quant_min, quant_max)
+
+
+def range_of_bits(bits: int) -> tuple[int, int]:
+    """The signed integer range of ``bits`` bits, e.g. (−128, 127) for 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: got {bits}; accepted: 2 to 8")
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def fake_quantize_dynamic(
+    x: Tensor,
+    *,
+    bits: int = 8,
+    group_size: int | None = -1,
+    symmetric: bool = True,
+    return_qparams: bool = False,
+) -> Any:
+    """Fake quantization whose scale comes from x itself, group by group, in one pass.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16.
+        bits: 2 to 8; the range is −2**(bits−1) … 2**(bits−1)−1.
+        group_size: −1: each row of the last dim (per token); None: the whole tensor; G: groups of G elements of the
+            last dim, which G must divide.
+        symmetric: scale = amax / (2**(bits−1)−1), so the largest value is never clipped; else scale = (max − min) /
+            (2**bits−1) over a range that includes 0, with an integer zero point.
+        return_qparams: also return scale (fp32; fp64 for fp64 x; shape ``[..., K/G]``) and zero_point (int32).
+
+    Returns:
+        y, or (y, scale, zero_point). The range is a constant for the gradient: dx is dy where nothing was clipped,
+        which with symmetric=True is everywhere.
+    """
+    quant_min, quant_max = range_of_bits(bits)
+    # Raw ops have no gradient formula, so they never see a tensor that wants one.
+    y, scale, zero_point, mask = _dynamic_forward(
+        x.detach(), 0 if group_size is None else _nonzero(group_size), quant_min, quant_max, symmetric
+    )
+    if torch.is_grad_enabled() and x.requires_grad:
+        if symmetric:
+            y = _StraightThrough.apply(x, y)
+        else:
+            y = _FakeQuantizeMasked.apply(x, y, mask)
+    return (y, scale, zero_point) if return_qparams else y
+
+
+def _nonzero(group_size: int) -> int:
+    if group_size == 0:
+        raise RuntimeError("group_size: got 0; accepted: -1 (a row), None (the whole tensor), or a positive divisor")
+    return group_size
+
+
+def observe_fake_quantize(
+    x: Tensor,
+    observer_on: Tensor,
+    fake_quant_on: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    averaging_const: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> Tensor:
+    """Updates moving-average statistics from x, then fake-quantizes x with them; no host synchronisation.
+
+    The four statistics are changed in place and have one shape, which is the granularity (see ``fake_quantize``);
+    running_min, running_max and scale are fp32, zero_point is int32 or int64; infinite running values mean "none yet".
+    observer_on and fake_quant_on are one-element tensors read on the device. A batch that is empty or whose range is
+    not finite leaves the statistics as they are. Symmetric scales never clip the observed extremes.
+    """
+    steps = float((quant_max - quant_min) // 2) if symmetric else 0.0
+    return _observed(
+        x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point,
+        averaging_const, quant_min, quant_max, steps,
+    )  # fmt: skip
+
+
+def _observed(x: Tensor, *args: Any) -> Tensor:
+    y, mask = _observe(x.detach(), *args)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FakeQuantizeMasked.apply(x, y, mask)
+    return y
+
+
+# The drop-ins: torch's signatures.
+
+
+def fake_quantize_per_tensor_affine(
+    input: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int
+) -> Tensor:
+    """As ``torch.fake_quantize_per_tensor_affine`` (both overloads); NaN stays NaN instead of becoming quant_min."""
+    return fake_quantize(input, _constant(scale), _constant(zero_point), quant_min=quant_min, quant_max=quant_max)
+
+
+def _constant(param: Any) -> Any:
+    return param.detach() if isinstance(param, Tensor) and param.requires_grad else param
+
+
+def per_channel_view(param: Tensor, x: Tensor, axis: int) -> Tensor:
+    """A per-channel [C] parameter in the shape that speaks for dim ``axis`` of x."""
+    if not -x.dim() <= axis < x.dim():
+        raise RuntimeError(f"axis: got {axis}; accepted: {-x.dim()} to {x.dim() - 1}, x has {x.dim()} dims")
+    axis %= x.dim()
+    if param.dim() != 1 or param.shape[0] != x.shape[axis]:
+        raise RuntimeError(
+            f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's "
+            f"{x.shape[axis]} channels (dim {axis})"
+        )
+    return param.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+
+
+def fake_quantize_per_channel_affine(
+    input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0."""
+    return fake_quantize(
+        input,
+        _constant(per_channel_view(scale, input, axis)),
+        _constant(per_channel_view(zero_point, input, axis)),
+        quant_min=quant_min,
+        quant_max=quant_max,
+    )
+
+
+def fake_quantize_learnable_per_tensor_affine(
+    input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, grad_factor: float = 1.0
+) -> Tensor:
+    """As ``torch._fake_quantize_learnable_per_tensor_affine``, with the right gradient for negative zero points."""
+    return fake_quantize(
+        input, scale, _learnable(zero_point), quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
+    )
+
+
+def _learnable(zero_point: Tensor) -> Tensor:
+    # The learnable ops of torch round and clamp a zero point of any dtype; here an integer one must be in the range.
+    return zero_point if zero_point.is_floating_point() else zero_point.float()
+
+
+def fake_quantize_learnable_per_channel_affine(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
+    return fake_quantize(
+        input,
+        per_channel_view(scale, input, axis),
+        per_channel_view(_learnable(zero_point), input, axis),
+        quant_min=quant_min,
+        quant_max=quant_max,
+        grad_factor=grad_factor,
+    )
+
+
+def fused_moving_avg_obs_fake_quant(
+    x: Tensor,
+    observer_on: Tensor,
+    fake_quant_on: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    averaging_const: float,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int = -1,
+    per_row_fake_quant: bool = False,
+    symmetric_quant: bool = False,
+) -> Tensor:
+    """As ``torch.fused_moving_avg_obs_fake_quant``, in every floating dtype.
+
+    It trains with the scale and zero point that torch.ao's observer computes at convert time from the same
+    statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
+    torch, empty statistics are resized to the number of channels on the first call when per_row_fake_quant is set.
+    """
+    stats = (running_min, running_max, scale, zero_point)
+    if per_row_fake_quant:
+        channels = x.shape[ch_axis]
+        for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
+            if stat.numel() != channels:
+                stat.resize_(channels).fill_(start)
+        stats = tuple(per_channel_view(stat, x, ch_axis) for stat in stats)
+    steps = (quant_max - quant_min) / 2 if symmetric_quant else 0.0
+    return _observed(x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps)

@@ -1,0 +1,106 @@
+"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams`` (not differentiable)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..reference import fake_quantize as reference_qparams
+from ..reference import quantize as reference
+from .fake_quantize import _ISAS, _nonzero, fake_dynamic_qparams, range_of_bits
+
+
+def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
+    defined = library.define(op, schema, reference_fn, fake)
+    library.cpu_kernels(op, *_ISAS)
+    return defined
+
+
+_quantize = _define(
+    "quantize",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, ScalarType dtype) -> Tensor",
+    reference.quantize,
+    lambda x, scale, zero_point, quant_min, quant_max, dtype: torch.empty_like(x, dtype=dtype),
+)
+_dequantize = _define(
+    "dequantize",
+    "(Tensor q, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
+    reference.dequantize,
+    lambda q, scale, zero_point, dtype: torch.empty_like(q, dtype=dtype),
+)
+_quantize_dynamic = _define(
+    "quantize_dynamic",
+    "(Tensor x, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
+    reference.quantize_dynamic,
+    lambda x, group_size, quant_min, quant_max, symmetric: (
+        torch.empty_like(x, dtype=torch.int8),
+        *fake_dynamic_qparams(x, group_size),
+    ),
+)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """q = clamp(round(x/scale) + zero_point, quant_min, quant_max) as integers.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16.
+        scale, zero_point: as in ``fake_quantize``; the shape of scale is the granularity.
+        quant_min, quant_max: inclusive range; by default all of dtype (for int32 the ±2**24 that fp32 holds exactly).
+        dtype: torch.int8, torch.uint8 or torch.int32.
+
+    Returns:
+        A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
+        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN.
+    """
+    reference.check_integer_dtype("dtype", dtype)
+    info = torch.iinfo(dtype)
+    bound = reference_qparams.EXACT_INT
+    quant_min = max(info.min, -bound) if quant_min is None else quant_min
+    quant_max = min(info.max, bound) if quant_max is None else quant_max
+    return _quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
+
+    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``.
+    """
+    return _dequantize(q, scale, zero_point, dtype)
+
+
+def quantize_dynamic(
+    x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``."""
+    quant_min, quant_max = range_of_bits(bits)
+    group = 0 if group_size is None else _nonzero(group_size)
+    return _quantize_dynamic(x, group, quant_min, quant_max, symmetric)
+
+
+def choose_qparams(
+    min_val: Tensor, max_val: Tensor, *, quant_min: int, quant_max: int, symmetric: bool = True, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Scale (dtype of min_val) and int32 zero point that cover [min_val, max_val] and zero, element by element.
+
+    Symmetric: scale = max(|min|, |max|) / ((quant_max − quant_min) // 2), which never clips an extreme. Asymmetric:
+    scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). Scales are floored at eps
+    and at the smallest normal fp32.
+    """
+    if min_val.shape != max_val.shape:
+        raise RuntimeError(f"max_val: got shape {list(max_val.shape)}; accepted: min_val's, {list(min_val.shape)}")
+    if quant_min >= quant_max:
+        raise RuntimeError(f"quant_min: got {quant_min}; accepted: below quant_max {quant_max}")
+    return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
