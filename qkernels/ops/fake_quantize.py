@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import library
 from ..reference import fake_quantize as reference
@@ -159,7 +158,6 @@ class _FakeQuantize(Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         if not ctx.keep:
             (mask,) = ctx.saved_tensors
@@ -183,7 +181,6 @@ class _FakeQuantizeLearnable(Function):
         return _forward(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, zero_point = ctx.saved_tensors
         dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
@@ -204,7 +201,6 @@ class _FakeQuantizeMasked(Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return _backward_mask(_as_output(grad, ctx.stride), mask), None, None

@@ -180,11 +180,11 @@ def dynamic_qparams(
     check_group_size(x, group_size)
     values = x.detach().to(compute_dtype(x))
     if group_size == 0:
-        shape, groups = [1] * x.dim(), values.reshape(1, -1)
+        shape = [1] * x.dim()
     else:
-        size = x.shape[-1] if group_size == -1 else group_size
-        shape = [*x.shape[:-1], x.shape[-1] // max(size, 1)]
-        groups = values.reshape(-1, max(size, 1)) if x.numel() else values.new_empty(torch.Size(shape).numel(), 0)
+        shape = [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
+    count = torch.Size(shape).numel()
+    groups = values.reshape(count, values.numel() // max(count, 1))
     if groups.shape[1] == 0:
         groups = groups.new_zeros(groups.shape[0], 1)
     scale, zero_point = qparams_of_range(groups.amin(1), groups.amax(1), quant_min, quant_max, symmetric, 0.0)
