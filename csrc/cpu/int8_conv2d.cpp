@@ -148,7 +148,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                data.size(1) == group_panels && data.size(2) == k_groups(k) && data.size(3) == kPanel &&
                data.size(4) == 4 && data.is_contiguous(),
            "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
-           "; accepted: what pack_conv2d gives, contiguous torch.int8 [", groups, ", ", group_panels, ", ", k_groups(k),
+           "; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 [", groups, ", ", group_panels, ", ", k_groups(k),
            ", ", kPanel, ", 4]");
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
            dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");

@@ -67,7 +67,9 @@ class PackedInt8Conv2d:
             ValueError: another dtype, rank or scale shape, or C_out is not divisible by groups.
         """
         if q.dtype != torch.int8 or q.dim() != 4:
-            raise ValueError(f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [C_out, C_in/groups, kh, kw]")
+            raise ValueError(
+                f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [C_out, C_in/groups, kh, kw]"
+            )
         n = q.shape[0]
         if groups < 1 or n % groups:
             raise ValueError(f"groups: got {groups}; accepted: a divisor of the output channels {n}")

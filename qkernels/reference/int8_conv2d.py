@@ -55,9 +55,7 @@ def out_shape(
     size = []
     for i, side in enumerate(("height", "width")):
         padded, reach = x.shape[2 + i] + 2 * padding[i], dilation[i] * (kernel_size[i] - 1) + 1
-        check(
-            reach <= padded, f"x: got padded {side} {padded}; accepted: at least the dilated kernel's, {reach}"
-        )
+        check(reach <= padded, f"x: got padded {side} {padded}; accepted: at least the dilated kernel's, {reach}")
         size.append((padded - reach) // stride[i] + 1)
     return x.shape[0], out_channels, size[0], size[1]
 
@@ -88,7 +86,7 @@ def int8_conv2d(
     expected = (groups, *packed_shape(group_out, k))
     check(
         data.dtype == torch.int8 and tuple(data.shape) == expected and data.is_contiguous(),
-        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what pack_conv2d gives, contiguous torch.int8 "
+        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 "
         f"{list(expected)}",
     )
     check(
