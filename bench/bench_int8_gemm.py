@@ -48,7 +48,6 @@ def onednn(x: Tensor, w: Tensor, threads: int) -> Call:
 def ort(x: Tensor, w: Tensor, threads: int) -> Call:
     """onnxruntime's DynamicQuantizeMatMul; its thread pool has its own size."""
     import numpy
-    import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -87,7 +86,7 @@ def check(call: Call, x: Tensor, w: Tensor) -> None:
 
 
 def alternate(calls: dict[str, Call], blocks: int = 5, seconds: float = 0.12) -> dict[str, float]:
-    """Median of the blocks' seconds per call. Blocks, not calls, alternate: the peers' thread pools spin after a call."""
+    """Median seconds per call. Blocks of calls alternate, not calls: the peers' thread pools spin after each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():

@@ -502,7 +502,7 @@ def test_packing_errors() -> None:
         PackedInt8.from_float(torch.zeros(3))
     with pytest.raises(ValueError, match=r"scale: got shape \[4\]; accepted: one element, \[3\] or \[3, 1\]"):
         PackedInt8.from_quantized(codes(3, 4), torch.ones(4))
-    with pytest.raises(RuntimeError, match="w: got torch.float32; accepted: torch.int8"):
+    with pytest.raises(RuntimeError, match=r"w: got torch.float32; accepted: torch.int8"):
         PackedInt8.from_quantized(torch.zeros(3, 4), torch.ones(3))
 
 

@@ -70,7 +70,7 @@ class PackedInt8Conv2d:
             raise ValueError(
                 f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [C_out, C_in/groups, kh, kw]"
             )
-        n = q.shape[0]
+        n, c, kh, kw = q.shape
         if groups < 1 or n % groups:
             raise ValueError(f"groups: got {groups}; accepted: a divisor of the output channels {n}")
         if scale.numel() != 1 and scale.shape not in ((n,), (n, 1, 1, 1)):
@@ -79,7 +79,7 @@ class PackedInt8Conv2d:
         packed = [_int8_pack(group) for group in rows]
         data = torch.stack([data for data, _ in packed])
         colsum = torch.cat([colsum for _, colsum in packed])
-        return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), tuple(q.shape), groups)
+        return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), (n, c, kh, kw), groups)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(q [C_out, C_in/groups, kh, kw] int8, scale [C_out] fp32), exactly what was packed."""
@@ -110,8 +110,8 @@ def int8_conv2d(
 ) -> Tensor:
     """conv2d(x, weight, bias) with x quantized to int8 on the way in; sums are exact, the float epilogue is fp32.
 
-    out = ((acc − zero_point·colsum)·weight_scale)·input_scale + bias, rounded once to x's dtype; the padding is an exact
-    zero.
+    out = ((acc − zero_point·colsum)·weight_scale)·input_scale + bias, rounded once to x's dtype; the padding is
+    an exact zero.
 
     Args:
         x: [N, C, H, W]; fp32, bf16 or fp16; contiguous or channels_last are read in place.

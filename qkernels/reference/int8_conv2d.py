@@ -86,8 +86,8 @@ def int8_conv2d(
     expected = (groups, *packed_shape(group_out, k))
     check(
         data.dtype == torch.int8 and tuple(data.shape) == expected and data.is_contiguous(),
-        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 "
-        f"{list(expected)}",
+        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what PackedInt8Conv2d holds, "
+        f"contiguous torch.int8 {list(expected)}",
     )
     check(
         colsum.dtype == torch.int32 and colsum.is_contiguous(),

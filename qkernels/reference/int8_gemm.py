@@ -154,7 +154,7 @@ def check_codes(quant_min: int, quant_max: int) -> None:
 def static_qparams(
     input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """The scale as fp32 (floored at the smallest normal one, NaN where negative) and the zero point, one element each."""
+    """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point."""
     check_codes(quant_min, quant_max)
     check(input_scale.numel() == 1, f"input_scale: got shape {list(input_scale.shape)}; accepted: one element")
     check_floating("input_scale", input_scale)
