@@ -35,7 +35,6 @@ py::dict build_info() {
 #endif
   info["torch"] = QKERNELS_BUILD_TORCH;
   info["torch_target"] = "2.10";
-  info["built"] = __DATE__ " " __TIME__;
   return info;
 }
 
