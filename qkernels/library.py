@@ -96,17 +96,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"torch {torch.__version__} is too old for the C++ kernels, which need torch >= "
             f"{'.'.join(map(str, TORCH_MINIMUM))}; upgrade with: pip install -U torch"
         )
-    files = [_module_file("_host"), _module_file("_cpu")]
-    if None in files:
+    host_file, cpu_file = _module_file("_host"), _module_file("_cpu")
+    if host_file is None or cpu_file is None:
         return None, Mendable(f"the C++ kernels are not built; build them with: {build_command()}")
     try:
-        for file in files:
-            if fault := _fault_of(file):
+        for module in (host_file, cpu_file):
+            if fault := _fault_of(module):
                 raise OSError(fault)
         from . import _host
 
-        torch.ops.load_library(str(files[1]))
-        ctypes.CDLL(str(files[1])).qkernels_bind_isa(ctypes.c_void_p(_host.isa_state()))
+        torch.ops.load_library(str(cpu_file))
+        ctypes.CDLL(str(cpu_file)).qkernels_bind_isa(ctypes.c_void_p(_host.isa_state()))
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         return None, Mendable(f"the C++ kernels cannot be loaded ({first_line}); rebuild them with: {build_command()}")
