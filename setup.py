@@ -88,7 +88,13 @@ def extensions() -> list[Extension]:
         return []
     torch_root = Path(torch.__file__).parent
     flags = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    flags += ["-Wall", "-g0", *os.environ.get("QKERNELS_CXXFLAGS", "").split()]
+    flags += [
+        "-Wall",
+        "-Wno-maybe-uninitialized",
+        "-Wno-psabi",
+        "-g0",
+        *os.environ.get("QKERNELS_CXXFLAGS", "").split(),
+    ]
     optional = os.environ.get("QKERNELS_STRICT_BUILD") != "1"
     cpu = Extension(
         "qkernels._cpu",
