@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import library, registry
-from .registry import Kernel
 from .reference import int8_gemm
+from .registry import Kernel
 
 INT4 = (-8, 7)
 INT8 = (-128, 127)
