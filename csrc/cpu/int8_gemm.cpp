@@ -1,0 +1,282 @@
+// int8_mm, int8_scaled_mm, int8_pack, int8_unpack and int8_linear on the CPU: checks, scratch memory and the split of
+// work over threads. The arithmetic is in int8_gemm_kernels.h.
+#include "int8_gemm.h"
+
+#include <memory>
+
+#include "int8_ops.h"
+
+namespace qkernels {
+namespace {
+
+// A block of code rows stays in half of a 1 MiB second-level cache while the panels stream past it.
+constexpr int64_t kRowBlockBytes = 512 << 10;
+// Rows are quantized and multiplied in passes of this much scratch, which malloc keeps between calls.
+constexpr int64_t kPassBytes = 16 << 20;
+// Up to here one read of unpacked weights is cheaper than packing them.
+constexpr int64_t kUnpackedRows = 16;
+
+struct RowBlocks {
+  int64_t rows, count;
+};
+
+// Equal blocks of rows; several where there are too few panels to keep every thread busy.
+RowBlocks row_blocks(int64_t m, int64_t n_panels, int64_t row_stride, int tile_rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = std::max<int64_t>(1, kRowBlockBytes / row_stride / tile_rows) * tile_rows;
+  int64_t count = std::max<int64_t>(1, (m + most - 1) / most);
+  if (n_panels * count < 4 * threads)
+    count = std::max(count, std::min((m + tile_rows - 1) / tile_rows, (4 * threads + n_panels - 1) / n_panels));
+  const int64_t tiles = (m + count * tile_rows - 1) / (count * tile_rows);
+  const int64_t rows = std::max<int64_t>(1, tiles * tile_rows);
+  return {rows, (m + rows - 1) / rows};
+}
+
+void multiply_packed(const Int8Kernels& kernels, const uint8_t* rows, int64_t row_stride, int64_t m, int64_t n,
+                     int64_t k, const int8_t* data, const PanelOutput& output) {
+  const int64_t n_panels = panels(n);
+  if (m == 0 || n == 0) return;
+  const RowBlocks blocks = row_blocks(m, n_panels, row_stride, kernels.tile_rows);
+  const int64_t work = panel_bytes(k) * (std::min(m, blocks.rows) + 3);
+  torch::stable::parallel_for(0, n_panels * blocks.count, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / n_panels * blocks.rows, panel = task % n_panels;
+      kernels.multiply(rows + row * row_stride, row_stride, std::min(blocks.rows, m - row),
+                       data + panel * panel_bytes(k), k, at(output, row, panel * kPanel));
+    }
+  });
+}
+
+// a [M, K] times b [K, N] of any strides into output.
+void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor& b, const PanelOutput& output) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  if (m == 0 || n == 0) return;
+  const int8_t* a_data = static_cast<const int8_t*>(a.data_ptr());
+  const int8_t* b_data = static_cast<const int8_t*>(b.data_ptr());
+  const int64_t a_m = a.stride(0), a_k = a.stride(1), b_k = b.stride(0), b_n = b.stride(1);
+  const int64_t n_panels = panels(n), stride = code_row_stride(k);
+  const bool unpacked = m <= kUnpackedRows && b_k == 1;
+  const bool in_place = unpacked && a_k == 1;
+  const uint8_t flip = unpacked ? 0 : kernels.flip;
+  const int64_t pass = std::min(m, std::max<int64_t>(kernels.tile_rows, kPassBytes / stride));
+  Tensor scratch = empty({in_place ? 0 : pass * stride}, ScalarType::Byte);
+  uint8_t* rows = static_cast<uint8_t*>(scratch.data_ptr());
+  for (int64_t first = 0; first < m; first += pass) {
+    const int64_t height = std::min(pass, m - first);
+    if (!in_place)
+      torch::stable::parallel_for(0, height, grain(kPointwiseGrain, k), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+          kernels.copy_codes(a_data + (first + r) * a_m, a_k, k, flip, rows + r * stride);
+      });
+    const int64_t work = panel_bytes(k) * (height + 3);
+    torch::stable::parallel_for(0, n_panels, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
+      alignas(64) int32_t colsum[kPanel];
+      std::unique_ptr<int8_t[]> packed(unpacked ? nullptr : new int8_t[static_cast<size_t>(panel_bytes(k))]);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int8_t* weights = b_data + panel * kPanel * b_n;
+        PanelOutput o = at(output, first, panel * kPanel);
+        if (unpacked) {
+          const int8_t* codes = in_place ? a_data + first * a_m : reinterpret_cast<const int8_t*>(rows);
+          kernels.multiply_unpacked(codes, in_place ? a_m : stride, height, weights, b_n, k, o);
+        } else {
+          kernels.pack_panel(weights, b_n, b_k, o.channels, k, packed.get(), colsum);
+          o.colsum = colsum;
+          kernels.multiply(rows, stride, height, packed.get(), k, o);
+        }
+      }
+    });
+  }
+}
+
+void check_matrices(const Tensor& a, const Tensor& b) {
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"a", a}, {"b", b}}) {
+    check_cpu(name, t);
+    QK_CHECK(t.scalar_type() == ScalarType::Char, name, ": got ", dtype_name(t.scalar_type()),
+             "; accepted: torch.int8");
+    QK_CHECK(t.dim() == 2, name, ": got shape ", shape_of(t), "; accepted: 2 dims");
+  }
+  QK_CHECK(a.size(1) == b.size(0), "b: got shape ", shape_of(b), "; accepted: [K, N] with a's K, ", a.size(1));
+  check_k("a", a.size(1));
+}
+
+Tensor int8_mm(const Tensor& a, const Tensor& b) {
+  check_matrices(a, b);
+  const Int8Kernels& kernels = int8_kernels();
+  record_isa(kernels.isa);
+  const int64_t m = a.size(0), n = b.size(1);
+  Tensor out = empty({m, n}, ScalarType::Int);
+  PanelOutput output{};
+  output.out = out.data_ptr();
+  output.type = Element::i32;
+  output.row_stride = n;
+  output.channels = n;
+  multiply_matrices(kernels, a, b, output);
+  return out;
+}
+
+Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                      const std::optional<Tensor>& zero_point_a, const std::optional<Tensor>& bias,
+                      ScalarType out_dtype) {
+  check_matrices(a, b);
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  PanelOutput output{};
+  output.type = element_of("out_dtype", out_dtype);
+  const auto row_scale = float_vector("scale_a", scale_a, m, 0, true, "one element, [M] or [M, 1]");
+  auto channel_scale = float_vector("scale_b", scale_b, n, 1, true, "one element, [N] or [1, N]");
+  std::vector<float> repeated;
+  if (channel_scale.step == 0) {
+    repeated.assign(static_cast<size_t>(n), *channel_scale.data);
+    channel_scale.data = repeated.data();
+  }
+  std::optional<Values<float>> offset;
+  if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
+  std::optional<Values<int32_t>> zero_point;
+  if (zero_point_a) {
+    zero_point = zero_point_vector("zero_point_a", *zero_point_a, m, 0, "one element, [M] or [M, 1]");
+    int64_t magnitude = 0;
+    for (int64_t i = 0; i < zero_point->tensor.numel(); ++i)
+      magnitude = std::max(magnitude, std::abs(static_cast<int64_t>(zero_point->data[i])));
+    output.zero_point = zero_point->data;
+    output.zero_point_step = zero_point->step;
+    output.wide = is_wide(magnitude, k);
+  }
+  const Int8Kernels& kernels = int8_kernels();
+  record_isa(kernels.isa);
+  Tensor out = empty({m, n}, out_dtype);
+  output.out = out.data_ptr();
+  output.row_stride = n;
+  output.channels = n;
+  output.scale_a = row_scale.data;
+  output.scale_a_step = row_scale.step;
+  output.scale_b = channel_scale.data;
+  output.bias = offset ? offset->data : nullptr;
+  multiply_matrices(kernels, a, b, output);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
+  check_cpu("w", w);
+  QK_CHECK(w.scalar_type() == ScalarType::Char, "w: got ", dtype_name(w.scalar_type()), "; accepted: torch.int8");
+  QK_CHECK(w.dim() == 2, "w: got shape ", shape_of(w), "; accepted: [N, K]");
+  const int64_t n = w.size(0), k = w.size(1);
+  check_k("w", k);
+  const Int8Kernels& kernels = int8_kernels();
+  record_isa(kernels.isa);
+  Tensor data = empty({panels(n), k_groups(k), kPanel, 4}, ScalarType::Char);
+  Tensor colsum = empty({n}, ScalarType::Int);
+  const int8_t* source = static_cast<const int8_t*>(w.data_ptr());
+  int8_t* packed = static_cast<int8_t*>(data.data_ptr());
+  int32_t* sums = static_cast<int32_t*>(colsum.data_ptr());
+  const int64_t stride_n = w.stride(0), stride_k = w.stride(1);
+  torch::stable::parallel_for(0, panels(n), grain(kPointwiseGrain, panel_bytes(k)), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      kernels.pack_panel(source + p * kPanel * stride_n, stride_n, stride_k, std::min<int64_t>(kPanel, n - p * kPanel),
+                         k, packed + p * panel_bytes(k), sums + p * kPanel);
+  });
+  return {data, colsum};
+}
+
+void check_packed(const Tensor& data, int64_t n, int64_t k) {
+  check_cpu("data", data);
+  QK_CHECK(data.scalar_type() == ScalarType::Char, "data: got ", dtype_name(data.scalar_type()),
+           "; accepted: torch.int8");
+  QK_CHECK(data.dim() == 4 && data.size(0) == panels(n) && data.size(1) == k_groups(k) && data.size(2) == kPanel &&
+               data.size(3) == 4,
+           "data: got shape ", shape_of(data), "; accepted: what int8_pack gives for N = ", n, " and K = ", k, ", [",
+           panels(n), ", ", k_groups(k), ", ", kPanel, ", 4]");
+  QK_CHECK(data.is_contiguous(), "data: got strided memory; accepted: contiguous");
+}
+
+Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
+  check_packed(data, n, k);
+  record_isa(Isa::scalar);
+  Tensor w = empty({n, k}, ScalarType::Char);
+  const int8_t* packed = static_cast<const int8_t*>(data.data_ptr());
+  int8_t* out = static_cast<int8_t*>(w.data_ptr());
+  for (int64_t c = 0; c < n; ++c) {
+    const int8_t* panel = packed + c / kPanel * panel_bytes(k) + c % kPanel * 4;
+    for (int64_t i = 0; i < k; ++i) out[c * k + i] = panel[i / 4 * kPanel * 4 + (i & 3)];
+  }
+  return w;
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
+                   const std::optional<Tensor>& input_zero_point, int64_t quant_min, int64_t quant_max) {
+  check_cpu("x", x);
+  const Element type = element_of("x", x.scalar_type());
+  QK_CHECK(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]");
+  check_vector("colsum", colsum, colsum.numel(), -1, false, "[N]");
+  const int64_t n = colsum.numel(), k = x.size(x.dim() - 1);
+  check_k("x", k);
+  check_packed(data, n, k);
+  QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
+           dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");
+  const auto channel_scale = float_vector("scale", scale, n, -1, false, "[N]");
+  std::optional<Values<float>> offset;
+  if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
+  RowQuantizer quantizer;
+  if (input_scale) {
+    quantizer = static_quantizer(*input_scale, input_zero_point, quant_min, quant_max);
+  } else {
+    QK_CHECK(!input_zero_point, "input_zero_point: got a tensor without input_scale; accepted: both, or neither");
+    check_codes(quant_min, quant_max);
+    const int64_t half = (quant_max - quant_min) / 2;
+    quantizer = {true,
+                 0.0f,
+                 0.0f,
+                 static_cast<float>(half),
+                 static_cast<float>(quant_max - half),
+                 static_cast<float>(quant_min),
+                 static_cast<float>(quant_max)};
+  }
+  const Int8Kernels& kernels = int8_kernels();
+  record_isa(kernels.isa);
+  std::vector<int64_t> sizes = to_vector(x.sizes());
+  sizes.back() = n;
+  Tensor out = empty(sizes, x.scalar_type());
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+  if (m == 0 || n == 0) return out;
+  const Tensor source = to_contiguous(x);
+  const char* x_data = static_cast<const char*>(source.data_ptr());
+  const int64_t stride = code_row_stride(k), x_stride = k * static_cast<int64_t>(element_size(type));
+  const int64_t pass = std::min(m, std::max<int64_t>(kernels.tile_rows, kPassBytes / stride));
+  Tensor scratch = empty({pass * stride}, ScalarType::Byte);
+  uint8_t* rows = static_cast<uint8_t*>(scratch.data_ptr());
+  std::vector<float> row_scales(static_cast<size_t>(pass));
+  const int32_t zero_point = static_cast<int32_t>(quantizer.zero_point);
+  for (int64_t first = 0; first < m; first += pass) {
+    const int64_t height = std::min(pass, m - first);
+    torch::stable::parallel_for(0, height, grain(kPointwiseGrain, k), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        row_scales[static_cast<size_t>(r)] =
+            kernels.quantize_row(x_data + (first + r) * x_stride, type, k, quantizer, rows + r * stride);
+    });
+    PanelOutput output{};
+    output.type = type;
+    output.out = static_cast<char*>(out.data_ptr()) + first * n * static_cast<int64_t>(element_size(type));
+    output.row_stride = n;
+    output.channels = n;
+    output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
+    output.scale_b = channel_scale.data;
+    output.bias = offset ? offset->data : nullptr;
+    output.scale_a = row_scales.data();
+    output.scale_a_step = 1;
+    output.zero_point = &zero_point;
+    output.wide = is_wide(std::abs(zero_point), k);
+    multiply_packed(kernels, rows, stride, height, n, k, static_cast<const int8_t*>(data.data_ptr()), output);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace qkernels
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("int8_mm", TORCH_BOX(&qkernels::int8_mm));
+  m.impl("int8_scaled_mm", TORCH_BOX(&qkernels::int8_scaled_mm));
+  m.impl("int8_pack", TORCH_BOX(&qkernels::int8_pack));
+  m.impl("int8_unpack", TORCH_BOX(&qkernels::int8_unpack));
+  m.impl("int8_linear", TORCH_BOX(&qkernels::int8_linear));
+}

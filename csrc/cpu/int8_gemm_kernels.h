@@ -1,0 +1,460 @@
+// The int8 GEMM kernels of one instruction-set path. Included once per path by int8_gemm_paths.cpp, inside that path's
+// target region and namespace, with QK_PATH naming it; what is not written with intrinsics here the compiler vectorizes
+// for that target.
+
+#if QK_PATH == QK_PATH_AVX512VNNI
+constexpr Isa kIsa = Isa::avx512vnni;
+constexpr uint8_t kFlip = 0x80;
+// 12 x 32 int32 sums are 24 registers; 2 hold weights, 1 a broadcast activation: 14 loads for 24 dot products.
+constexpr int kTileRows = 12;
+#elif QK_PATH == QK_PATH_AVX2
+constexpr Isa kIsa = Isa::avx2;
+constexpr uint8_t kFlip = 0;
+constexpr int kTileRows = 2;
+#else
+constexpr Isa kIsa = Isa::scalar;
+constexpr uint8_t kFlip = 0;
+constexpr int kTileRows = 4;
+#endif
+
+inline int32_t load_group(const uint8_t* p) {
+  int32_t group;
+  std::memcpy(&group, p, 4);
+  return group;
+}
+
+// sums[MR][32] of MR rows and one panel.
+#if QK_PATH == QK_PATH_AVX512VNNI
+template <int MR>
+void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
+  // A dot product takes 4 cycles: one row alone keeps 8 of them in flight by working on 4 groups at a time.
+  constexpr int kSteps = MR == 1 ? 4 : 1;
+  __m512i acc[MR * kSteps][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR * kSteps; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+  int64_t g = 0;
+  for (; g + kSteps <= groups; g += kSteps, b += kSteps * kPanel * 4) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSteps; ++s) {
+      _mm_prefetch(reinterpret_cast<const char*>(b) + s * 128 + kPrefetch, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(b) + s * 128 + kPrefetch + 64, _MM_HINT_T0);
+      const __m512i b0 = _mm512_loadu_si512(b + s * 128);
+      const __m512i b1 = _mm512_loadu_si512(b + s * 128 + 64);
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        const __m512i codes = _mm512_set1_epi32(load_group(a + r * stride + (g + s) * 4));
+        acc[r * kSteps + s][0] = _mm512_dpbusd_epi32(acc[r * kSteps + s][0], codes, b0);
+        acc[r * kSteps + s][1] = _mm512_dpbusd_epi32(acc[r * kSteps + s][1], codes, b1);
+      }
+    }
+  }
+  for (; g < groups; ++g, b += kPanel * 4) {
+    const __m512i codes = _mm512_set1_epi32(load_group(a + g * 4));
+    acc[0][0] = _mm512_dpbusd_epi32(acc[0][0], codes, _mm512_loadu_si512(b));
+    acc[0][1] = _mm512_dpbusd_epi32(acc[0][1], codes, _mm512_loadu_si512(b + 64));
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      __m512i sum = acc[r * kSteps][h];
+#pragma GCC unroll 4
+      for (int s = 1; s < kSteps; ++s) sum = _mm512_add_epi32(sum, acc[r * kSteps + s][h]);
+      _mm512_store_si512(sums + r * kPanel + h * 16, sum);
+    }
+}
+#elif QK_PATH == QK_PATH_AVX2
+// Exact: bytes are widened to int16 and pairs of products summed in int32 (the byte instruction would saturate).
+template <int MR>
+void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
+  for (int half = 0; half < kPanel; half += 16) {
+    __m256i acc[MR][4];  // [4 channels][2 sums of pairs]
+#pragma GCC unroll 2
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_setzero_si256();
+    const int8_t* p = b + half * 4;
+    for (int64_t g = 0; g < groups; ++g, p += kPanel * 4) {
+      __m256i codes[MR];
+#pragma GCC unroll 2
+      for (int r = 0; r < MR; ++r)
+        codes[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_group(a + r * stride + g * 4)));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 16)));
+#pragma GCC unroll 2
+        for (int r = 0; r < MR; ++r) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(codes[r], w));
+      }
+    }
+    for (int r = 0; r < MR; ++r)
+      for (int i = 0; i < 4; i += 2) {
+        const __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[r][i], acc[r][i + 1]), 0xD8);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(sums + r * kPanel + half + i * 4), sum);
+      }
+  }
+}
+#else
+template <int MR>
+void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
+  for (int i = 0; i < MR * kPanel; ++i) sums[i] = 0;
+  for (int64_t g = 0; g < groups; ++g, b += kPanel * 4)
+    for (int r = 0; r < MR; ++r) {
+      const int8_t* codes = reinterpret_cast<const int8_t*>(a + r * stride + g * 4);
+      for (int c = 0; c < kPanel; ++c)
+        sums[r * kPanel + c] += codes[0] * b[c * 4] + codes[1] * b[c * 4 + 1] + codes[2] * b[c * 4 + 2] +
+                                codes[3] * b[c * 4 + 3];
+    }
+}
+#endif
+
+using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+
+template <int... MR>
+constexpr std::array<Tile, sizeof...(MR)> make_tiles(std::integer_sequence<int, MR...>) {
+  return {tile<MR + 1>...};
+}
+constexpr auto kTiles = make_tiles(std::make_integer_sequence<int, kTileRows>());
+
+inline void to_storage(const float* v, float* out) {
+  for (int c = 0; c < kPanel; ++c) out[c] = v[c];
+}
+
+inline void to_storage(const float* v, Bf16* out) {
+  for (int c = 0; c < kPanel; ++c) {
+    uint32_t bits;
+    std::memcpy(&bits, v + c, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out[c].bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+inline void to_storage(const float* v, Fp16* out) {
+#if QK_PATH == QK_PATH_SCALAR
+  for (int c = 0; c < kPanel; ++c) out[c].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[c]);
+#else
+  for (int c = 0; c < kPanel; c += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm256_cvtps_ph(_mm256_loadu_ps(v + c), 0));
+#endif
+}
+
+// The per-channel values of one panel, padded to its width.
+struct Channels {
+  int32_t colsum[kPanel];
+  float scale[kPanel];
+  float bias[kPanel];
+
+  explicit Channels(const PanelOutput& o) : colsum(), scale(), bias() {
+    for (int64_t c = 0; c < o.channels; ++c) {
+      if (o.colsum) colsum[c] = o.colsum[c];
+      if (o.scale_b) scale[c] = o.scale_b[c];
+      if (o.bias) bias[c] = o.bias[c];
+    }
+  }
+};
+
+template <typename T>
+inline void store_row(const T* values, const PanelOutput& o, int64_t row) {
+  T* out = static_cast<T*>(o.out) + row * o.row_stride;
+  if (o.channels == kPanel)
+    std::memcpy(out, values, kPanel * sizeof(T));
+  else
+    std::memcpy(out, values, static_cast<size_t>(o.channels) * sizeof(T));
+}
+
+template <typename T>
+inline void finish_float(const float* v, const PanelOutput& o, int64_t row) {
+  T values[kPanel];
+  to_storage(v, values);
+  store_row(values, o, row);
+}
+
+// The epilogue: sums[rows][32] of rows first_row… become outputs. `flip` is what the codes were XORed with.
+inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const Channels& ch,
+                   const PanelOutput& o) {
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    const int64_t row = first_row + r;
+    const int32_t zero_point = o.zero_point ? o.zero_point[row * o.zero_point_step] : 0;
+    float v[kPanel];
+    if (o.wide) {
+      for (int c = 0; c < kPanel; ++c) {
+        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[c]) - static_cast<uint32_t>(flip) *
+                                                                                      static_cast<uint32_t>(ch.colsum[c]));
+        v[c] = static_cast<float>(sum - static_cast<int64_t>(zero_point) * ch.colsum[c]);
+      }
+    } else {
+      const uint32_t offset = static_cast<uint32_t>(zero_point) + flip;
+      int32_t exact[kPanel];
+      for (int c = 0; c < kPanel; ++c)
+        exact[c] = static_cast<int32_t>(static_cast<uint32_t>(sums[c]) - offset * static_cast<uint32_t>(ch.colsum[c]));
+      if (o.type == Element::i32) {
+        store_row(exact, o, row);
+        continue;
+      }
+      for (int c = 0; c < kPanel; ++c) v[c] = static_cast<float>(exact[c]);
+    }
+    const float scale_a = o.scale_a[row * o.scale_a_step];
+    for (int c = 0; c < kPanel; ++c) v[c] = v[c] * ch.scale[c] * scale_a;
+    if (o.bias)
+      for (int c = 0; c < kPanel; ++c) v[c] += ch.bias[c];
+    switch (o.type) {
+      case Element::bf16: finish_float<Bf16>(v, o, row); break;
+      case Element::f16: finish_float<Fp16>(v, o, row); break;
+      default: finish_float<float>(v, o, row);
+    }
+  }
+}
+
+void multiply(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
+              const PanelOutput& output) {
+  const Channels channels(output);
+  alignas(64) int32_t sums[kTileRows * kPanel];
+  // Blocks of equal height: 16 rows run as 8 + 8, not as 12 + 4.
+  const int64_t blocks = (m + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0, row = 0; i < blocks; ++i) {
+    const int64_t height = (m - row) / (blocks - i);
+    kTiles[height - 1](rows + row * row_stride, row_stride, panel, k_groups(k), sums);
+    finish(sums, height, row, kFlip, channels, output);
+    row += height;
+  }
+}
+
+// Dot products of MR rows, and of a row of ones, with 4 channels.
+#if QK_PATH == QK_PATH_AVX512VNNI
+inline int32_t sum_lanes(__m512i v) {
+  alignas(64) int32_t lanes[16];
+  _mm512_store_si512(lanes, v);
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += lanes[i];
+  return sum;
+}
+
+template <int MR>
+inline void dot_columns(const int8_t* a, int64_t stride, const int8_t* b, int64_t stride_n, int64_t k,
+                        const int32_t* rowsum, int32_t* sums, int32_t* colsum) {
+  // Here the weights play the unsigned part: w XOR 0x80 is w + 128, and 128 * rowsum comes off each row once.
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i acc[MR + 1][4];
+#pragma GCC unroll 5
+  for (int r = 0; r <= MR; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += 64) {
+    const __mmask64 inside = k - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (k - i)) - 1;
+    __m512i w[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512i s = _mm512_maskz_loadu_epi8(inside, b + c * stride_n + i);
+      acc[MR][c] = _mm512_dpbusd_epi32(acc[MR][c], ones, s);
+      w[c] = _mm512_xor_si512(s, flip);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r) {
+      const __m512i codes = _mm512_maskz_loadu_epi8(inside, a + r * stride + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], w[c], codes);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    colsum[c] = sum_lanes(acc[MR][c]);
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r)
+      sums[r * kPanel + c] =
+          static_cast<int32_t>(static_cast<uint32_t>(sum_lanes(acc[r][c])) - 128u * static_cast<uint32_t>(rowsum[r]));
+  }
+}
+#else
+template <int MR>
+inline void dot_columns(const int8_t* a, int64_t stride, const int8_t* b, int64_t stride_n, int64_t k, const int32_t*,
+                        int32_t* sums, int32_t* colsum) {
+  for (int c = 0; c < 4; ++c) {
+    const int8_t* w = b + c * stride_n;
+    int32_t total = 0;
+    for (int64_t i = 0; i < k; ++i) total += w[i];
+    colsum[c] = total;
+    for (int r = 0; r < MR; ++r) {
+      const int8_t* codes = a + r * stride;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += codes[i] * w[i];
+      sums[r * kPanel + c] = sum;
+    }
+  }
+}
+#endif
+
+template <int MR>
+inline void unpacked_rows(const int8_t* a, int64_t stride, const int8_t* b, int64_t stride_n, int64_t k,
+                          int64_t channels, int32_t* sums, int32_t* colsum) {
+  int32_t rowsum[MR];
+  for (int r = 0; r < MR; ++r) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < k; ++i) total += a[r * stride + i];
+    rowsum[r] = total;
+  }
+  for (int64_t c = 0; c < channels; c += 4) {
+    // The last columns are met twice where 4 does not divide their number; fewer than 4 in all repeat the first.
+    const int64_t first = channels < 4 ? 0 : std::min(c, channels - 4);
+    if (channels < 4)
+      for (int64_t one = 0; one < channels; ++one)
+        dot_columns<MR>(a, stride, b + one * stride_n, 0, k, rowsum, sums + one, colsum + one);
+    else
+      dot_columns<MR>(a, stride, b + first * stride_n, stride_n, k, rowsum, sums + first, colsum + first);
+  }
+}
+
+void multiply_unpacked(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n, int64_t k,
+                       const PanelOutput& output) {
+  Channels channels(output);
+  alignas(64) int32_t sums[4 * kPanel] = {};
+  for (int64_t row = 0; row < m; row += 4) {
+    const int8_t* a = rows + row * row_stride;
+    const int64_t height = std::min<int64_t>(4, m - row);
+    switch (height) {
+      case 1: unpacked_rows<1>(a, row_stride, b, stride_n, k, output.channels, sums, channels.colsum); break;
+      case 2: unpacked_rows<2>(a, row_stride, b, stride_n, k, output.channels, sums, channels.colsum); break;
+      case 3: unpacked_rows<3>(a, row_stride, b, stride_n, k, output.channels, sums, channels.colsum); break;
+      default: unpacked_rows<4>(a, row_stride, b, stride_n, k, output.channels, sums, channels.colsum);
+    }
+    finish(sums, height, row, 0, channels, output);
+  }
+}
+
+void pack_panel(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
+                int32_t* colsum) {
+  const int64_t full = k / 4;
+  if (channels < kPanel || full * 4 != k) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
+  if (stride_k == 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int8_t* row = b + c * stride_n;
+      for (int64_t g = 0; g < full; ++g) std::memcpy(panel + (g * kPanel + c) * 4, row + g * 4, 4);
+      for (int64_t i = full * 4; i < k; ++i) panel[(full * kPanel + c) * 4 + (i & 3)] = row[i];
+    }
+  } else if (stride_n == 1 && channels == kPanel) {
+    for (int64_t g = 0; g < full; ++g) {
+      const int8_t* row = b + g * 4 * stride_k;
+      int8_t* out = panel + g * kPanel * 4;
+      for (int c = 0; c < kPanel; ++c) {
+        out[c * 4] = row[c];
+        out[c * 4 + 1] = row[c + stride_k];
+        out[c * 4 + 2] = row[c + 2 * stride_k];
+        out[c * 4 + 3] = row[c + 3 * stride_k];
+      }
+    }
+    for (int64_t i = full * 4; i < k; ++i)
+      for (int c = 0; c < kPanel; ++c) panel[(full * kPanel + c) * 4 + (i & 3)] = b[i * stride_k + c];
+  } else {
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t c = 0; c < channels; ++c)
+        panel[((i / 4) * kPanel + c) * 4 + (i & 3)] = b[i * stride_k + c * stride_n];
+  }
+  int32_t totals[kPanel] = {};
+  const int8_t* p = panel;
+  for (int64_t g = 0; g < k_groups(k); ++g, p += kPanel * 4)
+    for (int c = 0; c < kPanel; ++c) totals[c] += p[c * 4] + p[c * 4 + 1] + p[c * 4 + 2] + p[c * 4 + 3];
+  for (int64_t c = 0; c < channels; ++c) colsum[c] = totals[c];
+}
+
+void copy_codes(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, uint8_t* row) {
+  if (stride == 1)
+    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i]) ^ flip;
+  else
+    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i * stride]) ^ flip;
+}
+
+constexpr int64_t kChunk = 1024;  // floats that a row is converted by: 4 KiB of stack
+
+inline const float* as_floats(const float* x, int64_t, float*) { return x; }
+
+inline const float* as_floats(const Bf16* x, int64_t n, float* buffer) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i].bits) << 16;
+    std::memcpy(buffer + i, &bits, 4);
+  }
+  return buffer;
+}
+
+inline const float* as_floats(const Fp16* x, int64_t n, float* buffer) {
+  int64_t i = 0;
+#if QK_PATH != QK_PATH_SCALAR
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+#endif
+  for (; i < n; ++i) buffer[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(x[i].bits);
+  return buffer;
+}
+
+// Largest |x| as bits: ordered as the floats are, with NaN above infinity.
+inline uint32_t max_magnitude(const float* x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return static_cast<uint32_t>(largest);
+}
+
+// Returns whether a NaN was met.
+inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uint8_t* row) {
+  int64_t i = 0;
+  int32_t nan = 0;
+#if QK_PATH == QK_PATH_AVX512VNNI
+  const __m512 inverse = _mm512_set1_ps(q.inverse), zero_point = _mm512_set1_ps(q.zero_point);
+  const __m512 low = _mm512_set1_ps(q.low), high = _mm512_set1_ps(q.high);
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(kFlip));
+  for (; i < n; i += 16) {
+    const __mmask16 inside = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
+    const __m512 t = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x + i), inverse);
+    nan |= _mm512_cmp_ps_mask(t, t, _CMP_UNORD_Q);
+    const __m512 rounded = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 code = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(rounded, zero_point), low), high);
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code)), flip);
+    _mm_mask_storeu_epi8(row + i, inside, bytes);
+  }
+#else
+  for (; i < n; ++i) {
+    const float t = x[i] * q.inverse;
+    nan |= t != t;
+    const float code = __builtin_rintf(t) + q.zero_point;
+    const float clamped = code > q.low ? (code < q.high ? code : q.high) : q.low;
+    row[i] = static_cast<uint8_t>(static_cast<int32_t>(clamped)) ^ kFlip;
+  }
+#endif
+  return nan != 0;
+}
+
+template <typename T>
+float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t* row) {
+  float buffer[kChunk];
+  if (q.dynamic) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < k; i += kChunk) {
+      const int64_t n = std::min(kChunk, k - i);
+      largest = std::max(largest, max_magnitude(as_floats(x + i, n, buffer), n));
+    }
+    float amax;
+    std::memcpy(&amax, &largest, 4);
+    q.scale = std::max(amax / q.half, std::numeric_limits<float>::min());
+    q.inverse = 1.0f / q.scale;
+    if (largest >= 0x7f800000) q.scale = std::numeric_limits<float>::quiet_NaN();
+  }
+  bool nan = false;
+  for (int64_t i = 0; i < k; i += kChunk) {
+    const int64_t n = std::min(kChunk, k - i);
+    nan |= quantize_chunk(as_floats(x + i, n, buffer), n, q, row + i);
+  }
+  return nan ? std::numeric_limits<float>::quiet_NaN() : q.scale;
+}
+
+float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t* row) {
+  switch (type) {
+    case Element::bf16: return quantize_row_of(static_cast<const Bf16*>(x), k, quantizer, row);
+    case Element::f16: return quantize_row_of(static_cast<const Fp16*>(x), k, quantizer, row);
+    default: return quantize_row_of(static_cast<const float*>(x), k, quantizer, row);
+  }
+}
+
+constexpr Int8Kernels kKernels = {kIsa,       kFlip,      kTileRows, copy_codes,
+                                  quantize_row, pack_panel, multiply,  multiply_unpacked};

@@ -1,0 +1,139 @@
+// What the torch-facing sides of the int8 linear, matmul and convolution ops have in common.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "int8_gemm.h"
+#include "tensor.h"
+
+namespace qkernels {
+
+inline void check_k(const char* name, int64_t k) {
+  QK_CHECK(k <= kMaxK, name, ": got K = ", k, "; accepted: K <= ", kMaxK, ", where int8 products sum exactly in int32");
+}
+
+inline Element element_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: fail(name, ": got ", dtype_name(dtype), "; accepted: torch.float32, torch.bfloat16, torch.float16");
+  }
+}
+
+inline Tensor to_contiguous_dtype(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype && t.is_contiguous()) return t;
+  Tensor copy = empty(to_vector(t.sizes()), dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// A tensor of n values, or of one where `broadcast` allows it, read as contiguous T.
+template <typename T>
+struct Values {
+  Tensor tensor;
+  const T* data;
+  int64_t step;  // 0: one value for all
+};
+
+// `shapes` names what is accepted; a trailing or leading dim of 1 is allowed by `dim` (which of two dims holds n).
+inline void check_vector(const char* name, const Tensor& t, int64_t n, int dim, bool broadcast, const char* shapes) {
+  check_cpu(name, t);
+  const bool flat = t.dim() == 1 && t.size(0) == n;
+  const bool column = dim >= 0 && t.dim() == 2 && t.size(dim) == n && t.size(1 - dim) == 1;
+  QK_CHECK(flat || column || (broadcast && t.numel() == 1), name, ": got shape ", shape_of(t), "; accepted: ", shapes,
+           " with ", n, " in place of the letter");
+}
+
+inline Values<float> float_vector(const char* name, const Tensor& t, int64_t n, int dim, bool broadcast,
+                                  const char* shapes) {
+  check_vector(name, t, n, dim, broadcast, shapes);
+  check_floating(name, t);
+  const Tensor values = to_contiguous_dtype(t, ScalarType::Float);
+  return {values, static_cast<const float*>(values.data_ptr()), broadcast && t.numel() == 1 ? 0 : 1};
+}
+
+inline Values<int32_t> zero_point_vector(const char* name, const Tensor& t, int64_t n, int dim, const char* shapes) {
+  check_vector(name, t, n, dim, true, shapes);
+  switch (t.scalar_type()) {
+    case ScalarType::Char:
+    case ScalarType::Byte:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long: break;
+    default: fail(name, ": got ", dtype_name(t.scalar_type()), "; accepted: an integer dtype up to torch.int64");
+  }
+  if (t.scalar_type() == ScalarType::Long) {
+    const Tensor wide = to_contiguous(t);
+    const int64_t* values = static_cast<const int64_t*>(wide.data_ptr());
+    for (int64_t i = 0; i < wide.numel(); ++i)
+      QK_CHECK(values[i] >= std::numeric_limits<int32_t>::min() && values[i] <= std::numeric_limits<int32_t>::max(),
+               name, ": got ", values[i], "; accepted: what torch.int32 holds");
+  }
+  const Tensor values = to_contiguous_dtype(t, ScalarType::Int);
+  return {values, static_cast<const int32_t*>(values.data_ptr()), t.numel() == 1 ? 0 : 1};
+}
+
+inline void check_codes(int64_t quant_min, int64_t quant_max) {
+  QK_CHECK(-128 <= quant_min && quant_min < quant_max && quant_max <= 127, "quant_min, quant_max: got ", quant_min,
+           ", ", quant_max, "; accepted: -128 <= quant_min < quant_max <= 127");
+}
+
+// Per-tensor quantization with a given scale. A scale below the smallest normal fp32 acts as that value; a negative one
+// gives NaN.
+inline RowQuantizer static_quantizer(const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
+                                     int64_t quant_max) {
+  check_codes(quant_min, quant_max);
+  QK_CHECK(scale.numel() == 1, "input_scale: got shape ", shape_of(scale), "; accepted: one element");
+  float s = *float_vector("input_scale", scale, 1, -1, true, "one element").data;
+  s = s < 0 ? std::numeric_limits<float>::quiet_NaN() : std::isnan(s) ? s : std::max(s, std::numeric_limits<float>::min());
+  int32_t z = 0;
+  if (zero_point) {
+    QK_CHECK(zero_point->numel() == 1, "input_zero_point: got shape ", shape_of(*zero_point),
+             "; accepted: one element");
+    z = *zero_point_vector("input_zero_point", *zero_point, 1, -1, "one element").data;
+  }
+  QK_CHECK(quant_min <= z && z <= quant_max, "input_zero_point: got ", z, "; accepted: quant_min to quant_max, ",
+           quant_min, " to ", quant_max);
+  return {false,
+          s,
+          1.0f / s,
+          0.0f,
+          static_cast<float>(z),
+          static_cast<float>(quant_min),
+          static_cast<float>(quant_max)};
+}
+
+// Whether acc - zero_point * colsum may leave int32 for zero points of this magnitude.
+inline bool is_wide(int64_t zero_point_magnitude, int64_t k) {
+  return (128 + zero_point_magnitude) * 128 > std::numeric_limits<int32_t>::max() / std::max<int64_t>(k, 1);
+}
+
+// Rows of codes in scratch memory. The extra 64 bytes keep rows of 4096 codes out of each other's cache sets.
+inline int64_t code_row_stride(int64_t k) { return (k + 63) / 64 * 64 + 64; }
+
+// Elements of a pointwise pass, and multiply-accumulates, that outweigh waking a second thread (2 to 5 us).
+constexpr int64_t kPointwiseGrain = 16384;
+constexpr int64_t kMultiplyGrain = 1 << 20;
+
+inline int64_t grain(int64_t least_work, int64_t work_of_one) {
+  return std::max<int64_t>(1, least_work / std::max<int64_t>(1, work_of_one));
+}
+
+inline size_t element_size(Element type) { return type == Element::f32 || type == Element::i32 ? 4 : 2; }
+
+// The part of an output that starts at `row` and at output channel `channel`.
+inline PanelOutput at(PanelOutput o, int64_t row, int64_t channel) {
+  o.out = static_cast<char*>(o.out) +
+          (row * o.row_stride + channel) * static_cast<int64_t>(element_size(o.type));
+  o.channels = std::min<int64_t>(kPanel, o.channels - channel);
+  if (o.colsum) o.colsum += channel;
+  if (o.scale_b) o.scale_b += channel;
+  if (o.bias) o.bias += channel;
+  if (o.scale_a) o.scale_a += row * o.scale_a_step;
+  if (o.zero_point) o.zero_point += row * o.zero_point_step;
+  return o;
+}
+
+}  // namespace qkernels
