@@ -105,7 +105,7 @@ inline std::vector<int64_t> storage_order(const Tensor& t) {
 
 // True where the elements fill one block of memory without gaps or overlaps, in any order of dimensions.
 inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous() && t.numel() > 0) return true;  // strides of empty tensors are not what is_contiguous() says
+  if (t.is_contiguous()) return true;
   const auto order = storage_order(t);
   int64_t expected = 1;
   for (size_t i = order.size(); i-- > 0;) {
