@@ -183,7 +183,7 @@ def dynamic_qparams(
         shape, groups = [1] * x.dim(), values.reshape(1, -1)
     else:
         size = x.shape[-1] if group_size == -1 else group_size
-        shape = [*x.shape[:-1], x.shape[-1] // max(size, 1)]
+        shape = [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // size]
         groups = values.reshape(-1, max(size, 1)) if x.numel() else values.new_empty(torch.Size(shape).numel(), 0)
     if groups.shape[1] == 0:
         groups = groups.new_zeros(groups.shape[0], 1)
