@@ -1,5 +1,7 @@
 """qkernels: fast, exact kernels for quantization-aware training, and the thin QAT layer on top of them."""
 
+__version__ = "0.1.0"
+
 from . import library, registry
 from .library import use_kernel
 from .ops.fake_quantize import (
@@ -14,8 +16,6 @@ from .ops.fake_quantize import (
 )
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
 from .registry import kernels, which
-
-__version__ = "0.1.0"
 
 __all__ = [
     "choose_qparams",
