@@ -40,7 +40,7 @@ def extensions() -> list[Extension]:
     torch_root = Path(torch.__file__).parent
     headers = [str(path) for path in Path("csrc").rglob("*.h")]
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-Wall", "-g0", *os.environ.get("QKERNELS_CXXFLAGS", "").split()]
+             "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi", "-g0", *os.environ.get("QKERNELS_CXXFLAGS", "").split()]
     cpu = Extension(
         "qkernels._cpu",
         sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),

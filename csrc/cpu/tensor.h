@@ -125,7 +125,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 // As torch.empty_like: the strides of a dense tensor, else those of its dense counterpart.
-inline Tensor empty_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor empty_dense_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
   if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()));
   const Tensor dense = torch::stable::empty_like(t);
   return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype) : dense;

@@ -1,0 +1,339 @@
+// Fake quantization on the CPU: checks and memory layout here, the kernels in fake_quantize_kernels.h.
+#include "granularity.h"
+
+#define QK_BODY "fake_quantize_kernels.h"
+#include "foreach_isa.h"
+
+#include <tuple>
+
+namespace qkernels {
+namespace {
+
+// Builds the call's Quantizer from tensors or from numbers.
+struct TensorParams {
+  const Tensor& scale;
+  const std::optional<Tensor>& zero_point;
+  View view(const Tensor& x) const { return view_of(x, scale); }
+  template <typename T>
+  Quantizer<T> make(const Tensor& x, int64_t quant_min, int64_t quant_max) const {
+    return quantizer<T>(x, scale, zero_point, quant_min, quant_max);
+  }
+};
+
+struct ScalarParams {
+  double scale;
+  int64_t zero_point;
+  View view(const Tensor& x) const {
+    View view;
+    view.inner = x.numel();
+    return view;
+  }
+  template <typename T>
+  Quantizer<T> make(const Tensor&, int64_t quant_min, int64_t quant_max) const {
+    return quantizer<T>(scale, zero_point, quant_min, quant_max);
+  }
+};
+
+Tensor empty_mask(int64_t numel) { return empty({(numel + 7) / 8}, ScalarType::Byte); }
+
+template <typename Params>
+void run_forward(const Tensor& x_any, const Params& params, int64_t quant_min, int64_t quant_max, const Tensor& y,
+                 const Tensor* mask) {
+  const Tensor x = in_layout_of(x_any, y);
+  const int64_t numel = x.numel();
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = params.template make<Arithmetic<S>>(x_any, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = params.view(x);
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    uint8_t* bits = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
+    QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+  });
+}
+
+template <typename Params>
+Tensor forward_with(const Tensor& x, const Params& params, int64_t quant_min, int64_t quant_max) {
+  check_floating("x", x);
+  Tensor y = empty_dense_like(x);
+  run_forward(x, params, quant_min, quant_max, y, nullptr);
+  return y;
+}
+
+template <typename Params>
+std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const Params& params, int64_t quant_min,
+                                             int64_t quant_max) {
+  check_floating("x", x);
+  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel());
+  run_forward(x, params, quant_min, quant_max, y, &mask);
+  return {y, mask};
+}
+
+void check_grad(const Tensor& grad, const Tensor& x) {
+  check_cpu("grad", grad);
+  QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
+           "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
+  bool same = grad.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = grad.sizes()[i] == x.sizes()[i];
+  QK_CHECK(same, "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
+}
+
+template <typename Params>
+Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const Params& params, int64_t quant_min,
+                     int64_t quant_max) {
+  check_floating("x", x_any);
+  check_grad(grad_any, x_any);
+  const Tensor x = to_dense(x_any);
+  const Tensor grad = in_layout_of(grad_any, x);
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
+  const int64_t numel = x.numel();
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = params.template make<Arithmetic<S>>(x, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = params.view(x);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+  });
+  return dx;
+}
+
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point,
+                             int64_t quant_min, int64_t quant_max) {
+  return forward_with(x, TensorParams{scale, zero_point}, quant_min, quant_max);
+}
+
+Tensor fake_quantize_forward_scalar(const Tensor& x, double scale, int64_t zero_point, int64_t quant_min,
+                                    int64_t quant_max) {
+  return forward_with(x, ScalarParams{scale, zero_point}, quant_min, quant_max);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_forward_mask(const Tensor& x, const Tensor& scale,
+                                                      std::optional<Tensor> zero_point, int64_t quant_min,
+                                                      int64_t quant_max) {
+  return forward_mask_with(x, TensorParams{scale, zero_point}, quant_min, quant_max);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_forward_mask_scalar(const Tensor& x, double scale, int64_t zero_point,
+                                                             int64_t quant_min, int64_t quant_max) {
+  return forward_mask_with(x, ScalarParams{scale, zero_point}, quant_min, quant_max);
+}
+
+Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                              std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max) {
+  return backward_with(grad, x, TensorParams{scale, zero_point}, quant_min, quant_max);
+}
+
+Tensor fake_quantize_backward_scalar(const Tensor& grad, const Tensor& x, double scale, int64_t zero_point,
+                                     int64_t quant_min, int64_t quant_max) {
+  return backward_with(grad, x, ScalarParams{scale, zero_point}, quant_min, quant_max);
+}
+
+Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
+  check_floating("grad", grad_any);
+  const Tensor grad = to_dense(grad_any);
+  const int64_t numel = grad.numel();
+  QK_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+               mask.numel() == (numel + 7) / 8,
+           "mask: got ", dtype_name(mask.scalar_type()), " of shape ", shape_of(mask),
+           "; accepted: contiguous torch.uint8, one bit for each of grad's ", numel, " elements");
+  Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type());
+  if (numel == 0) return dx;
+  const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  dispatch_floating("grad", grad, [&](auto tag) {
+    using S = decltype(tag);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(backward_mask(numel, dy, bits, out));
+  });
+  return dx;
+}
+
+// A contiguous tensor of `dtype` in the shape of `like`, from fp64 values.
+Tensor from_double(const std::vector<double>& values, const Tensor& like) {
+  Tensor out = empty(to_vector(like.sizes()), like.scalar_type());
+  dispatch_floating("scale", out, [&](auto tag) {
+    using S = decltype(tag);
+    S* p = static_cast<S*>(out.mutable_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
+                                                                    const Tensor& scale,
+                                                                    std::optional<Tensor> zero_point,
+                                                                    int64_t quant_min, int64_t quant_max,
+                                                                    double grad_factor) {
+  check_floating("x", x_any);
+  check_grad(grad_any, x_any);
+  const Tensor x = to_dense(x_any);
+  const Tensor grad = in_layout_of(grad_any, x);
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
+  const int64_t numel = x.numel();
+  std::vector<double> dscale(scale.numel()), dzero_point(scale.numel());
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = view_of(x, scale);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
+  });
+  return {dx, from_double(dscale, scale), from_double(dzero_point, scale)};
+}
+
+void check_group_size(const Tensor& x, int64_t group_size) {
+  check_floating("x", x);
+  if (group_size == 0) return;
+  QK_CHECK(x.dim() > 0, "x: got 0 dims; accepted: at least 1, or group_size None");
+  const int64_t last = x.sizes()[x.dim() - 1];
+  QK_CHECK(group_size == -1 || (group_size > 0 && last % group_size == 0), "group_size: got ", group_size,
+           "; accepted: -1 (a row), None (the whole tensor), or a divisor of x's last dim ", last);
+}
+
+// Scale and zero point tensors of x's groups, empty as yet.
+std::tuple<Tensor, Tensor> empty_qparams(const Tensor& x, int64_t group_size) {
+  auto shape = to_vector(x.sizes());
+  if (group_size == 0) std::fill(shape.begin(), shape.end(), 1);
+  if (group_size == -1) shape.back() = 1;
+  if (group_size > 0) shape.back() /= group_size;
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return {empty(shape, dtype), empty(shape, ScalarType::Int)};
+}
+
+template <typename S>
+void whole_tensor_qparams(const Tensor& x, const QparamsRule& rule, Arithmetic<S>* scale, int32_t* zero_point) {
+  using T = Arithmetic<S>;
+  View view;
+  view.inner = x.numel();
+  T low = 0, high = 0;
+  const S* in = static_cast<const S*>(x.const_data_ptr());
+  if (x.numel()) QK_DISPATCH_ISA(range(view, view.inner, in, &low, &high));
+  const auto chosen = choose_qparams<T>(low, high, rule);
+  *scale = chosen.scale;
+  *zero_point = static_cast<int32_t>(chosen.zero_point);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const Tensor& x, int64_t group_size,
+                                                                         int64_t quant_min, int64_t quant_max,
+                                                                         bool symmetric) {
+  check_group_size(x, group_size);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
+  auto [scale, zero_point] = empty_qparams(x, group_size);
+  const int64_t numel = x.numel();
+  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel);
+  // Rows in one pass where they lie in order; else the ranges first, and y in x's own memory order after.
+  const bool one_pass = group_size != 0 && x.is_contiguous();
+  const Tensor rows = group_size == 0 ? to_dense(x) : to_contiguous(x);
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    auto* s = static_cast<Arithmetic<S>*>(scale.mutable_data_ptr());
+    auto* z = static_cast<int32_t*>(zero_point.mutable_data_ptr());
+    if (group_size == 0) return whole_tensor_qparams<S>(rows, rule, s, z);
+    const int64_t count = scale.numel();
+    const int64_t length = count ? numel / count : 0;
+    const S* in = static_cast<const S*>(rows.const_data_ptr());
+    S* out = one_pass ? static_cast<S*>(y.mutable_data_ptr()) : nullptr;
+    uint8_t* bits = one_pass && !symmetric ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    QK_DISPATCH_ISA(dynamic_forward(count, length, rule, in, out, s, z, bits));
+  });
+  if (!one_pass) {
+    const std::optional<Tensor> zero_points = zero_point;
+    run_forward(x, TensorParams{scale, zero_points}, quant_min, quant_max, y, symmetric ? nullptr : &mask);
+  }
+  return {y, scale, zero_point, mask};
+}
+
+bool is_set(const char* name, const Tensor& flag) {
+  QK_CHECK(flag.is_cpu() && flag.numel() == 1, name, ": got shape ", shape_of(flag),
+           "; accepted: one element, on x's device");
+  bool set = false;
+  for_each_value<double>(flag, [&](int64_t, double value) { set = value != 0; });
+  return set;
+}
+
+std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& observer_on,
+                                                 const Tensor& fake_quant_on, const Tensor& running_min,
+                                                 const Tensor& running_max, const Tensor& scale,
+                                                 const Tensor& zero_point, double averaging_const, int64_t quant_min,
+                                                 int64_t quant_max, double symmetric_steps) {
+  check_floating("x", x);
+  check_range(quant_min, quant_max);
+  const std::pair<const char*, const Tensor*> stats[] = {
+      {"running_min", &running_min}, {"running_max", &running_max}, {"scale", &scale}};
+  for (const auto& [name, stat] : stats) {
+    check_param(name, *stat, x);
+    QK_CHECK(stat->scalar_type() == ScalarType::Float && stat->is_contiguous() && stat->numel() == scale.numel(),
+             name, ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
+             "; accepted: contiguous torch.float32 of one shape for all statistics");
+  }
+  const ScalarType zero_point_dtype = zero_point.scalar_type();
+  QK_CHECK((zero_point_dtype == ScalarType::Int || zero_point_dtype == ScalarType::Long) &&
+               zero_point.is_contiguous() && zero_point.numel() == scale.numel(),
+           "zero_point: got ", dtype_name(zero_point_dtype), " of shape ", shape_of(zero_point),
+           "; accepted: contiguous torch.int32 or torch.int64 of scale's shape ", shape_of(scale));
+  const Tensor dense = to_dense(x);
+  const int64_t channels = scale.numel(), numel = x.numel();
+  if (is_set("observer_on", observer_on) && numel) {
+    const QparamsRule rule{quant_min,       quant_max, symmetric_steps != 0,
+                           symmetric_steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
+    const View view = view_of(dense, scale);
+    std::vector<float> low(channels), high(channels);
+    dispatch_floating("x", dense, [&](auto tag) {
+      using S = decltype(tag);
+      std::vector<Arithmetic<S>> lo(channels), hi(channels);
+      const S* in = static_cast<const S*>(dense.const_data_ptr());
+      QK_DISPATCH_ISA(range(view, numel, in, lo.data(), hi.data()));
+      std::copy(lo.begin(), lo.end(), low.begin());
+      std::copy(hi.begin(), hi.end(), high.begin());
+    });
+    float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());
+    float* max_stat = static_cast<float*>(running_max.mutable_data_ptr());
+    float* scales = static_cast<float*>(scale.mutable_data_ptr());
+    const float momentum = static_cast<float>(averaging_const);
+    const auto average = [momentum](float running, float batch) {
+      return std::isinf(running) ? batch : running + momentum * (batch - running);
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
+      min_stat[c] = average(min_stat[c], low[c]);
+      max_stat[c] = average(max_stat[c], high[c]);
+      const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
+      scales[c] = chosen.scale;
+      if (zero_point_dtype == ScalarType::Int) {
+        static_cast<int32_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int32_t>(chosen.zero_point);
+      } else {
+        static_cast<int64_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int64_t>(chosen.zero_point);
+      }
+    }
+  }
+  if (is_set("fake_quant_on", fake_quant_on))
+    return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
+  Tensor y = empty_dense_like(x), mask = empty_mask(numel);
+  torch::stable::copy_(y, x);
+  std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());
+  return {y, mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quantize_forward", TORCH_BOX(&fake_quantize_forward));
+  m.impl("fake_quantize_forward.scalar", TORCH_BOX(&fake_quantize_forward_scalar));
+  m.impl("fake_quantize_forward_mask", TORCH_BOX(&fake_quantize_forward_mask));
+  m.impl("fake_quantize_forward_mask.scalar", TORCH_BOX(&fake_quantize_forward_mask_scalar));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("fake_quantize_backward.scalar", TORCH_BOX(&fake_quantize_backward_scalar));
+  m.impl("fake_quantize_backward_mask", TORCH_BOX(&fake_quantize_backward_mask));
+  m.impl("fake_quantize_learnable_backward", TORCH_BOX(&fake_quantize_learnable_backward));
+  m.impl("fake_quantize_dynamic_forward", TORCH_BOX(&fake_quantize_dynamic_forward));
+  m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize));
+}
+
+}  // namespace qkernels

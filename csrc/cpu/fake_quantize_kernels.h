@@ -1,0 +1,285 @@
+// The fake-quant kernels, compiled once per path by foreach_isa.h.
+#include "walk.h"
+
+template <typename V>
+struct Bounds {
+  V low, high;
+  explicit Bounds(const Quantizer<typename V::Scalar>& q) : low(V::set1(q.quant_min)), high(V::set1(q.quant_max)) {}
+};
+
+template <typename V, typename S, bool kMask, typename P>
+inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, Bounds<V> b, BitWriter* bits) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const V z = p.zero_point(i);
+    const V q = round(V::load(x + i) * p.inv(i)) + z;
+    if constexpr (kMask) bits->add(inside(q, b.low, b.high).bits(), 16);
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i)).store(y + i);
+  }
+  if (const int64_t tail = n - i; tail > 0) {
+    const V z = p.zero_point(i, tail);
+    const V q = round(V::load(x + i, tail) * p.inv(i, tail)) + z;
+    if constexpr (kMask) bits->add(inside(q, b.low, b.high).bits() & ((1u << tail) - 1), static_cast<int>(tail));
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail)).store(y + i, tail);
+  }
+}
+
+template <typename S>
+void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+             uint8_t* mask) {
+  using V = typename VecOf<S>::type;
+  const Bounds<V> b(quantizer);
+  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+    if (mask) {
+      BitWriter bits(mask, at);
+      forward_stretch<V, S, true>(x + at, y + at, n, p, b, &bits);
+      bits.finish();
+    } else {
+      forward_stretch<V, S, false>(x + at, y + at, n, p, b, nullptr);
+    }
+  });
+}
+
+template <typename S>
+void backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad, const S* x,
+              S* dx) {
+  using V = typename VecOf<S>::type;
+  const Bounds<V> b(quantizer);
+  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const V q = round(V::load(x + at + i) * p.inv(i)) + p.zero_point(i);
+      select(inside(q, b.low, b.high), V::load(grad + at + i), zero<V>()).store(dx + at + i);
+    }
+    if (const int64_t tail = n - i; tail > 0) {
+      const V q = round(V::load(x + at + i, tail) * p.inv(i, tail)) + p.zero_point(i, tail);
+      select(inside(q, b.low, b.high), V::load(grad + at + i, tail), zero<V>()).store(dx + at + i, tail);
+    }
+  });
+}
+
+template <typename S>
+void backward_mask(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
+  using V = typename VecOf<S>::type;
+  torch::stable::parallel_for(0, (numel + 1023) / 1024, kGrain / 1024, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(last * 1024, numel);
+    int64_t i = first * 1024;
+    for (; i + 16 <= end; i += 16) {
+      const auto m = V::Mask::from_bits(static_cast<uint16_t>(mask[i / 8] | mask[i / 8 + 1] << 8));
+      select(m, V::load(grad + i), zero<V>()).store(dx + i);
+    }
+    if (const int64_t tail = end - i; tail > 0) {
+      const int high = tail > 8 ? mask[i / 8 + 1] << 8 : 0;
+      const auto m = V::Mask::from_bits(static_cast<uint16_t>(mask[i / 8] | high));
+      select(m, V::load(grad + i, tail), zero<V>()).store(dx + i, tail);
+    }
+  });
+}
+
+// Sums of the learnable backward; dx is written on the way. Terms are added in fp32 over at most 64 vectors, then in
+// fp64: exact enough that the fp32 result is right to its last bits, at no cost.
+template <typename S>
+struct LearnableOp {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  struct Partial {
+    double scale, zero_point;
+  };
+  const Quantizer<T>& quantizer;
+  const View& view;
+  const S *grad, *x;
+  S* dx;
+  double grad_factor;
+  double *dscale, *dzero_point;
+
+  static Partial identity() { return {0, 0}; }
+  static void merge(Partial& into, const Partial& from) {
+    into.scale += from.scale;
+    into.zero_point += from.zero_point;
+  }
+  void result(int64_t channel, const Partial& p) const {
+    dscale[channel] = p.scale * grad_factor;
+    dzero_point[channel] = p.zero_point * grad_factor;
+  }
+
+  // Select, never multiply, so that an infinite dy outside the range does not become NaN.
+  static inline void terms(V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale, V& dzero_point) {
+    const V steps = value * inv;
+    const V q = round(steps) + z;
+    const auto in = inside(q, b.low, b.high);
+    dx = select(in, dy, zero<V>());
+    dscale = dy * ((min(b.high, max(b.low, q)) - z) - select(in, steps, zero<V>()));
+    dzero_point = select(in, zero<V>(), (zero<V>() - dy) * scale);
+  }
+
+  Partial piece(int64_t at, int64_t n, int64_t channel) const {
+    const Bounds<V> b(quantizer);
+    const Uniform<V> p(quantizer.of(channel));
+    double scale_sum[16] = {}, zero_point_sum[16] = {};
+    V d, ds, dz;
+    int64_t i = 0;
+    while (i + 16 <= n) {
+      const int64_t stop = std::min(i + 1024, n);
+      V scale_acc = zero<V>(), zero_point_acc = zero<V>();
+      for (; i + 16 <= stop; i += 16) {
+        terms(V::load(grad + at + i), V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+        d.store(dx + at + i);
+        scale_acc = scale_acc + ds;
+        zero_point_acc = zero_point_acc + dz;
+      }
+      add_lanes(scale_sum, scale_acc);
+      add_lanes(zero_point_sum, zero_point_acc);
+    }
+    if (const int64_t tail = n - i; tail > 0) {
+      // Lanes beyond the tail have dy = 0 and x = 0: they add nothing, unless a parameter is NaN, when all is.
+      terms(V::load(grad + at + i, tail), V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+      d.store(dx + at + i, tail);
+      add_lanes(scale_sum, ds);
+      add_lanes(zero_point_sum, dz);
+    }
+    return {tree_sum(scale_sum), tree_sum(zero_point_sum)};
+  }
+
+  void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
+    const Bounds<V> b(quantizer);
+    Expanded<T> expanded;
+    expanded.fill(quantizer, view, at % row, n);
+    const V inv = V::load(expanded.inv, n), scale = V::load(expanded.scale, n), z = V::load(expanded.zero_point, n);
+    V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = at + r * row;
+      if (n == 16) {
+        terms(V::load(grad + i), V::load(x + i), inv, scale, z, b, d, ds, dz);
+        d.store(dx + i);
+      } else {
+        terms(V::load(grad + i, n), V::load(x + i, n), inv, scale, z, b, d, ds, dz);
+        d.store(dx + i, n);
+      }
+      scale_acc = scale_acc + ds;
+      zero_point_acc = zero_point_acc + dz;
+    }
+    T scale_lane[16], zero_point_lane[16];
+    scale_acc.store(scale_lane);
+    zero_point_acc.store(zero_point_lane);
+    for (int64_t i = 0; i < n; ++i) lanes[i] = {scale_lane[i], zero_point_lane[i]};
+  }
+};
+
+template <typename S>
+void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+                        const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
+  reduce_channels(view, numel, LearnableOp<S>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+}
+
+// Minimum and maximum of each channel, NaN where it holds one.
+template <typename S>
+struct RangeOp {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  struct Partial {
+    T low, high;
+  };
+  const S* x;
+  T *low, *high;
+
+  static Partial identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
+  static void merge(Partial& into, const Partial& from) {
+    if (from.low < into.low || from.low != from.low) into.low = from.low;
+    if (from.high > into.high || from.high != from.high) into.high = from.high;
+  }
+  void result(int64_t channel, const Partial& p) const {
+    low[channel] = p.low;
+    high[channel] = p.high;
+  }
+  Partial piece(int64_t at, int64_t n, int64_t) const {
+    V lo = V::set1(static_cast<T>(INFINITY)), hi = V::set1(static_cast<T>(-INFINITY));
+    auto nan = is_nan(lo);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const V v = V::load(x + at + i);
+      lo = min(lo, v);
+      hi = max(hi, v);
+      nan = nan | is_nan(v);
+    }
+    Partial p = nan.bits() ? Partial{static_cast<T>(NAN), static_cast<T>(NAN)} : Partial{lane_min(lo), lane_max(hi)};
+    for (; i < n; ++i) {
+      const T v = static_cast<T>(to_float(x[at + i]));
+      merge(p, {v, v});
+    }
+    return p;
+  }
+  void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
+    V lo = V::set1(static_cast<T>(INFINITY)), hi = V::set1(static_cast<T>(-INFINITY));
+    auto nan = is_nan(lo);
+    for (int64_t r = 0; r < rows; ++r) {
+      const V v = V::load(x + at + r * row, n);
+      lo = min(lo, v);
+      hi = max(hi, v);
+      nan = nan | is_nan(v);
+    }
+    T lo_lane[16], hi_lane[16];
+    lo.store(lo_lane);
+    hi.store(hi_lane);
+    for (int64_t i = 0; i < n; ++i) {
+      lanes[i] = {lo_lane[i], hi_lane[i]};
+      if (nan.bits() >> i & 1) lanes[i] = {static_cast<T>(NAN), static_cast<T>(NAN)};
+    }
+  }
+};
+
+template <typename S>
+void range(const View& view, int64_t numel, const S* x, Arithmetic<S>* low, Arithmetic<S>* high) {
+  reduce_channels(view, numel, RangeOp<S>{x, low, high});
+}
+
+// Dynamic ranges: each row of `length` elements gives its own scale while it is in cache, then is quantized with it.
+template <typename S>
+typename Quantizer<Arithmetic<S>>::Params row_params(const S* x, int64_t length, const QparamsRule& rule,
+                                                    Arithmetic<S>& scale) {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  T low, high;
+  if (rule.symmetric) {
+    V acc = zero<V>();
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16) acc = max_abs(acc, V::load(x + i));
+    if (i < length) acc = max_abs(acc, V::load(x + i, length - i));
+    high = lane_max(acc);
+    low = -high;
+  } else {
+    const typename RangeOp<S>::Partial p = RangeOp<S>{x, nullptr, nullptr}.piece(0, length, 0);
+    low = p.low;
+    high = p.high;
+  }
+  const auto chosen = choose_qparams<T>(low, high, rule);
+  scale = chosen.scale;
+  const T effective = effective_scale(chosen.scale);
+  return {1 / effective, effective, chosen.zero_point};
+}
+
+template <typename S>
+void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, S* y, Arithmetic<S>* scale,
+                     int32_t* zero_point, uint8_t* mask) {
+  using V = typename VecOf<S>::type;
+  Quantizer<Arithmetic<S>> q{static_cast<Arithmetic<S>>(rule.quant_min), static_cast<Arithmetic<S>>(rule.quant_max),
+                             {}, {}};
+  const Bounds<V> b(q);
+  // Eight rows at a time begin at a whole byte of the mask.
+  const int64_t grain = std::max<int64_t>(1, kGrain / 8 / std::max<int64_t>(length, 1));
+  torch::stable::parallel_for(0, (rows + 7) / 8, grain, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(last * 8, rows);
+    for (int64_t r = first * 8; r < end; ++r) {
+      const auto params = row_params(x + r * length, length, rule, scale[r]);
+      zero_point[r] = static_cast<int32_t>(params.zero_point);
+      if (!y) continue;
+      const Uniform<V> p(params);
+      if (mask) {
+        BitWriter bits(mask, r * length);
+        forward_stretch<V, S, true>(x + r * length, y + r * length, length, p, b, &bits);
+        bits.finish();
+      } else {
+        forward_stretch<V, S, false>(x + r * length, y + r * length, length, p, b, nullptr);
+      }
+    }
+  });
+}
