@@ -46,8 +46,9 @@ struct PanelOutput {
   bool wide;  // acc - zero_point * colsum may leave int32
 };
 
-// A row of activation codes holds round_up(K, 4) bytes, each XORed with `flip`: 0x80 where the dot-product instruction
-// takes unsigned bytes, which adds 128 * colsum to every sum; the epilogue takes it off again, modulo 2^32.
+// Activation codes are XORed with `flip`: 0x80 where the dot-product instruction takes unsigned bytes, which adds
+// 128 * colsum to every sum; the epilogue takes it off again, modulo 2^32. A row is read up to a multiple of 4 codes;
+// what lies beyond K meets zero weights.
 struct Int8Kernels {
   Isa isa;
   uint8_t flip;

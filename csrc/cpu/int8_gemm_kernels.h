@@ -360,7 +360,6 @@ void copy_codes(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, ui
     for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i]) ^ flip;
   else
     for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i * stride]) ^ flip;
-  for (int64_t i = k; i & 3; ++i) row[i] = 0;
 }
 
 constexpr int64_t kChunk = 1024;  // floats that a row is converted by: 4 KiB of stack
@@ -446,7 +445,6 @@ float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t* row) {
     const int64_t n = std::min(kChunk, k - i);
     nan |= quantize_chunk(as_floats(x + i, n, buffer), n, q, row + i);
   }
-  for (int64_t i = k; i & 3; ++i) row[i] = 0;
   return nan ? std::numeric_limits<float>::quiet_NaN() : q.scale;
 }
 

@@ -1,4 +1,4 @@
-"""int8 matrix multiplication with int32 sums, and the linear layer on packed int8 weights. Inference ops: not differentiable."""
+"""int8 matrix multiplication, and the linear layer on packed int8 weights. Inference ops: not differentiable."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ def check_floating(name: str, t: Tensor) -> None:
 def check_zero_point(name: str, t: Tensor) -> None:
     integer = t.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
     check(integer, f"{name}: got {t.dtype}; accepted: an integer dtype up to torch.int64")
-    if t.dtype == torch.int64 and t.device.type == "cpu" and t.numel():  # elsewhere a look at the values would synchronise
+    if (
+        t.dtype == torch.int64 and t.device.type == "cpu" and t.numel()
+    ):  # elsewhere a look at the values would synchronise
         info = torch.iinfo(torch.int32)
         low, high = int(t.min()), int(t.max())
         check(
@@ -118,7 +120,7 @@ def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
     check_k("w", k)
     n_panels, groups, _, _ = packed_shape(n, k)
     padded = torch.nn.functional.pad(w, (0, groups * 4 - k, 0, n_panels * PANEL - n))
-    data = padded.view(n_panels, PANEL, groups, 4).permute(0, 2, 1, 3).contiguous()
+    data = padded.view(n_panels, PANEL, groups, 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
     return data, w.sum(1, dtype=torch.int32)
 
 
@@ -135,7 +137,11 @@ def check_packed(data: Tensor, n: int, k: int) -> None:
 def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
     check_packed(data, n, k)
     n_panels, groups, _, _ = data.shape
-    return data.permute(0, 2, 1, 3).reshape(n_panels * PANEL, groups * 4)[:n, :k].contiguous()
+    return (
+        data.permute(0, 2, 1, 3)
+        .reshape(n_panels * PANEL, groups * 4)[:n, :k]
+        .clone(memory_format=torch.contiguous_format)
+    )
 
 
 def check_codes(quant_min: int, quant_max: int) -> None:
@@ -148,7 +154,7 @@ def check_codes(quant_min: int, quant_max: int) -> None:
 def static_qparams(
     input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """The scale as fp32 (floored at the smallest normal one, NaN where negative) and the zero point, one element each."""
+    """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point."""
     check_codes(quant_min, quant_max)
     check(input_scale.numel() == 1, f"input_scale: got shape {list(input_scale.shape)}; accepted: one element")
     check_floating("input_scale", input_scale)

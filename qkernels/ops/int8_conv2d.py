@@ -1,0 +1,150 @@
+"""2-D convolution on packed int8 weights with a statically quantized input. An inference op: not differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..reference import int8_conv2d as reference
+from .int8_gemm import ISAS, _int8_pack, _int8_unpack
+
+
+def _fake_conv2d(
+    x: Tensor,
+    data: Tensor,
+    colsum: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    n, c, h, w = reference.out_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
+    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+_int8_conv2d = library.define(
+    "int8_conv2d",
+    "(Tensor x, Tensor data, Tensor colsum, Tensor scale, Tensor? bias, Tensor input_scale, Tensor? input_zero_point, "
+    "SymInt quant_min, SymInt quant_max, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt groups) -> Tensor",
+    reference.int8_conv2d,
+    _fake_conv2d,
+)
+library.cpu_kernels("int8_conv2d", *ISAS)
+
+
+class PackedInt8Conv2d:
+    """A convolution's weight [C_out, C_in/groups, kh, kw] as packed int8 codes with its scales.
+
+    Attributes:
+        data: packed codes, int8: for each group the layout of ``PackedInt8`` over K = (kh, kw, C_in/groups).
+        colsum: [C_out] int32, the sum of each output channel's codes.
+        scale: [C_out] fp32; weight ≈ code·scale.
+        shape: (C_out, C_in/groups, kh, kw).
+        groups: of the convolution.
+    """
+
+    def __init__(
+        self, data: Tensor, colsum: Tensor, scale: Tensor, shape: tuple[int, int, int, int], groups: int
+    ) -> None:
+        self.data, self.colsum, self.scale, self.shape, self.groups = data, colsum, scale, shape, groups
+
+    @classmethod
+    def from_quantized(cls, q: Tensor, scale: Tensor, groups: int = 1) -> PackedInt8Conv2d:
+        """Packs codes q [C_out, C_in/groups, kh, kw] int8 with scale: one element, [C_out] or [C_out, 1, 1, 1].
+
+        Raises:
+            ValueError: another dtype, rank or scale shape, or C_out is not divisible by groups.
+        """
+        if q.dtype != torch.int8 or q.dim() != 4:
+            raise ValueError(
+                f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [C_out, C_in/groups, kh, kw]"
+            )
+        n, c, kh, kw = q.shape
+        if groups < 1 or n % groups:
+            raise ValueError(f"groups: got {groups}; accepted: a divisor of the output channels {n}")
+        if scale.numel() != 1 and scale.shape not in ((n,), (n, 1, 1, 1)):
+            raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1, 1, 1]")
+        rows = q.permute(0, 2, 3, 1).reshape(groups, n // groups, -1)
+        packed = [_int8_pack(group) for group in rows]
+        data = torch.stack([data for data, _ in packed])
+        colsum = torch.cat([colsum for _, colsum in packed])
+        return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), (n, c, kh, kw), groups)
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """(q [C_out, C_in/groups, kh, kw] int8, scale [C_out] fp32), exactly what was packed."""
+        n, c, kh, kw = self.shape
+        rows = torch.cat([_int8_unpack(group, n // self.groups, c * kh * kw) for group in self.data])
+        return rows.view(n, kh, kw, c).permute(0, 3, 1, 2).contiguous(), self.scale
+
+    def __repr__(self) -> str:
+        return f"PackedInt8Conv2d(shape={self.shape}, groups={self.groups})"
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def int8_conv2d(
+    x: Tensor,
+    packed: PackedInt8Conv2d,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """conv2d(x, weight, bias) with x quantized to int8 on the way in; sums are exact, the float epilogue is fp32.
+
+    out = ((acc − zero_point·colsum)·weight_scale)·input_scale + bias, rounded once to x's dtype; the padding is
+    an exact zero.
+
+    Args:
+        x: [N, C, H, W]; fp32, bf16 or fp16; contiguous or channels_last are read in place.
+        packed: the weight.
+        bias: [C_out], floating.
+        input_scale: one element; x's codes are clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max).
+        input_zero_point: one integer within quant_min…quant_max; None: 0.
+        quant_min, quant_max: inclusive range of x's codes, within int8.
+        stride, padding, dilation: as in ``torch.nn.functional.conv2d``, zero padding, one integer or (height, width).
+
+    Returns:
+        [N, C_out, H_out, W_out] of x's dtype in channels_last memory. Infinities saturate; a NaN of x makes the outputs
+        NaN that see it. Not differentiable.
+
+    Raises:
+        RuntimeError: a shape, dtype or range other than these, or C·kh·kw/groups > 131071.
+    """
+    channels = packed.shape[1] * packed.groups
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [N, {channels}, H, W]")
+    return _int8_conv2d(
+        x,
+        packed.data,
+        packed.colsum,
+        packed.scale,
+        bias,
+        input_scale,
+        input_zero_point,
+        quant_min,
+        quant_max,
+        list(packed.shape[2:]),
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        packed.groups,
+    )
