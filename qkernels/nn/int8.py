@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from ..ops.int8_gemm import PackedInt8, int8_linear
 from ..ops.quantize import choose_qparams
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
@@ -205,9 +206,8 @@ class Int8Conv2d(_Int8Layer):
         conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")
         if input is None:
             input = FakeQuantize(granularity=PerTensor(), quantizer="dynamic")
-        self.groups = groups
+        self.groups = groups  # before the base class packs the weight
         super().__init__(conv.weight.shape, bias, weight_bits, input)
-        self.groups = groups
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
@@ -248,29 +248,22 @@ class Int8Conv2d(_Int8Layer):
         padding: Any = self.padding
         if self._pad is not None:
             x, padding = F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
-        batched = x if x.dim() == 4 else x.unsqueeze(0)
-        b, _, h, w = batched.shape
-        size = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip((h, w), padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        ]
-        n, k = self.out_channels // self.groups, self.data.shape[2] * 4
-        k = self.weight_shape[1] * self.weight_shape[2] * self.weight_shape[3]
-        columns = F.unfold(batched, self.kernel_size, self.dilation, padding, self.stride).transpose(1, 2)
-        parts = [
-            int8_linear(
-                columns[..., g * k : (g + 1) * k],
-                PackedInt8(self.data[g], self.colsum[g * n : (g + 1) * n], self.scale[g * n : (g + 1) * n], (n, k)),
-                None if self.bias is None else self.bias[g * n : (g + 1) * n],
-                input_scale=input_scale,
-                input_zero_point=input_zero_point,
-                quant_min=self.quant_min,
-                quant_max=self.quant_max,
-            )
-            for g in range(self.groups)
-        ]
-        y = torch.cat(parts, -1).transpose(1, 2).reshape(b, self.out_channels, *size)
-        return y if x.dim() == 4 else y[0]
+        y = int8_conv2d(
+            x if x.dim() == 4 else x.unsqueeze(0),
+            PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups),  # type: ignore[arg-type]
+            self.bias,
+            input_scale=input_scale,  # type: ignore[arg-type]
+            input_zero_point=input_zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+        )
+        if x.dim() == 3:
+            return y[0]
+        # As nn.Conv2d, the output follows the input's memory format: what comes next may call .view(batch, -1).
+        return y.contiguous() if x.is_contiguous() else y
 
     def extra_repr(self) -> str:
         return (
@@ -280,14 +273,11 @@ class Int8Conv2d(_Int8Layer):
         )
 
     def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        packed = [PackedInt8.from_quantized(part.flatten(1), torch.ones(1)) for part in codes.chunk(self.groups)]
-        return torch.stack([p.data for p in packed]), torch.cat([p.colsum for p in packed])
+        packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
+        return packed.data, packed.colsum
 
     def _unpack(self) -> Tensor:
-        n, *rest = self.weight_shape
-        shape = (n // self.groups, rest[0] * rest[1] * rest[2])
-        parts = [PackedInt8(data, self.colsum, self.scale, shape).unpack()[0] for data in self.data]
-        return torch.cat(parts).view(self.weight_shape)
+        return PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups).unpack()[0]  # type: ignore[arg-type]
 
 
 def _finite(weight: Tensor) -> Tensor:
