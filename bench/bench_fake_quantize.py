@@ -97,7 +97,7 @@ def test_forward_backward(compare: Compare, dtype: torch.dtype, per_channel: boo
 @granularities
 @dtypes
 def test_learnable(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
-    """LSQ: gradients of x and scale. torch's ops take bf16 only with fp32 results in some versions: found at run time."""
+    """LSQ: gradients of x and scale."""
     x, scale, _ = operands(1024, 1024, per_channel, dtype)
     scale = as_granularity(scale).requires_grad_()
     x.requires_grad_()

@@ -36,7 +36,7 @@ def round_straight_through(t: Tensor) -> Tensor:
 
 def lsq(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Learned step size (arXiv 1902.08153): gradients of x and scale by autograd."""
-    return round_straight_through((x / scale).clamp(quant_min, quant_max)) * scale
+    return round_straight_through(x / scale).clamp(quant_min, quant_max) * scale
 
 
 def dynamic(x: Tensor, bits: int, group_size: int) -> Tensor:
