@@ -1,0 +1,19 @@
+"""Modules: fake quantization with state, QAT layers, int8 layers, and the granularities that describe them."""
+
+from .fake_quantize import FakeQuantize
+from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from .int8 import Int8Conv2d, Int8Linear
+from .qat import QATConv2d, QATLinear
+
+__all__ = [
+    "FakeQuantize",
+    "Granularity",
+    "Int8Conv2d",
+    "Int8Linear",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QATConv2d",
+    "QATLinear",
+]

@@ -1,0 +1,57 @@
+"""How much of a tensor one scale speaks for. Kernels never see these objects, only the shape of scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
+        return (1,)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of dim ``axis``: ``[N, 1]`` for a Linear weight, ``[O, 1, 1, 1]`` for a Conv2d."""
+
+    axis: int = 0
+
+    def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
+        shape = _known(self, shape)
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(f"granularity: got {self}; accepted: an axis of the tensor, whose shape is {list(shape)}")
+        return tuple(n if dim == self.axis % len(shape) else 1 for dim, n in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each ``size`` consecutive elements of the last dim: scale is ``[N, K/size]``."""
+
+    size: int
+
+    def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
+        shape = _known(self, shape)
+        if self.size < 1 or shape[-1] % self.size:
+            raise ValueError(f"granularity: got {self}; accepted: a size that divides the last dim, {shape[-1]}")
+        return (*shape[:-1], shape[-1] // self.size)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row of the last dim, taken from the row itself (quantizer="dynamic" only)."""
+
+    def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
+        raise ValueError('granularity: got PerToken() with fixed scales; accepted: quantizer="dynamic", or PerTensor()')
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerToken
+
+
+def _known(granularity: Granularity, shape: Sequence[int] | None) -> Sequence[int]:
+    if shape is None:
+        raise ValueError(f"shape: got None with granularity={granularity}; accepted: the shape of the tensor")
+    return shape

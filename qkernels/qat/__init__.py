@@ -1,0 +1,9 @@
+"""The thin QAT layer: QSpec and QConfig, prepare, calibrate, convert, report."""
+
+from .calibrate import calibrate
+from .config import QConfig, QSpec
+from .convert import convert
+from .prepare import prepare
+from .report import Report, report
+
+__all__ = ["QConfig", "QSpec", "Report", "calibrate", "convert", "prepare", "report"]

@@ -1,0 +1,123 @@
+"""calibrate: runs batches through a prepared model and sets every quantizer's scale from what it saw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.fake_quantize import FakeQuantize, block_statistics
+from .fold import eval_mode
+
+METHODS = ("minmax", "moving_average")
+MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would keep to the first one
+
+
+class _Statistics:
+    """Minimum, maximum and mean magnitude of all that one quantizer was given."""
+
+    def __init__(self, name: str, quantizer: FakeQuantize, method: str) -> None:
+        self.name, self.method = name, method
+        self.scale_shape = quantizer.scale.shape
+        self.values: tuple[Tensor, Tensor, Tensor] | None = None
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        low, high, mean = block_statistics(x, self.scale_shape)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            layer = self.name.rpartition(".")[0] or "model"
+            what = "weight" if self.name.endswith("weight_fake_quant") else "input"
+            raise ValueError(f"batches: the {what} of layer {layer!r} holds NaN or infinity; accepted: finite values")
+        self.count += 1
+        if self.values is None:
+            self.values = (low, high, mean)
+            return
+        old_low, old_high, old_mean = self.values
+        if self.method == "minmax":
+            share = 1 / self.count
+            low, high = torch.minimum(old_low, low), torch.maximum(old_high, high)
+        else:
+            share = MOVING_AVERAGE
+            low, high = old_low + share * (low - old_low), old_high + share * (high - old_high)
+        self.values = (low, high, old_mean + share * (mean - old_mean))
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "minmax") -> None:
+    """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
+
+    Runs ``model`` in eval mode without gradients and without quantization, so that each layer sees what the float
+    model gives it; modes are restored. Weight quantizers start anew from the weights as they are now.
+
+    Args:
+        model: from ``prepare``.
+        batches: tensors (the input), tuples or lists (the first element is the input), or dicts (keyword arguments).
+        method: "minmax": the extremes over all batches. "moving_average": an average of the batches' extremes
+            (the first, then value += 0.1·(batch − value)), which a single outlier moves less.
+
+    Raises:
+        ValueError: no batches, a method or model other than these, or NaN or infinity in a layer's input (names the
+            layer). The model's scales then stay as they were.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
+    quantizers = quantizers_of(model)
+    statistics = {
+        quantizer: _Statistics(name, quantizer, method)
+        for name, quantizer in quantizers.items()
+        if quantizer.quantizer != "dynamic"
+    }
+
+    def observe(quantizer: FakeQuantize, x: Tensor) -> Tensor:
+        if quantizer in statistics:
+            statistics[quantizer].update(x)
+        return x
+
+    seen = 0
+    with eval_mode(model), torch.no_grad(), quantizers_replaced(model, observe):
+        for batch in batches:
+            call(model, batch)
+            seen += 1
+    if not seen:
+        raise ValueError("batches: got none; accepted: at least one batch of inputs")
+    for quantizer, observed in statistics.items():
+        if observed.values is not None:
+            quantizer.set_range(*observed.values)
+
+
+def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantize)}
+    if not found:
+        raise ValueError("model: got one without quantizers; accepted: what qk.prepare(model, config) returns")
+    return found
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model on one batch: a tensor, a tuple or list that starts with the input, or a dict of keyword arguments."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and batch:
+        return model(batch[0])
+    raise TypeError(
+        f"batches: got a {type(batch).__name__}; accepted: tensors, tuples or lists that start with the input, "
+        "dicts of keyword arguments"
+    )
+
+
+@contextlib.contextmanager
+def quantizers_replaced(model: nn.Module, fn: Callable[[FakeQuantize, Tensor], Tensor]) -> Iterator[None]:
+    """Every quantizer computes ``fn(quantizer, x)`` inside; the quantizers' own code carries no trace of it."""
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    for quantizer in quantizers:
+        quantizer.forward = lambda x, quantizer=quantizer: fn(quantizer, x)  # type: ignore[method-assign, misc]
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            del quantizer.forward
