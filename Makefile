@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-SOURCES := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
+SOURCES := setup.py $(shell find csrc -type f)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,fake_quantize quantize int8_gemm int8_conv2d))
 preload = $(shell gcc -print-file-name=lib$(1).so)
@@ -45,11 +45,16 @@ $(VENV)/torch:
 	$(PYTHON) -m pip install -q torch==2.13.0 'setuptools>=77'
 	touch $@
 
-$(VENV)/built: $(VENV)/torch $(SOURCES)
-	QKERNELS_STRICT_BUILD=1 $(PYTHON) -m pip install -q --no-build-isolation -e .
+$(VENV)/installed: pyproject.toml | $(VENV)/torch
+	QKERNELS_BUILD=none $(PYTHON) -m pip install -q --no-build-isolation -e .
+	touch $@
+
+# In place and not through pip, which would compile every file again.
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
+	QKERNELS_STRICT_BUILD=1 $(PYTHON) setup.py -q build_ext --inplace
 	touch $@
 
 # The extras of pyproject.toml, each when a target first needs it.
-$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/built
+$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
 	$(PYTHON) -m pip install -q 'qkernels[$*]'
 	touch $@

@@ -9,7 +9,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import CompileError, LinkError
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f'qkernels: setuptools {setuptools.__version__} is too old; run: pip install "setuptools>=77"')
@@ -49,7 +49,7 @@ class BuildInParallel(build_ext):
                     build_temp=self.build_temp,
                     target_lang="c++",
                 )
-            except (BaseError, OSError) as error:
+            except (CompileError, LinkError) as error:
                 if not extension.optional:
                     raise
                 say(

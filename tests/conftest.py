@@ -56,13 +56,13 @@ def _repeatable() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a fresh interpreter that finds this checkout; for what is decided at import."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh interpreter that imports qkernels from ``root``; for what is decided at import."""
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path, **env},
-        cwd=ROOT,
+        cwd=root,
         capture_output=True,
         text=True,
         timeout=300,

@@ -284,7 +284,7 @@ def observe_fake_quantize(
     scale.copy_(torch.where(learn, s, scale))
     zero_point.copy_(torch.where(learn, z, zero_point))
     y, mask = fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
-    on = fake_quant_on.bool()
+    on = fake_quant_on.bool().reshape(())
     return torch.where(on, y, x, out=torch.empty_like(x)), torch.where(on, mask, 255)
 
 
