@@ -17,7 +17,7 @@ import re
 import shlex
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -138,15 +138,19 @@ def load() -> None:
             _op_missing[op] = Mendable(f"the C++ kernels hold no {op}; rebuild them with: {build_command()}")
 
 
-def define(op: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    op: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, cpu: Sequence[str] = ()
+) -> Any:
     """Defines ``qkernels::op`` and returns it.
 
     ``reference`` becomes the kernel of every device that has none better; ``fake`` gives the outputs' metadata,
-    strides included, for tracing.
+    strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first.
     """
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, schema)
     torch.library.register_fake(name, fake)
+    for isa in cpu:
+        registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     torch.library.impl(name, "CompositeExplicitAutograd", _selected(op))
     packet, _, overload = op.partition(".")
@@ -158,12 +162,6 @@ def _selected(op: str) -> Callable[..., Any]:
         return registry.run(op, *args)
 
     return call
-
-
-def cpu_kernels(op: str, *isas: str) -> None:
-    """Registers the compiled CPU kernels of ``op``, one for each path that csrc holds for it, best first."""
-    for isa in isas:
-        registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
 
 
 def _pinned(op: str, isa: str) -> Callable[..., Any]:

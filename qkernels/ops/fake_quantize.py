@@ -6,6 +6,7 @@ wanted: per call that costs a third of ``register_autograd``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,7 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as reference
 
-_ISAS = ("avx512", "avx2", "scalar")
-
-
-def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
-    defined = library.define(op, schema, reference_fn, fake)
-    library.cpu_kernels(op, *_ISAS)
-    return defined
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
 
 def _mask_like(x: Tensor) -> Tensor:
@@ -260,8 +255,8 @@ def fake_quantize(
     Args:
         x: any shape; fp32, fp64, fp16 or bf16. Arithmetic is fp32 (fp64 for fp64), rounding half to even.
         scale: positive. Its shape is the granularity: one element (per tensor), or x's rank with every dim dividing
-            x's: ``[N, 1]`` per row, ``[N, K/G]`` per group, ``[1, C, 1, 1]`` per channel of NCHW. A float is per tensor.
-            Below the smallest normal fp32 it acts as that value; negative or NaN gives NaN.
+            x's: ``[N, 1]`` per row, ``[N, K/G]`` per group, ``[1, C, 1, 1]`` per channel of NCHW. A number
+            is per tensor. Below the smallest normal fp32 it acts as that value; negative or NaN gives NaN.
         zero_point: None (0), one element, or scale's shape. Integers must lie in the range; a float one is rounded
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
@@ -279,7 +274,7 @@ def fake_quantize(
     """
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
-            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None, or make scale a tensor")
+            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
@@ -330,7 +325,7 @@ def fake_quantize_dynamic(
     quant_min, quant_max = range_of_bits(bits)
     # Raw ops have no gradient formula, so they never see a tensor that wants one.
     y, scale, zero_point, mask = _dynamic_forward(
-        x.detach(), 0 if group_size is None else _nonzero(group_size), quant_min, quant_max, symmetric
+        x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric
     )
     if torch.is_grad_enabled() and x.requires_grad:
         if symmetric:
@@ -340,10 +335,11 @@ def fake_quantize_dynamic(
     return (y, scale, zero_point) if return_qparams else y
 
 
-def _nonzero(group_size: int) -> int:
+def group_size_argument(group_size: int | None) -> int:
+    """The raw ops' number for a group size: 0 for the whole tensor."""
     if group_size == 0:
         raise RuntimeError("group_size: got 0; accepted: -1 (a row), None (the whole tensor), or a positive divisor")
-    return group_size
+    return 0 if group_size is None else group_size
 
 
 def observe_fake_quantize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import library
 from ..reference import int8_conv2d as reference
-from .int8_gemm import ISAS, _int8_pack, _int8_unpack
+from .int8_gemm import _int8_pack, _int8_unpack
 
 
 def _fake_conv2d(
@@ -39,8 +39,8 @@ _int8_conv2d = library.define(
     "SymInt groups) -> Tensor",
     reference.int8_conv2d,
     _fake_conv2d,
+    cpu=("avx512vnni", "avx2", "scalar"),
 )
-library.cpu_kernels("int8_conv2d", *ISAS)
 
 
 class PackedInt8Conv2d:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,13 +10,7 @@ from torch import Tensor
 from .. import library
 from ..reference import int8_gemm as reference
 
-ISAS = ("avx512vnni", "avx2", "scalar")
-
-
-def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
-    defined = library.define(op, schema, reference_fn, fake)
-    library.cpu_kernels(op, *ISAS)
-    return defined
+_define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
 
 
 def _fake_mm(a: Tensor, b: Tensor) -> Tensor:

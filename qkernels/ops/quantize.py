@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,13 +10,9 @@ from torch import Tensor
 from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from .fake_quantize import _ISAS, _nonzero, fake_dynamic_qparams, range_of_bits
+from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
 
-
-def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
-    defined = library.define(op, schema, reference_fn, fake)
-    library.cpu_kernels(op, *_ISAS)
-    return defined
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
 
 _quantize = _define(
@@ -86,8 +82,7 @@ def quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``."""
     quant_min, quant_max = range_of_bits(bits)
-    group = 0 if group_size is None else _nonzero(group_size)
-    return _quantize_dynamic(x, group, quant_min, quant_max, symmetric)
+    return _quantize_dynamic(x, group_size_argument(group_size), quant_min, quant_max, symmetric)
 
 
 def choose_qparams(
