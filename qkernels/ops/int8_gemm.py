@@ -13,9 +13,9 @@ from ..reference import int8_gemm as reference
 ISAS = ("avx512vnni", "avx2", "scalar")
 
 
-def _define(op: str, schema: str, reference_fn: Any, fake: Any) -> Any:
+def _define(op: str, schema: str, reference_fn: Any, fake: Any, isas: tuple[str, ...] = ISAS) -> Any:
     defined = library.define(op, schema, reference_fn, fake)
-    library.cpu_kernels(op, *ISAS)
+    library.cpu_kernels(op, *isas)
     return defined
 
 
@@ -72,6 +72,7 @@ _int8_unpack = _define(
     "(Tensor data, SymInt n, SymInt k) -> Tensor",
     reference.int8_unpack,
     lambda data, n, k: data.new_empty((n, k)),
+    isas=("scalar",),
 )
 _int8_linear = _define(
     "int8_linear",
