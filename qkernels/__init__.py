@@ -1,8 +1,8 @@
 """qkernels: fast, exact kernels for quantization-aware training, and the thin QAT layer on top of them."""
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
 
-from . import library, nn, registry
+from . import library, nn, ops, qat, reference, registry
 from .library import use_kernel
 from .nn import PerChannel, PerGroup, PerTensor, PerToken
 from .ops.fake_quantize import (
@@ -15,6 +15,7 @@ from .ops.fake_quantize import (
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
 )
+from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
@@ -22,6 +23,7 @@ from .registry import kernels, which
 
 __all__ = [
     "PackedInt8",
+    "PackedInt8Conv2d",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -39,6 +41,7 @@ __all__ = [
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fused_moving_avg_obs_fake_quant",
+    "int8_conv2d",
     "int8_linear",
     "int8_mm",
     "int8_scaled_mm",
@@ -46,9 +49,12 @@ __all__ = [
     "library",
     "nn",
     "observe_fake_quantize",
+    "ops",
     "prepare",
+    "qat",
     "quantize",
     "quantize_dynamic",
+    "reference",
     "registry",
     "report",
     "use_kernel",

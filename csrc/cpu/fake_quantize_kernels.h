@@ -176,25 +176,28 @@ void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quanti
 template <typename S>
 void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, S* y, Arithmetic<S>* scale,
                      int32_t* zero_point, uint8_t* mask) {
+  using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  Quantizer<Arithmetic<S>> q{static_cast<Arithmetic<S>>(rule.quant_min), static_cast<Arithmetic<S>>(rule.quant_max),
-                             {}, {}};
-  const Bounds<V> b(q);
-  // Eight rows at a time begin at a whole byte of the mask.
-  const int64_t grain = std::max<int64_t>(1, kGrain / 8 / std::max<int64_t>(length, 1));
-  torch::stable::parallel_for(0, (rows + 7) / 8, grain, [&](int64_t first, int64_t last) {
-    const int64_t end = std::min(last * 8, rows);
-    for (int64_t r = first * 8; r < end; ++r) {
-      const auto params = row_params(x + r * length, length, rule, scale[r]);
-      zero_point[r] = static_cast<int32_t>(params.zero_point);
+  const Bounds<V> b(Quantizer<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
+  // Sixteen rows at a time, which begin at a whole byte of the mask.
+  const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(length, 1));
+  torch::stable::parallel_for(0, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
+    for (int64_t block = first * 16; block < std::min(last * 16, rows); block += 16) {
+      const int64_t count = std::min<int64_t>(16, rows - block);
+      const RowParams<T> params = row_params(x + block * length, count, length, rule);
+      std::memcpy(scale + block, params.scale, count * sizeof(T));
+      for (int64_t r = 0; r < count; ++r) zero_point[block + r] = static_cast<int32_t>(params.zero_point[r]);
       if (!y) continue;
-      const Uniform<V> p(params);
-      if (mask) {
-        BitWriter bits(mask, r * length);
-        forward_stretch<V, S, true>(x + r * length, y + r * length, length, p, b, &bits);
-        bits.finish();
-      } else {
-        forward_stretch<V, S, false>(x + r * length, y + r * length, length, p, b, nullptr);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (block + r) * length;
+        const Uniform<V> p(params[r]);
+        if (mask) {
+          BitWriter bits(mask, at);
+          forward_stretch<V, S, true>(x + at, y + at, length, p, b, &bits);
+          bits.finish();
+        } else {
+          forward_stretch<V, S, false>(x + at, y + at, length, p, b, nullptr);
+        }
       }
     }
   });

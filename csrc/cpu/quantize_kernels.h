@@ -43,14 +43,20 @@ void dequantize(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int
 template <typename S>
 void quantize_dynamic(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, int8_t* q,
                       Arithmetic<S>* scale, int32_t* zero_point) {
+  using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
   const V low = V::set1(rule.quant_min), high = V::set1(rule.quant_max);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(length, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const auto params = row_params(x + r * length, length, rule, scale[r]);
-      zero_point[r] = static_cast<int32_t>(params.zero_point);
-      quantize_stretch<V>(x + r * length, q + r * length, length, Uniform<V>(params), low, high);
+  const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(length, 1));
+  torch::stable::parallel_for(0, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
+    for (int64_t block = first * 16; block < std::min(last * 16, rows); block += 16) {
+      const int64_t count = std::min<int64_t>(16, rows - block);
+      const RowParams<T> params = row_params(x + block * length, count, length, rule);
+      std::memcpy(scale + block, params.scale, count * sizeof(T));
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (block + r) * length;
+        zero_point[block + r] = static_cast<int32_t>(params.zero_point[r]);
+        quantize_stretch<V>(x + at, q + at, length, Uniform<V>(params[r]), low, high);
+      }
     }
   });
 }

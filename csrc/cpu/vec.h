@@ -68,6 +68,10 @@ inline Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
   return map(a, b, [](T p, T q) { return p * q; });
 }
 template <typename T>
+inline Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
+  return map(a, b, [](T p, T q) { return p / q; });
+}
+template <typename T>
 inline Lanes<T> min(Lanes<T> bound, Lanes<T> a) {
   return map(bound, a, [](T p, T q) { return p < q ? p : q; });
 }
@@ -201,6 +205,7 @@ struct F32 {
 inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline F32 min(F32 bound, F32 a) { return {_mm256_min_ps(bound.lo, a.lo), _mm256_min_ps(bound.hi, a.hi)}; }
 inline F32 max(F32 bound, F32 a) { return {_mm256_max_ps(bound.lo, a.lo), _mm256_max_ps(bound.hi, a.hi)}; }
 inline F32 round(F32 a) {
@@ -294,6 +299,7 @@ struct F32 {
 inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 min(F32 bound, F32 a) { return {_mm512_min_ps(bound.v, a.v)}; }
 inline F32 max(F32 bound, F32 a) { return {_mm512_max_ps(bound.v, a.v)}; }
 inline F32 round(F32 a) {
@@ -344,17 +350,32 @@ inline double tree_sum(double (&total)[16]) {
 
 template <typename V>
 inline typename V::Scalar lane_max(V a) {  // NaN if any lane is
-#if QK_LEVEL == 2
-  if constexpr (std::is_same_v<V, F32>) {
-    if (is_nan(a).bits()) return __builtin_nanf("");
-    return _mm512_reduce_max_ps(a.v);
-  }
-#endif
   typename V::Scalar lane[16];
   a.store(lane);
   typename V::Scalar best = lane[0];
   for (int i = 1; i < 16; ++i) best = lane[i] > best || lane[i] != lane[i] ? lane[i] : best;
   return best;
+}
+
+// lane_max of what max_abs gave: the bits order as integers here too.
+template <typename V>
+inline typename V::Scalar lane_max_abs(V a) {
+#if QK_LEVEL > 0
+  if constexpr (std::is_same_v<V, F32>) {
+#if QK_LEVEL == 2
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a.v));
+#else
+    const __m256i m = _mm256_max_epi32(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi));
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    const int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+#endif
+    float amax;
+    std::memcpy(&amax, &bits, sizeof amax);
+    return amax;
+  }
+#endif
+  return lane_max(a);
 }
 
 template <typename V>

@@ -59,6 +59,13 @@ def check_granularity(name: str, param: Tensor, x: Tensor) -> None:
         )
 
 
+def check_grad(grad: Tensor, x: Tensor) -> None:
+    if grad.dtype != x.dtype:
+        raise RuntimeError(f"grad: got {grad.dtype}; accepted: x's dtype, {x.dtype}")
+    if grad.shape != x.shape:
+        raise RuntimeError(f"grad: got shape {list(grad.shape)}; accepted: x's shape {list(x.shape)}")
+
+
 def expand(param: Tensor, x: Tensor) -> Tensor:
     """``param`` repeated to the blocks of x that it speaks for."""
     if param.numel() == 1:
@@ -123,6 +130,7 @@ def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
     check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
     inside = inside_range(x, scale, zero_point, quant_min, quant_max)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
@@ -150,6 +158,7 @@ def fake_quantize_learnable_backward(
     −dy·scale over what is clipped; both times grad_factor.
     """
     check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.to(s.dtype) * inv
     q = steps.round() + z
