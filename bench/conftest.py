@@ -110,6 +110,20 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, threads: int) -> Cal
 
 
 @pytest.fixture
+def overheads(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """overheads(base): the last comparison once more, as each contestant's time over the time of ``base``."""
+
+    def run(base: str) -> None:
+        row = rows[-1]
+        seconds = {name: times["median"] for name, times in row["seconds"].items()}
+        figures = {name: round(value / seconds[base], 3) for name, value in seconds.items() if name != base}
+        case = f"{row['case']}, {row['threads']} threads: times {base}"
+        rows.append({"op": row["op"], "case": case, "figures": figures})
+
+    return run
+
+
+@pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[..., None]:
     """report(case, …): a row of figures that are not times in seconds."""
 
@@ -161,7 +175,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             write(f"{row['op']:<14} {row['case']:<44} {figures}")
             continue
         ours = row["seconds"]["qkernels"]
-        time_text = f"{1e6 * ours['median']:.4g} µs ({1e6 * ours['p20']:.4g} to {1e6 * ours['p80']:.4g})"
+        unit, scale = ("µs", 1e6) if ours["median"] < 1e-3 else ("ms", 1e3)
+        low, middle, high = (scale * ours[key] for key in ("p20", "median", "p80"))
+        time_text = f"{middle:.4g} {unit} ({low:.4g} to {high:.4g})"
         ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         write(f"{row['op']:<14} {row['case']:<44} {row['threads']}t  {time_text:<34} {ratios}")
     for name, reason in peers.missing.items():

@@ -66,6 +66,7 @@ _int8_unpack = _define(
     "(Tensor data, SymInt n, SymInt k) -> Tensor",
     reference.int8_unpack,
     lambda data, n, k: data.new_empty((n, k)),
+    cpu=("scalar",),
 )
 _int8_linear = _define(
     "int8_linear",

@@ -1,7 +1,8 @@
 """Fake quantization in plain torch.
 
-y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale. Arithmetic is fp32 (fp64 for fp64 inputs), 1/scale is taken once, rounding is half to even, and the output is rounded
-once to x's dtype. The shape of scale is the granularity: one element, or x's rank with every dim dividing x's.
+y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale. Arithmetic is fp32 (fp64 for
+fp64 inputs), 1/scale is taken once, rounding is half to even, and the output is rounded once to x's dtype. The shape of
+scale is the granularity: one element, or x's rank with every dim dividing x's.
 """
 
 from __future__ import annotations
