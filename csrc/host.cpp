@@ -35,7 +35,6 @@ py::dict build_info() {
 #endif
   info["torch"] = QKERNELS_BUILD_TORCH;
   info["torch_target"] = "2.10";
-  info["built"] = __DATE__ " " __TIME__;
   return info;
 }
 
@@ -50,9 +49,18 @@ PYBIND11_MODULE(_host, m) {
   });
   m.def("supported_isa", [] { return name(static_cast<int>(supported_isa())); });
   m.def("active_isa", [] { return name(own_isa_state.active); });
-  m.def("set_isa", &set_isa, py::arg("isa"), "Caps the path that CPU kernels take: scalar, avx2, avx512 or avx512vnni.");
-  m.def("last_isa", [] { return name(own_isa_state.last); }, "The path that the last CPU kernel took.");
-  m.def("isa_state", [] { return reinterpret_cast<uintptr_t>(&own_isa_state); },
-        "Address of the shared state, for qkernels_bind_isa() of the op library.");
+  m.def("set_isa", &set_isa, py::arg("isa"),
+        "Caps the path that CPU kernels take: scalar, avx2, avx512 or avx512vnni.");
+  m.def(
+      "last_isa",
+      []() -> py::object {
+        const int last = own_isa_state.last;
+        return last < 0 ? py::object(py::none()) : py::object(py::str(name(last)));
+      },
+      "The path that the last CPU kernel took; None since clear_last_isa().");
+  m.def("clear_last_isa", [] { own_isa_state.last = -1; });
+  m.def(
+      "isa_state", [] { return reinterpret_cast<uintptr_t>(&own_isa_state); },
+      "Address of the shared state, for qkernels_bind_isa() of the op library.");
   m.def("build_info", &build_info);
 }

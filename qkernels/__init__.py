@@ -1,7 +1,10 @@
 """qkernels: fast, exact kernels for quantization-aware training, and the thin QAT layer on top of them."""
 
-from . import library, registry
+__version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
+
+from . import library, nn, ops, qat, reference, registry
 from .library import use_kernel
+from .nn import PerChannel, PerGroup, PerTensor, PerToken
 from .ops.fake_quantize import (
     fake_quantize,
     fake_quantize_dynamic,
@@ -12,13 +15,24 @@ from .ops.fake_quantize import (
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
 )
+from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
+from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "PackedInt8",
+    "PackedInt8Conv2d",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QConfig",
+    "QSpec",
+    "calibrate",
     "choose_qparams",
+    "convert",
     "dequantize",
     "fake_quantize",
     "fake_quantize_dynamic",
@@ -27,12 +41,22 @@ __all__ = [
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fused_moving_avg_obs_fake_quant",
+    "int8_conv2d",
+    "int8_linear",
+    "int8_mm",
+    "int8_scaled_mm",
     "kernels",
     "library",
+    "nn",
     "observe_fake_quantize",
+    "ops",
+    "prepare",
+    "qat",
     "quantize",
     "quantize_dynamic",
+    "reference",
     "registry",
+    "report",
     "use_kernel",
     "which",
 ]

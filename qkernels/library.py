@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import importlib.machinery
 import importlib.metadata
 import json
 import os
+import re
+import shlex
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 
-from . import registry
+from . import __version__, registry
 from .registry import Mendable
 
 NAMESPACE = "qkernels"
@@ -32,56 +38,104 @@ def _version_of_torch() -> tuple[int, int]:
 
 
 def build_command() -> str:
-    """The one command that compiles the kernels for the installed package."""
-    source = NAMESPACE
-    try:
-        origin = importlib.metadata.distribution(NAMESPACE).read_text("direct_url.json")
-        if origin:
-            source = json.loads(origin)["url"].removeprefix("file://")
-    except importlib.metadata.PackageNotFoundError:
-        source = str(Path(__file__).parent.parent)
-    return f"pip install --no-build-isolation --no-deps --force-reinstall {source}"
+    """The one command that compiles the kernels for the package as it is installed here."""
+    checkout = Path(__file__).parent.parent
+    source = "--no-binary qkernels qkernels"
+    if (checkout / "setup.py").exists():
+        source = f"-e {shlex.quote(str(checkout))}"
+    else:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            origin = json.loads(importlib.metadata.distribution(NAMESPACE).read_text("direct_url.json") or "{}")
+            if "vcs_info" in origin:
+                version_control = origin["vcs_info"]
+                source = f"{version_control['vcs']}+{origin['url']}@{version_control['commit_id']}"
+            elif "url" in origin:
+                source = shlex.quote(unquote(origin["url"].removeprefix("file://")))
+    # Without --no-cache-dir pip would serve a pure-Python wheel that it built and kept earlier.
+    return (
+        'pip install "setuptools>=77" && '
+        f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {source}"
+    )
 
 
-def _load_host() -> ModuleType | None:
-    try:
-        from . import _host
-    except ImportError:
-        return None
-    return _host
+def _module_file(name: str) -> Path | None:
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    return next((path for suffix in suffixes if (path := Path(__file__).with_name(name + suffix)).exists()), None)
 
 
-def _load_cpu() -> str | None:
-    """Loads the compiled CPU kernels; returns why they are not there, or None."""
-    found = sorted(Path(__file__).parent.glob("_cpu.*so"))
-    if not found:
-        return Mendable(f"the C++ kernels are not built; build them with: {build_command()}")
-    if _version_of_torch() < TORCH_MINIMUM:
-        return Mendable(
-            f"torch {torch.__version__} is too old for the C++ kernels, which need torch >= "
-            f"{'.'.join(map(str, TORCH_MINIMUM))}; upgrade with: pip install -U torch"
-        )
-    try:
-        torch.ops.load_library(str(found[0]))
-        library = ctypes.CDLL(str(found[0]))
-        if host is not None:
-            library.qkernels_bind_isa(ctypes.c_void_p(host.isa_state()))
-    except (OSError, AttributeError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
-        return Mendable(f"the C++ kernels are broken or stale ({first_line}); rebuild them with: {build_command()}")
+def _fault_of(module: Path) -> str | None:
+    """Why a compiled module must not be loaded (cut short, or of other sources than this package), or None."""
+    data = module.read_bytes()
+    if len(data) < 64 or data[:4] != b"\x7fELF":
+        return f"{module.name} is not a shared library"
+    # The section table ends an ELF file. Loading one that was cut short can kill the process.
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", data, 0x3A)
+    if len(data) < table + entry_size * entries:
+        return f"{module.name} is truncated: {len(data)} bytes, should be at least {table + entry_size * entries}"
+    found = re.search(rb"qkernels-build-id:([^;]*)\+(\w*);", data)
+    version, sources = (part.decode() for part in found.groups()) if found else ("unknown", "unknown")
+    if version != __version__:
+        return f"{module.name} is stale: built for qkernels {version}, this is {__version__}"
+    checkout = Path(__file__).parent.parent / "csrc"
+    if checkout.is_dir() and sources != _digest_of(checkout):
+        return f"{module.name} is stale: csrc has changed since it was built"
     return None
 
 
-host = _load_host()
-if host is not None and os.environ.get("QKERNELS_CPU_ISA"):
-    host.set_isa(os.environ["QKERNELS_CPU_ISA"])
+def _digest_of(csrc: Path) -> str:
+    """As setup.py's: what a library must have been built from to belong to this checkout."""
+    files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """Loads the compiled modules: qkernels._host, and why the C++ kernels are not there (None: they are)."""
+    if _version_of_torch() < TORCH_MINIMUM:
+        return None, Mendable(
+            f"torch {torch.__version__} is too old for the C++ kernels, which need torch >= "
+            f"{'.'.join(map(str, TORCH_MINIMUM))}; upgrade with: pip install -U torch"
+        )
+    host_file, cpu_file = _module_file("_host"), _module_file("_cpu")
+    if host_file is None or cpu_file is None:
+        return None, Mendable(f"the C++ kernels are not built; build them with: {build_command()}")
+    try:
+        for module in (host_file, cpu_file):
+            if fault := _fault_of(module):
+                raise OSError(fault)
+        from . import _host
+
+        torch.ops.load_library(str(cpu_file))
+        ctypes.CDLL(str(cpu_file)).qkernels_bind_isa(ctypes.c_void_p(_host.isa_state()))
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        return None, Mendable(f"the C++ kernels cannot be loaded ({first_line}); rebuild them with: {build_command()}")
+    return _host, None
+
+
+# Ops are defined before their kernels are loaded: see load().
+host: ModuleType | None = None
 cpu_missing: str | None = Mendable("the C++ kernels are not loaded yet")
+_op_missing: dict[str, str] = {}
 
 
 def load() -> None:
-    """Loads the compiled libraries; called once, after every op is defined."""
-    global cpu_missing
-    cpu_missing = _load_cpu()
+    """Loads the compiled libraries; called once, after every op is defined.
+
+    Raises ValueError where QKERNELS_CPU_ISA names no path that this CPU can take.
+    """
+    global host, cpu_missing
+    host, cpu_missing = _load()
+    if host is None:
+        return
+    if wanted := os.environ.get("QKERNELS_CPU_ISA"):
+        try:
+            host.set_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"QKERNELS_CPU_ISA: {error}") from None
+    for op in {kernel.op for kernel in registry.kernels() if kernel.name.startswith("cpu_")}:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU"):
+            _op_missing[op] = Mendable(f"the C++ kernels hold no {op}; rebuild them with: {build_command()}")
 
 
 def define(op: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -109,7 +163,7 @@ def _selected(op: str) -> Callable[..., Any]:
 def cpu_kernels(op: str, *isas: str) -> None:
     """Registers the compiled CPU kernels of ``op``, one for each path that csrc holds for it, best first."""
     for isa in isas:
-        registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(isa))
+        registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
 
 
 def _pinned(op: str, isa: str) -> Callable[..., Any]:
@@ -122,15 +176,13 @@ def _pinned(op: str, isa: str) -> Callable[..., Any]:
     return call
 
 
-def _cpu_unsupported(isa: str) -> Callable[..., str | None]:
+def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
                 return f"takes CPU tensors, got one on {arg.device}"
-        if cpu_missing is not None:
-            return cpu_missing
-        if host is None:
-            return None
+        if host is None or op in _op_missing:
+            return cpu_missing or _op_missing[op]
         names = host.isa_names()
         if names.index(isa) > names.index(host.supported_isa()):
             return f"this CPU has no {isa}"
@@ -143,10 +195,8 @@ def _cpu_unsupported(isa: str) -> Callable[..., str | None]:
 
 @contextlib.contextmanager
 def _isa(name: str) -> Iterator[None]:
-    if cpu_missing is not None:
-        raise RuntimeError(f"use_kernel: cannot run cpu_{name}: {cpu_missing}")
     if host is None:
-        raise RuntimeError(f"use_kernel: cannot force a CPU path without qkernels._host; build it: {build_command()}")
+        raise RuntimeError(f"use_kernel: cannot run cpu_{name}: {cpu_missing}")
     before = host.active_isa()
     host.set_isa(name)
     try:

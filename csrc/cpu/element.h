@@ -35,7 +35,6 @@ inline S from_float(T value) {
     const float f = static_cast<float>(value);
     uint32_t u;
     std::memcpy(&u, &f, sizeof u);
-    if (f != f) return {0x7fc0};
     return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
   } else {
     return static_cast<S>(value);

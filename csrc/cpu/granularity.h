@@ -88,8 +88,8 @@ inline View view_of(const Tensor& x, const Tensor& scale) {
 
 template <typename T>
 T effective_scale(T scale) {
-  if (scale < 0) return static_cast<T>(NAN);
-  return scale < static_cast<T>(FLT_MIN) ? static_cast<T>(FLT_MIN) : scale;  // NaN stays
+  if (!(scale >= 0)) return static_cast<T>(NAN);  // a canonical one: the bf16 store relies on that
+  return scale < static_cast<T>(FLT_MIN) ? static_cast<T>(FLT_MIN) : scale;
 }
 
 // What every kernel needs to know of one call; T is the arithmetic type.
@@ -163,12 +163,9 @@ Quantizer<T> quantizer(double scale, int64_t zero_point, int64_t quant_min, int6
   return q;
 }
 
+// Fills in the parameters of every channel; `q` holds the range.
 template <typename T>
-Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
-                       int64_t quant_min, int64_t quant_max) {
-  check_range(quant_min, quant_max);
-  check_scale(scale, zero_point, x);
-  Quantizer<T> q{static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}};
+Quantizer<T> quantizer_of(const Tensor& scale, const std::optional<Tensor>& zero_point, Quantizer<T> q) {
   const int64_t channels = scale.numel();
   if (channels > 1) q.others.resize(channels);
   auto* params = channels > 1 ? q.others.data() : &q.first;
@@ -182,14 +179,30 @@ Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional
     for_each_value<T>(*zero_point, [&](int64_t c, T value) {
       if (rounds) {
         value = static_cast<T>(std::nearbyint(value));
-        value = value < q.quant_min ? q.quant_min : value > q.quant_max ? q.quant_max : value;  // NaN stays
+        value = value < q.quant_min ? q.quant_min : value > q.quant_max ? q.quant_max : value;
+        if (value != value) value = static_cast<T>(NAN);
       }
       QK_CHECK(rounds || (q.quant_min <= value && value <= q.quant_max), "zero_point: got ",
-               static_cast<int64_t>(value), "; accepted: quant_min to quant_max, ", quant_min, " to ", quant_max);
+               static_cast<int64_t>(value), "; accepted: quant_min to quant_max, ", q.quant_min, " to ", q.quant_max);
       for (int64_t i = shared ? 0 : c; i < (shared ? channels : c + 1); ++i) params[i].zero_point = value;
     });
   }
   return q;
+}
+
+template <typename T>
+Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                       int64_t quant_min, int64_t quant_max) {
+  check_range(quant_min, quant_max);
+  check_scale(scale, zero_point, x);
+  return quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}});
+}
+
+// For dequantize: no range to clamp to, and a zero point of any value.
+template <typename T>
+Quantizer<T> dequantizer(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point) {
+  check_scale(scale, zero_point, q);
+  return quantizer_of<T>(scale, zero_point, {-INFINITY, INFINITY, {}, {}});
 }
 
 // How a range [low, high] becomes a scale and a zero point.

@@ -78,6 +78,11 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
   return nan;
 }
 
+// In pieces of 16 bytes: a call of memcpy costs more than most runs. Both sides have slack behind them.
+inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
+  for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
+}
+
 // The codes under output pixel (h, w) of a group, as one row.
 void gather(const uint8_t* image, const Geometry& g, int64_t h, int64_t w, int64_t group, uint8_t* row) {
   const bool one_run = g.groups == 1 && g.dilation.w == 1;
@@ -85,8 +90,7 @@ void gather(const uint8_t* image, const Geometry& g, int64_t h, int64_t w, int64
   const uint8_t* corner = image + (h * g.stride.h * g.padded.w + w * g.stride.w) * g.channels + group * g.group_channels();
   for (int64_t i = 0; i < g.kernel.h; ++i)
     for (int64_t j = 0; j < runs; ++j, row += run)
-      std::memcpy(row, corner + (i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels,
-                  static_cast<size_t>(run));
+      copy_run(corner + (i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels, run, row);
 }
 
 bool is_nan(const char* x, Element type) {
@@ -115,6 +119,31 @@ bool nan_under(const Tensor& x, Element type, const Geometry& g, int64_t n, int6
           return true;
     }
   return false;
+}
+
+// One filter per channel, without NaN in x: rows of output pixels, 32 channels at a time, straight from the image.
+void convolve_depthwise(const Int8Kernels& kernels, const uint8_t* images, const int8_t* data, const Geometry& g,
+                        const PanelOutput& output) {
+  const int64_t n_taps = g.kernel.h * g.kernel.w, blocks = panels(g.channels);
+  std::vector<int64_t> taps;
+  for (int64_t i = 0; i < g.kernel.h; ++i)
+    for (int64_t j = 0; j < g.kernel.w; ++j)
+      taps.push_back((i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels);
+  std::vector<int32_t> weights(static_cast<size_t>(blocks * n_taps * kPanel));  // [channel / 32][tap][channel % 32]
+  for (int64_t c = 0; c < g.channels; ++c)
+    for (int64_t t = 0; t < n_taps; ++t)
+      weights[static_cast<size_t>((c / kPanel * n_taps + t) * kPanel + c % kPanel)] =
+          data[c * panel_bytes(n_taps) + t / 4 * kPanel * 4 + t % 4];
+  const int64_t work = g.out.w * g.channels * n_taps * 16;  // a tap costs what 16 products cost in the GEMM
+  torch::stable::parallel_for(0, g.batch * g.out.h, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / g.out.h, h = i % g.out.h;
+      const uint8_t* line = images + (n * g.padded.h + h * g.stride.h) * g.padded.w * g.channels;
+      for (int64_t block = 0; block < blocks; ++block)
+        kernels.multiply_depthwise(line + block * kPanel, g.stride.w * g.channels, g.out.w, taps.data(), n_taps,
+                                   weights.data() + block * n_taps * kPanel, at(output, i * g.out.w, block * kPanel));
+    }
+  });
 }
 
 Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
@@ -167,7 +196,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   const bool readable = x.stride(3) == 1 || (x.stride(1) == 1 && x.stride(3) == g.channels);
   const Tensor source = readable ? x : to_contiguous(x);
   const int64_t image_bytes = g.padded.h * g.padded.w * g.channels;
-  // 64 bytes of slack: the last row is read up to a multiple of 4.
+  // 64 bytes of slack: the last codes are read in groups of 4, 16 and 32.
   Tensor image_tensor = empty({g.batch * image_bytes + 64}, ScalarType::Byte);
   uint8_t* images = static_cast<uint8_t*>(image_tensor.data_ptr());
   const bool nan = quantize_image(kernels, source, type, g, quantizer, images) || std::isnan(quantizer.scale);
@@ -183,6 +212,14 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   output.wide = is_wide(std::abs(zero_point), k);
   const int8_t* weights = static_cast<const int8_t*>(data.data_ptr());
   char* out_data = static_cast<char*>(out.data_ptr());
+
+  if (g.group_channels() == 1 && g.group_out() == 1 && !nan) {
+    output.out = out_data;
+    output.channels = g.channels;
+    output.scale_a = &quantizer.scale;
+    convolve_depthwise(kernels, images, weights, g, output);
+    return out;
+  }
 
   // A 1x1 kernel at stride 1 without padding reads the image as it is.
   const bool in_place = g.kernel.h == 1 && g.kernel.w == 1 && g.stride.h == 1 && g.stride.w == 1 &&
@@ -200,14 +237,19 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
       const int64_t n = task / blocks, first = task % blocks * block, height = std::min(block, pixels - first);
       const uint8_t* image = images + n * image_bytes;
       for (int64_t group = 0; group < groups; ++group) {
+        // The codes of each output pixel of the block, and the scale: NaN where a NaN was met.
         const uint8_t* rows = in_place ? image + first * g.channels + group * g.group_channels() : scratch.get();
+        int64_t h = first / g.out.w, w = first % g.out.w;
         for (int64_t r = 0; r < height; ++r) {
-          const int64_t h = (first + r) / g.out.w, w = (first + r) % g.out.w;
           if (!in_place) gather(image, g, h, w, group, scratch.get() + r * gathered);
           if (nan)
             row_scales[static_cast<size_t>(r)] = nan_under(source, type, g, n, h, w, group)
                                                      ? std::numeric_limits<float>::quiet_NaN()
                                                      : quantizer.scale;
+          if (++w == g.out.w) {
+            w = 0;
+            ++h;
+          }
         }
         PanelOutput o = output;
         o.out = out_data + (n * pixels + first) * g.out_channels * static_cast<int64_t>(element_size(type));

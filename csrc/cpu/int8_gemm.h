@@ -63,6 +63,10 @@ struct Int8Kernels {
   // The same for weights that are not packed: b is [channels, K] with K contiguous, rows hold codes that are not flipped.
   void (*multiply_unpacked)(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n,
                             int64_t k, const PanelOutput& output);
+  // One filter per channel: for 32 neighbouring channels of `pixels` outputs, `step` codes apart in the input,
+  // the sum over t of codes[taps[t] + channel] * weights[t][channel].
+  void (*multiply_depthwise)(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
+                             const int32_t* weights, const PanelOutput& output);
 };
 
 // The table of the best path that active_isa() allows.

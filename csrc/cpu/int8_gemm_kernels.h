@@ -320,6 +320,35 @@ void multiply_unpacked(const int8_t* rows, int64_t row_stride, int64_t m, const 
   }
 }
 
+void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
+                        const int32_t* weights, const PanelOutput& output) {
+  const Channels channels(output);
+  alignas(64) int32_t sums[kPanel];
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, codes += step) {
+#if QK_PATH == QK_PATH_AVX512VNNI
+    __m512i sum0 = _mm512_setzero_si512(), sum1 = _mm512_setzero_si512();
+    for (int64_t t = 0; t < n_taps; ++t) {
+      const __m128i* code = reinterpret_cast<const __m128i*>(codes + taps[t]);
+      const __m512i product0 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(code)),
+                                                  _mm512_loadu_si512(weights + t * kPanel));
+      const __m512i product1 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(code + 1)),
+                                                  _mm512_loadu_si512(weights + t * kPanel + 16));
+      sum0 = _mm512_add_epi32(sum0, product0);
+      sum1 = _mm512_add_epi32(sum1, product1);
+    }
+    _mm512_store_si512(sums, sum0);
+    _mm512_store_si512(sums + 16, sum1);
+#else
+    for (int c = 0; c < kPanel; ++c) sums[c] = 0;
+    for (int64_t t = 0; t < n_taps; ++t) {
+      const int8_t* code = reinterpret_cast<const int8_t*>(codes + taps[t]);
+      for (int c = 0; c < kPanel; ++c) sums[c] += code[c] * weights[t * kPanel + c];
+    }
+#endif
+    finish(sums, 1, pixel, kFlip, channels, output);
+  }
+}
+
 void pack_panel(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
                 int32_t* colsum) {
   const int64_t full = k / 4;
@@ -456,5 +485,5 @@ float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& q
   }
 }
 
-constexpr Int8Kernels kKernels = {kIsa,       kFlip,      kTileRows, copy_codes,
-                                  quantize_row, pack_panel, multiply,  multiply_unpacked};
+constexpr Int8Kernels kKernels = {kIsa,       kFlip,    kTileRows,         copy_codes,        quantize_row,
+                                  pack_panel, multiply, multiply_unpacked, multiply_depthwise};

@@ -32,8 +32,9 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// Bytes between the weights in use and those asked for.
-constexpr int kPrefetch = 1024;
+// Weights are asked for this many bytes ahead: far enough to cross the page boundary where hardware prefetching stops.
+// 1 x 11008 x 4096 from memory, 1 thread: 1.84 ms at 512, 1.68 at 2048, 1.38 at 4096, 1.31 to 1.34 beyond.
+constexpr int kPrefetch = 4096;
 
 namespace scalar {
 #define QK_PATH QK_PATH_SCALAR

@@ -16,15 +16,15 @@ constexpr int kIsaCount = 4;
 // Lives once in the process (in qkernels._host), so that the op library and Python see the same choice.
 struct IsaState {
   std::atomic<int> active;  // the highest path that kernels may take
-  std::atomic<int> last;    // the path that the last kernel took: lets a test assert what really ran
+  std::atomic<int> last;    // the path that the last kernel took, or -1: lets a test assert what really ran
 };
 
 inline Isa supported_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Isa::scalar;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")))
     return Isa::avx2;
   return __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
 #else
@@ -33,7 +33,7 @@ inline Isa supported_isa() {
 }
 
 // Until qkernels_bind_isa() hands over the shared state, the library runs on its own.
-inline IsaState own_isa_state{{static_cast<int>(supported_isa())}, {0}};
+inline IsaState own_isa_state{{static_cast<int>(supported_isa())}, {-1}};
 inline IsaState* isa_state = &own_isa_state;
 
 inline Isa active_isa() { return static_cast<Isa>(isa_state->active.load(std::memory_order_relaxed)); }

@@ -29,8 +29,8 @@ template <typename... Args>
 }
 
 // Each failure says the argument's name, what it was, and what is accepted.
-#define QK_CHECK(condition, ...)                  \
-  do {                                            \
+#define QK_CHECK(condition, ...)                     \
+  do {                                               \
     if (!(condition)) ::qkernels::fail(__VA_ARGS__); \
   } while (0)
 
@@ -75,11 +75,10 @@ inline void check_floating(const char* name, const Tensor& t) {
 // A third of the price of torch::stable::empty, which goes through the dispatcher.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  const int32_t shim_dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), shim_dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                         strides.data(), shim_dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 

@@ -167,12 +167,10 @@ struct F32 {
     _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
   }
-  static __m256i narrow(__m256 f) {  // bf16 in the low half of each lane, half to even
+  static __m256i narrow(__m256 f) {  // bf16 in the low half of each lane; see the avx512 one
     const __m256i u = _mm256_castps_si256(f);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   }
   void store(BFloat16* p) const {
     const __m256i packed = _mm256_packus_epi32(narrow(lo), narrow(hi));
@@ -242,12 +240,15 @@ struct F32 {
   static __m512 widen(__m256i bf16) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
   }
-  static __m256i narrow(__m512 f) {  // bf16, half to even; vcvtneps2bf16 would flush denormals
+  // bf16, half to even; vcvtneps2bf16 would flush denormals. Every NaN here is canonical or a widened bf16 (see
+  // effective_scale), so that the rounding cannot carry it into infinity.
+  static __m256i narrow(__m512 f) {
     const __m512i u = _mm512_castps_si512(f);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+    const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i high_words = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011,
+                                                0xf000d, 0xb0009, 0x70005, 0x30001);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, r));
   }
   static F32 set1(float value) { return {_mm512_set1_ps(value)}; }
   static F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -59,6 +59,13 @@ def check_granularity(name: str, param: Tensor, x: Tensor) -> None:
         )
 
 
+def check_grad(grad: Tensor, x: Tensor) -> None:
+    if grad.dtype != x.dtype:
+        raise RuntimeError(f"grad: got {grad.dtype}; accepted: x's dtype, {x.dtype}")
+    if grad.shape != x.shape:
+        raise RuntimeError(f"grad: got shape {list(grad.shape)}; accepted: x's shape {list(x.shape)}")
+
+
 def expand(param: Tensor, x: Tensor) -> Tensor:
     """``param`` repeated to the blocks of x that it speaks for."""
     if param.numel() == 1:
@@ -123,6 +130,7 @@ def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
     check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
     inside = inside_range(x, scale, zero_point, quant_min, quant_max)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
@@ -150,6 +158,7 @@ def fake_quantize_learnable_backward(
     −dy·scale over what is clipped; both times grad_factor.
     """
     check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.to(s.dtype) * inv
     q = steps.round() + z
@@ -180,11 +189,11 @@ def dynamic_qparams(
     check_group_size(x, group_size)
     values = x.detach().to(compute_dtype(x))
     if group_size == 0:
-        shape, groups = [1] * x.dim(), values.reshape(1, -1)
+        shape = [1] * x.dim()
     else:
-        size = x.shape[-1] if group_size == -1 else group_size
-        shape = [*x.shape[:-1], x.shape[-1] // max(size, 1)]
-        groups = values.reshape(-1, max(size, 1)) if x.numel() else values.new_empty(torch.Size(shape).numel(), 0)
+        shape = [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
+    count = torch.Size(shape).numel()
+    groups = values.reshape(count, values.numel() // max(count, 1))
     if groups.shape[1] == 0:
         groups = groups.new_zeros(groups.shape[0], 1)
     scale, zero_point = qparams_of_range(groups.amin(1), groups.amax(1), quant_min, quant_max, symmetric, 0.0)
@@ -275,7 +284,7 @@ def observe_fake_quantize(
     scale.copy_(torch.where(learn, s, scale))
     zero_point.copy_(torch.where(learn, z, zero_point))
     y, mask = fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
-    on = fake_quant_on.bool()
+    on = fake_quant_on.bool().reshape(())
     return torch.where(on, y, x, out=torch.empty_like(x)), torch.where(on, mask, 255)
 
 

@@ -1,0 +1,60 @@
+# Every target does its own set-up, on a machine with nothing but python3, make and g++; a second call is instant.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+SOURCES := setup.py $(shell find csrc -type f)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
+SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,fake_quantize quantize int8_gemm int8_conv2d))
+preload = $(shell gcc -print-file-name=lib$(1).so)
+
+.PHONY: build demo test pytest lint asan bench clean
+
+build: $(VENV)/built
+
+demo: $(VENV)/built $(VENV)/demo
+	$(PYTHON) -m qkernels demo
+
+# pytest runs last: its closing line ends the output.
+test: lint asan
+	@$(MAKE) --no-print-directory pytest
+
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo
+	$(BIN)/pytest -q --durations=5
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/mypy
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own.
+asan: $(VENV)/dev
+	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
+	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
+	    $(BIN)/pytest -q -p no:cacheprovider -k "not (compile or export or opcheck or subprocess)" $(SANITIZED)
+
+bench: $(VENV)/built $(VENV)/bench
+	$(PYTHON) -m qkernels bench
+
+clean:
+	rm -rf build $(VENV) *.egg-info qkernels/*.so
+
+# torch comes first and by exactly this pin: any other way pulls gigabytes of CUDA packages.
+$(VENV)/torch:
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q torch==2.13.0 'setuptools>=77'
+	touch $@
+
+$(VENV)/installed: pyproject.toml | $(VENV)/torch
+	QKERNELS_BUILD=none $(PYTHON) -m pip install -q --no-build-isolation -e .
+	touch $@
+
+# In place and not through pip, which would compile every file again.
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
+	QKERNELS_STRICT_BUILD=1 $(PYTHON) setup.py -q build_ext --inplace
+	touch $@
+
+# The extras of pyproject.toml, each when a target first needs it.
+$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
+	$(PYTHON) -m pip install -q 'qkernels[$*]'
+	touch $@

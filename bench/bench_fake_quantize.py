@@ -1,0 +1,215 @@
+"""Fake quantization against torch's own ops, relu (the floor), and the formula in eager torch and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import pytest
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from qkernels.reference import fake_quantize as reference
+
+Call = Callable[[], Any]
+Compare = Callable[..., None]
+INT8 = (-128, 127)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+granularities = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+
+
+def forward_backward(function: Call, inputs: list[Tensor], grad: Tensor) -> Call:
+    """y and the gradients of inputs."""
+
+    def call() -> tuple[Tensor, ...]:
+        y = function()
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    return call
+
+
+def operands(rows: int, columns: int, per_channel: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a scale that clips about 1 % of it, zero points; per channel means per row."""
+    x = torch.randn(rows, columns).to(dtype)
+    scale = (2.6 / 127) * (0.9 + 0.2 * torch.rand(rows if per_channel else 1))
+    return x, scale, torch.zeros(scale.shape, dtype=torch.int32)
+
+
+def as_granularity(t: Tensor) -> Tensor:
+    return t.view(-1, 1) if t.numel() > 1 else t
+
+
+def ours(x: Tensor, scale: Tensor, zero_point: Tensor) -> Call:
+    scale, zero_point = as_granularity(scale), as_granularity(zero_point)
+    return lambda: qk.fake_quantize(x, scale, zero_point, quant_min=-128, quant_max=127)
+
+
+def drop_in(x: Tensor, scale: Tensor, zero_point: Tensor) -> Call:
+    if scale.numel() == 1:
+        return lambda: qk.fake_quantize_per_tensor_affine(x, scale, zero_point, *INT8)
+    return lambda: qk.fake_quantize_per_channel_affine(x, scale, zero_point, 0, *INT8)
+
+
+def torchs(x: Tensor, scale: Tensor, zero_point: Tensor) -> Call:
+    if scale.numel() == 1:
+        return lambda: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *INT8)
+    return lambda: torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, *INT8)
+
+
+@granularities
+@dtypes
+def test_forward(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
+    x, scale, zero_point = operands(256, 1024, per_channel, dtype)
+    expected = reference.fake_quantize_forward(x, as_granularity(scale), None, *INT8)
+    with torch.no_grad():
+        torch_call = peers.find("torch", lambda: torchs(x, scale, zero_point))
+        compare(ours(x, scale, zero_point), {"torch": torch_call}, expected)
+
+
+@granularities
+@dtypes
+def test_forward_against_relu(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
+    """relu is the floor, not a peer that gives the same: its ratio is below 1 where it is faster."""
+    x, scale, zero_point = operands(256, 1024, per_channel, dtype)
+    expected = reference.fake_quantize_forward(x, as_granularity(scale), None, *INT8)
+    with torch.no_grad():
+        compare(ours(x, scale, zero_point), {"relu": lambda: torch.relu(x)}, expected, peer_tolerance=10)
+
+
+@granularities
+@dtypes
+def test_forward_backward(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
+    x, scale, zero_point = operands(256, 1024, per_channel, dtype)
+    x.requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    spread = as_granularity(scale)
+    expected = (
+        reference.fake_quantize_forward(x.detach(), spread, None, *INT8),
+        reference.fake_quantize_backward(grad, x.detach(), spread, None, *INT8),
+    )
+    calls = (forward_backward(function(x, scale, zero_point), [x], grad) for function in (ours, torchs))
+    compare(next(calls), {"torch": peers.find("torch", lambda: next(calls))}, expected)
+
+
+@granularities
+@dtypes
+def test_learnable(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
+    """LSQ: gradients of x and scale."""
+    x, scale, _ = operands(1024, 1024, per_channel, dtype)
+    scale = as_granularity(scale).requires_grad_()
+    x.requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    zero_point = torch.zeros(scale.numel())
+    flat = scale.detach().reshape(-1).requires_grad_()
+
+    def torch_learnable() -> Tensor:
+        if per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(x, flat, zero_point, 0, *INT8, 1.0)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, flat, zero_point, *INT8, 1.0)
+
+    def torch_call() -> tuple[Tensor, ...]:
+        y = torch_learnable()
+        dx, dscale = torch.autograd.grad(y, [x, flat], grad)
+        return y, dx, dscale.view(scale.shape)
+
+    fused = peers.compiled(peers.lsq)
+    data = x.detach(), scale.detach()
+    dx, dscale, _ = reference.fake_quantize_learnable_backward(grad, *data, None, *INT8, 1.0)
+    compare(
+        forward_backward(lambda: qk.fake_quantize(x, scale, quant_min=-128, quant_max=127), [x, scale], grad),
+        {
+            "torch": peers.find("torch learnable", lambda: torch_call),
+            "eager": forward_backward(lambda: peers.lsq(x, scale, *INT8).to(dtype), [x, scale], grad),
+            "compile": peers.find(
+                "torch.compile", lambda: forward_backward(lambda: fused(x, scale, *INT8).to(dtype), [x, scale], grad)
+            ),
+        },
+        (reference.fake_quantize_forward(*data, None, *INT8), dx, dscale),
+        tolerance=1e-4,
+    )
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1)], ids=["int4-group-32", "int8-per-token"])
+@dtypes
+def test_dynamic(compare: Compare, dtype: torch.dtype, bits: int, group_size: int) -> None:
+    x = torch.randn(1024, 1024).to(dtype).requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    size = x.shape[-1] if group_size == -1 else group_size
+    fused = peers.compiled(peers.dynamic)
+    quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    expected = reference.fake_quantize_dynamic_forward(x.detach(), group_size, quant_min, quant_max, True)[0]
+    compare(
+        forward_backward(lambda: qk.fake_quantize_dynamic(x, bits=bits, group_size=group_size), [x], grad),
+        {
+            "eager": forward_backward(lambda: peers.dynamic(x, bits, size), [x], grad),
+            "compile": peers.find("torch.compile", lambda: forward_backward(lambda: fused(x, bits, size), [x], grad)),
+        },
+        (expected, grad),
+        peer_tolerance=0.35,  # torchao's scale differs by 7.5/7, and it gives the clipped maxima no gradient
+    )
+
+
+@granularities
+@pytest.mark.parametrize("backward", [False, True], ids=["no-grad", "forward-backward"])
+def test_call_overhead(compare: Compare, backward: bool, per_channel: bool) -> None:
+    """8 elements: what a call costs beside its work."""
+    x, scale, zero_point = operands(2, 4, per_channel, torch.float32)
+    expected = reference.fake_quantize_forward(x, as_granularity(scale), None, *INT8)
+    grad = torch.ones_like(x)
+    dx = reference.fake_quantize_backward(grad, x, as_granularity(scale), None, *INT8)
+    x.requires_grad_(backward)
+    calls = [function(x, scale, zero_point) for function in (ours, drop_in, torchs)]
+    if backward:
+        calls = [forward_backward(call, [x], grad) for call in calls]
+    compare(calls[0], {"drop-in": calls[1], "torch": calls[2]}, (expected, dx) if backward else expected)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["no-grad", "forward-backward"])
+def test_call_overhead_of_numbers(compare: Compare, backward: bool) -> None:
+    """The overload whose scale and zero point are numbers."""
+    x = torch.randn(8, requires_grad=backward)
+    grad, spread = torch.ones_like(x), torch.tensor([0.02])
+    expected = reference.fake_quantize_forward(x.detach(), spread, None, *INT8)
+    calls = [
+        lambda: qk.fake_quantize_per_tensor_affine(x, 0.02, 0, *INT8),
+        lambda: torch.fake_quantize_per_tensor_affine(x, 0.02, 0, *INT8),
+    ]
+    if backward:
+        expected = expected, reference.fake_quantize_backward(grad, x.detach(), spread, None, *INT8)
+        calls = [forward_backward(call, [x], grad) for call in calls]
+    compare(calls[0], {"torch": calls[1]}, expected)
+
+
+def bytes_saved(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, beside what the caller holds anyway."""
+    held = {x.untyped_storage().data_ptr()}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(x)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["x-kept", "x-not-kept"])
+def test_bytes_saved(report: Callable[..., None], kept: bool) -> None:
+    """Per element, for x that lives anyway (a weight, a relu's output) and for x that nobody keeps."""
+    leaf = torch.randn(1024, 1024, requires_grad=True)
+    x = leaf if kept else leaf + 1  # an addition keeps nothing
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "qkernels": lambda t: qk.fake_quantize_per_tensor_affine(t, 0.02, 0, *INT8),
+        "torch": lambda t: torch.fake_quantize_per_tensor_affine(t, 0.02, 0, *INT8),
+        "eager LSQ": lambda t: peers.lsq(t, torch.tensor([0.02]), *INT8),
+    }
+    figures = {name: bytes_saved(function, x) / x.numel() for name, function in functions.items()}
+    if not kept:
+        assert figures["qkernels"] <= 1 / 8
+    report(f"bytes saved per element, {'x kept anyway' if kept else 'x not kept'}", **figures)

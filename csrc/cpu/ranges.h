@@ -1,0 +1,87 @@
+// Ranges of values and the parameters they lead to; included once per path, after walk.h.
+
+// Minimum and maximum of each channel, NaN where it holds one.
+template <typename S>
+struct RangeOp {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  struct Partial {
+    T low, high;
+  };
+  const S* x;
+  T *low, *high;
+
+  static Partial identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
+  static void merge(Partial& into, const Partial& from) {
+    if (from.low < into.low || from.low != from.low) into.low = from.low;
+    if (from.high > into.high || from.high != from.high) into.high = from.high;
+  }
+  void result(int64_t channel, const Partial& p) const {
+    low[channel] = p.low;
+    high[channel] = p.high;
+  }
+  Partial piece(int64_t at, int64_t n, int64_t) const {
+    V lo = V::set1(static_cast<T>(INFINITY)), hi = V::set1(static_cast<T>(-INFINITY));
+    auto nan = is_nan(lo);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const V v = V::load(x + at + i);
+      lo = min(lo, v);
+      hi = max(hi, v);
+      nan = nan | is_nan(v);
+    }
+    Partial p = nan.bits() ? Partial{static_cast<T>(NAN), static_cast<T>(NAN)} : Partial{lane_min(lo), lane_max(hi)};
+    for (; i < n; ++i) {
+      const T v = static_cast<T>(to_float(x[at + i]));
+      merge(p, {v, v});
+    }
+    return p;
+  }
+  void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
+    V lo = V::set1(static_cast<T>(INFINITY)), hi = V::set1(static_cast<T>(-INFINITY));
+    auto nan = is_nan(lo);
+    for (int64_t r = 0; r < rows; ++r) {
+      const V v = V::load(x + at + r * row, n);
+      lo = min(lo, v);
+      hi = max(hi, v);
+      nan = nan | is_nan(v);
+    }
+    T lo_lane[16], hi_lane[16];
+    lo.store(lo_lane);
+    hi.store(hi_lane);
+    for (int64_t i = 0; i < n; ++i) {
+      lanes[i] = {lo_lane[i], hi_lane[i]};
+      if (nan.bits() >> i & 1) lanes[i] = {static_cast<T>(NAN), static_cast<T>(NAN)};
+    }
+  }
+};
+
+template <typename S>
+void range(const View& view, int64_t numel, const S* x, Arithmetic<S>* low, Arithmetic<S>* high) {
+  reduce_channels(view, numel, RangeOp<S>{x, low, high});
+}
+
+// The parameters that a row of `length` elements gives itself; `scale` is the one to report.
+template <typename S>
+typename Quantizer<Arithmetic<S>>::Params row_params(const S* x, int64_t length, const QparamsRule& rule,
+                                                    Arithmetic<S>& scale) {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  T low, high;
+  if (rule.symmetric) {
+    V acc = zero<V>();
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16) acc = max_abs(acc, V::load(x + i));
+    if (i < length) acc = max_abs(acc, V::load(x + i, length - i));
+    high = lane_max(acc);
+    low = -high;
+  } else {
+    const typename RangeOp<S>::Partial p = RangeOp<S>{x, nullptr, nullptr}.piece(0, length, 0);
+    low = p.low;
+    high = p.high;
+  }
+  const auto chosen = choose_qparams<T>(low, high, rule);
+  scale = chosen.scale;
+  const T effective = effective_scale(chosen.scale);
+  return {1 / effective, effective, chosen.zero_point};
+}

@@ -1,0 +1,248 @@
+"""Every kernel that can run here against the reference, on small inputs: what `info` and `selfcheck` report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library, registry
+from .reference import int8_gemm
+from .registry import Kernel
+
+INT4 = (-8, 7)
+INT8 = (-128, 127)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (0, 4), (), (70, 1030))
+
+# Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
+SUM_TOLERANCE = 1e-4
+SUMS = {"fake_quantize_learnable_backward": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one kernel did on all its cases; fault is the first disagreement with the reference."""
+
+    op: str
+    kernel: str
+    cases: int
+    fault: str | None
+
+
+def inputs(quick: bool) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES[:3] if quick else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16) if quick else DTYPES:
+            x = torch.randn(shape, generator=generator).to(dtype)
+            yield x
+            if not quick and x.dim() >= 2:
+                yield x.transpose(0, 1)
+                yield x[..., ::2]
+            if not quick and x.dim() == 4:
+                yield x.to(memory_format=torch.channels_last)
+            if not quick and x.numel() > 4:
+                edges = x.clone()
+                edges.view(-1)[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+                yield edges
+
+
+def qparams(x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scales and zero points per tensor, per row and per channel."""
+    yield torch.tensor([0.3]), None
+    yield torch.tensor([0.05]), torch.tensor([3], dtype=torch.int32)
+    if x.dim() >= 2:
+        for dim in (0, 1):
+            shape = [size if at == dim else 1 for at, size in enumerate(x.shape)]
+            yield 0.01 + torch.rand(shape), torch.randint(-8, 8, shape, dtype=torch.int32)
+
+
+def fake_quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for scale, zero_point in qparams(x):
+        yield x, scale, zero_point, *INT4
+
+
+def fake_quantize_scalar_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, 0.3, 0, *INT4
+    yield x, 0.05, -3, *INT8
+
+
+def backward(forward_args: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        for case in forward_args(x):
+            yield torch.randn(x.shape).to(x.dtype), *case
+
+    return args
+
+
+def learnable_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():  # sums of NaN are NaN in any order, but infinities can cancel
+        for case in backward(fake_quantize_args)(x):
+            yield *case, 0.5
+
+
+def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def dynamic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for symmetric in (True, False):
+        yield x, 0, *INT8, symmetric
+        if x.dim() > 0:
+            yield x, -1, *INT4, symmetric
+        if x.dim() > 0 and x.shape[-1] % 8 == 0 and x.shape[-1] > 0:
+            yield x, 8, *INT4, symmetric
+
+
+def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    on = torch.ones(1, dtype=torch.int64)
+    for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
+        for steps in (127.0, 0.0):
+            low, high = -torch.rand(shape), torch.rand(shape)
+            yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
+
+
+def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in fake_quantize_args(x):
+        yield *case, torch.int8
+
+
+def dequantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for scale, zero_point in qparams(x):
+        yield torch.randint(-128, 128, x.shape, dtype=torch.int8), scale, zero_point, x.dtype
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def int8_mm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        m, k = x.shape
+        yield codes(m, k), codes(33, k).t()
+        yield codes(k, m).t(), codes(k, 5)
+
+
+def int8_scaled_mm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for a, b in int8_mm_args(x):
+        m, n = a.shape[0], b.shape[1]
+        yield a, b, torch.rand(1), torch.rand(n), None, None, torch.float32
+        zero_point = torch.randint(-8, 8, (m, 1), dtype=torch.int32)
+        yield a, b, torch.rand(m, 1), torch.rand(n), zero_point, torch.randn(n), torch.bfloat16
+
+
+def int8_pack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield (codes(*x.shape),)
+
+
+def int8_unpack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (w,) in int8_pack_args(x):
+        yield int8_gemm.int8_pack(w)[0], *w.shape
+
+
+def int8_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2 and x.dtype != torch.float64:
+        data, colsum = int8_gemm.int8_pack(codes(33, x.shape[1]))
+        yield x, data, colsum, torch.rand(33), torch.randn(33), None, None, *INT8
+        zero_point = torch.tensor([5], dtype=torch.int32)
+        yield x, data, colsum, torch.rand(33), None, torch.tensor([0.02]), zero_point, *INT8
+
+
+def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 4 and x.dtype != torch.float64:
+        data, colsum = int8_gemm.int8_pack(codes(6, 4 * x.shape[1]))
+        weight = data[None], colsum, torch.rand(6), torch.randn(6)
+        zero_point = torch.tensor([5], dtype=torch.int32)
+        yield x, *weight, torch.tensor([0.02]), zero_point, *INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1
+
+
+# Arguments for each op, made from one input x (none where the op cannot take such an x).
+ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
+    "dequantize": dequantize_args,
+    "fake_quantize_backward": backward(fake_quantize_args),
+    "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
+    "fake_quantize_backward_mask": backward_mask_args,
+    "fake_quantize_dynamic_forward": dynamic_args,
+    "fake_quantize_forward": fake_quantize_args,
+    "fake_quantize_forward.scalar": fake_quantize_scalar_args,
+    "fake_quantize_forward_mask": fake_quantize_args,
+    "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
+    "fake_quantize_learnable_backward": learnable_backward_args,
+    "int8_conv2d": int8_conv2d_args,
+    "int8_linear": int8_linear_args,
+    "int8_mm": int8_mm_args,
+    "int8_pack": int8_pack_args,
+    "int8_scaled_mm": int8_scaled_mm_args,
+    "int8_unpack": int8_unpack_args,
+    "observe_fake_quantize": observe_args,
+    "quantize": quantize_args,
+    "quantize_dynamic": dynamic_args,
+}
+
+
+def copies(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with their statistics copied, for an op that writes to them; strides as they were."""
+    return tuple(a.clone(memory_format=torch.preserve_format) if isinstance(a, Tensor) else a for a in args)
+
+
+def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a kernel returned, then all tensors it was given, as an op may change them."""
+    if kernel.op == "observe_fake_quantize":
+        args = copies(args)
+    result = kernel.fn(*args)
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    return results + tuple(a for a in args if isinstance(a, Tensor))
+
+
+def layout(t: Tensor) -> list[int]:
+    """The strides that matter: of dims with more than one element."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel() > 0]
+
+
+def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, ...]) -> str | None:
+    host = library.host
+    if host is not None:
+        host.clear_last_isa()
+    for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
+        tolerance = SUM_TOLERANCE if at in SUMS.get(kernel.op, ()) else 0.0
+        if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
+            return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
+        if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return f"output {at} differs from the reference's"
+    work = expected[0].numel() > 0  # nothing runs on empty tensors
+    if host is not None and work and kernel.name.startswith("cpu_") and f"cpu_{host.last_isa()}" != kernel.name:
+        return f"the path that ran is {host.last_isa()}"
+    return None
+
+
+def describe(args: tuple[Any, ...]) -> str:
+    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in args)
+
+
+def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:
+    counts = dict.fromkeys((kernel.name for kernel in kernels), 0)
+    faults: dict[str, str] = {}
+    reference = registry.kernels(op)[-1]
+    for x in inputs(quick):
+        for args in ARGS[op](x):
+            expected = outputs_of(reference, args)
+            for kernel in kernels:
+                counts[kernel.name] += 1
+                fault = disagreement(kernel, expected, args)
+                if fault is not None:
+                    faults.setdefault(kernel.name, f"{fault}, on ({describe(args)})")
+    for name, count in counts.items():
+        yield Outcome(op, name, count, faults.get(name))
+
+
+def run(quick: bool) -> Iterator[Outcome]:
+    """quick: the kernel of each op that this machine selects, on a few inputs; else all that can run, on many."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for op in sorted({kernel.op for kernel in registry.kernels()}):
+            able = [kernel for kernel in registry.kernels(op) if kernel.unsupported() is None]
+            yield from check_op(op, able[:1] if quick else able, quick)

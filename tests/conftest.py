@@ -1,0 +1,76 @@
+"""Shared by every test: seeds, threads put back, and the kernels of an op as test parameters."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import qkernels as qk
+
+ROOT = Path(__file__).parent.parent
+
+
+def kernels_of(op: str) -> list[str]:
+    """Names of the kernels of ``op`` that can run on this machine, best first, the reference last.
+
+    With the fixture below a test runs once for each of them, and fails if another path than the named one ran::
+
+        @pytest.mark.parametrize("kernel", kernels_of("fake_quantize_forward"), indirect=True)
+        def test_values(kernel):
+            y = qk.fake_quantize(x, scale, quant_min=-8, quant_max=7)  # the kernel is forced already
+            assert torch.equal(y, reference.fake_quantize_forward(x, scale, None, -8, 7))
+
+    The path is that of the last compiled op that the test called. A test that must call other ops after it, or none,
+    takes the name as a plain parameter (no ``indirect``) and enters ``qk.use_kernel(kernel)`` itself.
+    """
+    return [name for name, reason in qk.which(op) if reason is None]
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    host = qk.library.host
+    with qk.use_kernel(name):
+        if host is not None:
+            host.clear_last_isa()
+        yield name
+        if host is not None:
+            ran = host.last_isa()
+            expected = name.removeprefix("cpu_") if name.startswith("cpu_") else None
+            assert ran == expected, f"kernel {name!r} was forced, but the compiled path that ran last is {ran!r}"
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> Iterator[None]:
+    random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh interpreter that imports qkernels from ``root``; for what is decided at import."""
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def pytest_report_header() -> str:
+    library = qk.library
+    path = library.host.active_isa() if library.host is not None else "unknown"
+    return f"qkernels: {library.cpu_missing or f'compiled CPU kernels, path {path}'}"

@@ -1,0 +1,254 @@
+"""What is wrong with an installation is said, with the command that mends it, and the package works all the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import qkernels as qk
+from qkernels import __main__, info, library, registry
+from qkernels.registry import Kernel
+
+# Prints what is missing, the warnings that two calls of two ops gave, and whether the values are right.
+PROBE = """
+import warnings, torch
+import qkernels as qk
+x = torch.tensor([-9.0, 0.26, 0.74, 9.0], requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = qk.fake_quantize(x, torch.tensor([0.5]), quant_min=-8, quant_max=7)
+        qk.quantize(x.detach(), torch.tensor([0.5]), quant_min=-8, quant_max=7)
+    y.sum().backward()
+print("missing:", qk.library.cpu_missing)
+print("warnings:", [str(w.message) for w in caught if "qkernels" in str(w.message)])
+print("right:", y.tolist() == [-4.0, 0.5, 0.5, 3.5] and x.grad.tolist() == [0.0, 1.0, 1.0, 0.0])
+"""
+PIP = "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the installed package without its sources; returns the folder to import it from."""
+    shutil.copytree(Path(qk.__file__).parent, tmp_path / "qkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def module(root: Path, name: str) -> Path:
+    return next((root / "qkernels").glob(f"{name}.*so"))
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    data = path.read_bytes()
+    changed = change(data)
+    assert changed != data
+    path.write_bytes(changed)
+
+
+def probe(root: Path, expected: str, before: str = "") -> str:
+    """The reason given, after checking that it was said once, gives the command, and that the reference serves."""
+    done = run_python(before + PROBE, root=root)
+    assert done.returncode == 0, done.stderr
+    assert "right: True" in done.stdout
+    reason = done.stdout.splitlines()[0].removeprefix("missing: ")
+    assert expected in reason
+    assert "pip install" in reason
+    assert done.stdout.count("runs on a slower kernel") == 1, done.stdout
+    return reason
+
+
+def test_intact_copy_loads(copy: Path) -> None:
+    done = run_python(PROBE, root=copy)
+    assert done.stdout == "missing: None\nwarnings: []\nright: True\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_host"])
+def test_not_built(copy: Path, name: str) -> None:
+    module(copy, name).unlink()
+    assert PIP in probe(copy, "the C++ kernels are not built; build them with: ")
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_host"])
+@pytest.mark.parametrize("kept", [0, 10, 1000, 0.5, 0.98])
+def test_truncated(copy: Path, name: str, kept: float) -> None:
+    path = module(copy, name)
+    rewrite(path, lambda data: data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    expected = "is not a shared library" if kept in (0, 10) else "is truncated: "
+    assert path.name in probe(copy, expected)
+
+
+def test_not_a_library(copy: Path) -> None:
+    rewrite(module(copy, "_cpu"), lambda data: b"version https://git-lfs.github.com/spec/v1\n" * 9)
+    probe(copy, "is not a shared library")
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_host"])
+def test_built_for_another_version(copy: Path, name: str) -> None:
+    old = f"qkernels-build-id:{qk.__version__}+".encode()
+    new = b"qkernels-build-id:" + b"9" * len(qk.__version__) + b"+"
+    rewrite(module(copy, name), lambda data: data.replace(old, new))
+    probe(copy, f"is stale: built for qkernels {'9' * len(qk.__version__)}, this is {qk.__version__}")
+
+
+def test_sources_changed_since_the_build(copy: Path) -> None:
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    assert run_python(PROBE, root=copy).stdout.startswith("missing: None")
+    source = copy / "csrc" / "cpu" / "isa.h"
+    source.write_text(source.read_text() + "// changed\n")
+    probe(copy, "is stale: csrc has changed since it was built")
+
+
+def test_symbol_that_torch_lacks(copy: Path) -> None:
+    rewrite(
+        module(copy, "_cpu"), lambda data: data.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridez\0")
+    )
+    probe(copy, "cannot be loaded (")
+
+
+def test_torch_too_old(copy: Path) -> None:
+    reason = probe(copy, "torch 2.9.1 is too old for the C++ kernels", "import torch; torch.__version__ = '2.9.1'\n")
+    assert reason.endswith("upgrade with: pip install -U torch")
+
+
+def test_op_that_the_library_lacks() -> None:
+    done = run_python("""
+import torch, qkernels as qk
+qk.library.define("missing_op", "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like)
+qk.library.cpu_kernels("missing_op", "scalar")
+qk.library.load()
+print(qk.which("missing_op")[0][1])
+print(torch.ops.qkernels.missing_op(torch.zeros(1)).item(), qk.which("fake_quantize_forward")[0][1])
+""")
+    assert done.stdout.startswith("the C++ kernels hold no missing_op; rebuild them with: "), done.stderr
+    assert done.stdout.endswith("\n1.0 None\n")
+    assert "missing_op runs on a slower kernel" in done.stderr
+
+
+def test_cpu_isa_from_the_environment() -> None:
+    code = "import qkernels as qk; print(qk.library.host.active_isa(), qk.which('fake_quantize_forward')[0][1])"
+    best = qk.library.host.supported_isa()
+    assert run_python(code, QKERNELS_CPU_ISA=best).stdout == f"{best} None\n"
+    scalar = run_python(code, QKERNELS_CPU_ISA="scalar")
+    assert scalar.stdout in ("scalar the CPU path is capped at scalar\n", "scalar None\n"), scalar.stderr
+
+
+@pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx", "avx512vnni2"])
+def test_cpu_isa_that_does_not_exist(wanted: str) -> None:
+    done = run_python("import qkernels", QKERNELS_CPU_ISA=wanted)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(
+        f"ValueError: QKERNELS_CPU_ISA: isa: got '{wanted}'; this CPU runs scalar"
+    )
+
+
+def test_import_is_light() -> None:
+    """Counted in modules, as time is noisy; and in time with much room (20 ms on the machine it was written on)."""
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.perf_counter()
+import qkernels
+print(time.perf_counter() - start)
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - {"qkernels"}))
+print(*[name for name in sys.modules if name.split(".")[:2] in (["torch", "_inductor"], ["torch", "ao"])])
+"""
+    runs = [run_python(code).stdout.splitlines() for _ in range(3)]
+    seconds, modules, heavy = zip(*((line + [""] * 3)[:3] for line in runs), strict=True)
+    assert set(modules[0].split()) <= {"shlex", "json", "urllib", "email", "importlib", "ctypes"}
+    assert set(heavy[0].split()) <= set(run_python("import sys, torch; print(*sys.modules)").stdout.split())
+    assert min(map(float, seconds)) < 0.1
+
+
+class Distribution:
+    def __init__(self, direct_url: object) -> None:
+        self.direct_url = direct_url
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self.direct_url is None else json.dumps(self.direct_url)
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "source"),
+    [
+        ({"url": "file:///home/me/my%20code/qkernels", "dir_info": {}}, "'/home/me/my code/qkernels'"),
+        (
+            {"url": "https://example.org/qkernels.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "git+https://example.org/qkernels.git@abc",
+        ),
+        ({"url": "https://example.org/qkernels.tar.gz", "archive_info": {}}, "https://example.org/qkernels.tar.gz"),
+        (None, "--no-binary qkernels qkernels"),
+    ],
+)
+def test_build_command_installs_from_where_the_package_came(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, direct_url: object, source: str
+) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "qkernels" / "library.py"))
+    monkeypatch.setattr(library.importlib.metadata, "distribution", lambda name: Distribution(direct_url))
+    assert library.build_command() == f'pip install "setuptools>=77" && {PIP} {source}'
+
+
+def test_build_command_of_a_checkout() -> None:
+    assert library.build_command().endswith(f"{PIP} -e {ROOT}")
+
+
+def test_info_passes_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in (qk.__version__, torch.__version__, info.cpu_model(), "self-test: PASS", "gcc", "triton"):
+        assert part in text
+    for kernel in qk.kernels():
+        assert kernel.op in text
+
+
+def test_info_without_compiled_kernels_says_so_and_passes(copy: Path) -> None:
+    module(copy, "_cpu").unlink()
+    done = run_python("import qkernels.__main__ as m, sys; sys.exit(m.main(['info']))", root=copy)
+    assert done.returncode == 0, done.stderr
+    assert "compiled  no: the C++ kernels are not built; build them with: " in done.stdout
+    assert "self-test: PASS" in done.stdout
+
+
+def test_info_without_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import qkernels.__main__ as m; sys.exit(m.main(['info']))"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "triton    not installed; no kernel of this version needs it" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "selfcheck"])
+def test_a_wrong_kernel_fails_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    kernels = registry.kernels("fake_quantize_backward_mask")
+    wrong = Kernel(kernels[0].op, kernels[0].name, lambda *args: kernels[0].fn(*args) + 1e-6, kernels[0].unsupported)
+    monkeypatch.setitem(registry._kernels, wrong.op, [wrong, *kernels[1:]])
+    monkeypatch.setattr("qkernels.selfcheck.SHAPES", ((3, 40), (1,), (2, 8, 5, 3)))
+    assert __main__.main([command]) == 1
+    text = capsys.readouterr().out
+    assert f"FAIL {wrong.op} {wrong.name}: output 0 differs from the reference's, on (torch.float32[3, 40]" in text
+    assert "self-test: FAIL" in text
+
+
+def test_selfcheck_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["selfcheck"]) == 0
+    assert "self-test: PASS" in capsys.readouterr().out
+
+
+def test_commands_refuse_what_they_do_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["inform"], ["info", "--all"]):
+        with pytest.raises(SystemExit) as stop:
+            __main__.main(argv)
+        assert stop.value.code == 2
+    assert "info takes no arguments, got --all" in capsys.readouterr().err
+
+
+def test_bench_outside_a_checkout(copy: Path) -> None:
+    done = run_python("import qkernels.__main__ as m, sys; sys.exit(m.main(['bench']))", root=copy)
+    assert done.returncode == 2
+    assert "run this from a source checkout" in done.stdout

@@ -1,0 +1,156 @@
+"""Real quantization: every kernel bit for bit against the reference, and quantize-dequantize against fake-quantize."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, scale_of
+from conftest import kernels_of
+from test_fake_quantize import same
+
+import qkernels as qk
+from qkernels.reference import quantize as reference
+
+COMPILED = [name for name in kernels_of("quantize") if name != "reference"]
+CODES = [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int32, -(2**24), 2**24), (torch.int8, -8, 7)]
+
+
+@pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = INPUTS[name][0](dtype)
+    scale = scale_of(shape)
+    for code, low, high in CODES:
+        for zero_point in (None, torch.randint(max(low, -100), min(high, 100), shape, dtype=torch.int32)):
+            if zero_point is not None and low <= -8:
+                zero_point = zero_point.clamp(low, high)
+            q = reference.quantize(x, scale, zero_point, low, high, code)
+            back = [reference.dequantize(q, scale, zero_point, out) for out in FLOATS]
+            for kernel in COMPILED:
+                with qk.use_kernel(kernel):
+                    got = qk.quantize(x, scale, zero_point, quant_min=low, quant_max=high, dtype=code)
+                    same(got, q)
+                    for out, expected in zip(FLOATS, back, strict=True):
+                        same(qk.dequantize(got, scale, zero_point, dtype=out), expected)
+                        if x.numel():
+                            assert qk.library.host.last_isa() == kernel.removeprefix("cpu_")
+
+
+@pytest.mark.parametrize("kernel", kernels_of("quantize"))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_round_trip_is_fake_quantize(kernel: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(16, 40) * 3).to(dtype)
+    scale, zero_point = torch.rand(16, 1) * 0.1 + 0.01, torch.randint(-100, 100, (16, 1))
+    with qk.use_kernel(kernel):
+        q = qk.quantize(x, scale, zero_point)
+        y = qk.fake_quantize(x, scale, zero_point, quant_min=-128, quant_max=127)
+        same(qk.dequantize(q, scale, zero_point, dtype=dtype), y)
+
+
+@pytest.mark.parametrize("kernel", kernels_of("quantize"), indirect=True)
+def test_known_values(kernel: str) -> None:
+    x = torch.tensor([0.5, 1.5, -0.5, -2.5, math.inf, -math.inf, math.nan, 300.0])
+    q = qk.quantize(x, torch.ones(1), torch.tensor([3], dtype=torch.int8))
+    assert q.tolist() == [3, 5, 3, 1, 127, -128, 3, 127]
+    q = qk.quantize(x, torch.ones(1), torch.tensor([128]), dtype=torch.uint8)
+    assert q.tolist() == [128, 130, 128, 126, 255, 0, 128, 255]
+
+
+@pytest.mark.parametrize("kernel", kernels_of("quantize_dynamic"), indirect=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_equals_reference(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
+    base = (torch.randn(6, 64) * 3).to(dtype)
+    bad = base.clone()
+    bad[1, 3], bad[2, 1], bad[3], bad[4] = math.nan, math.inf, 0, 1e-41
+    inputs = [base, bad, base.t(), base[:, ::2], channels_last(torch.randn(2, 8, 4, 4).to(dtype))]
+    inputs += [torch.empty(0, 8, dtype=dtype), torch.empty(3, 0, dtype=dtype), torch.randn(777).to(dtype)]
+    for x in inputs:
+        for bits in (8, 4, 2):
+            for group in (-1, None, 2, 16):
+                if group and group > 0 and x.shape[-1] % group:
+                    continue
+                expected = reference.quantize_dynamic(
+                    x, group or 0, *qk.ops.fake_quantize.range_of_bits(bits), symmetric
+                )
+                got = qk.quantize_dynamic(x, bits=bits, group_size=group, symmetric=symmetric)
+                for a, b in zip(got, expected, strict=True):
+                    same(a, b)
+
+
+def test_dynamic_error_is_at_most_half_a_step() -> None:
+    x = torch.randn(32, 128)
+    for symmetric in (True, False):
+        q, scale, zero_point = qk.quantize_dynamic(x, symmetric=symmetric)
+        # An asymmetric zero point is rounded, which can move an end of the range by half a step more.
+        bound = scale * (0.5001 if symmetric else 1.0001)
+        assert ((qk.dequantize(q, scale, zero_point) - x).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("quantize", (torch.randn(4, 6), torch.rand(4, 1) + 0.1, None, -128, 127, torch.int8)),
+        ("quantize", (torch.randn(4, 6).t(), torch.rand(1) + 0.1, torch.tensor([3]), 0, 255, torch.uint8)),
+        ("dequantize", (torch.randint(-9, 9, (4, 6), dtype=torch.int8), torch.rand(4, 1) + 0.1, None, torch.float16)),
+        ("quantize_dynamic", (torch.randn(4, 6), -1, -128, 127, True)),
+        ("quantize_dynamic", (torch.randn(4, 6).t(), 0, -8, 7, False)),
+    ],
+)
+def test_opcheck(op: str, args: tuple) -> None:
+    torch.library.opcheck(getattr(torch.ops.qkernels, op).default, args)
+
+
+def test_compile_and_export() -> None:
+    def round_trip(x: torch.Tensor) -> torch.Tensor:
+        q, scale, zero_point = qk.quantize_dynamic(x, group_size=8)
+        return qk.dequantize(q, scale, zero_point) + qk.dequantize(qk.quantize(x, scale), scale)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(round_trip, fullgraph=True, dynamic=True)
+    for batch in (4, 9, 3):
+        x = torch.randn(batch, 24)
+        with torch.compiler.set_stance("default" if batch == 4 else "fail_on_recompile"):
+            same(compiled(x), round_trip(x))
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return round_trip(x)
+
+    x = torch.randn(4, 24)
+    program = torch.export.export(Module(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    same(program.module()(x), round_trip(x))
+
+
+def test_threads_give_identical_bits() -> None:
+    x = torch.randn(512, 700)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append((*qk.quantize_dynamic(x), qk.quantize(x, torch.tensor([0.02]))))
+    for a, b in zip(*results, strict=True):
+        same(a, b)
+
+
+X = torch.randn(4, 6)
+ONE = torch.ones(1)
+BAD = {
+    "x dtype": (lambda: qk.quantize(X.int(), ONE), "x: got torch.int32"),
+    "code dtype": (lambda: qk.quantize(X, ONE, dtype=torch.int16), "dtype: got torch.int16; accepted: torch.int8"),
+    "range": (lambda: qk.quantize(X, ONE, quant_min=-129), "quant_min, quant_max: got -129, 127; accepted: what"),
+    "zero_point": (lambda: qk.quantize(X, ONE, torch.tensor([200])), "zero_point: got 200"),
+    "scale": (lambda: qk.quantize(X, torch.ones(3, 1)), r"scale: got shape \[3, 1\]"),
+    "q dtype": (lambda: qk.dequantize(X, ONE), "q: got torch.float32; accepted: torch.int8"),
+    "out dtype": (lambda: qk.dequantize(X.to(torch.int8), ONE, dtype=torch.int8), "dtype: got torch.int8; accepted"),
+    "group_size": (lambda: qk.quantize_dynamic(X, group_size=5), "group_size: got 5"),
+}
+
+
+@pytest.mark.parametrize("kernel", kernels_of("quantize"))
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, kernel: str) -> None:
+    call, message = BAD[case]
+    with qk.use_kernel(kernel), pytest.raises(RuntimeError, match=message):
+        call()
