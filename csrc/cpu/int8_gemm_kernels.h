@@ -119,7 +119,7 @@ inline void to_storage(const float* v, float* out) {
   for (int c = 0; c < kPanel; ++c) out[c] = v[c];
 }
 
-inline void to_storage(const float* v, Bf16* out) {
+inline void to_storage(const float* v, BFloat16* out) {
   for (int c = 0; c < kPanel; ++c) {
     uint32_t bits;
     std::memcpy(&bits, v + c, 4);
@@ -128,9 +128,9 @@ inline void to_storage(const float* v, Bf16* out) {
   }
 }
 
-inline void to_storage(const float* v, Fp16* out) {
+inline void to_storage(const float* v, Half* out) {
 #if QK_PATH == QK_PATH_SCALAR
-  for (int c = 0; c < kPanel; ++c) out[c].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[c]);
+  for (int c = 0; c < kPanel; ++c) out[c] = from_float<Half>(v[c]);
 #else
   for (int c = 0; c < kPanel; c += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm256_cvtps_ph(_mm256_loadu_ps(v + c), 0));
@@ -197,8 +197,8 @@ inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t
     if (o.bias)
       for (int c = 0; c < kPanel; ++c) v[c] += ch.bias[c];
     switch (o.type) {
-      case Element::bf16: finish_float<Bf16>(v, o, row); break;
-      case Element::f16: finish_float<Fp16>(v, o, row); break;
+      case Element::bf16: finish_float<BFloat16>(v, o, row); break;
+      case Element::f16: finish_float<Half>(v, o, row); break;
       default: finish_float<float>(v, o, row);
     }
   }
@@ -395,7 +395,7 @@ constexpr int64_t kChunk = 1024;  // floats that a row is converted by: 4 KiB of
 
 inline const float* as_floats(const float* x, int64_t, float*) { return x; }
 
-inline const float* as_floats(const Bf16* x, int64_t n, float* buffer) {
+inline const float* as_floats(const BFloat16* x, int64_t n, float* buffer) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = static_cast<uint32_t>(x[i].bits) << 16;
     std::memcpy(buffer + i, &bits, 4);
@@ -403,13 +403,13 @@ inline const float* as_floats(const Bf16* x, int64_t n, float* buffer) {
   return buffer;
 }
 
-inline const float* as_floats(const Fp16* x, int64_t n, float* buffer) {
+inline const float* as_floats(const Half* x, int64_t n, float* buffer) {
   int64_t i = 0;
 #if QK_PATH != QK_PATH_SCALAR
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
 #endif
-  for (; i < n; ++i) buffer[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(x[i].bits);
+  for (; i < n; ++i) buffer[i] = to_float(x[i]);
   return buffer;
 }
 
@@ -479,8 +479,8 @@ float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t* row) {
 
 float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t* row) {
   switch (type) {
-    case Element::bf16: return quantize_row_of(static_cast<const Bf16*>(x), k, quantizer, row);
-    case Element::f16: return quantize_row_of(static_cast<const Fp16*>(x), k, quantizer, row);
+    case Element::bf16: return quantize_row_of(static_cast<const BFloat16*>(x), k, quantizer, row);
+    case Element::f16: return quantize_row_of(static_cast<const Half*>(x), k, quantizer, row);
     default: return quantize_row_of(static_cast<const float*>(x), k, quantizer, row);
   }
 }

@@ -1,6 +1,4 @@
 // Compiles int8_gemm_kernels.h once per instruction-set path and chooses among them.
-#include <torch/headeronly/util/Half.h>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -11,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "element.h"
 #include "int8_gemm.h"
 
 #define QK_PATH_SCALAR 0
@@ -24,13 +23,6 @@
 
 namespace qkernels {
 namespace {
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
 
 // Weights are asked for this many bytes ahead: far enough to cross the page boundary where hardware prefetching stops.
 // 1 x 11008 x 4096 from memory, 1 thread: 1.84 ms at 512, 1.68 at 2048, 1.38 at 4096, 1.31 to 1.34 beyond.
