@@ -127,7 +127,7 @@ class Net(nn.Module):
             )
 
         self.first = block(1, 32)
-        self.body = nn.Sequential(block(32, 32), block(32, 64, stride=2), block(64, 64, stride=2))
+        self.body = nn.Sequential(block(32, 32), block(32, 64, stride=2), block(64, 64))
         self.last = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
