@@ -245,6 +245,8 @@ class Int8Conv2d(_Int8Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         input_scale, input_zero_point = self._input_qparams(x)
+        # As nn.Conv2d, the output follows the input's memory format: what comes next may call .view(batch, -1).
+        contiguous = x.is_contiguous()
         padding: Any = self.padding
         if self._pad is not None:
             x, padding = F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
@@ -262,8 +264,7 @@ class Int8Conv2d(_Int8Layer):
         )
         if x.dim() == 3:
             return y[0]
-        # As nn.Conv2d, the output follows the input's memory format: what comes next may call .view(batch, -1).
-        return y.contiguous() if x.is_contiguous() else y
+        return y.contiguous() if contiguous else y
 
     def extra_repr(self) -> str:
         return (

@@ -73,7 +73,7 @@ def find_folds(model: nn.Module) -> Folds:
             folds.kept[name] = "it keeps no running statistics"
         elif len(nodes) != 1:
             folds.kept[name] = f"it is called {len(nodes)} times"
-        elif not isinstance(conv, nn.Conv2d) or producer is None:
+        elif not isinstance(conv, nn.Conv2d | Int8Conv2d) or producer is None:
             folds.kept[name] = "its input does not come straight from a Conv2d"
         elif len(calls[producer]) != 1 or len(source.users) != 1:  # type: ignore[union-attr]
             folds.kept[name] = f"the output of {producer} is used elsewhere too"
