@@ -153,8 +153,8 @@ class FakeQuantize(nn.Module):
             if isinstance(self.granularity, PerChannel):
                 scale, zero_point = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (scale, zero_point))
             return q.view(x.shape), scale, None if self.symmetric else zero_point
-        scale, zero_point = self.qparams()
-        return quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max), scale, zero_point
+        s, z = self.qparams()
+        return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer == "dynamic":
@@ -175,13 +175,14 @@ class FakeQuantize(nn.Module):
                 self.running_min,
                 self.running_max,
                 self.scale,
-                self.zero_point,
+                self.zero_point,  # type: ignore[arg-type]  # a buffer here
                 averaging_const=AVERAGING_CONST,
                 quant_min=self.quant_min,
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
-        scale, zero_point, factor = self.scale, self.zero_point, 1.0
+        scale: Tensor = self.scale
+        zero_point, factor = self.zero_point, 1.0
         if self.quantizer == "lsq":
             if self.training:
                 # In place, where a clamp in the graph would stop the gradient of a scale that once fell below; through
@@ -227,6 +228,7 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Minimum, maximum and mean magnitude (fp32) of each block of x that one element of scale speaks for."""
     x = x.detach().float()
+    inner: tuple[int, ...]
     if math.prod(scale_shape) == 1:
         blocks, inner = x.reshape(-1), (0,)
     else:

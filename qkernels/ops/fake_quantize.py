@@ -260,8 +260,8 @@ def fake_quantize(
     Args:
         x: any shape; fp32, fp64, fp16 or bf16. Arithmetic is fp32 (fp64 for fp64), rounding half to even.
         scale: positive. Its shape is the granularity: one element (per tensor), or x's rank with every dim dividing
-            x's: ``[N, 1]`` per row, ``[N, K/G]`` per group, ``[1, C, 1, 1]`` per channel of NCHW. A float is per tensor.
-            Below the smallest normal fp32 it acts as that value; negative or NaN gives NaN.
+            x's: ``[N, 1]`` per row, ``[N, K/G]`` per group, ``[1, C, 1, 1]`` per channel of NCHW; a float is per
+            tensor. Below the smallest normal fp32 it acts as that value; negative or NaN gives NaN.
         zero_point: None (0), one element, or scale's shape. Integers must lie in the range; a float one is rounded
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
@@ -279,7 +279,7 @@ def fake_quantize(
     """
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
-            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None, or make scale a tensor")
+            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
@@ -333,10 +333,7 @@ def fake_quantize_dynamic(
         x.detach(), 0 if group_size is None else _nonzero(group_size), quant_min, quant_max, symmetric
     )
     if torch.is_grad_enabled() and x.requires_grad:
-        if symmetric:
-            y = _straight_through(x, y)
-        else:
-            y = _already_masked(x, y, mask)
+        y = _straight_through(x, y) if symmetric else _already_masked(x, y, mask)
     return (y, scale, zero_point) if return_qparams else y
 
 
@@ -478,7 +475,7 @@ def fused_moving_avg_obs_fake_quant(
     statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
     torch, empty statistics are resized to the number of channels on the first call when per_row_fake_quant is set.
     """
-    stats = (running_min, running_max, scale, zero_point)
+    stats: tuple[Tensor, ...] = (running_min, running_max, scale, zero_point)
     if per_row_fake_quant:
         channels = x.shape[ch_axis]
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):

@@ -1,4 +1,4 @@
-"""Fake quantization in plain torch: y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale.
+"""Fake quantization in plain torch: y = (clamp(round(x/scale) + zero_point, quant_min, quant_max) - zero_point)·scale.
 
 Arithmetic is fp32 (fp64 for fp64 inputs), 1/scale is taken once, rounding is half to even, and the output is rounded
 once to x's dtype. The shape of scale is the granularity: one element, or x's rank with every dim dividing x's.
@@ -38,14 +38,16 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
     if zero_point is not None:
         if zero_point.numel() not in (1, scale.numel()):
             raise RuntimeError(
-                f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape {list(scale.shape)}"
+                f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
+                f"{list(scale.shape)}"
             )
         # Values are looked at only where that costs no synchronisation.
         if x.device.type == "cpu" and not zero_point.is_floating_point() and zero_point.numel():
             low, high = int(zero_point.min()), int(zero_point.max())
             if low < quant_min or high > quant_max:
                 raise RuntimeError(
-                    f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, {quant_min} to {quant_max}"
+                    f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, "
+                    f"{quant_min} to {quant_max}"
                 )
 
 
@@ -105,7 +107,9 @@ def qparams(
     return s, 1 / s, z
 
 
-def fake_quantize_forward(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize_forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
     check(x, scale, zero_point, quant_min, quant_max)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = (x.to(s.dtype) * inv).round() + z
@@ -188,10 +192,8 @@ def dynamic_qparams(
     """Scale and int32 zero point of each group: of the whole of x (0), of each row (-1), of group_size elements."""
     check_group_size(x, group_size)
     values = x.detach().to(compute_dtype(x))
-    if group_size == 0:
-        shape = [1] * x.dim()
-    else:
-        shape = [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
+    rows = x.shape[:-1]
+    shape = [1] * x.dim() if group_size == 0 else [*rows, 1 if group_size == -1 else x.shape[-1] // group_size]
     count = torch.Size(shape).numel()
     groups = values.reshape(count, values.numel() // max(count, 1))
     if groups.shape[1] == 0:

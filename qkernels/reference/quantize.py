@@ -23,7 +23,8 @@ def quantize(
     info = torch.iinfo(dtype)
     if quant_min < info.min or quant_max > info.max:
         raise RuntimeError(
-            f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: what {dtype} holds, {info.min} to {info.max}"
+            f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: what {dtype} holds, {info.min} to "
+            f"{info.max}"
         )
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = ((x.to(s.dtype) * inv).round() + z).clamp(quant_min, quant_max)
