@@ -36,8 +36,9 @@ class FakeQuantize(nn.Module):
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
     "lsq" and "minmax" raise RuntimeError when called before they were calibrated; "ema" gives NaN in eval mode before
-    it saw its first batch, and under activation checkpointing counts a batch twice, as BatchNorm does. Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``): a bf16
-    average cannot move by less than 1/256 of itself. Nothing in the forward pass waits for the device.
+    it saw its first batch, and under activation checkpointing counts a batch twice, as BatchNorm does.
+    Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``): a bf16 average cannot move by less
+    than 1/256 of itself. Nothing in the forward pass waits for the device.
     """
 
     running_min: Tensor
