@@ -351,7 +351,7 @@ void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, cons
 void pack_panel(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
                 int32_t* colsum) {
   const int64_t full = k / 4;
-  if (channels < kPanel || full * 4 != k) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
+  if (k > 0 && (channels < kPanel || full * 4 != k)) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
   if (stride_k == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       const int8_t* row = b + c * stride_n;
