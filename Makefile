@@ -27,11 +27,12 @@ lint: $(VENV)/dev
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy
 
-# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own.
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own;
+# --capture=sys lets the sanitizers' own text through.
 asan: $(VENV)/dev
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
-	    $(BIN)/pytest -q -p no:cacheprovider -k "not (compile or export or opcheck or subprocess)" $(SANITIZED)
+	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -k "not (compile or export or opcheck or subprocess)" $(SANITIZED)
 
 bench: $(VENV)/built $(VENV)/bench
 	$(PYTHON) -m qkernels bench

@@ -204,9 +204,7 @@ def fold_float(model: nn.Module) -> nn.Module:
     """The fp32 model as one would deploy it: BatchNorm folded into the convolutions."""
     folded = copy.deepcopy(model).eval()
     for conv, norm in find_folds(folded).batch_norm_of.items():
-        fused = nn.utils.fusion.fuse_conv_bn_eval(  # type: ignore[type-var]
-            folded.get_submodule(conv), folded.get_submodule(norm)
-        )  # type: ignore[arg-type]
+        fused = nn.utils.fusion.fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore[type-var, arg-type]
         folded.set_submodule(conv, fused)
         folded.set_submodule(norm, nn.Identity())
     return folded

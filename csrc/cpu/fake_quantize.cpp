@@ -101,8 +101,8 @@ Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const Params& 
   return dx;
 }
 
-Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point,
-                             int64_t quant_min, int64_t quant_max) {
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
+                             int64_t quant_max) {
   return forward_with(x, TensorParams{scale, zero_point}, quant_min, quant_max);
 }
 
@@ -165,9 +165,8 @@ Tensor from_double(const std::vector<double>& values, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
                                                                     const Tensor& scale,
-                                                                    std::optional<Tensor> zero_point,
-                                                                    int64_t quant_min, int64_t quant_max,
-                                                                    double grad_factor) {
+                                                                    std::optional<Tensor> zero_point, int64_t quant_min,
+                                                                    int64_t quant_max, double grad_factor) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   const Tensor x = to_dense(x_any);
@@ -237,8 +236,8 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
       {"running_min", &running_min}, {"running_max", &running_max}, {"scale", &scale}};
   for (const auto& [name, stat] : stats) {
     check_param(name, *stat, x);
-    QK_CHECK(stat->scalar_type() == ScalarType::Float && stat->is_contiguous() && stat->numel() == scale.numel(),
-             name, ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
+    QK_CHECK(stat->scalar_type() == ScalarType::Float && stat->is_contiguous() && stat->numel() == scale.numel(), name,
+             ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
              "; accepted: contiguous torch.float32 of one shape for all statistics");
   }
   const ScalarType zero_point_dtype = zero_point.scalar_type();
@@ -249,8 +248,8 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   const Tensor dense = to_dense(x);
   const int64_t channels = scale.numel(), numel = x.numel();
   if (is_set("observer_on", observer_on) && numel) {
-    const QparamsRule rule{quant_min,       quant_max, symmetric_steps != 0,
-                           symmetric_steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
+    const QparamsRule rule{
+        quant_min, quant_max, symmetric_steps != 0, symmetric_steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
     const View view = view_of(dense, scale);
     std::vector<float> low(channels), high(channels);
     dispatch_floating("x", dense, [&](auto tag) {

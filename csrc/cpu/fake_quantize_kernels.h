@@ -1,6 +1,6 @@
 // The fake-quant kernels, compiled once per path by foreach_isa.h.
-#include "walk.h"
 #include "ranges.h"
+#include "walk.h"
 
 template <typename V>
 struct Bounds {

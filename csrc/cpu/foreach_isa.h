@@ -31,19 +31,19 @@ namespace qkernels::avx512 {
 QK_TARGET_END
 
 // Calls `call` in the namespace of the active path.
-#define QK_DISPATCH_ISA(call)                          \
-  do {                                                 \
-    const ::qkernels::Isa isa_ = active_isa();         \
-    if (isa_ >= ::qkernels::Isa::avx512) {             \
-      record_isa(::qkernels::Isa::avx512);             \
-      ::qkernels::avx512::call;                        \
-    } else if (isa_ == ::qkernels::Isa::avx2) {        \
-      record_isa(::qkernels::Isa::avx2);               \
-      ::qkernels::avx2::call;                          \
-    } else {                                           \
-      record_isa(::qkernels::Isa::scalar);             \
-      ::qkernels::scalar::call;                        \
-    }                                                  \
+#define QK_DISPATCH_ISA(call)                   \
+  do {                                          \
+    const ::qkernels::Isa isa_ = active_isa();  \
+    if (isa_ >= ::qkernels::Isa::avx512) {      \
+      record_isa(::qkernels::Isa::avx512);      \
+      ::qkernels::avx512::call;                 \
+    } else if (isa_ == ::qkernels::Isa::avx2) { \
+      record_isa(::qkernels::Isa::avx2);        \
+      ::qkernels::avx2::call;                   \
+    } else {                                    \
+      record_isa(::qkernels::Isa::scalar);      \
+      ::qkernels::scalar::call;                 \
+    }                                           \
   } while (0)
 #else
 #define QK_DISPATCH_ISA(call)            \

@@ -11,8 +11,8 @@ namespace qkernels {
 
 // x in memory order is a sequence of runs of `inner` elements that share one channel, i.e. one element of scale.
 struct View {
-  int64_t channels = 1;        // elements of scale
-  int64_t period = 1;          // runs after which the pattern of channels repeats
+  int64_t channels = 1;  // elements of scale
+  int64_t period = 1;    // runs after which the pattern of channels repeats
   int64_t runs = 1;
   int64_t inner = 0;           // elements of a run
   std::vector<int64_t> index;  // channel of each run of a period; empty: the run's number itself
@@ -191,8 +191,8 @@ Quantizer<T> quantizer_of(const Tensor& scale, const std::optional<Tensor>& zero
 }
 
 template <typename T>
-Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
-                       int64_t quant_min, int64_t quant_max) {
+Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
+                       int64_t quant_max) {
   check_range(quant_min, quant_max);
   check_scale(scale, zero_point, x);
   return quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}});
@@ -209,9 +209,9 @@ Quantizer<T> dequantizer(const Tensor& q, const Tensor& scale, const std::option
 struct QparamsRule {
   int64_t quant_min, quant_max;
   bool symmetric;
-  double steps;         // symmetric: steps that cover max(|low|, |high|)
-  int64_t middle;       // symmetric: the zero point
-  double floor;         // smallest scale
+  double steps;    // symmetric: steps that cover max(|low|, |high|)
+  int64_t middle;  // symmetric: the zero point
+  double floor;    // smallest scale
 
   // As many steps as fit on the shorter side of the middle: the largest value is never clipped.
   static QparamsRule dynamic(int64_t quant_min, int64_t quant_max, bool symmetric) {

@@ -87,7 +87,8 @@ inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
 void gather(const uint8_t* image, const Geometry& g, int64_t h, int64_t w, int64_t group, uint8_t* row) {
   const bool one_run = g.groups == 1 && g.dilation.w == 1;
   const int64_t run = g.group_channels() * (one_run ? g.kernel.w : 1), runs = one_run ? 1 : g.kernel.w;
-  const uint8_t* corner = image + (h * g.stride.h * g.padded.w + w * g.stride.w) * g.channels + group * g.group_channels();
+  const uint8_t* corner =
+      image + (h * g.stride.h * g.padded.w + w * g.stride.w) * g.channels + group * g.group_channels();
   for (int64_t i = 0; i < g.kernel.h; ++i)
     for (int64_t j = 0; j < runs; ++j, row += run)
       copy_run(corner + (i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels, run, row);
@@ -177,8 +178,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                data.size(1) == group_panels && data.size(2) == k_groups(k) && data.size(3) == kPanel &&
                data.size(4) == 4 && data.is_contiguous(),
            "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
-           "; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 [", groups, ", ", group_panels, ", ", k_groups(k),
-           ", ", kPanel, ", 4]");
+           "; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 [", groups, ", ", group_panels, ", ",
+           k_groups(k), ", ", kPanel, ", 4]");
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
            dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");
   const auto channel_scale = float_vector("scale", scale, g.out_channels, -1, false, "[C_out]");
@@ -222,8 +223,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   }
 
   // A 1x1 kernel at stride 1 without padding reads the image as it is.
-  const bool in_place = g.kernel.h == 1 && g.kernel.w == 1 && g.stride.h == 1 && g.stride.w == 1 &&
-                        g.padding.h == 0 && g.padding.w == 0;
+  const bool in_place =
+      g.kernel.h == 1 && g.kernel.w == 1 && g.stride.h == 1 && g.stride.w == 1 && g.padding.h == 0 && g.padding.w == 0;
   const int64_t gathered = code_row_stride(k), row_stride = in_place ? g.channels : gathered;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tiles =
@@ -243,9 +244,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
         for (int64_t r = 0; r < height; ++r) {
           if (!in_place) gather(image, g, h, w, group, scratch.get() + r * gathered);
           if (nan)
-            row_scales[static_cast<size_t>(r)] = nan_under(source, type, g, n, h, w, group)
-                                                     ? std::numeric_limits<float>::quiet_NaN()
-                                                     : quantizer.scale;
+            row_scales[static_cast<size_t>(r)] =
+                nan_under(source, type, g, n, h, w, group) ? std::numeric_limits<float>::quiet_NaN() : quantizer.scale;
           if (++w == g.out.w) {
             w = 0;
             ++h;

@@ -8,9 +8,9 @@
 
 namespace qkernels {
 
-// Packed weights, the one layout of every path. [N, K] is cut into panels of 32 output channels; a panel holds, for each
-// group of 4 consecutive k, the 4 bytes of channel 0, of channel 1, … of channel 31, so that one 64-byte load feeds 16
-// channels of a 4-way dot product and a panel is one forward stream:
+// Packed weights, the one layout of every path. [N, K] is cut into panels of 32 output channels; a panel holds, for
+// each group of 4 consecutive k, the 4 bytes of channel 0, of channel 1, … of channel 31, so that one 64-byte load
+// feeds 16 channels of a 4-way dot product and a panel is one forward stream:
 //
 //   data[panel][k / 4][channel % 32][k % 4]        missing channels and k are zeros
 constexpr int kPanel = 32;
@@ -40,7 +40,7 @@ struct PanelOutput {
   const float* scale_b;
   const float* bias;  // may be null
   const float* scale_a;
-  int64_t scale_a_step;  // 0: one scale for all rows
+  int64_t scale_a_step;       // 0: one scale for all rows
   const int32_t* zero_point;  // may be null
   int64_t zero_point_step;
   bool wide;  // acc - zero_point * colsum may leave int32
@@ -60,7 +60,8 @@ struct Int8Kernels {
                      int32_t* colsum);
   void (*multiply)(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
                    const PanelOutput& output);
-  // The same for weights that are not packed: b is [channels, K] with K contiguous, rows hold codes that are not flipped.
+  // The same for weights that are not packed: b is [channels, K] with K contiguous, rows hold codes that are not
+  // flipped.
   void (*multiply_unpacked)(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n,
                             int64_t k, const PanelOutput& output);
   // One filter per channel: for 32 neighbouring channels of `pixels` outputs, `step` codes apart in the input,

@@ -77,8 +77,7 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
     for (int64_t g = 0; g < groups; ++g, p += kPanel * 4) {
       __m256i codes[MR];
 #pragma GCC unroll 2
-      for (int r = 0; r < MR; ++r)
-        codes[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_group(a + r * stride + g * 4)));
+      for (int r = 0; r < MR; ++r) codes[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_group(a + r * stride + g * 4)));
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 16)));
@@ -101,8 +100,8 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
     for (int r = 0; r < MR; ++r) {
       const int8_t* codes = reinterpret_cast<const int8_t*>(a + r * stride + g * 4);
       for (int c = 0; c < kPanel; ++c)
-        sums[r * kPanel + c] += codes[0] * b[c * 4] + codes[1] * b[c * 4 + 1] + codes[2] * b[c * 4 + 2] +
-                                codes[3] * b[c * 4 + 3];
+        sums[r * kPanel + c] +=
+            codes[0] * b[c * 4] + codes[1] * b[c * 4 + 1] + codes[2] * b[c * 4 + 2] + codes[3] * b[c * 4 + 3];
     }
 }
 #endif
@@ -177,8 +176,8 @@ inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t
     float v[kPanel];
     if (o.wide) {
       for (int c = 0; c < kPanel; ++c) {
-        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[c]) - static_cast<uint32_t>(flip) *
-                                                                                      static_cast<uint32_t>(ch.colsum[c]));
+        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(sums[c]) -
+                                                 static_cast<uint32_t>(flip) * static_cast<uint32_t>(ch.colsum[c]));
         v[c] = static_cast<float>(sum - static_cast<int64_t>(zero_point) * ch.colsum[c]);
       }
     } else {
@@ -329,8 +328,8 @@ void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, cons
     __m512i sum0 = _mm512_setzero_si512(), sum1 = _mm512_setzero_si512();
     for (int64_t t = 0; t < n_taps; ++t) {
       const __m128i* code = reinterpret_cast<const __m128i*>(codes + taps[t]);
-      const __m512i product0 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(code)),
-                                                  _mm512_loadu_si512(weights + t * kPanel));
+      const __m512i product0 =
+          _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(code)), _mm512_loadu_si512(weights + t * kPanel));
       const __m512i product1 = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(code + 1)),
                                                   _mm512_loadu_si512(weights + t * kPanel + 16));
       sum0 = _mm512_add_epi32(sum0, product0);
@@ -352,7 +351,7 @@ void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, cons
 void pack_panel(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
                 int32_t* colsum) {
   const int64_t full = k / 4;
-  if (channels < kPanel || full * 4 != k) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
+  if (k > 0 && (channels < kPanel || full * 4 != k)) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
   if (stride_k == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       const int8_t* row = b + c * stride_n;

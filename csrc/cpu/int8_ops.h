@@ -87,7 +87,9 @@ inline RowQuantizer static_quantizer(const Tensor& scale, const std::optional<Te
   check_codes(quant_min, quant_max);
   QK_CHECK(scale.numel() == 1, "input_scale: got shape ", shape_of(scale), "; accepted: one element");
   float s = *float_vector("input_scale", scale, 1, -1, true, "one element").data;
-  s = s < 0 ? std::numeric_limits<float>::quiet_NaN() : std::isnan(s) ? s : std::max(s, std::numeric_limits<float>::min());
+  s = s < 0           ? std::numeric_limits<float>::quiet_NaN()
+      : std::isnan(s) ? s
+                      : std::max(s, std::numeric_limits<float>::min());
   int32_t z = 0;
   if (zero_point) {
     QK_CHECK(zero_point->numel() == 1, "input_zero_point: got shape ", shape_of(*zero_point),
@@ -96,13 +98,8 @@ inline RowQuantizer static_quantizer(const Tensor& scale, const std::optional<Te
   }
   QK_CHECK(quant_min <= z && z <= quant_max, "input_zero_point: got ", z, "; accepted: quant_min to quant_max, ",
            quant_min, " to ", quant_max);
-  return {false,
-          s,
-          1.0f / s,
-          0.0f,
-          static_cast<float>(z),
-          static_cast<float>(quant_min),
-          static_cast<float>(quant_max)};
+  return {
+      false, s, 1.0f / s, 0.0f, static_cast<float>(z), static_cast<float>(quant_min), static_cast<float>(quant_max)};
 }
 
 // Whether acc - zero_point * colsum may leave int32 for zero points of this magnitude.
@@ -125,8 +122,7 @@ inline size_t element_size(Element type) { return type == Element::f32 || type =
 
 // The part of an output that starts at `row` and at output channel `channel`.
 inline PanelOutput at(PanelOutput o, int64_t row, int64_t channel) {
-  o.out = static_cast<char*>(o.out) +
-          (row * o.row_stride + channel) * static_cast<int64_t>(element_size(o.type));
+  o.out = static_cast<char*>(o.out) + (row * o.row_stride + channel) * static_cast<int64_t>(element_size(o.type));
   o.channels = std::min<int64_t>(kPanel, o.channels - channel);
   if (o.colsum) o.colsum += channel;
   if (o.scale_b) o.scale_b += channel;

@@ -119,9 +119,7 @@ struct F32 {
   using Scalar = float;
   struct Mask {
     __m256 lo, hi;
-    uint16_t bits() const {
-      return static_cast<uint16_t>(_mm256_movemask_ps(lo) | (_mm256_movemask_ps(hi) << 8));
-    }
+    uint16_t bits() const { return static_cast<uint16_t>(_mm256_movemask_ps(lo) | (_mm256_movemask_ps(hi) << 8)); }
     static Mask from_bits(uint16_t bits) {
       const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
       const __m256i lo = _mm256_and_si256(_mm256_set1_epi32(bits), lane);
@@ -137,20 +135,20 @@ struct F32 {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
   }
-  static __m256 widen(__m128i bf16) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
-  }
+  static __m256 widen(__m128i bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16)); }
   static F32 load(const BFloat16* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
     return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
   }
   static F32 load(const int8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)))};
   }
   static F32 load(const uint8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
   }
   static F32 load(const int32_t* p) {
     const __m256i* q = reinterpret_cast<const __m256i*>(p);
@@ -242,17 +240,15 @@ struct F32 {
   __m512 v;
 
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
-  static __m512 widen(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-  }
+  static __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
   // bf16, half to even; vcvtneps2bf16 would flush denormals. Every NaN here is canonical or a widened bf16 (see
   // effective_scale), so that the rounding cannot carry it into infinity.
   static __m256i narrow(__m512 f) {
     const __m512i u = _mm512_castps_si512(f);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i high_words = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011,
-                                                0xf000d, 0xb0009, 0x70005, 0x30001);
+    const __m512i high_words = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                                0xb0009, 0x70005, 0x30001);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, r));
   }
   static F32 set1(float value) { return {_mm512_set1_ps(value)}; }
@@ -275,9 +271,7 @@ struct F32 {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
   }
   static F32 load(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
-  static F32 load(const int32_t* p, int64_t n) {
-    return {_mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first(n), p))};
-  }
+  static F32 load(const int32_t* p, int64_t n) { return {_mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first(n), p))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   void store(Half* p) const {
@@ -302,9 +296,7 @@ inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 min(F32 bound, F32 a) { return {_mm512_min_ps(bound.v, a.v)}; }
 inline F32 max(F32 bound, F32 a) { return {_mm512_max_ps(bound.v, a.v)}; }
-inline F32 round(F32 a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // The bits of |a| order as integers, with NaN above infinity.
 inline F32 max_abs(F32 acc, F32 a) {
   const __m512i abs = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));

@@ -138,8 +138,8 @@ void reduce_channels(const View& view, int64_t numel, const Op& op) {
     torch::stable::parallel_for(0, items, grain, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t run = item / pieces, from = item % pieces * kPiece;
-        partial[item] = op.piece(run * view.inner + from, std::min(kPiece, view.inner - from),
-                                 view.channel(run % view.period));
+        partial[item] =
+            op.piece(run * view.inner + from, std::min(kPiece, view.inner - from), view.channel(run % view.period));
       }
     });
     std::vector<Partial> total(view.channels, Op::identity());

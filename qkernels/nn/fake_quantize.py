@@ -36,9 +36,9 @@ class FakeQuantize(nn.Module):
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
     "lsq" and "minmax" raise RuntimeError when called before they were calibrated; "ema" gives NaN in eval mode before
-    it saw its first batch, and under activation checkpointing counts a batch twice, as BatchNorm does. Scales and
-    statistics stay fp32 when the module is cast (``model.bfloat16()``): a bf16 average cannot move by less than 1/256
-    of itself. Nothing in the forward pass waits for the device.
+    it saw its first batch, and under activation checkpointing counts a batch twice, as BatchNorm does.
+    Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``): a bf16 average cannot move by less
+    than 1/256 of itself. Nothing in the forward pass waits for the device.
     """
 
     scale: Tensor
@@ -156,8 +156,8 @@ class FakeQuantize(nn.Module):
             if isinstance(self.granularity, PerChannel):
                 scale, zero_point = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (scale, zero_point))
             return q.view(x.shape), scale, None if self.symmetric else zero_point
-        scale, zero_point = self.qparams()
-        return quantize(x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max), scale, zero_point
+        s, z = self.qparams()
+        return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer == "dynamic":
@@ -178,13 +178,14 @@ class FakeQuantize(nn.Module):
                 self.running_min,
                 self.running_max,
                 self.scale,
-                self.zero_point,
+                self.zero_point,  # type: ignore[arg-type]  # a buffer here
                 averaging_const=AVERAGING_CONST,
                 quant_min=self.quant_min,
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
-        scale, zero_point, factor = self.scale, self.zero_point, 1.0
+        scale: Tensor = self.scale
+        zero_point, factor = self.zero_point, 1.0
         if self.quantizer == "lsq":
             if self.training:
                 # In place, where a clamp in the graph would stop the gradient of a scale that once fell below; through
@@ -230,6 +231,7 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Minimum, maximum and mean magnitude (fp32) of each block of x that one element of scale speaks for."""
     x = x.detach().float()
+    inner: tuple[int, ...]
     if math.prod(scale_shape) == 1:
         blocks, inner = x.reshape(-1), (0,)
     else:

@@ -203,7 +203,7 @@ class Int8Conv2d(_Int8Layer):
     ) -> None:
         # nn.Conv2d checks the arguments and resolves padding="same" and ints.
         geometry = (kernel_size, stride, padding, dilation, groups)
-        conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")
+        conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")  # type: ignore[arg-type]
         if input is None:
             input = FakeQuantize(granularity=PerTensor(), quantizer="dynamic")
         self.groups = groups  # before the base class packs the weight

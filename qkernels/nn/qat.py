@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,11 +70,11 @@ def _with_quantizers(
     float_class = cls.__mro__[1]
     if type(module) is not float_class:
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
-    layer = cls.__new__(cls)
+    layer: Any = cls.__new__(cls)
     layer.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
     layer.weight_fake_quant = weight
     layer.input_fake_quant = input
     for child in (weight, input):
         if child is not None:
-            child.to(module.weight.device).train(module.training)
+            child.to(layer.weight.device).train(module.training)
     return layer

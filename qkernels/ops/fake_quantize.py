@@ -138,7 +138,7 @@ def _as_output(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 def _entered(function: type[Function]) -> Any:
     """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call."""
-    direct = super(Function, function).apply
+    direct = super(Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -328,10 +328,7 @@ def fake_quantize_dynamic(
         x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric
     )
     if torch.is_grad_enabled() and x.requires_grad:
-        if symmetric:
-            y = _straight_through(x, y)
-        else:
-            y = _already_masked(x, y, mask)
+        y = _straight_through(x, y) if symmetric else _already_masked(x, y, mask)
     return (y, scale, zero_point) if return_qparams else y
 
 
@@ -474,7 +471,7 @@ def fused_moving_avg_obs_fake_quant(
     statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
     torch, empty statistics are resized to the number of channels on the first call when per_row_fake_quant is set.
     """
-    stats = (running_min, running_max, scale, zero_point)
+    stats: tuple[Tensor, ...] = (running_min, running_max, scale, zero_point)
     if per_row_fake_quant:
         channels = x.shape[ch_axis]
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):

@@ -47,7 +47,7 @@ class QSpec:
             raise ValueError(
                 f"weight granularity: got {granularity}; accepted: PerTensor(), PerChannel(0), PerGroup(size)"
             )
-        shape = layer.weight.shape  # type: ignore[union-attr]
+        shape: Any = layer.weight.shape
         return FakeQuantize(
             bits=self.bits, granularity=granularity, symmetric=self.symmetric, quantizer=self.quantizer, shape=shape
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +251,7 @@ def _run_example(
     model: nn.Module,
     example: Any,
     float_model: nn.Module | None,
-    layers: dict[str, nn.Module],
+    layers: Mapping[str, nn.Module],
     folded: dict[str, str],
     rows: list[LayerRow],
 ) -> None:

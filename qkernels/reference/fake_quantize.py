@@ -193,10 +193,8 @@ def dynamic_qparams(
     """Scale and int32 zero point of each group: of the whole of x (0), of each row (-1), of group_size elements."""
     check_group_size(x, group_size)
     values = x.detach().to(compute_dtype(x))
-    if group_size == 0:
-        shape = [1] * x.dim()
-    else:
-        shape = [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
+    rows = x.shape[:-1]
+    shape = [1] * x.dim() if group_size == 0 else [*rows, 1 if group_size == -1 else x.shape[-1] // group_size]
     count = torch.Size(shape).numel()
     groups = values.reshape(count, values.numel() // max(count, 1))
     if groups.shape[1] == 0:
