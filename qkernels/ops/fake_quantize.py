@@ -390,30 +390,28 @@ def _constant(param: Any) -> Any:
     return param.detach() if isinstance(param, Tensor) and param.requires_grad else param
 
 
-def per_channel_view(param: Tensor, x: Tensor, axis: int) -> Tensor:
-    """A per-channel [C] parameter in the shape that speaks for dim ``axis`` of x."""
-    if not -x.dim() <= axis < x.dim():
-        raise RuntimeError(f"axis: got {axis}; accepted: {-x.dim()} to {x.dim() - 1}, x has {x.dim()} dims")
-    axis %= x.dim()
-    if param.dim() != 1 or param.shape[0] != x.shape[axis]:
-        raise RuntimeError(
-            f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's "
-            f"{x.shape[axis]} channels (dim {axis})"
-        )
-    return param.view([-1 if dim == axis else 1 for dim in range(x.dim())])
+def per_channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
+    """Per-channel [C] parameters in the shape that speaks for dim ``axis`` of x."""
+    dims = x.dim()
+    if not -dims <= axis < dims:
+        raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
+    shape = [1] * dims
+    shape[axis] = channels = x.size(axis)
+    for param in params:
+        if param.dim() != 1 or param.numel() != channels:
+            raise RuntimeError(
+                f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's {channels} "
+                f"channels (dim {axis})"
+            )
+    return [param.view(shape) for param in params]
 
 
 def fake_quantize_per_channel_affine(
     input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
     """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0."""
-    return fake_quantize(
-        input,
-        _constant(per_channel_view(scale, input, axis)),
-        _constant(per_channel_view(zero_point, input, axis)),
-        quant_min=quant_min,
-        quant_max=quant_max,
-    )
+    scale, zero_point = per_channel_views(input, axis, _constant(scale), _constant(zero_point))
+    return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
 
 
 def fake_quantize_learnable_per_tensor_affine(
@@ -440,14 +438,8 @@ def fake_quantize_learnable_per_channel_affine(
     grad_factor: float = 1.0,
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    return fake_quantize(
-        input,
-        per_channel_view(scale, input, axis),
-        per_channel_view(_rounded(zero_point), input, axis),
-        quant_min=quant_min,
-        quant_max=quant_max,
-        grad_factor=grad_factor,
-    )
+    scale, zero_point = per_channel_views(input, axis, scale, _rounded(zero_point))
+    return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
 def fused_moving_avg_obs_fake_quant(
@@ -469,14 +461,14 @@ def fused_moving_avg_obs_fake_quant(
 
     It trains with the scale and zero point that torch.ao's observer computes at convert time from the same
     statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
-    torch, empty statistics are resized to the number of channels on the first call when per_row_fake_quant is set.
+    torch, statistics of no or one element are resized to the number of channels when per_row_fake_quant is set.
     """
     stats: tuple[Tensor, ...] = (running_min, running_max, scale, zero_point)
     if per_row_fake_quant:
         channels = x.shape[ch_axis]
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
-            if stat.numel() != channels:
+            if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(per_channel_view(stat, x, ch_axis) for stat in stats)
+        stats = tuple(per_channel_views(x, ch_axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric_quant else 0.0
     return _observed(x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps)
