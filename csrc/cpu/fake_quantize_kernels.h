@@ -172,6 +172,16 @@ void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quanti
   reduce_channels(view, numel, LearnableOp<S>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
+// A symmetric range that these very values gave: |x|/scale exceeds quant_max by 3 roundings at most, so that none is
+// clipped, and the zero point is 0. Adding it still turns -0 into 0, as everywhere.
+template <typename V, typename S>
+inline void symmetric_stretch(const S* x, S* y, int64_t n, V inv, V scale) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) ((round(V::load(x + i) * inv) + zero<V>()) * scale).store(y + i);
+  if (const int64_t tail = n - i; tail > 0)
+    ((round(V::load(x + i, tail) * inv) + zero<V>()) * scale).store(y + i, tail);
+}
+
 // Each row of `length` elements gives its own scale while it is in cache, then is quantized with it.
 template <typename S>
 void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, S* y, Arithmetic<S>* scale,
@@ -195,6 +205,8 @@ void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, cons
           BitWriter bits(mask, at);
           forward_stretch<V, S, true>(x + at, y + at, length, p, b, &bits);
           bits.finish();
+        } else if (rule.symmetric && rule.middle == 0) {
+          symmetric_stretch(x + at, y + at, length, p.inv_, p.scale_);
         } else {
           forward_stretch<V, S, false>(x + at, y + at, length, p, b, nullptr);
         }
