@@ -1,4 +1,4 @@
-"""Prints the newest results of every op and device as Markdown, for the README."""
+"""Prints the newest results of every op and device as Markdown: all rows behind the README's table."""
 
 from __future__ import annotations
 
