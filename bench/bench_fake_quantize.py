@@ -90,8 +90,19 @@ def test_forward_backward(compare: Compare, dtype: torch.dtype, per_channel: boo
         reference.fake_quantize_forward(x.detach(), spread, None, *INT8),
         reference.fake_quantize_backward(grad, x.detach(), spread, None, *INT8),
     )
-    calls = (forward_backward(function(x, scale, zero_point), [x], grad) for function in (ours, torchs))
-    compare(next(calls), {"torch": peers.find("torch", lambda: next(calls))}, expected)
+    candidate, peer = (forward_backward(function(x, scale, zero_point), [x], grad) for function in (ours, torchs))
+    compare(candidate, {"torch": peer}, expected)
+
+
+@dtypes
+def test_forward_backward_against_relu(compare: Compare, dtype: torch.dtype) -> None:
+    """The floor again: what autograd costs with the cheapest of ops."""
+    x, scale, zero_point = operands(256, 1024, False, dtype)
+    x.requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    candidate = forward_backward(ours(x, scale, zero_point), [x], grad)
+    relu = forward_backward(lambda: torch.relu(x), [x], grad)
+    compare(candidate, {"relu": relu}, candidate(), peer_tolerance=10)
 
 
 @granularities
