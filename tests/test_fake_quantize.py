@@ -583,11 +583,32 @@ def test_activation_checkpointing_and_autocast() -> None:
     y.sum().backward()
 
 
-def test_gradient_of_gradient_is_refused_or_right() -> None:
-    x = torch.randn(8, requires_grad=True)
-    (first,) = torch.autograd.grad(qk.fake_quantize_dynamic(x).square().sum(), x, create_graph=True)
+TWICE = {
+    "kept": lambda x: qk.fake_quantize(x, torch.tensor([0.1]), torch.tensor([2]), quant_min=-8, quant_max=7),
+    "kept number": lambda x: qk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7),
+    "mask": lambda x: qk.fake_quantize(x * 1, 0.1, quant_min=-8, quant_max=7),
+    "dynamic": lambda x: qk.fake_quantize_dynamic(x),
+    "asymmetric": lambda x: qk.fake_quantize_dynamic(x, bits=4, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_second_derivative(case: str) -> None:
+    """Of sum(y²): dx = 2·y·inside, and its derivative 2·inside."""
+    x = torch.randn(6, 20, requires_grad=True)
+    y = TWICE[case](x)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
-    same(second, torch.full((8,), 2.0))
+    inside = (first != 0) | (y == 0)
+    assert inside.any()
+    same(second, torch.where(inside, 2.0, 0.0))
+
+
+def test_second_derivative_of_learned_scales_is_refused() -> None:
+    x, scale = torch.randn(8, requires_grad=True), torch.tensor([0.1], requires_grad=True)
+    y = qk.fake_quantize(x, scale, quant_min=-8, quant_max=7)
+    with pytest.raises(RuntimeError, match="learned scales have no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("kernel", COMPILED)

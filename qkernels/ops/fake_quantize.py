@@ -148,6 +148,11 @@ def _entered(function: type[Function]) -> Any:
     return apply
 
 
+def _again(grad: Tensor) -> bool:
+    """Whether the gradient is itself to be differentiated (create_graph), which the raw ops cannot be."""
+    return grad.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class _FakeQuantizeKept(Function):
     """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
 
@@ -164,8 +169,20 @@ class _FakeQuantizeKept(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         saved = ctx.saved_tensors
+        if _again(grad):
+            inside = reference.inside_range if len(saved) > 1 else _scalar(reference.inside_range)
+            dx = torch.where(inside(*saved, *ctx.rest), grad, 0)
+            return dx, None, None, None, None
         dx = (_backward_scalar if len(saved) == 1 else _backward)(grad, *saved, *ctx.rest)
         return dx, None, None, None, None
+
+
+def _through_mask(ctx: Any, grad: Tensor) -> Tensor:
+    (mask,) = ctx.saved_tensors
+    grad = _as_output(grad, ctx.stride)
+    if _again(grad):
+        return torch.where(reference.unpack_mask(mask, grad), grad, 0)
+    return _backward_mask(grad, mask)
 
 
 class _FakeQuantizeMask(Function):
@@ -181,8 +198,7 @@ class _FakeQuantizeMask(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return _backward_mask(_as_output(grad, ctx.stride), mask), None, None, None, None
+        return _through_mask(ctx, grad), None, None, None, None
 
 
 class _FakeQuantizeLearnable(Function):
@@ -198,6 +214,8 @@ class _FakeQuantizeLearnable(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if _again(grad):
+            raise RuntimeError("fake_quantize: learned scales have no second derivative; detach scale and zero_point")
         x, scale, zero_point = ctx.saved_tensors
         dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
         if not ctx.needs_input_grad[2]:
@@ -218,8 +236,7 @@ class _FakeQuantizeMasked(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return _backward_mask(_as_output(grad, ctx.stride), mask), None, None
+        return _through_mask(ctx, grad), None, None
 
 
 class _StraightThrough(Function):
