@@ -11,7 +11,6 @@ namespace qkernels {
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
-constexpr int kIsaCount = 4;
 
 // Lives once in the process (in qkernels._host), so that the op library and Python see the same choice.
 struct IsaState {
