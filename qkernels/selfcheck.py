@@ -20,7 +20,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_learnable_backward": (1, 2)}
+SUMS = {"fake_quantize_codebook_learnable_backward": (1, 2), "fake_quantize_learnable_backward": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,22 @@ def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
 
 
+def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (scale, _), levels in zip(qparams(x), (16, 256, 5, 33), strict=False):
+        yield x, scale * 9, torch.randn(levels)
+
+
+def codebook_learnable_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in backward(codebook_args)(x):
+            yield *case, 0.5, True
+
+
+def dequantize_codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for x, scale, codebook in codebook_args(x):
+        yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
+
+
 def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for case in fake_quantize_args(x):
         yield *case, torch.int8
@@ -163,9 +179,14 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 # Arguments for each op, made from one input x (none where the op cannot take such an x).
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
+    "dequantize_codebook": dequantize_codebook_args,
     "fake_quantize_backward": backward(fake_quantize_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
     "fake_quantize_backward_mask": backward_mask_args,
+    "fake_quantize_codebook_backward": backward(codebook_args),
+    "fake_quantize_codebook_forward": codebook_args,
+    "fake_quantize_codebook_forward_mask": codebook_args,
+    "fake_quantize_codebook_learnable_backward": codebook_learnable_args,
     "fake_quantize_dynamic_forward": dynamic_args,
     "fake_quantize_forward": fake_quantize_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
@@ -180,6 +201,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
     "quantize": quantize_args,
+    "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
 }
 
