@@ -43,8 +43,8 @@ def fp4_e2m1() -> Tensor:
 def powers_of_two(bits: int, signed: bool = True) -> Tensor:
     """0 and 1, 1/2, 1/4, …: as many as bits can tell apart (LogQuant, arXiv 1603.01025; INQ, arXiv 1702.03044).
 
-    Signed: ±2**−i for i < 2**(bits−1) − 1, bits 2 to 8; else 2**−i for i < 2**bits − 1, bits 1 to 7 (fp32 has no smaller
-    normal powers).
+    Signed: ±2**−i for i < 2**(bits−1) − 1, bits 2 to 8; else 2**−i for i < 2**bits − 1, bits 1 to 7, which reach the
+    smallest normal fp32.
     """
     _check_bits(bits, 1 + signed, 7 + signed)
     return _codebook([0.0, *(2.0**-i for i in range(2 ** (bits - signed) - 1))], signed)
@@ -91,8 +91,8 @@ def kmeans(x: Tensor, levels: int, *, weight: Tensor | None = None, iterations: 
         iterations: rounds of Lloyd's algorithm, each of which lowers the (weighted) squared error or leaves it.
 
     Returns:
-        codebook ``[levels]`` and scale ``[1]``, fp32, for ``fake_quantize_codebook(x, scale, codebook)``: the product is
-        what was found. Levels start as dense as the cube root of the density of the values, which is best for many
+        codebook ``[levels]`` and scale ``[1]``, fp32, for ``fake_quantize_codebook(x, scale, codebook)``; their product
+        is what was found. Levels start as dense as the cube root of the density of the values, which is best for many
         levels (Panter and Dite, Proc. IRE 39, 1951); one that no value is nearest to stays as it is.
 
     x is sorted once; a round then takes time in proportion to the levels, not to x.

@@ -117,7 +117,7 @@ def codebook_learnable_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def dequantize_codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
-    for x, scale, codebook in codebook_args(x):
+    for _, scale, codebook in codebook_args(x):
         yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
 
 

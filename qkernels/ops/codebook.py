@@ -13,7 +13,7 @@ from .. import library
 from ..reference import codebook as reference
 from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _forward = _define(
     "fake_quantize_codebook_forward",

@@ -42,6 +42,15 @@ def check(x: Tensor, scale: Tensor, codebook: Tensor) -> None:
     check_codebook(codebook, x)
 
 
+def check_codes(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
+    if codes.dtype != torch.uint8:
+        raise RuntimeError(f"codes: got {codes.dtype}; accepted: torch.uint8")
+    if not dtype.is_floating_point:
+        raise RuntimeError(f"dtype: got {dtype}; accepted: a floating dtype")
+    check_scale(scale, codes)
+    check_codebook(codebook, codes)
+
+
 def check_scale(scale: Tensor, x: Tensor) -> None:
     if scale.device != x.device:
         raise RuntimeError(f"scale: got a tensor on {scale.device}; accepted: x's device, {x.device}")
@@ -140,12 +149,7 @@ def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     """codebook[code] · scale; a code beyond the last level gives NaN."""
-    if codes.dtype != torch.uint8:
-        raise RuntimeError(f"codes: got {codes.dtype}; accepted: torch.uint8")
-    if not dtype.is_floating_point:
-        raise RuntimeError(f"dtype: got {dtype}; accepted: a floating dtype")
-    check_scale(scale, codes)
-    check_codebook(codebook, codes)
+    check_codes(codes, scale, codebook, dtype)
     levels = sound(codebook, compute_dtype(torch.empty(0, dtype=dtype)))
     s = expand(scale.detach(), codes).to(levels.dtype)
     s = torch.where(s < 0, torch.nan, s.clamp(min=torch.finfo(torch.float32).tiny))

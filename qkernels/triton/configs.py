@@ -30,3 +30,9 @@ def walk(granularity: Granularity, block: int) -> dict[str, Any]:
 
 def by_numbers(block: int) -> dict[str, Any]:
     return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
+
+
+def codebook_sums(inner: int) -> tuple[int, int]:
+    """Runs and columns of the tile of a program that sums over runs of ``inner`` elements: 2048 elements."""
+    columns = min(2048, 1 << (inner - 1).bit_length())
+    return 2048 // columns, columns
