@@ -18,6 +18,7 @@ sizes = pytest.mark.parametrize("levels", [16, 256])
 
 
 def operands(levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch._dynamo.reset()  # the peer is compiled anew for each case, more often than one function may be
     x = torch.randn(1024, 1024).to(dtype)
     scale = x.float().abs().reshape(1024, -1, 64).amax(-1)
     return x, scale, qk.codebooks.normal_float(levels.bit_length() - 1)
