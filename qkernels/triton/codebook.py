@@ -19,7 +19,7 @@ from . import configs, granularity
 from .fake_quantize import dense_and_like, empty_mask, laid_out
 from .granularity import block_index, block_params, granularity_of
 from .launch import launch
-from .numerics import NAN, effective_scale, is_inside, narrow, reciprocal, store_bits, widen
+from .numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -61,7 +61,7 @@ def prepare_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
     is_next = known & (rank_of_row[None, :] == rank[:, None] + 1)
     following = tl.sum(tl.where(is_next, b, 0.0), 1)
     midpoint = tl.where(bad | (rank + 1 >= count), float("inf"), level * 0.5 + following * 0.5)
-    level = tl.where(bad, NAN, level)
+    level = tl.where(bad, float("nan"), level)
     here = i < count
     rank = tl.where(here, rank, i)
     tl.store(tables + rank, level, mask=here)
@@ -114,8 +114,9 @@ def _forward(x: Tensor, scale: Tensor, codebook: Tensor, y: Tensor, mask: Tensor
     if numel == 0:
         return
     tables, _, size = prepared(codebook, compute_dtype(x))
-    block, walk = configs.pointwise(numel), granularity_of(x, scale)
+    walk = granularity_of(x, scale)
     assert walk is not None
+    block = configs.block(walk, numel)
     launch(
         forward_kernel, (triton.cdiv(numel, block),), x, y, mask, scale.contiguous(), tables, codebook.numel(), numel,
         walk.view, MASK=mask is not None, **size, **configs.walk(walk, block),
@@ -159,8 +160,9 @@ def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, code
     numel = x.numel()
     if numel:
         tables, _, _ = prepared(codebook, compute_dtype(x))
-        block, walk = configs.pointwise(numel), granularity_of(x, scale)
+        walk = granularity_of(x, scale)
         assert walk is not None
+        block = configs.block(walk, numel)
         launch(
             backward_kernel, (triton.cdiv(numel, block),), laid_out(grad, dx), x, dx, scale.contiguous(), tables,
             codebook.numel(), numel, walk.view, **configs.walk(walk, block),
@@ -246,8 +248,9 @@ def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     numel = x.numel()
     if numel:
         tables, order, size = prepared(codebook, compute_dtype(x))
-        block, walk = configs.pointwise(numel), granularity_of(x, scale)
+        walk = granularity_of(x, scale)
         assert walk is not None
+        block = configs.block(walk, numel)
         launch(
             quantize_kernel, (triton.cdiv(numel, block),), x, codes, scale.contiguous(), tables, order, numel,
             walk.view, **size, **configs.walk(walk, block),
@@ -267,7 +270,7 @@ def dequantize_kernel(
     here = index < numel - start
     code = tl.load(codes_ptr + start + index, mask=here, other=0).to(tl.int32)
     s, _, _ = block_params(start, index, scale, None, 0, 0, view, dtype, 0, MODE, DIGITS, WRAP, BLOCK, INNER)
-    level = tl.load(tables + 2 * SIZE + code, mask=code < count, other=NAN)
+    level = tl.load(tables + 2 * SIZE + code, mask=code < count, other=float("nan"))
     tl.store(y_ptr + start + index, narrow(level * s, y_ptr.dtype.element_ty), mask=here)
 
 
@@ -277,8 +280,9 @@ def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: t
     numel = codes.numel()
     if numel:
         tables, _, size = prepared(codebook, compute_dtype(y))
-        block, walk = configs.pointwise(numel), granularity_of(codes, scale)
+        walk = granularity_of(codes, scale)
         assert walk is not None
+        block = configs.block(walk, numel)
         launch(
             dequantize_kernel, (triton.cdiv(numel, block),), codes, y, scale.contiguous(), tables, codebook.numel(),
             numel, walk.view, SIZE=size["SIZE"], **configs.walk(walk, block),
