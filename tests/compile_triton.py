@@ -81,18 +81,15 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
         yield "quantize", "dequantize", (meta(shape, code), scale, zero_point, dtype)
-        for levels in (16, 256):
-            table = (scale, meta((levels,)))
-            yield "codebook", "fake_quantize_codebook_forward", (x, *table)
-            yield "codebook", "fake_quantize_codebook_forward_mask", (x, *table)
-            yield "codebook", "fake_quantize_codebook_backward", (x, x, *table)
-            yield "codebook", "quantize_codebook", (x, *table)
-            yield "codebook", "dequantize_codebook", (meta(shape, torch.uint8), *table, dtype)
-            for learn_codebook in (True, False):
-                args = (x, x, *table, 0.5, learn_codebook)
-                module = importlib.import_module("qkernels.triton.codebook")
-                if module.unsupported("fake_quantize_codebook_learnable_backward", *args) is None:
-                    yield "codebook", "fake_quantize_codebook_learnable_backward", args
+        table = (scale, meta(((16, 256)[number % 2],)))
+        op = "fake_quantize_codebook_forward"
+        yield "codebook", op if number % 4 < 2 else f"{op}_mask", (x, *table)
+        yield "codebook", "fake_quantize_codebook_backward", (x, x, *table)
+        yield "codebook", "quantize_codebook", (x, *table)
+        yield "codebook", "dequantize_codebook", (meta(shape, torch.uint8), *table, dtype)
+        learnable = "fake_quantize_codebook_learnable_backward", (x, x, *table, 0.5, number % 4 < 2)
+        if importlib.import_module("qkernels.triton.codebook").unsupported(learnable[0], *learnable[1]) is None:
+            yield "codebook", *learnable
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
     for op in ("forward", "forward_mask"):
