@@ -48,22 +48,21 @@ def unsupported(op: str, *args: Any) -> str | None:
 def prepare_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
     dtype: tl.constexpr = tables.dtype.element_ty
     i = tl.arange(0, SIZE)
-    column, row = i[:, None], i[None, :]
     level = widen(tl.load(codebook + i, mask=i < count, other=0.0)).to(dtype)
-    a = widen(tl.load(codebook + column, mask=column < count, other=0.0)).to(dtype)
-    b = widen(tl.load(codebook + row, mask=row < count, other=0.0)).to(dtype)
     bad = tl.sum((tl.abs(level) < float("inf")).to(tl.int32), 0) < SIZE
-    known = (column < count) & (row < count)
-    # The rank of a level is how many stand before it; a stable sort.
-    rank = tl.sum((known & ((b < a) | ((b == a) & (row < column)))).to(tl.int32), 1)
-    rank_of_row = tl.sum((known & ((a < b) | ((a == b) & (column < row)))).to(tl.int32), 0)
-    rank = tl.where(bad, i, rank)
-    is_next = known & (rank_of_row[None, :] == rank[:, None] + 1)
-    following = tl.sum(tl.where(is_next, b, 0.0), 1)
-    midpoint = tl.where(bad | (rank + 1 >= count), float("inf"), level * 0.5 + following * 0.5)
+    # A stable sort: the rank of a level is how many stand before it, the next level the least of those after it.
+    rank = tl.zeros_like(i)
+    following = tl.full([SIZE], float("inf"), dtype)
+    for j in range(SIZE):
+        other = widen(tl.load(codebook + j, mask=j < count, other=0.0)).to(dtype)
+        before = (other < level) | ((other == level) & (j < i))
+        after = (other > level) | ((other == level) & (j > i))
+        rank += (before & (j < count)).to(tl.int32)
+        following = tl.where(after & (j < count), tl.minimum(following, other), following)
+    midpoint = tl.where(bad, float("inf"), level * 0.5 + following * 0.5)
     level = tl.where(bad, float("nan"), level)
     here = i < count
-    rank = tl.where(here, rank, i)
+    rank = tl.where(here & (bad == 0), rank, i)
     tl.store(tables + rank, level, mask=here)
     tl.store(tables + SIZE + rank, tl.where(here, midpoint, float("inf")))
     tl.store(tables + 2 * SIZE + i, level, mask=here)
