@@ -21,6 +21,7 @@ L2_MULTIPLE = 4
 MOST_SETS = 32  # small inputs cannot fill the cache with so few; their time is launch latency anyway
 ROUNDS = 15
 SECONDS_PER_CONTESTANT = 0.12
+COPY_ELEMENTS = 1 << 28
 
 Inputs = tuple[Any, ...]
 Call = Callable[..., Any]
@@ -129,6 +130,6 @@ def host_seconds(calls: dict[str, Call], inputs: Inputs) -> dict[str, dict[str, 
 
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of the largest copy: the ceiling that shares are given of."""
-    sets = [(torch.randn(1 << 28, device="cuda"), torch.empty(1 << 28, device="cuda")) for _ in range(2)]
+    sets = [tuple(torch.randn(COPY_ELEMENTS, device="cuda") for _ in range(2)) for _ in range(2)]
     times = compare({"copy": lambda source, target: target.copy_(source)}, sets)
-    return 2 * 4 * (1 << 28) / times["copy"]["median"]
+    return 2 * 4 * COPY_ELEMENTS / times["copy"]["median"]
