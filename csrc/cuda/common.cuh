@@ -86,18 +86,22 @@ __device__ __forceinline__ void store_some(T* p, const Vec<T, N>& value, int fir
     if (k >= first && k < last) p[k] = value.v[k];
 }
 
+template <typename T, int N>
+__device__ __forceinline__ bool is_vector(const T* p, int first, int last) {
+  constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
+  return first == 0 && last == N && reinterpret_cast<uintptr_t>(p) % kWord == 0;
+}
+
+// Elements [first, last) of a vector; kWhole: known to be all of them, at an aligned address.
 template <bool kWhole, int N, typename T>
 __device__ __forceinline__ Vec<T, N> load(const T* p, int first, int last) {
-  if constexpr (kWhole) {
-    return load_vector<N>(p);
-  } else {
-    return load_some<N>(p, first, last);
-  }
+  if (kWhole || is_vector<T, N>(p, first, last)) return load_vector<N>(p);
+  return load_some<N>(p, first, last);
 }
 
 template <bool kWhole, typename T, int N>
 __device__ __forceinline__ void store(T* p, const Vec<T, N>& value, int first, int last) {
-  if constexpr (kWhole) {
+  if (kWhole || is_vector<T, N>(p, first, last)) {
     store_vector(p, value);
   } else {
     store_some(p, value, first, last);

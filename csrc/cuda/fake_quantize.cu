@@ -235,7 +235,7 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
     const BackwardMaskOp<S> op{static_cast<const S*>(grad.const_data_ptr()),
                                static_cast<const uint8_t*>(mask.const_data_ptr()),
                                static_cast<S*>(dx.mutable_data_ptr())};
-    sweep(gpu, op, Qparams<float>{}, one_run(grad), grad.numel(), is_aligned({op.grad, op.dx}));
+    sweep<BackwardMaskOp<S>, false>(gpu, op, Qparams<float>{}, one_run(grad), grad.numel(), is_aligned({op.grad, op.dx}));
   });
   return dx;
 }

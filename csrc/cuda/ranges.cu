@@ -82,7 +82,6 @@ struct RangeOp {
 struct Rows {
   int64_t count, length;
   int lanes;  // threads of a row: a power of two up to a warp, or the whole block
-  bool aligned;
 };
 
 constexpr int kRowVectors = 4;
@@ -111,11 +110,7 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
         const int64_t v = start + h * s.lanes;
         int first, last;
         ends(row, v, first, last);
-        if (s.aligned && first == 0 && last == N) {
-          held[t][h] = load_vector<N>(x + v * N);
-        } else {
-          held[t][h] = load_some<N>(x + v * N, first, last);  // zeros beyond the row, which every range includes
-        }
+        held[t][h] = load<false, N>(x + v * N, first, last);  // zeros beyond the row, which every range includes
       }
     }
 #pragma unroll
@@ -158,11 +153,7 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
           }
           out = narrow<S>(values);
         }
-        if (s.aligned && first == 0 && last == N) {
-          store_vector(y + at, out);
-        } else {
-          store_some(y + at, out, first, last);
-        }
+        store<false>(y + at, out, first, last);
         if (mask) store_bits<N>(mask, at, last, bits);  // rows of whole bytes only: first is 0
       }
     }
@@ -176,8 +167,7 @@ bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* 
   constexpr int64_t N = kVector<S>;
   const int64_t vectors = ceil_div(length, N) + (length % N != 0);
   if (length == 0 || vectors > 1024 * kRowVectors || (mask && length % 8 != 0)) return false;
-  // Codes are stored in vectors of their own size: 16-byte alignment of both is more than enough.
-  Rows s{count, length, 0, is_aligned({x, y})};
+  Rows s{count, length, 0};
   if (vectors <= 16) {
     s.lanes = power_of_two_from(vectors);
     const int64_t rows = int64_t{kThreads} / s.lanes * kRowVectors;

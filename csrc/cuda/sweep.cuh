@@ -214,6 +214,7 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Op given, Qparams<typen
     } else {
 #pragma unroll 1
       for (int u = 0; u < kUnroll; ++u) {
+        if (v - lane + u * s.unroll_step >= s.vectors) break;
         const int64_t at = (v + u * s.unroll_step) * N, rest = s.numel - at;
         const int n = rest >= N ? N : rest > 0 ? static_cast<int>(rest) : 0;
         if constexpr (kMode == kChannelPerVector) {
@@ -227,7 +228,8 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Op given, Qparams<typen
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
-template <typename Op>
+// kGranular: whether Op has parameters at all.
+template <typename Op, bool kGranular = true>
 void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
            bool aligned) {
   constexpr int64_t N = Op::kWidth;
@@ -235,8 +237,13 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   const int64_t vectors = ceil_div(numel, N);
   Sweep s{numel, vectors, kThreads * kUnroll, kThreads, 0, INT64_MAX, false, aligned};
   int64_t blocks = ceil_div(vectors, s.block_step);
+  if (blocks < 2 * gpu.processors()) {  // too few vectors to fill the GPU with four per thread
+    blocks = ceil_div(vectors, kThreads);
+    s.block_step = kThreads;
+    s.unroll_step = blocks * kThreads;
+  }
   // fp64 is here to be right, not fast: one kernel instead of three.
-  constexpr bool kAnyMode = !std::is_same_v<typename Op::T, double>;
+  constexpr bool kAnyMode = kGranular && !std::is_same_v<typename Op::T, double>;
   Mode mode = kChannelPerElement;
   if (kAnyMode && runs.channels == 1) {
     mode = kOneChannel;
@@ -256,14 +263,21 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
       s.loop_step = s.unroll_step * kUnroll;
     }
   }
-  if (!s.hoisted) s.loop_step = std::min<int64_t>(blocks, 0x7fffffff) * s.block_step;
+  if (!s.hoisted)
+    s.loop_step = s.block_step == kThreads ? s.unroll_step * kUnroll : std::min<int64_t>(blocks, 0x7fffffff) * s.block_step;
   const Channels channels(runs);
-  if constexpr (kAnyMode) {
-    if (mode == kOneChannel) return gpu.launch(sweep_kernel<Op, kOneChannel>, blocks, 1, kThreads, op, q, channels, s);
-    if (mode == kChannelPerVector)
-      return gpu.launch(sweep_kernel<Op, kChannelPerVector>, blocks, 1, kThreads, op, q, channels, s);
+  const auto launch = [&](auto kernel) { gpu.launch(kernel, blocks, 1, kThreads, op, q, channels, s); };
+  if constexpr (!kGranular) {
+    launch(sweep_kernel<Op, kOneChannel>);
+  } else if constexpr (!kAnyMode) {
+    launch(sweep_kernel<Op, kChannelPerElement>);
+  } else if (mode == kOneChannel) {
+    launch(sweep_kernel<Op, kOneChannel>);
+  } else if (mode == kChannelPerVector) {
+    launch(sweep_kernel<Op, kChannelPerVector>);
+  } else {
+    launch(sweep_kernel<Op, kChannelPerElement>);
   }
-  gpu.launch(sweep_kernel<Op, kChannelPerElement>, blocks, 1, kThreads, op, q, channels, s);
 }
 
 // Whether q lies in the range: false for NaN.
