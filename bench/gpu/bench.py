@@ -1,4 +1,4 @@
-"""Times every case of cases.py on this GPU and writes <OUT>/<date>-fake_quantize.json; its own process, run by run.py."""
+"""Times every case of cases.py on this GPU; writes <OUT>/<date>-fake_quantize.json. A process of its own, by run.py."""
 
 from __future__ import annotations
 
