@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as reference
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
 
 def _mask_like(x: Tensor) -> Tensor:
