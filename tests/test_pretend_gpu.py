@@ -34,7 +34,7 @@ BENCH = """
 import sys
 from pathlib import Path
 root, out = Path(sys.argv[1]), sys.argv[2]
-sys.path += [str(root / "tests"), str(root / "bench" / "gpu")]
+sys.path += [str(root / "bench" / "gpu"), str(root / "tests")]
 import pretend_gpu
 pretend_gpu.pretend()
 import bench, cases, timing, summary
