@@ -1,4 +1,4 @@
-"""Times every case of cases.py on this GPU and writes <OUT>/fake_quantize.json; its own process, run by run.py."""
+"""Times every case of cases.py on this GPU; writes <OUT>/<date>-fake_quantize.json. A process of its own, by run.py."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {"machine": machine(bandwidth), "rows": []}
-    path = options.out / "fake_quantize.json"
+    path = options.out / f"{result['machine']['date']}-fake_quantize.json"
     for row in rows(deadline, bandwidth):
         result["rows"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")  # what is done stays, whatever happens next

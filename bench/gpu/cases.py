@@ -35,7 +35,8 @@ class Case:
     """One op. Everything is built for a shape and a dtype.
 
     ``make`` gives the inputs of one call; ``ours`` and the peers take them. ``moved`` is the fewest bytes per element
-    that the op can move, for elements of b bytes: each input read once, each output written once.
+    that the op can move, for elements of b bytes: each input read once, each output written once (the observer alone
+    must read x twice: its range is not known before).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     ours: Call
     moved: Callable[[int], float]
     aten: Call | None = None
+    aten_moves: Callable[[int], float] | None = None  # what torch's kernels move, by their source
     formula: Call | None = None  # timed as it is, and compiled by torch.compile
     tolerance: float = 0.05  # of the peers, whose scales and near ties differ; ours is held to the reference
 
@@ -150,65 +152,113 @@ ONE = lambda shape: (1,)  # noqa: E731
 
 CASES = [
     Case(
-        "forward, per tensor", "fake_quantize_forward", static(ONE, grad=False), quantizer, lambda b: 2 * b,
-        aten=aten_tensor, formula=formula,
+        "forward, per tensor",
+        "fake_quantize_forward",
+        static(ONE, grad=False),
+        quantizer,
+        lambda b: 2 * b,
+        aten=aten_tensor,
+        aten_moves=lambda b: 2 * b + 1,
+        formula=formula,
     ),
     Case(
-        "forward, per channel", "fake_quantize_forward", static(per_channel, grad=False), quantizer, lambda b: 2 * b,
-        aten=aten_channel, formula=formula,
+        "forward, per channel",
+        "fake_quantize_forward",
+        static(per_channel, grad=False),
+        quantizer,
+        lambda b: 2 * b,
+        aten=aten_channel,
+        aten_moves=lambda b: 3 * b + 1,
+        formula=formula,
     ),
     Case(
-        "forward+backward, per tensor", "fake_quantize_backward_mask", static(ONE, grad=True),
-        there_and_back(quantizer), lambda b: 4 * b + 1 / 4,
-        aten=there_and_back(aten_tensor), formula=there_and_back(formula),
+        "forward+backward, per tensor",
+        "fake_quantize_backward_mask",
+        static(ONE, grad=True),
+        there_and_back(quantizer),
+        lambda b: 4 * b + 1 / 4,
+        aten=there_and_back(aten_tensor),
+        aten_moves=lambda b: 4 * b + 2,
+        formula=there_and_back(formula),
     ),
     Case(
-        "forward+backward, per channel", "fake_quantize_backward_mask", static(per_channel, grad=True),
-        there_and_back(quantizer), lambda b: 4 * b + 1 / 4,
-        aten=there_and_back(aten_channel), formula=there_and_back(formula),
+        "forward+backward, per channel",
+        "fake_quantize_backward_mask",
+        static(per_channel, grad=True),
+        there_and_back(quantizer),
+        lambda b: 4 * b + 1 / 4,
+        aten=there_and_back(aten_channel),
+        aten_moves=lambda b: 5 * b + 2,
+        formula=there_and_back(formula),
     ),
     Case(
-        "backward from a mask", "fake_quantize_backward_mask",
+        "backward from a mask",
+        "fake_quantize_backward_mask",
         lambda shape, dtype: (values(shape, dtype), ops._mask_like(values(shape, dtype)).random_()),
-        lambda grad, mask: torch.ops.qkernels.fake_quantize_backward_mask(grad, mask), lambda b: 2 * b + 1 / 8,
+        lambda grad, mask: torch.ops.qkernels.fake_quantize_backward_mask(grad, mask),
+        lambda b: 2 * b + 1 / 8,
     ),
     Case(
-        "LSQ forward+backward, per tensor", "fake_quantize_learnable_backward", static(ONE, grad=True, learned=True),
-        there_and_back(quantizer, learned=True), lambda b: 5 * b,
-        aten=there_and_back(aten_learnable_tensor, learned=True), formula=there_and_back(lsq, learned=True),
+        "LSQ forward+backward, per tensor",
+        "fake_quantize_learnable_backward",
+        static(ONE, grad=True, learned=True),
+        there_and_back(quantizer, learned=True),
+        lambda b: 5 * b,
+        aten=there_and_back(aten_learnable_tensor, learned=True),
+        aten_moves=lambda b: 2 * b + 1 + 7 * b,
+        formula=there_and_back(lsq, learned=True),
     ),
     Case(
-        "LSQ forward+backward, per channel", "fake_quantize_learnable_backward",
-        static(per_channel, grad=True, learned=True), there_and_back(quantizer, learned=True), lambda b: 5 * b,
-        aten=there_and_back(aten_learnable_channel, learned=True), formula=there_and_back(lsq, learned=True),
+        "LSQ forward+backward, per channel",
+        "fake_quantize_learnable_backward",
+        static(per_channel, grad=True, learned=True),
+        there_and_back(quantizer, learned=True),
+        lambda b: 5 * b,
+        aten=there_and_back(aten_learnable_channel, learned=True),
+        aten_moves=lambda b: 3 * b + 1 + 7 * b,
+        formula=there_and_back(lsq, learned=True),
     ),
     Case(
-        "LSQ backward, per tensor", "fake_quantize_learnable_backward", static(ONE, grad=True),
+        "LSQ backward, per tensor",
+        "fake_quantize_learnable_backward",
+        static(ONE, grad=True),
         lambda x, scale, zero_point, grad: torch.ops.qkernels.fake_quantize_learnable_backward(
             grad, x.detach(), scale, zero_point, *INT8, 1.0
         )[:2],
         lambda b: 3 * b,
     ),
     Case(
-        "dynamic int8 per token, forward+backward", "fake_quantize_dynamic_forward", with_grad,
-        dynamic(qk.fake_quantize_dynamic), lambda b: 2 * b,
+        "dynamic int8 per token, forward+backward",
+        "fake_quantize_dynamic_forward",
+        with_grad,
+        dynamic(qk.fake_quantize_dynamic),
+        lambda b: 2 * b,
         formula=dynamic(lambda x: peers.dynamic(x, 8, x.shape[-1])),
     ),
     Case(
-        "dynamic int4 group 8 to 32, forward+backward", "fake_quantize_dynamic_forward", with_grad,
+        "dynamic int4 group 8 to 32, forward+backward",
+        "fake_quantize_dynamic_forward",
+        with_grad,
         dynamic(lambda x: qk.fake_quantize_dynamic(x, bits=4, group_size=32 if x.shape[-1] % 32 == 0 else 8)),
         lambda b: 2 * b + 8 / 32,
-        formula=dynamic(lambda x: peers.dynamic(x, 4, 32 if x.shape[-1] % 32 == 0 else 8)), tolerance=0.4,
+        formula=dynamic(lambda x: peers.dynamic(x, 4, 32 if x.shape[-1] % 32 == 0 else 8)),
+        tolerance=0.4,
     ),
     Case(
-        "moving-average observer + forward, per tensor", "observe_fake_quantize", observed,
+        "moving-average observer + forward, per tensor",
+        "observe_fake_quantize",
+        observed,
         lambda x, *rest: qk.fused_moving_avg_obs_fake_quant(x, *rest, *OBSERVER),
         lambda b: 3 * b + 1 / 8,
         aten=lambda x, *rest: torch.fused_moving_avg_obs_fake_quant(x, *rest, *OBSERVER),
+        aten_moves=lambda b: 3 * b + 1,
     ),
     Case(
-        "quantize int8 per token", "quantize_dynamic",
-        lambda shape, dtype: (values(shape, dtype),), lambda x: qk.quantize_dynamic(x)[:2], lambda b: b + 1,
+        "quantize int8 per token",
+        "quantize_dynamic",
+        lambda shape, dtype: (values(shape, dtype),),
+        lambda x: qk.quantize_dynamic(x)[:2],
+        lambda b: b + 1,
         formula=quantized_rows,
     ),
-]  # fmt: skip
+]

@@ -49,7 +49,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any], folder: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Share of the copy bandwidth over size, one panel per case, one file per dtype."""
     import matplotlib
 
@@ -76,16 +76,16 @@ def plot(result: dict[str, Any], folder: Path) -> None:
                 axis.legend(fontsize=8)
         figure.suptitle(f"{result['machine']['gpu']}, {dtype}")
         figure.tight_layout()
-        figure.savefig(folder / f"fake_quantize-{dtype}.png", dpi=80)
+        figure.savefig(path.with_name(f"{path.stem}-{dtype}.png"), dpi=80)
         plt.close(figure)
 
 
-def write(folder: Path) -> list[str]:
+def write(path: Path) -> list[str]:
     """Writes the table and the plots beside the raw results; what could not be made, and why."""
-    result = json.loads((folder / "fake_quantize.json").read_text())
-    (folder / "fake_quantize.md").write_text(table(result))
+    result = json.loads(path.read_text())
+    path.with_suffix(".md").write_text(table(result))
     try:
-        plot(result, folder)
+        plot(result, path)
     except ImportError as error:
         return [f"plots: {error}"]
     return []
