@@ -308,7 +308,8 @@ class Gpu {
 
   // Passes the arguments by value; grid.x is at most 2^31 - 1, so callers' kernels loop.
   template <typename... Parameters, typename... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads, Arguments&&... arguments) const {
+  void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
+              Arguments&&... arguments) const {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(grid_x, 0x7fffffff)), static_cast<unsigned>(grid_y));
     config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -144,7 +144,8 @@ void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t q
     S* out = static_cast<S*>(y.mutable_data_ptr());
     const bool aligned = is_aligned({in, out});
     if (mask) {
-      const ForwardOp<S, true> op{in, out, static_cast<uint8_t*>(mask->mutable_data_ptr()), q.quant_min, q.quant_max, on};
+      const ForwardOp<S, true> op{in,          out,         static_cast<uint8_t*>(mask->mutable_data_ptr()),
+                                  q.quant_min, q.quant_max, on};
       sweep(gpu, op, q, params.runs(x), x.numel(), aligned);
     } else {
       sweep(gpu, ForwardOp<S, false>{in, out, nullptr, q.quant_min, q.quant_max, on}, q, params.runs(x), x.numel(),
@@ -235,7 +236,8 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
     const BackwardMaskOp<S> op{static_cast<const S*>(grad.const_data_ptr()),
                                static_cast<const uint8_t*>(mask.const_data_ptr()),
                                static_cast<S*>(dx.mutable_data_ptr())};
-    sweep<BackwardMaskOp<S>, false>(gpu, op, Qparams<float>{}, one_run(grad), grad.numel(), is_aligned({op.grad, op.dx}));
+    sweep<BackwardMaskOp<S>, false>(gpu, op, Qparams<float>{}, one_run(grad), grad.numel(),
+                                    is_aligned({op.grad, op.dx}));
   });
   return dx;
 }

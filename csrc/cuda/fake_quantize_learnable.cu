@@ -27,7 +27,8 @@ struct LearnableOp {
   __device__ __forceinline__ bool wanted() const { return true; }
   template <bool kWhole>
   __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
-    return {qkernels::load<kWhole, kWidth>(grad + at, first, last), qkernels::load<kWhole, kWidth>(x + at, first, last)};
+    return {qkernels::load<kWhole, kWidth>(grad + at, first, last),
+            qkernels::load<kWhole, kWidth>(x + at, first, last)};
   }
   // Select, never multiply, so that an infinite dy outside the range does not become NaN.
   template <bool kWhole, typename P>

@@ -35,9 +35,7 @@ struct RangeOp {
   float *running_min = nullptr, *running_max = nullptr, *observed_scale = nullptr;
   float momentum = 0;
 
-  static __device__ __forceinline__ Pair<T> identity() {
-    return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)};
-  }
+  static __device__ __forceinline__ Pair<T> identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
   template <typename U>
   static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
     return {nan_min(p.a, q.a), nan_max(p.b, q.b)};
@@ -88,7 +86,8 @@ constexpr int kRowVectors = 4;
 
 template <typename S, typename Out, int kHeld>
 __global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
-    rows_kernel(const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point, QparamsRule rule, Rows s) {
+    rows_kernel(const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point, QparamsRule rule,
+                Rows s) {
   using T = Arithmetic<S>;
   constexpr int N = kVector<S>, kTogether = kRowVectors / kHeld;
   const T low = static_cast<T>(rule.quant_min), high = static_cast<T>(rule.quant_max);
@@ -124,9 +123,8 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
           const T value = widen(held[t][h].v[k]);
           range = {nan_min(range.a, value), nan_max(range.b, value)};
         }
-      range = merge_lanes(range, s.lanes, [](Pair<T> p, Pair<T> q) {
-        return Pair<T>{nan_min(p.a, q.a), nan_max(p.b, q.b)};
-      });
+      range = merge_lanes(range, s.lanes,
+                          [](Pair<T> p, Pair<T> q) { return Pair<T>{nan_min(p.a, q.a), nan_max(p.b, q.b)}; });
       const auto chosen = choose_qparams<T>(range.a, range.b, rule);
       const Params<T> p{1 / chosen.scale, chosen.scale, chosen.zero_point};
       if (lane == 0 && row < s.count) {
@@ -177,8 +175,8 @@ bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* 
   const int64_t threads = ceil_div(vectors, kRowVectors);
   s.lanes = threads <= kWarp ? power_of_two_from(threads) : static_cast<int>(ceil_div(threads, kWarp) * kWarp);
   const int block = std::max(s.lanes, threads <= kWarp ? kThreads : kWarp);
-  gpu.launch(rows_kernel<S, Out, kRowVectors>, ceil_div(count, block / s.lanes), 1, block, x, y, mask, scale, zero_point,
-             rule, s);
+  gpu.launch(rows_kernel<S, Out, kRowVectors>, ceil_div(count, block / s.lanes), 1, block, x, y, mask, scale,
+             zero_point, rule, s);
   return true;
 }
 
@@ -234,11 +232,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t
   if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);
-      done = run_rows<S, int8_t>(gpu, static_cast<const S*>(x.const_data_ptr()),
-                                 static_cast<int8_t*>(q.mutable_data_ptr()), nullptr,
-                                 static_cast<Arithmetic<S>*>(scale.mutable_data_ptr()),
-                                 static_cast<int32_t*>(zero_point.mutable_data_ptr()), rule, scale.numel(),
-                                 x.numel() / scale.numel());
+      done = run_rows<S, int8_t>(
+          gpu, static_cast<const S*>(x.const_data_ptr()), static_cast<int8_t*>(q.mutable_data_ptr()), nullptr,
+          static_cast<Arithmetic<S>*>(scale.mutable_data_ptr()), static_cast<int32_t*>(zero_point.mutable_data_ptr()),
+          rule, scale.numel(), x.numel() / scale.numel());
     });
   }
   if (!done) {

@@ -194,9 +194,11 @@ inline int power_of_two_from(int64_t n) {
 template <typename Op>
 void combine(const Gpu& gpu, const Op& op, const Runs& runs, int64_t slots, int64_t length,
              const Pair<typename Op::T>* partial) {
-  const int lanes = slots > 4 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(std::max<int64_t>(slots, 1), kWarp));
+  const int lanes =
+      slots > 4 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(std::max<int64_t>(slots, 1), kWarp));
   const Combine s{runs.channels, slots, length, Divider(std::max<int64_t>(length, 1)), lanes};
-  gpu.launch(combine_kernel<Op>, ceil_div(runs.channels, kThreads / lanes), 1, kThreads, op, Channels(runs), s, partial);
+  gpu.launch(combine_kernel<Op>, ceil_div(runs.channels, kThreads / lanes), 1, kThreads, op, Channels(runs), s,
+             partial);
 }
 
 // x: what runs describes; only for the device of the workspace.

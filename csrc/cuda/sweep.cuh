@@ -108,8 +108,8 @@ struct Channels {
         length(runs.inner),
         count(static_cast<int>(runs.factors.size())),
         in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.runs) {
-    QK_CHECK(count <= kMost, "scale: got a granularity of ", count, " levels in x's memory order; accepted on a GPU: ",
-             kMost);
+    QK_CHECK(count <= kMost, "scale: got a granularity of ", count,
+             " levels in x's memory order; accepted on a GPU: ", kMost);
     for (int f = 0; f < count; ++f) {
       size[f] = Divider(runs.factors[f].size);
       stride[f] = runs.factors[f].stride;
@@ -174,7 +174,8 @@ enum Mode { kOneChannel, kChannelPerVector, kChannelPerElement };
 
 // Op: kWidth elements per vector, Loaded, begin(), load<kWhole>(at, n), run<kWhole>(at, n, loaded, parameters of k).
 template <typename Op, int kMode>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Sweep s) {
+__global__ void __launch_bounds__(kThreads)
+    sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Sweep s) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth;
   Op op = given;
@@ -201,16 +202,14 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(Op given, Qparams<typen
       typename Op::Loaded loaded[kUnroll];
       Params<T> same[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        loaded[u] = op.template load<true>((v + u * s.unroll_step) * N, N);
+      for (int u = 0; u < kUnroll; ++u) loaded[u] = op.template load<true>((v + u * s.unroll_step) * N, N);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if constexpr (kMode == kOneChannel) same[u] = one;
         if constexpr (kMode == kChannelPerVector) same[u] = q.of(channels.of_element((v + u * s.unroll_step) * N));
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        run(std::true_type{}, (v + u * s.unroll_step) * N, N, loaded[u], same[u]);
+      for (int u = 0; u < kUnroll; ++u) run(std::true_type{}, (v + u * s.unroll_step) * N, N, loaded[u], same[u]);
     } else {
 #pragma unroll 1
       for (int u = 0; u < kUnroll; ++u) {
@@ -264,7 +263,8 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
     }
   }
   if (!s.hoisted)
-    s.loop_step = s.block_step == kThreads ? s.unroll_step * kUnroll : std::min<int64_t>(blocks, 0x7fffffff) * s.block_step;
+    s.loop_step =
+        s.block_step == kThreads ? s.unroll_step * kUnroll : std::min<int64_t>(blocks, 0x7fffffff) * s.block_step;
   const Channels channels(runs);
   const auto launch = [&](auto kernel) { gpu.launch(kernel, blocks, 1, kThreads, op, q, channels, s); };
   if constexpr (!kGranular) {

@@ -101,7 +101,8 @@ void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int count = static_cast<int>(threads.x * threads.y * threads.z);
   if (count % kWarp || count > 1024 || blocks.y > 65535 || blocks.x == 0 || blocks.y == 0) {
-    fprintf(stderr, "emulator: a launch that CUDA would refuse: %u x %u blocks of %d threads\n", blocks.x, blocks.y, count);
+    fprintf(stderr, "emulator: a launch that CUDA would refuse: %u x %u blocks of %d threads\n", blocks.x, blocks.y,
+            count);
     abort();
   }
   while (static_cast<int>(fibers.size()) < count) fibers.push_back(std::make_unique<Fiber>());
