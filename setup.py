@@ -141,7 +141,7 @@ def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extensio
         return None
     if not nvcc():
         missing = (
-            "no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
+            "no nvcc in CUDA_HOME/bin, PATH or /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
         )
         if wanted == "cuda" and not optional:
             sys.exit(f"qkernels: {missing}")

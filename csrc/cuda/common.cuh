@@ -211,27 +211,26 @@ __device__ __forceinline__ Pair<T> merge_lanes(Pair<T> value, int lanes, Merge m
   return value;
 }
 
-// n / divisor by multiplication where n is below 2^31, as offsets nearly always are; else by division.
+// n / divisor for 0 <= n < 2^63 by multiplication: a tenth of the instructions of a 64-bit division, and no call.
 struct Divider {
-  uint64_t divisor = 1;
-  uint32_t magic = 1;
+  int64_t divisor = 1;
+  uint64_t magic = 1;
   int shift = 0;
 
   Divider() = default;
-  explicit Divider(int64_t d) : divisor(static_cast<uint64_t>(d)) {
-    if (divisor >> 31) {
-      magic = 0;
-      shift = 31;
-      return;
-    }
-    while ((uint64_t{1} << shift) < divisor) ++shift;
-    magic = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
+  explicit Divider(int64_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < static_cast<uint64_t>(d)) ++shift;
+    const unsigned __int128 excess = (uint64_t{1} << shift) - static_cast<uint64_t>(d);
+    magic = static_cast<uint64_t>((excess << 64) / static_cast<uint64_t>(d)) + 1;
   }
   __device__ __forceinline__ int64_t divide(int64_t n) const {
-    if (n >> 31) return static_cast<int64_t>(static_cast<uint64_t>(n) / divisor);
-    const uint32_t low = static_cast<uint32_t>(n);
-    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(low) * magic) >> 32);
-    return (high + low) >> shift;
+    const uint64_t u = static_cast<uint64_t>(n);
+#ifdef __CUDA_ARCH__
+    const uint64_t high = __umul64hi(u, magic);
+#else
+    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(u) * magic >> 64);
+#endif
+    return static_cast<int64_t>((high + u) >> shift);
   }
 };
 
@@ -248,6 +247,7 @@ struct Flag {
         floating(is_floating(t.scalar_type())) {}
   __device__ bool is_set() const {
     unsigned any = 0;
+#pragma unroll 1
     for (int i = 0; i < size; ++i) any |= floating && i == size - 1 ? bytes[i] & 0x7f : bytes[i];
     return any != 0;
   }

@@ -36,8 +36,11 @@ struct ForwardOp {
       if constexpr (kMask) bits |= (k < n && is_inside(q, low, high)) ? 1u << k : 0;
       out[k] = (clamp(q, low, high) - p.zero_point) * p.scale;
     }
-    const Vec<S, kWidth> rounded = narrow<S>(out);
-    store<kWhole>(y + at, kMask && through ? in : rounded, 0, n);
+    if (kMask && through) {
+      store<kWhole>(y + at, in, 0, n);
+    } else {
+      store<kWhole>(y + at, narrow<S>(out), 0, n);
+    }
     if constexpr (kMask) store_bits<kWidth>(mask, at, n, through ? 0xffu : bits);
   }
 };

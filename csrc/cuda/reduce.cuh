@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
     Params<T> p{};
     if (valid) {
       const int64_t run = s.per_run.divide(item);
-      from = run * s.inner + (item - run * static_cast<int64_t>(s.per_run.divisor)) * s.piece;
+      from = run * s.inner + (item - run * s.per_run.divisor) * s.piece;
       const int64_t end = (run + 1) * s.inner;
       to = from + s.piece < end ? from + s.piece : end;
       channel = channels.of_run(run);

@@ -120,7 +120,7 @@ struct Channels {
     int64_t channel = 0;
     for (int f = count - 1; f >= 0; --f) {
       const int64_t rest = size[f].divide(run);
-      channel += (run - rest * static_cast<int64_t>(size[f].divisor)) * stride[f];
+      channel += (run - rest * size[f].divisor) * stride[f];
       run = rest;
     }
     return channel;
@@ -131,7 +131,7 @@ struct Channels {
   __device__ int64_t run_of(int64_t c, int64_t k) const {
     int64_t run = 0, step = 1;
     for (int f = count - 1; f >= 0; --f) {
-      const int64_t n = static_cast<int64_t>(size[f].divisor);
+      const int64_t n = size[f].divisor;
       int64_t digit;
       if (stride[f] == 0) {
         const int64_t rest = size[f].divide(k);
@@ -145,19 +145,19 @@ struct Channels {
     }
     return run + k * step;
   }
-  // The parameters of N elements from `at` on.
+  // The parameters of N elements from `at` on. A loop over their runs that is not unrolled: unrolled, its divisions
+  // alone are 40 times the code of everything else, and 5 s of compile time per kernel.
   template <typename T, int N>
   __device__ __forceinline__ void fill(const Qparams<T>& q, int64_t at, int64_t numel, Params<T> (&out)[N]) const {
-    int64_t run = inner.divide(at), left = (run + 1) * length - at;
-    Params<T> p = q.of(of_run(run));
+    int64_t run = inner.divide(at), first = 0, last = (run + 1) * length - at;
+#pragma unroll 1
+    while (first < N && at + first < numel) {
+      const Params<T> p = q.of(of_run(run++));
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (left == 0 && at + k < numel) {
-        p = q.of(of_run(++run));
-        left = length;
-      }
-      out[k] = p;
-      --left;
+      for (int k = 0; k < N; ++k)
+        if (k >= first && k < last) out[k] = p;
+      first = last;
+      last += length;
     }
   }
 };
@@ -188,17 +188,17 @@ __global__ void __launch_bounds__(kThreads)
     if (s.hoisted) channels.fill(q, v * N, s.numel, own);
   }
   const auto run = [&](auto whole, int64_t at, int n, const typename Op::Loaded& loaded, const Params<T>& same) {
-    if constexpr (kMode == kChannelPerElement) {
-      if (!s.hoisted && n > 0) channels.fill(q, at, s.numel, own);
-      op.template run<decltype(whole)::value>(at, n, loaded, [&](int k) -> const Params<T>& { return own[k]; });
-    } else {
-      op.template run<decltype(whole)::value>(at, n, loaded, [&](int) -> const Params<T>& { return same; });
-    }
+    op.template run<decltype(whole)::value>(at, n, loaded, [&](int k) -> const Params<T>& {
+      return kMode == kChannelPerElement ? own[kMode == kChannelPerElement ? k : 0] : same;
+    });
   };
   const int64_t lane = threadIdx.x % kWarp;
   for (; v - lane < s.vectors; v += s.loop_step) {
     const int64_t last = v - lane + kWarp - 1 + (kUnroll - 1) * s.unroll_step;
-    if (s.aligned && (last + 1) * N <= s.numel) {  // for the whole warp alike
+    // For the whole warp alike. Elements with parameters of their own come four vectors at a time only where these are
+    // known already: else the code to find them would be there five times.
+    const bool known = kMode != kChannelPerElement || s.hoisted;
+    if (known && s.aligned && (last + 1) * N <= s.numel) {
       typename Op::Loaded loaded[kUnroll];
       Params<T> same[kUnroll];
 #pragma unroll
@@ -218,6 +218,9 @@ __global__ void __launch_bounds__(kThreads)
         const int n = rest >= N ? N : rest > 0 ? static_cast<int>(rest) : 0;
         if constexpr (kMode == kChannelPerVector) {
           if (n > 0) one = q.of(channels.of_element(at));
+        }
+        if constexpr (kMode == kChannelPerElement) {
+          if (!s.hoisted && n > 0) channels.fill(q, at, s.numel, own);
         }
         run(std::false_type{}, at, n, op.template load<false>(at, n), one);
       }
@@ -252,7 +255,7 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
     const int64_t pattern = runs.period * runs.inner;  // elements that the channels repeat after
     const int64_t period = pattern / gcd(pattern, N);  // vectors
     const int64_t step = period / gcd(period, kWarp) * kWarp;
-    const int64_t threads = std::min<int64_t>(vectors, int64_t{gpu.processors()} * 4 * kThreads);
+    const int64_t threads = std::min<int64_t>(vectors, int64_t{gpu.processors()} * 3 * kThreads);
     if (vectors >= 2 * step && step <= threads) {
       s.unroll_step = threads / step * step;
       s.first_vectors = s.unroll_step;
