@@ -77,15 +77,6 @@ void check_codebook(const Tensor& codebook) {
   QK_CHECK(codebook.is_cpu(), "codebook: got a tensor on another device; accepted: x's device, cpu");
 }
 
-void check_grad(const Tensor& grad, const Tensor& x) {
-  check_cpu("grad", grad);
-  QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
-           "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
-  bool same = grad.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = grad.sizes()[i] == x.sizes()[i];
-  QK_CHECK(same, "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
-}
-
 // Checks everything, then calls f(a value of x's storage type, codebook, scales) unless x is empty.
 template <typename F>
 void with_levels(const Tensor& x, const Tensor& scale, const Tensor& codebook, F f) {
@@ -101,7 +92,7 @@ void with_levels(const Tensor& x, const Tensor& scale, const Tensor& codebook, F
 std::tuple<Tensor, Tensor> forward_with(const Tensor& x_any, const Tensor& scale, const Tensor& codebook, bool masked) {
   check_floating("x", x_any);
   Tensor y = empty_dense_like(x_any);
-  Tensor mask = empty({masked ? (x_any.numel() + 7) / 8 : 0}, ScalarType::Byte);
+  Tensor mask = masked ? empty_mask(x_any.numel(), x_any) : empty({0}, ScalarType::Byte);
   const Tensor x = in_layout_of(x_any, y);
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
