@@ -10,7 +10,7 @@ from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 def block(granularity: Granularity, numel: int) -> int:
     """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
     inner = granularity.view.inner
-    tiles = 8 <= inner and inner & (inner - 1) == 0
+    tiles = inner >= 8 and inner & (inner - 1) == 0
     short = granularity.channels > 1 and inner < 2048 and not tiles
     return 1024 if short or numel < 1 << 18 else 2048
 

@@ -109,7 +109,7 @@ def forward(
     mask: Tensor | None = None,
     on: Tensor | None = None,
 ) -> None:
-    """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x and every bit is set."""
+    """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x, every bit is set."""
     numel = x.numel()
     if numel == 0:
         return
@@ -151,7 +151,7 @@ def backward_kernel(
     x = widen(tl.load(x_ptr + start + index, mask=here))
     grad = tl.load(grad_ptr + start + index, mask=here)
     low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
-    s, inv, z = block_params(
+    _s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     inside = is_inside(rint(x * inv) + z, low, high)
@@ -491,7 +491,7 @@ def quantize_kernel(
     here = index < numel - start
     x = widen(tl.load(x_ptr + start + index, mask=here, other=0.0))
     low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
-    s, inv, z = block_params(
+    _s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     q = clamp(rint(x * inv) + z, low, high)
@@ -506,8 +506,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        quantize_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, q, scale, zero_point, float(quant_min), float(quant_max),
-        numel, view, **constexprs,
+        quantize_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, q, scale, zero_point, float(quant_min),
+        float(quant_max), numel, view, **constexprs,
     )  # fmt: skip
 
 
@@ -557,13 +557,14 @@ def observe_fake_quantize(
         reference.check_granularity(name, stat, x)
         if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
             raise RuntimeError(
-                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one shape "
-                "for all statistics"
+                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "
+                "shape for all statistics"
             )
-    if zero_point.dtype not in (torch.int32, torch.int64) or not zero_point.is_contiguous():
+    integers = zero_point.dtype in (torch.int32, torch.int64)
+    if not integers or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
         raise RuntimeError(
-            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 or "
-            f"torch.int64 of scale's shape {list(scale.shape)}"
+            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 "
+            f"or torch.int64 of scale's shape {list(scale.shape)}"
         )
     x, y = dense_and_like(x)
     mask = empty_mask(x)

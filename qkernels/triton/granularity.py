@@ -71,7 +71,7 @@ ONE_CHANNEL = Granularity(_view(1, 1), 1, 1, 1)
 def factors_of(
     shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """(size, stride in scale) of the steps of a dense x in memory order, outermost first; stride 0: the same channel."""
+    """(size, stride in scale) of the steps of a dense x in memory order, outermost first; stride 0: one channel."""
     scale_stride, step = [0] * len(scale_shape), 1
     for dim in reversed(range(len(scale_shape))):
         scale_stride[dim] = step
@@ -209,7 +209,7 @@ def block_params(
     BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Scale, 1/scale and zero point of the elements ``start + index``, in a shape that broadcasts to index's."""
-    if MODE == ONE or MODE == NUMBERS:
+    if MODE == ONE or MODE == NUMBERS:  # noqa: SIM109
         return load_params(scale, zero_point, 0, low, high, DTYPE, ZERO_POINT, MODE)
     elif MODE == LONG:
         run = start // view.inner

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from . import configs, granularity
+from . import granularity
 from .fake_quantize import dense_and_like, dynamic, pointwise_arguments
 from .fake_quantize import quantize as fill
 from .granularity import block_index, block_params
@@ -46,7 +46,7 @@ def dequantize_kernel(
     dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     q = tl.load(q_ptr + start + index, mask=here).to(dtype)
     no_low, no_high = tl.cast(float("-inf"), dtype), tl.cast(float("inf"), dtype)
-    s, inv, z = block_params(
+    s, _inv, z = block_params(
         start, index, scale, zero_point, no_low, no_high, view, dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     tl.store(y_ptr + start + index, narrow((q - z) * s, y_ptr.dtype.element_ty), mask=here)
