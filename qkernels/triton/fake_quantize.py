@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import configs, granularity
+from .configs import ceil_div
 from .granularity import View, block_index, block_params, channel_of, granularity_of, load_params
 from .launch import launch
 from .numerics import (
@@ -90,13 +92,17 @@ def forward_kernel(
 def pointwise_arguments(x: Tensor, scale: Any, zero_point: Any) -> tuple[Any, Any, View, dict[str, Any]]:
     """scale, zero point, view and constexprs of a kernel that takes a dense, non-empty x in blocks."""
     if not isinstance(scale, Tensor):
-        constexprs = configs.by_numbers(configs.block(granularity.ONE_CHANNEL, x.numel()))
-        return scale, zero_point, granularity.ONE_CHANNEL.view, {"ZERO_POINT": 0, **constexprs}
+        one = granularity.ONE_CHANNEL
+        return scale, zero_point, one.view, configs.by_numbers(configs.block(one, x.numel()))
     walk = granularity_of(x, scale)
     block = configs.block(walk, x.numel())
     kind = zero_point_kind(scale, zero_point)
     zero_point = zero_point if zero_point is None else zero_point.contiguous()
-    return scale.contiguous(), zero_point, walk.view, {"ZERO_POINT": kind, **configs.walk(walk, block)}
+    return scale.contiguous(), zero_point, walk.view, configs.walk(walk, block, kind)
+
+
+def blocks(numel: int, constexprs: dict[str, Any]) -> tuple[int]:
+    return (ceil_div(numel, constexprs["BLOCK"]),)
 
 
 def forward(
@@ -115,7 +121,7 @@ def forward(
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, on, scale, zero_point, float(quant_min),
+        forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, MASK=mask is not None, **constexprs,
     )  # fmt: skip
 
@@ -166,7 +172,7 @@ def _backward(grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: i
     grad = laid_out(grad, x)
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        backward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), grad, x, dx, scale, zero_point, float(quant_min),
+        backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, **constexprs,
     )  # fmt: skip
     return dx
@@ -236,7 +242,7 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
     numel = grad.numel()
     if numel:
         block = configs.block(granularity.ONE_CHANNEL, numel)
-        launch(backward_mask_kernel, (triton.cdiv(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
+        launch(backward_mask_kernel, (ceil_div(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
     return dx
 
 
@@ -379,10 +385,10 @@ def fake_quantize_learnable_backward(
         partial, cut, walk, lambda part, dims: part.double().sum([d + 1 for d in dims])
     )
     dscale, dzero_point = (torch.empty(scale.shape, dtype=scale.dtype, device=x.device) for _ in range(2))
-    factor = torch.tensor(grad_factor, dtype=torch.float32).item()
+    factor = ctypes.c_float(grad_factor).value
     tile = configs.join(outer, period, inner)
     launch(
-        learnable_join_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point,
+        learnable_join_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point,
         outer, period, inner, factor, grad_factor - factor, **tile,
     )  # fmt: skip
     return dx, dscale, dzero_point
@@ -453,7 +459,7 @@ def dynamic(
     if in_order and length <= configs.ONE_PASS and (not with_mask or length % 8 == 0 or rows == 1):
         tile = configs.rows_in_registers(rows, length, 8 if with_mask else 1)
         launch(
-            dynamic_rows_kernel, (triton.cdiv(rows, tile["ROWS"]),), dense, y, scale, zero_point, mask, rows, length,
+            dynamic_rows_kernel, (ceil_div(rows, tile["ROWS"]),), dense, y, scale, zero_point, mask, rows, length,
             *rule, SYMMETRIC=symmetric, MASK=with_mask, INTEGER=dtype is not None, **tile,
             num_warps=configs.warps(tile["ROWS"] * tile["COLS"]),
         )  # fmt: skip
@@ -464,7 +470,7 @@ def dynamic(
     partial, (outer, period, inner) = range_partials(values, walk)
     tile = configs.join(outer, period, inner)
     launch(
-        dynamic_qparams_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), scale, zero_point, outer,
+        dynamic_qparams_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), scale, zero_point, outer,
         period, inner, *rule, SYMMETRIC=symmetric, **tile,
     )  # fmt: skip
     if dtype is None:
@@ -506,7 +512,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        quantize_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, q, scale, zero_point, float(quant_min),
+        quantize_kernel, blocks(numel, constexprs), x, q, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, **constexprs,
     )  # fmt: skip
 
@@ -573,7 +579,7 @@ def observe_fake_quantize(
     partial, (outer, period, inner) = range_partials(x, granularity_of(x, scale))
     tile = configs.join(outer, period, inner)
     launch(
-        observe_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
+        observe_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
         running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min), float(quant_max),
         symmetric_steps, float((quant_min + quant_max + 1) // 2), torch.finfo(torch.float32).eps,
         SYMMETRIC=symmetric_steps != 0, **tile,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
 from . import granularity
-from .fake_quantize import dense_and_like, dynamic, pointwise_arguments
+from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments
 from .fake_quantize import quantize as fill
 from .granularity import block_index, block_params
 from .launch import launch
@@ -60,7 +60,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
         scale, zero_point, view, constexprs = pointwise_arguments(q, scale, zero_point)
         launch(
             dequantize_kernel,
-            (triton.cdiv(numel, constexprs["BLOCK"]),),
+            blocks(numel, constexprs),
             q,
             y,
             scale,
