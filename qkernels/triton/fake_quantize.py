@@ -39,7 +39,14 @@ def unsupported(op: str, *args: Any) -> str | None:
         return granularity.unsupported(args[1], args[2])
     if op == "observe_fake_quantize":
         return granularity.unsupported(args[0], args[5])
+    if op == "fake_quantize_dynamic_forward":
+        return unsupported_rows(args[0])
     return None
+
+
+def unsupported_rows(x: Tensor) -> str | None:
+    contiguous = x.dim() < 6 or x.is_contiguous()
+    return None if contiguous else f"takes at most 5 dims where x is not contiguous, got {x.dim()}"
 
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -190,13 +197,11 @@ def fake_quantize_backward(
 
 
 def _check_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Any, Any]:
-    if x.dtype == torch.float64:
-        tensors = x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
-    else:
-        tensors = float(scale), float(zero_point)
     reference.check_input(x, quant_min, quant_max)
     reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)
-    return tensors
+    if x.dtype == torch.float64:
+        return x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    return float(scale), float(zero_point)
 
 
 def fake_quantize_forward_scalar(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
@@ -374,7 +379,8 @@ def fake_quantize_learnable_backward(
         grad, x, dx, *partial.unbind(), scale.contiguous(), None if zero_point is None else zero_point.contiguous(),
         float(quant_min), float(quant_max),
     )  # fmt: skip
-    kernel, sizes = learnable_rows_kernel, (walk.runs, cut.length, cut.inner, cut.steps)
+    kernel: Any = learnable_rows_kernel
+    sizes: tuple[int, ...] = (walk.runs, cut.length, cut.inner, cut.steps)
     if cut.columns:
         kernel, sizes = learnable_columns_kernel, (cut.height, cut.width, cut.steps)
     launch(

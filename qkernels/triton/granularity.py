@@ -107,9 +107,11 @@ def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: 
     return Granularity(_view(inner, period, digits), channels, runs, count)
 
 
-def granularity_of(x: Tensor, scale: Tensor) -> Granularity | None:
-    """How scale speaks for a dense, non-empty x; None: in more digits than kernels take (see ``unsupported``)."""
-    return ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+def granularity_of(x: Tensor, scale: Tensor) -> Granularity:
+    """How scale speaks for a dense, non-empty x that is not ``unsupported``."""
+    found = ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+    assert found is not None
+    return found
 
 
 def rows_of(rows: int, length: int) -> Granularity:

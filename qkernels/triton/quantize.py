@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
 from . import granularity
-from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments
+from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments, unsupported_rows
 from .fake_quantize import quantize as fill
 from .granularity import block_index, block_params
 from .launch import launch
@@ -21,7 +21,7 @@ from .numerics import narrow
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
-    return None if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
+    return unsupported_rows(args[0]) if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
 
 
 def quantize(
