@@ -144,7 +144,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        (usage,) = sass.kernels(Path(file.name), f"sm_{arch}").values()
+        (usage,) = sass.kernels(Path(file.name)).values()
     pointers = [str(kind) for kind in signature.values() if str(kind).startswith("*")]
     return json.dumps(
         {
