@@ -15,10 +15,7 @@ def check_integer_dtype(name: str, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{name}: got {dtype}; accepted: torch.int8, torch.uint8, torch.int32")
 
 
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
-) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
+def check_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
     check_integer_dtype("dtype", dtype)
     info = torch.iinfo(dtype)
     if quant_min < info.min or quant_max > info.max:
@@ -26,6 +23,13 @@ def quantize(
             f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: what {dtype} holds, {info.min} to "
             f"{info.max}"
         )
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    check(x, scale, zero_point, quant_min, quant_max)
+    check_codes(quant_min, quant_max, dtype)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = ((x.to(s.dtype) * inv).round() + z).clamp(quant_min, quant_max)
     return torch.empty_like(x, dtype=dtype).copy_(torch.where(q.isnan(), z, q))
