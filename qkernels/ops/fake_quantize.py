@@ -250,7 +250,14 @@ class _FakeQuantizeVariant(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_learned_gradients(ctx, grad, _variant_backward, *ctx.saved_tensors, *ctx.range), None, None, None, None, None
+        return (
+            *_learned_gradients(ctx, grad, _variant_backward, *ctx.saved_tensors, *ctx.range),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _FakeQuantizeMasked(Function):

@@ -1,9 +1,9 @@
 """Stochastic rounding in plain torch, from a counter-based generator.
 
-q = floor(v) + (u < v − floor(v)) + zero_point with v = x/scale and u uniform in [0, 1). Comparing u with the fraction is
-exact, where floor(v + u) would round v + u. u is a function of (seed, offset) and of the element's place in memory
-alone: no kernel, device or number of threads can change it, and a second forward pass (activation checkpointing) repeats
-the first. The place counts in memory order, not in index order, because kernels walk memory.
+q = floor(v) + (u < v − floor(v)) + zero_point with v = x/scale and u uniform in [0, 1). Comparing u with the fraction
+is exact, where floor(v + u) would round v + u. u is a function of (seed, offset) and of the element's place in memory
+alone: no kernel, device or number of threads can change it, and a second forward pass (activation checkpointing)
+repeats the first. The place counts in memory order, not in index order, because kernels walk memory.
 """
 
 from __future__ import annotations
