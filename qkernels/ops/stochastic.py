@@ -14,7 +14,7 @@ from ..reference import stochastic as reference
 from .fake_quantize import _already_masked, _entered, _learned_gradients, _mask_like
 from .quantize import range_of_codes
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _forward = _define(
     "fake_quantize_stochastic_forward",

@@ -14,4 +14,5 @@ straight_through_backward = library.define(
     reference.fake_quantize_straight_through_backward,
     lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
     cpu=("avx512", "avx2", "scalar"),
+    triton=True,
 )
