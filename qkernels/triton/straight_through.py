@@ -31,6 +31,4 @@ def fake_quantize_straight_through_backward(
     check(x, scale, zero_point, quant_min, quant_max)
     check_grad(grad, x)
     reference.check_variant(straight_through, ewgs_delta, reference.VARIANTS)
-    return backward(
-        straight_through, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, delta=ewgs_delta
-    )
+    return backward(straight_through, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, delta=ewgs_delta)

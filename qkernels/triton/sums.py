@@ -1,8 +1,8 @@
 """dx and the sums for scale and zero point, in two stages and a fixed order.
 
-The first stage walks memory as a matrix and keeps one of its dims. Where a run is long the matrix is [runs, inner], and
-each run is summed on its own; where runs are short it is [repetitions, period · inner], and each column is. Partial sums
-are fp32 (fp64 for fp64); torch adds them in fp64.
+The first stage walks memory as a matrix and keeps one of its dims. Where runs are long the matrix is [runs, inner], and
+each run is summed on its own; where they are short it is [repetitions, period · inner], and each column is. Partial
+sums are fp32 (fp64 for fp64); torch adds them in fp64.
 """
 
 from __future__ import annotations
