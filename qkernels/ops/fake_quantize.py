@@ -18,7 +18,7 @@ from ..reference import fake_quantize as reference
 from ..reference.straight_through import VARIANTS, check_variant
 from .straight_through import straight_through_backward as _variant_backward
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 
 def _mask_like(x: Tensor) -> Tensor:
@@ -43,14 +43,12 @@ _forward = _define(
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.fake_quantize_forward,
     lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
-    triton=True,
 )
 _forward_mask = _define(
     "fake_quantize_forward_mask",
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
     reference.fake_quantize_forward_mask,
     lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), _mask_like(x)),
-    triton=True,
 )
 _backward = _define(
     "fake_quantize_backward",

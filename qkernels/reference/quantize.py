@@ -25,6 +25,13 @@ def check_codes(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
         )
 
 
+def check_dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
+    check_integer_dtype("q", q.dtype)
+    if not dtype.is_floating_point:
+        raise RuntimeError(f"dtype: got {dtype}; accepted: a floating dtype")
+    check_granularity("scale", scale, q)
+
+
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
@@ -36,10 +43,7 @@ def quantize(
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    check_integer_dtype("q", q.dtype)
-    if not dtype.is_floating_point:
-        raise RuntimeError(f"dtype: got {dtype}; accepted: a floating dtype")
-    check_granularity("scale", scale, q)
+    check_dequantize(q, scale, zero_point, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     s = expand(scale, q).to(compute)
     s = torch.where(s < 0, torch.nan, s.clamp(min=torch.finfo(torch.float32).tiny))
