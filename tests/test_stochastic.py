@@ -19,7 +19,7 @@ from qkernels.reference import fake_quantize as nearest
 from qkernels.reference import quantize as reference_quantize
 from qkernels.reference import stochastic as reference
 
-COMPILED = [name for name in kernels_of("fake_quantize_stochastic_forward") if name != "reference"]
+COMPILED = [name for name in kernels_of("fake_quantize_stochastic_forward") if name.startswith("cpu_")]
 fake_quantize = partial(qk.fake_quantize_stochastic, quant_min=-8, quant_max=7)
 
 
@@ -90,6 +90,37 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
                     same(a, b)
                     if x.numel() and "special" not in name:
                         assert ((a - exact).double().abs() <= magnitude * 2**-20 + 1e-12).all()
+
+
+@pytest.mark.skipif("triton" not in kernels_of("quantize_stochastic"), reason="no GPU, and not interpreted")
+@pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = INPUTS[name][0](dtype)
+    if x.numel() > 200000 or (x.numel() > 10000 and dtype != torch.float32):
+        pytest.skip("interpreting takes too long")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
+    args = (scale, torch.randn(shape) * 6, -8, 7, -9, 5, torch.tensor([2**33]))
+    expected = (
+        *reference.fake_quantize_stochastic_forward(x, *args),
+        reference.quantize_stochastic(x, *args, torch.int8),
+        *reference.fake_quantize_stochastic_backward(grad, x, *args, 0.5),
+    )
+    there = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in (grad, x, *args)]
+    with qk.use_kernel("triton"):
+        got = (
+            *ops._forward(*there[1:]),
+            ops._quantize(*there[1:], torch.int8),
+            *ops._backward(*there, 0.5),
+        )
+    for a, b in zip(got[:4], expected[:4], strict=True):
+        same(a.cpu(), b)
+    magnitude = nearest.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+    for a, b in zip(got[4:], expected[4:], strict=True):
+        assert a.shape == b.shape
+        if x.numel() and "special" not in name:
+            assert ((a.cpu() - b).double().abs() <= magnitude * 2**-20 + 1e-12).all()
 
 
 @pytest.mark.parametrize("kernel", COMPILED)

@@ -19,7 +19,7 @@ from qkernels.reference import fake_quantize as clip
 from qkernels.reference import straight_through as reference
 
 OP = "fake_quantize_straight_through_backward"
-COMPILED = [name for name in kernels_of(OP) if name != "reference"]
+COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
 
 
 @pytest.mark.parametrize("variant", reference.VARIANTS)
@@ -52,6 +52,28 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
                     assert a.shape == scale.shape
                     if x.numel() and "special" not in name:
                         assert ((a - b).double().abs() <= magnitude * 2**-20 + 1e-12).all()
+
+
+@pytest.mark.skipif("triton" not in kernels_of(OP), reason="no GPU, and not interpreted")
+@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
+def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant: str) -> None:
+    dtype = FLOATS[GRANULARITIES.index((name, shape)) % 4]
+    x = INPUTS[name][0](dtype)
+    if x.numel() > 200000:
+        pytest.skip("interpreting takes too long")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
+    args = (grad, x, scale, torch.randn(shape) * 6, -8, 7, variant, 0.3, 0.5)
+    dx, *sums = reference.fake_quantize_straight_through_backward(*args)
+    with qk.use_kernel("triton"):
+        got = straight_through_backward(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+    same(got[0].cpu(), dx)
+    magnitude = clip.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+    for a, b in zip(got[1:], sums, strict=True):
+        assert a.shape == b.shape
+        if x.numel() and "special" not in name:
+            assert ((a.cpu() - b).double().abs() <= magnitude * 2**-20 + 1e-12).all()
 
 
 def rounded(t: Tensor) -> Tensor:

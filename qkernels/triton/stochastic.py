@@ -61,9 +61,9 @@ def _forward(
     numel = x.numel()
     if numel == 0:
         return
-    block = configs.pointwise(numel)
     walk = granularity_of(x, scale)
     assert walk is not None  # see unsupported
+    block = configs.block(walk, numel)
     launch(
         forward_kernel, (triton.cdiv(numel, block),), x, y, mask, scale.contiguous(),
         zero_point if zero_point is None else zero_point.contiguous(), float(quant_min), float(quant_max), seed, offset,
