@@ -12,9 +12,9 @@ from torch import Tensor
 from ..reference import stochastic as reference
 from ..reference.fake_quantize import check, check_grad
 from ..reference.quantize import check_codes
-from . import configs, granularity
-from .fake_quantize import dense_and_like, empty_mask, zero_point_kind
-from .granularity import block_index, block_params, granularity_of
+from . import granularity
+from .fake_quantize import dense_and_like, empty_mask, pointwise_arguments
+from .granularity import block_index, block_params
 from .launch import launch
 from .numerics import clamp, is_inside, narrow, store_bits, widen
 from .philox import round_stochastically, uniforms_of_blocks
@@ -61,14 +61,10 @@ def _forward(
     numel = x.numel()
     if numel == 0:
         return
-    walk = granularity_of(x, scale)
-    assert walk is not None  # see unsupported
-    block = configs.block(walk, numel)
+    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, block),), x, y, mask, scale.contiguous(),
-        zero_point if zero_point is None else zero_point.contiguous(), float(quant_min), float(quant_max), seed, offset,
-        offset_tensor, numel, walk.view, CODES=mask is None, ZERO_POINT=zero_point_kind(scale, zero_point),
-        **configs.walk(walk, block),
+        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, scale, zero_point, float(quant_min),
+        float(quant_max), seed, offset, offset_tensor, numel, view, CODES=mask is None, **constexprs,
     )  # fmt: skip
 
 
