@@ -5,7 +5,6 @@
 #include "foreach_isa.h"
 
 #include "dynamic.h"
-#include "integer.h"
 
 namespace qkernels {
 namespace {
@@ -18,7 +17,7 @@ Tensor quantize(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> 
   Tensor q;
   dispatch_integer("dtype", dtype, [&](auto code) {
     using I = decltype(code);
-    check_codes<I>(quant_min, quant_max, dtype);
+    check_codes_hold<I>(dtype, quant_min, quant_max);
     q = empty_strided(x.sizes(), x.strides(), dtype);
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);

@@ -6,7 +6,6 @@
 #include "foreach_isa.h"
 
 #include "gradient.h"
-#include "integer.h"
 
 namespace qkernels {
 namespace {
@@ -29,7 +28,7 @@ std::tuple<Tensor, Tensor> fake_quantize_stochastic_forward(const Tensor& x_any,
                                                             std::optional<Tensor> offset_tensor) {
   check_floating("x", x_any);
   const int64_t numel = x_any.numel();
-  Tensor y = empty_dense_like(x_any), mask = empty({(numel + 7) / 8}, ScalarType::Byte);
+  Tensor y = empty_dense_like(x_any), mask = empty_mask(numel, x_any);
   const Tensor x = in_layout_of(x_any, y);
   const Philox philox = generator(seed, offset, offset_tensor);
   dispatch_floating("x", x, [&](auto tag) {
@@ -67,7 +66,7 @@ Tensor quantize_stochastic(const Tensor& x_any, const Tensor& scale, std::option
   Tensor codes;
   dispatch_integer("dtype", dtype, [&](auto code) {
     using I = decltype(code);
-    check_codes<I>(quant_min, quant_max, dtype);
+    check_codes_hold<I>(dtype, quant_min, quant_max);
     codes = empty_strided(x.sizes(), x.strides(), dtype);
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);
