@@ -110,9 +110,11 @@ def run(command: list[str]) -> None:
 
 
 def nvcc() -> str:
-    """The CUDA compiler, of CUDA_HOME before PATH; empty: there is none."""
+    """The CUDA compiler: of CUDA_HOME, else on PATH, else where toolkits install themselves; empty: there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=str(Path(home, "bin"))) or "" if home else shutil.which("nvcc") or ""
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin"))) or ""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") or ""
 
 
 def nvcc_version() -> str:
@@ -138,7 +140,7 @@ def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extensio
     if wanted == "cpu" or (wanted == "auto" and not has_cuda):
         return None
     if not nvcc():
-        missing = "no nvcc in CUDA_HOME/bin or on PATH: install the CUDA toolkit or set CUDA_HOME"
+        missing = "no nvcc in CUDA_HOME/bin, PATH or /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
         if wanted == "cuda" and not optional:
             sys.exit(f"qkernels: {missing}")
         say(f"{missing}; building without the CUDA kernels")

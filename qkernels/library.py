@@ -58,7 +58,8 @@ def build_command(environment: str = "") -> str:
     # Without --no-cache-dir pip would serve a pure-Python wheel that it built and kept earlier.
     return (
         'pip install "setuptools>=77" && '
-        f"{environment}{' ' * bool(environment)}pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {source}"
+        f"{environment}{' ' * bool(environment)}pip install --no-build-isolation --no-deps --force-reinstall "
+        f"--no-cache-dir {source}"
     )
 
 
@@ -139,16 +140,16 @@ def _load_cuda() -> str | None:
             if not holds(arches, capability):
                 own = f"{capability[0]}.{capability[1]}"
                 environment = f'QKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="{own}"'
+                name = torch.cuda.get_device_name(index)
                 return Mendable(
-                    f"the CUDA kernels are built for {arches} and not for {own}, which {torch.cuda.get_device_name(index)} "
-                    f"is; build them with: {build_command(environment)}"
+                    f"the CUDA kernels are built for {arches} and not for {own}, which {name} is; build them with: "
+                    f"{build_command(environment)}"
                 )
         torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
-        return Mendable(
-            f"the CUDA kernels cannot be loaded ({first_line}); rebuild them with: {build_command('QKERNELS_BUILD=cuda')}"
-        )
+        command = build_command("QKERNELS_BUILD=cuda")
+        return Mendable(f"the CUDA kernels cannot be loaded ({first_line}); rebuild them with: {command}")
     for op in {kernel.op for kernel in registry.kernels() if kernel.name == "cuda"}:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", GPU_KEY):
             command = build_command("QKERNELS_BUILD=cuda")
@@ -158,7 +159,7 @@ def _load_cuda() -> str | None:
 
 def arches_of(cuda_library: Path) -> str:
     """The architectures that a CUDA library was compiled for, as in TORCH_CUDA_ARCH_LIST."""
-    found = re.search(rb"qkernels-cuda-arches:([^;\0]*(?:;[^;\0]*)*)\0", cuda_library.read_bytes())
+    found = re.search(rb"qkernels-cuda-arches:([^\0]*)", cuda_library.read_bytes())
     return found[1].decode() if found else "unknown"
 
 

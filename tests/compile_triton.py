@@ -152,7 +152,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        (usage,) = sass.usage(Path(file.name)).values()
+        (usage,) = sass.kernels(Path(file.name)).values()
     pointers = [str(kind) for kind in signature.values() if str(kind).startswith("*")]
     return json.dumps(
         {
@@ -161,7 +161,11 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "dtype": pointers[0][1:],
             "constexprs": {key: value for key, value in job[2].items() if key not in options},
             "warps": options["num_warps"],
-            **usage._asdict(),
+            "registers": usage.registers,
+            "spills": usage.spills,
+            "local": usage.stack + usage.local,
+            "shared": usage.shared,
+            "widest_load": usage.widths.get("LDG", 0),
             "dynamic_shared": binary.metadata.shared,
             "approximate": sum(
                 op in binary.asm["ptx"] for op in ("div.full", "div.approx", "rcp.approx", "fma.rn.f32", ".ftz")

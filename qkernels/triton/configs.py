@@ -97,9 +97,9 @@ def join(outer: int, period: int, inner: int) -> dict[str, int]:
     return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts}
 
 
-def rows_in_registers(rows: int, length: int) -> dict[str, int]:
-    """Tile of the kernels that keep whole rows."""
-    cols = power_of_two(length)
+def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
+    """Tile of the kernels that keep whole rows, of at least ``least`` elements."""
+    cols = max(power_of_two(length), least)
     return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
 
 

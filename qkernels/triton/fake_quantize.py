@@ -451,7 +451,7 @@ def dynamic(
     rule = (float(quant_min), float(quant_max), float(half), float(quant_max - half), torch.finfo(torch.float32).tiny)
     in_order = group_size == 0 or dense.is_contiguous()
     if in_order and length <= configs.ONE_PASS and (not with_mask or length % 8 == 0 or rows == 1):
-        tile = configs.rows_in_registers(rows, length)
+        tile = configs.rows_in_registers(rows, length, 8 if with_mask else 1)
         launch(
             dynamic_rows_kernel, (triton.cdiv(rows, tile["ROWS"]),), dense, y, scale, zero_point, mask, rows, length,
             *rule, SYMMETRIC=symmetric, MASK=with_mask, INTEGER=dtype is not None, **tile,
