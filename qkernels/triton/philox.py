@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .numerics import rint
+
 
 @triton.jit
 def words(block, seed, offset, offset_ptr):
@@ -41,6 +43,7 @@ def uniforms(element, seed, offset, offset_ptr, DTYPE: tl.constexpr):
 
 @triton.jit
 def round_stochastically(steps, u):
-    low = tl.floor(steps)
-    # An infinity has a NaN fraction, and stays.
+    # Not tl.floor, which flushes denormals. An infinity has a NaN fraction, and stays.
+    nearest = rint(steps)
+    low = tl.where(steps >= nearest, nearest, nearest - 1)
     return tl.where(u >= steps - low, low, low + 1)
