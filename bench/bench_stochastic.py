@@ -3,7 +3,8 @@
 Predicted before the first measurement, for one thread of a 3 GHz core with AVX-512 and 2**18 elements in cache: ten
 rounds of six instructions for 32 elements, at two a cycle, are 1 cycle per element, and the rest (load, two rounds of
 compare and select, mask, store) half of that: 0.5 ns per element in fp32 and bf16 alike. Learned scales draw once more
-and add LSQ's sums: 1.3 ns forward and backward.
+and add LSQ's sums: 1.3 ns forward and backward. Measured: 0.78 ns in fp32, 0.88 ns in bf16, and 1.8 ns with a learned
+scale; where the difference comes from was not looked into.
 """
 
 from __future__ import annotations
