@@ -2,9 +2,10 @@
 
 __version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
 
-from . import library, nn, ops, qat, reference, registry
+from . import codebooks, library, nn, ops, qat, reference, registry
 from .library import use_kernel
 from .nn import PerChannel, PerGroup, PerTensor, PerToken
+from .ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
 from .ops.fake_quantize import (
     fake_quantize,
     fake_quantize_dynamic,
@@ -33,9 +34,12 @@ __all__ = [
     "QSpec",
     "calibrate",
     "choose_qparams",
+    "codebooks",
     "convert",
     "dequantize",
+    "dequantize_codebook",
     "fake_quantize",
+    "fake_quantize_codebook",
     "fake_quantize_dynamic",
     "fake_quantize_learnable_per_channel_affine",
     "fake_quantize_learnable_per_tensor_affine",
@@ -55,6 +59,7 @@ __all__ = [
     "prepare",
     "qat",
     "quantize",
+    "quantize_codebook",
     "quantize_dynamic",
     "quantize_stochastic",
     "reference",

@@ -23,6 +23,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 SUM_TOLERANCE = 1e-4
 SUMS = dict.fromkeys(
     (
+        "fake_quantize_codebook_learnable_backward",
         "fake_quantize_learnable_backward",
         "fake_quantize_stochastic_backward",
         "fake_quantize_straight_through_backward",
@@ -137,6 +138,22 @@ def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
 
 
+def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (scale, _), levels in zip(qparams(x), (16, 256, 5, 33), strict=False):
+        yield x, scale * 9, torch.randn(levels)
+
+
+def codebook_learnable_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in backward(codebook_args)(x):
+            yield *case, 0.5, True
+
+
+def dequantize_codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, scale, codebook in codebook_args(x):
+        yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
+
+
 def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for case in fake_quantize_args(x):
         yield *case, torch.int8
@@ -195,9 +212,14 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 # Arguments for each op, made from one input x (none where the op cannot take such an x).
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
+    "dequantize_codebook": dequantize_codebook_args,
     "fake_quantize_backward": backward(fake_quantize_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
     "fake_quantize_backward_mask": backward_mask_args,
+    "fake_quantize_codebook_backward": backward(codebook_args),
+    "fake_quantize_codebook_forward": codebook_args,
+    "fake_quantize_codebook_forward_mask": codebook_args,
+    "fake_quantize_codebook_learnable_backward": codebook_learnable_args,
     "fake_quantize_dynamic_forward": dynamic_args,
     "fake_quantize_forward": fake_quantize_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
@@ -215,6 +237,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
     "quantize": quantize_args,
+    "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
     "quantize_stochastic": quantize_stochastic_args,
 }

@@ -93,6 +93,15 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 "fake_quantize_straight_through_backward",
                 (x, x, *params, variant, 1e-3, 0.5),
             )
+        table = (scale, meta(((16, 256)[number % 2],)))
+        op = "fake_quantize_codebook_forward"
+        yield "codebook", op if number % 4 < 2 else f"{op}_mask", (x, *table)
+        yield "codebook", "fake_quantize_codebook_backward", (x, x, *table)
+        yield "codebook", "quantize_codebook", (x, *table)
+        yield "codebook", "dequantize_codebook", (meta(shape, torch.uint8), *table, dtype)
+        learnable = "fake_quantize_codebook_learnable_backward", (x, x, *table, 0.5, number % 4 < 2)
+        if importlib.import_module("qkernels.triton.codebook").unsupported(learnable[0], *learnable[1]) is None:
+            yield "codebook", *learnable
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
     for op in ("forward", "forward_mask"):

@@ -121,3 +121,9 @@ def sums(inner: int, period: int, numel: int) -> dict[str, Any]:
     if inner >= 16:
         return {"RUNS": True, "BLOCK_KEPT": 1024 // block, "BLOCK_REDUCED": block, **tile}
     return {"RUNS": False, "BLOCK_KEPT": block, "BLOCK_REDUCED": 1024 // block, **tile}
+
+
+def codebook_sums(inner: int) -> tuple[int, int]:
+    """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
+    columns = min(TILE_SIZE, power_of_two(inner))
+    return TILE_SIZE // columns, columns
