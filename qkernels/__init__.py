@@ -19,6 +19,7 @@ from .ops.fake_quantize import (
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
@@ -44,6 +45,7 @@ __all__ = [
     "fake_quantize_learnable_per_tensor_affine",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fake_quantize_stochastic",
     "fused_moving_avg_obs_fake_quant",
     "int8_conv2d",
     "int8_linear",
@@ -59,6 +61,7 @@ __all__ = [
     "quantize",
     "quantize_codebook",
     "quantize_dynamic",
+    "quantize_stochastic",
     "reference",
     "registry",
     "report",

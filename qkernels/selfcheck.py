@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import library, registry
 from .reference import int8_gemm
+from .reference.straight_through import VARIANTS
 from .registry import Kernel
 
 INT4 = (-8, 7)
@@ -20,7 +21,15 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_codebook_learnable_backward": (1, 2), "fake_quantize_learnable_backward": (1, 2)}
+SUMS = dict.fromkeys(
+    (
+        "fake_quantize_codebook_learnable_backward",
+        "fake_quantize_learnable_backward",
+        "fake_quantize_stochastic_backward",
+        "fake_quantize_straight_through_backward",
+    ),
+    (1, 2),
+)
 CHANGES_ARGUMENTS = {"observe_fake_quantize"}
 
 
@@ -83,6 +92,29 @@ def learnable_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.isfinite().all():  # sums of NaN are NaN in any order, but infinities can cancel
         for case in backward(fake_quantize_args)(x):
             yield *case, 0.5
+
+
+def straight_through_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for *case, factor in learnable_backward_args(x):
+        for variant in VARIANTS:
+            yield *case, variant, 0.2, factor
+
+
+def stochastic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in fake_quantize_args(x):
+        yield *case, 3, 4, None
+        yield *case, -5, 0, torch.tensor([2**40])
+
+
+def stochastic_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in backward(stochastic_args)(x):
+            yield *case, 0.5
+
+
+def quantize_stochastic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in stochastic_args(x):
+        yield *case, torch.int8
 
 
 def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -194,6 +226,9 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_forward_mask": fake_quantize_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
     "fake_quantize_learnable_backward": learnable_backward_args,
+    "fake_quantize_stochastic_backward": stochastic_backward_args,
+    "fake_quantize_stochastic_forward": stochastic_args,
+    "fake_quantize_straight_through_backward": straight_through_args,
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -204,6 +239,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "quantize": quantize_args,
     "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
+    "quantize_stochastic": quantize_stochastic_args,
 }
 
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkernels.reference.straight_through import VARIANTS
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
@@ -83,6 +85,16 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
         yield "quantize", "dequantize", (meta(shape, code), scale, zero_point, dtype)
+        drawn = (*params, 2**40, 3, (None, on)[number % 2])
+        yield "stochastic", "fake_quantize_stochastic_forward", (x, *drawn)
+        yield "stochastic", "fake_quantize_stochastic_backward", (x, x, *drawn, 0.5)
+        yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
+        for variant in VARIANTS:
+            yield (
+                "straight_through",
+                "fake_quantize_straight_through_backward",
+                (x, x, *params, variant, 1e-3, 0.5),
+            )
         table = (scale, meta(((16, 256)[number % 2],)))
         op = "fake_quantize_codebook_forward"
         yield "codebook", op if number % 4 < 2 else f"{op}_mask", (x, *table)

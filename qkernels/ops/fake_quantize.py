@@ -15,6 +15,8 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import fake_quantize as reference
+from ..reference.straight_through import VARIANTS, check_variant
+from .straight_through import straight_through_backward as _variant_backward
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
@@ -214,15 +216,48 @@ class _FakeQuantizeLearnable(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if _again(grad):
-            raise RuntimeError("fake_quantize: learned scales have no second derivative; detach scale and zero_point")
-        x, scale, zero_point = ctx.saved_tensors
-        dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
-        if not ctx.needs_input_grad[2]:
-            dzp = None
-        elif zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
-            dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
-        return dx, dscale, dzp, None, None, None
+        return *_learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range), None, None, None
+
+
+def _learned_gradients(
+    ctx: Any, grad: Tensor, op: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, dscale and dzp from an op that takes (grad, x, scale, zero_point, …), dzp as zero_point is."""
+    if _again(grad):
+        raise RuntimeError(
+            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
+            "detach scale and zero_point"
+        )
+    dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
+    if zero_point is None or not ctx.needs_input_grad[2]:
+        return dx, dscale, None
+    if zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
+        dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+    return dx, dscale, dzp
+
+
+class _FakeQuantizeVariant(Function):
+    """A straight-through variant that needs x, whatever is learned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int,
+        variant: str, delta: float, factor: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.range = (quant_min, quant_max, variant, delta, factor)
+        ctx.save_for_backward(x, scale, zero_point)
+        return _forward(x, scale, zero_point, quant_min, quant_max)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (
+            *_learned_gradients(ctx, grad, _variant_backward, *ctx.saved_tensors, *ctx.range),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _FakeQuantizeMasked(Function):
@@ -254,6 +289,7 @@ class _StraightThrough(Function):
 _kept = _entered(_FakeQuantizeKept)
 _masked = _entered(_FakeQuantizeMask)
 _learnable = _entered(_FakeQuantizeLearnable)
+_variant = _entered(_FakeQuantizeVariant)
 _already_masked = _entered(_FakeQuantizeMasked)
 _straight_through = _entered(_StraightThrough)
 
@@ -266,6 +302,8 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     grad_factor: float = 1.0,
+    straight_through: str = "clip",
+    ewgs_delta: float = 1e-3,
 ) -> Tensor:
     """Quantizes x to integers and back: (clamp(round(x/scale) + zero_point, quant_min, quant_max) − zero_point)·scale.
 
@@ -278,17 +316,32 @@ def fake_quantize(
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
+        straight_through: what the backward pass makes of rounding and clipping, with v = x/scale.
+            "clip": dx = dy where the rounded value lies in the range. Scale and zero_point are learned as in LSQ
+            (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
+            "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
+            "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min − zero_point <= v < quant_max −
+            zero_point, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point |
+            quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
+            alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then gives
+            it PACT's own Σ dy over x >= alpha.
+            "ewgs": EWGS (arXiv 2104.00903): dx = dy·(1 + ewgs_delta·sign(dy)·(v − round(v))) where "clip" passes dy;
+            scale and zero_point by the chain rule through that.
+        ewgs_delta: EWGS's factor per step of rounding error, at least 0. The paper measures the error in a range of
+            length 1: its delta divided by quant_max − quant_min is this one. The default is the fixed delta of the
+            authors' code, for 1 bit, where the two agree.
 
     Returns:
         A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
 
-    The gradient of x passes where the rounded value lies in the range. Where scale or zero_point requires grad, they
-    are learned as in LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). For the backward pass x is kept where it
-    lives anyway or a scale is learned, else one bit per element.
+    For the backward pass x is kept where it lives anyway, a scale is learned, or straight_through is "pact" or "ewgs";
+    else one bit per element, and for "pass" nothing.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
+    if straight_through != "clip":
+        return _by_variant(x, scale, zero_point, quant_min, quant_max, straight_through, ewgs_delta, grad_factor)
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
@@ -307,6 +360,30 @@ def _by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_
     if torch.is_grad_enabled() and x.requires_grad:
         return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
     return _forward_scalar(x, scale, zero_point, quant_min, quant_max)
+
+
+def _by_variant(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None,
+    quant_min: int,
+    quant_max: int,
+    variant: str,
+    delta: float,
+    factor: float,
+) -> Tensor:
+    check_variant(variant, delta, ("clip", *VARIANTS))
+    if not isinstance(scale, Tensor):
+        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if torch.is_grad_enabled():
+        learns = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
+        if learns or (x.requires_grad and variant != "pass"):
+            return _variant(x, scale, zero_point, quant_min, quant_max, variant, delta, factor)
+        if x.requires_grad:
+            return _straight_through(x, _forward(x.detach(), scale, zero_point, quant_min, quant_max))
+    return _forward(x, scale, zero_point, quant_min, quant_max)
 
 
 def range_of_bits(bits: int) -> tuple[int, int]:

@@ -59,12 +59,17 @@ def quantize(
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
         point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN.
     """
+    return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
+
+
+def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
+    """The range as given, by default all of dtype that fp32 holds exactly."""
     reference.check_integer_dtype("dtype", dtype)
-    info = torch.iinfo(dtype)
-    bound = reference_qparams.EXACT_INT
-    quant_min = max(info.min, -bound) if quant_min is None else quant_min
-    quant_max = min(info.max, bound) if quant_max is None else quant_max
-    return _quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+    info, bound = torch.iinfo(dtype), reference_qparams.EXACT_INT
+    return (
+        max(info.min, -bound) if quant_min is None else quant_min,
+        min(info.max, bound) if quant_max is None else quant_max,
+    )
 
 
 def dequantize(

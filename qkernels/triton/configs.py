@@ -116,6 +116,21 @@ def warps(elements: int) -> int:
     return max(1, min(32, elements // 512))
 
 
+def sums(inner: int, period: int, numel: int) -> dict[str, Any]:
+    """The constexprs of the first stage of sums (see sums.py); a tile is 1024 elements, and STEPS of them one program.
+
+    Runs of 16 and more are summed each on its own, shorter ones column by column.
+    """
+    steps = 16 if numel >= 1 << 24 else 4
+    width = inner if inner >= 16 else period * inner
+    block = min(1 << (width - 1).bit_length(), 1024 if inner >= 16 else 64)
+    block = max(block, 4)  # a block of the generator
+    tile = {"QUADS": width % 4 == 0, "STEPS": steps}
+    if inner >= 16:
+        return {"RUNS": True, "BLOCK_KEPT": 1024 // block, "BLOCK_REDUCED": block, **tile}
+    return {"RUNS": False, "BLOCK_KEPT": block, "BLOCK_REDUCED": 1024 // block, **tile}
+
+
 def codebook_sums(inner: int) -> tuple[int, int]:
     """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
     columns = min(TILE_SIZE, power_of_two(inner))
