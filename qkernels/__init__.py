@@ -15,6 +15,7 @@ from .ops.fake_quantize import (
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
 )
+from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
@@ -40,6 +41,7 @@ __all__ = [
     "fake_quantize_learnable_per_tensor_affine",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "foreach_fake_quantize",
     "fused_moving_avg_obs_fake_quant",
     "int8_conv2d",
     "int8_linear",

@@ -20,7 +20,7 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_learnable_backward": (1, 2)}
+SUMS = {"fake_quantize_learnable_backward": (1, 2), "foreach_fake_quantize_learnable_backward": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,17 @@ def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
 
 
+def foreach_args(*wrapped: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    """The cases of an op of one tensor as one call of its op of many, a transposed copy of x in between."""
+
+    def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        calls = [case for make in wrapped for y in (x, x.t().contiguous() if x.dim() == 2 else x) for case in make(y)]
+        if calls:
+            yield tuple(list(values) for values in zip(*calls, strict=True))
+
+    return args
+
+
 def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for case in fake_quantize_args(x):
         yield *case, torch.int8
@@ -172,6 +183,9 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_forward_mask": fake_quantize_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
     "fake_quantize_learnable_backward": learnable_backward_args,
+    "foreach_fake_quantize_backward": foreach_args(backward(fake_quantize_args)),
+    "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
+    "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -194,8 +208,7 @@ def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if kernel.op == "observe_fake_quantize":
         args = copies(args)
     result = kernel.fn(*args)
-    results = (result,) if isinstance(result, Tensor) else tuple(result)
-    return results + tuple(a for a in args if isinstance(a, Tensor))
+    return tuple(t for t in registry.flat((result, args)) if isinstance(t, Tensor))
 
 
 def layout(t: Tensor) -> list[int]:
@@ -207,8 +220,11 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     host = library.host
     if host is not None:
         host.clear_last_isa()
+    # An op of many tensors returns lists: its second and third are the second and third part of all outputs.
+    length = len(args[0]) if isinstance(args[0], list) else 1
+    sums = [part * length + at for part in SUMS.get(kernel.op, ()) for at in range(length)]
     for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
-        tolerance = SUM_TOLERANCE if at in SUMS.get(kernel.op, ()) else 0.0
+        tolerance = SUM_TOLERANCE if at in sums else 0.0
         if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -220,7 +236,7 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
 
 
 def describe(args: tuple[Any, ...]) -> str:
-    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in args)
+    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in registry.flat(args))
 
 
 def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:

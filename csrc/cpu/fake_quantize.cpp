@@ -5,6 +5,7 @@
 #include "foreach_isa.h"
 
 #include "dynamic.h"
+#include "gradient.h"
 
 namespace qkernels {
 namespace {
@@ -68,15 +69,6 @@ std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const Params& para
   Tensor y = empty_dense_like(x), mask = empty_mask(x.numel());
   run_forward(x, params, quant_min, quant_max, y, &mask);
   return {y, mask};
-}
-
-void check_grad(const Tensor& grad, const Tensor& x) {
-  check_cpu("grad", grad);
-  QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
-           "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
-  bool same = grad.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = grad.sizes()[i] == x.sizes()[i];
-  QK_CHECK(same, "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
 }
 
 template <typename Params>
@@ -150,17 +142,6 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
     QK_DISPATCH_ISA(backward_mask(numel, dy, bits, out));
   });
   return dx;
-}
-
-// A contiguous tensor of `dtype` in the shape of `like`, from fp64 values.
-Tensor from_double(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty(to_vector(like.sizes()), like.scalar_type());
-  dispatch_floating("scale", out, [&](auto tag) {
-    using S = decltype(tag);
-    S* p = static_cast<S*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
-  });
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
