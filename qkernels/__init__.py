@@ -19,6 +19,7 @@ from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.statistics import histogram, quantization_errors
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
@@ -43,6 +44,7 @@ __all__ = [
     "fake_quantize_per_tensor_affine",
     "foreach_fake_quantize",
     "fused_moving_avg_obs_fake_quant",
+    "histogram",
     "int8_conv2d",
     "int8_linear",
     "int8_mm",
@@ -54,6 +56,7 @@ __all__ = [
     "ops",
     "prepare",
     "qat",
+    "quantization_errors",
     "quantize",
     "quantize_dynamic",
     "reference",

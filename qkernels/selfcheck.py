@@ -20,7 +20,11 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_learnable_backward": (1, 2), "foreach_fake_quantize_learnable_backward": (1, 2)}
+SUMS = {
+    "fake_quantize_learnable_backward": (1, 2),
+    "foreach_fake_quantize_learnable_backward": (1, 2),
+    "quantization_errors": (0,),
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,26 @@ def dequantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield torch.randint(-128, 128, x.shape, dtype=torch.int8), scale, zero_point, x.dtype
 
 
+def granularities(x: Tensor) -> Iterator[tuple[int, ...]]:
+    yield (1,)
+    for dim in range(x.dim() if x.dim() >= 2 else 0):
+        yield tuple(size if at == dim else 1 for at, size in enumerate(x.shape))
+
+
+def histogram_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in granularities(x):
+        yield x, -2 * torch.rand(shape), torch.rand(shape), 37
+    yield x, torch.tensor([-2.0]), torch.tensor([2.0]), 2048
+
+
+def errors_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for shape in granularities(x):
+            scale = 0.01 + torch.rand(3, *shape)
+            yield x, scale, None, *INT4
+            yield x, scale, torch.randint(-8, 8, scale.shape, dtype=torch.int32), *INT4
+
+
 def codes(*shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
@@ -186,6 +210,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "foreach_fake_quantize_backward": foreach_args(backward(fake_quantize_args)),
     "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
     "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
+    "histogram": histogram_args,
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -193,6 +218,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_scaled_mm": int8_scaled_mm_args,
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
+    "quantization_errors": errors_args,
     "quantize": quantize_args,
     "quantize_dynamic": dynamic_args,
 }

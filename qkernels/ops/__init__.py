@@ -1,8 +1,8 @@
 """Schemas, fakes, autograd and public functions of every op; importing this defines them and loads the kernels."""
 
 from .. import library
-from . import fake_quantize, foreach_fake_quantize, int8_conv2d, int8_gemm, quantize
+from . import fake_quantize, foreach_fake_quantize, int8_conv2d, int8_gemm, quantize, statistics
 
 library.load()
 
-__all__ = ["fake_quantize", "foreach_fake_quantize", "int8_conv2d", "int8_gemm", "quantize"]
+__all__ = ["fake_quantize", "foreach_fake_quantize", "int8_conv2d", "int8_gemm", "quantize", "statistics"]

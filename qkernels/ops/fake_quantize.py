@@ -201,6 +201,13 @@ class _FakeQuantizeMask(Function):
         return _through_mask(ctx, grad), None, None, None, None
 
 
+def gradient_of(zero_point: Tensor, dzp: Tensor) -> Tensor:
+    """dzp, which has the shape of scale, as the gradient of a zero point that may be shared or of another dtype."""
+    if zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
+        return (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+    return dzp
+
+
 class _FakeQuantizeLearnable(Function):
     """Scale or zero point is learned (LSQ, LSQ+): x is kept, everything else is recomputed in one pass."""
 
@@ -218,11 +225,7 @@ class _FakeQuantizeLearnable(Function):
             raise RuntimeError("fake_quantize: learned scales have no second derivative; detach scale and zero_point")
         x, scale, zero_point = ctx.saved_tensors
         dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
-        if not ctx.needs_input_grad[2]:
-            dzp = None
-        elif zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
-            dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
-        return dx, dscale, dzp, None, None, None
+        return dx, dscale, gradient_of(zero_point, dzp) if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class _FakeQuantizeMasked(Function):

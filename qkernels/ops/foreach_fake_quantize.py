@@ -1,6 +1,7 @@
 """Fake quantization of many tensors in one call: ``foreach_fake_quantize`` over ``qkernels::foreach_fake_quantize_*``.
 
 A list costs one trip through Python, autograd and the dispatcher, where a loop over a model's weights costs one each.
+Ops take lists that a GPU kernel can turn into a table of pointers, passed by value, some 60 tensors to a launch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
-from .fake_quantize import _again, _entered
+from .fake_quantize import _again, _entered, gradient_of
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
@@ -76,12 +77,10 @@ class _ForeachFakeQuantize(Function):
         if not learned:
             return None, None, None, *_backward(*args), *[None] * (2 * count)
         dx, dscale, dzp = _learnable_backward(*args, factors)
-        for at, zero_point in enumerate(zero_points):
-            if not wanted[2 * count + at]:
-                dzp[at] = None
-            elif zero_point.shape != dzp[at].shape or zero_point.dtype != dzp[at].dtype:
-                total = dzp[at].sum() if zero_point.numel() == 1 else dzp[at]
-                dzp[at] = total.reshape(zero_point.shape).to(zero_point.dtype)
+        dzp = [
+            gradient_of(zero_point, total) if wanted[2 * count + at] else None
+            for at, (zero_point, total) in enumerate(zip(zero_points, dzp, strict=True))
+        ]
         return None, None, None, *dx, *dscale, *dzp
 
 

@@ -1,12 +1,16 @@
-"""Fake quantization of many tensors in plain torch: each as ``fake_quantize`` does it, in order."""
+"""Fake quantization of many tensors: the op of one tensor on each, in order.
+
+Through the dispatcher, so that a device without a kernel of its own for lists runs its best kernel for each tensor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from . import fake_quantize as single
+single = torch.ops.qkernels
 
 Tensors = Sequence[Tensor]
 ZeroPoints = Sequence[Tensor | None]
