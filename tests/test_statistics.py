@@ -18,7 +18,8 @@ from qkernels.qat.histogram import BINS, RangeHistogram
 from qkernels.reference import statistics as reference
 
 KERNELS = kernels_of("histogram")
-COMPILED = [name for name in KERNELS if name != "reference"]
+COMPILED = [name for name in KERNELS if name.startswith("cpu_")]
+DEVICE = [name for name in KERNELS if name not in COMPILED and name != "reference"]
 
 
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
@@ -39,6 +40,26 @@ def test_histogram_kernels_equal_the_reference(name: str, shape: tuple[int, ...]
                     assert torch.equal(a, b)
                 if x.numel():
                     assert qk.library.host.last_isa() == kernel.removeprefix("cpu_")
+
+
+@pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
+@pytest.mark.parametrize("kernel", DEVICE)
+def test_device_kernels_equal_the_reference(kernel: str, name: str, shape: tuple[int, ...]) -> None:
+    """Dtypes in turn: the interpreter is slow."""
+    x = INPUTS[name][0](FLOATS[GRANULARITIES.index((name, shape)) % 4])
+    low, high = -2 * torch.rand(shape), torch.rand(shape)
+    for value in (x, x.relu()):
+        with qk.use_kernel(kernel):
+            got = ops._histogram(value, low, high, 37)
+        for a, b in zip(got, reference.histogram(value, low, high, 37), strict=True):
+            assert torch.equal(a, b)
+    x = torch.where(x.isfinite(), x, 0).clamp(-100, 100)
+    scale = torch.stack([scale_of(shape), scale_of(shape) * 4])
+    for zero_point in (None, torch.randint(-8, 8, scale.shape), torch.randn(scale.shape) * 6):
+        with qk.use_kernel(kernel):
+            got_errors = ops._quantization_errors(x, scale, zero_point, -8, 7)
+        exact = reference.quantization_errors(x.double(), scale.double(), zero_point, -8, 7)
+        torch.testing.assert_close(got_errors, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
@@ -71,7 +92,7 @@ def test_ranges_that_are_none(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 def test_histogram_against_torch(kernel: str) -> None:
     """torch.histc takes one division where we multiply by the reciprocal: values at edges may go to the neighbour."""
-    x = torch.randn(100_000)
+    x = torch.randn(50_000)
     counts, outside = qk.histogram(x, torch.tensor([-3.0]), torch.tensor([3.0]), bins=500)
     theirs = torch.histc(x, 500, -3, 3).long()
     assert (counts[0] - theirs).abs().max() <= 3
@@ -135,7 +156,7 @@ def test_mse_takes_the_best_candidate(kernel: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("shape", [(1,), (4, 1), (4, 5), (1, 50)])
 def test_percentile_against_numpy(percentile: float, shape: tuple[int, ...]) -> None:
     x = torch.randn(4, 50) ** 3 - 0.5
-    blocks = ops.blocks_of(x, torch.Size(shape)).numpy()
+    blocks = reference.blocks_of(x, torch.Size(shape)).numpy()
     low = torch.from_numpy(blocks.min(1)).reshape(shape)
     high = torch.from_numpy(blocks.max(1)).reshape(shape)
     qmin, qmax = -8, 7
@@ -241,7 +262,7 @@ def test_calibrate_by_hand() -> None:
     batches = [torch.arange(1.0, 101.0).view(1, 100), torch.arange(101.0, 201.0).view(1, 100)]
     qk.calibrate(prepared, iter(batches), method="percentile", percentile=90)
     torch.testing.assert_close(prepared.weight_fake_quant.scale, torch.tensor([[90.0], [190.0]]) / 127)
-    assert prepared.input_fake_quant.scale.item() * 127 == pytest.approx(180, abs=512 / BINS)
+    assert prepared.input_fake_quant.scale.item() * 127 == pytest.approx(180, abs=513 / BINS)
     qk.calibrate(prepared, iter(batches), method="percentile", percentile=100)
     assert prepared.input_fake_quant.scale.item() * 127 == pytest.approx(200)
 

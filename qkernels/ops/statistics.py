@@ -26,12 +26,14 @@ _histogram = _define(
         low.new_empty((*low.shape, bins), dtype=torch.int64),
         low.new_empty((*low.shape, 3), dtype=torch.int64),
     ),
+    triton=True,
 )
 _quantization_errors = _define(
     "quantization_errors",
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.quantization_errors,
     lambda x, scale, zero_point, quant_min, quant_max: scale.new_empty(scale.shape, dtype=torch.float64),
+    triton=True,
 )
 
 
@@ -81,25 +83,14 @@ def check_percentile(percentile: float) -> None:
         raise ValueError(f"percentile: got {percentile}; accepted: above 50, at most 100")
 
 
-def blocks_of(x: Tensor, shape: torch.Size) -> Tensor:
-    """x as ``[prod(shape), values that one element of shape speaks for]``."""
-    if shape.numel() == 1:
-        return x.reshape(1, -1)
-    split = [n for p, size in zip(shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
-    dims = [*range(0, len(split), 2), *range(1, len(split), 2)]
-    return x.reshape(split).permute(dims).reshape(shape.numel(), -1)
-
-
-def percentile_range(
-    x: Tensor, low: Tensor, high: Tensor, percentile: float, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The part of [low, high] that holds ``percentile`` % of |x| (symmetric), or of x counted from either end.
 
     Ends are values of x: the smallest one that at least so many do not exceed.
     """
     check_percentile(percentile)
     reference_qparams.check_granularity("min_val", low, x)
-    blocks = blocks_of(x.detach().to(low.dtype), low.shape)
+    blocks = reference.blocks_of(x.detach().to(low.dtype), low.shape)
     if blocks.shape[1] == 0:
         return low, high
     rank = max(1, math.ceil(percentile / 100 * blocks.shape[1]))

@@ -62,23 +62,20 @@ class _Statistics:
         if self.values is None:
             return
         low, high, mean = self.values
-        quantizer = self.quantizer
+        quantizer, weight, histogram = self.quantizer, self.weight, self.histogram
         if self.method == "percentile":
-            rule: tuple[Any, ...] = (low, high, percentile, quantizer.symmetric)
-            weight_range, input_range = ops.percentile_range, self.histogram.percentile_range
+            tails = low, high, percentile, quantizer.symmetric
+            chosen = ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
+            quantizer.set_range(*chosen)
         elif self.method == "mse":
-            rule = (low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR)
-            weight_range, input_range = ops.mse_range, self.histogram.mse_range
+            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR
+            chosen = ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
+            quantizer.set_range(*chosen)
         else:
             quantizer.set_range(low, high, mean)
-            return
-        low, high = input_range(*rule) if self.weight is None else weight_range(self.weight, *rule)
-        quantizer.set_range(low, high)
 
 
-def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, method: str = "minmax", percentile: float = 99.99
-) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "minmax", percentile: float = 99.99) -> None:
     """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
 
     Runs ``model`` in eval mode without gradients and without quantization, so that each layer sees what the float
@@ -96,8 +93,8 @@ def calibrate(
         percentile: above 50, at most 100; the default clips one value in ten thousand.
 
     Raises:
-        ValueError: no batches, a method, percentile or model other than these, or NaN or infinity in a layer's input (names the
-            layer). The model's scales then stay as they were.
+        ValueError: no batches, a method, percentile or model other than these, or NaN or infinity in a layer's input
+            (names the layer). The model's scales then stay as they were.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")

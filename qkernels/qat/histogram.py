@@ -33,9 +33,9 @@ class RangeHistogram:
         exponent = max(math.frexp(amax)[1], -100)
         if self.exponent is not None and exponent <= self.exponent:
             exponent = self.exponent
+        if exponent >= 127:  # the width of the range is beyond fp32
+            x = x.double()
         limit = torch.full(self.shape, math.ldexp(1.0, exponent), dtype=torch.float64, device=x.device)
-        if x.dtype != torch.float64 and exponent < 128:
-            limit = limit.float()
         counts, _ = histogram(x, -limit, limit, bins=BINS)
         if self.counts is not None and self.exponent is not None:
             counts += doubled(self.counts, exponent - self.exponent)
@@ -47,9 +47,7 @@ class RangeHistogram:
         steps = torch.arange(-BINS // 2, BINS // 2 + 1, device=self.counts.device, dtype=torch.float64)
         return steps * math.ldexp(2.0 / BINS, self.exponent)
 
-    def percentile_range(
-        self, low: Tensor, high: Tensor, percentile: float, symmetric: bool
-    ) -> tuple[Tensor, Tensor]:
+    def percentile_range(self, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
         """As ``ops.statistics.percentile_range``, with the ends rounded outwards to edges of bins."""
         assert self.counts is not None
         edges, total = self.edges().to(low.dtype), self.counts.sum(-1, keepdim=True)

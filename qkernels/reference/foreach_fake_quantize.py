@@ -21,9 +21,10 @@ def check(xs: Tensors, **others: Sequence[object]) -> None:
     for name, values in others.items():
         if len(values) != len(xs):
             raise RuntimeError(f"{name}: got {len(values)} values; accepted: one for each of the {len(xs)} tensors")
-    for at, x in enumerate(xs):
-        if x.device != xs[0].device:
-            raise RuntimeError(f"xs[{at}]: got a tensor on {x.device}; accepted: the first one's device, {xs[0].device}")
+    devices = [x.device for x in xs]
+    for at, device in enumerate(devices):
+        if device != devices[0]:
+            raise RuntimeError(f"xs[{at}]: got a tensor on {device}; accepted: the first one's device, {devices[0]}")
 
 
 def foreach_fake_quantize_forward(

@@ -35,7 +35,8 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
     dtype = compute_dtype(x)
     values = x.detach().to(dtype)
     lo, hi = expand(low.detach().to(dtype), x), expand(high.detach().to(dtype), x)
-    at = ((values - lo) * (bins / (hi - lo))).nan_to_num(0.0, posinf=float(bins)).clamp(0, bins - 1).long()
+    inv = torch.full_like(lo, bins) / (hi - lo)  # bins / tensor would be bins · (1 / tensor)
+    at = ((values - lo) * inv).nan_to_num(0.0, posinf=float(bins)).clamp(0, bins - 1).long()
     at = torch.where(values <= hi, at + 1, bins + 1)  # slot 0: below; bins + 1: above; bins + 2: NaN
     at = torch.where(values >= lo, at, 0)
     at = torch.where(values.isnan(), bins + 2, at)
@@ -44,6 +45,15 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
     counts = torch.bincount((at + channel * slots).reshape(-1), minlength=low.numel() * slots)
     counts = counts.reshape(*low.shape, slots)
     return counts[..., 1:-2].contiguous(), counts[..., [0, bins + 1, bins + 2]]
+
+
+def blocks_of(x: Tensor, shape: torch.Size) -> Tensor:
+    """x as ``[prod(shape), values that one element of shape speaks for]``."""
+    if shape.numel() == 1:
+        return x.reshape(1, -1)
+    split = [n for p, size in zip(shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
+    dims = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    return x.reshape(split).permute(dims).reshape(shape.numel(), -1)
 
 
 def check_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
@@ -68,7 +78,7 @@ def check_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min:
 
 
 def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    """Sums of (fake_quantize(x) − x)² for each candidate scale[k], over the blocks that its elements speak for, in fp64.
+    """Sums of (fake_quantize(x) − x)² for each candidate scale[k] over the blocks its elements speak for, in fp64.
 
     The fake-quantized value is not rounded to x's dtype. Zero points are rounded and clamped as in fake_quantize.
     """

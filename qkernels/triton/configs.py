@@ -30,3 +30,8 @@ def walk(granularity: Granularity, block: int) -> dict[str, Any]:
 
 def by_numbers(block: int) -> dict[str, Any]:
     return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
+
+
+def errors_block(length: int) -> int:
+    """Elements of a channel that a program tries all candidates on."""
+    return min(4096, max(128, 1 << (length - 1).bit_length()))
