@@ -62,9 +62,26 @@ def torchs(xs: list[Tensor], scales: list[Tensor], learned: bool) -> Call:
     return call
 
 
+class Sink(torch.autograd.Function):
+    """The rest of a model in one node, so that its autograd does not hide that of the weights; dy = y."""
+
+    @staticmethod
+    def forward(ctx: Any, *ys: Tensor) -> Tensor:
+        ctx.save_for_backward(*ys)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.saved_tensors
+
+
 def gradients(ys: list[Tensor], xs: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-    """Gradients of x and scale of each; dy = y."""
-    grads = torch.autograd.grad(ys, [*xs, *scales], [y.detach() for y in ys])
+    """Gradients of x and scale of each, gathered in ``grad`` as in training."""
+    Sink.apply(*ys).backward()
+    leaves = [*xs, *scales]
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
     return [grad.reshape(-1) for grad in grads]
 
 
@@ -96,3 +113,32 @@ def test_learnable(compare: Compare, name: str) -> None:
 
     peer = peers.find("torch learnable", lambda: torchs(xs, scales, True))
     compare(many, {"loop": loop, "torch loop": peer}, loop())
+
+
+@pytest.mark.parametrize("name", ["resnet-8, batch 32", "transformer, batch 8 of 128"])
+def test_training_step(compare: Compare, name: str) -> None:
+    """Forward and backward of a model whose weights are fake-quantized all at once, or one by one."""
+    model, shape = (ResNet(), (32, 3, 32, 32)) if name.startswith("resnet") else (Transformer(), (8, 128, 256))
+    x = torch.randn(shape)
+    layers = [n for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights: dict[str, Tensor] = {f"{n}.weight": model.get_submodule(n).weight for n in layers}  # type: ignore[misc]
+    xs = list(weights.values())
+    scales = [(w.detach().abs().flatten(1).amax(1) / 100).reshape(-1, *[1] * (w.dim() - 1)) for w in xs]
+    scales = [scale.requires_grad_() for scale in scales]
+
+    def step(quantized: list[Tensor]) -> Tensor:
+        y = torch.func.functional_call(model, dict(zip(weights, quantized, strict=True)), x)
+        loss = y.square().mean()
+        loss.backward()
+        model.zero_grad()
+        for scale in scales:
+            scale.grad = None
+        return loss.detach()
+
+    def loop() -> Tensor:
+        return step([one(w, scale) for w, scale in zip(xs, scales, strict=True)])
+
+    def many() -> Tensor:
+        return step(qk.foreach_fake_quantize(xs, scales, quant_min=-127, quant_max=127))
+
+    compare(many, {"loop": loop, "float weights": lambda: step(xs)}, loop(), tolerance=1e-3, peer_tolerance=0.1)
