@@ -46,8 +46,8 @@ def eager_errors(x: Tensor, scale: Tensor) -> Tensor:
 def test_mse_search(compare: Compare) -> None:
     """64 candidates for each of 256 channels of 1024 weights, to 4 bits."""
     x = torch.distributions.StudentT(4).sample((256, 1024))
-    fractions = torch.tensor(ops.CANDIDATES).reshape(-1, 1, 1)
-    scale = x.abs().amax(1, keepdim=True) / 7 * fractions
+    high = x.abs().amax(1, keepdim=True)
+    scale = high / 7 * ops.fractions_of(high)
     exact = qk.reference.statistics.quantization_errors(x.double(), scale.double(), None, -7, 7)
     compare(
         lambda: qk.quantization_errors(x, scale, quant_min=-7, quant_max=7),

@@ -16,7 +16,7 @@ _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
 # Fractions of the full range that "mse" tries: 64 steps of 7 %, down to 1/79. Near its minimum the error changes with
 # the square of the distance: half a step costs less than 0.3 % of it.
-CANDIDATES = tuple(2 ** (-k / 10) for k in range(64))
+CANDIDATES, CANDIDATES_PER_OCTAVE = 64, 10
 
 _histogram = _define(
     "histogram",
@@ -102,11 +102,17 @@ def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, sy
     return torch.maximum(low, bottom), torch.minimum(high, top)
 
 
+def fractions_of(low: Tensor) -> Tensor:
+    """The fractions of the range [low, high] that "mse" tries, ``[K, 1, …]``; made on the device, without a copy."""
+    steps = torch.arange(CANDIDATES, dtype=torch.float64, device=low.device)
+    return torch.exp2(steps / -CANDIDATES_PER_OCTAVE).to(low.dtype).reshape(-1, *[1] * low.dim())
+
+
 def candidate_qparams(
     low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fractions that "mse" tries, ``[K, 1, …]``, and the scale and zero point of each, ``[K, *low.shape]``."""
-    fractions = torch.tensor(CANDIDATES, dtype=low.dtype, device=low.device).reshape(-1, *[1] * low.dim())
+    """``fractions_of(low)``, and the scale and zero point of each, ``[K, *low.shape]``."""
+    fractions = fractions_of(low)
     ends = low * fractions, high * fractions
     return fractions, *reference_qparams.qparams_of_range(*ends, quant_min, quant_max, symmetric, eps)
 
@@ -120,7 +126,7 @@ def best_of(fractions: Tensor, errors: Tensor, low: Tensor, high: Tensor) -> tup
 def mse_range(
     x: Tensor, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """[low, high] shrunk to the one of ``CANDIDATES`` that quantizes x with the smallest squared error."""
+    """[low, high] shrunk to the one of the fractions that quantizes x with the smallest squared error."""
     fractions, scale, zero_point = candidate_qparams(low, high, quant_min, quant_max, symmetric, eps)
     errors = quantization_errors(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     return best_of(fractions, errors, low, high)

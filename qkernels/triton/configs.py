@@ -107,4 +107,4 @@ def warps(elements: int) -> int:
 
 def errors_block(length: int) -> int:
     """Elements of a channel that a program tries all candidates on."""
-    return min(4096, max(128, 1 << (length - 1).bit_length()))
+    return min(4096, max(128, power_of_two(length)))
