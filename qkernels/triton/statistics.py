@@ -55,7 +55,7 @@ def slot_of(x, low, high, inv, bins):
     t = (x - low) * inv
     t = tl.where(t == t, t, 0.0)  # 0·infinity: the range is empty, x is in it
     last = tl.cast(bins, x.dtype) - 1.0
-    inside = tl.minimum(tl.maximum(tl.floor(t), 0.0), last).to(tl.int32) + 1
+    inside = tl.minimum(tl.maximum(t, 0.0), last).to(tl.int32) + 1  # cut off: the floor, as it is not negative
     slot = tl.where(x >= low, tl.where(x <= high, inside, bins + 1), 0)
     return tl.where(x == x, slot, bins + 2)
 
@@ -96,7 +96,7 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
         inv = torch.full_like(lows, bins) / (highs - lows)
         launch(
             histogram_kernel, (triton.cdiv(numel, block),), x, lows, highs, inv, slots, bins, numel, walk.view,
-            **configs.walk(walk, block),
+            num_warps=configs.warps(block), **configs.walk(walk, block),
         )  # fmt: skip
     return slots[..., 1:-2].contiguous(), torch.cat((slots[..., :1], slots[..., -2:]), -1)
 
@@ -139,6 +139,7 @@ def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, qua
     launch(
         errors_kernel, (channels * pieces,), rows, scale.contiguous(),
         None if zero_point is None else zero_point.contiguous(), partial, float(quant_min), float(quant_max),
-        channels, length, pieces, CANDIDATES=candidates, ZERO_POINT=zero_point is not None, BLOCK=block,
+        channels, length, pieces, num_warps=configs.warps(block), CANDIDATES=candidates,
+        ZERO_POINT=zero_point is not None, BLOCK=block,
     )  # fmt: skip
     return partial.sum(-1).reshape(scale.shape)
