@@ -13,7 +13,7 @@ from ..reference import quantize as reference
 from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
 from .statistics import mse_range, percentile_range
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
 
 _quantize = _define(

@@ -6,6 +6,8 @@ partial results [outer, period, inner] (see ``Cut``), and a second kernel joins 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -44,12 +46,14 @@ def range_rows_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     low = tl.full([ROWS, COLS], INF, dtype)
     high = tl.full([ROWS, COLS], -INF, dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * COLS + col
         here = (run < runs) & (at < inner)
         x = widen(tl.load(x_ptr + run * inner + at, mask=here))
         low = tl.minimum(low, tl.where(here, x, INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.where(here, x, -INF), propagate_nan=tl.PropagateNan.ALL)
+        step += 1
     out = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = out * pieces + tl.program_id(1)
     tl.store(low_ptr + at, lowest(low, 1), mask=out < runs)
@@ -68,12 +72,14 @@ def range_columns_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     low = tl.full([ROWS, COLS], INF, dtype)
     high = tl.full([ROWS, COLS], -INF, dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * ROWS + row
         here = (at < outer) & (col < width)
         x = widen(tl.load(x_ptr + at * width + col, mask=here))
         low = tl.minimum(low, tl.where(here, x, INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.where(here, x, -INF), propagate_nan=tl.PropagateNan.ALL)
+        step += 1
     out = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     at = tl.program_id(1).to(tl.int64) * width + out
     tl.store(low_ptr + at, lowest(low, 0), mask=out < width)
@@ -100,9 +106,10 @@ def regroup(partial: Tensor, cut: Cut, granularity: Granularity, join) -> tuple[
     if granularity.digits == 1:
         return partial, (cut.outer, cut.period, cut.inner)
     view: View = granularity.view
-    sizes = (cut.outer, cut.period // (view.size1 * view.size2), view.size1, view.size2, cut.inner)
-    strides = (0, view.stride0, view.stride1, view.stride2, 0)
-    joined = join(partial.view(2, *sizes), [dim for dim in range(5) if strides[dim] == 0])
+    digits = [view.size1, view.size2, view.size3, view.size4, view.size5]
+    sizes = (cut.outer, cut.period // math.prod(digits), *digits, cut.inner)
+    strides = (0, view.stride0, view.stride1, view.stride2, view.stride3, view.stride4, view.stride5, 0)
+    joined = join(partial.view(2, *sizes), [dim for dim in range(8) if strides[dim] == 0])
     kept = sorted((stride for stride in strides if stride), reverse=True)
     order = [[stride for stride in strides if stride].index(stride) + 1 for stride in kept]
     return joined.permute(0, *order).reshape(2, -1), (1, granularity.channels, 1)
@@ -114,12 +121,14 @@ def join_ranges(low_ptr, high_ptr, channel, outer, period, inner, CHANNELS: tl.c
     dtype: tl.constexpr = low_ptr.dtype.element_ty
     low = tl.full([CHANNELS, PARTS], INF, dtype)
     high = tl.full([CHANNELS, PARTS], -INF, dtype)
-    for first in range(0, outer * inner, PARTS):
+    first = 0
+    while first < outer * inner:
         part = first + tl.arange(0, PARTS)[None, :]
         at = ((part // inner).to(tl.int64) * period + channel[:, None]) * inner + part % inner
         here = (part < outer * inner) & (channel[:, None] < period)
         low = tl.minimum(low, tl.load(low_ptr + at, mask=here, other=INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.load(high_ptr + at, mask=here, other=-INF), propagate_nan=tl.PropagateNan.ALL)
+        first += PARTS
     return lowest(low, 1), highest(high, 1)
 
 

@@ -91,7 +91,7 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
     if numel:
         walk = granularity_of(x, low)
         assert walk is not None  # see unsupported
-        block = configs.pointwise(numel)
+        block = configs.block(walk, numel)
         lows, highs = low.to(compute_dtype(x)).contiguous(), high.to(compute_dtype(x)).contiguous()
         inv = torch.full_like(lows, bins) / (highs - lows)
         launch(
@@ -119,7 +119,11 @@ def errors_kernel(
         z = tl.zeros_like(s)
         if ZERO_POINT:
             raw = tl.load(zero_point_ptr + at)
-            z = clamp(rint(widen(raw).to(x.dtype)), low, high) if raw.dtype.is_floating() else raw.to(x.dtype)
+            if raw.dtype.is_floating():
+                z = clamp(rint(widen(raw).to(x.dtype)), low, high)
+            else:
+                z = raw.to(x.dtype)
+                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # on a GPU nobody has looked at it
         error = (clamp(rint(x * reciprocal(s)) + z, low, high) - z) * s - x
         total = tl.sum(tl.where(here, error * error, 0.0))
         tl.store(partial_ptr + at * pieces + piece, total.to(tl.float64))
