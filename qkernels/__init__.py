@@ -16,10 +16,12 @@ from .ops.fake_quantize import (
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
 )
+from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
+from .ops.statistics import histogram, quantization_errors
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
@@ -46,7 +48,9 @@ __all__ = [
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
     "fake_quantize_stochastic",
+    "foreach_fake_quantize",
     "fused_moving_avg_obs_fake_quant",
+    "histogram",
     "int8_conv2d",
     "int8_linear",
     "int8_mm",
@@ -58,6 +62,7 @@ __all__ = [
     "ops",
     "prepare",
     "qat",
+    "quantization_errors",
     "quantize",
     "quantize_codebook",
     "quantize_dynamic",

@@ -21,15 +21,14 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = dict.fromkeys(
-    (
-        "fake_quantize_codebook_learnable_backward",
-        "fake_quantize_learnable_backward",
-        "fake_quantize_stochastic_backward",
-        "fake_quantize_straight_through_backward",
-    ),
-    (1, 2),
-)
+SUMS = {
+    "fake_quantize_codebook_learnable_backward": (1, 2),
+    "fake_quantize_learnable_backward": (1, 2),
+    "fake_quantize_stochastic_backward": (1, 2),
+    "fake_quantize_straight_through_backward": (1, 2),
+    "foreach_fake_quantize_learnable_backward": (1, 2),
+    "quantization_errors": (0,),
+}
 CHANGES_ARGUMENTS = {"observe_fake_quantize"}
 
 
@@ -154,6 +153,17 @@ def dequantize_codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
 
 
+def foreach_args(*wrapped: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    """The cases of an op of one tensor as one call of its op of many, a transposed copy of x in between."""
+
+    def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        calls = [case for make in wrapped for y in (x, x.t().contiguous() if x.dim() == 2 else x) for case in make(y)]
+        if calls:
+            yield tuple(list(values) for values in zip(*calls, strict=True))
+
+    return args
+
+
 def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for case in fake_quantize_args(x):
         yield *case, torch.int8
@@ -162,6 +172,26 @@ def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def dequantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for scale, zero_point in qparams(x):
         yield torch.randint(-128, 128, x.shape, dtype=torch.int8), scale, zero_point, x.dtype
+
+
+def granularities(x: Tensor) -> Iterator[tuple[int, ...]]:
+    yield (1,)
+    for dim in range(x.dim() if x.dim() >= 2 else 0):
+        yield tuple(size if at == dim else 1 for at, size in enumerate(x.shape))
+
+
+def histogram_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in granularities(x):
+        yield x, -2 * torch.rand(shape), torch.rand(shape), 37
+    yield x, torch.tensor([-2.0]), torch.tensor([2.0]), 2048
+
+
+def errors_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for shape in granularities(x):
+            scale = 0.01 + torch.rand(3, *shape)
+            yield x, scale, None, *INT4
+            yield x, scale, torch.randint(-8, 8, scale.shape, dtype=torch.int32), *INT4
 
 
 def codes(*shape: int) -> Tensor:
@@ -229,6 +259,10 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_stochastic_backward": stochastic_backward_args,
     "fake_quantize_stochastic_forward": stochastic_args,
     "fake_quantize_straight_through_backward": straight_through_args,
+    "foreach_fake_quantize_backward": foreach_args(backward(fake_quantize_args)),
+    "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
+    "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
+    "histogram": histogram_args,
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -236,6 +270,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_scaled_mm": int8_scaled_mm_args,
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
+    "quantization_errors": errors_args,
     "quantize": quantize_args,
     "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
@@ -284,8 +319,11 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     host = library.host
     if host is not None:
         host.clear_last_isa()
+    # An op of many tensors returns lists: its second and third are the second and third part of all outputs.
+    length = len(args[0]) if isinstance(args[0], list) else 1
+    sums = [part * length + at for part in SUMS.get(kernel.op, ()) for at in range(length)]
     for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
-        tolerance = SUM_TOLERANCE if at in SUMS.get(kernel.op, ()) else 0.0
+        tolerance = SUM_TOLERANCE if at in sums else 0.0
         if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -297,7 +335,7 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
 
 
 def describe(args: tuple[Any, ...]) -> str:
-    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in args)
+    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in registry.flat(args))
 
 
 def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:

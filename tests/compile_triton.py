@@ -104,6 +104,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         learnable = "fake_quantize_codebook_learnable_backward", (x, x, *table, 0.5, number % 4 < 2)
         if importlib.import_module("qkernels.triton.codebook").unsupported(learnable[0], *learnable[1]) is None:
             yield "codebook", *learnable
+        yield "statistics", "histogram", (x, scale, scale, 32768)
+        candidates = meta((64, *scale_shape))
+        z = [None, meta(candidates.shape, torch.int32), candidates][number % 3]
+        yield "statistics", "quantization_errors", (x, candidates, z, *int8)
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
     for op in ("forward", "forward_mask"):

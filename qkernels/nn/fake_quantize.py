@@ -117,13 +117,14 @@ class FakeQuantize(nn.Module):
         return self._ready
 
     @torch.no_grad()
-    def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor) -> None:
+    def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
         """Sets scale and zero point from the minimum, maximum and mean magnitude of the tensor, in scale's shape.
 
-        A learned scale starts from LSQ's own 2·mean|x|/sqrt(steps) where that is below the min-max scale. Neither
-        wins at every width. SQNR in dB at 8, 4, 3, 2 bits: Gaussian weights, 144 per channel: min-max 43.7, 18.5, 11.1,
-        2.2; LSQ's formula 27.8, 15.2, 11.4, 6.4; the smaller of the two 43.7, 18.5, 11.8, 6.4. ReLU of Gaussian
-        activations: min-max 46.0, 21.4, 14.8, 7.4; LSQ 36.8, 24.2, 18.1, 11.2; the smaller 46.0, 24.2, 18.1, 11.2.
+        A learned scale starts from LSQ's own 2·mean|x|/sqrt(steps) where that is below the min-max scale, unless
+        mean_abs is None: then the range is the one to take. Of those two neither wins at every width. SQNR in dB at 8,
+        4, 3, 2 bits: Gaussian weights, 144 per channel: min-max 43.7, 18.5, 11.1, 2.2; LSQ's formula 27.8, 15.2, 11.4,
+        6.4; the smaller of the two 43.7, 18.5, 11.8, 6.4. ReLU of Gaussian activations: min-max 46.0, 21.4, 14.8, 7.4;
+        LSQ 36.8, 24.2, 18.1, 11.2; the smaller 46.0, 24.2, 18.1, 11.2.
         """
         eps = torch.finfo(torch.float32).eps if self.quantizer == "ema" else SCALE_FLOOR
         scale, zero_point = choose_qparams(
@@ -134,7 +135,7 @@ class FakeQuantize(nn.Module):
             symmetric=self.symmetric,
             eps=eps,
         )
-        if self.quantizer == "lsq":
+        if self.quantizer == "lsq" and mean_abs is not None:
             scale = torch.minimum(scale, 2 * mean_abs.float() / math.sqrt(self.steps)).clamp(min=SCALE_FLOOR)
         self.scale.copy_(scale)
         if self.zero_point is not None:

@@ -1,8 +1,28 @@
 """Schemas, fakes, autograd and public functions of every op; importing this defines them and loads the kernels."""
 
 from .. import library
-from . import codebook, fake_quantize, int8_conv2d, int8_gemm, quantize, stochastic, straight_through
+from . import (
+    codebook,
+    fake_quantize,
+    foreach_fake_quantize,
+    int8_conv2d,
+    int8_gemm,
+    quantize,
+    statistics,
+    stochastic,
+    straight_through,
+)
 
 library.load()
 
-__all__ = ["codebook", "fake_quantize", "int8_conv2d", "int8_gemm", "quantize", "stochastic", "straight_through"]
+__all__ = [
+    "codebook",
+    "fake_quantize",
+    "foreach_fake_quantize",
+    "int8_conv2d",
+    "int8_gemm",
+    "quantize",
+    "statistics",
+    "stochastic",
+    "straight_through",
+]

@@ -203,6 +203,13 @@ class _FakeQuantizeMask(Function):
         return _through_mask(ctx, grad), None, None, None, None
 
 
+def gradient_of(zero_point: Tensor, dzp: Tensor) -> Tensor:
+    """dzp, which has the shape of scale, as the gradient of a zero point that may be shared or of another dtype."""
+    if zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
+        return (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+    return dzp
+
+
 class _FakeQuantizeLearnable(Function):
     """Scale or zero point is learned (LSQ, LSQ+): x is kept, everything else is recomputed in one pass."""
 
@@ -229,11 +236,7 @@ def _learned_gradients(
             "detach scale and zero_point"
         )
     dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
-    if zero_point is None or not ctx.needs_input_grad[2]:
-        return dx, dscale, None
-    if zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
-        dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
-    return dx, dscale, dzp
+    return dx, dscale, gradient_of(zero_point, dzp) if ctx.needs_input_grad[2] else None
 
 
 class _FakeQuantizeVariant(Function):

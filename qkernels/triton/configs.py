@@ -135,3 +135,8 @@ def codebook_sums(inner: int) -> tuple[int, int]:
     """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
     columns = min(TILE_SIZE, power_of_two(inner))
     return TILE_SIZE // columns, columns
+
+
+def errors_block(length: int) -> int:
+    """Elements of a channel that a program tries all candidates on."""
+    return min(4096, max(128, power_of_two(length)))
