@@ -20,8 +20,8 @@ from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
-from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .ops.statistics import histogram, quantization_errors
+from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
