@@ -84,6 +84,16 @@ def learnable_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield *case, 0.5
 
 
+def channel_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for axis, channels in enumerate(x.shape):
+        zero_point = torch.randint(-8, 8, (channels,), dtype=torch.int32)
+        yield x, 0.01 + torch.rand(channels), zero_point, axis, *INT4
+
+
+def backward_bytes_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.empty_like(x, dtype=torch.bool).bernoulli_()
+
+
 def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     yield x, torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
 
@@ -164,12 +174,16 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
     "fake_quantize_backward": backward(fake_quantize_args),
+    "fake_quantize_backward.channel": backward(channel_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
+    "fake_quantize_backward_bytes": backward_bytes_args,
     "fake_quantize_backward_mask": backward_mask_args,
     "fake_quantize_dynamic_forward": dynamic_args,
     "fake_quantize_forward": fake_quantize_args,
+    "fake_quantize_forward.channel": channel_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
     "fake_quantize_forward_mask": fake_quantize_args,
+    "fake_quantize_forward_mask.channel": channel_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
     "fake_quantize_learnable_backward": learnable_backward_args,
     "int8_conv2d": int8_conv2d_args,

@@ -82,8 +82,8 @@ Quantizer<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int
                               ZeroPoint rule) {
   auto q = empty_quantizer(quant_min, quant_max);
   const int64_t channels = scale.numel();
-  QK_CHECK(zero_point.numel() == channels, "zero_point: got shape ", shape_of(zero_point),
-           "; accepted: scale's shape ", shape_of(scale));
+  QK_CHECK(zero_point.numel() == channels, "zero_point: got shape ", shape_of(zero_point), "; accepted: scale's shape ",
+           shape_of(scale));
   if (channels > 1) q.others.resize(channels);
   auto* params = channels > 1 ? q.others.data() : &q.first;
   for_each_value<float>(scale, [&](int64_t c, float value) {
@@ -115,6 +115,20 @@ bool is_set(const char* name, const Tensor& flag) {
   bool set = false;
   for_each_value<double>(flag, [&](int64_t, double value) { set = value != 0; });
   return set;
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.sizes()[i] != b.sizes()[i]) return false;
+  return true;
+}
+
+void check_grad(const Tensor& grad, const Tensor& x) {
+  check_cpu("grad", grad);
+  QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
+           "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
+  QK_CHECK(same_shape(grad, x), "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
 }
 
 using Masked = std::tuple<Tensor, Tensor>;
@@ -220,11 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_backward_of(const Tensor& grad_any,
                                                          const Tensor& scale, const Tensor& zero_point, int64_t axis,
                                                          int64_t quant_min, int64_t quant_max, double grad_factor) {
   check_floating("x", x_any);
-  check_cpu("grad", grad_any);
-  bool fits = grad_any.scalar_type() == x_any.scalar_type() && grad_any.dim() == x_any.dim();
-  for (int64_t i = 0; fits && i < x_any.dim(); ++i) fits = grad_any.sizes()[i] == x_any.sizes()[i];
-  QK_CHECK(fits, "grad: got ", dtype_name(grad_any.scalar_type()), " of shape ", shape_of(grad_any),
-           "; accepted: x's dtype and shape, ", dtype_name(x_any.scalar_type()), " ", shape_of(x_any));
+  check_grad(grad_any, x_any);
   const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::rounded);
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
@@ -268,10 +278,9 @@ std::tuple<Tensor, Tensor, Tensor> learnable_per_channel_backward(const Tensor& 
 
 void resize_and_fill(Tensor& t, int64_t numel, double value) {
   const std::vector<int64_t> shape{numel};
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(t),
-      torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
-      torch::stable::detail::from(std::nullopt)};
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
+                                    torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
+                                    torch::stable::detail::from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::fill_(t, value);
@@ -337,19 +346,12 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.sizes()[i] != b.sizes()[i]) return false;
-  return true;
-}
-
 Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   check_floating("grad", grad_any);
   check_cpu("mask", mask_any);
   QK_CHECK(mask_any.scalar_type() == ScalarType::Bool && same_shape(grad_any, mask_any), "mask: got ",
-           dtype_name(mask_any.scalar_type()), " of shape ", shape_of(mask_any), "; accepted: torch.bool of grad's shape ",
-           shape_of(grad_any));
+           dtype_name(mask_any.scalar_type()), " of shape ", shape_of(mask_any),
+           "; accepted: torch.bool of grad's shape ", shape_of(grad_any));
   // In grad's layout, unless it has none of its own (the expanded one of a sum).
   const Tensor grad = is_dense(grad_any) ? grad_any : in_layout_of(grad_any, to_dense(mask_any));
   const Tensor mask = in_layout_of(mask_any, grad);
@@ -362,6 +364,73 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     QK_DISPATCH_ISA(backward_bytes(numel, dy, bytes, out));
+  });
+  return dx;
+}
+
+// The per-channel drop-in: the arithmetic of fake_quantize.cpp, with [C] parameters that speak for one dim of x.
+
+template <typename F>
+void with_channels(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis, int64_t quant_min,
+                   int64_t quant_max, F f) {
+  check_range(quant_min, quant_max);
+  check_channels("scale", scale, x, axis);
+  check_channels("zero_point", zero_point, x, axis);
+  QK_CHECK(is_floating(scale.scalar_type()), "scale: got ", dtype_name(scale.scalar_type()),
+           "; accepted: a floating dtype");
+  dispatch_floating("x", x, [&](auto tag) {
+    using T = Arithmetic<decltype(tag)>;
+    f(tag, quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}}));
+  });
+}
+
+Tensor channel_forward_into(const Tensor& x_any, const Tensor& scale, const Tensor& zero_point, int64_t axis,
+                            int64_t quant_min, int64_t quant_max, uint8_t* bits) {
+  check_floating("x", x_any);
+  axis = checked_axis(x_any, axis);
+  Tensor y = empty_dense_like(x_any);
+  const Tensor x = in_layout_of(x_any, y);
+  with_channels(x, scale, zero_point, axis, quant_min, quant_max, [&](auto tag, const auto& q) {
+    using S = decltype(tag);
+    const int64_t numel = x.numel();
+    if (numel == 0) return;
+    const View view = view_of_axis(x, axis);
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+  });
+  return y;
+}
+
+Tensor channel_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis, int64_t quant_min,
+                       int64_t quant_max) {
+  return channel_forward_into(x, scale, zero_point, axis, quant_min, quant_max, nullptr);
+}
+
+Masked channel_forward_mask(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis,
+                            int64_t quant_min, int64_t quant_max) {
+  Tensor mask = empty({(x.numel() + 7) / 8}, ScalarType::Byte);
+  auto* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  return {channel_forward_into(x, scale, zero_point, axis, quant_min, quant_max, bits), mask};
+}
+
+Tensor channel_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale, const Tensor& zero_point,
+                        int64_t axis, int64_t quant_min, int64_t quant_max) {
+  check_floating("x", x_any);
+  check_grad(grad_any, x_any);
+  axis = checked_axis(x_any, axis);
+  const Tensor x = to_dense(x_any);
+  const Tensor grad = in_layout_of(grad_any, x);
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
+  with_channels(x, scale, zero_point, axis, quant_min, quant_max, [&](auto tag, const auto& q) {
+    using S = decltype(tag);
+    const int64_t numel = x.numel();
+    if (numel == 0) return;
+    const View view = view_of_axis(x, axis);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
   });
   return dx;
 }
@@ -403,11 +472,20 @@ std::unique_ptr<AtenOverride> aten_override;
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("fake_quantize_backward_bytes", TORCH_BOX(&backward_bytes_of));
+  m.impl("fake_quantize_forward.channel", TORCH_BOX(&channel_forward));
+  m.impl("fake_quantize_forward_mask.channel", TORCH_BOX(&channel_forward_mask));
+  m.impl("fake_quantize_backward.channel", TORCH_BOX(&channel_backward));
 }
 
 }  // namespace qkernels
 
-extern "C" __attribute__((visibility("default"))) void qkernels_override_aten(bool on) {
+// Puts the kernels under aten's names into the dispatcher, or takes them out; 0 where that worked.
+extern "C" __attribute__((visibility("default"))) int qkernels_override_aten(int on) {
   using namespace qkernels;
-  aten_override = on ? std::make_unique<AtenOverride>() : nullptr;
+  try {
+    aten_override = on ? std::make_unique<AtenOverride>() : nullptr;
+    return 0;
+  } catch (...) {
+    return 1;
+  }
 }

@@ -1,8 +1,8 @@
 """Schemas, fakes, autograd and public functions of every op; importing this defines them and loads the kernels."""
 
 from .. import library
-from . import fake_quantize, int8_conv2d, int8_gemm, quantize
+from . import aten_fake_quantize, fake_quantize, int8_conv2d, int8_gemm, quantize
 
 library.load()
 
-__all__ = ["fake_quantize", "int8_conv2d", "int8_gemm", "quantize"]
+__all__ = ["aten_fake_quantize", "fake_quantize", "int8_conv2d", "int8_gemm", "quantize"]
