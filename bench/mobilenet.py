@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 import warnings
-from collections.abc import Iterator
 
 import torch
 import torch.ao.quantization as tq
@@ -55,9 +52,7 @@ class MobileNet(nn.Module):
 
 def fuse(module: nn.Module) -> None:
     """Conv + batch norm (+ ReLU) in every Sequential, as the tutorials of torch.ao do by hand."""
-    for child in module.modules():
-        if not isinstance(child, nn.Sequential):
-            continue
+    for child in [child for child in module.modules() if isinstance(child, nn.Sequential)]:
         names = list(child._modules)
         groups, at = [], 0
         while at + 1 < len(names):
@@ -140,17 +135,8 @@ class Quantizers:
         self.calls = calls
         self.grads = [torch.randn_like(x) for _, x in calls]
 
-    def __call__(self) -> list[Tensor | None]:
-        grads: list[Tensor | None] = []
+    def __call__(self) -> None:
         for (module, x), dy in zip(self.calls, self.grads, strict=True):
             y = module(x)
-            grads.append(torch.autograd.grad(y, x, dy)[0] if x.requires_grad else None)
-        return grads
-
-
-@contextlib.contextmanager
-def timed() -> Iterator[list[float]]:
-    seconds: list[float] = []
-    start = time.perf_counter()
-    yield seconds
-    seconds.append(time.perf_counter() - start)
+            if x.requires_grad:
+                torch.autograd.grad(y, x, dy)

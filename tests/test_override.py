@@ -203,6 +203,8 @@ def test_gradient_mask_errors() -> None:
     with qk.override_torch(), torch.no_grad():
         for mask in (torch.ones(4), torch.ones(3, dtype=torch.bool)):
             with pytest.raises(RuntimeError, match=r"mask: got .*; accepted: torch.bool of grad's shape \[4\]"):
+                torch.ops.qkernels.fake_quantize_backward_bytes(torch.ones(4), mask)
+            with pytest.raises(RuntimeError):
                 A.fake_quantize_per_tensor_affine_cachemask_backward(torch.ones(4), mask)
 
 
@@ -334,7 +336,7 @@ def test_fused_observer_keeps_its_statistics_through_a_bad_batch() -> None:
     with qk.override_torch():
         torch.fused_moving_avg_obs_fake_quant(torch.tensor([1.0, math.nan]), one, one, *stats, 0.01, -128, 127, 0)
         same(stats, before)
-        with pytest.raises(RuntimeError, match="running_min: got torch.float64"):
+        with pytest.raises(RuntimeError, match=r"running_min: got torch\.float64"):
             torch.fused_moving_avg_obs_fake_quant(
                 torch.ones(2), one, one, stats[0].double(), *stats[1:], 0.01, -128, 127, 0
             )
@@ -366,8 +368,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case: str) -> None:
     call, message = ERRORS[case]
-    with pytest.raises((RuntimeError, IndexError)):
-        call()
+    if case != "learned scale":  # torch reads the first of many
+        with pytest.raises((RuntimeError, IndexError)):
+            call()
     with qk.override_torch(), pytest.raises(RuntimeError, match=message):
         call()
 
@@ -400,11 +403,15 @@ print(torch.fake_quantize_per_tensor_affine(torch.tensor([float("nan")]), 0.1, 0
 
 
 def test_nested_interleaved_and_left_by_an_exception() -> None:
-    with pytest.raises(ZeroDivisionError), qk.override_torch():
+    def fail() -> None:
         with qk.override_torch():
+            with qk.override_torch():
+                assert rerouted()
             assert rerouted()
-        assert rerouted()
-        _ = 1 / 0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not rerouted()
     one, two = qk.override_torch(), qk.override_torch()
     with one:
@@ -531,9 +538,11 @@ def test_graphs_hold_torchs_ops() -> None:
     got, want = both(lambda: ops(torch.export.export(Model(), (x,))))
     assert got == want
     assert any("fake_quantize_per_channel_affine" in op for op in got)
-    graphs = []
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[Any] = []
     with qk.override_torch():
-        backend = torch._dynamo.backends.common.aot_autograd(
+        backend = aot_autograd(
             fw_compiler=lambda g, _: graphs.append(g) or g, bw_compiler=lambda g, _: graphs.append(g) or g
         )
         torch._dynamo.reset()

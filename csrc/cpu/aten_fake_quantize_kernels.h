@@ -68,11 +68,11 @@ void aten_forward_exact(const View& view, const Quantizer<float>& quantizer, con
       const T value = static_cast<T>(to_float(x[i])), inv = p.inv, z = p.zero_point;
       T q;
       if (rule.rounds_after) {
-        // torch's AVX2 and AVX-512 code contracts this one product and sum; adding 0 turns −0 into 0 as its integers
-        // do.
-        q = __builtin_rint(std::is_same_v<T, double> ? static_cast<T>(__builtin_fma(value, inv, z))
-                                                     : static_cast<T>(__builtin_fmaf(value, inv, z))) +
-            0;
+        // torch's AVX2 and AVX-512 code contracts this one product and sum, and rounds an fp32; adding 0 turns −0 into
+        // 0, as its integers do.
+        const float sum = std::is_same_v<T, double> ? static_cast<float>(__builtin_fma(value, inv, z))
+                                                    : __builtin_fmaf(value, inv, z);
+        q = __builtin_rintf(sum) + 0.0f;
       } else {
         q = z + __builtin_rint(value * inv);
       }
