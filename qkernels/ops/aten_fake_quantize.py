@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import Function
 
 from .. import library
@@ -39,8 +40,15 @@ _backward_bytes = _define(
     reference.fake_quantize_backward_bytes,
     reference.empty_gradient,
 )
-# While a graph is traced this op becomes the product that torch itself writes there, which compilers can fuse.
-torch.library.impl(_backward_bytes.name(), "CompositeImplicitAutograd", torch.mul)
+
+
+def _as_product(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+    with mode:
+        return torch.mul(*args)
+
+
+# In a graph that is compiled this op becomes the product that torch itself writes there, which compilers can fuse.
+torch.library.register_torch_dispatch(_backward_bytes.name(), FunctionalTensorMode, _as_product)
 
 
 class _ChannelKept(Function):
