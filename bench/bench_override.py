@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 import warnings
@@ -18,6 +19,10 @@ import qkernels as qk
 
 INT8 = (-128, 127)
 BATCH, SIZE = 16, 32
+# glibc returns memory to the kernel after a step, and the next one pays for every page again: on large tensors that
+# costs more than the arithmetic. Run also with MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_MAX_=0, which keeps it
+# as the allocators do that torch's tuning guide recommends.
+MEMORY = ", memory kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
 Call = Callable[[], Any]
 
 
@@ -160,7 +165,7 @@ def test_module(report: Callable[..., None], kind: str) -> None:
         return y, *torch.autograd.grad(y, x, grad)
 
     call()
-    report(f"{kind}, 16×96×16×16", **figures(interleaved(call)))
+    report(f"{kind}, 16×96×16×16{MEMORY}", **figures(interleaved(call)))
 
 
 @pytest.mark.parametrize("name", mobilenet.QCONFIGS)
@@ -192,7 +197,8 @@ def test_training(report: Callable[..., None], name: str) -> None:
                 torch.autograd.grad(y, x, dy)
 
     whole, alone = (interleaved(call, blocks=2, budget=0, least=1) for call in (step, quantizers))
-    report(f"step, {name}", **figures(whole))
+    report(f"step, {name}{MEMORY}", **figures(whole))
     floor = 1e3 * statistics.median(seconds_of(relu, 0, 3))
     share = alone["torch"] / whole["torch"]
-    report(f"quantizers of a step, {name}", **figures(alone), **{"relu ms": round(floor, 2), "share": round(share, 3)})
+    shares = {"relu ms": round(floor, 2), "share of torch's step": round(share, 3)}
+    report(f"quantizers of a step, {name}{MEMORY}", **figures(alone), **shares)

@@ -97,10 +97,10 @@ def fake_quantize_per_channel_affine(
     scale and zero_point have one element for each of the channels of dim ``axis``. A float zero point is rounded half
     to even; NaN stays NaN and infinities saturate.
     """
-    args = _constant(scale), _constant(zero_point), axis, quant_min, quant_max
+    scale, zero_point = _constant(scale), _constant(zero_point)
     if not input.is_cpu:  # only the CPU has kernels with an axis
-        views = reference.channel_views(input, axis, *args[:2])
-        return fake_quantize(input, *views, quant_min=quant_min, quant_max=quant_max)
+        scale, zero_point = reference.channel_views(input, axis, scale, zero_point)
+        return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     if torch.is_grad_enabled() and input.requires_grad:
-        return (_kept if _is_kept(input) else _masked)(input, *args)
-    return _forward(input, *args)
+        return (_kept if _is_kept(input) else _masked)(input, scale, zero_point, axis, quant_min, quant_max)
+    return _forward(input, scale, zero_point, axis, quant_min, quant_max)

@@ -27,23 +27,27 @@ def channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
 def fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
-    return reference.fake_quantize_forward(x, *channel_views(x, axis, scale, zero_point), quant_min, quant_max)
+    scale, zero_point = channel_views(x, axis, scale, zero_point)
+    return reference.fake_quantize_forward(x, scale, zero_point, quant_min, quant_max)
 
 
 def fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    return reference.fake_quantize_forward_mask(x, *channel_views(x, axis, scale, zero_point), quant_min, quant_max)
+    scale, zero_point = channel_views(x, axis, scale, zero_point)
+    return reference.fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
 
 
 def inside_range(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> Tensor:
-    return reference.inside_range(x, *channel_views(x, axis, scale, zero_point), quant_min, quant_max)
+    scale, zero_point = channel_views(x, axis, scale, zero_point)
+    return reference.inside_range(x, scale, zero_point, quant_min, quant_max)
 
 
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
-    return reference.fake_quantize_backward(grad, x, *channel_views(x, axis, scale, zero_point), quant_min, quant_max)
+    scale, zero_point = channel_views(x, axis, scale, zero_point)
+    return reference.fake_quantize_backward(grad, x, scale, zero_point, quant_min, quant_max)
 
 
 def fake_quantize_backward_bytes(grad: Tensor, mask: Tensor) -> Tensor:
@@ -57,8 +61,5 @@ def fake_quantize_backward_bytes(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 def empty_gradient(grad: Tensor, mask: Tensor) -> Tensor:
-    return torch.empty_like(grad if is_dense(grad) else mask, dtype=grad.dtype)
-
-
-def is_dense(t: Tensor) -> bool:
-    return torch._prims_common.is_non_overlapping_and_dense(t)
+    dx = torch.empty_like(grad)
+    return dx if dx.stride() == grad.stride() else torch.empty_like(mask, dtype=grad.dtype)
