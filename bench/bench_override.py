@@ -18,10 +18,9 @@ from torch import Tensor
 import qkernels as qk
 
 INT8 = (-128, 127)
-BATCH, SIZE = 16, 32
-# glibc returns memory to the kernel after a step, and the next one pays for every page again: on large tensors that
-# costs more than the arithmetic. Run also with MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_MAX_=0, which keeps it
-# as the allocators do that torch's tuning guide recommends.
+SIZE = 32
+# glibc may return memory to the kernel after a step, and the next one pays for every page again. Run also with
+# MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_MMAP_MAX_=0, which keeps it as the allocators of torch's tuning guide do.
 MEMORY = ", memory kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
 Call = Callable[[], Any]
 
@@ -176,9 +175,12 @@ def test_module(report: Callable[..., None], kind: str) -> None:
     report(f"{kind}, 16×96×16×16{MEMORY}", **figures(interleaved(call)))
 
 
+@pytest.mark.parametrize("batch", [4, 16])
 @pytest.mark.parametrize("name", mobilenet.QCONFIGS)
-def test_training(report: Callable[..., None], name: str) -> None:
-    """A MobileNetV2-like network, 16 images of 32×32: a whole step, and the quantizers of a step alone.
+def test_training(report: Callable[..., None], name: str, batch: int) -> None:
+    """A MobileNetV2-like network on images of 32×32: a whole step, and the quantizers of a step alone.
+
+    With 4 images most activations fit the cache, with 16 they stream from memory.
 
     The quantizers' floor is relu on the same tensors, forward and backward; their observers alone stay torch's.
     """
@@ -194,7 +196,7 @@ def test_training(report: Callable[..., None], name: str) -> None:
     torch.testing.assert_close(losses["override"], losses["torch"], rtol=0.05, atol=0.05)
 
     model = mobilenet.prepared(mobilenet.QCONFIGS[name]())
-    step = mobilenet.Training(model, BATCH, SIZE)
+    step = mobilenet.Training(model, batch, SIZE)
     calls = mobilenet.recorded_calls(model, step)
     quantizers = mobilenet.Quantizers(calls)
 
@@ -205,8 +207,9 @@ def test_training(report: Callable[..., None], name: str) -> None:
                 torch.autograd.grad(y, x, dy)
 
     whole, alone = (interleaved(call, blocks=2, budget=0, least=1) for call in (step, quantizers))
-    report(f"step, {name}{MEMORY}", **figures(whole))
+    case = f"{name}, batch {batch}{MEMORY}"
+    report(f"step, {case}", **figures(whole))
     floor = 1e3 * statistics.median(seconds_of(relu, 0, 3))
     share = alone["torch"] / whole["torch"]
     shares = {"relu ms": round(floor, 2), "share of torch's step": round(share, 3)}
-    report(f"quantizers of a step, {name}{MEMORY}", **figures(alone), **shares)
+    report(f"quantizers of a step, {case}", **figures(alone), **shares)
