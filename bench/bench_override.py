@@ -175,12 +175,12 @@ def test_module(report: Callable[..., None], kind: str) -> None:
     report(f"{kind}, 16×96×16×16{MEMORY}", **figures(interleaved(call)))
 
 
-@pytest.mark.parametrize("batch", [4, 16])
+@pytest.mark.parametrize(("width", "batch"), [(1.0, 16), (0.5, 16), (1.0, 4)])
 @pytest.mark.parametrize("name", mobilenet.QCONFIGS)
-def test_training(report: Callable[..., None], name: str, batch: int) -> None:
+def test_training(report: Callable[..., None], name: str, width: float, batch: int) -> None:
     """A MobileNetV2-like network on images of 32×32: a whole step, and the quantizers of a step alone.
 
-    With 4 images most activations fit the cache, with 16 they stream from memory.
+    With 4 images most activations fit the cache, with 16 they stream from memory; half the width quarters the matmuls.
 
     The quantizers' floor is relu on the same tensors, forward and backward; their observers alone stay torch's.
     """
@@ -195,7 +195,7 @@ def test_training(report: Callable[..., None], name: str, batch: int) -> None:
         assert torch.equal(losses["torch"], losses["override"])
     torch.testing.assert_close(losses["override"], losses["torch"], rtol=0.05, atol=0.05)
 
-    model = mobilenet.prepared(mobilenet.QCONFIGS[name]())
+    model = mobilenet.prepared(mobilenet.QCONFIGS[name](), width)
     step = mobilenet.Training(model, batch, SIZE)
     calls = mobilenet.recorded_calls(model, step)
     quantizers = mobilenet.Quantizers(calls)
@@ -207,7 +207,7 @@ def test_training(report: Callable[..., None], name: str, batch: int) -> None:
                 torch.autograd.grad(y, x, dy)
 
     whole, alone = (interleaved(call, blocks=2, budget=0, least=1) for call in (step, quantizers))
-    case = f"{name}, batch {batch}{MEMORY}"
+    case = f"{name}, width {width}, batch {batch}{MEMORY}"
     report(f"step, {case}", **figures(whole))
     floor = 1e3 * statistics.median(seconds_of(relu, 0, 3))
     share = alone["torch"] / whole["torch"]
