@@ -198,7 +198,9 @@ Masked per_channel_cachemask(const Tensor& x, const Tensor& scale, const Tensor&
   for (int64_t c = 0; !is_float && c < scale.numel(); ++c)
     QK_CHECK(q.quant_min <= q.of(c).zero_point && q.of(c).zero_point <= q.quant_max, "`zero_point` must be between ",
              "`quant_min` and `quant_max`: got ", q.of(c).zero_point, "; accepted: ", quant_min, " to ", quant_max);
-  return forward(x, q, axis, quant_min, quant_max, is_float && any_zero_point(q));
+  // Adding zeros before rounding changes nothing, except that torch takes the sum to fp32.
+  const bool rounds_after = is_float && (any_zero_point(q) || x.scalar_type() == ScalarType::Double);
+  return forward(x, q, axis, quant_min, quant_max, rounds_after);
 }
 
 Tensor learnable_per_tensor(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
@@ -438,6 +440,8 @@ Tensor channel_backward(const Tensor& grad_any, const Tensor& x_any, const Tenso
 // aten's own is a product, which autograd can differentiate again; it sits above autograd, where tensors may be fakes.
 // The kernel is reached through an op of this library, which every layer below sees.
 Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
+  QK_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: got ", dtype_name(mask.scalar_type()),
+           "; accepted: torch.bool");
   if (aoti_torch_grad_mode_is_enabled()) return multiply(grad, mask);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(mask)};
   STABLE_TORCH_ERROR_CODE_CHECK(
