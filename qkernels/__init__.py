@@ -3,15 +3,16 @@
 __version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
 
 from . import codebooks, library, nn, ops, qat, reference, registry
+from .integrations.aten import override_torch
 from .library import use_kernel
 from .nn import PerChannel, PerGroup, PerTensor, PerToken
+from .ops.aten_fake_quantize import fake_quantize_per_channel_affine
 from .ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
 from .ops.fake_quantize import (
     fake_quantize,
     fake_quantize_dynamic,
     fake_quantize_learnable_per_channel_affine,
     fake_quantize_learnable_per_tensor_affine,
-    fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
@@ -60,6 +61,7 @@ __all__ = [
     "nn",
     "observe_fake_quantize",
     "ops",
+    "override_torch",
     "prepare",
     "qat",
     "quantization_errors",

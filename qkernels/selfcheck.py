@@ -116,6 +116,16 @@ def quantize_stochastic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield *case, torch.int8
 
 
+def channel_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for axis, channels in enumerate(x.shape):
+        zero_point = torch.randint(-8, 8, (channels,), dtype=torch.int32)
+        yield x, 0.01 + torch.rand(channels), zero_point, axis, *INT4
+
+
+def backward_bytes_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.empty_like(x, dtype=torch.bool).bernoulli_()
+
+
 def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     yield x, torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
 
@@ -244,7 +254,9 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
     "dequantize_codebook": dequantize_codebook_args,
     "fake_quantize_backward": backward(fake_quantize_args),
+    "fake_quantize_backward.channel": backward(channel_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
+    "fake_quantize_backward_bytes": backward_bytes_args,
     "fake_quantize_backward_mask": backward_mask_args,
     "fake_quantize_codebook_backward": backward(codebook_args),
     "fake_quantize_codebook_forward": codebook_args,
@@ -252,8 +264,10 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_codebook_learnable_backward": codebook_learnable_args,
     "fake_quantize_dynamic_forward": dynamic_args,
     "fake_quantize_forward": fake_quantize_args,
+    "fake_quantize_forward.channel": channel_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
     "fake_quantize_forward_mask": fake_quantize_args,
+    "fake_quantize_forward_mask.channel": channel_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
     "fake_quantize_learnable_backward": learnable_backward_args,
     "fake_quantize_stochastic_backward": stochastic_backward_args,

@@ -1,5 +1,6 @@
 // Fake quantization on the CPU: checks and memory layout here, the kernels in fake_quantize_kernels.h.
 #include "granularity.h"
+#include "observe.h"
 
 #define QK_BODY "fake_quantize_kernels.h"
 #include "foreach_isa.h"
@@ -206,25 +207,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
       std::copy(lo.begin(), lo.end(), low.begin());
       std::copy(hi.begin(), hi.end(), high.begin());
     });
-    float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());
-    float* max_stat = static_cast<float*>(running_max.mutable_data_ptr());
-    float* scales = static_cast<float*>(scale.mutable_data_ptr());
-    const float momentum = static_cast<float>(averaging_const);
-    const auto average = [momentum](float running, float batch) {
-      return std::isinf(running) ? batch : running + momentum * (batch - running);
-    };
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
-      min_stat[c] = average(min_stat[c], low[c]);
-      max_stat[c] = average(max_stat[c], high[c]);
-      const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
-      scales[c] = chosen.scale;
-      if (zero_point.scalar_type() == ScalarType::Int) {
-        static_cast<int32_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int32_t>(chosen.zero_point);
-      } else {
-        static_cast<int64_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int64_t>(chosen.zero_point);
-      }
-    }
+    observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
   }
   if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);

@@ -2,6 +2,7 @@
 
 from .. import library
 from . import (
+    aten_fake_quantize,
     codebook,
     fake_quantize,
     foreach_fake_quantize,
@@ -16,6 +17,7 @@ from . import (
 library.load()
 
 __all__ = [
+    "aten_fake_quantize",
     "codebook",
     "fake_quantize",
     "foreach_fake_quantize",

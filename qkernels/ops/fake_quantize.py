@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import fake_quantize as reference
+from ..reference.aten_fake_quantize import channel_views
 from ..reference.straight_through import VARIANTS, check_variant
 from .straight_through import straight_through_backward as _variant_backward
 
@@ -487,30 +488,6 @@ def _constant(param: Any) -> Any:
     return param.detach() if isinstance(param, Tensor) and param.requires_grad else param
 
 
-def per_channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
-    """Per-channel [C] parameters in the shape that speaks for dim ``axis`` of x."""
-    dims = x.dim()
-    if not -dims <= axis < dims:
-        raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
-    shape = [1] * dims
-    shape[axis] = channels = x.size(axis)
-    for param in params:
-        if param.dim() != 1 or param.numel() != channels:
-            raise RuntimeError(
-                f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's {channels} "
-                f"channels (dim {axis})"
-            )
-    return [param.view(shape) for param in params]
-
-
-def fake_quantize_per_channel_affine(
-    input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
-) -> Tensor:
-    """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0."""
-    scale, zero_point = per_channel_views(input, axis, _constant(scale), _constant(zero_point))
-    return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
-
-
 def fake_quantize_learnable_per_tensor_affine(
     input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, grad_factor: float = 1.0
 ) -> Tensor:
@@ -535,7 +512,7 @@ def fake_quantize_learnable_per_channel_affine(
     grad_factor: float = 1.0,
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    scale, zero_point = per_channel_views(input, axis, scale, _rounded(zero_point))
+    scale, zero_point = channel_views(input, axis, scale, _rounded(zero_point))
     return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
@@ -566,6 +543,6 @@ def fused_moving_avg_obs_fake_quant(
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
             if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(per_channel_views(x, ch_axis, *stats))
+        stats = tuple(channel_views(x, ch_axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric_quant else 0.0
     return _observed(x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps)
