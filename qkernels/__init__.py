@@ -18,6 +18,9 @@ from .ops.fake_quantize import (
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.relu_fake_quantize import relu_fake_quantize
+from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quantize_dynamic
+from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quantize_dynamic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
@@ -56,7 +59,12 @@ __all__ = [
     "quantize_dynamic",
     "reference",
     "registry",
+    "relu_fake_quantize",
     "report",
+    "rms_norm_fake_quantize_dynamic",
+    "rms_norm_quantize_dynamic",
+    "silu_mul_fake_quantize_dynamic",
+    "silu_mul_quantize_dynamic",
     "use_kernel",
     "which",
 ]

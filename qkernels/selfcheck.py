@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import library, registry
-from .reference import int8_gemm
+from .reference import int8_gemm, rms_norm_quantize, silu_mul_quantize
 from .registry import Kernel
 
 INT4 = (-8, 7)
@@ -20,7 +20,18 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_learnable_backward": (1, 2)}
+SUMS = {
+    "fake_quantize_learnable_backward": (1, 2),
+    "relu_fake_quantize_learnable_backward": (1, 2),
+    "rms_norm_fake_quantize_dynamic_backward": (0, 1),
+    "rms_norm_fake_quantize_dynamic_forward": (3,),
+    "rms_norm_quantize_dynamic": (3,),
+}
+# Where the first outputs follow exactly from the last, which is such a sum: the reference's, from the kernel's own sum.
+GIVEN = {
+    "rms_norm_fake_quantize_dynamic_forward": rms_norm_quantize.given_rstd,
+    "rms_norm_quantize_dynamic": rms_norm_quantize.given_rstd_quantized,
+}
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,34 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield x, *weight, torch.tensor([0.02]), zero_point, *INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1
 
 
+def rms_norm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in dynamic_args(x):
+        if x.dim() > 0:
+            yield x, None, 1e-6, *rest
+            yield x, torch.rand(x.shape[-1]) + 0.5, 1e-6, *rest
+
+
+def rms_norm_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in rms_norm_args(x):
+            _, weight, _, _, low, high, symmetric = case
+            _, scale, zero_point, rstd = rms_norm_quantize.rms_norm_fake_quantize_dynamic_forward(*case)
+            clipped = (None, None) if symmetric else (scale, zero_point)
+            yield torch.randn(x.shape).to(x.dtype), x, weight, rstd, *clipped, low, high, weight is not None
+
+
+def silu_mul_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in dynamic_args(x):
+        yield x, torch.randn(x.shape).to(x.dtype), *rest
+
+
+def silu_mul_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in silu_mul_args(x):
+        gate, up, _, low, high, symmetric = case
+        _, *clipped = silu_mul_quantize.silu_mul_fake_quantize_dynamic_forward(*case)
+        yield torch.randn(x.shape).to(x.dtype), gate, up, *((None, None) if symmetric else clipped), low, high
+
+
 # Arguments for each op, made from one input x (none where the op cannot take such an x).
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
@@ -181,6 +220,16 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "observe_fake_quantize": observe_args,
     "quantize": quantize_args,
     "quantize_dynamic": dynamic_args,
+    "relu_fake_quantize_backward": backward(fake_quantize_args),
+    "relu_fake_quantize_forward": fake_quantize_args,
+    "relu_fake_quantize_forward_mask": fake_quantize_args,
+    "relu_fake_quantize_learnable_backward": learnable_backward_args,
+    "rms_norm_fake_quantize_dynamic_backward": rms_norm_backward_args,
+    "rms_norm_fake_quantize_dynamic_forward": rms_norm_args,
+    "rms_norm_quantize_dynamic": rms_norm_args,
+    "silu_mul_fake_quantize_dynamic_backward": silu_mul_backward_args,
+    "silu_mul_fake_quantize_dynamic_forward": silu_mul_args,
+    "silu_mul_quantize_dynamic": silu_mul_args,
 }
 
 
@@ -207,8 +256,14 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     host = library.host
     if host is not None:
         host.clear_last_isa()
-    for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
-        tolerance = SUM_TOLERANCE if at in SUMS.get(kernel.op, ()) else 0.0
+    outputs = outputs_of(kernel, args)
+    if given := GIVEN.get(kernel.op):
+        x, weight, _, *rest = args
+        expected = (*given(x, weight, outputs[3], *rest), *expected[3:])
+    for at, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+        tolerance = 0.0
+        if at in SUMS.get(kernel.op, ()):
+            tolerance = max(SUM_TOLERANCE, torch.finfo(want.dtype).eps)
         if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
