@@ -53,4 +53,4 @@ def relu_fake_quantize_learnable_backward(
     dx, dscale, dzp = plain.fake_quantize_learnable_backward(
         grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor
     )
-    return torch.where(x > 0, dx, 0, out=torch.empty_like(x)), dscale, dzp
+    return torch.empty_like(x).copy_(torch.where(x > 0, dx, 0)), dscale, dzp

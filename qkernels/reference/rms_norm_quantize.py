@@ -117,4 +117,4 @@ def rms_norm_fake_quantize_dynamic_backward(
     dx = row_major((u - n * mean) * rstd, x.dtype)
     if weight is None or not weight_grad:
         return dx, rstd.new_empty(0)
-    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64).to(weight.dtype)
+    return dx, (dy * n)[None].flatten(end_dim=-2).sum(0, dtype=torch.float64).to(weight.dtype)
