@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import importlib
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -139,18 +142,27 @@ def load() -> None:
 
 
 def define(
-    op: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, cpu: Sequence[str] = ()
+    op: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    cpu: Sequence[str] = (),
+    triton: bool = False,
 ) -> Any:
     """Defines ``qkernels::op`` and returns it.
 
     ``reference`` becomes the kernel of every device that has none better; ``fake`` gives the outputs' metadata,
-    strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first.
+    strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first; ``triton`` says that
+    qkernels/triton has a function of the op's name (a dot is an underscore there) in the module of the reference's name.
     """
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, schema)
     torch.library.register_fake(name, fake)
     for isa in cpu:
         registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
+    if triton:
+        registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     torch.library.impl(name, "CompositeExplicitAutograd", _selected(op))
     packet, _, overload = op.partition(".")
@@ -189,6 +201,46 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
         return None
 
     return unsupported
+
+
+def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str | None]]:
+    """The function of qkernels.triton.<stem> that computes ``op``, imported at its first call, and why it cannot."""
+
+    @functools.cache
+    def module() -> ModuleType:
+        return importlib.import_module(f".triton.{stem}", __package__)
+
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(module(), op.replace(".", "_"))
+
+    def unsupported(*args: Any) -> str | None:
+        device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None)
+        reason = _triton_missing(device)
+        if reason is not None or device is None:
+            return reason
+        refuse = getattr(module(), "unsupported", None)
+        return None if refuse is None else refuse(op, *args)
+
+    return lambda *args: function()(*args), unsupported
+
+
+@functools.cache
+def _triton_missing(device: torch.device | None) -> str | None:
+    """Why Triton kernels cannot run on a device (None: on this machine), or None where they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    if device is not None and device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"takes CUDA tensors, got one on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return Mendable("Triton is not installed; install it with: pip install triton")
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    if torch.version.hip is not None:
+        return "takes NVIDIA GPUs, this torch is built for AMD"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}" if major < 8 else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,115 @@
+"""What every kernel computes with: exact rounding, IEEE division, scales with a floor, one bit per element.
+
+On the GPU the exact operations are single PTX instructions; the interpreter, which knows no PTX, gets the same bits
+from plain arithmetic. Kernels are to be launched without FMA contraction (see launch.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
+NAN: tl.constexpr = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def widen(x):
+    """x in the dtype that kernels compute in: fp32, or fp64 where x is fp64."""
+    if x.dtype == tl.float64:
+        return x
+    elif INTERPRETED and x.dtype == tl.bfloat16:
+        # The interpreter's own conversion is wrong for denormals.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x rounded once, half to even, to a floating dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter's own conversion truncates.
+        y = x.to(tl.float32)
+        bits = y.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(y != y, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def rint(x):
+    """x rounded to an integer, half to even; NaN and infinities stay."""
+    if INTERPRETED:
+        if x.dtype == tl.float64:
+            big = 6755399441055744.0  # 1.5 · 2**52
+            return tl.where(tl.abs(x) < 4503599627370496.0, (x + big) - big, x)
+        else:
+            return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, _rint_large(x))
+    elif x.dtype == tl.float64:
+        return tl.inline_asm_elementwise("cvt.rni.f64.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _rint_large(x):
+    # From 2**22 to 2**23 there are halves; beyond, every fp32 is an integer. Exact in fp64.
+    return tl.where(tl.abs(x) < 8388608.0, ((x.to(tl.float64) + 6755399441055744.0) - 6755399441055744.0).to(tl.float32), x)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded."""
+    if INTERPRETED:
+        return a / b
+    elif b.dtype == tl.float64:
+        return tl.inline_asm_elementwise(
+            "div.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], dtype=tl.float64, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded."""
+    if INTERPRETED:
+        return 1.0 / x
+    elif x.dtype == tl.float64:
+        return tl.inline_asm_elementwise("rcp.rn.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def effective_scale(scale):
+    """A scale below the smallest normal fp32 acts as that value; a negative or NaN one is NaN."""
+    return tl.where(scale >= TINY, scale, tl.where(scale >= 0, TINY, NAN).to(scale.dtype))
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x between low and high; NaN stays NaN."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def is_inside(q, low, high):
+    return (q >= low) & (q <= high)
+
+
+@triton.jit
+def store_bits(mask_ptr, inside, first, count, BLOCK: tl.constexpr):
+    """Stores BLOCK truth values (any shape) as bits, low bit first: those of elements ``first`` and on, ``count`` all.
+
+    ``first`` is a multiple of 8; bits beyond ``count`` must be False already.
+    """
+    bits = tl.reshape(inside, [BLOCK // 8, 8]).to(tl.int32) << tl.arange(0, 8)[None, :]
+    index = tl.arange(0, BLOCK // 8)
+    tl.store(mask_ptr + first // 8 + index, tl.sum(bits, 1).to(tl.uint8), mask=index < (count - first + 7) // 8)
