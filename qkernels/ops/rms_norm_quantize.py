@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .. import library
 from ..reference import rms_norm_quantize as reference
 from ..reference.fake_quantize import compute_dtype
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
+
+_define = partial(library.define, triton=True)
 
 _NORM = "Tensor x, Tensor? weight, float eps, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
@@ -31,19 +34,19 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor,
     return dx, weight.new_empty(weight.shape)
 
 
-_forward = library.define(
+_forward = _define(
     "rms_norm_fake_quantize_dynamic_forward",
     f"({_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.rms_norm_fake_quantize_dynamic_forward,
     _fake_forward(None),
 )
-_quantize = library.define(
+_quantize = _define(
     "rms_norm_quantize_dynamic",
     f"({_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.rms_norm_quantize_dynamic,
     _fake_forward(torch.int8),
 )
-_backward = library.define(
+_backward = _define(
     "rms_norm_fake_quantize_dynamic_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? scale, Tensor? zero_point, SymInt quant_min, "
     "SymInt quant_max, bool weight_grad) -> (Tensor, Tensor)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from ..reference import silu_mul_quantize as reference
 from ..reference.fake_quantize import compute_dtype, inside_range
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
 
+_define = partial(library.define, triton=True)
+
 _PRODUCT = "Tensor gate, Tensor up, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
-_forward = library.define(
+_forward = _define(
     "silu_mul_fake_quantize_dynamic_forward",
     f"({_PRODUCT}) -> (Tensor, Tensor, Tensor)",
     reference.silu_mul_fake_quantize_dynamic_forward,
     lambda gate, up, group_size, *_: (gate.new_empty(gate.shape), *fake_dynamic_qparams(gate, group_size)),
 )
-_quantize = library.define(
+_quantize = _define(
     "silu_mul_quantize_dynamic",
     f"({_PRODUCT}) -> (Tensor, Tensor, Tensor)",
     reference.silu_mul_quantize_dynamic,
@@ -30,7 +33,7 @@ _quantize = library.define(
         *fake_dynamic_qparams(gate, group_size),
     ),
 )
-_backward = library.define(
+_backward = _define(
     "silu_mul_fake_quantize_dynamic_backward",
     "(Tensor grad, Tensor gate, Tensor up, Tensor? scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) "
     "-> (Tensor, Tensor)",
