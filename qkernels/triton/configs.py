@@ -62,7 +62,7 @@ def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
 
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
-    """Elements of a block, rows for each program, and warps. 512 programs, whatever the GPU, so that sums are the same."""
+    """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
     block = triton.next_power_of_2(length)
     if block > 8192:  # five values for each element do not stay in registers
         block = 2048

@@ -83,7 +83,9 @@ def factors_of(
 
 
 @functools.lru_cache(4096)
-def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]) -> Granularity | None:
+def _granularity(
+    shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]
+) -> Granularity | None:
     factors = list(factors_of(shape, strides, scale_shape))
     inner = factors.pop()[0] if factors[-1][1] == 0 else 1
     runs = math.prod(shape) // inner
@@ -210,4 +212,6 @@ def block_params(
             run = start // view.inner
             step = divide_by_magic((start - run * view.inner).to(tl.int32) + index, view.inner_magic)
         position = later_position(run % view.period, step, view, WRAP)
-        return load_params(scale, zero_point, channel_of(position, view, DIGITS), low, high, DTYPE, ZERO_POINT)
+        return load_params(
+            scale, zero_point, channel_of(position, view, DIGITS), low, high, DTYPE, ZERO_POINT
+        )

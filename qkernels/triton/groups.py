@@ -10,7 +10,7 @@ from .numerics import INTERPRETED, NAN, TINY, clamp, divide, narrow, reciprocal,
 
 @triton.jit
 def bound(n):
-    """n as a bound of range(). The interpreter's numbers are arrays of one element, which new versions of numpy take for no int."""
+    """n as a bound of range(): the interpreter's numbers are arrays of one element, no ints to new versions of numpy."""
     if INTERPRETED:
         return n.handle.data.item()
     else:

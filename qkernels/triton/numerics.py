@@ -57,9 +57,7 @@ def rint(x):
 @triton.jit
 def _rint_large(x):
     # From 2**22 to 2**23 there are halves; beyond, every fp32 is an integer. Exact in fp64.
-    return tl.where(
-        tl.abs(x) < 8388608.0, ((x.to(tl.float64) + 6755399441055744.0) - 6755399441055744.0).to(tl.float32), x
-    )
+    return tl.where(tl.abs(x) < 8388608.0, ((x.to(tl.float64) + 6755399441055744.0) - 6755399441055744.0).to(tl.float32), x)
 
 
 @triton.jit

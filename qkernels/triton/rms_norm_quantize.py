@@ -170,7 +170,7 @@ def load_terms(
         w = widen(tl.load(weight_ptr + column, mask=here, other=0.0))
     if CLIPS:
         channel = row * groups + tl.minimum(column, length - 1) // group_size
-        s, inv, z = load_params(scale_ptr, zero_point_ptr, channel, low, high, tl.float32, 1)
+        _, inv, z = load_params(scale_ptr, zero_point_ptr, channel, low, high, tl.float32, 1)
         v = n
         if weight_ptr is not None:
             v = n * w
@@ -216,7 +216,7 @@ def long_backward_kernel(
     rstd = tl.load(rstd_ptr + row)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, bound(length), BLOCK):
-        n, dy, u = load_terms(
+        n, _, u = load_terms(
             grad_ptr, x_ptr, weight_ptr, scale_ptr, zero_point_ptr, rstd, row, start + tl.arange(0, BLOCK), length,
             groups, group_size, quant_min, quant_max, CLIPS,
         )  # fmt: skip
@@ -224,7 +224,7 @@ def long_backward_kernel(
     mean = divide(tl.sum(total, 0), length.to(tl.float32))
     for start in range(0, bound(length), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        n, dy, u = load_terms(
+        n, _, u = load_terms(
             grad_ptr, x_ptr, weight_ptr, scale_ptr, zero_point_ptr, rstd, row, column, length, groups, group_size,
             quant_min, quant_max, CLIPS,
         )  # fmt: skip
@@ -243,7 +243,7 @@ def long_weight_kernel(
     dweight = tl.zeros([BLOCK], tl.float32)
     for row in range(bound(first), bound(tl.minimum(first + share, rows))):
         rstd = tl.load(rstd_ptr + row)
-        n, dy, u = load_terms(
+        n, dy, _ = load_terms(
             grad_ptr, x_ptr, weight_ptr, scale_ptr, zero_point_ptr, rstd, row, column, length, groups, group_size,
             quant_min, quant_max, CLIPS,
         )  # fmt: skip

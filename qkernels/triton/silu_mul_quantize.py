@@ -161,7 +161,7 @@ def backward_kernel(
     silu = g * s
     if CLIPS:
         channel = tl.minimum(group, groups - 1)
-        scale, inv, z = load_params(scale_ptr, zero_point_ptr, channel, quant_min, quant_max, tl.float32, 1)
+        _, inv, z = load_params(scale_ptr, zero_point_ptr, channel, quant_min, quant_max, tl.float32, 1)
         dy = tl.where(is_inside(rint((silu * u) * inv) + z, quant_min, quant_max), dy, 0.0)
     dgate = (dy * u) * (s + silu * (1.0 - s))
     tl.store(dgate_ptr + index, narrow(dgate, dgate_ptr.dtype.element_ty), mask=here)
