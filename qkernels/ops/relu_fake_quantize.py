@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,27 +14,29 @@ from ..reference import relu_fake_quantize as reference
 from ..reference.fake_quantize import compute_dtype
 from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
 
+_define = partial(library.define, triton=True)
+
 _PARAMS = "Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max"
 
-_forward = library.define(
+_forward = _define(
     "relu_fake_quantize_forward",
     f"(Tensor x, {_PARAMS}) -> Tensor",
     reference.relu_fake_quantize_forward,
     lambda x, *_: torch.empty_like(x),
 )
-_forward_mask = library.define(
+_forward_mask = _define(
     "relu_fake_quantize_forward_mask",
     f"(Tensor x, {_PARAMS}) -> (Tensor, Tensor)",
     reference.relu_fake_quantize_forward_mask,
     lambda x, *_: (torch.empty_like(x), _mask_like(x)),
 )
-_backward = library.define(
+_backward = _define(
     "relu_fake_quantize_backward",
     f"(Tensor grad, Tensor x, {_PARAMS}) -> Tensor",
     reference.relu_fake_quantize_backward,
     lambda grad, x, *_: torch.empty_like(x),
 )
-_learnable_backward = library.define(
+_learnable_backward = _define(
     "relu_fake_quantize_learnable_backward",
     f"(Tensor grad, Tensor x, {_PARAMS}, float grad_factor) -> (Tensor, Tensor, Tensor)",
     reference.relu_fake_quantize_learnable_backward,

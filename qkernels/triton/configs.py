@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import triton
+from typing import Any, NamedTuple
 
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
@@ -34,28 +32,91 @@ def by_numbers(block: int) -> dict[str, Any]:
     return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
 
 
-# The fused dynamic kernels: elements for each thread, 16 in general, keep a row in registers without spilling.
-WHOLE_ROW = 16384
+class Cut(NamedTuple):
+    """How a reduction cuts x: tiles, and the partial results [outer, period, inner] that they leave.
+
+    Rows: a tile is ``rows`` runs by ``cols`` of their ``length`` elements, and moves ``steps`` times along them; every
+    run leaves ``inner`` pieces. Columns: x is ``height`` rows of one period, ``width`` elements, each; a tile is
+    ``rows`` by ``cols`` and moves ``steps`` times down; every column leaves one result for each of ``outer`` tiles.
+    """
+
+    columns: bool
+    rows: int
+    cols: int
+    steps: int
+    grid: tuple[int, int]
+    outer: int
+    period: int
+    inner: int
+    length: int
+    height: int
+    width: int
+
+
+TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
+ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def cut(granularity: Granularity, numel: int) -> Cut:
+    """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
+    view, runs = granularity.view, granularity.runs
+    length = numel if granularity.channels == 1 else view.inner
+    height, width = runs // view.period, view.period * view.inner
+    # Tiles move up to 16 times while there are a thousand programs left to fill a GPU, and more often where there would
+    # be more than a grid holds.
+    most = max(1, min(16, numel // (TILE_SIZE * 1024)), numel // (TILE_SIZE * 32768))
+    if granularity.channels > 1 and height >= 8 and length < 256:
+        cols = min(power_of_two(width), 128)
+        rows = min(TILE_SIZE // cols, power_of_two(height))
+        steps = min(most, ceil_div(height, rows))
+        outer = ceil_div(height, rows * steps)
+        grid = (ceil_div(width, cols), outer)
+        return Cut(True, rows, cols, steps, grid, outer, view.period, view.inner, length, height, width)
+    cols = min(power_of_two(length), TILE_SIZE)
+    rows = min(TILE_SIZE // cols, power_of_two(runs))
+    steps = min(most, ceil_div(length, cols))
+    pieces = ceil_div(length, cols * steps)
+    grid = (ceil_div(runs, rows), pieces)
+    return Cut(False, rows, cols, steps, grid, height, view.period, pieces, length, height, width)
+
+
+def join(outer: int, period: int, inner: int) -> dict[str, int]:
+    """Tile of the kernels that join partial results: channels by parts."""
+    parts = min(power_of_two(outer * inner), 1024)
+    return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts}
+
+
+def rows_in_registers(rows: int, length: int) -> dict[str, int]:
+    """Tile of the kernels that keep whole rows."""
+    cols = power_of_two(length)
+    return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
 
 
 def warps(elements: int) -> int:
-    """Warps for a tile at 16 elements a thread; 16 warps at most."""
-    return min(max(elements // 512, 1), 16)
+    """Threads for at most 16 elements each, as far as a block can have them."""
+    return max(1, min(32, elements // 512))
 
 
 def group_tile(groups: int, group_size: int, most: int) -> tuple[bool, dict[str, int]]:
     """Whether a tile holds whole groups, and the tile: as many of ``groups`` as fit in ``most`` elements."""
-    size = triton.next_power_of_2(group_size)
-    if size > most:
-        return False, {"BLOCK_GROUPS": 1, "BLOCK_SIZE": 4096, "num_warps": warps(4096)}
-    count = min(triton.next_power_of_2(groups), most // size)
-    return True, {"BLOCK_GROUPS": count, "BLOCK_SIZE": size, "num_warps": warps(count * size)}
+    size = power_of_two(group_size)
+    whole = size <= most
+    count, size = (min(power_of_two(groups), most // size), size) if whole else (1, 4096)
+    return whole, {"BLOCK_GROUPS": count, "BLOCK_SIZE": size, "num_warps": min(warps(count * size), 16)}
 
 
 def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
     """Whether a row is one tile, and the tile. A longer row goes by tiles of up to 4096 elements."""
     groups = length // group_size
-    whole, tile = group_tile(groups, group_size, WHOLE_ROW)
+    whole, tile = group_tile(groups, group_size, ONE_PASS)
     if whole and tile["BLOCK_GROUPS"] >= groups:
         return True, tile
     return False, group_tile(groups, group_size, 4096)[1]
@@ -63,18 +124,18 @@ def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
     """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
-    block = triton.next_power_of_2(length)
+    block = power_of_two(length)
     if block > 8192:  # five values for each element do not stay in registers
-        block = 2048
-    return block, triton.cdiv(rows, 512), {"num_warps": warps(block)}
+        block = TILE_SIZE
+    return block, ceil_div(rows, 512), {"num_warps": warps(block)}
 
 
 def product_tile(groups: int, group_size: int) -> tuple[bool, dict[str, int]]:
     """As ``group_tile``: groups of up to 16384 elements whole, short ones together in 2048."""
-    return group_tile(groups, group_size, max(2048, min(triton.next_power_of_2(group_size), WHOLE_ROW)))
+    return group_tile(groups, group_size, max(TILE_SIZE, min(power_of_two(group_size), ONE_PASS)))
 
 
 def product_backward(group_size: int) -> dict[str, int]:
     """A tile of 2048 elements, of one group or several."""
-    size = min(triton.next_power_of_2(group_size), 2048)
-    return {"BLOCK_GROUPS": 2048 // size, "BLOCK_SIZE": size, "num_warps": 4}
+    size = min(power_of_two(group_size), TILE_SIZE)
+    return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}

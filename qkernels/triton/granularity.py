@@ -83,9 +83,7 @@ def factors_of(
 
 
 @functools.lru_cache(4096)
-def _granularity(
-    shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]
-) -> Granularity | None:
+def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]) -> Granularity | None:
     factors = list(factors_of(shape, strides, scale_shape))
     inner = factors.pop()[0] if factors[-1][1] == 0 else 1
     runs = math.prod(shape) // inner
@@ -104,6 +102,11 @@ def _granularity(
 def granularity_of(x: Tensor, scale: Tensor) -> Granularity | None:
     """How scale speaks for a dense, non-empty x; None: in more digits than kernels take (see ``unsupported``)."""
     return ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+
+
+def rows_of(rows: int, length: int) -> Granularity:
+    """A contiguous x in rows of ``length`` elements, each a channel."""
+    return Granularity(_view(length, rows), rows, rows, 1)
 
 
 def unsupported(x: Tensor, scale: Tensor) -> str | None:
@@ -212,6 +215,4 @@ def block_params(
             run = start // view.inner
             step = divide_by_magic((start - run * view.inner).to(tl.int32) + index, view.inner_magic)
         position = later_position(run % view.period, step, view, WRAP)
-        return load_params(
-            scale, zero_point, channel_of(position, view, DIGITS), low, high, DTYPE, ZERO_POINT
-        )
+        return load_params(scale, zero_point, channel_of(position, view, DIGITS), low, high, DTYPE, ZERO_POINT)

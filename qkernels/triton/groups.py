@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import INTERPRETED, NAN, TINY, clamp, divide, narrow, reciprocal, rint
+from .numerics import INTERPRETED, TINY, choose_qparams, clamp, highest, lowest, narrow, reciprocal, rint
 
 
 @triton.jit
@@ -35,20 +35,12 @@ def qparams(low, high, quant_min, quant_max, steps, middle, SYMMETRIC: tl.conste
     """
     if SYMMETRIC:
         # The bits of what is not negative order as integers, with NaN above infinity: no lane hides it.
-        top = tl.max(high.to(tl.int32, bitcast=True), 1, keep_dims=True).to(tl.float32, bitcast=True)
-        scale = divide(top, steps)
+        top = tl.max(high.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+        bottom = tl.zeros_like(top)
     else:
-        nan = tl.max((high != high).to(tl.int32), 1, keep_dims=True) > 0
-        bottom = tl.where(nan, NAN, tl.minimum(tl.min(low, 1, keep_dims=True), 0.0))
-        top = tl.where(nan, NAN, tl.maximum(tl.max(high, 1, keep_dims=True), 0.0))
-        scale = divide(top - bottom, quant_max - quant_min)
-    scale = tl.where(scale < TINY, TINY, scale)
-    if SYMMETRIC:
-        zero_point = tl.zeros_like(scale) + middle
-    else:
-        zero_point = clamp(quant_min - rint(divide(bottom, scale)), quant_min, quant_max)
-        zero_point = tl.where(zero_point != zero_point, quant_min, zero_point)
-    return scale, reciprocal(scale), zero_point
+        bottom, top = lowest(low, 1), highest(high, 1)
+    scale, zero_point = choose_qparams(bottom, top, quant_min, quant_max, steps, middle, TINY, SYMMETRIC)
+    return scale[:, None], reciprocal(scale)[:, None], zero_point[:, None]
 
 
 @triton.jit
