@@ -10,7 +10,7 @@ from .numerics import INTERPRETED, TINY, choose_qparams, clamp, highest, lowest,
 
 @triton.jit
 def bound(n):
-    """n as a bound of range(): the interpreter's numbers are arrays of one element, no ints to new versions of numpy."""
+    """n as a bound of range(): the interpreter has arrays of one element, which new versions of numpy do not take."""
     if INTERPRETED:
         return n.handle.data.item()
     else:
