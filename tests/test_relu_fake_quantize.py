@@ -14,12 +14,17 @@ from torch import Tensor
 import qkernels as qk
 from qkernels.ops import relu_fake_quantize as ops
 from qkernels.reference import fake_quantize as plain
+from qkernels.reference import relu_fake_quantize as reference
 
 FORWARD = "relu_fake_quantize_forward"
-BACKWARD = "relu_fake_quantize_learnable_backward"
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+def compiled(op: str) -> list[str]:
+    """The kernels that take every input here; Triton has a test of its own below."""
+    return [name for name in kernels_of(op) if name != "triton"]
+
+
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 def test_equals_the_two_ops(kernel: str, name: str, shape: tuple[int, ...]) -> None:
     """Values, dx, masks; the sums for scale and zero point in fp64 to fp32 rounding."""
@@ -48,7 +53,7 @@ def test_equals_the_two_ops(kernel: str, name: str, shape: tuple[int, ...]) -> N
                     assert ((got - want).double().abs() <= magnitude * 2**-20 + 1e-12).all()
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learned", ["nothing", "scale", "both", "zero_point"])
 @pytest.mark.parametrize("leaf", [True, False])
@@ -71,6 +76,32 @@ def test_gradients_are_those_of_the_two_functions(kernel: str, dtype: torch.dtyp
             same(a, b)
         else:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in kernels_of(FORWARD), reason="no Triton")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"), [("special values", (17,)), ("odd", (7, 1)), ("odd", (1, 33)), ("sliced", (1,))]
+)
+def test_triton(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, scale = INPUTS[name][0](dtype).to(device), scale_of(shape).to(device)
+    grad = torch.randn(x.shape).to(x)
+    for zero_point in (None, (torch.randn(shape) * 6).to(device)):
+        args = (x, scale, zero_point, -8, 7)
+        want_sums = reference.relu_fake_quantize_learnable_backward(grad, *args, 0.5)
+        with qk.use_kernel("triton"):
+            same(ops._forward(*args), reference.relu_fake_quantize_forward(*args))
+            for got, want in zip(
+                ops._forward_mask(*args), reference.relu_fake_quantize_forward_mask(*args), strict=True
+            ):
+                same(got, want)
+            same(ops._backward(grad, *args), want_sums[0])
+            dx, *sums = ops._learnable_backward(grad, *args, 0.5)
+        same(dx, want_sums[0])
+        if name != "special values":
+            for got, want in zip(sums, want_sums[1:], strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_numbers_for_parameters() -> None:
@@ -181,7 +212,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, kernel: str) -> None:
     call, message = BAD[case]

@@ -26,6 +26,11 @@ FORWARD, QUANTIZE, BACKWARD = (
 EPS = 1e-6
 
 
+def compiled(op: str) -> list[str]:
+    """The kernels that take every input here; Triton has tests of its own below."""
+    return [name for name in kernels_of(op) if name != "triton"]
+
+
 def inputs(dtype: torch.dtype) -> list[Tensor]:
     base = (torch.randn(6, 64) * 3).to(dtype)
     bad = base.clone()
@@ -50,7 +55,7 @@ def weights(x: Tensor) -> list[Tensor | None]:
     return [None, w.to(x.dtype), w.bfloat16() if x.dtype == torch.float32 else w]
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_values(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
@@ -74,7 +79,7 @@ def test_values(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
                 same(a, b)
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD), indirect=True)
+@pytest.mark.parametrize("kernel", compiled(FORWARD), indirect=True)
 @pytest.mark.parametrize("group_size", [-1, 32, 8])
 def test_near_the_unfused_sequence(kernel: str, group_size: int) -> None:
     """At most one step from fake_quantize_dynamic of torch's norm, and rarely that."""
@@ -98,7 +103,7 @@ def test_default_eps_is_torchs() -> None:
         torch.testing.assert_close(y.double(), want, rtol=0, atol=float(want.abs().max()) / 100)
 
 
-@pytest.mark.parametrize("kernel", kernels_of(QUANTIZE))
+@pytest.mark.parametrize("kernel", compiled(QUANTIZE))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_are_the_fake_quantized_values(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
@@ -124,7 +129,7 @@ def straight_through(x: Tensor, weight: Tensor | None, group_size: int | None, b
     return torch.where(inside, v, 0) + (y - torch.where(inside, v, 0)).detach()
 
 
-@pytest.mark.parametrize("kernel", kernels_of(BACKWARD))
+@pytest.mark.parametrize("kernel", compiled(BACKWARD))
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("shape", "group_size"), [((7, 40), -1), ((2, 5, 48), 8), ((3, 33), 11), ((600, 130), -1)])
 @pytest.mark.parametrize("with_weight", [True, False])
@@ -158,7 +163,7 @@ def test_gradients(kernel: str, symmetric: bool, shape: tuple[int, ...], group_s
         torch.testing.assert_close(dweight, want_dw, rtol=tolerance, atol=tolerance * rows**0.5)
 
 
-@pytest.mark.parametrize("kernel", kernels_of(BACKWARD))
+@pytest.mark.parametrize("kernel", compiled(BACKWARD))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_backward_takes_every_input(kernel: str, dtype: torch.dtype) -> None:
     for x in inputs(dtype):
@@ -177,6 +182,74 @@ def test_backward_takes_every_input(kernel: str, dtype: torch.dtype) -> None:
                     assert a.stride() == b.stride()
                     tolerance = max(1e-4, 2 * torch.finfo(a.dtype).eps)
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.skipif("triton" not in kernels_of(FORWARD), reason="no Triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("long", [False, True])
+def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in one tile and, by tiles made small, rows too long for one; forward and backward."""
+    from qkernels.triton import configs
+
+    if long:
+        for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("BACKWARD_ROW", 16)):
+            monkeypatch.setattr(configs, name, size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bad = torch.randn(4, 48)
+    bad[0, 3], bad[1, 1], bad[2], bad[3, :40] = math.nan, math.inf, 0, 1e-30
+    cases = [
+        (bad, (-1, 16)),
+        (torch.randn(2, 3, 37), (-1, 1)),
+        (torch.randn(64, 3).t(), (8,)),
+        (torch.randn(33), (11,)),
+    ]
+    for case, (x, groups) in enumerate(cases):
+        x = x.to(dtype).to(device)
+        weight = (None, torch.randn(x.shape[-1]), torch.randn(x.shape[-1]).to(dtype))[case % 3]
+        weight = weight if weight is None else weight.to(device)
+        for group in groups:
+            for symmetric in (True, False):
+                args = (group, -8, 7, symmetric)
+                with qk.use_kernel("triton"):
+                    *got, rstd = ops._forward(x, weight, EPS, *args)
+                    *codes, _ = ops._quantize(x, weight, EPS, *args)
+                torch.testing.assert_close(rstd, reference.rstd_of(x, EPS), rtol=2**-21, atol=0, equal_nan=True)
+                for a, b in zip(got, reference.given_rstd(x, weight, rstd, *args), strict=True):
+                    same(a, b)
+                for a, b in zip(codes, reference.given_rstd_quantized(x, weight, rstd, *args), strict=True):
+                    same(a, b)
+                back = (torch.randn_like(x), x, weight, rstd, *((None, None) if symmetric else got[1:]), -8, 7, True)
+                with qk.use_kernel("triton"):
+                    grads = ops._backward(*back)
+                for a, b in zip(grads, reference.rms_norm_fake_quantize_dynamic_backward(*back), strict=True):
+                    tolerance = max(1e-5, 2 * torch.finfo(a.dtype).eps)
+                    assert a.dtype == b.dtype
+                    assert a.stride() == b.stride()
+                    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.skipif("triton" not in kernels_of(FORWARD), reason="no Triton")
+def test_triton_sums_the_rows_of_many_programs() -> None:
+    x, weight, grad = torch.randn(1030, 5), torch.randn(5), torch.randn(1030, 5)
+    rstd = reference.rstd_of(x, EPS)
+    args = (grad, x, weight, rstd, None, None, -8, 7, True)
+    if torch.cuda.is_available():
+        args = tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
+    with qk.use_kernel("triton"):
+        got = ops._backward(*args)
+    for a, b in zip(got, reference.rms_norm_fake_quantize_dynamic_backward(*args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_what_triton_refuses() -> None:
+    from qkernels.triton.rms_norm_quantize import unsupported
+
+    x, one = torch.randn(4, 8), torch.ones(4, 1)
+    assert unsupported(FORWARD, x, None, EPS, -1, -8, 7, True) is None
+    assert "float64" in unsupported(FORWARD, x.double(), None, EPS, -1, -8, 7, True)
+    assert "group_size None" in unsupported(QUANTIZE, x, None, EPS, 0, -8, 7, True)
+    assert unsupported(BACKWARD, x, x, None, one, one, one, -8, 7, True) is None
+    assert "scales for each row" in unsupported(BACKWARD, x, x, None, one, torch.ones(2, 1), None, -8, 7, True)
 
 
 def test_memory_saved_for_backward() -> None:
@@ -272,7 +345,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, kernel: str) -> None:
     call, message = BAD[case]

@@ -25,6 +25,11 @@ FORWARD, QUANTIZE, BACKWARD = (
 )
 
 
+def compiled(op: str) -> list[str]:
+    """The kernels that take every input here; Triton has tests of its own below."""
+    return [name for name in kernels_of(op) if name != "triton"]
+
+
 def inputs(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     base = (torch.randn(6, 64) * 3).to(dtype)
     bad = base.clone()
@@ -73,7 +78,7 @@ def test_the_constants_are_numbers_of_their_dtype() -> None:
         assert steps == int(steps), "n·ln2_high is exact"
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_kernels_equal_the_reference(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
@@ -98,7 +103,7 @@ def test_kernels_equal_the_reference(kernel: str, dtype: torch.dtype, symmetric:
                 same(a, b)
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD), indirect=True)
+@pytest.mark.parametrize("kernel", compiled(FORWARD), indirect=True)
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_near_the_unfused_sequence(kernel: str, group_size: int) -> None:
     """At most one step from fake_quantize_dynamic of torch's product, and rarely that."""
@@ -159,6 +164,57 @@ def test_gradients(symmetric: bool, group_size: int | None) -> None:
             want = torch.autograd.grad(silu(exact[0]) * exact[1], exact, grad.double())
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif("triton" not in kernels_of(FORWARD), reason="no Triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("long", [False, True])
+def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups in one tile and, by tiles made small, groups too long for one; the same bits forward and backward."""
+    from qkernels.triton import configs
+
+    if long:
+        for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("TILE_SIZE", 8)):
+            monkeypatch.setattr(configs, name, size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bad = torch.randn(4, 48)
+    bad[0, 3], bad[1, 1], bad[1, 2], bad[2], bad[3] = math.nan, math.inf, -math.inf, 0, torch.linspace(-100, 100, 48)
+    cases = [
+        (bad, (-1, 16)),
+        (torch.randn(2, 3, 37), (-1, 1)),
+        (torch.randn(64, 3).t(), (8,)),
+        (torch.randn(33), (11,)),
+    ]
+    for gate, groups in cases:
+        gate = gate.to(dtype).to(device)
+        for group in groups:
+            for symmetric in (True, False):
+                args = (gate, torch.randn_like(gate), group, -8, 7, symmetric)
+                want = reference.silu_mul_fake_quantize_dynamic_forward(*args)
+                back = (torch.randn_like(gate), *args[:2], *((None, None) if symmetric else want[1:]), -8, 7)
+                with qk.use_kernel("triton"):
+                    got, codes, grads = ops._forward(*args), ops._quantize(*args), ops._backward(*back)
+                for a, b in zip(
+                    (*got, *codes, *grads),
+                    (
+                        *want,
+                        *reference.silu_mul_quantize_dynamic(*args),
+                        *reference.silu_mul_fake_quantize_dynamic_backward(*back),
+                    ),
+                    strict=True,
+                ):
+                    same(a, b)
+
+
+def test_what_triton_refuses() -> None:
+    from qkernels.triton.silu_mul_quantize import unsupported
+
+    x, one = torch.randn(4, 8), torch.ones(4, 1)
+    assert unsupported(FORWARD, x, x, -1, -8, 7, True) is None
+    assert "float64" in unsupported(FORWARD, x.double(), x, -1, -8, 7, True)
+    assert "group_size None" in unsupported(QUANTIZE, x, x, 0, -8, 7, True)
+    assert unsupported(BACKWARD, x, x, x, one, one, -8, 7) is None
+    assert "scales for each row" in unsupported(BACKWARD, x, x, x, torch.ones(2, 1), None, -8, 7)
 
 
 def test_memory_saved_for_backward() -> None:
@@ -233,7 +289,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kernel", kernels_of(FORWARD))
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, kernel: str) -> None:
     call, message = BAD[case]

@@ -105,28 +105,32 @@ def warps(elements: int) -> int:
     return max(1, min(32, elements // 512))
 
 
+LONG_TILE = 4096  # elements of a tile that moves along a row too long for registers
+BACKWARD_ROW = 8192  # longest row of whose elements the five values of the norm's backward pass stay in registers
+
+
 def group_tile(groups: int, group_size: int, most: int) -> tuple[bool, dict[str, int]]:
     """Whether a tile holds whole groups, and the tile: as many of ``groups`` as fit in ``most`` elements."""
     size = power_of_two(group_size)
     whole = size <= most
-    count, size = (min(power_of_two(groups), most // size), size) if whole else (1, 4096)
+    count, size = (min(power_of_two(groups), most // size), size) if whole else (1, LONG_TILE)
     return whole, {"BLOCK_GROUPS": count, "BLOCK_SIZE": size, "num_warps": min(warps(count * size), 16)}
 
 
 def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
-    """Whether a row is one tile, and the tile. A longer row goes by tiles of up to 4096 elements."""
+    """Whether a row is one tile, and the tile. A longer row goes by tiles of up to LONG_TILE elements."""
     groups = length // group_size
     whole, tile = group_tile(groups, group_size, ONE_PASS)
     if whole and tile["BLOCK_GROUPS"] >= groups:
         return True, tile
-    return False, group_tile(groups, group_size, 4096)[1]
+    return False, group_tile(groups, group_size, LONG_TILE)[1]
 
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
     """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
     block = power_of_two(length)
-    if block > 8192:  # five values for each element do not stay in registers
-        block = TILE_SIZE
+    if block > BACKWARD_ROW:
+        block = min(TILE_SIZE, BACKWARD_ROW)
     return block, ceil_div(rows, 512), {"num_warps": warps(block)}
 
 
