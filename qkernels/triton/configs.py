@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
-def pointwise(numel: int) -> int:
-    """Elements of a block. 16 or 32 for each of 128 threads; less where that would leave most of a GPU idle."""
-    return 4096 if numel >= 1 << 22 else 1024
+def block(granularity: Granularity, numel: int) -> int:
+    """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
+    inner = granularity.view.inner
+    tiles = 8 <= inner and inner & (inner - 1) == 0
+    short = granularity.channels > 1 and inner < 2048 and not tiles
+    return 1024 if short or numel < 1 << 18 else 2048
 
 
 def walk(granularity: Granularity, block: int) -> dict[str, Any]:

@@ -92,11 +92,13 @@ def forward_kernel(
         store_bits(mask_ptr, inside, start, numel, BLOCK)
 
 
-def pointwise_arguments(x: Tensor, scale: Any, zero_point: Any, block: int) -> tuple[Any, Any, View, dict[str, Any]]:
+def pointwise_arguments(x: Tensor, scale: Any, zero_point: Any) -> tuple[Any, Any, View, dict[str, Any]]:
     """scale, zero point, view and constexprs of a kernel that takes a dense, non-empty x in blocks."""
     if not isinstance(scale, Tensor):
-        return scale, zero_point, granularity.ONE_CHANNEL.view, {"ZERO_POINT": 0, **configs.by_numbers(block)}
+        constexprs = configs.by_numbers(configs.block(granularity.ONE_CHANNEL, x.numel()))
+        return scale, zero_point, granularity.ONE_CHANNEL.view, {"ZERO_POINT": 0, **constexprs}
     walk = granularity_of(x, scale)
+    block = configs.block(walk, x.numel())
     kind = zero_point_kind(scale, zero_point)
     zero_point = zero_point if zero_point is None else zero_point.contiguous()
     return scale.contiguous(), zero_point, walk.view, {"ZERO_POINT": kind, **configs.walk(walk, block)}
@@ -117,10 +119,9 @@ def forward(
     numel = x.numel()
     if numel == 0:
         return
-    block = configs.pointwise(numel)
-    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point, block)
+    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, block),), x, y, mask, on, scale, zero_point, float(quant_min),
+        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, on, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, **constexprs,
     )  # fmt: skip
 
@@ -173,10 +174,9 @@ def backward(
     if numel == 0:
         return dx
     grad = laid_out(grad, x)
-    block = configs.pointwise(numel)
-    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point, block)
+    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        backward_kernel, (triton.cdiv(numel, block),), grad, x, dx, scale, zero_point, float(quant_min),
+        backward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), grad, x, dx, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, RELU=rectify, **constexprs,
     )  # fmt: skip
     return dx
@@ -245,7 +245,7 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
     grad, dx = dense_and_like(grad)
     numel = grad.numel()
     if numel:
-        block = configs.pointwise(numel)
+        block = configs.block(granularity.ONE_CHANNEL, numel)
         launch(backward_mask_kernel, (triton.cdiv(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
     return dx
 
@@ -286,7 +286,8 @@ def learnable_rows_kernel(
     s, inv, z = load_params(scale, zero_point, channel, low, high, dtype, ZERO_POINT)
     dscale = tl.zeros([ROWS, COLS], dtype)
     dzero_point = tl.zeros([ROWS, COLS], dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * COLS + col
         here = (run < runs) & (at < inner)
         at = run * inner + at
@@ -296,6 +297,7 @@ def learnable_rows_kernel(
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
+        step += 1
     out = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = out * pieces + tl.program_id(1)
     tl.store(dscale_ptr + at, tl.sum(dscale, 1), mask=out < runs)
@@ -317,7 +319,8 @@ def learnable_columns_kernel(
     s, inv, z = load_params(scale, zero_point, channel, low, high, dtype, ZERO_POINT)
     dscale = tl.zeros([ROWS, COLS], dtype)
     dzero_point = tl.zeros([ROWS, COLS], dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * ROWS + row
         here = (at < outer) & (col < width)
         at = at * width + col
@@ -327,6 +330,7 @@ def learnable_columns_kernel(
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
+        step += 1
     out = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     at = tl.program_id(1).to(tl.int64) * width + out
     tl.store(dscale_ptr + at, tl.sum(dscale, 0), mask=out < width)
@@ -342,12 +346,14 @@ def learnable_join_kernel(
     channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     dscale = tl.zeros([CHANNELS, PARTS], tl.float64)
     dzero_point = tl.zeros([CHANNELS, PARTS], tl.float64)
-    for first in range(0, outer * inner, PARTS):
+    first = 0
+    while first < outer * inner:
         part = first + tl.arange(0, PARTS)[None, :]
         at = ((part // inner).to(tl.int64) * period + channel[:, None]) * inner + part % inner
         here = (part < outer * inner) & (channel[:, None] < period)
         dscale += tl.load(dscale_ptr + at, mask=here, other=0.0).to(tl.float64)
         dzero_point += tl.load(dzero_point_ptr + at, mask=here, other=0.0).to(tl.float64)
+        first += PARTS
     grad_factor = tl.cast(factor, tl.float64) + tl.cast(factor_rest, tl.float64)
     dtype: tl.constexpr = out_scale_ptr.dtype.element_ty
     here = channel < period
@@ -528,10 +534,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
     numel = x.numel()
     if numel == 0:
         return
-    block = configs.pointwise(numel)
-    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point, block)
+    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        quantize_kernel, (triton.cdiv(numel, block),), x, q, scale, zero_point, float(quant_min), float(quant_max),
+        quantize_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, q, scale, zero_point, float(quant_min), float(quant_max),
         numel, view, **constexprs,
     )  # fmt: skip
 

@@ -11,7 +11,6 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
-NAN: tl.constexpr = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def reciprocal(x):
 @triton.jit
 def effective_scale(scale):
     """A scale below the smallest normal fp32 acts as that value; a negative or NaN one is NaN."""
-    return tl.where(scale >= TINY, scale, tl.where(scale >= 0, TINY, NAN).to(scale.dtype))
+    return tl.where(scale >= TINY, scale, tl.where(scale >= 0, TINY, float("nan")).to(scale.dtype))
 
 
 @triton.jit

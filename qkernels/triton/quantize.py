@@ -57,9 +57,18 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
     q, y = dense_and_like(q, dtype)
     numel = q.numel()
     if numel:
-        block = configs.pointwise(numel)
-        scale, zero_point, view, constexprs = pointwise_arguments(q, scale, zero_point, block)
-        launch(dequantize_kernel, (triton.cdiv(numel, block),), q, y, scale, zero_point, numel, view, **constexprs)
+        scale, zero_point, view, constexprs = pointwise_arguments(q, scale, zero_point)
+        launch(
+            dequantize_kernel,
+            (triton.cdiv(numel, constexprs["BLOCK"]),),
+            q,
+            y,
+            scale,
+            zero_point,
+            numel,
+            view,
+            **constexprs,
+        )
     return y
 
 

@@ -44,12 +44,14 @@ def range_rows_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     low = tl.full([ROWS, COLS], INF, dtype)
     high = tl.full([ROWS, COLS], -INF, dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * COLS + col
         here = (run < runs) & (at < inner)
         x = widen(tl.load(x_ptr + run * inner + at, mask=here))
         low = tl.minimum(low, tl.where(here, x, INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.where(here, x, -INF), propagate_nan=tl.PropagateNan.ALL)
+        step += 1
     out = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = out * pieces + tl.program_id(1)
     tl.store(low_ptr + at, lowest(low, 1), mask=out < runs)
@@ -68,12 +70,14 @@ def range_columns_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     low = tl.full([ROWS, COLS], INF, dtype)
     high = tl.full([ROWS, COLS], -INF, dtype)
-    for step in range(0, steps):
+    step = 0
+    while step < steps:
         at = first + step * ROWS + row
         here = (at < outer) & (col < width)
         x = widen(tl.load(x_ptr + at * width + col, mask=here))
         low = tl.minimum(low, tl.where(here, x, INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.where(here, x, -INF), propagate_nan=tl.PropagateNan.ALL)
+        step += 1
     out = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     at = tl.program_id(1).to(tl.int64) * width + out
     tl.store(low_ptr + at, lowest(low, 0), mask=out < width)
@@ -114,12 +118,14 @@ def join_ranges(low_ptr, high_ptr, channel, outer, period, inner, CHANNELS: tl.c
     dtype: tl.constexpr = low_ptr.dtype.element_ty
     low = tl.full([CHANNELS, PARTS], INF, dtype)
     high = tl.full([CHANNELS, PARTS], -INF, dtype)
-    for first in range(0, outer * inner, PARTS):
+    first = 0
+    while first < outer * inner:
         part = first + tl.arange(0, PARTS)[None, :]
         at = ((part // inner).to(tl.int64) * period + channel[:, None]) * inner + part % inner
         here = (part < outer * inner) & (channel[:, None] < period)
         low = tl.minimum(low, tl.load(low_ptr + at, mask=here, other=INF), propagate_nan=tl.PropagateNan.ALL)
         high = tl.maximum(high, tl.load(high_ptr + at, mask=here, other=-INF), propagate_nan=tl.PropagateNan.ALL)
+        first += PARTS
     return lowest(low, 1), highest(high, 1)
 
 
