@@ -148,7 +148,7 @@ def backward_kernel(
     CLIPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """A tile of groups, or of a piece of one group."""
-    pieces = (group_size + BLOCK_SIZE - 1) // BLOCK_SIZE
+    pieces = (group_size - 1) // BLOCK_SIZE + 1  # group_size may be the last int32
     program = tl.program_id(0).to(tl.int64)
     group = program // pieces * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
     at = program % pieces * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
