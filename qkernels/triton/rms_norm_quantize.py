@@ -7,6 +7,8 @@ order of summation on every GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from .launch import launch
 from .numerics import divide, is_inside, narrow, reciprocal, rint, widen
 
 
-def unsupported(op: str, *args: object) -> str | None:
+def unsupported(op: str, *args: Any) -> str | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.dtype == torch.float64 for t in tensors):
         return "takes torch.float32, torch.float16 and torch.bfloat16, got torch.float64"
@@ -293,4 +295,6 @@ def rms_norm_fake_quantize_dynamic_backward(
             grid = (programs, triton.cdiv(length, block))
             sizes = (rows, length, groups, group_size, share)
             launch(long_weight_kernel, grid, *before, partial, *bounds, *sizes, BLOCK=block, **config)
-    return dx, rstd.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
+    if weight is None or partial is None:
+        return dx, rstd.new_empty(0)
+    return dx, partial.sum(0).to(weight.dtype)

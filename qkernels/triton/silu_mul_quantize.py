@@ -5,6 +5,8 @@ Groups of up to 16384 elements stay in registers; longer ones are read and compu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ C3: tl.constexpr = tl.constexpr(EXP.coefficients[3])
 C2: tl.constexpr = tl.constexpr(EXP.coefficients[4])
 
 
-def unsupported(op: str, *args: object) -> str | None:
+def unsupported(op: str, *args: Any) -> str | None:
     if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
         return "takes torch.float32, torch.float16 and torch.bfloat16, got torch.float64"
     if op == "silu_mul_fake_quantize_dynamic_backward":
