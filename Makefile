@@ -7,7 +7,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,fake_quantize quantize int8_gemm int8_conv2d))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
-.PHONY: build demo test pytest lint asan bench clean
+.PHONY: build demo test pytest lint asan bench gpu clean
 
 build: $(VENV)/built
 
@@ -36,6 +36,10 @@ asan: $(VENV)/dev
 
 bench: $(VENV)/built $(VENV)/bench
 	$(PYTHON) -m qkernels bench
+
+# On a machine with a GPU, with the torch that its own python3 has: no set-up, no network, below ten minutes.
+gpu:
+	@$(or $(GPU_PYTHON),python3) bench/gpu/run.py $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf build $(VENV) *.egg-info qkernels/*.so

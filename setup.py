@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10: one binary for it and all later torch
 BUILD_ID = "csrc/build_id.cpp"  # the one file that is told what all of csrc was, so that the others need no recompile
-SOURCES = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".h"))
+SOURCES = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
 
 
 def say(text: str) -> None:
@@ -41,14 +45,7 @@ class BuildInParallel(build_ext):
             library = Path(self.get_ext_fullpath(extension.name))
             library.unlink(missing_ok=True)
             try:
-                self.compiler.link_shared_object(
-                    [future.result() for future in futures],
-                    str(library),
-                    libraries=extension.libraries,
-                    library_dirs=extension.library_dirs,
-                    build_temp=self.build_temp,
-                    target_lang="c++",
-                )
+                self.link(extension, [future.result() for future in futures], str(library))
             except (CompileError, LinkError) as error:
                 if not extension.optional:
                     raise
@@ -57,22 +54,128 @@ class BuildInParallel(build_ext):
                     "`python -m qkernels info` gives the command that compiles it."
                 )
 
+    def link(self, extension: Extension, objects: list[str], library: str) -> None:
+        if extension.name == CUDA:  # by nvcc, which knows where its own runtime library lies
+            Path(library).parent.mkdir(parents=True, exist_ok=True)
+            named = [*(f"-L{path}" for path in extension.library_dirs), *(f"-l{name}" for name in extension.libraries)]
+            run([nvcc(), "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", "-o", library, *objects, *named])
+            return
+        self.compiler.link_shared_object(
+            objects,
+            library,
+            libraries=extension.libraries,
+            library_dirs=extension.library_dirs,
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
     def compile(self, extension: Extension, source: str) -> str:
         flags = [*extension.extra_compile_args, *(f"-D{name}={value}" for name, value in extension.define_macros)]
         if source == BUILD_ID:
             everything = digest(*(path.read_bytes() for path in SOURCES))
-            flags.append(f'-DQKERNELS_BUILD_ID="{self.distribution.get_version()}+{everything}"')
-        headers = [path.read_bytes() for path in SOURCES if path.suffix == ".h"]
-        compiler = repr((self.compiler.compiler_so_cxx, extension.include_dirs, flags)).encode()
-        folder = Path(self.build_temp, digest(Path(source).read_bytes(), *headers, compiler))
+            flags = [f'-DQKERNELS_BUILD_ID="{self.distribution.get_version()}+{everything}"']
+        is_cuda = source.endswith(".cu")
+        headers = [path.read_bytes() for path in SOURCES if path.suffix in ((".h", ".cuh") if is_cuda else (".h",))]
+        if is_cuda:
+            flags += [f"-I{path}" for path in extension.include_dirs]
+        compiler = repr(
+            (
+                extension.name,
+                nvcc_version() if is_cuda else self.compiler.compiler_so_cxx,
+                extension.include_dirs,
+                flags,
+            )
+        )
+        folder = Path(self.build_temp, digest(Path(source).read_bytes(), *headers, compiler.encode()))
         built = folder / Path(source).with_suffix(".o")
-        if not built.exists():
+        if built.exists():
+            return str(built)
+        if is_cuda:
+            built.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = built.with_suffix(".part")
+            run([nvcc(), "-c", source, "-o", str(unfinished), *flags])
+            unfinished.rename(built)
+        else:
             self.compiler.compile([source], str(folder), include_dirs=extension.include_dirs, extra_postargs=flags)
         return str(built)
 
 
+CUDA = "qkernels._cuda"
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"{' '.join(command[:4])} … failed:\n{done.stdout}{done.stderr}")
+
+
+def nvcc() -> str:
+    """The CUDA compiler: of CUDA_HOME, else on PATH, else where toolkits install themselves; empty: there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin"))) or ""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin") or ""
+
+
+def nvcc_version() -> str:
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def gencode(arches: str) -> list[str]:
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;12.0+PTX"."""
+    flags = []
+    for arch in re.split("[; ]+", arches.strip("; ")):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None or int(found[1]) < 8:
+            sys.exit(f"qkernels: TORCH_CUDA_ARCH_LIST: got {arch!r}; accepted: 8.0 and later, such as {DEFAULT_ARCHES}")
+        number = found[1] + found[2] + found[3]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extension | None:
+    wanted = os.environ.get("QKERNELS_BUILD", "auto")
+    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
+        return None
+    if not nvcc():
+        missing = "no nvcc in CUDA_HOME/bin, PATH or /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
+        if wanted == "cuda" and not optional:
+            sys.exit(f"qkernels: {missing}")
+        say(f"{missing}; building without the CUDA kernels")
+        return None
+    arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+    return Extension(
+        CUDA,
+        sources=[*sorted(str(path) for path in Path("csrc/cuda").glob("*.cu")), BUILD_ID],
+        include_dirs=["csrc", str(torch_root / "include")],
+        library_dirs=[str(torch_root / "lib")],
+        # Without libtorch_cuda the library links with symbols missing: enough to check it where there is no GPU.
+        libraries=["torch_cpu", "c10", *(["torch_cuda"] if has_cuda else [])],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            ("USE_CUDA", "1"),
+            ("NDEBUG", "1"),
+            ("QKERNELS_CUDA_ARCHES", f'"{arches}"'),
+        ],
+        # No contraction to FMA: it would move ties and so the bits of the result.
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *gencode(arches),
+        ],
+        py_limited_api=True,
+        optional=optional,
+    )
+
+
 def extensions() -> list[Extension]:
-    if os.environ.get("QKERNELS_BUILD", "auto") == "none":
+    if (wanted := os.environ.get("QKERNELS_BUILD", "auto")) not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"qkernels: QKERNELS_BUILD: got {wanted!r}; accepted: auto, cpu, cuda, none")
+    if wanted == "none":
         return []
     try:
         import torch
@@ -99,7 +202,7 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "qkernels._cpu",
         sources=[*sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")), BUILD_ID],
-        include_dirs=[str(torch_root / "include")],
+        include_dirs=["csrc", str(torch_root / "include")],
         library_dirs=[str(torch_root / "lib")],
         libraries=["torch_cpu", "c10"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
@@ -115,7 +218,8 @@ def extensions() -> list[Extension]:
         extra_compile_args=["-O1", *flags],
         optional=optional,
     )
-    return [cpu, host]
+    cuda = cuda_extension(torch_root, torch.version.cuda is not None, optional)
+    return [cpu, host, *([cuda] if cuda is not None else [])]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildInParallel})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gpu.summary import table as gpu_table
+
 
 def main() -> None:
     for device in sorted((Path(__file__).parent / "results").iterdir()):
@@ -12,6 +14,9 @@ def main() -> None:
         for op, path in newest.items():
             result = json.loads(path.read_text())
             machine = result["machine"]
+            if "gpu" in machine:
+                print(f"\n**{op}** on {gpu_table(result)}")
+                continue
             where = f"{machine['cpu']}, {machine['cores']} cores, {machine['path']}, torch {machine['torch']}"
             print(f"\n**{op}** on {where}, {machine['date']}. Times as long as qkernels:\n")
             print("| case | threads | qkernels | others |\n|---|---|---|---|")

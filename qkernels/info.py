@@ -25,7 +25,7 @@ def cpu_model() -> str:
 
 def versions() -> dict[str, str]:
     found = importlib.util.find_spec("triton")
-    triton = "not installed; no kernel of this version needs it"
+    triton = "not installed; its kernels need: pip install triton"
     if found is not None:
         import triton as module
 
@@ -41,9 +41,16 @@ def versions() -> dict[str, str]:
     }
 
 
+def cuda_kernels() -> str:
+    if missing := library.cuda_missing():
+        return f"no: {missing}"
+    file = library.module_file("_cuda")
+    return f"CUDA kernels for {library.arches_of(file)}" if file else "yes"
+
+
 def compiled() -> dict[str, str]:
     if library.host is None:
-        return {"compiled": f"no: {library.cpu_missing}"}
+        return {"compiled": f"no: {library.cpu_missing}", "cuda": cuda_kernels()}
     build = library.host.build_info()
     names = library.host.isa_names()
     paths = names[: names.index(library.host.supported_isa()) + 1]
@@ -52,6 +59,7 @@ def compiled() -> dict[str, str]:
         "compiled": f"CPU kernels by {build['compiler']} for torch >= {build['torch_target']} (with {build['torch']})",
         "cpu paths": f"{', '.join(paths)}; active: {library.host.active_isa()}"
         + (f" (capped by QKERNELS_CPU_ISA={cap})" if cap else ""),
+        "cuda": cuda_kernels(),
     }
 
 

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def _version_of_torch() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def build_command() -> str:
+def build_command(environment: str = "") -> str:
     """The one command that compiles the kernels for the package as it is installed here."""
     checkout = Path(__file__).parent.parent
     source = "--no-binary qkernels qkernels"
@@ -57,11 +58,12 @@ def build_command() -> str:
     # Without --no-cache-dir pip would serve a pure-Python wheel that it built and kept earlier.
     return (
         'pip install "setuptools>=77" && '
-        f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {source}"
+        f"{environment}{' ' * bool(environment)}pip install --no-build-isolation --no-deps --force-reinstall "
+        f"--no-cache-dir {source}"
     )
 
 
-def _module_file(name: str) -> Path | None:
+def module_file(name: str) -> Path | None:
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     return next((path for suffix in suffixes if (path := Path(__file__).with_name(name + suffix)).exists()), None)
 
@@ -88,7 +90,7 @@ def _fault_of(module: Path) -> str | None:
 
 def _digest_of(csrc: Path) -> str:
     """As setup.py's: what a library must have been built from to belong to this checkout."""
-    files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h"))
+    files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -99,7 +101,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"torch {torch.__version__} is too old for the C++ kernels, which need torch >= "
             f"{'.'.join(map(str, TORCH_MINIMUM))}; upgrade with: pip install -U torch"
         )
-    host_file, cpu_file = _module_file("_host"), _module_file("_cpu")
+    host_file, cpu_file = module_file("_host"), module_file("_cpu")
     if host_file is None or cpu_file is None:
         return None, Mendable(f"the C++ kernels are not built; build them with: {build_command()}")
     try:
@@ -116,10 +118,82 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _host, None
 
 
+# The device of the CUDA kernels and its dispatch key. Tests run these kernels on an emulator, and say so here.
+gpu, GPU_KEY = "cuda", "CUDA"
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; why they are not there (None: they are)."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if _version_of_torch() < TORCH_MINIMUM:
+        return cpu_missing
+    file = module_file("_cuda")
+    if file is None:
+        return Mendable(f"the CUDA kernels are not built; build them with: {build_command('QKERNELS_BUILD=cuda')}")
+    try:
+        if fault := _fault_of(file):
+            raise OSError(fault)
+        arches = arches_of(file)
+        for index in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(index)
+            if not holds(arches, capability):
+                own = f"{capability[0]}.{capability[1]}"
+                environment = f'QKERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="{own}"'
+                name = torch.cuda.get_device_name(index)
+                return Mendable(
+                    f"the CUDA kernels are built for {arches} and not for {own}, which {name} is; build them with: "
+                    f"{build_command(environment)}"
+                )
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        command = build_command("QKERNELS_BUILD=cuda")
+        return Mendable(f"the CUDA kernels cannot be loaded ({first_line}); rebuild them with: {command}")
+    for op in {kernel.op for kernel in registry.kernels() if kernel.name == "cuda"}:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", GPU_KEY):
+            command = build_command("QKERNELS_BUILD=cuda")
+            _op_missing_cuda[op] = Mendable(f"the CUDA kernels hold no {op}; rebuild them with: {command}")
+    return None
+
+
+def arches_of(cuda_library: Path) -> str:
+    """The architectures that a CUDA library was compiled for, as in TORCH_CUDA_ARCH_LIST."""
+    found = re.search(rb"qkernels-cuda-arches:([^\0]*)", cuda_library.read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
+def holds(arches: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``arches`` ("8.0;9.0a;12.0+PTX") runs on a GPU of this compute capability."""
+    for arch in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", arches):
+        built = int(arch[0]), int(arch[1])
+        if arch[2] == "a":  # code for one architecture and no other
+            fits = built == capability
+        else:
+            fits = built[0] == capability[0] and built <= capability
+        if fits or (arch[3] and not arch[2] and built <= capability):
+            return True
+    return False
+
+
+_cuda_lock = threading.Lock()
+_cuda_state: list[str | None] = []  # empty until the first CUDA tensor, then why the kernels are missing
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels are not there (None: they are). Loads them at the first call."""
+    if not _cuda_state:
+        with _cuda_lock:
+            if not _cuda_state:
+                _cuda_state.append(_load_cuda())
+    return _cuda_state[0]
+
+
 # Ops are defined before their kernels are loaded: see load().
 host: ModuleType | None = None
 cpu_missing: str | None = Mendable("the C++ kernels are not loaded yet")
 _op_missing: dict[str, str] = {}
+_op_missing_cuda: dict[str, str] = {}
 
 
 def load() -> None:
@@ -148,23 +222,31 @@ def define(
     fake: Callable[..., Any],
     *,
     cpu: Sequence[str] = (),
+    cuda: bool = False,
     triton: bool = False,
 ) -> Any:
     """Defines ``qkernels::op`` and returns it.
 
     ``reference`` becomes the kernel of every device that has none better; ``fake`` gives the outputs' metadata,
-    strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first; ``triton`` says that
-    qkernels/triton has a function of the op's name (a dot is an underscore there) in the module of the reference's name.
+    strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first; ``cuda`` says that
+    csrc/cuda holds it; ``triton`` says that qkernels/triton has a function of the op's name (a dot is an underscore
+    there) in the module of the reference's name.
     """
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, schema)
     torch.library.register_fake(name, fake)
     for isa in cpu:
         registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
+    if cuda:
+        registry.register(op, "cuda", _dispatched(op), _cuda_unsupported(op))
     if triton:
         registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     torch.library.impl(name, "CompositeExplicitAutograd", _selected(op))
+    return _dispatched(op)
+
+
+def _dispatched(op: str) -> Any:
     packet, _, overload = op.partition(".")
     return getattr(getattr(torch.ops.qkernels, packet), overload or "default")
 
@@ -177,11 +259,9 @@ def _selected(op: str) -> Callable[..., Any]:
 
 
 def _pinned(op: str, isa: str) -> Callable[..., Any]:
-    packet, _, overload = op.partition(".")
-
     def call(*args: Any) -> Any:
         with _isa(isa):
-            return getattr(getattr(torch.ops.qkernels, packet), overload or "default")(*args)
+            return _dispatched(op)(*args)
 
     return call
 
@@ -199,6 +279,18 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
         if names.index(isa) > names.index(host.active_isa()):
             return f"the CPU path is capped at {host.active_isa()}"
         return None
+
+    return unsupported
+
+
+def _cuda_unsupported(op: str) -> Callable[..., str | None]:
+    def unsupported(*args: Any) -> str | None:
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.device.type != gpu:
+                return f"takes {gpu.upper()} tensors, got one on {arg.device}"
+        if not args and not torch.cuda.is_available() and gpu == "cuda":
+            return "torch sees no CUDA device"
+        return cuda_missing() or _op_missing_cuda.get(op)
 
     return unsupported
 
@@ -256,22 +348,29 @@ def _isa(name: str) -> Iterator[None]:
 
 
 _override: torch.library.Library | None = None
+_overridden: set[str] = set()  # the dispatch keys that it sends through the registry
 
 
 def _route() -> None:
-    """Sends calls through the registry while a kernel that is not in the dispatcher is forced, and back after."""
-    global _override
-    wanted = bool(registry.forced) and registry.forced[-1] is not None
-    if wanted and _override is None:
+    """Sends calls through the registry while a kernel is forced, and back after.
+
+    A forced CUDA kernel keeps its own key, where it is what torch's dispatcher calls.
+    """
+    global _override, _overridden
+    name = registry.forced[-1] if registry.forced else None
+    keys = set() if name is None else {"CPU", "CUDA"} - ({GPU_KEY} if name == "cuda" else set())
+    if keys == _overridden:
+        return
+    if _override is not None:
+        _override._destroy()
+    _override, _overridden = None, keys
+    if keys:
         _override = torch.library.Library(NAMESPACE, "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
             for op in {kernel.op for kernel in registry.kernels()}:
-                for key in ("CPU", "CUDA"):
+                for key in keys:
                     _override.impl(op, _selected(op), key, allow_override=True)
-    elif not wanted and _override is not None:
-        _override._destroy()
-        _override = None
 
 
 @contextlib.contextmanager
@@ -287,6 +386,8 @@ def use_kernel(name: str) -> Iterator[None]:
         raise ValueError(f"name: no kernel is named {name!r}; the kernels are {', '.join(sorted(names))}")
     # Compiled CPU kernels sit in the dispatcher already; the path inside them is all there is to choose.
     compiled = name.startswith("cpu_")
+    if name == "cuda" and (missing := cuda_missing()):
+        raise RuntimeError(f"use_kernel: cannot run cuda: {missing}")
     with _isa(name.removeprefix("cpu_")) if compiled else contextlib.nullcontext():
         registry.forced.append(None if compiled else name)
         _route()

@@ -32,6 +32,7 @@ GIVEN = {
     "rms_norm_fake_quantize_dynamic_forward": rms_norm_quantize.given_rstd,
     "rms_norm_quantize_dynamic": rms_norm_quantize.given_rstd_quantized,
 }
+CHANGES_ARGUMENTS = {"observe_fake_quantize"}
 
 
 @dataclass(frozen=True)
@@ -233,18 +234,36 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
 }
 
 
-def copies(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with their statistics copied, for an op that writes to them; strides as they were."""
-    return tuple(a.clone(memory_format=torch.preserve_format) if isinstance(a, Tensor) else a for a in args)
+def device_of(kernel: Kernel) -> str:
+    """Where a kernel is checked: the GPU for those that only run there."""
+    return "cuda" if kernel.name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def on(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of the arguments on ``device``, strides as they were."""
+
+    def copied(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=device).copy_(arg)
+        return [copied(part) for part in arg] if isinstance(arg, list) else arg
+
+    return tuple(copied(arg) for arg in args)
+
+
+def tensors_in(values: Any) -> tuple[Tensor, ...]:
+    """All tensors among values, which may be one tensor, or hold lists of them."""
+    if isinstance(values, Tensor):
+        return (values,)
+    return tuple(t for value in values if isinstance(value, Tensor | list | tuple) for t in tensors_in(value))
 
 
 def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a kernel returned, then all tensors it was given, as an op may change them."""
-    if kernel.op == "observe_fake_quantize":
-        args = copies(args)
-    result = kernel.fn(*args)
-    results = (result,) if isinstance(result, Tensor) else tuple(result)
-    return results + tuple(a for a in args if isinstance(a, Tensor))
+    """What a kernel returned, then all tensors it was given, as an op may change them; on the CPU."""
+    device = device_of(kernel)
+    if device != "cpu" or kernel.op in CHANGES_ARGUMENTS:
+        args = on(device, args)
+    outputs = tensors_in(kernel.fn(*args)) + tensors_in(args)
+    return outputs if device == "cpu" else on("cpu", outputs)
 
 
 def layout(t: Tensor) -> list[int]:
@@ -302,4 +321,5 @@ def run(quick: bool) -> Iterator[Outcome]:
         torch.manual_seed(0)
         for op in sorted({kernel.op for kernel in registry.kernels()}):
             able = [kernel for kernel in registry.kernels(op) if kernel.unsupported() is None]
-            yield from check_op(op, able[:1] if quick else able, quick)
+            best = {device_of(kernel): kernel for kernel in reversed(able)}
+            yield from check_op(op, list(best.values()) if quick else able, quick)

@@ -38,7 +38,15 @@ def kernels_of(op: str) -> list[str]:
     The path is that of the last compiled op that the test called. A test that must call other ops after it, or none,
     takes the name as a plain parameter (no ``indirect``) and enters ``qk.use_kernel(kernel)`` itself.
     """
-    return [name for name, reason in qk.which(op) if reason is None]
+    able = [name for name, reason in qk.which(op) if reason is None]
+    return [name for name in able if name != "cuda" or qk.library.gpu == "cpu"]  # the tests' tensors are on the CPU
+
+
+def assert_ran(kernel: str) -> None:
+    """That the last compiled op ran on the path that ``kernel`` names, where paths are recorded."""
+    host = qk.library.host
+    if host is not None and kernel.startswith("cpu_"):
+        assert host.last_isa() == kernel.removeprefix("cpu_")
 
 
 @pytest.fixture

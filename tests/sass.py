@@ -1,57 +1,81 @@
-"""What a compiled kernel uses, read from its cubin with NVIDIA's own tools."""
+"""What the compiler made of the CUDA kernels, read from a library or a cubin without a GPU: for the gates on them.
+
+python tests/sass.py qkernels/_cuda.abi3.so sm_90a      # one line per kernel
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-# Widths in bits of the loads that SASS names by suffix; without one it is 32.
-_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
-class Usage(NamedTuple):
-    registers: int
-    spills: int  # loads and stores of local memory in the code
-    local: int  # bytes per thread: stack frame and local memory
-    shared: int  # bytes per block, static
-    widest_load: int  # bits, of global memory
+@dataclass
+class Kernel:
+    """Resources and memory instructions of one kernel on one architecture; sizes in bytes."""
+
+    name: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    widths: dict[str, int] = field(default_factory=dict)  # widest access in bits by kind: LDG, STG, LDL, STL, …
+    fma: int = 0
+
+    @property
+    def spills(self) -> bool:
+        return self.stack > 0 or self.local > 0 or "LDL" in self.widths or "STL" in self.widths
 
 
-def tool(name: str) -> str:
-    """cuobjdump or nvdisasm: of the CUDA toolkit, or the copy in Triton."""
-    found = shutil.which(name)
-    if found is None:
+WIDTHS = {"128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
+
+
+def tool(name: str) -> str | None:
+    """cuobjdump from PATH, or the one that Triton's wheel brings."""
+    if found := shutil.which(name):
+        return found
+    try:
         import triton
+    except ImportError:
+        return None
+    packed = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(packed) if packed.exists() else None
 
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+def _cuobjdump(path: Path, arch: str, *options: str) -> str:
+    command = [tool("cuobjdump") or "cuobjdump", *options, "-arch", arch, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernels(path: Path, arch: str) -> dict[str, Kernel]:
+    """The kernels of a library for one architecture ("sm_90a"), by mangled name."""
+    found: dict[str, Kernel] = {}
+    for name, resources in re.findall(r"Function (\S+):\s*\n\s*(.*)", _cuobjdump(path, arch, "-res-usage")):
+        usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
+        found[name] = Kernel(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
+    for part in _cuobjdump(path, arch, "-sass").split("Function : ")[1:]:
+        kernel = found.setdefault(part.split(None, 1)[0], Kernel(part.split(None, 1)[0]))
+        for kind, modifiers in re.findall(r"\b(LDG|STG|LDL|STL|LDS|STS)((?:\.\w+)*) ", part):
+            parts = modifiers.split(".")
+            bits = next((width for part, width in WIDTHS.items() if part in parts), 32)
+            kernel.widths[kind] = max(kernel.widths.get(kind, 0), bits)
+        kernel.fma += len(re.findall(r"\bFFMA\b", part))
     return found
 
 
-def usage(cubin: Path) -> dict[str, Usage]:
-    """Usage by kernel name."""
+def short(name: str) -> str:
+    """A mangled name as a person would write it."""
+    shown = subprocess.run(["c++filt", name], capture_output=True, text=True, check=False).stdout.strip() or name
+    return re.sub(r"qkernels::|\(anonymous namespace\)::|\(.*", "", shown)
 
-    def run(*arguments: str) -> str:
-        return subprocess.run(
-            [tool("cuobjdump"), *arguments, str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
 
-    code = {}
-    for part in re.split(r"^\s*Function : ", run("-sass"), flags=re.MULTILINE)[1:]:
-        name, _, body = part.partition("\n")
-        code[name.strip()] = body
-    found = {}
-    pattern = r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    for name, registers, stack, shared, local in re.findall(pattern, run("-res-usage")):
-        body = code[name]
-        loads = [
-            max([_WIDTHS.get(part, 0) for part in suffixes.split(".")] or [0]) or 32
-            for suffixes in re.findall(r"\bLDG((?:\.\w+)*)", body)
-        ]
-        found[name] = Usage(
-            int(registers), len(re.findall(r"\b(?:LDL|STL)\b", body)), int(stack) + int(local), int(shared),
-            max(loads, default=0),
-        )  # fmt: skip
-    return found
+if __name__ == "__main__":
+    for kernel in kernels(Path(sys.argv[1]), sys.argv[2]).values():
+        widths = " ".join(f"{kind}.{bits}" for kind, bits in sorted(kernel.widths.items()))
+        print(
+            f"{short(kernel.name):<90} {kernel.registers:>3} registers, stack {kernel.stack}, local {kernel.local}, "
+            f"shared {kernel.shared}, {widths}"
+        )

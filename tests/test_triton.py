@@ -225,7 +225,7 @@ def test_gradients_through_the_public_function() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_scales_that_split_three_dims_are_refused_with_a_reason() -> None:
-    x, scale = torch.randn(4, 4, 4), torch.rand(2, 2, 2)
+def test_scales_of_too_many_factors_are_refused_with_a_reason() -> None:
+    x, scale = torch.randn(4, 4, 4, 4), torch.rand(2, 2, 2, 2)
     reason = dict(qk.which("fake_quantize_forward", moved(x), moved(scale), None, -8, 7))["triton"]
-    assert reason == "takes scales that split at most two dims into blocks, got [2, 2, 2] for [4, 4, 4]"
+    assert reason == "takes scales of at most six factors in memory order, got [2, 2, 2, 2] for [4, 4, 4, 4]"

@@ -23,18 +23,12 @@ struct TensorParams {
 struct ScalarParams {
   double scale;
   int64_t zero_point;
-  View view(const Tensor& x) const {
-    View view;
-    view.inner = x.numel();
-    return view;
-  }
+  View view(const Tensor& x) const { return {one_run(x), {}}; }
   template <typename T>
   Quantizer<T> make(const Tensor&, int64_t quant_min, int64_t quant_max) const {
     return quantizer<T>(scale, zero_point, quant_min, quant_max);
   }
 };
-
-Tensor empty_mask(int64_t numel) { return empty({(numel + 7) / 8}, ScalarType::Byte); }
 
 template <typename Params>
 void run_forward(const Tensor& x_any, const Params& params, int64_t quant_min, int64_t quant_max, const Tensor& y,
@@ -65,18 +59,9 @@ template <typename Params>
 std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const Params& params, int64_t quant_min,
                                              int64_t quant_max) {
   check_floating("x", x);
-  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel());
+  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
   run_forward(x, params, quant_min, quant_max, y, &mask);
   return {y, mask};
-}
-
-void check_grad(const Tensor& grad, const Tensor& x) {
-  check_cpu("grad", grad);
-  QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
-           "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
-  bool same = grad.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = grad.sizes()[i] == x.sizes()[i];
-  QK_CHECK(same, "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
 }
 
 template <typename Params>
@@ -136,10 +121,7 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
   check_floating("grad", grad_any);
   const Tensor grad = to_dense(grad_any);
   const int64_t numel = grad.numel();
-  QK_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-               mask.numel() == (numel + 7) / 8,
-           "mask: got ", dtype_name(mask.scalar_type()), " of shape ", shape_of(mask),
-           "; accepted: contiguous torch.uint8, one bit for each of grad's ", numel, " elements");
+  check_mask(mask, grad);
   Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type());
   if (numel == 0) return dx;
   const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -194,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   auto [scale, zero_point] = empty_qparams(x, group_size);
   const int64_t numel = x.numel();
-  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel);
+  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel, x);
   // Rows in one pass where they lie in order; else the ranges first, and y in x's own memory order after.
   const bool one_pass = group_size != 0 && x.is_contiguous();
   const Tensor rows = group_size == 0 ? to_dense(x) : to_contiguous(x);
@@ -217,9 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
   return {y, scale, zero_point, mask};
 }
 
-bool is_set(const char* name, const Tensor& flag) {
-  QK_CHECK(flag.is_cpu() && flag.numel() == 1, name, ": got shape ", shape_of(flag),
-           "; accepted: one element, on x's device");
+bool is_set(const Tensor& flag) {
   bool set = false;
   for_each_value<double>(flag, [&](int64_t, double value) { set = value != 0; });
   return set;
@@ -232,24 +212,13 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  int64_t quant_max, double symmetric_steps) {
   check_floating("x", x);
   check_range(quant_min, quant_max);
-  const std::pair<const char*, const Tensor*> stats[] = {
-      {"running_min", &running_min}, {"running_max", &running_max}, {"scale", &scale}};
-  for (const auto& [name, stat] : stats) {
-    check_param(name, *stat, x);
-    QK_CHECK(stat->scalar_type() == ScalarType::Float && stat->is_contiguous() && stat->numel() == scale.numel(), name,
-             ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
-             "; accepted: contiguous torch.float32 of one shape for all statistics");
-  }
-  const ScalarType zero_point_dtype = zero_point.scalar_type();
-  QK_CHECK((zero_point_dtype == ScalarType::Int || zero_point_dtype == ScalarType::Long) &&
-               zero_point.is_contiguous() && zero_point.numel() == scale.numel(),
-           "zero_point: got ", dtype_name(zero_point_dtype), " of shape ", shape_of(zero_point),
-           "; accepted: contiguous torch.int32 or torch.int64 of scale's shape ", shape_of(scale));
+  check_statistics(running_min, running_max, scale, zero_point, x);
+  check_flag("observer_on", observer_on, x);
+  check_flag("fake_quant_on", fake_quant_on, x);
   const Tensor dense = to_dense(x);
   const int64_t channels = scale.numel(), numel = x.numel();
-  if (is_set("observer_on", observer_on) && numel) {
-    const QparamsRule rule{
-        quant_min, quant_max, symmetric_steps != 0, symmetric_steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
+  if (is_set(observer_on) && numel) {
+    const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
     const View view = view_of(dense, scale);
     std::vector<float> low(channels), high(channels);
     dispatch_floating("x", dense, [&](auto tag) {
@@ -273,16 +242,15 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
       max_stat[c] = average(max_stat[c], high[c]);
       const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
       scales[c] = chosen.scale;
-      if (zero_point_dtype == ScalarType::Int) {
+      if (zero_point.scalar_type() == ScalarType::Int) {
         static_cast<int32_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int32_t>(chosen.zero_point);
       } else {
         static_cast<int64_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int64_t>(chosen.zero_point);
       }
     }
   }
-  if (is_set("fake_quant_on", fake_quant_on))
-    return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
-  Tensor y = empty_dense_like(x), mask = empty_mask(numel);
+  if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
+  Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);
   torch::stable::copy_(y, x);
   std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());
   return {y, mask};

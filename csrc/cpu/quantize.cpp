@@ -4,23 +4,10 @@
 #define QK_BODY "quantize_kernels.h"
 #include "foreach_isa.h"
 
-#include <limits>
-
 #include "dynamic.h"
 
 namespace qkernels {
 namespace {
-
-// Calls f with a value of the integer type that a tensor of codes holds.
-template <typename F>
-void dispatch_integer(const char* name, ScalarType dtype, F f) {
-  switch (dtype) {
-    case ScalarType::Char: return f(int8_t{});
-    case ScalarType::Byte: return f(uint8_t{});
-    case ScalarType::Int: return f(int32_t{});
-    default: fail(name, ": got ", dtype_name(dtype), "; accepted: torch.int8, torch.uint8, torch.int32");
-  }
-}
 
 Tensor quantize(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
                 int64_t quant_max, ScalarType dtype) {
@@ -30,10 +17,7 @@ Tensor quantize(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> 
   Tensor q;
   dispatch_integer("dtype", dtype, [&](auto code) {
     using I = decltype(code);
-    using Limits = std::numeric_limits<I>;
-    QK_CHECK(Limits::min() <= quant_min && quant_max <= Limits::max(), "quant_min, quant_max: got ", quant_min, ", ",
-             quant_max, "; accepted: what ", dtype_name(dtype), " holds, ", int64_t{Limits::min()}, " to ",
-             int64_t{Limits::max()});
+    check_codes_hold<I>(dtype, quant_min, quant_max);
     q = empty_strided(x.sizes(), x.strides(), dtype);
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);

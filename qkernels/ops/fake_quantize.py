@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as reference
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
 
 def _mask_like(x: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def _scalar(fn: Any) -> Any:
     def call(*args: Any) -> Any:
         *tensors, scale, zero_point, quant_min, quant_max = args
         x = tensors[-1]
-        scale = torch.tensor(scale, dtype=reference.compute_dtype(x), device=x.device)
-        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
+        scale = torch.full((), scale, dtype=reference.compute_dtype(x), device=x.device)
+        zero_point = torch.full((), zero_point, dtype=torch.int32, device=x.device)
         return fn(*tensors, scale, zero_point, quant_min, quant_max)
 
     return call
@@ -294,7 +294,7 @@ def fake_quantize(
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
     if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)  # no copy from the host
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
             return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)

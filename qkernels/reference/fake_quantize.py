@@ -102,7 +102,8 @@ def qparams(
     """scale, 1/scale and zero point in the compute dtype, expanded to x.
 
     A scale below the smallest normal fp32 acts as that value; a negative or NaN one gives NaN. A float zero point is
-    rounded half to even and clamped into the range, forward and backward alike.
+    rounded half to even and clamped into the range, forward and backward alike; an integer one outside it, which
+    ``check`` cannot see on a GPU, gives NaN.
     """
     dtype = compute_dtype(x)
     s = expand(scale.detach(), x).to(dtype)
@@ -113,6 +114,8 @@ def qparams(
         z = expand(zero_point.detach(), x).to(dtype)
         if zero_point.is_floating_point():
             z = z.round().clamp(quant_min, quant_max)
+        else:
+            z = torch.where((z < quant_min) | (z > quant_max), torch.nan, z)
     return s, 1 / s, z
 
 
@@ -258,7 +261,7 @@ def pack_mask(inside: Tensor, like: Tensor) -> Tensor:
     """One bit per element in the storage order of ``like``, low bit first."""
     flat = storage_flat(torch.empty_like(like, dtype=torch.bool).copy_(inside))
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)  # made there: a list would be copied, a sync
     return (bits * weights).sum(1, dtype=torch.uint8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
@@ -10,13 +11,17 @@ from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 def block(granularity: Granularity, numel: int) -> int:
     """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
     inner = granularity.view.inner
-    tiles = 8 <= inner and inner & (inner - 1) == 0
+    tiles = inner >= 8 and inner & (inner - 1) == 0
     short = granularity.channels > 1 and inner < 2048 and not tiles
     return 1024 if short or numel < 1 << 18 else 2048
 
 
-def walk(granularity: Granularity, block: int) -> dict[str, Any]:
-    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters."""
+@functools.lru_cache(4096)
+def walk(granularity: Granularity, block: int, zero_point: int) -> dict[str, Any]:
+    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters.
+
+    ``zero_point``: 0 none, 1 one for each scale, 2 one for all. Not to be changed by the caller.
+    """
     view = granularity.view
     mode, inner = SHORT, 1
     if granularity.channels == 1:
@@ -28,11 +33,13 @@ def walk(granularity: Granularity, block: int) -> dict[str, Any]:
     elif view.inner >= block:
         mode = LONG
     wrap = 0 if view.period == granularity.runs else 1 if view.period >= block else 2
-    return {"MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap, "BLOCK": block, "INNER": inner}
+    kinds = {"ZERO_POINT": zero_point, "MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap}
+    return {**kinds, "BLOCK": block, "INNER": inner}
 
 
+@functools.cache
 def by_numbers(block: int) -> dict[str, Any]:
-    return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
+    return {"ZERO_POINT": 0, "MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
 
 
 class Cut(NamedTuple):
@@ -68,6 +75,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(4096)
 def cut(granularity: Granularity, numel: int) -> Cut:
     """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
     view, runs = granularity.view, granularity.runs
@@ -97,9 +105,9 @@ def join(outer: int, period: int, inner: int) -> dict[str, int]:
     return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts}
 
 
-def rows_in_registers(rows: int, length: int) -> dict[str, int]:
-    """Tile of the kernels that keep whole rows."""
-    cols = power_of_two(length)
+def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
+    """Tile of the kernels that keep whole rows, of at least ``least`` elements."""
+    cols = max(power_of_two(length), least)
     return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
 
 

@@ -6,6 +6,8 @@ partial results [outer, period, inner] (see ``Cut``), and a second kernel joins 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -91,8 +93,8 @@ def range_partials(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[i
     partial = torch.empty(2, cut.outer * cut.period * cut.inner, dtype=dtype, device=x.device)
     low, high = partial.unbind()
     if cut.columns:
-        sizes = (cut.height, cut.width, cut.steps)
-        launch(range_columns_kernel, cut.grid, x, low, high, *sizes, ROWS=cut.rows, COLS=cut.cols)
+        tile = {"ROWS": cut.rows, "COLS": cut.cols}
+        launch(range_columns_kernel, cut.grid, x, low, high, cut.height, cut.width, cut.steps, **tile)
     else:
         sizes = (granularity.runs, cut.length, cut.inner, cut.steps)
         launch(range_rows_kernel, cut.grid, x, low, high, *sizes, ROWS=cut.rows, COLS=cut.cols)
@@ -104,9 +106,10 @@ def regroup(partial: Tensor, cut: Cut, granularity: Granularity, join) -> tuple[
     if granularity.digits == 1:
         return partial, (cut.outer, cut.period, cut.inner)
     view: View = granularity.view
-    sizes = (cut.outer, cut.period // (view.size1 * view.size2), view.size1, view.size2, cut.inner)
-    strides = (0, view.stride0, view.stride1, view.stride2, 0)
-    joined = join(partial.view(2, *sizes), [dim for dim in range(5) if strides[dim] == 0])
+    digits = [view.size1, view.size2, view.size3, view.size4, view.size5]
+    sizes = (cut.outer, cut.period // math.prod(digits), *digits, cut.inner)
+    strides = (0, view.stride0, view.stride1, view.stride2, view.stride3, view.stride4, view.stride5, 0)
+    joined = join(partial.view(2, *sizes), [dim for dim in range(8) if strides[dim] == 0])
     kept = sorted((stride for stride in strides if stride), reverse=True)
     order = [[stride for stride in strides if stride].index(stride) + 1 for stride in kept]
     return joined.permute(0, *order).reshape(2, -1), (1, granularity.channels, 1)

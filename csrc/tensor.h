@@ -1,5 +1,5 @@
-// The thin place where CPU kernels meet torch: argument checks, allocation and memory layout. Kernels below take raw
-// pointers. Errors are thrown before any parallel region, where their text would be lost.
+// The thin place where kernels meet torch, on any device: argument checks, allocation and memory layout. Kernels below
+// take raw pointers. Errors are thrown before any parallel region, where their text would be lost.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -63,6 +63,37 @@ inline bool is_floating(ScalarType dtype) {
          dtype == ScalarType::BFloat16;
 }
 
+struct Device {
+  int32_t type, index;
+  bool operator==(Device other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(const Tensor& t) {
+  Device device{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+inline std::string device_name(Device device) {
+  std::ostringstream text;
+  if (device.type == aoti_torch_device_type_cpu()) {
+    text << "cpu";
+  } else if (device.type == aoti_torch_device_type_cuda()) {
+    text << "cuda";
+  } else {
+    text << "device type " << device.type;
+  }
+  if (device.index >= 0) text << ':' << device.index;
+  return text.str();
+}
+
+inline void check_device(const char* name, const Tensor& t, const Tensor& x) {
+  const Device got = device_of(t), accepted = device_of(x);
+  if (got == accepted) return;
+  fail(name, ": got a tensor on ", device_name(got), "; accepted: x's device, ", device_name(accepted));
+}
+
 inline void check_cpu(const char* name, const Tensor& t) {
   QK_CHECK(t.is_cpu(), name, ": got a tensor on another device than the first argument's; accepted: a CPU tensor");
 }
@@ -73,23 +104,25 @@ inline void check_floating(const char* name, const Tensor& t) {
 }
 
 // A third of the price of torch::stable::empty, which goes through the dispatcher.
-inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
+                            Device device = {aoti_torch_device_type_cpu(), 0}) {
   AtenTensorHandle handle = nullptr;
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), shim_dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+                                                         strides.data(), shim_dtype, device.type,
+                                                         std::max(device.index, 0), &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype,
+                    Device device = {aoti_torch_device_type_cpu(), 0}) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, dtype);
+  return empty_strided({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, dtype, device);
 }
 
 inline std::vector<int64_t> to_vector(IntHeaderOnlyArrayRef ref) { return {ref.data(), ref.data() + ref.size()}; }
@@ -125,15 +158,15 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 
 // As torch.empty_like: the strides of a dense tensor, else those of its dense counterpart.
 inline Tensor empty_dense_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
-  if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()));
+  if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()), device_of(t));
   const Tensor dense = torch::stable::empty_like(t);
-  return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype) : dense;
+  return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype, device_of(t)) : dense;
 }
 
 // `t` itself where it is laid out as `like` (a dense tensor of the same shape), else a copy that is.
 inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   if (same_layout(t, like)) return t;
-  Tensor copy = empty_strided(like.sizes(), like.strides(), t.scalar_type());
+  Tensor copy = empty_strided(like.sizes(), like.strides(), t.scalar_type(), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -142,7 +175,7 @@ inline Tensor to_dense(const Tensor& t) { return is_dense(t) ? t : in_layout_of(
 
 inline Tensor to_contiguous(const Tensor& t) {
   if (t.is_contiguous()) return t;
-  Tensor copy = empty(to_vector(t.sizes()), t.scalar_type());
+  Tensor copy = empty(to_vector(t.sizes()), t.scalar_type(), device_of(t));
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -1,0 +1,332 @@
+// The one place that knows the GPU: instructions, launches, streams. Kernels take raw pointers and 64-bit offsets.
+// Without __CUDA_ARCH__ (the host pass, and the tests' emulator) each instruction is its meaning in plain C++.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <atomic>
+
+#include "view.h"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "these kernels need compute capability 8.0 or later"
+#endif
+
+namespace qkernels {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kUnroll = 4;  // vectors that each thread loads before it uses the first: 64 bytes in flight
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename S>
+constexpr int kVector = 16 / static_cast<int>(sizeof(S));  // elements of a 16-byte access
+
+template <typename T, int N>
+struct Vec {
+  T v[N];
+};
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+
+// Whole vectors, from and to addresses that are multiples of their size (of 16 bytes where they are larger).
+template <int N, typename T>
+__device__ __forceinline__ Vec<T, N> load_vector(const T* p) {
+  constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
+  using W = typename Word<kWord>::type;
+  W words[kBytes / kWord];
+#pragma unroll
+  for (int i = 0; i < kBytes / kWord; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
+  Vec<T, N> out;
+  memcpy(&out, words, sizeof out);
+  return out;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_vector(T* p, const Vec<T, N>& value) {
+  constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
+  using W = typename Word<kWord>::type;
+  W words[kBytes / kWord];
+  memcpy(words, &value, sizeof value);
+#pragma unroll
+  for (int i = 0; i < kBytes / kWord; ++i) reinterpret_cast<W*>(p)[i] = words[i];
+}
+
+// Elements [first, last) of a vector, one by one: at ragged ends and misaligned addresses. The others read as 0.
+template <int N, typename T>
+__device__ __forceinline__ Vec<T, N> load_some(const T* p, int first, int last) {
+  Vec<T, N> out;
+#pragma unroll
+  for (int k = 0; k < N; ++k) out.v[k] = k >= first && k < last ? p[k] : T{};
+  return out;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_some(T* p, const Vec<T, N>& value, int first, int last) {
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    if (k >= first && k < last) p[k] = value.v[k];
+}
+
+template <typename T, int N>
+__device__ __forceinline__ bool is_vector(const T* p, int first, int last) {
+  constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
+  return first == 0 && last == N && reinterpret_cast<uintptr_t>(p) % kWord == 0;
+}
+
+// Elements [first, last) of a vector; kWhole: known to be all of them, at an aligned address.
+template <bool kWhole, int N, typename T>
+__device__ __forceinline__ Vec<T, N> load(const T* p, int first, int last) {
+  if (kWhole || is_vector<T, N>(p, first, last)) return load_vector<N>(p);
+  return load_some<N>(p, first, last);
+}
+
+template <bool kWhole, typename T, int N>
+__device__ __forceinline__ void store(T* p, const Vec<T, N>& value, int first, int last) {
+  if (kWhole || is_vector<T, N>(p, first, last)) {
+    store_vector(p, value);
+  } else {
+    store_some(p, value, first, last);
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ Arithmetic<S> widen(S value) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const unsigned bits = static_cast<unsigned>(value.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+  } else if constexpr (std::is_same_v<S, Half>) {
+#ifdef __CUDA_ARCH__
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+#else
+    return to_float(value);
+#endif
+  } else {
+    return static_cast<Arithmetic<S>>(value);
+  }
+}
+
+// One rounding, half to even; two values at a time where there is an instruction for it.
+template <typename S, typename T, int N>
+__device__ __forceinline__ Vec<S, N> narrow(const T (&values)[N]) {
+  Vec<S, N> out;
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(S) == 2) {
+    unsigned pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<S, Half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      }
+    }
+    memcpy(&out, pairs, sizeof out);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out.v[k] = values[k];
+  }
+#else
+  for (int k = 0; k < N; ++k) out.v[k] = from_float<S>(values[k]);
+#endif
+  return out;
+}
+
+// Minimum and maximum that keep NaN.
+template <typename T>
+__device__ __forceinline__ T nan_min(T a, T b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    float out;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+    return out;
+  }
+#endif
+  return a < b || a != a ? a : b;
+}
+
+template <typename T>
+__device__ __forceinline__ T nan_max(T a, T b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    float out;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+    return out;
+  }
+#endif
+  return a > b || a != a ? a : b;
+}
+
+template <typename T>
+__device__ __forceinline__ T clamp(T value, T low, T high) {
+  return nan_min(nan_max(value, low), high);
+}
+
+__device__ __forceinline__ float round_even(float value) { return rintf(value); }
+__device__ __forceinline__ double round_even(double value) { return rint(value); }
+
+// Two values that are reduced together: sums of two gradients, or a minimum and a maximum.
+template <typename T>
+struct Pair {
+  T a, b;
+};
+
+// The merged values of `lanes` neighbouring threads (a power of two up to a warp, or a whole block), in a fixed order;
+// every one of them gets the result.
+template <typename T, typename Merge>
+__device__ __forceinline__ Pair<T> merge_lanes(Pair<T> value, int lanes, Merge merge) {
+  for (int step = lanes < kWarp ? lanes / 2 : kWarp / 2; step > 0; step /= 2)
+    value = merge(value, Pair<T>{__shfl_xor_sync(kAllLanes, value.a, step), __shfl_xor_sync(kAllLanes, value.b, step)});
+  if (lanes > kWarp) {
+    __shared__ Pair<T> of_warp[32];
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    __syncthreads();  // the values of the call before have been read
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    value = of_warp[0];
+    for (int w = 1; w < warps; ++w) value = merge(value, of_warp[w]);
+  }
+  return value;
+}
+
+// n / divisor for 0 <= n < 2^63 by multiplication: a tenth of the instructions of a 64-bit division, and no call.
+struct Divider {
+  int64_t divisor = 1;
+  uint64_t magic = 1;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < static_cast<uint64_t>(d)) ++shift;
+    const unsigned __int128 excess = (uint64_t{1} << shift) - static_cast<uint64_t>(d);
+    magic = static_cast<uint64_t>((excess << 64) / static_cast<uint64_t>(d)) + 1;
+  }
+  __device__ __forceinline__ int64_t divide(int64_t n) const {
+    const uint64_t u = static_cast<uint64_t>(n);
+#ifdef __CUDA_ARCH__
+    const uint64_t high = __umul64hi(u, magic);
+#else
+    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(u) * magic >> 64);
+#endif
+    return static_cast<int64_t>((high + u) >> shift);
+  }
+};
+
+// A one-element tensor of any dtype, read on the device: whether it is not zero.
+struct Flag {
+  const uint8_t* bytes = nullptr;
+  int size = 0;
+  bool floating = false;
+
+  Flag() = default;
+  explicit Flag(const Tensor& t)
+      : bytes(static_cast<const uint8_t*>(t.const_data_ptr())),
+        size(static_cast<int>(t.element_size())),
+        floating(is_floating(t.scalar_type())) {}
+  __device__ bool is_set() const {
+    unsigned any = 0;
+#pragma unroll 1
+    for (int i = 0; i < size; ++i) any |= floating && i == size - 1 ? bytes[i] & 0x7f : bytes[i];
+    return any != 0;
+  }
+};
+
+// Writes one value to a tensor of any floating dtype.
+struct RealOutput {
+  void* data = nullptr;
+  int dtype = 0;
+
+  RealOutput() = default;
+  explicit RealOutput(const Tensor& t) : data(t.mutable_data_ptr()) {
+    switch (t.scalar_type()) {
+      case ScalarType::Float: dtype = 0; break;
+      case ScalarType::Double: dtype = 1; break;
+      case ScalarType::Half: dtype = 2; break;
+      default: dtype = 3;
+    }
+  }
+  __device__ void set(int64_t i, double value) const {
+    const float pair[2] = {static_cast<float>(value), 0};
+    if (dtype == 0) static_cast<float*>(data)[i] = pair[0];
+    if (dtype == 1) static_cast<double*>(data)[i] = value;
+    if (dtype == 2) static_cast<Half*>(data)[i] = narrow<Half>(pair).v[0];
+    if (dtype == 3) static_cast<BFloat16*>(data)[i] = narrow<BFloat16>(pair).v[0];
+  }
+};
+
+inline bool is_aligned(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return bits % 16 == 0;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One call of an op on the GPU of `x`: its device is current, launches go to torch's current stream.
+class Gpu {
+ public:
+  explicit Gpu(const Tensor& x) : index_(device_of(x).index) {
+    if (index_ >= 0) guard_.emplace(index_);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Multiprocessors of the device; asked for once.
+  int processors() const {
+    static std::atomic<int> known[64];
+    const int slot = std::max(index_, 0) % 64;
+    int count = known[slot].load(std::memory_order_relaxed);
+    if (count == 0) {
+      check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, std::max(index_, 0)));
+      known[slot].store(count, std::memory_order_relaxed);
+    }
+    return count;
+  }
+
+  // Passes the arguments by value; grid.x is at most 2^31 - 1, so callers' kernels loop.
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
+              Arguments&&... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(grid_x, 0x7fffffff)), static_cast<unsigned>(grid_y));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  }
+
+ private:
+  static void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // an error of the launch itself is taken off the list, so that it is not reported twice
+    fail("CUDA: ", cudaGetErrorString(error));
+  }
+
+  int32_t index_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace qkernels

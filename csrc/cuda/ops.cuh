@@ -1,0 +1,16 @@
+// Calls from one op's file into another's, so that no kernel is compiled twice.
+#pragma once
+
+#include "common.cuh"
+
+namespace qkernels {
+
+// y (laid out as a dense x) and the packed mask, where one is wanted. Where `on` is given and not set, y = x.
+void fake_quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                        int64_t quant_min, int64_t quant_max, const Tensor& y, const Tensor* mask, Flag on);
+
+// q, of an integer dtype, laid out as the dense x.
+void quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                   int64_t quant_min, int64_t quant_max, const Tensor& q);
+
+}  // namespace qkernels

@@ -1,0 +1,287 @@
+// Ops that take the range from x itself: fake_quantize_dynamic_forward, quantize_dynamic, observe_fake_quantize.
+#include "ops.cuh"
+#include "reduce.cuh"
+
+namespace qkernels {
+namespace {
+
+// Writes a zero point to an int32 or int64 tensor.
+struct IntOutput {
+  void* data;
+  bool wide;
+  __device__ void set(int64_t i, int64_t value) const {
+    if (wide) {
+      static_cast<int64_t*>(data)[i] = value;
+    } else {
+      static_cast<int32_t*>(data)[i] = static_cast<int32_t>(value);
+    }
+  }
+};
+
+// Minimum and maximum of each channel, and what becomes of them: scale and zero point, directly or through the moving
+// averages of an observer.
+template <typename S>
+struct RangeOp {
+  using T = Arithmetic<S>;
+  using Total = T;
+  static constexpr int kWidth = kVector<S>;
+  static constexpr bool kQuantizes = false;
+  using Loaded = Vec<S, kWidth>;
+  const S* x;
+  QparamsRule rule;
+  T* scale;  // of fake_quantize_dynamic
+  IntOutput zero_point;
+  Flag observer_on;  // the rest: of an observer
+  float *running_min = nullptr, *running_max = nullptr, *observed_scale = nullptr;
+  float momentum = 0;
+
+  static __device__ __forceinline__ Pair<T> identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
+  template <typename U>
+  static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
+    return {nan_min(p.a, q.a), nan_max(p.b, q.b)};
+  }
+  __device__ __forceinline__ bool wanted() const { return !observer_on.bytes || observer_on.is_set(); }
+  template <bool kWhole>
+  __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
+    return qkernels::load<kWhole, kWidth>(x + at, first, last);
+  }
+  template <bool kWhole, typename P>
+  __device__ __forceinline__ void terms(int64_t, int first, int last, const Loaded& in, P,
+                                        Pair<T> (&out)[kWidth]) const {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const T value = widen(in.v[k]);
+      out[k] = kWhole || (k >= first && k < last) ? Pair<T>{value, value} : identity();
+    }
+  }
+  __device__ void result(int64_t channel, Pair<T> range) const {
+    if (!running_min) {
+      const auto chosen = choose_qparams<T>(range.a, range.b, rule);
+      scale[channel] = chosen.scale;
+      zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
+      return;
+    }
+    const float low = static_cast<float>(range.a), high = static_cast<float>(range.b);
+    if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity must not be learned
+    const float new_low = average(running_min[channel], low), new_high = average(running_max[channel], high);
+    running_min[channel] = new_low;
+    running_max[channel] = new_high;
+    const auto chosen = choose_qparams<float>(new_low, new_high, rule);
+    observed_scale[channel] = chosen.scale;
+    zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
+  }
+  __device__ __forceinline__ float average(float running, float batch) const {
+    return fabsf(running) == INFINITY ? batch : running + momentum * (batch - running);
+  }
+};
+
+// Rows that fit the registers of the threads which share one: each thread holds kHeld vectors of a row, of kTogether
+// rows at a time.
+struct Rows {
+  int64_t count, length;
+  int lanes;  // threads of a row: a power of two up to a warp, or the whole block
+};
+
+constexpr int kRowVectors = 4;
+
+template <typename S, typename Out, int kHeld>
+__global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
+    rows_kernel(const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point, QparamsRule rule,
+                Rows s) {
+  using T = Arithmetic<S>;
+  constexpr int N = kVector<S>, kTogether = kRowVectors / kHeld;
+  const T low = static_cast<T>(rule.quant_min), high = static_cast<T>(rule.quant_max);
+  const int lane = static_cast<int>(threadIdx.x) % s.lanes, group = static_cast<int>(threadIdx.x) / s.lanes;
+  const int64_t groups = blockDim.x / s.lanes;
+  const auto ends = [&](int64_t row, int64_t v, int& first, int& last) {  // of the row's part in vector v
+    const int64_t from = row * s.length - v * N, to = from + s.length;
+    first = from > 0 ? (from < N ? static_cast<int>(from) : N) : 0;
+    last = row < s.count && to > 0 ? (to < N ? static_cast<int>(to) : N) : 0;
+  };
+  const int64_t step = groups * kTogether;
+  for (int64_t begin = blockIdx.x * step; begin < s.count; begin += gridDim.x * step) {
+    Vec<S, N> held[kTogether][kHeld];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const int64_t row = begin + t * groups + group, start = row * s.length / N + lane;
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int64_t v = start + h * s.lanes;
+        int first, last;
+        ends(row, v, first, last);
+        held[t][h] = load<false, N>(x + v * N, first, last);  // zeros beyond the row, which every range includes
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      const int64_t row = begin + t * groups + group, start = row * s.length / N + lane;
+      Pair<T> range{0, 0};
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h)
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const T value = widen(held[t][h].v[k]);
+          range = {nan_min(range.a, value), nan_max(range.b, value)};
+        }
+      range = merge_lanes(range, s.lanes,
+                          [](Pair<T> p, Pair<T> q) { return Pair<T>{nan_min(p.a, q.a), nan_max(p.b, q.b)}; });
+      const auto chosen = choose_qparams<T>(range.a, range.b, rule);
+      const Params<T> p{1 / chosen.scale, chosen.scale, chosen.zero_point};
+      if (lane == 0 && row < s.count) {
+        scale[row] = chosen.scale;
+        zero_point[row] = static_cast<int32_t>(chosen.zero_point);
+      }
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int64_t at = (start + h * s.lanes) * N;
+        int first, last;
+        ends(row, start + h * s.lanes, first, last);
+        Vec<Out, N> out;
+        unsigned bits = 0;
+        if constexpr (std::is_same_v<Out, int8_t>) {
+#pragma unroll
+          for (int k = 0; k < N; ++k) out.v[k] = code_of<int8_t>(widen(held[t][h].v[k]), p, low, high);
+        } else {
+          T values[N];
+#pragma unroll
+          for (int k = 0; k < N; ++k) {
+            const T q = round_even(widen(held[t][h].v[k]) * p.inv) + p.zero_point;
+            bits |= k < last && is_inside(q, low, high) ? 1u << k : 0;
+            values[k] = (clamp(q, low, high) - p.zero_point) * p.scale;
+          }
+          out = narrow<S>(values);
+        }
+        store<false>(y + at, out, first, last);
+        if (mask) store_bits<N>(mask, at, last, bits);  // rows of whole bytes only: first is 0
+      }
+    }
+  }
+}
+
+// Runs the rows kernel where rows are contiguous and fit; false: they do not.
+template <typename S, typename Out>
+bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point,
+              const QparamsRule& rule, int64_t count, int64_t length) {
+  constexpr int64_t N = kVector<S>;
+  const int64_t vectors = ceil_div(length, N) + (length % N != 0);
+  if (length == 0 || vectors > 1024 * kRowVectors || (mask && length % 8 != 0)) return false;
+  Rows s{count, length, 0};
+  if (vectors <= 16) {
+    s.lanes = power_of_two_from(vectors);
+    const int64_t rows = int64_t{kThreads} / s.lanes * kRowVectors;
+    gpu.launch(rows_kernel<S, Out, 1>, ceil_div(count, rows), 1, kThreads, x, y, mask, scale, zero_point, rule, s);
+    return true;
+  }
+  const int64_t threads = ceil_div(vectors, kRowVectors);
+  s.lanes = threads <= kWarp ? power_of_two_from(threads) : static_cast<int>(ceil_div(threads, kWarp) * kWarp);
+  const int block = std::max(s.lanes, threads <= kWarp ? kThreads : kWarp);
+  gpu.launch(rows_kernel<S, Out, kRowVectors>, ceil_div(count, block / s.lanes), 1, block, x, y, mask, scale,
+             zero_point, rule, s);
+  return true;
+}
+
+// Scale and zero point of each group of a dense x, in any memory order.
+void dynamic_qparams(const Gpu& gpu, const Tensor& x, const QparamsRule& rule, const Tensor& scale,
+                     const Tensor& zero_point) {
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    using T = Arithmetic<S>;
+    const RangeOp<S> op{static_cast<const S*>(x.const_data_ptr()), rule, static_cast<T*>(scale.mutable_data_ptr()),
+                        IntOutput{zero_point.mutable_data_ptr(), false}, Flag()};
+    reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x, is_aligned({op.x}));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const Tensor& x, int64_t group_size,
+                                                                         int64_t quant_min, int64_t quant_max,
+                                                                         bool symmetric) {
+  check_group_size(x, group_size);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
+  const Gpu gpu(x);
+  auto [scale, zero_point] = empty_qparams(x, group_size);
+  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : x.numel(), x);
+  bool done = false;
+  if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
+    dispatch_floating("x", x, [&](auto tag) {
+      using S = decltype(tag);
+      done = run_rows(gpu, static_cast<const S*>(x.const_data_ptr()), static_cast<S*>(y.mutable_data_ptr()),
+                      symmetric ? nullptr : static_cast<uint8_t*>(mask.mutable_data_ptr()),
+                      static_cast<Arithmetic<S>*>(scale.mutable_data_ptr()),
+                      static_cast<int32_t*>(zero_point.mutable_data_ptr()), rule, scale.numel(),
+                      x.numel() / scale.numel());
+    });
+  }
+  if (!done) {
+    const Tensor dense = to_dense(x);
+    dynamic_qparams(gpu, dense, rule, scale, zero_point);
+    fake_quantize_into(gpu, dense, scale, zero_point, quant_min, quant_max, y, symmetric ? nullptr : &mask, Flag());
+  }
+  return {y, scale, zero_point, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t group_size, int64_t quant_min,
+                                                    int64_t quant_max, bool symmetric) {
+  check_group_size(x_any, group_size);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
+  check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
+  const Gpu gpu(x_any);
+  auto [scale, zero_point] = empty_qparams(x_any, group_size);
+  const Tensor x = to_dense(x_any);
+  Tensor q = empty_strided(x.sizes(), x.strides(), ScalarType::Char, device_of(x));
+  bool done = false;
+  if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
+    dispatch_floating("x", x, [&](auto tag) {
+      using S = decltype(tag);
+      done = run_rows<S, int8_t>(
+          gpu, static_cast<const S*>(x.const_data_ptr()), static_cast<int8_t*>(q.mutable_data_ptr()), nullptr,
+          static_cast<Arithmetic<S>*>(scale.mutable_data_ptr()), static_cast<int32_t*>(zero_point.mutable_data_ptr()),
+          rule, scale.numel(), x.numel() / scale.numel());
+    });
+  }
+  if (!done) {
+    dynamic_qparams(gpu, x, rule, scale, zero_point);
+    quantize_into(gpu, x, scale, zero_point, quant_min, quant_max, q);
+  }
+  return {q, scale, zero_point};
+}
+
+std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& observer_on,
+                                                 const Tensor& fake_quant_on, const Tensor& running_min,
+                                                 const Tensor& running_max, const Tensor& scale,
+                                                 const Tensor& zero_point, double averaging_const, int64_t quant_min,
+                                                 int64_t quant_max, double symmetric_steps) {
+  check_floating("x", x);
+  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
+  check_statistics(running_min, running_max, scale, zero_point, x);
+  check_flag("observer_on", observer_on, x);
+  check_flag("fake_quant_on", fake_quant_on, x);
+  const Gpu gpu(x);
+  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
+  if (x.numel() == 0) return {y, mask};
+  const Tensor dense = in_layout_of(x, y);
+  dispatch_floating("x", dense, [&](auto tag) {
+    using S = decltype(tag);
+    const RangeOp<S> op{static_cast<const S*>(dense.const_data_ptr()),
+                        rule,
+                        nullptr,
+                        IntOutput{zero_point.mutable_data_ptr(), zero_point.scalar_type() == ScalarType::Long},
+                        Flag(observer_on),
+                        static_cast<float*>(running_min.mutable_data_ptr()),
+                        static_cast<float*>(running_max.mutable_data_ptr()),
+                        static_cast<float*>(scale.mutable_data_ptr()),
+                        static_cast<float>(averaging_const)};
+    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense, is_aligned({op.x}));
+  });
+  fake_quantize_into(gpu, dense, scale, zero_point, quant_min, quant_max, y, &mask, Flag(fake_quant_on));
+  return {y, mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("fake_quantize_dynamic_forward", TORCH_BOX(&fake_quantize_dynamic_forward));
+  m.impl("quantize_dynamic", TORCH_BOX(&quantize_dynamic));
+  m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize));
+}
+
+}  // namespace qkernels

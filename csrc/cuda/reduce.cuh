@@ -1,0 +1,249 @@
+// Reductions per channel in two stages, the same bits on every run: each stage adds up in a fixed order and nothing is
+// added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of work:
+//   pieces   a stretch of one run, by 1 to 32 lanes or by a block: per tensor, rows, groups, NCHW
+//   columns  short runs that repeat ([*, C], channels last): a warp side by side over 32 vectors, eight rows deep
+// Stage 2 merges the pairs of each channel. Where a channel has but one piece, stage 1 gives the result itself.
+//
+// Op: T, kWidth, Loaded, identity(), merge(a, b), wanted(), load<kWhole>(at, first, last), terms<kWhole>(at, first,
+// last, loaded, parameters of k, out) with one pair for each element, result(channel, Pair<Total>).
+#pragma once
+
+#include "sweep.cuh"
+
+namespace qkernels {
+
+constexpr int kColumnRows = kThreads / kWarp;
+
+struct Pieces {
+  int64_t inner, piece, count;
+  Divider per_run;
+  int lanes;
+  bool aligned, direct;
+};
+
+template <typename To, typename From>
+__device__ __forceinline__ Pair<To> cast_pair(Pair<From> p) {
+  return {static_cast<To>(p.a), static_cast<To>(p.b)};
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
+  using T = typename Op::T;
+  constexpr int N = Op::kWidth;
+  if (!op.wanted()) return;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  for (int64_t begin = int64_t{blockIdx.x} * groups; begin < s.count; begin += int64_t{gridDim.x} * groups) {
+    const int64_t item = begin + group;
+    const bool valid = item < s.count;
+    int64_t from = 0, to = 0, channel = 0;
+    Params<T> p{};
+    if (valid) {
+      const int64_t run = s.per_run.divide(item);
+      from = run * s.inner + (item - run * s.per_run.divisor) * s.piece;
+      const int64_t end = (run + 1) * s.inner;
+      to = from + s.piece < end ? from + s.piece : end;
+      channel = channels.of_run(run);
+      if constexpr (Op::kQuantizes) p = q.of(channel);
+    }
+    const auto params = [&](int) -> const Params<T>& { return p; };
+    Pair<T> sum = Op::identity();
+    const auto add = [&](const Pair<T>(&terms)[N]) {
+      Pair<T> tree[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) tree[k] = terms[k];
+#pragma unroll
+      for (int step = N / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int k = 0; k < step; ++k) tree[k] = Op::merge(tree[k], tree[k + step]);
+      sum = Op::merge(sum, tree[0]);
+    };
+    const int64_t end = (to + N - 1) / N, whole_from = (from + N - 1) / N, whole_to = s.aligned ? to / N : 0;
+    for (int64_t v = from / N + lane; v < end;) {
+      Pair<T> terms[N];
+      if (v >= whole_from && v + (kUnroll - 1) * s.lanes < whole_to) {
+        typename Op::Loaded loaded[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) loaded[u] = op.template load<true>((v + u * s.lanes) * N, 0, N);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          op.template terms<true>((v + u * s.lanes) * N, 0, N, loaded[u], params, terms);
+          add(terms);
+        }
+        v += kUnroll * s.lanes;
+        continue;
+      }
+      if (v >= whole_from && v < whole_to) {
+        op.template terms<true>(v * N, 0, N, op.template load<true>(v * N, 0, N), params, terms);
+      } else {
+        const int first = from > v * N ? static_cast<int>(from - v * N) : 0;
+        const int last = to < (v + 1) * N ? static_cast<int>(to - v * N) : N;
+        op.template terms<false>(v * N, first, last, op.template load<false>(v * N, first, last), params, terms);
+      }
+      add(terms);
+      v += s.lanes;
+    }
+    sum = merge_lanes(sum, s.lanes, [](Pair<T> a, Pair<T> b) { return Op::merge(a, b); });
+    if (lane == 0 && valid) {
+      if (s.direct) {
+        op.result(channel, cast_pair<typename Op::Total>(sum));
+      } else {
+        partial[item] = sum;
+      }
+    }
+  }
+}
+
+struct Columns {
+  int64_t numel, rows, vectors;  // vectors in a row: a multiple of what the channels repeat after
+  bool aligned, direct;
+};
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    columns_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Columns s, Pair<typename Op::T>* partial) {
+  using T = typename Op::T;
+  constexpr int N = Op::kWidth, kTogether = 2;
+  if (!op.wanted()) return;
+  const int lane = threadIdx.x % kWarp, depth = threadIdx.x / kWarp;
+  const int64_t column = int64_t{blockIdx.x} * kWarp + lane, width = s.vectors * N;
+  const bool valid = column < s.vectors;
+  Params<T> own[N];
+  Pair<T> sum[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) sum[k] = Op::identity();
+  if constexpr (Op::kQuantizes) {
+    if (valid) channels.fill(q, column * N, s.numel, own);
+  }
+  const auto params = [&](int k) -> const Params<T>& { return own[k]; };
+  const int64_t step = int64_t{gridDim.y} * kColumnRows;
+  for (int64_t row = int64_t{blockIdx.y} * kColumnRows + depth; valid && row < s.rows;) {
+    const int64_t at = row * width + column * N;
+    Pair<T> terms[N];
+    if (s.aligned && at + (kTogether - 1) * step * width + N <= s.numel) {
+      typename Op::Loaded loaded[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) loaded[u] = op.template load<true>(at + u * step * width, 0, N);
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        op.template terms<true>(at + u * step * width, 0, N, loaded[u], params, terms);
+#pragma unroll
+        for (int k = 0; k < N; ++k) sum[k] = Op::merge(sum[k], terms[k]);
+      }
+      row += kTogether * step;
+      continue;
+    }
+    const int64_t rest = s.numel - at;
+    const int last = rest >= N ? N : rest > 0 ? static_cast<int>(rest) : 0;
+    op.template terms<false>(at, 0, last, op.template load<false>(at, 0, last), params, terms);
+#pragma unroll
+    for (int k = 0; k < N; ++k) sum[k] = Op::merge(sum[k], terms[k]);
+    row += step;
+  }
+  __shared__ Pair<T> of_depth[kColumnRows][kWarp * N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) of_depth[depth][k * kWarp + lane] = sum[k];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kWarp * N; i += kThreads) {
+    const int k = i / kWarp;
+    const int64_t vector = int64_t{blockIdx.x} * kWarp + i % kWarp;
+    if (vector >= s.vectors) continue;
+    Pair<T> total = of_depth[0][i];
+    for (int d = 1; d < kColumnRows; ++d) total = Op::merge(total, of_depth[d][i]);
+    const int64_t element = vector * N + k;
+    if (s.direct) {
+      op.result(channels.of_element(element), cast_pair<typename Op::Total>(total));
+    } else {
+      partial[blockIdx.y * width + element] = total;
+    }
+  }
+}
+
+struct Combine {
+  int64_t channels, slots, length;  // slots of a channel: `length` for each run of its own
+  Divider per_run;
+  int lanes;
+};
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(Op op, Channels channels, Combine s, const Pair<typename Op::T>* partial) {
+  using Total = typename Op::Total;
+  if (!op.wanted()) return;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  for (int64_t begin = int64_t{blockIdx.x} * groups; begin < s.channels; begin += int64_t{gridDim.x} * groups) {
+    const int64_t c = begin + group;
+    const bool valid = c < s.channels;
+    Pair<Total> sum = cast_pair<Total>(Op::identity());
+    for (int64_t slot = lane; valid && slot < s.slots; slot += s.lanes) {
+      const int64_t k = s.per_run.divide(slot);
+      const int64_t at = channels.run_of(c, k) * s.length + (slot - k * s.length);
+      sum = Op::merge(sum, cast_pair<Total>(partial[at]));
+    }
+    sum = merge_lanes(sum, s.lanes, [](Pair<Total> a, Pair<Total> b) { return Op::merge(a, b); });
+    if (lane == 0 && valid) op.result(c, sum);
+  }
+}
+
+inline int power_of_two_from(int64_t n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+template <typename Op>
+void combine(const Gpu& gpu, const Op& op, const Runs& runs, int64_t slots, int64_t length,
+             const Pair<typename Op::T>* partial) {
+  const int lanes =
+      slots > 4 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(std::max<int64_t>(slots, 1), kWarp));
+  const Combine s{runs.channels, slots, length, Divider(std::max<int64_t>(length, 1)), lanes};
+  gpu.launch(combine_kernel<Op>, ceil_div(runs.channels, kThreads / lanes), 1, kThreads, op, Channels(runs), s,
+             partial);
+}
+
+// x: what runs describes; only for the device of the workspace.
+template <typename Op>
+void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, const Tensor& x,
+                     bool aligned) {
+  using P = Pair<typename Op::T>;
+  constexpr int64_t N = Op::kWidth;
+  constexpr int64_t kLongest = 16 * N * kThreads;  // of a piece: up to 16 vectors per lane are added in fp32
+  constexpr int64_t kMostDepth = 64;               // rows per thread that are added in fp32
+  const int64_t numel = x.numel();
+  if (runs.channels == 0) return;
+  if (numel == 0) return combine(gpu, op, runs, 0, 0, static_cast<const P*>(nullptr));
+  const auto workspace = [&](int64_t pairs) {
+    return empty({pairs * static_cast<int64_t>(sizeof(P))}, ScalarType::Byte, device_of(x));
+  };
+  const int64_t pattern = runs.period * runs.inner, repeats = numel / pattern;
+  const int64_t wanted = int64_t{gpu.processors()} * 8;  // blocks that fill the GPU
+  const Channels channels(runs);
+  if (runs.channels > 1 && runs.inner < 2 * N && repeats >= 8) {
+    Columns s{numel, 0, pattern / gcd(pattern, N), aligned, false};
+    // Narrow patterns are repeated side by side, so that few lanes have no column.
+    s.vectors *= std::max<int64_t>(1, std::min(8 * kWarp / s.vectors, numel / N / s.vectors));
+    const int64_t width = s.vectors * N, across = ceil_div(s.vectors, kWarp);
+    s.rows = ceil_div(numel, width);
+    const int64_t full = std::max(ceil_div(wanted, across), ceil_div(s.rows, kColumnRows * kMostDepth));
+    const int64_t down = std::min<int64_t>({full, ceil_div(s.rows, kColumnRows), 65535});
+    s.direct = down == 1 && width == runs.channels;
+    const Tensor held = workspace(s.direct ? 0 : down * width);
+    P* partial = static_cast<P*>(held.mutable_data_ptr());
+    gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, channels, s, partial);
+    if (!s.direct) combine(gpu, op, runs, down * width / runs.channels, runs.inner, partial);
+    return;
+  }
+  const int64_t split = std::max(ceil_div(runs.inner, kLongest),
+                                 std::min(ceil_div(wanted, runs.runs), ceil_div(runs.inner, 2 * N * kThreads)));
+  const int64_t piece = ceil_div(ceil_div(runs.inner, split), N) * N, per_run = ceil_div(runs.inner, piece);
+  const int64_t vectors = ceil_div(std::min(piece, runs.inner), N) + (runs.inner % N != 0);
+  const int lanes = vectors > 8 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(vectors, kWarp));
+  Pieces s{runs.inner, piece, runs.runs * per_run, Divider(per_run), lanes, aligned, false};
+  s.direct = s.count == runs.channels;
+  const Tensor held = workspace(s.direct ? 0 : s.count);
+  P* partial = static_cast<P*>(held.mutable_data_ptr());
+  gpu.launch(pieces_kernel<Op>, ceil_div(s.count, kThreads / lanes), 1, kThreads, op, q, channels, s, partial);
+  if (!s.direct) combine(gpu, op, runs, s.count / runs.channels, per_run, partial);
+}
+
+}  // namespace qkernels

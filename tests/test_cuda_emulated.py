@@ -1,0 +1,36 @@
+"""The CUDA kernels, run on the CPU by an emulator: the family's own tests, bit for bit against the reference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not (ROOT / "csrc" / "cuda").exists(), reason="needs g++ and a source checkout"
+)
+# What the kernels compute; tracing, export and the like do not depend on who computes it.
+TESTS = "not (compile or export or opcheck or checkpointing or beyond_2_31 or threads or second)"
+
+
+def pytest_of(*arguments: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "emulated", "-p", "no:cacheprovider", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "cuda_on_cpu"), str(ROOT)]), **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["test_fake_quantize.py", "test_quantize.py", "test_cuda_kernels.py"])
+def test_family_on_the_emulator(name: str) -> None:
+    assert " passed" in pytest_of("-k", TESTS, str(ROOT / "tests" / name))

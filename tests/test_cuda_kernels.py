@@ -1,0 +1,128 @@
+"""Shapes that decide between the CUDA kernels' paths: hoisted channels, pieces, columns, rows in registers.
+
+Runs where the kernel "cuda" takes CPU tensors, on the emulator (see test_cuda_emulated.py); skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import channels_last, scale_of
+from torch import Tensor
+
+import qkernels as qk
+from qkernels.ops import fake_quantize as ops
+from qkernels.reference import fake_quantize as reference
+from qkernels.reference import quantize as reference_quantize
+
+pytestmark = pytest.mark.skipif(qk.library.gpu != "cpu", reason="the CUDA kernels are not emulated")
+HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# Vectors of 4 (fp32) and 8 (halves) elements; 256 threads of 4 vectors to a block; 3 emulated processors.
+SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((40001,), (1,)),
+    ((16384,), (1,)),
+    ((300, 64), (1, 64)),
+    ((1000, 33), (1, 33)),
+    ((2500, 3), (1, 3)),
+    ((9, 1030), (1, 1030)),
+    ((2, 4099), (1, 4099)),
+    ((64, 512), (64, 16)),
+    ((64, 512), (64, 1)),
+    ((33, 1031), (33, 1)),
+    ((3, 8, 7, 7), (1, 8, 1, 1)),
+    ((5, 16, 8, 8), (1, 16, 1, 1)),
+    ((6, 4, 4, 4, 4), (2, 1, 4, 2, 4)),
+    ((4, 6, 5, 4), (4, 3, 1, 2)),
+    ((2, 70000), (2, 1)),
+    ((1, 270000), (1, 1)),
+    ((700, 5), (700, 1)),
+    ((50, 14), (50, 7)),
+]
+
+
+@pytest.mark.parametrize(("shape", "granularity"), SHAPES)
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+def test_paths(shape: tuple[int, ...], granularity: tuple[int, ...], dtype: torch.dtype) -> None:
+    layouts = [torch.randn(shape).to(dtype)]
+    if len(shape) == 4:
+        layouts.append(channels_last(layouts[0]))
+    if layouts[0].numel() < 50000:
+        layouts.append(torch.randn(layouts[0].numel() + 1).to(dtype)[1:].view(shape))  # misaligned
+    scale, zero_point = scale_of(granularity), torch.randn(granularity) * 4
+    for x in layouts:
+        grad = torch.empty_like(x).copy_(torch.randn(shape))
+        args = (scale, zero_point, -8, 7)
+        y, mask = ops._forward_mask(x, *args)
+        for got, want in zip((y, mask), reference.fake_quantize_forward_mask(x, *args), strict=True):
+            same(got, want)
+        same(ops._forward(x, *args), y)
+        dx = reference.fake_quantize_backward(grad, x, *args)
+        same(ops._backward(grad, x, *args), dx)
+        same(ops._backward_mask(grad, mask), dx)
+        learned = ops._learnable_backward(grad, x, *args, 0.5)
+        same(learned[0], dx)
+        sums = reference.fake_quantize_learnable_backward(grad, x, *args, 0.5)[1:]  # terms as defined, added in fp64
+        bound = reference.sum_to(grad.double().abs() * 16, scale) * 2**-20 + 1e-12
+        for got, want in zip(learned[1:], sums, strict=True):
+            assert ((got - want).double().abs() <= bound).all()
+        again = ops._learnable_backward(grad, x, *args, 0.5)
+        for first, second in zip(learned, again, strict=True):
+            same(first, second)
+        q = qk.quantize(x, scale, zero_point, quant_min=-8, quant_max=7)
+        same(q, reference_quantize.quantize(x, *args, torch.int8))
+        same(qk.dequantize(q, scale, zero_point), reference_quantize.dequantize(q, *args[:2], torch.float32))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [8, 16, 24, 32, 64, 128, 136, 256, 1000, 1024, 1032, 4096, 17000])
+def test_dynamic_rows(columns: int, symmetric: bool, dtype: torch.dtype) -> None:
+    x = (torch.randn(7 if columns > 2000 else 150, columns) * 3).to(dtype)
+    x[1, 3], x[3, 0] = math.nan, math.inf
+    x[2] = 0
+    for got, want in zip(
+        ops._dynamic_forward(x, -1, -8, 7, symmetric),
+        reference.fake_quantize_dynamic_forward(x, -1, -8, 7, symmetric),
+        strict=True,
+    ):
+        same(got, want)
+    for got, want in zip(
+        qk.quantize_dynamic(x, symmetric=symmetric),
+        reference_quantize.quantize_dynamic(x, -1, -128, 127, symmetric),
+        strict=True,
+    ):
+        same(got, want)
+
+
+def test_one_row_longer_than_the_registers() -> None:
+    x = torch.randn(2, 40000)
+    for symmetric in (True, False):
+        for group in (-1, 0):
+            got = ops._dynamic_forward(x, group, -128, 127, symmetric)
+            want = reference.fake_quantize_dynamic_forward(x, group, -128, 127, symmetric)
+            for a, b in zip(got, want, strict=True):
+                same(a, b)
+
+
+def test_what_the_host_cannot_check_gives_nan() -> None:
+    """Values on the device are not read: an integer zero point outside the range gives NaN, codes quant_min."""
+    x, zero_point = torch.randn(4, 20), torch.tensor([[500], [0], [-9], [7]])
+    y = qk.fake_quantize(x, torch.full((4, 1), 0.1), zero_point, quant_min=-8, quant_max=7)
+    assert y.isnan().all(1).tolist() == [True, False, True, False]
+    q = qk.quantize(x, torch.full((4, 1), 0.1), zero_point, quant_min=-8, quant_max=7)
+    assert q[0].tolist() == q[2].tolist() == [-8] * 20
+
+
+def test_too_many_levels_are_named() -> None:
+    x, scale = torch.randn((2, 2) * 7), torch.rand((2, 1) * 7) + 0.1
+    with pytest.raises(RuntimeError, match="scale: got a granularity of 13 levels in x's memory order; accepted"):
+        qk.fake_quantize(x, scale, quant_min=-8, quant_max=7)

@@ -1,0 +1,67 @@
+"""The GPU tests and benchmarks run to their end on a pretended GPU: nothing in them waits to fail on the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+
+pytest.importorskip("triton")
+# What cannot be pretended: graphs, torch.compile's own code for GPUs, a tensor on another device.
+IMPOSSIBLE = "not (cuda_graph or compiled_fullgraph or bad_arguments or large_in_fp32 or every_granularity)"
+
+
+def test_gpu_tests() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "pretend_gpu", "-k", IMPOSSIBLE, "tests/test_gpu.py"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+BENCH = """
+import sys
+from pathlib import Path
+root, out = Path(sys.argv[1]), sys.argv[2]
+sys.path += [str(root / "bench" / "gpu"), str(root / "tests")]
+import pretend_gpu
+pretend_gpu.pretend()
+import bench, cases, timing, summary
+bench.SHAPES[:] = [(64, 64), (2, 8, 3, 16)]
+bench.COMPILED.clear()
+timing.ROUNDS, timing.SECONDS_PER_CONTESTANT, timing.COPY_ELEMENTS = 2, 0.001, 1 << 10
+sys.argv = ["bench", "--out", out, "--seconds", "500"]
+bench.main()
+print([summary.write(path) for path in Path(out).glob("*.json")])
+"""
+
+
+def test_gpu_benchmarks(tmp_path: Path) -> None:
+    done = run_python(BENCH, str(ROOT), str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-fake_quantize.json")
+    result = json.loads(path.read_text())
+    assert all("triton" in row["seconds"] for row in result["rows"])
+    assert "triton" in path.with_suffix(".md").read_text()
+    assert list(tmp_path.glob("*.png")) or "matplotlib" in done.stdout
+
+
+def test_no_gpu_is_no_success(tmp_path: Path) -> None:
+    """`make gpu` where there is no GPU: a sentence that says so, and an exit code that is not 0."""
+    done = subprocess.run(
+        [sys.executable, "bench/gpu/run.py", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no GPU" in done.stdout
