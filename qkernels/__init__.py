@@ -21,6 +21,9 @@ from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.relu_fake_quantize import relu_fake_quantize
+from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quantize_dynamic
+from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quantize_dynamic
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
@@ -71,7 +74,12 @@ __all__ = [
     "quantize_stochastic",
     "reference",
     "registry",
+    "relu_fake_quantize",
     "report",
+    "rms_norm_fake_quantize_dynamic",
+    "rms_norm_quantize_dynamic",
+    "silu_mul_fake_quantize_dynamic",
+    "silu_mul_quantize_dynamic",
     "use_kernel",
     "which",
 ]

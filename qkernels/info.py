@@ -77,7 +77,7 @@ def kernel_lines() -> list[str]:
             unable.append(f"{name}[{reasons.index(reason) + 1}]")
         rest = f"; can run: {', '.join(able[1:])}" if able[1:] else ""
         rest += f"; cannot: {', '.join(unable)}" if unable else ""
-        lines.append(f"  {op:<34}{able[0]}{rest}")
+        lines.append(f"  {op:<41}{able[0]}{rest}")
     return lines + [f"  [{at}] {reason}" for at, reason in enumerate(reasons, 1)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import library, registry
-from .reference import int8_gemm
+from .reference import int8_gemm, rms_norm_quantize, silu_mul_quantize
 from .reference.straight_through import VARIANTS
 from .registry import Kernel
 
@@ -28,6 +28,15 @@ SUMS = {
     "fake_quantize_straight_through_backward": (1, 2),
     "foreach_fake_quantize_learnable_backward": (1, 2),
     "quantization_errors": (0,),
+    "relu_fake_quantize_learnable_backward": (1, 2),
+    "rms_norm_fake_quantize_dynamic_backward": (0, 1),
+    "rms_norm_fake_quantize_dynamic_forward": (3,),
+    "rms_norm_quantize_dynamic": (3,),
+}
+# Where the first outputs follow exactly from the last, which is such a sum: the reference's, from the kernel's own sum.
+GIVEN = {
+    "rms_norm_fake_quantize_dynamic_forward": rms_norm_quantize.given_rstd,
+    "rms_norm_quantize_dynamic": rms_norm_quantize.given_rstd_quantized,
 }
 CHANGES_ARGUMENTS = {"observe_fake_quantize"}
 
@@ -249,6 +258,34 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield x, *weight, torch.tensor([0.02]), zero_point, *INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1
 
 
+def rms_norm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in dynamic_args(x):
+        if x.dim() > 0:
+            yield x, None, 1e-6, *rest
+            yield x, torch.rand(x.shape[-1]) + 0.5, 1e-6, *rest
+
+
+def rms_norm_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in rms_norm_args(x):
+            _, weight, _, _, low, high, symmetric = case
+            _, scale, zero_point, rstd = rms_norm_quantize.rms_norm_fake_quantize_dynamic_forward(*case)
+            clipped = (None, None) if symmetric else (scale, zero_point)
+            yield torch.randn(x.shape).to(x.dtype), x, weight, rstd, *clipped, low, high, weight is not None
+
+
+def silu_mul_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in dynamic_args(x):
+        yield x, torch.randn(x.shape).to(x.dtype), *rest
+
+
+def silu_mul_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in silu_mul_args(x):
+        gate, up, _, low, high, symmetric = case
+        _, *clipped = silu_mul_quantize.silu_mul_fake_quantize_dynamic_forward(*case)
+        yield torch.randn(x.shape).to(x.dtype), gate, up, *((None, None) if symmetric else clipped), low, high
+
+
 # Arguments for each op, made from one input x (none where the op cannot take such an x).
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
@@ -289,6 +326,16 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
     "quantize_stochastic": quantize_stochastic_args,
+    "relu_fake_quantize_backward": backward(fake_quantize_args),
+    "relu_fake_quantize_forward": fake_quantize_args,
+    "relu_fake_quantize_forward_mask": fake_quantize_args,
+    "relu_fake_quantize_learnable_backward": learnable_backward_args,
+    "rms_norm_fake_quantize_dynamic_backward": rms_norm_backward_args,
+    "rms_norm_fake_quantize_dynamic_forward": rms_norm_args,
+    "rms_norm_quantize_dynamic": rms_norm_args,
+    "silu_mul_fake_quantize_dynamic_backward": silu_mul_backward_args,
+    "silu_mul_fake_quantize_dynamic_forward": silu_mul_args,
+    "silu_mul_quantize_dynamic": silu_mul_args,
 }
 
 
@@ -333,11 +380,15 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     host = library.host
     if host is not None:
         host.clear_last_isa()
+    outputs = outputs_of(kernel, args)
+    if given := GIVEN.get(kernel.op):
+        x, weight, _, *rest = args
+        expected = (*given(x, weight, outputs[3], *rest), *expected[3:])
     # An op of many tensors returns lists: its second and third are the second and third part of all outputs.
     length = len(args[0]) if isinstance(args[0], list) else 1
     sums = [part * length + at for part in SUMS.get(kernel.op, ()) for at in range(length)]
-    for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
-        tolerance = SUM_TOLERANCE if at in sums else 0.0
+    for at, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+        tolerance = max(SUM_TOLERANCE, torch.finfo(want.dtype).eps) if at in sums else 0.0
         if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -360,6 +411,8 @@ def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:
         for args in ARGS[op](x):
             expected = outputs_of(reference, args)
             for kernel in kernels:
+                if kernel.unsupported(*args) is not None:
+                    continue
                 counts[kernel.name] += 1
                 fault = disagreement(kernel, expected, args)
                 if fault is not None:

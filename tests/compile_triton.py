@@ -121,6 +121,33 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             yield "quantize", "quantize_dynamic", args
 
 
+def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(module, op, arguments) of the ops that norm, multiply or rectify before they quantize."""
+    int8 = (-128, 127)
+    for shape, scale_shape in WALKS[:2]:
+        x, params = meta(shape, dtype), (meta(scale_shape), meta(scale_shape, torch.int32), *int8)
+        yield "relu_fake_quantize", "relu_fake_quantize_forward", (x, *params)
+        yield "relu_fake_quantize", "relu_fake_quantize_forward_mask", (x, *params)
+        yield "relu_fake_quantize", "relu_fake_quantize_backward", (x, x, *params)
+        yield "relu_fake_quantize", "relu_fake_quantize_learnable_backward", (x, x, *params, 0.5)
+    if dtype == torch.float64:
+        return
+    for length, group in ((4096, -1), (8192, 32), (16384, -1), (20000, 50), (4097, -1)):
+        x, weight, rstd = meta((8192, length), dtype), meta((length,), dtype), meta((8192, 1))
+        scale = meta((8192, 1 if group == -1 else length // group))
+        for symmetric in (True, False):
+            norm = (x, weight, 1e-6, group, *int8, symmetric)
+            product = (x, x, group, *int8, symmetric)
+            clipped = (None, None) if symmetric else (scale, meta(tuple(scale.shape), torch.int32))
+            yield "rms_norm_quantize", "rms_norm_fake_quantize_dynamic_forward", norm
+            back = (x, x, weight, rstd, *clipped, *int8, True)
+            yield "rms_norm_quantize", "rms_norm_fake_quantize_dynamic_backward", back
+            yield "silu_mul_quantize", "silu_mul_fake_quantize_dynamic_forward", product
+            yield "silu_mul_quantize", "silu_mul_fake_quantize_dynamic_backward", (x, x, x, *clipped, *int8)
+        yield "rms_norm_quantize", "rms_norm_quantize_dynamic", norm
+        yield "silu_mul_quantize", "silu_mul_quantize_dynamic", product
+
+
 def launches() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """(kernel, arguments, options) of every distinct launch that the calls make."""
     names = {id(kernel): name for name, kernel in kernels().items()}
@@ -135,7 +162,7 @@ def launches() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         if hasattr(module, "launch"):
             module.launch = record
     for dtype in FLOATS:
-        for module, op, args in calls(dtype):
+        for module, op, args in (*calls(dtype), *fused_calls(dtype)):
             getattr(importlib.import_module(f"qkernels.triton.{module}"), op)(*args)
     return list(found.values())
 

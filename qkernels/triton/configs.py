@@ -140,3 +140,43 @@ def codebook_sums(inner: int) -> tuple[int, int]:
 def errors_block(length: int) -> int:
     """Elements of a channel that a program tries all candidates on."""
     return min(4096, max(128, power_of_two(length)))
+
+
+LONG_TILE = 4096  # elements of a tile that moves along a row too long for registers
+BACKWARD_ROW = 4096  # longest row of the norm's backward pass that stays in registers: 8192 spills on sm_90
+
+
+def group_tile(groups: int, group_size: int, most: int) -> tuple[bool, dict[str, int]]:
+    """Whether a tile holds whole groups, and the tile: as many of ``groups`` as fit in ``most`` elements."""
+    size = power_of_two(group_size)
+    whole = size <= most
+    count, size = (min(power_of_two(groups), most // size), size) if whole else (1, LONG_TILE)
+    return whole, {"BLOCK_GROUPS": count, "BLOCK_SIZE": size, "num_warps": min(warps(count * size), 16)}
+
+
+def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
+    """Whether a row is one tile, and the tile. A longer row goes by tiles of up to LONG_TILE elements."""
+    groups = length // group_size
+    whole, tile = group_tile(groups, group_size, ONE_PASS)
+    if whole and tile["BLOCK_GROUPS"] >= groups:
+        return True, tile
+    return False, group_tile(groups, group_size, LONG_TILE)[1]
+
+
+def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
+    """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
+    block = power_of_two(length)
+    if block > BACKWARD_ROW:
+        block = min(TILE_SIZE, BACKWARD_ROW)
+    return block, ceil_div(rows, 512), {"num_warps": warps(block)}
+
+
+def product_tile(groups: int, group_size: int) -> tuple[bool, dict[str, int]]:
+    """As ``group_tile``: groups of up to 16384 elements whole, short ones together in 2048."""
+    return group_tile(groups, group_size, max(TILE_SIZE, min(power_of_two(group_size), ONE_PASS)))
+
+
+def product_backward(group_size: int) -> dict[str, int]:
+    """A tile of 2048 elements, of one group or several."""
+    size = min(power_of_two(group_size), TILE_SIZE)
+    return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}

@@ -23,6 +23,7 @@ from .numerics import (
     lowest,
     narrow,
     reciprocal,
+    relu,
     rint,
     round_to,
     store_bits,
@@ -73,13 +74,15 @@ def zero_point_kind(scale: Tensor, zero_point: Tensor | None) -> int:
 def forward_kernel(
     x_ptr, y_ptr, mask_ptr, on_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     MASK: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
-    BLOCK: tl.constexpr, INNER: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = block_index(MODE, BLOCK, INNER)
     here = index < numel - start
     raw = tl.load(x_ptr + start + index, mask=here)
     x = widen(raw)
+    if RELU:
+        x = relu(x)
     low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
     s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
@@ -87,6 +90,8 @@ def forward_kernel(
     q = rint(x * inv) + z
     y = narrow((clamp(q, low, high) - z) * s, y_ptr.dtype.element_ty)
     inside = is_inside(q, low, high) & here
+    if RELU:
+        inside = inside & (x > 0)
     if on_ptr is not None:
         off = tl.load(on_ptr) == 0
         y = tl.where(off, raw, y)
@@ -121,6 +126,7 @@ def forward(
     y: Tensor,
     mask: Tensor | None = None,
     on: Tensor | None = None,
+    rectify: bool = False,
 ) -> None:
     """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x, every bit is set."""
     numel = x.numel()
@@ -129,7 +135,7 @@ def forward(
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
         forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, MASK=mask is not None, **constexprs,
+        float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, **constexprs,
     )  # fmt: skip
 
 
@@ -156,7 +162,7 @@ def fake_quantize_forward_mask(
 def backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
-    BLOCK: tl.constexpr, INNER: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = block_index(MODE, BLOCK, INNER)
@@ -168,10 +174,14 @@ def backward_kernel(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     inside = is_inside(rint(x * inv) + z, low, high)
+    if RELU:  # what is not positive must not count; the rest is what relu leaves alone
+        inside = inside & (x > 0)
     tl.store(dx_ptr + start + index, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
 
 
-def _backward(grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+def backward(
+    grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, rectify: bool = False
+) -> Tensor:
     x, dx = dense_and_like(x)
     numel = x.numel()
     if numel == 0:
@@ -180,7 +190,7 @@ def _backward(grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: i
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
         backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, **constexprs,
+        float(quant_max), numel, view, RELU=rectify, **constexprs,
     )  # fmt: skip
     return dx
 
@@ -190,7 +200,7 @@ def fake_quantize_backward(
 ) -> Tensor:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
-    return _backward(grad, x, scale, zero_point, quant_min, quant_max)
+    return backward(grad, x, scale, zero_point, quant_min, quant_max)
 
 
 # Scale and zero point as numbers: fp32 arguments of the kernels. fp64 gets tensors, filled on the device.
@@ -226,7 +236,7 @@ def fake_quantize_backward_scalar(
 ) -> Tensor:
     params = _check_numbers(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
-    return _backward(grad, x, *params, quant_min, quant_max)
+    return backward(grad, x, *params, quant_min, quant_max)
 
 
 @triton.jit
@@ -255,23 +265,29 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 @triton.jit
-def _learnable_terms(grad, x, s, inv, z, low, high):
-    """What each element adds to the gradients of scale and zero point, and whether it is inside the range.
+def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr):
+    """What each element adds to the gradients of scale and zero point, and whether its own gradient passes.
 
     Select, never multiply, so that an infinite gradient outside the range does not become NaN.
     """
     dy = widen(grad)
+    if RELU:
+        x = relu(x)
     steps = x * inv
     q = rint(steps) + z
     inside = is_inside(q, low, high)
     ds = dy * ((clamp(q, low, high) - z) - tl.where(inside, steps, 0.0))
-    return ds, tl.where(inside, 0.0, (0.0 - dy) * s), inside
+    dz = tl.where(inside, 0.0, (0.0 - dy) * s)
+    if RELU:
+        inside = inside & (x > 0)
+    return ds, dz, inside
 
 
 @triton.jit(do_not_specialize=["view"])
 def learnable_rows_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, runs, inner, pieces,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RELU: tl.constexpr,
 ):  # fmt: skip
     run, col = row_tile(ROWS, COLS)
     first = tl.program_id(1).to(tl.int64) * (steps * COLS)
@@ -288,7 +304,7 @@ def learnable_rows_kernel(
         at = run * inner + at
         x = widen(tl.load(x_ptr + at, mask=here, other=0.0))
         grad = tl.load(grad_ptr + at, mask=here, other=0.0)
-        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high)
+        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU)
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
@@ -303,6 +319,7 @@ def learnable_rows_kernel(
 def learnable_columns_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, outer, width,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RELU: tl.constexpr,
 ):  # fmt: skip
     col = column_tile(COLS)
     first = tl.program_id(1).to(tl.int64) * (steps * ROWS)
@@ -320,7 +337,7 @@ def learnable_columns_kernel(
         at = at * width + col
         x = widen(tl.load(x_ptr + at, mask=here, other=0.0))
         grad = tl.load(grad_ptr + at, mask=here, other=0.0)
-        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high)
+        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU)
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
@@ -355,7 +372,7 @@ def learnable_join_kernel(
     tl.store(out_zero_point_ptr + channel, round_to(tl.sum(dzero_point, 1) * grad_factor, dtype), mask=here)
 
 
-def fake_quantize_learnable_backward(
+def learnable_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -363,6 +380,7 @@ def fake_quantize_learnable_backward(
     quant_min: int,
     quant_max: int,
     grad_factor: float,
+    rectify: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
@@ -385,7 +403,7 @@ def fake_quantize_learnable_backward(
         kernel, sizes = learnable_columns_kernel, (cut.height, cut.width, cut.steps)
     launch(
         kernel, cut.grid, *arguments, *sizes, walk.view, ZERO_POINT=zero_point_kind(scale, zero_point),
-        DIGITS=walk.digits, ROWS=cut.rows, COLS=cut.cols,
+        DIGITS=walk.digits, ROWS=cut.rows, COLS=cut.cols, RELU=rectify,
     )  # fmt: skip
     partial, (outer, period, inner) = regroup(
         partial, cut, walk, lambda part, dims: part.double().sum([d + 1 for d in dims])
@@ -398,6 +416,18 @@ def fake_quantize_learnable_backward(
         outer, period, inner, factor, grad_factor - factor, **tile,
     )  # fmt: skip
     return dx, dscale, dzero_point
+
+
+def fake_quantize_learnable_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor)
 
 
 # Ranges taken from x itself.

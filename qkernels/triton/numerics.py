@@ -110,6 +110,12 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def relu(x):
+    """x where it is positive, else 0; NaN stays NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def is_inside(q, low, high):
     return (q >= low) & (q <= high)
 

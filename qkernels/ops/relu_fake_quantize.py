@@ -1,0 +1,136 @@
+"""ReLU fused with fake quantization: ``relu_fake_quantize``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import library
+from ..reference import relu_fake_quantize as reference
+from ..reference.fake_quantize import compute_dtype
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
+
+_define = partial(library.define, triton=True)
+
+_PARAMS = "Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max"
+
+_forward = _define(
+    "relu_fake_quantize_forward",
+    f"(Tensor x, {_PARAMS}) -> Tensor",
+    reference.relu_fake_quantize_forward,
+    lambda x, *_: torch.empty_like(x),
+)
+_forward_mask = _define(
+    "relu_fake_quantize_forward_mask",
+    f"(Tensor x, {_PARAMS}) -> (Tensor, Tensor)",
+    reference.relu_fake_quantize_forward_mask,
+    lambda x, *_: (torch.empty_like(x), _mask_like(x)),
+)
+_backward = _define(
+    "relu_fake_quantize_backward",
+    f"(Tensor grad, Tensor x, {_PARAMS}) -> Tensor",
+    reference.relu_fake_quantize_backward,
+    lambda grad, x, *_: torch.empty_like(x),
+)
+_learnable_backward = _define(
+    "relu_fake_quantize_learnable_backward",
+    f"(Tensor grad, Tensor x, {_PARAMS}, float grad_factor) -> (Tensor, Tensor, Tensor)",
+    reference.relu_fake_quantize_learnable_backward,
+    lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
+)
+
+
+class _ReluKept(Function):
+    """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+        ctx.range = (low, high)
+        ctx.save_for_backward(x, scale, zero_point)
+        return _forward(x, scale, zero_point, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if _again(grad):
+            dx = torch.where(reference.inside_range(*ctx.saved_tensors, *ctx.range), grad, 0)
+        else:
+            dx = _backward(grad, *ctx.saved_tensors, *ctx.range)
+        return dx, None, None, None, None
+
+
+class _ReluMask(Function):
+    """x alone needs a gradient: one bit per element is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+        y, mask = _forward_mask(x, scale, zero_point, low, high)
+        ctx.stride = y.stride()
+        ctx.save_for_backward(mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _through_mask(ctx, grad), None, None, None, None
+
+
+class _ReluLearnable(Function):
+    """Scale or zero point is learned: x is kept, everything else is recomputed in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, factor: float
+    ) -> Tensor:
+        ctx.range = (low, high, factor)
+        ctx.save_for_backward(x, scale, zero_point)
+        return _forward(x, scale, zero_point, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if _again(grad):
+            raise RuntimeError(
+                "relu_fake_quantize: learned scales have no second derivative; detach scale and zero_point"
+            )
+        x, scale, zero_point = ctx.saved_tensors
+        dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
+        if ctx.needs_input_grad[2]:
+            dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+        return dx, dscale, dzp if ctx.needs_input_grad[2] else None, None, None, None
+
+
+_kept = _entered(_ReluKept)
+_masked = _entered(_ReluMask)
+_learnable = _entered(_ReluLearnable)
+
+
+def relu_fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """``fake_quantize(torch.relu(x), …)`` in one pass, bit for bit, and its gradients too.
+
+    Arguments, result and errors are those of ``fake_quantize``; numbers for scale and zero_point become one-element
+    tensors. The gradient of x passes where x is positive and its rounded value lies in the range. For the backward
+    pass x is kept where it lives anyway or a scale is learned, else one bit per element: torch.relu alone would keep
+    its whole output.
+    """
+    if not isinstance(scale, Tensor):
+        if isinstance(zero_point, Tensor):
+            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
+        scale = torch.full((1,), scale, dtype=compute_dtype(x), device=x.device)
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if torch.is_grad_enabled():
+        if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
+            return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)
+        if x.requires_grad:
+            return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
+    return _forward(x, scale, zero_point, quant_min, quant_max)

@@ -1,0 +1,56 @@
+"""ReLU and fake quantization in one, in plain torch: ``torch.relu``, then the ops of ``fake_quantize``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import fake_quantize as plain
+
+
+def rectified(x: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(x.relu())
+
+
+def relu_fake_quantize_forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    plain.check(x, scale, zero_point, quant_min, quant_max)
+    return plain.fake_quantize_forward(rectified(x), scale, zero_point, quant_min, quant_max)
+
+
+def inside_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+    """Where the gradient passes: x is positive and is quantized without clipping."""
+    return plain.inside_range(x.relu(), scale, zero_point, quant_min, quant_max) & (x > 0)
+
+
+def relu_fake_quantize_forward_mask(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    y = relu_fake_quantize_forward(x, scale, zero_point, quant_min, quant_max)
+    return y, plain.pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max), y)
+
+
+def relu_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    plain.check(x, scale, zero_point, quant_min, quant_max)
+    plain.check_grad(grad, x)
+    inside = inside_range(x, scale, zero_point, quant_min, quant_max)
+    return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
+
+
+def relu_fake_quantize_learnable_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plain.check(x, scale, zero_point, quant_min, quant_max)
+    dx, dscale, dzp = plain.fake_quantize_learnable_backward(
+        grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor
+    )
+    return torch.empty_like(x).copy_(torch.where(x > 0, dx, 0)), dscale, dzp

@@ -1,0 +1,55 @@
+"""ReLU and fake quantization in Triton: the kernels of ``fake_quantize`` with RELU set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..reference import fake_quantize as reference
+from . import fake_quantize as plain
+from . import granularity
+
+
+def unsupported(op: str, *args: Any) -> str | None:
+    at = 0 if "forward" in op else 1
+    return granularity.unsupported(args[at], args[at + 1]) if args else None
+
+
+def relu_fake_quantize_forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    reference.check(x, scale, zero_point, quant_min, quant_max)
+    x, y = plain.dense_and_like(x)
+    plain.forward(x, scale, zero_point, quant_min, quant_max, y, rectify=True)
+    return y
+
+
+def relu_fake_quantize_forward_mask(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    reference.check(x, scale, zero_point, quant_min, quant_max)
+    x, y = plain.dense_and_like(x)
+    mask = plain.empty_mask(x)
+    plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True)
+    return y, mask
+
+
+def relu_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> Tensor:
+    reference.check(x, scale, zero_point, quant_min, quant_max)
+    reference.check_grad(grad, x)
+    return plain.backward(grad, x, scale, zero_point, quant_min, quant_max, rectify=True)
+
+
+def relu_fake_quantize_learnable_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return plain.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, rectify=True)
