@@ -128,7 +128,7 @@ def _cpu_kernels(on: bool) -> None:
         return
     if on:
         _say_once_that_kernels_are_overridden()
-    if ctypes.CDLL(str(library._module_file("_cpu"))).qkernels_override_aten(on):
+    if ctypes.CDLL(str(library.module_file("_cpu"))).qkernels_override_aten(on):
         raise RuntimeError(f"override_torch: torch {torch.__version__} does not accept the kernels; restart Python")
 
 

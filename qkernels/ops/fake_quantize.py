@@ -237,7 +237,9 @@ def _learned_gradients(
             "detach scale and zero_point"
         )
     dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
-    return dx, dscale, gradient_of(zero_point, dzp) if ctx.needs_input_grad[2] else None
+    if zero_point is None or not ctx.needs_input_grad[2]:
+        return dx, dscale, None
+    return dx, dscale, gradient_of(zero_point, dzp)
 
 
 class _FakeQuantizeVariant(Function):

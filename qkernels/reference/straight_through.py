@@ -52,7 +52,7 @@ def fake_quantize_straight_through_backward(
     else:
         dx, dscale = dy, dy * (end - torch.where(inside, steps, 0))
     if straight_through == "ewgs":
-        d = torch.where(dy >= 0, 1, -1) * torch.tensor(ewgs_delta, dtype=s.dtype, device=x.device)
+        d = torch.where(dy >= 0, 1, -1) * torch.full((), ewgs_delta, dtype=s.dtype, device=x.device)
         dx = torch.where(inside, dy * (1 + d * (steps - steps.round())), 0)
         dscale = torch.where(inside, dscale * (1 + d * steps), dscale)
     dzp = torch.where(inside, 0, -dy * s)
