@@ -288,7 +288,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Gpu {
  public:
   explicit Gpu(const Tensor& x) : index_(device_of(x).index) {
-    if (index_ >= 0) guard_.emplace(index_);
+    namespace accelerator = torch::stable::accelerator;
+    if (index_ >= 0 && accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
