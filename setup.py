@@ -140,9 +140,7 @@ def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extensio
     if wanted == "cpu" or (wanted == "auto" and not has_cuda):
         return None
     if not nvcc():
-        missing = (
-            "no nvcc in CUDA_HOME/bin, PATH or /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
-        )
+        missing = "no nvcc in CUDA_HOME/bin, PATH or /usr/local/cuda/bin: install the CUDA toolkit or set CUDA_HOME"
         if wanted == "cuda" and not optional:
             sys.exit(f"qkernels: {missing}")
         say(f"{missing}; building without the CUDA kernels")

@@ -35,6 +35,7 @@ INPUTS: dict[str, tuple[Callable[[torch.dtype], Tensor], list[tuple[int, ...]]]]
     "many channels last": (lambda d: torch.randn(700, 1030, dtype=d), [(1, 1030), (700, 1)]),
     "long rows": (lambda d: torch.randn(3, 40000, dtype=d), [(1,), (3, 1), (3, 1250)]),
     "blocks of both dims": (lambda d: torch.randn(64, 96, dtype=d), [(2, 3), (64, 3), (4, 96)]),
+    "blocks of three dims": (lambda d: torch.randn(6, 4, 10, dtype=d), [(2, 2, 5), (3, 1, 2)]),
     "image": (lambda d: torch.randn(3, 5, 7, 7, dtype=d), [(1, 5, 1, 1), (3, 1, 1, 1), (3, 5, 1, 1), (1, 1, 7, 1)]),
     "channels_last": (
         lambda d: channels_last(torch.randn(3, 5, 8, 7, dtype=d)),

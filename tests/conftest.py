@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels then run in its interpreter, on CPU tensors. Triton looks at this once, when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import torch
 
 import qkernels as qk
 
@@ -64,12 +72,31 @@ def _repeatable() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    """Triton's interpreter patches triton.language anew at every call of a device function: here once a launch."""
+    if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, active = interpreter._patch_lang, []
+
+    def patch_once(fn: Any) -> Any:
+        if active:
+            return SimpleNamespace(restore=lambda: None)
+        active.append(patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
+        return SimpleNamespace(restore=lambda: active.pop().restore())
+
+    interpreter._patch_lang = patch_once
+
+
 def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a fresh interpreter that imports qkernels from ``root``; for what is decided at import."""
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": path, **env},
         cwd=root,
         capture_output=True,
         text=True,

@@ -30,7 +30,7 @@ class Kernel:
         return self.stack > 0 or self.local > 0 or "LDL" in self.widths or "STL" in self.widths
 
 
-WIDTHS = {"128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
+WIDTHS = {"256": 256, "128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
 
 
 def tool(name: str) -> str | None:
@@ -45,13 +45,13 @@ def tool(name: str) -> str | None:
     return str(packed) if packed.exists() else None
 
 
-def _cuobjdump(path: Path, arch: str, *options: str) -> str:
-    command = [tool("cuobjdump") or "cuobjdump", *options, "-arch", arch, str(path)]
+def _cuobjdump(path: Path, arch: str | None, *options: str) -> str:
+    command = [tool("cuobjdump") or "cuobjdump", *options, *(["-arch", arch] if arch else []), str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def kernels(path: Path, arch: str) -> dict[str, Kernel]:
-    """The kernels of a library for one architecture ("sm_90a"), by mangled name."""
+def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
+    """The kernels of a cubin, or of a library for one architecture ("sm_90a"), by mangled name."""
     found: dict[str, Kernel] = {}
     for name, resources in re.findall(r"Function (\S+):\s*\n\s*(.*)", _cuobjdump(path, arch, "-res-usage")):
         usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}

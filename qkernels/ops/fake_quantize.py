@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as reference
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
 
 def _mask_like(x: Tensor) -> Tensor:
@@ -41,14 +41,12 @@ _forward = _define(
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.fake_quantize_forward,
     lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
-    triton=True,
 )
 _forward_mask = _define(
     "fake_quantize_forward_mask",
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
     reference.fake_quantize_forward_mask,
     lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), _mask_like(x)),
-    triton=True,
 )
 _backward = _define(
     "fake_quantize_backward",

@@ -12,7 +12,7 @@ from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
 from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
 
 _quantize = _define(

@@ -17,8 +17,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    """Raises RuntimeError where the arguments of a fake-quantize op do not fit together."""
+def check_input(x: Tensor, quant_min: int, quant_max: int) -> None:
+    """Raises RuntimeError where x or the range is not one that can be quantized."""
     if not x.is_floating_point():
         raise RuntimeError(f"x: got {x.dtype}; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16")
     if quant_min > quant_max:
@@ -28,6 +28,11 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
             f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: {-EXACT_INT} to {EXACT_INT}, the integers "
             "that fp32 holds exactly"
         )
+
+
+def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """Raises RuntimeError where the arguments of a fake-quantize op do not fit together."""
+    check_input(x, quant_min, quant_max)
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is None:
             continue
@@ -44,12 +49,15 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
             )
         # Values are looked at only where that costs no synchronisation.
         if x.device.type == "cpu" and not zero_point.is_floating_point() and zero_point.numel():
-            low, high = int(zero_point.min()), int(zero_point.max())
-            if low < quant_min or high > quant_max:
-                raise RuntimeError(
-                    f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, "
-                    f"{quant_min} to {quant_max}"
-                )
+            check_zero_point(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
+
+
+def check_zero_point(low: int, high: int, quant_min: int, quant_max: int) -> None:
+    if low < quant_min or high > quant_max:
+        raise RuntimeError(
+            f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, {quant_min} to "
+            f"{quant_max}"
+        )
 
 
 def check_granularity(name: str, param: Tensor, x: Tensor) -> None:
@@ -143,11 +151,15 @@ def fake_quantize_backward(
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
 
-def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
+def check_mask(mask: Tensor, grad: Tensor) -> None:
     if mask.numel() != (grad.numel() + 7) // 8:
         raise RuntimeError(
             f"mask: got {mask.numel()} bytes; accepted: one bit for each of grad's {grad.numel()} elements"
         )
+
+
+def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
+    check_mask(mask, grad)
     return torch.where(unpack_mask(mask, grad), grad, 0)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
-def pointwise(numel: int) -> int:
-    """Elements of a block. 16 or 32 for each of 128 threads; less where that would leave most of a GPU idle."""
-    return 4096 if numel >= 1 << 22 else 1024
+def block(granularity: Granularity, numel: int) -> int:
+    """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
+    inner = granularity.view.inner
+    tiles = 8 <= inner and inner & (inner - 1) == 0
+    short = granularity.channels > 1 and inner < 2048 and not tiles
+    return 1024 if short or numel < 1 << 18 else 2048
 
 
 def walk(granularity: Granularity, block: int) -> dict[str, Any]:
@@ -30,3 +33,76 @@ def walk(granularity: Granularity, block: int) -> dict[str, Any]:
 
 def by_numbers(block: int) -> dict[str, Any]:
     return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
+
+
+class Cut(NamedTuple):
+    """How a reduction cuts x: tiles, and the partial results [outer, period, inner] that they leave.
+
+    Rows: a tile is ``rows`` runs by ``cols`` of their ``length`` elements, and moves ``steps`` times along them; every
+    run leaves ``inner`` pieces. Columns: x is ``height`` rows of one period, ``width`` elements, each; a tile is
+    ``rows`` by ``cols`` and moves ``steps`` times down; every column leaves one result for each of ``outer`` tiles.
+    """
+
+    columns: bool
+    rows: int
+    cols: int
+    steps: int
+    grid: tuple[int, int]
+    outer: int
+    period: int
+    inner: int
+    length: int
+    height: int
+    width: int
+
+
+TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
+ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def cut(granularity: Granularity, numel: int) -> Cut:
+    """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
+    view, runs = granularity.view, granularity.runs
+    length = numel if granularity.channels == 1 else view.inner
+    height, width = runs // view.period, view.period * view.inner
+    # Tiles move up to 16 times while there are a thousand programs left to fill a GPU, and more often where there would
+    # be more than a grid holds.
+    most = max(1, min(16, numel // (TILE_SIZE * 1024)), numel // (TILE_SIZE * 32768))
+    if granularity.channels > 1 and height >= 8 and length < 256:
+        cols = min(power_of_two(width), 128)
+        rows = min(TILE_SIZE // cols, power_of_two(height))
+        steps = min(most, ceil_div(height, rows))
+        outer = ceil_div(height, rows * steps)
+        grid = (ceil_div(width, cols), outer)
+        return Cut(True, rows, cols, steps, grid, outer, view.period, view.inner, length, height, width)
+    cols = min(power_of_two(length), TILE_SIZE)
+    rows = min(TILE_SIZE // cols, power_of_two(runs))
+    steps = min(most, ceil_div(length, cols))
+    pieces = ceil_div(length, cols * steps)
+    grid = (ceil_div(runs, rows), pieces)
+    return Cut(False, rows, cols, steps, grid, height, view.period, pieces, length, height, width)
+
+
+def join(outer: int, period: int, inner: int) -> dict[str, int]:
+    """Tile of the kernels that join partial results: channels by parts."""
+    parts = min(power_of_two(outer * inner), 1024)
+    return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts}
+
+
+def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
+    """Tile of the kernels that keep whole rows, of at least ``least`` elements."""
+    cols = max(power_of_two(length), least)
+    return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
+
+
+def warps(elements: int) -> int:
+    """Threads for at most 16 elements each, as far as a block can have them."""
+    return max(1, min(32, elements // 512))

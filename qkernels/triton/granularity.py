@@ -1,8 +1,9 @@
 """From (x, scale) to what kernels walk: runs of elements in memory order, and the element of scale of each.
 
 A dense x in memory order is a sequence of runs of ``inner`` elements that share one channel, i.e. one element of scale.
-After ``period`` runs the pattern of channels repeats. Inside a period the channel is a mixed-radix number of three
-digits (size0, size1, size2), each with its stride in scale: enough for blocks of two dims in any memory order.
+After ``period`` runs the pattern of channels repeats. Inside a period the channel is the run itself, or a mixed-radix
+number of three or six digits (size0, size1, …), each with its stride in scale: three are enough for blocks of two dims,
+six for blocks of one dim of four in any memory order.
 """
 
 from __future__ import annotations
@@ -36,25 +37,31 @@ class View(NamedTuple):
     period_magic: int
     size1: int
     size2: int
+    size3: int
+    size4: int
+    size5: int
     stride0: int
     stride1: int
     stride2: int
+    stride3: int
+    stride4: int
+    stride5: int
 
 
 class Granularity(NamedTuple):
     view: View
     channels: int
     runs: int
-    digits: int  # 1: the channel is the number of the run in its period; 3: to be computed
+    digits: int  # 1: the channel is the number of the run in its period; 3, 6: of its digits
 
 
 def _magic(n: int) -> int:
     return 0 if n < 2 else -(-(2**31) // n)
 
 
-def _view(inner: int, period: int, digits: tuple[tuple[int, int], ...] = ((1, 0), (1, 0), (1, 1))) -> View:
-    (_, stride0), (size1, stride1), (size2, stride2) = digits
-    return View(inner, _magic(inner), period, _magic(period), size1, size2, stride0, stride1, stride2)
+def _view(inner: int, period: int, digits: tuple[tuple[int, int], ...] = ()) -> View:
+    sizes, strides = zip(*digits, *[(1, 0)] * (6 - len(digits)), strict=True)
+    return View(inner, _magic(inner), period, _magic(period), *sizes[1:], *strides)
 
 
 ONE_CHANNEL = Granularity(_view(1, 1), 1, 1, 1)
@@ -93,15 +100,21 @@ def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: 
     channels = math.prod(scale_shape)
     if len(factors) == 1 and factors[0][1] == 1:
         return Granularity(_view(inner, period), channels, runs, 1)
-    if len(factors) > 3:
+    if len(factors) > 6:
         return None
-    digits = ((1, 0),) * (3 - len(factors)) + tuple(factors)
-    return Granularity(_view(inner, period, digits), channels, runs, 3)
+    count = 3 if len(factors) <= 3 else 6
+    digits = ((1, 0),) * (count - len(factors)) + tuple(factors)
+    return Granularity(_view(inner, period, digits), channels, runs, count)
 
 
 def granularity_of(x: Tensor, scale: Tensor) -> Granularity | None:
     """How scale speaks for a dense, non-empty x; None: in more digits than kernels take (see ``unsupported``)."""
     return ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+
+
+def rows_of(rows: int, length: int) -> Granularity:
+    """A contiguous x in rows of ``length`` elements, each a channel."""
+    return Granularity(_view(length, rows), rows, rows, 1)
 
 
 def unsupported(x: Tensor, scale: Tensor) -> str | None:
@@ -111,7 +124,7 @@ def unsupported(x: Tensor, scale: Tensor) -> str | None:
         if blocks == 0 or size % blocks:
             return None  # refused with a message, later
     if _granularity(x.shape, torch.empty_like(x, device="meta").stride(), scale.shape) is None:
-        return f"takes scales that split at most two dims into blocks, got {list(scale.shape)} for {list(x.shape)}"
+        return f"takes scales of at most six factors in memory order, got {list(scale.shape)} for {list(x.shape)}"
     return None
 
 
@@ -138,10 +151,17 @@ def channel_of(position, view, DIGITS: tl.constexpr):
     """The channel of runs by their positions in the period."""
     if DIGITS == 1:
         return position
-    else:
-        digit2 = position % view.size2
-        rest = position // view.size2
-        return rest // view.size1 * view.stride0 + rest % view.size1 * view.stride1 + digit2 * view.stride2
+    channel = tl.zeros_like(position)
+    if DIGITS == 6:
+        channel += position % view.size5 * view.stride5
+        position = position // view.size5
+        channel += position % view.size4 * view.stride4
+        position = position // view.size4
+        channel += position % view.size3 * view.stride3
+        position = position // view.size3
+    channel += position % view.size2 * view.stride2
+    position = position // view.size2
+    return channel + position // view.size1 * view.stride0 + position % view.size1 * view.stride1
 
 
 @triton.jit

@@ -11,7 +11,6 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
-NAN: tl.constexpr = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -37,6 +36,15 @@ def narrow(x, dtype: tl.constexpr):
         return tl.where(y != y, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """An fp64 in another floating dtype, by way of fp32 as torch does."""
+    if dtype == tl.float64:
+        return x
+    else:
+        return narrow(x.to(tl.float32), dtype)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def reciprocal(x):
 @triton.jit
 def effective_scale(scale):
     """A scale below the smallest normal fp32 acts as that value; a negative or NaN one is NaN."""
-    return tl.where(scale >= TINY, scale, tl.where(scale >= 0, TINY, NAN).to(scale.dtype))
+    return tl.where(scale >= TINY, scale, tl.where(scale >= 0, TINY, float("nan")).to(scale.dtype))
 
 
 @triton.jit
@@ -115,3 +123,58 @@ def store_bits(mask_ptr, inside, first, count, BLOCK: tl.constexpr):
     bits = tl.reshape(inside, [BLOCK // 8, 8]).to(tl.int32) << tl.arange(0, 8)[None, :]
     index = tl.arange(0, BLOCK // 8)
     tl.store(mask_ptr + first // 8 + index, tl.sum(bits, 1).to(tl.uint8), mask=index < (count - first + 7) // 8)
+
+
+@triton.jit
+def _ordered(x):
+    """Integers that compare as the floats do."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _from_ordered(key):
+    if key.dtype == tl.int64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lowest(x, axis: tl.constexpr):
+    """The minimum along an axis, NaN where there is one: as an integer, of which the lowest decodes to NaN."""
+    key = _ordered(x)
+    return _from_ordered(
+        tl.min(tl.where(x != x, (tl.zeros_like(key) - 1) << (key.dtype.primitive_bitwidth - 1), key), axis)
+    )
+
+
+@triton.jit
+def highest(x, axis: tl.constexpr):
+    """The maximum along an axis, NaN where there is one: as an integer, of which the highest decodes to NaN."""
+    key = _ordered(x)
+    return _from_ordered(
+        tl.max(tl.where(x != x, ~((tl.zeros_like(key) - 1) << (key.dtype.primitive_bitwidth - 1)), key), axis)
+    )
+
+
+@triton.jit
+def choose_qparams(low, high, quant_min, quant_max, steps, middle, floor, SYMMETRIC: tl.constexpr):
+    """Scale and zero point (a float that holds an integer) that cover [low, high] and zero; NaN gives a NaN scale."""
+    low = tl.minimum(low, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    high = tl.maximum(high, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if SYMMETRIC:
+        amax = tl.maximum(-low, high, propagate_nan=tl.PropagateNan.ALL)
+        scale = divide(amax, tl.zeros_like(amax) + steps)
+        zero_point = tl.zeros_like(scale) + middle
+    else:
+        scale = divide(high - low, tl.zeros_like(low) + (quant_max - quant_min))
+    scale = tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
+    if not SYMMETRIC:
+        zero_point = clamp(quant_min - rint(divide(low, scale)), quant_min, quant_max)
+        zero_point = tl.where(zero_point != zero_point, quant_min, zero_point)
+    return scale, zero_point

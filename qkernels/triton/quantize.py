@@ -1,0 +1,78 @@
+"""Real quantization in Triton, bit for bit as the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import fake_quantize as reference_qparams
+from ..reference import quantize as reference
+from . import configs, granularity
+from .fake_quantize import dense_and_like, dynamic, pointwise_arguments
+from .fake_quantize import quantize as fill
+from .granularity import block_index, block_params
+from .launch import launch
+from .numerics import narrow
+
+
+def unsupported(op: str, *args: Any) -> str | None:
+    """Why the kernels do not take a call of ``op``, or None."""
+    return None if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    reference_qparams.check(x, scale, zero_point, quant_min, quant_max)
+    reference.check_codes(quant_min, quant_max, dtype)
+    x, q = dense_and_like(x, dtype)
+    fill(x, scale, zero_point, quant_min, quant_max, q)
+    return q
+
+
+@triton.jit(do_not_specialize=["view"])
+def dequantize_kernel(
+    q_ptr, y_ptr, scale, zero_point, numel, view,
+    ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = block_index(MODE, BLOCK, INNER)
+    here = index < numel - start
+    dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    q = tl.load(q_ptr + start + index, mask=here).to(dtype)
+    no_low, no_high = tl.cast(float("-inf"), dtype), tl.cast(float("inf"), dtype)
+    s, inv, z = block_params(
+        start, index, scale, zero_point, no_low, no_high, view, dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
+    )
+    tl.store(y_ptr + start + index, narrow((q - z) * s, y_ptr.dtype.element_ty), mask=here)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    reference.check_dequantize(q, scale, zero_point, dtype)
+    q, y = dense_and_like(q, dtype)
+    numel = q.numel()
+    if numel:
+        scale, zero_point, view, constexprs = pointwise_arguments(q, scale, zero_point)
+        launch(
+            dequantize_kernel,
+            (triton.cdiv(numel, constexprs["BLOCK"]),),
+            q,
+            y,
+            scale,
+            zero_point,
+            numel,
+            view,
+            **constexprs,
+        )
+    return y
+
+
+def quantize_dynamic(
+    x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dynamic(x, group_size, quant_min, quant_max, symmetric, torch.int8)[:3]

@@ -1,0 +1,178 @@
+"""Compiles what the Triton ops launch for every supported GPU, without having one; run by test_triton_compile.py.
+
+The ops are called on meta tensors with a launcher that writes down what it is given, and each distinct launch is compiled
+from that: what is checked is what runs. Prints one JSON line for each kernel and GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+
+
+def modules() -> list[Any]:
+    package = importlib.import_module("qkernels.triton")
+    return [importlib.import_module(f"qkernels.triton.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+
+
+@functools.cache
+def kernels() -> dict[str, Any]:
+    """Every function of qkernels/triton that is launched: the @triton.jit ones whose names end in _kernel."""
+    from triton.runtime.jit import JITFunction
+
+    found = {}
+    for module in modules():
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                found[f"{value.module.removeprefix('qkernels.triton.')}.{name}"] = value
+    return found
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# Granularities that reach every way of walking and every cut: x, scale.
+WALKS = [
+    ((4096, 4096), (1,)),
+    ((4096, 4096), (4096, 1)),  # long runs
+    ((4096, 4096), (4096, 128)),  # groups of 32
+    ((4096, 4096), (1, 4096)),  # channels last
+    ((256, 64, 56, 56), (1, 64, 1, 1)),
+    ((256, 512, 7, 7), (1, 512, 1, 1)),  # runs of 49
+    ((512, 512, 3, 3), (512, 1, 1, 1)),
+    ((4096, 4096), (32, 32)),  # blocks of 128 by 128
+    ((768,), (1,)),
+]
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(module, op, arguments) of this package's ops."""
+    int8, on = (-128, 127), meta((1,), torch.int64)
+    for number, (shape, scale_shape) in enumerate(WALKS):
+        x, scale = meta(shape, dtype), meta(scale_shape)
+        zero_points = [None, meta(scale_shape, torch.int32), meta(scale_shape)]
+        zero_point = zero_points[number % 3]
+        params = (scale, zero_point, *int8)
+        yield "fake_quantize", "fake_quantize_forward", (x, *params)
+        yield "fake_quantize", "fake_quantize_forward_mask", (x, *params)
+        yield "fake_quantize", "fake_quantize_backward", (x, x, *params)
+        yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5)
+        stats = [meta(scale_shape) for _ in range(3)]
+        steps = (0.0, 127.0)[number % 2]
+        observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps)
+        yield "fake_quantize", "observe_fake_quantize", observed
+        code = (torch.int8, torch.uint8, torch.int32)[number % 3]
+        yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
+        yield "quantize", "dequantize", (meta(shape, code), scale, zero_point, dtype)
+    x = meta((4096, 4096), dtype)
+    yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
+    for op in ("forward", "forward_mask"):
+        yield "fake_quantize", f"fake_quantize_{op}_scalar", (x, 0.1, 3, *int8)
+    yield "fake_quantize", "fake_quantize_backward_scalar", (x, x, 0.1, 3, *int8)
+    for length, group in ((4096, -1), (11008, -1), (4096, 32), (128, -1), (4096, 0), (16384, -1), (65536, -1)):
+        for symmetric in (True, False):
+            args = (meta((8192, length), dtype), group, *int8, symmetric)
+            yield "fake_quantize", "fake_quantize_dynamic_forward", args
+            yield "quantize", "quantize_dynamic", args
+
+
+def launches() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, options) of every distinct launch that the calls make."""
+    names = {id(kernel): name for name, kernel in kernels().items()}
+    found: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(kernel: Any, grid: Any, *args: Any, num_warps: int = 4, **constexprs: Any) -> None:
+        options = {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}
+        *_, signature, attributes = specialized(names[id(kernel)], args, options)
+        found.setdefault(f"{names[id(kernel)]} {signature} {attributes} {options}", (names[id(kernel)], args, options))
+
+    for module in modules():
+        if hasattr(module, "launch"):
+            module.launch = record
+    for dtype in FLOATS:
+        for module, op, args in calls(dtype):
+            getattr(importlib.import_module(f"qkernels.triton.{module}"), op)(*args)
+    return list(found.values())
+
+
+def specialized(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton makes of a launch's arguments: options, constexprs, signature, attributes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = kernels()[name]
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = binder(*args, **options)
+    _, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    return {k: v for k, v in options.items() if k not in signature}, constexprs, signature, attributes
+
+
+def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
+    import sass
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, args, options, arch = job
+    options, constexprs, signature, attributes = specialized(name, args, options)
+    source = ASTSource(kernels()[name], signature, constexprs, attributes)
+    start = time.process_time()
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        (usage,) = sass.kernels(Path(file.name)).values()
+    pointers = [str(kind) for kind in signature.values() if str(kind).startswith("*")]
+    return json.dumps(
+        {
+            "kernel": name,
+            "arch": arch,
+            "dtype": pointers[0][1:],
+            "constexprs": {key: value for key, value in job[2].items() if key not in options},
+            "warps": options["num_warps"],
+            "registers": usage.registers,
+            "spills": usage.spills,
+            "local": usage.stack + usage.local,
+            "shared": usage.shared,
+            "widest_load": usage.widths.get("LDG", 0),
+            "dynamic_shared": binary.metadata.shared,
+            "approximate": sum(
+                op in binary.asm["ptx"] for op in ("div.full", "div.approx", "rcp.approx", "fma.rn.f32", ".ftz")
+            ),
+            "seconds": round(time.process_time() - start, 2),
+        }
+    )
+
+
+def main() -> None:
+    jobs = [(*launch, arch) for arch in ARCHITECTURES for launch in launches()]
+    if "--list" in sys.argv:
+        for name in sorted({job[0] for job in jobs}):
+            print(name, sum(job[0] == name for job in jobs) // len(ARCHITECTURES))
+        return
+    with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
+        for line in pool.imap_unordered(compiled, jobs, chunksize=4):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
