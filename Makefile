@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 SOURCES := setup.py $(shell find csrc -type f)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
-SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,fake_quantize quantize int8_gemm int8_conv2d))
+SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
+    fake_quantize foreach_fake_quantize override statistics quantize int8_gemm int8_conv2d))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
 .PHONY: build demo test pytest lint asan bench gpu clean

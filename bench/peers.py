@@ -99,3 +99,25 @@ def int8_linear(x: Tensor, w: Tensor, threads: int) -> dict[str, Call | None]:
         "fp32": lambda: torch.nn.functional.linear(x, w),
         "bf16": lambda: torch.nn.functional.linear(half, half_w),
     }
+
+
+# Non-uniform quantization as users write it, straight through, with scales of groups of the last dim.
+
+
+def codebook_bucketize(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """codebook is in ascending order."""
+    v = x.reshape(*scale.shape, -1) / scale[..., None]
+    midpoints = (codebook[:-1] + codebook[1:]).detach() / 2
+    return _through_level(x, v, codebook[torch.bucketize(v.detach(), midpoints)], scale, codebook)
+
+
+def codebook_argmin(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    v = x.reshape(*scale.shape, -1) / scale[..., None]
+    nearest = (v.detach()[..., None] - codebook.detach()).abs().argmin(-1)
+    return _through_level(x, v, codebook[nearest], scale, codebook)
+
+
+def _through_level(x: Tensor, v: Tensor, level: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    clipped = v.clamp(codebook[0].detach(), codebook[-1].detach())
+    y = (level + (clipped - clipped.detach())) * scale[..., None]
+    return y.reshape(x.shape).to(x.dtype)

@@ -2,22 +2,27 @@
 
 __version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
 
-from . import library, nn, ops, qat, reference, registry
+from . import codebooks, library, nn, ops, qat, reference, registry
+from .integrations.aten import override_torch
 from .library import use_kernel
 from .nn import PerChannel, PerGroup, PerTensor, PerToken
+from .ops.aten_fake_quantize import fake_quantize_per_channel_affine
+from .ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
 from .ops.fake_quantize import (
     fake_quantize,
     fake_quantize_dynamic,
     fake_quantize_learnable_per_channel_affine,
     fake_quantize_learnable_per_tensor_affine,
-    fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
     fused_moving_avg_obs_fake_quant,
     observe_fake_quantize,
 )
+from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.statistics import histogram, quantization_errors
+from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
@@ -32,15 +37,21 @@ __all__ = [
     "QSpec",
     "calibrate",
     "choose_qparams",
+    "codebooks",
     "convert",
     "dequantize",
+    "dequantize_codebook",
     "fake_quantize",
+    "fake_quantize_codebook",
     "fake_quantize_dynamic",
     "fake_quantize_learnable_per_channel_affine",
     "fake_quantize_learnable_per_tensor_affine",
     "fake_quantize_per_channel_affine",
     "fake_quantize_per_tensor_affine",
+    "fake_quantize_stochastic",
+    "foreach_fake_quantize",
     "fused_moving_avg_obs_fake_quant",
+    "histogram",
     "int8_conv2d",
     "int8_linear",
     "int8_mm",
@@ -50,10 +61,14 @@ __all__ = [
     "nn",
     "observe_fake_quantize",
     "ops",
+    "override_torch",
     "prepare",
     "qat",
+    "quantization_errors",
     "quantize",
+    "quantize_codebook",
     "quantize_dynamic",
+    "quantize_stochastic",
     "reference",
     "registry",
     "report",

@@ -25,7 +25,7 @@ def cpu_model() -> str:
 
 def versions() -> dict[str, str]:
     found = importlib.util.find_spec("triton")
-    triton = "not installed; no kernel of this version needs it"
+    triton = "not installed; its kernels need: pip install triton"
     if found is not None:
         import triton as module
 

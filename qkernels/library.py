@@ -268,7 +268,7 @@ def _pinned(op: str, isa: str) -> Callable[..., Any]:
 
 def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
-        for arg in args:
+        for arg in registry.flat(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
                 return f"takes CPU tensors, got one on {arg.device}"
         if host is None or op in _op_missing:

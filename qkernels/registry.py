@@ -6,7 +6,7 @@ Knows neither torch nor any backend: a kernel is a name, a function, and a reaso
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,15 @@ def select(op: str, *args: Any) -> Kernel:
             _said.add(reason)
             warnings.warn(f"qkernels: {op} runs on a slower kernel: {reason}", stacklevel=3)
     raise RuntimeError(f"{op}: no kernel takes this call: {which(op, *args)}")
+
+
+def flat(args: Any) -> Iterator[Any]:
+    """Arguments or results one by one, those inside lists and tuples too."""
+    for arg in args:
+        if isinstance(arg, list | tuple):
+            yield from flat(arg)
+        else:
+            yield arg
 
 
 def run(op: str, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import library, registry
 from .reference import int8_gemm
+from .reference.straight_through import VARIANTS
 from .registry import Kernel
 
 INT4 = (-8, 7)
@@ -20,7 +21,14 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
-SUMS = {"fake_quantize_learnable_backward": (1, 2)}
+SUMS = {
+    "fake_quantize_codebook_learnable_backward": (1, 2),
+    "fake_quantize_learnable_backward": (1, 2),
+    "fake_quantize_stochastic_backward": (1, 2),
+    "fake_quantize_straight_through_backward": (1, 2),
+    "foreach_fake_quantize_learnable_backward": (1, 2),
+    "quantization_errors": (0,),
+}
 CHANGES_ARGUMENTS = {"observe_fake_quantize"}
 
 
@@ -85,6 +93,39 @@ def learnable_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield *case, 0.5
 
 
+def straight_through_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for *case, factor in learnable_backward_args(x):
+        for variant in VARIANTS:
+            yield *case, variant, 0.2, factor
+
+
+def stochastic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in fake_quantize_args(x):
+        yield *case, 3, 4, None
+        yield *case, -5, 0, torch.tensor([2**40])
+
+
+def stochastic_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in backward(stochastic_args)(x):
+            yield *case, 0.5
+
+
+def quantize_stochastic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in stochastic_args(x):
+        yield *case, torch.int8
+
+
+def channel_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for axis, channels in enumerate(x.shape):
+        zero_point = torch.randint(-8, 8, (channels,), dtype=torch.int32)
+        yield x, 0.01 + torch.rand(channels), zero_point, axis, *INT4
+
+
+def backward_bytes_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.empty_like(x, dtype=torch.bool).bernoulli_()
+
+
 def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     yield x, torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
 
@@ -106,6 +147,33 @@ def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
 
 
+def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (scale, _), levels in zip(qparams(x), (16, 256, 5, 33), strict=False):
+        yield x, scale * 9, torch.randn(levels)
+
+
+def codebook_learnable_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in backward(codebook_args)(x):
+            yield *case, 0.5, True
+
+
+def dequantize_codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, scale, codebook in codebook_args(x):
+        yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
+
+
+def foreach_args(*wrapped: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    """The cases of an op of one tensor as one call of its op of many, a transposed copy of x in between."""
+
+    def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        calls = [case for make in wrapped for y in (x, x.t().contiguous() if x.dim() == 2 else x) for case in make(y)]
+        if calls:
+            yield tuple(list(values) for values in zip(*calls, strict=True))
+
+    return args
+
+
 def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for case in fake_quantize_args(x):
         yield *case, torch.int8
@@ -114,6 +182,26 @@ def quantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def dequantize_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for scale, zero_point in qparams(x):
         yield torch.randint(-128, 128, x.shape, dtype=torch.int8), scale, zero_point, x.dtype
+
+
+def granularities(x: Tensor) -> Iterator[tuple[int, ...]]:
+    yield (1,)
+    for dim in range(x.dim() if x.dim() >= 2 else 0):
+        yield tuple(size if at == dim else 1 for at, size in enumerate(x.shape))
+
+
+def histogram_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in granularities(x):
+        yield x, -2 * torch.rand(shape), torch.rand(shape), 37
+    yield x, torch.tensor([-2.0]), torch.tensor([2.0]), 2048
+
+
+def errors_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for shape in granularities(x):
+            scale = 0.01 + torch.rand(3, *shape)
+            yield x, scale, None, *INT4
+            yield x, scale, torch.randint(-8, 8, scale.shape, dtype=torch.int32), *INT4
 
 
 def codes(*shape: int) -> Tensor:
@@ -164,15 +252,31 @@ def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 # Arguments for each op, made from one input x (none where the op cannot take such an x).
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
+    "dequantize_codebook": dequantize_codebook_args,
     "fake_quantize_backward": backward(fake_quantize_args),
+    "fake_quantize_backward.channel": backward(channel_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
+    "fake_quantize_backward_bytes": backward_bytes_args,
     "fake_quantize_backward_mask": backward_mask_args,
+    "fake_quantize_codebook_backward": backward(codebook_args),
+    "fake_quantize_codebook_forward": codebook_args,
+    "fake_quantize_codebook_forward_mask": codebook_args,
+    "fake_quantize_codebook_learnable_backward": codebook_learnable_args,
     "fake_quantize_dynamic_forward": dynamic_args,
     "fake_quantize_forward": fake_quantize_args,
+    "fake_quantize_forward.channel": channel_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
     "fake_quantize_forward_mask": fake_quantize_args,
+    "fake_quantize_forward_mask.channel": channel_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
     "fake_quantize_learnable_backward": learnable_backward_args,
+    "fake_quantize_stochastic_backward": stochastic_backward_args,
+    "fake_quantize_stochastic_forward": stochastic_args,
+    "fake_quantize_straight_through_backward": straight_through_args,
+    "foreach_fake_quantize_backward": foreach_args(backward(fake_quantize_args)),
+    "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
+    "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
+    "histogram": histogram_args,
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -180,8 +284,11 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_scaled_mm": int8_scaled_mm_args,
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
+    "quantization_errors": errors_args,
     "quantize": quantize_args,
+    "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
+    "quantize_stochastic": quantize_stochastic_args,
 }
 
 
@@ -226,8 +333,11 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     host = library.host
     if host is not None:
         host.clear_last_isa()
+    # An op of many tensors returns lists: its second and third are the second and third part of all outputs.
+    length = len(args[0]) if isinstance(args[0], list) else 1
+    sums = [part * length + at for part in SUMS.get(kernel.op, ()) for at in range(length)]
     for at, (got, want) in enumerate(zip(outputs_of(kernel, args), expected, strict=True)):
-        tolerance = SUM_TOLERANCE if at in SUMS.get(kernel.op, ()) else 0.0
+        tolerance = SUM_TOLERANCE if at in sums else 0.0
         if got.dtype != want.dtype or got.shape != want.shape or layout(got) != layout(want):
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
@@ -239,7 +349,7 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
 
 
 def describe(args: tuple[Any, ...]) -> str:
-    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in args)
+    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in registry.flat(args))
 
 
 def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:

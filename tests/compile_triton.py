@@ -1,7 +1,8 @@
 """Compiles what the Triton ops launch for every supported GPU, without having one; run by test_triton_compile.py.
 
-The ops are called on meta tensors with a launcher that writes down what it is given, and each distinct launch is compiled
-from that: what is checked is what runs. Prints one JSON line for each kernel and GPU.
+The ops are called on meta tensors with a launcher that writes down what it is given, and each distinct launch is
+compiled from that: what is checked is what runs. Prints the names of all kernels as a JSON line, then one for each
+launch and GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkernels.reference.straight_through import VARIANTS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -65,7 +68,8 @@ WALKS = [
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(module, op, arguments) of this package's ops."""
     int8, on = (-128, 127), meta((1,), torch.int64)
-    for number, (shape, scale_shape) in enumerate(WALKS):
+    common = dtype in (torch.bfloat16, torch.float32)
+    for number, (shape, scale_shape) in enumerate(WALKS if common else WALKS[:2]):
         x, scale = meta(shape, dtype), meta(scale_shape)
         zero_points = [None, meta(scale_shape, torch.int32), meta(scale_shape)]
         zero_point = zero_points[number % 3]
@@ -81,12 +85,36 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
         yield "quantize", "dequantize", (meta(shape, code), scale, zero_point, dtype)
+        drawn = (*params, 2**40, 3, (None, on)[number % 2])
+        yield "stochastic", "fake_quantize_stochastic_forward", (x, *drawn)
+        yield "stochastic", "fake_quantize_stochastic_backward", (x, x, *drawn, 0.5)
+        yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
+        for variant in VARIANTS:
+            yield (
+                "straight_through",
+                "fake_quantize_straight_through_backward",
+                (x, x, *params, variant, 1e-3, 0.5),
+            )
+        table = (scale, meta(((16, 256)[number % 2],)))
+        op = "fake_quantize_codebook_forward"
+        yield "codebook", op if number % 4 < 2 else f"{op}_mask", (x, *table)
+        yield "codebook", "fake_quantize_codebook_backward", (x, x, *table)
+        yield "codebook", "quantize_codebook", (x, *table)
+        yield "codebook", "dequantize_codebook", (meta(shape, torch.uint8), *table, dtype)
+        learnable = "fake_quantize_codebook_learnable_backward", (x, x, *table, 0.5, number % 4 < 2)
+        if importlib.import_module("qkernels.triton.codebook").unsupported(learnable[0], *learnable[1]) is None:
+            yield "codebook", *learnable
+        yield "statistics", "histogram", (x, scale, scale, 32768)
+        candidates = meta((64, *scale_shape))
+        z = [None, meta(candidates.shape, torch.int32), candidates][number % 3]
+        yield "statistics", "quantization_errors", (x, candidates, z, *int8)
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
     for op in ("forward", "forward_mask"):
         yield "fake_quantize", f"fake_quantize_{op}_scalar", (x, 0.1, 3, *int8)
     yield "fake_quantize", "fake_quantize_backward_scalar", (x, x, 0.1, 3, *int8)
-    for length, group in ((4096, -1), (11008, -1), (4096, 32), (128, -1), (4096, 0), (16384, -1), (65536, -1)):
+    lengths = ((4096, -1), (4096, 0), (4096, 32), (128, -1), (11008, -1), (16384, -1), (65536, -1))
+    for length, group in lengths if common else lengths[:2]:
         for symmetric in (True, False):
             args = (meta((8192, length), dtype), group, *int8, symmetric)
             yield "fake_quantize", "fake_quantize_dynamic_forward", args
@@ -137,6 +165,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
     source = ASTSource(kernels()[name], signature, constexprs, attributes)
     start = time.process_time()
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -152,25 +181,29 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "registers": usage.registers,
             "spills": usage.spills,
             "local": usage.stack + usage.local,
-            "shared": usage.shared,
             "widest_load": usage.widths.get("LDG", 0),
-            "dynamic_shared": binary.metadata.shared,
-            "approximate": sum(
-                op in binary.asm["ptx"] for op in ("div.full", "div.approx", "rcp.approx", "fma.rn.f32", ".ftz")
-            ),
+            "shared": binary.metadata.shared,
+            "approximate": [op for op in ("div.full", "div.approx", "rcp.approx", "fma.rn.f32", ".ftz") if op in ptx],
             "seconds": round(time.process_time() - start, 2),
         }
     )
 
 
+def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
+    """Each launch for each GPU; or, in a fifth of the time, each for one GPU in turn, and each kernel for all."""
+    seen = set()
+    for number, launch in enumerate(launches()):
+        all_of_them = everything or launch[0] not in seen
+        seen.add(launch[0])
+        for arch in ARCHITECTURES if all_of_them else (ARCHITECTURES[number % len(ARCHITECTURES)],):
+            yield (*launch, arch)
+
+
 def main() -> None:
-    jobs = [(*launch, arch) for arch in ARCHITECTURES for launch in launches()]
-    if "--list" in sys.argv:
-        for name in sorted({job[0] for job in jobs}):
-            print(name, sum(job[0] == name for job in jobs) // len(ARCHITECTURES))
-        return
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "the interpreter compiles nothing"
+    print(json.dumps(sorted(kernels())))
     with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
-        for line in pool.imap_unordered(compiled, jobs, chunksize=4):
+        for line in pool.imap_unordered(compiled, jobs("--all" in sys.argv), chunksize=4):
             print(line, flush=True)
 
 

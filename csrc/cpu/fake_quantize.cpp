@@ -1,10 +1,12 @@
 // Fake quantization on the CPU: checks and memory layout here, the kernels in fake_quantize_kernels.h.
 #include "granularity.h"
+#include "observe.h"
 
 #define QK_BODY "fake_quantize_kernels.h"
 #include "foreach_isa.h"
 
 #include "dynamic.h"
+#include "gradient.h"
 
 namespace qkernels {
 namespace {
@@ -134,39 +136,15 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
   return dx;
 }
 
-// A contiguous tensor of `dtype` in the shape of `like`, from fp64 values.
-Tensor from_double(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty(to_vector(like.sizes()), like.scalar_type());
-  dispatch_floating("scale", out, [&](auto tag) {
-    using S = decltype(tag);
-    S* p = static_cast<S*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
-  });
-  return out;
-}
-
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
                                                                     const Tensor& scale,
                                                                     std::optional<Tensor> zero_point, int64_t quant_min,
                                                                     int64_t quant_max, double grad_factor) {
-  check_floating("x", x_any);
-  check_grad(grad_any, x_any);
-  const Tensor x = to_dense(x_any);
-  const Tensor grad = in_layout_of(grad_any, x);
-  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
-  const int64_t numel = x.numel();
-  std::vector<double> dscale(scale.numel()), dzero_point(scale.numel());
-  dispatch_floating("x", x, [&](auto tag) {
-    using S = decltype(tag);
-    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
-    if (numel == 0) return;
-    const View view = view_of(x, scale);
-    const S* dy = static_cast<const S*>(grad.const_data_ptr());
-    const S* in = static_cast<const S*>(x.const_data_ptr());
-    S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
-  });
-  return {dx, from_double(dscale, scale), from_double(dzero_point, scale)};
+  return learned(grad_any, x_any, scale, zero_point, quant_min, quant_max,
+                 [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out,
+                     double* dscale, double* dzero_point) {
+                   QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+                 });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const Tensor& x, int64_t group_size,
@@ -229,25 +207,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
       std::copy(lo.begin(), lo.end(), low.begin());
       std::copy(hi.begin(), hi.end(), high.begin());
     });
-    float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());
-    float* max_stat = static_cast<float*>(running_max.mutable_data_ptr());
-    float* scales = static_cast<float*>(scale.mutable_data_ptr());
-    const float momentum = static_cast<float>(averaging_const);
-    const auto average = [momentum](float running, float batch) {
-      return std::isinf(running) ? batch : running + momentum * (batch - running);
-    };
-    for (int64_t c = 0; c < channels; ++c) {
-      if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
-      min_stat[c] = average(min_stat[c], low[c]);
-      max_stat[c] = average(max_stat[c], high[c]);
-      const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
-      scales[c] = chosen.scale;
-      if (zero_point.scalar_type() == ScalarType::Int) {
-        static_cast<int32_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int32_t>(chosen.zero_point);
-      } else {
-        static_cast<int64_t*>(zero_point.mutable_data_ptr())[c] = static_cast<int64_t>(chosen.zero_point);
-      }
-    }
+    observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
   }
   if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);

@@ -77,9 +77,26 @@ void backward_mask(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
   });
 }
 
+// What an element adds to dx and to the sums, as in LSQ. `along(at, n)` makes the terms of elements [at, at + n), which
+// are then called 16 lanes at a time from element i on. Select, never multiply, so that an infinite dy outside the
+// range does not become NaN.
+template <typename V>
+struct LsqTerms {
+  LsqTerms along(int64_t, int64_t) const { return *this; }
+  void operator()(int64_t, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
+                  V& dzero_point) const {
+    const V steps = value * inv;
+    const V q = round(steps) + z;
+    const auto in = inside(q, b.low, b.high);
+    dx = select(in, dy, zero<V>());
+    dscale = dy * ((min(b.high, max(b.low, q)) - z) - select(in, steps, zero<V>()));
+    dzero_point = select(in, zero<V>(), (zero<V>() - dy) * scale);
+  }
+};
+
 // Sums of the learnable backward; dx is written on the way. Terms are added in fp32 over at most 64 vectors, then in
 // fp64: exact enough that the fp32 result is right to its last bits, at no cost.
-template <typename S>
+template <typename S, typename Terms = LsqTerms<typename VecOf<S>::type>>
 struct LearnableOp {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
@@ -92,6 +109,7 @@ struct LearnableOp {
   S* dx;
   double grad_factor;
   double *dscale, *dzero_point;
+  Terms all_terms = {};
 
   static Partial identity() { return {0, 0}; }
   static void merge(Partial& into, const Partial& from) {
@@ -103,27 +121,18 @@ struct LearnableOp {
     dzero_point[channel] = p.zero_point * grad_factor;
   }
 
-  // Select, never multiply, so that an infinite dy outside the range does not become NaN.
-  static inline void terms(V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale, V& dzero_point) {
-    const V steps = value * inv;
-    const V q = round(steps) + z;
-    const auto in = inside(q, b.low, b.high);
-    dx = select(in, dy, zero<V>());
-    dscale = dy * ((min(b.high, max(b.low, q)) - z) - select(in, steps, zero<V>()));
-    dzero_point = select(in, zero<V>(), (zero<V>() - dy) * scale);
-  }
-
   Partial piece(int64_t at, int64_t n, int64_t channel) const {
     const Bounds<V> b(quantizer);
     const Uniform<V> p(quantizer.of(channel));
     double scale_sum[16] = {}, zero_point_sum[16] = {};
+    auto terms = all_terms.along(at, n);
     V d, ds, dz;
     int64_t i = 0;
     while (i + 16 <= n) {
       const int64_t stop = std::min(i + 1024, n);
       V scale_acc = zero<V>(), zero_point_acc = zero<V>();
       for (; i + 16 <= stop; i += 16) {
-        terms(V::load(grad + at + i), V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+        terms(at + i, V::load(grad + at + i), V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
         d.store(dx + at + i);
         scale_acc = scale_acc + ds;
         zero_point_acc = zero_point_acc + dz;
@@ -133,7 +142,8 @@ struct LearnableOp {
     }
     if (const int64_t tail = n - i; tail > 0) {
       // Lanes beyond the tail have dy = 0 and x = 0: they add nothing, unless a parameter is NaN, when all is.
-      terms(V::load(grad + at + i, tail), V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+      terms(at + i, V::load(grad + at + i, tail), V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, b, d, ds,
+            dz);
       d.store(dx + at + i, tail);
       add_lanes(scale_sum, ds);
       add_lanes(zero_point_sum, dz);
@@ -146,14 +156,15 @@ struct LearnableOp {
     Expanded<T> expanded;
     expanded.fill(quantizer, view, at % row, n);
     const V inv = V::load(expanded.inv, n), scale = V::load(expanded.scale, n), z = V::load(expanded.zero_point, n);
+    auto terms = all_terms.along(at, 16);
     V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = at + r * row;
       if (n == 16) {
-        terms(V::load(grad + i), V::load(x + i), inv, scale, z, b, d, ds, dz);
+        terms(i, V::load(grad + i), V::load(x + i), inv, scale, z, b, d, ds, dz);
         d.store(dx + i);
       } else {
-        terms(V::load(grad + i, n), V::load(x + i, n), inv, scale, z, b, d, ds, dz);
+        terms(i, V::load(grad + i, n), V::load(x + i, n), inv, scale, z, b, d, ds, dz);
         d.store(dx + i, n);
       }
       scale_acc = scale_acc + ds;

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic, observe_fake_quantize, range_of_bits
 from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
+from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
@@ -32,6 +33,7 @@ class FakeQuantize(nn.Module):
             "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
             "dynamic": the tensor's own range at every call.
         shape: shape of the tensor, where it is always the same (a weight).
+        straight_through: how gradients pass, as in ``fake_quantize``; "ema" and "dynamic" accept "clip" alone.
         feature_dims: for a tensor whose shape varies, how many trailing dims make up one sample. LSQ's gradient
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
@@ -58,6 +60,7 @@ class FakeQuantize(nn.Module):
         quantizer: str = "lsq",
         shape: Sequence[int] | None = None,
         feature_dims: int = 1,
+        straight_through: str = "clip",
     ) -> None:
         super().__init__()
         quant_min, self.quant_max = range_of_bits(bits)
@@ -67,9 +70,16 @@ class FakeQuantize(nn.Module):
         self.symmetric = symmetric
         self.quantizer = quantizer
         self.feature_dims = feature_dims
+        self.straight_through = straight_through
         self._ready = True
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
+        if straight_through not in ("clip", *VARIANTS):
+            raise ValueError(f"straight_through: got {straight_through!r}; accepted: clip, {', '.join(VARIANTS)}")
+        if straight_through != "clip" and quantizer in ("ema", "dynamic"):
+            raise ValueError(
+                f"straight_through: got {straight_through!r} with quantizer=\"{quantizer}\"; accepted: 'clip'"
+            )
         if quantizer == "dynamic":
             if isinstance(granularity, PerChannel) and granularity.axis != 0:
                 raise ValueError(
@@ -107,13 +117,14 @@ class FakeQuantize(nn.Module):
         return self._ready
 
     @torch.no_grad()
-    def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor) -> None:
+    def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
         """Sets scale and zero point from the minimum, maximum and mean magnitude of the tensor, in scale's shape.
 
-        A learned scale starts from LSQ's own 2·mean|x|/sqrt(steps) where that is below the min-max scale. Neither
-        wins at every width. SQNR in dB at 8, 4, 3, 2 bits: Gaussian weights, 144 per channel: min-max 43.7, 18.5, 11.1,
-        2.2; LSQ's formula 27.8, 15.2, 11.4, 6.4; the smaller of the two 43.7, 18.5, 11.8, 6.4. ReLU of Gaussian
-        activations: min-max 46.0, 21.4, 14.8, 7.4; LSQ 36.8, 24.2, 18.1, 11.2; the smaller 46.0, 24.2, 18.1, 11.2.
+        A learned scale starts from LSQ's own 2·mean|x|/sqrt(steps) where that is below the min-max scale, unless
+        mean_abs is None: then the range is the one to take. Of those two neither wins at every width. SQNR in dB at 8,
+        4, 3, 2 bits: Gaussian weights, 144 per channel: min-max 43.7, 18.5, 11.1, 2.2; LSQ's formula 27.8, 15.2, 11.4,
+        6.4; the smaller of the two 43.7, 18.5, 11.8, 6.4. ReLU of Gaussian activations: min-max 46.0, 21.4, 14.8, 7.4;
+        LSQ 36.8, 24.2, 18.1, 11.2; the smaller 46.0, 24.2, 18.1, 11.2.
         """
         eps = torch.finfo(torch.float32).eps if self.quantizer == "ema" else SCALE_FLOOR
         scale, zero_point = choose_qparams(
@@ -124,7 +135,7 @@ class FakeQuantize(nn.Module):
             symmetric=self.symmetric,
             eps=eps,
         )
-        if self.quantizer == "lsq":
+        if self.quantizer == "lsq" and mean_abs is not None:
             scale = torch.minimum(scale, 2 * mean_abs.float() / math.sqrt(self.steps)).clamp(min=SCALE_FLOOR)
         self.scale.copy_(scale)
         if self.zero_point is not None:
@@ -198,7 +209,13 @@ class FakeQuantize(nn.Module):
             numel = x.shape[-self.feature_dims :].numel() if self._numel is None else self._numel
             factor = (numel * self.steps) ** -0.5 if numel else 1.0
         return fake_quantize(
-            x, scale, zero_point, quant_min=self.quant_min, quant_max=self.quant_max, grad_factor=factor
+            x,
+            scale,
+            zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            grad_factor=factor,
+            straight_through=self.straight_through,
         )
 
     def extra_repr(self) -> str:

@@ -1,8 +1,30 @@
 """Schemas, fakes, autograd and public functions of every op; importing this defines them and loads the kernels."""
 
 from .. import library
-from . import fake_quantize, int8_conv2d, int8_gemm, quantize
+from . import (
+    aten_fake_quantize,
+    codebook,
+    fake_quantize,
+    foreach_fake_quantize,
+    int8_conv2d,
+    int8_gemm,
+    quantize,
+    statistics,
+    stochastic,
+    straight_through,
+)
 
 library.load()
 
-__all__ = ["fake_quantize", "int8_conv2d", "int8_gemm", "quantize"]
+__all__ = [
+    "aten_fake_quantize",
+    "codebook",
+    "fake_quantize",
+    "foreach_fake_quantize",
+    "int8_conv2d",
+    "int8_gemm",
+    "quantize",
+    "statistics",
+    "stochastic",
+    "straight_through",
+]

@@ -15,6 +15,9 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import fake_quantize as reference
+from ..reference.aten_fake_quantize import channel_views
+from ..reference.straight_through import VARIANTS, check_variant
+from .straight_through import straight_through_backward as _variant_backward
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
@@ -201,6 +204,13 @@ class _FakeQuantizeMask(Function):
         return _through_mask(ctx, grad), None, None, None, None
 
 
+def gradient_of(zero_point: Tensor, dzp: Tensor) -> Tensor:
+    """dzp, which has the shape of scale, as the gradient of a zero point that may be shared or of another dtype."""
+    if zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
+        return (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
+    return dzp
+
+
 class _FakeQuantizeLearnable(Function):
     """Scale or zero point is learned (LSQ, LSQ+): x is kept, everything else is recomputed in one pass."""
 
@@ -214,15 +224,44 @@ class _FakeQuantizeLearnable(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if _again(grad):
-            raise RuntimeError("fake_quantize: learned scales have no second derivative; detach scale and zero_point")
-        x, scale, zero_point = ctx.saved_tensors
-        dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
-        if not ctx.needs_input_grad[2]:
-            dzp = None
-        elif zero_point.shape != dzp.shape or zero_point.dtype != dzp.dtype:
-            dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
-        return dx, dscale, dzp, None, None, None
+        return *_learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range), None, None, None
+
+
+def _learned_gradients(
+    ctx: Any, grad: Tensor, op: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, dscale and dzp from an op that takes (grad, x, scale, zero_point, …), dzp as zero_point is."""
+    if _again(grad):
+        raise RuntimeError(
+            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
+            "detach scale and zero_point"
+        )
+    dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
+    return dx, dscale, gradient_of(zero_point, dzp) if ctx.needs_input_grad[2] else None
+
+
+class _FakeQuantizeVariant(Function):
+    """A straight-through variant that needs x, whatever is learned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int,
+        variant: str, delta: float, factor: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.range = (quant_min, quant_max, variant, delta, factor)
+        ctx.save_for_backward(x, scale, zero_point)
+        return _forward(x, scale, zero_point, quant_min, quant_max)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (
+            *_learned_gradients(ctx, grad, _variant_backward, *ctx.saved_tensors, *ctx.range),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _FakeQuantizeMasked(Function):
@@ -254,6 +293,7 @@ class _StraightThrough(Function):
 _kept = _entered(_FakeQuantizeKept)
 _masked = _entered(_FakeQuantizeMask)
 _learnable = _entered(_FakeQuantizeLearnable)
+_variant = _entered(_FakeQuantizeVariant)
 _already_masked = _entered(_FakeQuantizeMasked)
 _straight_through = _entered(_StraightThrough)
 
@@ -266,6 +306,8 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     grad_factor: float = 1.0,
+    straight_through: str = "clip",
+    ewgs_delta: float = 1e-3,
 ) -> Tensor:
     """Quantizes x to integers and back: (clamp(round(x/scale) + zero_point, quant_min, quant_max) − zero_point)·scale.
 
@@ -278,17 +320,32 @@ def fake_quantize(
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
+        straight_through: what the backward pass makes of rounding and clipping, with v = x/scale.
+            "clip": dx = dy where the rounded value lies in the range. Scale and zero_point are learned as in LSQ
+            (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
+            "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
+            "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min − zero_point <= v < quant_max −
+            zero_point, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point |
+            quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
+            alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then gives
+            it PACT's own Σ dy over x >= alpha.
+            "ewgs": EWGS (arXiv 2104.00903): dx = dy·(1 + ewgs_delta·sign(dy)·(v − round(v))) where "clip" passes dy;
+            scale and zero_point by the chain rule through that.
+        ewgs_delta: EWGS's factor per step of rounding error, at least 0. The paper measures the error in a range of
+            length 1: its delta divided by quant_max − quant_min is this one. The default is the fixed delta of the
+            authors' code, for 1 bit, where the two agree.
 
     Returns:
         A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
 
-    The gradient of x passes where the rounded value lies in the range. Where scale or zero_point requires grad, they
-    are learned as in LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). For the backward pass x is kept where it
-    lives anyway or a scale is learned, else one bit per element.
+    For the backward pass x is kept where it lives anyway, a scale is learned, or straight_through is "pact" or "ewgs";
+    else one bit per element, and for "pass" nothing.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
+    if straight_through != "clip":
+        return _by_variant(x, scale, zero_point, quant_min, quant_max, straight_through, ewgs_delta, grad_factor)
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
@@ -307,6 +364,30 @@ def _by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_
     if torch.is_grad_enabled() and x.requires_grad:
         return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
     return _forward_scalar(x, scale, zero_point, quant_min, quant_max)
+
+
+def _by_variant(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int | None,
+    quant_min: int,
+    quant_max: int,
+    variant: str,
+    delta: float,
+    factor: float,
+) -> Tensor:
+    check_variant(variant, delta, ("clip", *VARIANTS))
+    if not isinstance(scale, Tensor):
+        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if torch.is_grad_enabled():
+        learns = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
+        if learns or (x.requires_grad and variant != "pass"):
+            return _variant(x, scale, zero_point, quant_min, quant_max, variant, delta, factor)
+        if x.requires_grad:
+            return _straight_through(x, _forward(x.detach(), scale, zero_point, quant_min, quant_max))
+    return _forward(x, scale, zero_point, quant_min, quant_max)
 
 
 def range_of_bits(bits: int) -> tuple[int, int]:
@@ -407,30 +488,6 @@ def _constant(param: Any) -> Any:
     return param.detach() if isinstance(param, Tensor) and param.requires_grad else param
 
 
-def per_channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
-    """Per-channel [C] parameters in the shape that speaks for dim ``axis`` of x."""
-    dims = x.dim()
-    if not -dims <= axis < dims:
-        raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
-    shape = [1] * dims
-    shape[axis] = channels = x.size(axis)
-    for param in params:
-        if param.dim() != 1 or param.numel() != channels:
-            raise RuntimeError(
-                f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's {channels} "
-                f"channels (dim {axis})"
-            )
-    return [param.view(shape) for param in params]
-
-
-def fake_quantize_per_channel_affine(
-    input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
-) -> Tensor:
-    """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0."""
-    scale, zero_point = per_channel_views(input, axis, _constant(scale), _constant(zero_point))
-    return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
-
-
 def fake_quantize_learnable_per_tensor_affine(
     input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, grad_factor: float = 1.0
 ) -> Tensor:
@@ -455,7 +512,7 @@ def fake_quantize_learnable_per_channel_affine(
     grad_factor: float = 1.0,
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    scale, zero_point = per_channel_views(input, axis, scale, _rounded(zero_point))
+    scale, zero_point = channel_views(input, axis, scale, _rounded(zero_point))
     return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
@@ -486,6 +543,6 @@ def fused_moving_avg_obs_fake_quant(
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
             if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(per_channel_views(x, ch_axis, *stats))
+        stats = tuple(channel_views(x, ch_axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric_quant else 0.0
     return _observed(x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps)

@@ -11,6 +11,7 @@ from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
 from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
+from .statistics import mse_range, percentile_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
@@ -59,12 +60,17 @@ def quantize(
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
         point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN.
     """
+    return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
+
+
+def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
+    """The range as given, by default all of dtype that fp32 holds exactly."""
     reference.check_integer_dtype("dtype", dtype)
-    info = torch.iinfo(dtype)
-    bound = reference_qparams.EXACT_INT
-    quant_min = max(info.min, -bound) if quant_min is None else quant_min
-    quant_max = min(info.max, bound) if quant_max is None else quant_max
-    return _quantize(x, scale, zero_point, quant_min, quant_max, dtype)
+    info, bound = torch.iinfo(dtype), reference_qparams.EXACT_INT
+    return (
+        max(info.min, -bound) if quant_min is None else quant_min,
+        min(info.max, bound) if quant_max is None else quant_max,
+    )
 
 
 def dequantize(
@@ -86,16 +92,42 @@ def quantize_dynamic(
 
 
 def choose_qparams(
-    min_val: Tensor, max_val: Tensor, *, quant_min: int, quant_max: int, symmetric: bool = True, eps: float = 0.0
+    min_val: Tensor,
+    max_val: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool = True,
+    eps: float = 0.0,
+    method: str = "minmax",
+    x: Tensor | None = None,
+    percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor]:
     """Scale (dtype of min_val) and int32 zero point that cover [min_val, max_val] and zero, element by element.
 
     Symmetric: scale = max(|min|, |max|) / ((quant_max − quant_min) // 2), which never clips an extreme. Asymmetric:
     scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). Scales are floored at eps
     and at the smallest normal fp32.
+
+    Args:
+        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
+        method: how much of the range to cover, where clipping a few outliers makes the steps for all others finer.
+            "minmax": all. "percentile": what holds ``percentile`` % of |x| (symmetric) or of x counted from either
+            end. "mse": the fraction, of 64 down to 1/79, that quantizes x with the smallest squared error.
+        x: the values themselves, for "percentile" and "mse".
+        percentile: above 50, at most 100.
     """
     if min_val.shape != max_val.shape:
         raise RuntimeError(f"max_val: got shape {list(max_val.shape)}; accepted: min_val's, {list(min_val.shape)}")
     if quant_min >= quant_max:
         raise RuntimeError(f"quant_min: got {quant_min}; accepted: below quant_max {quant_max}")
+    if method not in ("minmax", "percentile", "mse"):
+        raise ValueError(f"method: got {method!r}; accepted: minmax, percentile, mse")
+    if method != "minmax":
+        if x is None:
+            raise ValueError(f'x: got None with method="{method}"; accepted: the values, a tensor')
+        if method == "percentile":
+            min_val, max_val = percentile_range(x, min_val, max_val, percentile, symmetric)
+        else:
+            min_val, max_val = mse_range(x, min_val, max_val, quant_min, quant_max, symmetric, eps)
     return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)

@@ -29,6 +29,7 @@ class QSpec:
     granularity: Granularity | None = None
     symmetric: bool = True
     quantizer: str = "lsq"
+    straight_through: str = "clip"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -49,7 +50,12 @@ class QSpec:
             )
         shape: Any = layer.weight.shape
         return FakeQuantize(
-            bits=self.bits, granularity=granularity, symmetric=self.symmetric, quantizer=self.quantizer, shape=shape
+            bits=self.bits,
+            granularity=granularity,
+            symmetric=self.symmetric,
+            quantizer=self.quantizer,
+            shape=shape,
+            straight_through=self.straight_through,
         )
 
     def for_input(self, layer: nn.Module) -> FakeQuantize:
@@ -71,6 +77,7 @@ class QSpec:
             symmetric=self.symmetric,
             quantizer=self.quantizer,
             feature_dims=1 if isinstance(layer, nn.Linear) else 3,
+            straight_through=self.straight_through,
         )
 
 

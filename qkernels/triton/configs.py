@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
@@ -10,13 +11,17 @@ from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 def block(granularity: Granularity, numel: int) -> int:
     """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
     inner = granularity.view.inner
-    tiles = 8 <= inner and inner & (inner - 1) == 0
+    tiles = inner >= 8 and inner & (inner - 1) == 0
     short = granularity.channels > 1 and inner < 2048 and not tiles
     return 1024 if short or numel < 1 << 18 else 2048
 
 
-def walk(granularity: Granularity, block: int) -> dict[str, Any]:
-    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters."""
+@functools.lru_cache(4096)
+def walk(granularity: Granularity, block: int, zero_point: int) -> dict[str, Any]:
+    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters.
+
+    ``zero_point``: 0 none, 1 one for each scale, 2 one for all. Not to be changed by the caller.
+    """
     view = granularity.view
     mode, inner = SHORT, 1
     if granularity.channels == 1:
@@ -28,11 +33,13 @@ def walk(granularity: Granularity, block: int) -> dict[str, Any]:
     elif view.inner >= block:
         mode = LONG
     wrap = 0 if view.period == granularity.runs else 1 if view.period >= block else 2
-    return {"MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap, "BLOCK": block, "INNER": inner}
+    kinds = {"ZERO_POINT": zero_point, "MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap}
+    return {**kinds, "BLOCK": block, "INNER": inner}
 
 
+@functools.cache
 def by_numbers(block: int) -> dict[str, Any]:
-    return {"MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
+    return {"ZERO_POINT": 0, "MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
 
 
 class Cut(NamedTuple):
@@ -68,6 +75,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(4096)
 def cut(granularity: Granularity, numel: int) -> Cut:
     """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
     view, runs = granularity.view, granularity.runs
@@ -106,3 +114,29 @@ def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
 def warps(elements: int) -> int:
     """Threads for at most 16 elements each, as far as a block can have them."""
     return max(1, min(32, elements // 512))
+
+
+def sums(inner: int, period: int, numel: int) -> dict[str, Any]:
+    """The constexprs of the first stage of sums (see sums.py); a tile is 1024 elements, and STEPS of them one program.
+
+    Runs of 16 and more are summed each on its own, shorter ones column by column.
+    """
+    steps = 16 if numel >= 1 << 24 else 4
+    width = inner if inner >= 16 else period * inner
+    block = min(1 << (width - 1).bit_length(), 1024 if inner >= 16 else 64)
+    block = max(block, 4)  # a block of the generator
+    tile = {"QUADS": width % 4 == 0, "STEPS": steps}
+    if inner >= 16:
+        return {"RUNS": True, "BLOCK_KEPT": 1024 // block, "BLOCK_REDUCED": block, **tile}
+    return {"RUNS": False, "BLOCK_KEPT": block, "BLOCK_REDUCED": 1024 // block, **tile}
+
+
+def codebook_sums(inner: int) -> tuple[int, int]:
+    """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
+    columns = min(TILE_SIZE, power_of_two(inner))
+    return TILE_SIZE // columns, columns
+
+
+def errors_block(length: int) -> int:
+    """Elements of a channel that a program tries all candidates on."""
+    return min(4096, max(128, power_of_two(length)))

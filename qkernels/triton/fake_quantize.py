@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import configs, granularity
+from .configs import ceil_div
 from .granularity import View, block_index, block_params, channel_of, granularity_of, load_params
 from .launch import launch
 from .numerics import (
@@ -37,7 +39,14 @@ def unsupported(op: str, *args: Any) -> str | None:
         return granularity.unsupported(args[1], args[2])
     if op == "observe_fake_quantize":
         return granularity.unsupported(args[0], args[5])
+    if op == "fake_quantize_dynamic_forward":
+        return unsupported_rows(args[0])
     return None
+
+
+def unsupported_rows(x: Tensor) -> str | None:
+    contiguous = x.dim() < 6 or x.is_contiguous()
+    return None if contiguous else f"takes at most 5 dims where x is not contiguous, got {x.dim()}"
 
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
@@ -90,13 +99,17 @@ def forward_kernel(
 def pointwise_arguments(x: Tensor, scale: Any, zero_point: Any) -> tuple[Any, Any, View, dict[str, Any]]:
     """scale, zero point, view and constexprs of a kernel that takes a dense, non-empty x in blocks."""
     if not isinstance(scale, Tensor):
-        constexprs = configs.by_numbers(configs.block(granularity.ONE_CHANNEL, x.numel()))
-        return scale, zero_point, granularity.ONE_CHANNEL.view, {"ZERO_POINT": 0, **constexprs}
+        one = granularity.ONE_CHANNEL
+        return scale, zero_point, one.view, configs.by_numbers(configs.block(one, x.numel()))
     walk = granularity_of(x, scale)
     block = configs.block(walk, x.numel())
     kind = zero_point_kind(scale, zero_point)
     zero_point = zero_point if zero_point is None else zero_point.contiguous()
-    return scale.contiguous(), zero_point, walk.view, {"ZERO_POINT": kind, **configs.walk(walk, block)}
+    return scale.contiguous(), zero_point, walk.view, configs.walk(walk, block, kind)
+
+
+def blocks(numel: int, constexprs: dict[str, Any]) -> tuple[int]:
+    return (ceil_div(numel, constexprs["BLOCK"]),)
 
 
 def forward(
@@ -109,13 +122,13 @@ def forward(
     mask: Tensor | None = None,
     on: Tensor | None = None,
 ) -> None:
-    """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x and every bit is set."""
+    """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x, every bit is set."""
     numel = x.numel()
     if numel == 0:
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, on, scale, zero_point, float(quant_min),
+        forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, MASK=mask is not None, **constexprs,
     )  # fmt: skip
 
@@ -151,7 +164,7 @@ def backward_kernel(
     x = widen(tl.load(x_ptr + start + index, mask=here))
     grad = tl.load(grad_ptr + start + index, mask=here)
     low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
-    s, inv, z = block_params(
+    _s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     inside = is_inside(rint(x * inv) + z, low, high)
@@ -166,7 +179,7 @@ def _backward(grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: i
     grad = laid_out(grad, x)
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        backward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), grad, x, dx, scale, zero_point, float(quant_min),
+        backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, **constexprs,
     )  # fmt: skip
     return dx
@@ -184,13 +197,11 @@ def fake_quantize_backward(
 
 
 def _check_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Any, Any]:
-    if x.dtype == torch.float64:
-        tensors = x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
-    else:
-        tensors = float(scale), float(zero_point)
     reference.check_input(x, quant_min, quant_max)
     reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)
-    return tensors
+    if x.dtype == torch.float64:
+        return x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    return float(scale), float(zero_point)
 
 
 def fake_quantize_forward_scalar(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
@@ -236,7 +247,7 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
     numel = grad.numel()
     if numel:
         block = configs.block(granularity.ONE_CHANNEL, numel)
-        launch(backward_mask_kernel, (triton.cdiv(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
+        launch(backward_mask_kernel, (ceil_div(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
     return dx
 
 
@@ -368,7 +379,8 @@ def fake_quantize_learnable_backward(
         grad, x, dx, *partial.unbind(), scale.contiguous(), None if zero_point is None else zero_point.contiguous(),
         float(quant_min), float(quant_max),
     )  # fmt: skip
-    kernel, sizes = learnable_rows_kernel, (walk.runs, cut.length, cut.inner, cut.steps)
+    kernel: Any = learnable_rows_kernel
+    sizes: tuple[int, ...] = (walk.runs, cut.length, cut.inner, cut.steps)
     if cut.columns:
         kernel, sizes = learnable_columns_kernel, (cut.height, cut.width, cut.steps)
     launch(
@@ -379,10 +391,10 @@ def fake_quantize_learnable_backward(
         partial, cut, walk, lambda part, dims: part.double().sum([d + 1 for d in dims])
     )
     dscale, dzero_point = (torch.empty(scale.shape, dtype=scale.dtype, device=x.device) for _ in range(2))
-    factor = torch.tensor(grad_factor, dtype=torch.float32).item()
+    factor = ctypes.c_float(grad_factor).value
     tile = configs.join(outer, period, inner)
     launch(
-        learnable_join_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point,
+        learnable_join_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point,
         outer, period, inner, factor, grad_factor - factor, **tile,
     )  # fmt: skip
     return dx, dscale, dzero_point
@@ -453,7 +465,7 @@ def dynamic(
     if in_order and length <= configs.ONE_PASS and (not with_mask or length % 8 == 0 or rows == 1):
         tile = configs.rows_in_registers(rows, length, 8 if with_mask else 1)
         launch(
-            dynamic_rows_kernel, (triton.cdiv(rows, tile["ROWS"]),), dense, y, scale, zero_point, mask, rows, length,
+            dynamic_rows_kernel, (ceil_div(rows, tile["ROWS"]),), dense, y, scale, zero_point, mask, rows, length,
             *rule, SYMMETRIC=symmetric, MASK=with_mask, INTEGER=dtype is not None, **tile,
             num_warps=configs.warps(tile["ROWS"] * tile["COLS"]),
         )  # fmt: skip
@@ -464,7 +476,7 @@ def dynamic(
     partial, (outer, period, inner) = range_partials(values, walk)
     tile = configs.join(outer, period, inner)
     launch(
-        dynamic_qparams_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), scale, zero_point, outer,
+        dynamic_qparams_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), scale, zero_point, outer,
         period, inner, *rule, SYMMETRIC=symmetric, **tile,
     )  # fmt: skip
     if dtype is None:
@@ -491,7 +503,7 @@ def quantize_kernel(
     here = index < numel - start
     x = widen(tl.load(x_ptr + start + index, mask=here, other=0.0))
     low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
-    s, inv, z = block_params(
+    _s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     q = clamp(rint(x * inv) + z, low, high)
@@ -506,8 +518,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        quantize_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, q, scale, zero_point, float(quant_min), float(quant_max),
-        numel, view, **constexprs,
+        quantize_kernel, blocks(numel, constexprs), x, q, scale, zero_point, float(quant_min),
+        float(quant_max), numel, view, **constexprs,
     )  # fmt: skip
 
 
@@ -557,13 +569,14 @@ def observe_fake_quantize(
         reference.check_granularity(name, stat, x)
         if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
             raise RuntimeError(
-                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one shape "
-                "for all statistics"
+                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "
+                "shape for all statistics"
             )
-    if zero_point.dtype not in (torch.int32, torch.int64) or not zero_point.is_contiguous():
+    integers = zero_point.dtype in (torch.int32, torch.int64)
+    if not integers or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
         raise RuntimeError(
-            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 or "
-            f"torch.int64 of scale's shape {list(scale.shape)}"
+            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 "
+            f"or torch.int64 of scale's shape {list(scale.shape)}"
         )
     x, y = dense_and_like(x)
     mask = empty_mask(x)
@@ -572,7 +585,7 @@ def observe_fake_quantize(
     partial, (outer, period, inner) = range_partials(x, granularity_of(x, scale))
     tile = configs.join(outer, period, inner)
     launch(
-        observe_kernel, (triton.cdiv(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
+        observe_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
         running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min), float(quant_max),
         symmetric_steps, float((quant_min + quant_max + 1) // 2), torch.finfo(torch.float32).eps,
         SYMMETRIC=symmetric_steps != 0, **tile,

@@ -71,7 +71,7 @@ ONE_CHANNEL = Granularity(_view(1, 1), 1, 1, 1)
 def factors_of(
     shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """(size, stride in scale) of the steps of a dense x in memory order, outermost first; stride 0: the same channel."""
+    """(size, stride in scale) of the steps of a dense x in memory order, outermost first; stride 0: one channel."""
     scale_stride, step = [0] * len(scale_shape), 1
     for dim in reversed(range(len(scale_shape))):
         scale_stride[dim] = step
@@ -107,9 +107,11 @@ def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: 
     return Granularity(_view(inner, period, digits), channels, runs, count)
 
 
-def granularity_of(x: Tensor, scale: Tensor) -> Granularity | None:
-    """How scale speaks for a dense, non-empty x; None: in more digits than kernels take (see ``unsupported``)."""
-    return ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+def granularity_of(x: Tensor, scale: Tensor) -> Granularity:
+    """How scale speaks for a dense, non-empty x that is not ``unsupported``."""
+    found = ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
+    assert found is not None
+    return found
 
 
 def rows_of(rows: int, length: int) -> Granularity:
@@ -198,6 +200,7 @@ def load_params(
                 z = clamp(rint(widen(raw).to(DTYPE)), low, high)
             else:
                 z = raw.to(DTYPE)
+                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # on a GPU nobody has looked at it
         return s, reciprocal(s), z
 
 
@@ -208,7 +211,7 @@ def block_params(
     BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Scale, 1/scale and zero point of the elements ``start + index``, in a shape that broadcasts to index's."""
-    if MODE == ONE or MODE == NUMBERS:
+    if MODE == ONE or MODE == NUMBERS:  # noqa: SIM109
         return load_params(scale, zero_point, 0, low, high, DTYPE, ZERO_POINT, MODE)
     elif MODE == LONG:
         run = start // view.inner

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from . import configs, granularity
-from .fake_quantize import dense_and_like, dynamic, pointwise_arguments
+from . import granularity
+from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments, unsupported_rows
 from .fake_quantize import quantize as fill
 from .granularity import block_index, block_params
 from .launch import launch
@@ -21,7 +21,7 @@ from .numerics import narrow
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
-    return None if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
+    return unsupported_rows(args[0]) if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
 
 
 def quantize(
@@ -46,7 +46,7 @@ def dequantize_kernel(
     dtype: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     q = tl.load(q_ptr + start + index, mask=here).to(dtype)
     no_low, no_high = tl.cast(float("-inf"), dtype), tl.cast(float("inf"), dtype)
-    s, inv, z = block_params(
+    s, _inv, z = block_params(
         start, index, scale, zero_point, no_low, no_high, view, dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     tl.store(y_ptr + start + index, narrow((q - z) * s, y_ptr.dtype.element_ty), mask=here)
@@ -60,7 +60,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
         scale, zero_point, view, constexprs = pointwise_arguments(q, scale, zero_point)
         launch(
             dequantize_kernel,
-            (triton.cdiv(numel, constexprs["BLOCK"]),),
+            blocks(numel, constexprs),
             q,
             y,
             scale,

@@ -93,8 +93,8 @@ def range_partials(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[i
     partial = torch.empty(2, cut.outer * cut.period * cut.inner, dtype=dtype, device=x.device)
     low, high = partial.unbind()
     if cut.columns:
-        sizes = (cut.height, cut.width, cut.steps)
-        launch(range_columns_kernel, cut.grid, x, low, high, *sizes, ROWS=cut.rows, COLS=cut.cols)
+        tile = {"ROWS": cut.rows, "COLS": cut.cols}
+        launch(range_columns_kernel, cut.grid, x, low, high, cut.height, cut.width, cut.steps, **tile)
     else:
         sizes = (granularity.runs, cut.length, cut.inner, cut.steps)
         launch(range_rows_kernel, cut.grid, x, low, high, *sizes, ROWS=cut.rows, COLS=cut.cols)

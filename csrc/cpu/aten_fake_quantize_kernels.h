@@ -1,0 +1,106 @@
+// Fake quantization with torch's own arithmetic and byte masks, compiled once per path by foreach_isa.h.
+#include "fake_quantize_kernels.h"
+
+// A byte per element, 0 or 1: torch.bool.
+inline void store_bytes(uint16_t bits, uint8_t* p) {
+#if QK_LEVEL == 2
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(bits, 1));
+#elif QK_LEVEL == 1
+  const uint64_t low = _pdep_u64(bits & 0xff, 0x0101010101010101), high = _pdep_u64(bits >> 8, 0x0101010101010101);
+  std::memcpy(p, &low, 8);
+  std::memcpy(p + 8, &high, 8);
+#else
+  for (int i = 0; i < 16; ++i) p[i] = bits >> i & 1;
+#endif
+}
+
+template <typename V>
+inline typename V::Mask load_bytes(const uint8_t* p) {
+#if QK_LEVEL == 2
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return V::Mask::from_bits(static_cast<uint16_t>(_mm_test_epi8_mask(bytes, bytes)));
+#elif QK_LEVEL == 1
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return V::Mask::from_bits(~static_cast<uint16_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(p[i] != 0) << i;
+  return V::Mask::from_bits(static_cast<uint16_t>(bits));
+#endif
+}
+
+template <typename V, typename S, typename P>
+inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p, Bounds<V> b) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const V z = p.zero_point(i);
+    const V q = round(V::load(x + i) * p.inv(i)) + z;
+    store_bytes(inside(q, b.low, b.high).bits(), mask + i);
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i)).store(y + i);
+  }
+  if (const int64_t tail = n - i; tail > 0) {
+    const V z = p.zero_point(i, tail);
+    const V q = round(V::load(x + i, tail) * p.inv(i, tail)) + z;
+    uint8_t bytes[16];
+    store_bytes(inside(q, b.low, b.high).bits(), bytes);
+    std::memcpy(mask + i, bytes, tail);
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail)).store(y + i, tail);
+  }
+}
+
+// fp32 arithmetic is exact enough for torch's bits: fp32 and half inputs, integer zero points, ranges within 2**24.
+template <typename S>
+void aten_forward(const View& view, const Quantizer<float>& quantizer, int64_t numel, const S* x, S* y, uint8_t* mask) {
+  const Bounds<F32> b(quantizer);
+  for_each_stretch<F32>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+    bytes_stretch<F32, S>(x + at, y + at, mask + at, n, p, b);
+  });
+}
+
+// Everything else, element by element, in the types that torch computes in.
+template <typename S>
+void aten_forward_exact(const View& view, const Quantizer<float>& quantizer, const AtenRule& rule, int64_t numel,
+                        const S* x, S* y, uint8_t* mask) {
+  using T = Arithmetic<S>;
+  torch::stable::parallel_for(0, numel, kGrain / 16, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto p = quantizer.of(view.channels == 1 ? 0 : view.channel(i / view.inner % view.period));
+      const T value = static_cast<T>(to_float(x[i])), inv = p.inv, z = p.zero_point;
+      T q;
+      if (rule.rounds_after) {
+        // torch's AVX2 and AVX-512 code contracts this one product and sum, and rounds an fp32; adding 0 turns −0 into
+        // 0, as its integers do.
+        const float sum = std::is_same_v<T, double> ? static_cast<float>(__builtin_fma(value, inv, z))
+                                                    : __builtin_fmaf(value, inv, z);
+        q = __builtin_rintf(sum) + 0.0f;
+      } else {
+        q = z + __builtin_rint(value * inv);
+      }
+      mask[i] = static_cast<T>(rule.quant_min) <= q && q <= static_cast<T>(rule.quant_max);
+      double clamped = q;  // the comparisons keep a NaN
+      if (clamped < rule.quant_min) clamped = rule.quant_min;
+      if (clamped > rule.quant_max) clamped = rule.quant_max;
+      const double steps = clamped - z;
+      if (rule.float_product) {
+        y[i] = from_float<S>(static_cast<T>(static_cast<float>(steps) * p.scale));
+      } else {
+        y[i] = from_float<S>(static_cast<T>(steps * p.scale));
+      }
+    }
+  });
+}
+
+template <typename S>
+void backward_bytes(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
+  using V = typename VecOf<S>::type;
+  torch::stable::parallel_for(0, (numel + 1023) / 1024, kGrain / 1024, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(last * 1024, numel);
+    int64_t i = first * 1024;
+    for (; i + 16 <= end; i += 16) select(load_bytes<V>(mask + i), V::load(grad + i), zero<V>()).store(dx + i);
+    if (const int64_t tail = end - i; tail > 0) {
+      uint8_t bytes[16] = {};
+      std::memcpy(bytes, mask + i, tail);
+      select(load_bytes<V>(bytes), V::load(grad + i, tail), zero<V>()).store(dx + i, tail);
+    }
+  });
+}

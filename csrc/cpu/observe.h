@@ -1,0 +1,35 @@
+// The moving-average observer: from each channel's range in a batch to statistics, scale and zero point.
+#pragma once
+
+#include "granularity.h"
+
+namespace qkernels {
+
+// Updates the four statistics in place: fp32, zero_point int32 or int64, all contiguous with one element per channel.
+// A channel whose range is not finite keeps its own.
+inline void observe(const std::vector<float>& low, const std::vector<float>& high, float momentum,
+                    const QparamsRule& rule, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
+                    const Tensor& zero_point) {
+  float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());
+  float* max_stat = static_cast<float*>(running_max.mutable_data_ptr());
+  float* scales = static_cast<float*>(scale.mutable_data_ptr());
+  const bool narrow = zero_point.scalar_type() == ScalarType::Int;
+  void* zero_points = zero_point.mutable_data_ptr();
+  const auto average = [momentum](float running, float batch) {
+    return std::isinf(running) ? batch : running + momentum * (batch - running);
+  };
+  for (size_t c = 0; c < low.size(); ++c) {
+    if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
+    min_stat[c] = average(min_stat[c], low[c]);
+    max_stat[c] = average(max_stat[c], high[c]);
+    const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
+    scales[c] = chosen.scale;
+    if (narrow) {
+      static_cast<int32_t*>(zero_points)[c] = static_cast<int32_t>(chosen.zero_point);
+    } else {
+      static_cast<int64_t*>(zero_points)[c] = static_cast<int64_t>(chosen.zero_point);
+    }
+  }
+}
+
+}  // namespace qkernels

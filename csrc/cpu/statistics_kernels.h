@@ -1,0 +1,188 @@
+// Histograms and sums of quantization errors, compiled once per path by foreach_isa.h.
+#include "walk.h"
+
+// Where values go: slot 0 counts what is below the range, 1 to bins what is inside, then above, then NaN.
+template <typename V>
+struct Slots {
+  using T = typename V::Scalar;
+  V low, high, inv, last, above, nan, one, infinity;
+
+  Slots(T low_, T high_, int64_t bins)
+      : low(V::set1(low_)),
+        high(V::set1(high_)),
+        inv(V::set1(static_cast<T>(bins) / (high_ - low_))),
+        last(V::set1(static_cast<T>(bins))),
+        above(V::set1(static_cast<T>(bins + 1))),
+        nan(V::set1(static_cast<T>(bins + 2))),
+        one(V::set1(1)),
+        infinity(V::set1(static_cast<T>(INFINITY))) {}
+
+  V of(V x) const {
+    V t = (x - low) * inv;
+    t = select(is_nan(t), zero<V>(), t);  // 0·infinity: the range is empty, x is in it
+    const V rounded = round(t);
+    const V floor = select(inside(rounded, zero<V>(), t), rounded, rounded - one);
+    V slot = min(last, floor + one);
+    slot = select(inside(x, zero<V>() - infinity, high), slot, above);
+    slot = select(inside(x, low, infinity), slot, zero<V>());
+    return select(is_nan(x), nan, slot);
+  }
+};
+
+// Two tables in turn: where one value repeats (the zeros after a ReLU), each increment waits for the one before it.
+template <typename S>
+void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& slots, int64_t* even, int64_t* odd) {
+  using V = typename VecOf<S>::type;
+  int32_t slot[16];
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    slots.of(V::load(x + i)).store(slot);
+    for (int lane = 0; lane < 16; lane += 2) {
+      ++even[slot[lane]];
+      ++odd[slot[lane + 1]];
+    }
+  }
+  if (const int64_t tail = n - i; tail > 0) {
+    slots.of(V::load(x + i, tail)).store(slot);
+    for (int64_t lane = 0; lane < tail; ++lane) ++even[slot[lane]];
+  }
+}
+
+// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel, `first`
+// where each channel's begin. Integer sums do not depend on who adds first.
+template <typename S>
+void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
+               int64_t bins, const std::vector<int64_t>& order, const std::vector<int64_t>& first, int64_t* counts,
+               int64_t* outside) {
+  using V = typename VecOf<S>::type;
+  const int64_t slots = bins + 3;
+  const auto add = [&](int64_t channel, std::vector<int64_t>& table) {
+    const int64_t *even = table.data(), *odd = even + slots;
+    for (int64_t i = 0; i < bins; ++i) counts[channel * bins + i] += even[i + 1] + odd[i + 1];
+    int64_t* rest = outside + 3 * channel;
+    rest[0] += even[0] + odd[0];
+    rest[1] += even[bins + 1] + odd[bins + 1];
+    rest[2] += even[bins + 2] + odd[bins + 2];
+    std::fill(table.begin(), table.end(), 0);
+  };
+  if (view.channels == 1) {
+    const Slots<V> where(low[0], high[0], bins);
+    std::mutex adding;
+    torch::stable::parallel_for(0, numel, std::max(kGrain, 8 * bins), [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> table(2 * slots);
+      count_stretch(x + begin, end - begin, where, table.data(), table.data() + slots);
+      const std::lock_guard<std::mutex> lock(adding);
+      add(0, table);
+    });
+    return;
+  }
+  const int64_t repeats = view.runs / view.period;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (numel / view.channels + bins));
+  torch::stable::parallel_for(0, view.channels, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> table(2 * slots);
+    std::vector<S> gathered;
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const Slots<V> where(low[channel], high[channel], bins);
+      for (int64_t at = first[channel]; at < first[channel + 1]; ++at) {
+        for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+          const S* run = x + (repeat * view.period + order[at]) * view.inner;
+          if (view.inner >= kPattern) {
+            count_stretch(run, view.inner, where, table.data(), table.data() + slots);
+            continue;
+          }
+          gathered.insert(gathered.end(), run, run + view.inner);  // short runs would waste a vector
+          if (gathered.size() < kPattern) continue;
+          count_stretch<S>(gathered.data(), gathered.size(), where, table.data(), table.data() + slots);
+          gathered.clear();
+        }
+      }
+      count_stretch<S>(gathered.data(), gathered.size(), where, table.data(), table.data() + slots);
+      gathered.clear();
+      add(channel, table);
+    }
+  });
+}
+
+// Squared errors of every candidate while a piece of x is in cache; quantizer holds [candidates][channels].
+template <typename S>
+struct ErrorsOp {
+  using T = Arithmetic<S>;
+  using V = typename VecOf<S>::type;
+  using Partial = std::vector<double>;  // one sum for each candidate
+  const Quantizer<T>& quantizer;
+  const View& view;
+  const S* x;
+  int64_t candidates;
+  double* errors;
+
+  static Partial identity() { return {}; }
+  static void merge(Partial& into, const Partial& from) {
+    if (into.empty()) {
+      into = from;
+    } else {
+      for (size_t k = 0; k < into.size(); ++k) into[k] += from[k];
+    }
+  }
+  void result(int64_t channel, const Partial& sums) const {
+    for (int64_t k = 0; k < candidates; ++k) errors[k * view.channels + channel] = sums.empty() ? 0 : sums[k];
+  }
+
+  static inline V square(V value, V inv, V scale, V z, const V& low, const V& high) {
+    const V q = min(high, max(low, round(value * inv) + z));
+    const V error = (q - z) * scale - value;
+    return error * error;
+  }
+
+  Partial piece(int64_t at, int64_t n, int64_t channel) const {
+    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    Partial sums(candidates);
+    for (int64_t k = 0; k < candidates; ++k) {
+      const Uniform<V> p(quantizer.of(k * view.channels + channel));
+      double sum[16] = {};
+      int64_t i = 0;
+      while (i + 16 <= n) {  // as the learnable backward: at most 64 vectors in fp32, then fp64
+        const int64_t stop = std::min(i + 1024, n);
+        V acc = zero<V>();
+        for (; i + 16 <= stop; i += 16)
+          acc = acc + square(V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, low, high);
+        add_lanes(sum, acc);
+      }
+      if (const int64_t tail = n - i; tail > 0) {
+        T lane[16];
+        square(V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, low, high).store(lane);
+        for (int64_t j = 0; j < tail; ++j) sum[j] += static_cast<double>(lane[j]);
+      }
+      sums[k] = tree_sum(sum);
+    }
+    return sums;
+  }
+
+  void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
+    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    for (int64_t i = 0; i < n; ++i) lanes[i].resize(candidates);
+    for (int64_t k = 0; k < candidates; ++k) {
+      T inv[16] = {}, scale[16] = {}, zero_point[16] = {}, lane[16];
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t run = (at + i) % row / view.inner;
+        const auto& p = quantizer.of(k * view.channels + view.channel(run));
+        inv[i] = p.inv;
+        scale[i] = p.scale;
+        zero_point[i] = p.zero_point;
+      }
+      const V invs = V::load(inv), scales = V::load(scale), zero_points = V::load(zero_point);
+      V acc = zero<V>();
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* p = x + at + r * row;
+        acc = acc + square(n == 16 ? V::load(p) : V::load(p, n), invs, scales, zero_points, low, high);
+      }
+      acc.store(lane);
+      for (int64_t i = 0; i < n; ++i) lanes[i][k] = static_cast<double>(lane[i]);
+    }
+  }
+};
+
+template <typename S>
+void quantization_errors(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x,
+                         int64_t candidates, double* errors) {
+  reduce_channels(view, numel, ErrorsOp<S>{quantizer, view, x, candidates, errors});
+}

@@ -1,0 +1,92 @@
+// Stochastic rounding on the CPU: checks and memory layout here, the kernels in stochastic_kernels.h.
+#include "granularity.h"
+#include "philox.h"
+
+#define QK_BODY "stochastic_kernels.h"
+#include "foreach_isa.h"
+
+#include "gradient.h"
+
+namespace qkernels {
+namespace {
+
+Philox generator(int64_t seed, int64_t offset, const std::optional<Tensor>& offset_tensor) {
+  uint64_t number = static_cast<uint64_t>(offset);
+  if (offset_tensor) {
+    QK_CHECK(offset_tensor->scalar_type() == ScalarType::Long && offset_tensor->numel() == 1, "offset: got ",
+             dtype_name(offset_tensor->scalar_type()), " of shape ", shape_of(*offset_tensor),
+             "; accepted: an int, or one torch.int64 element on x's device");
+    QK_CHECK(offset_tensor->is_cpu(), "offset: got a tensor on another device; accepted: x's device, cpu");
+    number += static_cast<uint64_t>(*static_cast<const int64_t*>(offset_tensor->const_data_ptr()));
+  }
+  return Philox(static_cast<uint64_t>(seed), number);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_stochastic_forward(const Tensor& x_any, const Tensor& scale,
+                                                            std::optional<Tensor> zero_point, int64_t quant_min,
+                                                            int64_t quant_max, int64_t seed, int64_t offset,
+                                                            std::optional<Tensor> offset_tensor) {
+  check_floating("x", x_any);
+  const int64_t numel = x_any.numel();
+  Tensor y = empty_dense_like(x_any), mask = empty_mask(numel, x_any);
+  const Tensor x = in_layout_of(x_any, y);
+  const Philox philox = generator(seed, offset, offset_tensor);
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = quantizer<Arithmetic<S>>(x_any, scale, zero_point, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = view_of(x, scale);
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
+    QK_DISPATCH_ISA(stochastic_forward(view, q, numel, in, out, bits, philox));
+  });
+  return {y, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_stochastic_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
+    int64_t quant_max, int64_t seed, int64_t offset, std::optional<Tensor> offset_tensor, double grad_factor) {
+  const Philox philox = generator(seed, offset, offset_tensor);
+  return learned(
+      grad, x, scale, zero_point, quant_min, quant_max,
+      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+          double* dzero_point) {
+        QK_DISPATCH_ISA(stochastic_backward(view, q, numel, dy, in, out, philox, grad_factor, dscale, dzero_point));
+      });
+}
+
+Tensor quantize_stochastic(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> zero_point,
+                           int64_t quant_min, int64_t quant_max, int64_t seed, int64_t offset,
+                           std::optional<Tensor> offset_tensor, ScalarType dtype) {
+  check_floating("x", x_any);
+  const Tensor x = to_dense(x_any);
+  const int64_t numel = x.numel();
+  const Philox philox = generator(seed, offset, offset_tensor);
+  Tensor codes;
+  dispatch_integer("dtype", dtype, [&](auto code) {
+    using I = decltype(code);
+    check_codes_hold<I>(dtype, quant_min, quant_max);
+    codes = empty_strided(x.sizes(), x.strides(), dtype);
+    dispatch_floating("x", x, [&](auto tag) {
+      using S = decltype(tag);
+      const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+      if (numel == 0) return;
+      const View view = view_of(x, scale);
+      const S* in = static_cast<const S*>(x.const_data_ptr());
+      I* out = static_cast<I*>(codes.mutable_data_ptr());
+      QK_DISPATCH_ISA(quantize_stochastic(view, q, numel, in, out, philox));
+    });
+  });
+  return codes;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quantize_stochastic_forward", TORCH_BOX(&fake_quantize_stochastic_forward));
+  m.impl("fake_quantize_stochastic_backward", TORCH_BOX(&fake_quantize_stochastic_backward));
+  m.impl("quantize_stochastic", TORCH_BOX(&quantize_stochastic));
+}
+
+}  // namespace qkernels

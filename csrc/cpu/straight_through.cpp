@@ -1,0 +1,36 @@
+// The straight-through variants of the learnable backward on the CPU; the kernels are in straight_through_kernels.h.
+#include "granularity.h"
+
+#define QK_BODY "straight_through_kernels.h"
+#include "foreach_isa.h"
+
+#include "gradient.h"
+
+namespace qkernels {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_straight_through_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
+    int64_t quant_max, const std::string& straight_through, double ewgs_delta, double grad_factor) {
+  const bool pass = straight_through == "pass", pact = straight_through == "pact", ewgs = straight_through == "ewgs";
+  QK_CHECK(pass || pact || ewgs, "straight_through: got '", straight_through, "'; accepted: pass, pact, ewgs");
+  QK_CHECK(ewgs_delta >= 0 && std::isfinite(ewgs_delta), "ewgs_delta: got ", ewgs_delta,
+           "; accepted: finite, at least 0");
+  return learned(
+      grad, x, scale, zero_point, quant_min, quant_max,
+      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+          double* dzero_point) {
+        if (pass) QK_DISPATCH_ISA(pass_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        if (pact) QK_DISPATCH_ISA(pact_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        if (ewgs)
+          QK_DISPATCH_ISA(ewgs_backward(view, q, numel, dy, in, out, ewgs_delta, grad_factor, dscale, dzero_point));
+      });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quantize_straight_through_backward", TORCH_BOX(&fake_quantize_straight_through_backward));
+}
+
+}  // namespace qkernels

@@ -1,0 +1,1 @@
+"""Bridges to code that does not call qkernels itself."""

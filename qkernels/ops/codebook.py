@@ -1,0 +1,165 @@
+"""Non-uniform quantization: ``fake_quantize_codebook``, ``quantize_codebook``, ``dequantize_codebook``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import library
+from ..reference import codebook as reference
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
+
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
+
+_forward = _define(
+    "fake_quantize_codebook_forward",
+    "(Tensor x, Tensor scale, Tensor codebook) -> Tensor",
+    reference.fake_quantize_codebook_forward,
+    lambda x, scale, codebook: torch.empty_like(x),
+)
+_forward_mask = _define(
+    "fake_quantize_codebook_forward_mask",
+    "(Tensor x, Tensor scale, Tensor codebook) -> (Tensor, Tensor)",
+    reference.fake_quantize_codebook_forward_mask,
+    lambda x, scale, codebook: (torch.empty_like(x), _mask_like(x)),
+)
+_backward = _define(
+    "fake_quantize_codebook_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor codebook) -> Tensor",
+    reference.fake_quantize_codebook_backward,
+    lambda grad, x, scale, codebook: torch.empty_like(x),
+)
+_learnable_backward = _define(
+    "fake_quantize_codebook_learnable_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor codebook, float grad_factor, bool learn_codebook) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.fake_quantize_codebook_learnable_backward,
+    lambda grad, x, scale, codebook, grad_factor, learn_codebook: (
+        torch.empty_like(x),
+        scale.new_empty(scale.shape),
+        codebook.new_empty(codebook.shape if learn_codebook else 0),
+    ),
+)
+_quantize = _define(
+    "quantize_codebook",
+    "(Tensor x, Tensor scale, Tensor codebook) -> Tensor",
+    reference.quantize_codebook,
+    lambda x, scale, codebook: torch.empty_like(x, dtype=torch.uint8),
+)
+_dequantize = _define(
+    "dequantize_codebook",
+    "(Tensor codes, Tensor scale, Tensor codebook, ScalarType dtype) -> Tensor",
+    reference.dequantize_codebook,
+    lambda codes, scale, codebook, dtype: torch.empty_like(codes, dtype=dtype),
+)
+
+
+class _CodebookKept(Function):
+    """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, codebook)
+        return _forward(x, scale, codebook)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if _again(grad):
+            return torch.where(reference.inside_codebook(*ctx.saved_tensors), grad, 0), None, None
+        return _backward(grad, *ctx.saved_tensors), None, None
+
+
+class _CodebookMask(Function):
+    """x alone needs a gradient: one bit per element is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+        y, mask = _forward_mask(x, scale, codebook)
+        ctx.stride = y.stride()
+        ctx.save_for_backward(mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _through_mask(ctx, grad), None, None
+
+
+class _CodebookLearnable(Function):
+    """Scale or codebook is learned: x is kept, everything else is recomputed in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        ctx.save_for_backward(x, scale, codebook)
+        return _forward(x, scale, codebook)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if _again(grad):
+            raise RuntimeError(
+                "fake_quantize_codebook: learned scales and codebooks have no second derivative; detach them"
+            )
+        learn_codebook = ctx.needs_input_grad[2]
+        dx, dscale, dcodebook = _learnable_backward(grad, *ctx.saved_tensors, ctx.factor, learn_codebook)
+        return dx, dscale, dcodebook if learn_codebook else None, None
+
+
+_kept = _entered(_CodebookKept)
+_masked = _entered(_CodebookMask)
+_learnable = _entered(_CodebookLearnable)
+
+
+def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_factor: float = 1.0) -> Tensor:
+    """Replaces x/scale by the nearest level of a codebook, then multiplies by scale: codebook[nearest(x/scale)]·scale.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16. Arithmetic is fp32 (fp64 for fp64).
+        scale: positive; its shape is the granularity, as in ``fake_quantize``: ``[N, K/64]`` gives NF4's blocks of 64
+            (``w.abs().reshape(N, -1, 64).amax(-1)``). A scale of the largest magnitude clips nothing of a codebook
+            that reaches ±1.
+        codebook: ``[L]``, 2 to 256 finite levels of a floating dtype in any order; see ``qk.codebooks``. A level that
+            is NaN or infinite makes all of y NaN.
+        grad_factor: multiplies the gradients of scale and codebook.
+
+    Returns:
+        A tensor of x's shape, dtype and memory layout. A tie goes to the lower level, infinities to the end levels,
+        NaN stays NaN.
+
+    The gradient of x passes where x/scale lies within the codebook, its ends included. Where scale or codebook
+    requires grad: the scale's is Σ dy·(level − x/scale) inside and Σ dy·level outside (as LSQ, arXiv 1902.08153), that
+    of a level Σ dy·scale over what is quantized to it; the sums are deterministic. For the backward pass x is kept
+    where it lives anyway or something is learned, else one bit per element.
+
+    Raises:
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
+    """
+    if torch.is_grad_enabled():
+        if scale.requires_grad or codebook.requires_grad:
+            return _learnable(x, scale, codebook, grad_factor)
+        if x.requires_grad:
+            return (_kept if _is_kept(x) else _masked)(x, scale, codebook)
+    return _forward(x, scale, codebook)
+
+
+def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Codes (uint8, x's shape and memory layout): where the level nearest to x/scale stands in the codebook.
+
+    Arguments as in ``fake_quantize_codebook``, to which ``dequantize_codebook`` of the codes is equal bit for bit where
+    x is not NaN. NaN, which no code holds, takes the code of 0. Not differentiable.
+    """
+    return _quantize(x.detach(), scale.detach(), codebook.detach())
+
+
+def dequantize_codebook(
+    codes: Tensor, scale: Tensor, codebook: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """codebook[codes]·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
+
+    codes is uint8; scale and codebook are as in ``fake_quantize_codebook``. A code beyond the last level gives NaN. Not
+    differentiable.
+    """
+    return _dequantize(codes, scale.detach(), codebook.detach(), dtype)

@@ -1,0 +1,138 @@
+"""Fake quantization of many tensors in one call: ``foreach_fake_quantize`` over ``qkernels::foreach_fake_quantize_*``.
+
+A list costs one trip through Python, autograd and the dispatcher, where a loop over a model's weights costs one each.
+Ops take lists that a GPU kernel can turn into a table of pointers, passed by value, some 60 tensors to a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import library
+from ..reference import fake_quantize as single
+from ..reference import foreach_fake_quantize as reference
+from .fake_quantize import _again, _entered, gradient_of
+
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+
+_forward = _define(
+    "foreach_fake_quantize_forward",
+    "(Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs) -> Tensor[]",
+    reference.foreach_fake_quantize_forward,
+    lambda xs, *_: [torch.empty_like(x) for x in xs],
+)
+_backward = _define(
+    "foreach_fake_quantize_backward",
+    "(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs) "
+    "-> Tensor[]",
+    reference.foreach_fake_quantize_backward,
+    lambda grads, xs, *_: [torch.empty_like(x) for x in xs],
+)
+_learnable_backward = _define(
+    "foreach_fake_quantize_learnable_backward",
+    "(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs, "
+    "float[] grad_factors) -> (Tensor[], Tensor[], Tensor[])",
+    reference.foreach_fake_quantize_learnable_backward,
+    lambda grads, xs, scales, *_: (
+        [torch.empty_like(x) for x in xs],
+        [scale.new_empty(scale.shape) for scale in scales],
+        [scale.new_empty(scale.shape) for scale in scales],
+    ),
+)
+
+
+class _ForeachFakeQuantize(Function):
+    """Every x is kept: a model's weights live until the backward pass anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, quant_mins: list[int], quant_maxs: list[int], factors: list[float], *tensors: Any) -> Any:
+        count = len(quant_mins)
+        ctx.rest = (quant_mins, quant_maxs, factors)
+        ctx.save_for_backward(*tensors)
+        ys = _forward(tensors[:count], tensors[count : 2 * count], tensors[2 * count :], quant_mins, quant_maxs)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        count, saved = len(grads), ctx.saved_tensors
+        xs, scales, zero_points = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        quant_mins, quant_maxs, factors = ctx.rest
+        wanted = ctx.needs_input_grad[3:]
+        learned = any(wanted[count:])
+        if any(_again(grad) for grad in grads):
+            if learned:
+                raise RuntimeError(
+                    "foreach_fake_quantize: learned scales have no second derivative; detach scales and zero_points"
+                )
+            inside = map(single.inside_range, xs, scales, zero_points, quant_mins, quant_maxs)
+            dx = [torch.where(mask, grad, 0) for mask, grad in zip(inside, grads, strict=True)]
+            return None, None, None, *dx, *[None] * (2 * count)
+        args = (grads, xs, scales, zero_points, quant_mins, quant_maxs)
+        if not learned:
+            return None, None, None, *_backward(*args), *[None] * (2 * count)
+        dx, dscale, dzp = _learnable_backward(*args, factors)
+        dzp = [
+            gradient_of(zero_point, total) if wanted[2 * count + at] else None
+            for at, (zero_point, total) in enumerate(zip(zero_points, dzp, strict=True))
+        ]
+        return None, None, None, *dx, *dscale, *dzp
+
+
+_differentiable = _entered(_ForeachFakeQuantize)
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """``value`` for each of the tensors: a number repeated, or a sequence as it is."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise RuntimeError(f"{name}: got {len(value)} values; accepted: one for each of the {count} tensors")
+    return list(value)
+
+
+def foreach_fake_quantize(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor | None] | None = None,
+    *,
+    quant_min: int | Sequence[int],
+    quant_max: int | Sequence[int],
+    grad_factor: float | Sequence[float] = 1.0,
+) -> list[Tensor]:
+    """``fake_quantize`` of every tensor of a list in one call, forward and backward: for the weights of a model.
+
+    Args:
+        xs: tensors on one device, of any shapes and of any mixture of fp32, fp64, fp16 and bf16.
+        scales: one for each of xs, as in ``fake_quantize``: the shape of each is its granularity.
+        zero_points: None, or one for each of xs: a tensor as in ``fake_quantize``, or None for 0.
+        quant_min, quant_max: inclusive integer range: one for all, or one for each (layers of different bits).
+        grad_factor: multiplies the gradients of scales and zero points: one for all, or one for each.
+
+    Returns:
+        A list of tensors: bit for bit, gradients included, what ``fake_quantize`` gives for each.
+
+    For the backward pass every x is kept, which costs nothing where it is a parameter or an activation that lives
+    anyway; ``fake_quantize`` itself keeps one bit per element of other activations. Where any scale or zero point
+    requires grad, the gradients of all are computed.
+
+    Raises:
+        RuntimeError: lists of different lengths, tensors on different devices, or what ``fake_quantize`` refuses.
+    """
+    count = len(xs)
+    xs = list(xs)
+    scales = _one_each("scales", list(scales), count)
+    zero_points = _one_each("zero_points", zero_points, count)
+    quant_mins = _one_each("quant_min", quant_min, count)
+    quant_maxs = _one_each("quant_max", quant_max, count)
+    factors = _one_each("grad_factor", grad_factor, count)
+    if not count:
+        return []
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*xs, *scales, *zero_points)):
+        return list(_differentiable(quant_mins, quant_maxs, factors, *xs, *scales, *zero_points))
+    return _forward(xs, scales, zero_points, quant_mins, quant_maxs)

@@ -1,0 +1,129 @@
+"""Stochastic rounding: ``fake_quantize_stochastic`` (differentiable) and ``quantize_stochastic`` (integers)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import library
+from ..reference import stochastic as reference
+from .fake_quantize import _already_masked, _entered, _learned_gradients, _mask_like
+from .quantize import range_of_codes
+
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
+
+_forward = _define(
+    "fake_quantize_stochastic_forward",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, SymInt seed, SymInt offset, "
+    "Tensor? offset_tensor) -> (Tensor, Tensor)",
+    reference.fake_quantize_stochastic_forward,
+    lambda x, *_: (torch.empty_like(x), _mask_like(x)),
+)
+_backward = _define(
+    "fake_quantize_stochastic_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, SymInt seed, "
+    "SymInt offset, Tensor? offset_tensor, float grad_factor) -> (Tensor, Tensor, Tensor)",
+    reference.fake_quantize_stochastic_backward,
+    lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
+)
+_quantize = _define(
+    "quantize_stochastic",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, SymInt seed, SymInt offset, "
+    "Tensor? offset_tensor, ScalarType dtype) -> Tensor",
+    reference.quantize_stochastic,
+    lambda x, *rest: torch.empty_like(x, dtype=rest[-1]),
+)
+
+
+class _FakeQuantizeStochastic(Function):
+    """Scale or zero point is learned: x is kept, and the backward pass draws the same numbers again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, seed: int,
+        offset: int, offset_tensor: Tensor | None, factor: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.range = (quant_min, quant_max, seed, offset)
+        ctx.factor = factor
+        ctx.save_for_backward(x, scale, zero_point, offset_tensor)
+        return _forward(x, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *saved, offset_tensor = ctx.saved_tensors
+        dx, dscale, dzp = _learned_gradients(ctx, grad, _backward, *saved, *ctx.range, offset_tensor, ctx.factor)
+        return dx, dscale, dzp, None, None, None, None, None, None
+
+
+_learned = _entered(_FakeQuantizeStochastic)
+
+
+def fake_quantize_stochastic(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    seed: int,
+    offset: int | Tensor = 0,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """``fake_quantize`` that rounds up with a probability of the fraction: right on average (E[y] = x in the range).
+
+    Args:
+        x, scale, zero_point, quant_min, quant_max, grad_factor: as in ``fake_quantize``, with scale a tensor.
+        seed: any 64-bit integer; one per tensor that is to be rounded independently.
+        offset: any 64-bit integer, as a rule the step of the training loop. A one-element int64 tensor on x's device is
+            read there, without synchronisation: a CUDA graph that increments it draws anew at each replay, and a
+            compiled function needs no recompilation. It must not change between the forward and the backward pass.
+
+    Returns:
+        A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
+
+    Element i of x in memory order compares the fraction of x/scale with u_i, 24 bits of Philox-4x32-10 (Salmon et al.,
+    SC 2011) keyed by seed at counter (i // 4, offset): the same seed and offset give the same y on every device and
+    kernel, with any number of threads, and when activation checkpointing computes it twice. u has a resolution of
+    2**-24, so the average is right to 2**-24 steps.
+
+    dx is dy where the integer drawn lies in the range; scale and zero_point are learned as in LSQ with that integer.
+    For the backward pass one bit per element is kept, or x where scale or zero_point requires grad.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
+    """
+    numbers = _numbers(seed, offset)
+    if not torch.is_grad_enabled():
+        return _forward(x, scale, zero_point, quant_min, quant_max, *numbers)[0]
+    if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
+        return _learned(x, scale, zero_point, quant_min, quant_max, *numbers, grad_factor)
+    y, mask = _forward(x.detach(), scale, zero_point, quant_min, quant_max, *numbers)
+    return _already_masked(x, y, mask) if x.requires_grad else y
+
+
+def quantize_stochastic(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    seed: int,
+    offset: int | Tensor = 0,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """The integers of ``fake_quantize_stochastic`` with the same seed and offset; for gradients in int8 training.
+
+    Arguments are those of ``quantize`` and ``fake_quantize_stochastic``. NaN becomes the zero point. ``dequantize`` of
+    the result equals ``fake_quantize_stochastic`` bit for bit where x is not NaN. Not differentiable.
+    """
+    quant_min, quant_max = range_of_codes(quant_min, quant_max, dtype)
+    return _quantize(x, scale, zero_point, quant_min, quant_max, *_numbers(seed, offset), dtype)
+
+
+def _numbers(seed: int, offset: int | Tensor) -> tuple[int, int, Tensor | None]:
+    return (seed, 0, offset) if isinstance(offset, Tensor) else (seed, offset, None)

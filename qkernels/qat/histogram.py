@@ -1,0 +1,89 @@
+"""RangeHistogram: what a quantizer was given over many batches, in a fixed amount of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.fake_quantize import fake_quantize
+from ..ops.statistics import best_of, candidate_qparams, histogram
+
+# 256 KiB per tensor. The largest value lies in the outer half of the range, so that one 8-bit step of the full range
+# spans 64 to 128 bins, and 4 to 8 where only a sixteenth of the range is worth covering.
+BINS = 32768
+
+
+class RangeHistogram:
+    """Counts of values in equal bins of [−limit, limit], where limit is a power of two above all magnitudes so far.
+
+    A batch that exceeds the limit doubles it, as often as it takes, and merges the bins two by two: no count is split
+    or estimated, as it would be for a range that grows by any other factor.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)  # of scale: the granularity
+        self.exponent: int | None = None
+        self.counts: Tensor | None = None
+
+    def update(self, x: Tensor, amax: float) -> None:
+        """Adds x, none of whose magnitudes is above amax (finite)."""
+        exponent = max(math.frexp(amax)[1], -100)
+        if self.exponent is not None and exponent <= self.exponent:
+            exponent = self.exponent
+        if exponent >= 127:  # the width of the range is beyond fp32
+            x = x.double()
+        limit = torch.full(self.shape, math.ldexp(1.0, exponent), dtype=torch.float64, device=x.device)
+        counts, _ = histogram(x, -limit, limit, bins=BINS)
+        if self.counts is not None and self.exponent is not None:
+            counts += doubled(self.counts, exponent - self.exponent)
+        self.counts, self.exponent = counts, exponent
+
+    def edges(self) -> Tensor:
+        assert self.counts is not None
+        assert self.exponent is not None
+        steps = torch.arange(-BINS // 2, BINS // 2 + 1, device=self.counts.device, dtype=torch.float64)
+        return steps * math.ldexp(2.0 / BINS, self.exponent)
+
+    def percentile_range(self, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """As ``ops.statistics.percentile_range``, with the ends rounded outwards to edges of bins."""
+        assert self.counts is not None
+        edges, total = self.edges().to(low.dtype), self.counts.sum(-1, keepdim=True)
+        rank = (total * (percentile / 100)).ceil().clamp(min=1)
+        if symmetric:
+            negative, positive = self.counts[..., : BINS // 2].flip(-1), self.counts[..., BINS // 2 :]
+            bound = edges[BINS // 2 :][1 + below(rank, negative + positive)]
+            return torch.maximum(low, -bound), torch.minimum(high, bound)
+        top = edges[1 + below(rank, self.counts)]
+        bottom = edges[below(total + 1 - rank, self.counts)]
+        return torch.maximum(low, bottom), torch.minimum(high, top)
+
+    def mse_range(
+        self, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As ``ops.statistics.mse_range``, every value taken to be the middle of its bin."""
+        assert self.counts is not None
+        fractions, scales, zero_points = candidate_qparams(low, high, quant_min, quant_max, symmetric, eps)
+        edges = self.edges()
+        middles = ((edges[1:] + edges[:-1]) / 2).to(low.dtype).expand(self.counts.shape)
+        errors = []
+        for scale, zero_point in zip(scales, zero_points, strict=True):
+            qparams = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+            error = fake_quantize(middles, *qparams, quant_min=quant_min, quant_max=quant_max) - middles
+            errors.append((error.double().square() * self.counts).sum(-1))
+        return best_of(fractions, torch.stack(errors), low, high)
+
+
+def doubled(counts: Tensor, times: int) -> Tensor:
+    """The counts over a range that is 2**times as wide."""
+    quarter = BINS // 4
+    for _ in range(min(times, BINS.bit_length())):  # beyond, all lies in the two middle bins and stays there
+        counts = torch.nn.functional.pad(counts.unflatten(-1, (-1, 2)).sum(-1), (quarter, quarter))
+    return counts
+
+
+def below(rank: Tensor, counts: Tensor) -> Tensor:
+    """The bin that holds the value of this rank (1: the smallest)."""
+    return (counts.cumsum(-1) < rank).sum(-1).clamp(max=counts.shape[-1] - 1)

@@ -1,0 +1,68 @@
+"""Fake quantization of many tensors: the op of one tensor on each, in order.
+
+Through the dispatcher, so that a device without a kernel of its own for lists runs its best kernel for each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+single = torch.ops.qkernels
+
+Tensors = Sequence[Tensor]
+ZeroPoints = Sequence[Tensor | None]
+
+
+def check(xs: Tensors, **others: Sequence[object]) -> None:
+    """Raises RuntimeError where the lists are not of one length or the tensors not on one device."""
+    for name, values in others.items():
+        if len(values) != len(xs):
+            raise RuntimeError(f"{name}: got {len(values)} values; accepted: one for each of the {len(xs)} tensors")
+    devices = [x.device for x in xs]
+    for at, device in enumerate(devices):
+        if device != devices[0]:
+            raise RuntimeError(f"xs[{at}]: got a tensor on {device}; accepted: the first one's device, {devices[0]}")
+
+
+def foreach_fake_quantize_forward(
+    xs: Tensors, scales: Tensors, zero_points: ZeroPoints, quant_mins: Sequence[int], quant_maxs: Sequence[int]
+) -> list[Tensor]:
+    check(xs, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
+    calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
+    return [single.fake_quantize_forward(*call) for call in calls]
+
+
+def foreach_fake_quantize_backward(
+    grads: Tensors,
+    xs: Tensors,
+    scales: Tensors,
+    zero_points: ZeroPoints,
+    quant_mins: Sequence[int],
+    quant_maxs: Sequence[int],
+) -> list[Tensor]:
+    check(xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
+    calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
+    return [single.fake_quantize_backward(*call) for call in calls]
+
+
+def foreach_fake_quantize_learnable_backward(
+    grads: Tensors,
+    xs: Tensors,
+    scales: Tensors,
+    zero_points: ZeroPoints,
+    quant_mins: Sequence[int],
+    quant_maxs: Sequence[int],
+    grad_factors: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of the tensors, of the scales and of the zero points (these in scale's shape)."""
+    check(
+        xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs,
+        grad_factor=grad_factors,
+    )  # fmt: skip
+    calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, grad_factors, strict=True)
+    results = [single.fake_quantize_learnable_backward(*call) for call in calls]
+    dx, dscale, dzero_point = ([result[part] for result in results] for part in range(3))
+    return dx, dscale, dzero_point

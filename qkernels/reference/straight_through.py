@@ -1,0 +1,63 @@
+"""The straight-through variants of fake quantization's backward pass in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .fake_quantize import check, check_grad, qparams, sum_to
+
+VARIANTS = ("pass", "pact", "ewgs")
+
+
+def check_variant(straight_through: str, ewgs_delta: float, accepted: tuple[str, ...]) -> None:
+    if straight_through not in accepted:
+        raise RuntimeError(f"straight_through: got '{straight_through}'; accepted: {', '.join(accepted)}")
+    if not 0 <= ewgs_delta < math.inf:
+        raise RuntimeError(f"ewgs_delta: got {ewgs_delta}; accepted: finite, at least 0")
+
+
+def fake_quantize_straight_through_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    straight_through: str,
+    ewgs_delta: float,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero point; v = x/scale, and clip's own are those of the learnable backward.
+
+    pass: dx = dy, the sums as clip's.
+    pact: dx = dy where quant_min − zp <= v < quant_max − zp, and only what lies outside counts for the sums
+    (arXiv 1805.06085, whose alpha is scale·(quant_max − zp)).
+    ewgs: dx = dy·(1 + d·(v − round(v))) where clip passes dy, with d = ewgs_delta·sign(dy) (arXiv 2104.00903). By the
+    chain rule the scale's term dy·(round(v) − v) becomes dy·(round(v) − v)·(1 + d·v).
+    """
+    check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
+    check_variant(straight_through, ewgs_delta, VARIANTS)
+    s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
+    dy, steps = grad.to(s.dtype), x.to(s.dtype) * inv
+    q = steps.round() + z
+    end = q.clamp(quant_min, quant_max) - z
+    inside = (q >= quant_min) & (q <= quant_max)
+    if straight_through == "pact":
+        inside = (steps >= quant_min - z) & (steps < quant_max - z)
+        dx, dscale = torch.where(inside, dy, 0), torch.where(inside, 0, dy * end)
+    else:
+        dx, dscale = dy, dy * (end - torch.where(inside, steps, 0))
+    if straight_through == "ewgs":
+        d = torch.where(dy >= 0, 1, -1) * torch.tensor(ewgs_delta, dtype=s.dtype, device=x.device)
+        dx = torch.where(inside, dy * (1 + d * (steps - steps.round())), 0)
+        dscale = torch.where(inside, dscale * (1 + d * steps), dscale)
+    dzp = torch.where(inside, 0, -dy * s)
+    return (
+        torch.empty_like(x).copy_(dx),
+        (sum_to(dscale, scale) * grad_factor).to(scale.dtype),
+        (sum_to(dzp, scale) * grad_factor).to(scale.dtype),
+    )

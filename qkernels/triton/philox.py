@@ -1,0 +1,49 @@
+"""Uniform numbers of the elements of a tensor in memory order, as qkernels/reference/stochastic.py defines them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numerics import rint
+
+
+@triton.jit
+def words(block, seed, offset, offset_ptr):
+    """The four random words of blocks of four elements; ``block`` is int64."""
+    number = tl.cast(offset, tl.int64)
+    if offset_ptr is not None:
+        number += tl.load(offset_ptr)
+    c0 = block.to(tl.uint32)
+    c1 = (block >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + number.to(tl.uint32)
+    c3 = tl.zeros_like(c0) + (number >> 32).to(tl.uint32)
+    return tl.philox(tl.cast(seed, tl.int64), c0, c1, c2, c3)
+
+
+@triton.jit
+def fraction(word, DTYPE: tl.constexpr):
+    return (word >> 8).to(tl.int32).to(DTYPE) * 5.9604644775390625e-08  # 2**-24
+
+
+@triton.jit
+def uniforms_of_blocks(block, seed, offset, offset_ptr, DTYPE: tl.constexpr):
+    """u of four elements for each of ``block``'s numbers, in sequence along the last dim."""
+    w0, w1, w2, w3 = words(block, seed, offset, offset_ptr)
+    return fraction(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)), DTYPE)
+
+
+@triton.jit
+def uniforms(element, seed, offset, offset_ptr, DTYPE: tl.constexpr):
+    """u of any elements, at four times the price."""
+    w0, w1, w2, w3 = words(element >> 2, seed, offset, offset_ptr)
+    at = element & 3
+    return fraction(tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3)), DTYPE)
+
+
+@triton.jit
+def round_stochastically(steps, u):
+    # Not tl.floor, which flushes denormals. An infinity has a NaN fraction, and stays.
+    nearest = rint(steps)
+    low = tl.where(steps >= nearest, nearest, nearest - 1)
+    return tl.where(u >= steps - low, low, low + 1)

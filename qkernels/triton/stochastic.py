@@ -1,0 +1,126 @@
+"""Stochastic rounding in Triton: the reference's numbers, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import stochastic as reference
+from ..reference.fake_quantize import check, check_grad
+from ..reference.quantize import check_codes
+from . import granularity
+from .fake_quantize import dense_and_like, empty_mask, pointwise_arguments
+from .granularity import block_index, block_params
+from .launch import launch
+from .numerics import clamp, is_inside, narrow, store_bits, widen
+from .philox import round_stochastically, uniforms_of_blocks
+from .sums import backward
+
+
+def unsupported(op: str, *args: Any) -> str | None:
+    """Why the kernels do not take a call of ``op``, or None."""
+    x, scale = args[1:3] if op == "fake_quantize_stochastic_backward" else args[:2]
+    return granularity.unsupported(x, scale)
+
+
+@triton.jit(do_not_specialize=["view", "seed", "offset"])
+def forward_kernel(
+    x_ptr, y_ptr, mask_ptr, scale, zero_point, quant_min, quant_max, seed, offset, offset_ptr, numel, view,
+    CODES: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = block_index(MODE, BLOCK, INNER)
+    here = index < numel - start
+    x = widen(tl.load(x_ptr + start + index, mask=here))
+    low, high = tl.cast(quant_min, x.dtype), tl.cast(quant_max, x.dtype)
+    s, inv, z = block_params(
+        start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
+    )
+    u = uniforms_of_blocks(start // 4 + tl.arange(0, BLOCK // 4), seed, offset, offset_ptr, x.dtype)
+    q = round_stochastically(x * inv, tl.reshape(u, x.shape)) + z
+    clamped = clamp(q, low, high)
+    if CODES:
+        code = tl.where(clamped == clamped, clamped, z)
+        tl.store(y_ptr + start + index, code.to(y_ptr.dtype.element_ty), mask=here)
+    else:
+        y = (clamped - z) * s
+        tl.store(y_ptr + start + index, narrow(y, y_ptr.dtype.element_ty), mask=here)
+        store_bits(mask_ptr, is_inside(q, low, high) & here, start, numel, BLOCK)
+
+
+def _forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int,
+    seed: int, offset: int, offset_tensor: Tensor | None,
+) -> None:  # fmt: skip
+    """Fills y and mask, or with no mask a y of integers."""
+    numel = x.numel()
+    if numel == 0:
+        return
+    scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
+    launch(
+        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, scale, zero_point, float(quant_min),
+        float(quant_max), seed, offset, offset_tensor, numel, view, CODES=mask is None, **constexprs,
+    )  # fmt: skip
+
+
+def fake_quantize_stochastic_forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    seed: int,
+    offset: int,
+    offset_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check(x, scale, zero_point, quant_min, quant_max)
+    reference.check_offset(offset_tensor, x)
+    x, y = dense_and_like(x)
+    mask = empty_mask(x)
+    _forward(x, y, mask, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)
+    return y, mask
+
+
+def quantize_stochastic(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    seed: int,
+    offset: int,
+    offset_tensor: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    check(x, scale, zero_point, quant_min, quant_max)
+    reference.check_offset(offset_tensor, x)
+    check_codes(quant_min, quant_max, dtype)
+    x, codes = dense_and_like(x, dtype)
+    _forward(x, codes, None, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)
+    return codes
+
+
+def fake_quantize_stochastic_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    seed: int,
+    offset: int,
+    offset_tensor: Tensor | None,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
+    reference.check_offset(offset_tensor, x)
+    return backward(
+        "stochastic", grad, x, scale, zero_point, quant_min, quant_max, grad_factor, seed=seed, offset=offset,
+        offset_tensor=offset_tensor,
+    )  # fmt: skip

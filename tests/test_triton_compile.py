@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles for every supported GPU, without having one, and its code is what it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+# Bytes of shared memory that a block can have.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+POINTWISE = ("forward_kernel", "backward_kernel", "backward_mask_kernel", "quantize_kernel")
+
+
+def compiled(tmp_path: Path, *options: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """All kernels by name, and what became of each launch and GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    environment.update(
+        TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=f"{root}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    )
+    done = subprocess.run(
+        [sys.executable, str(root / "tests" / "compile_triton.py"), *options],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    names, *lines = map(json.loads, done.stdout.splitlines())
+    return names, lines
+
+
+def check(names: list[str], lines: list[dict[str, Any]]) -> None:
+    missing = {(name, arch) for name in names for arch in SHARED} - {(line["kernel"], line["arch"]) for line in lines}
+    assert not missing, f"kernels that tests/compile_triton.py has no call for: {missing}"
+    for line in lines:
+        assert line["approximate"] == [], line
+        assert not line["spills"], line
+        assert line["local"] == 0, line
+        assert line["shared"] <= SHARED[line["arch"]], line
+        if line["kernel"].rpartition(".")[2] in POINTWISE:
+            assert line["widest_load"] == 128, line
+    print()
+    for kernel, count in sorted(Counter(line["kernel"] for line in lines).items()):
+        own = [line for line in lines if line["kernel"] == kernel]
+        print(
+            f"{kernel}: {count} compiled, at most {max(line['registers'] for line in own)} registers, "
+            f"{max(line['shared'] for line in own)} bytes of shared memory"
+        )
+
+
+def test_compiles_for_every_gpu(tmp_path: Path) -> None:
+    check(*compiled(tmp_path))
+
+
+@pytest.mark.nightly
+def test_every_launch_compiles_for_every_gpu(tmp_path: Path) -> None:
+    check(*compiled(tmp_path, "--all"))
