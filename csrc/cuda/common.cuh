@@ -47,6 +47,21 @@ struct Word<2> {
   using type = unsigned short;
 };
 
+// The compiler splits a plain 16-byte store in two where it is not sure that nothing is read in between.
+__device__ __forceinline__ void store_word(uint4* p, uint4 word) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+#else
+  *p = word;
+#endif
+}
+
+template <typename W>
+__device__ __forceinline__ void store_word(W* p, W word) {
+  *p = word;
+}
+
 // Whole vectors, from and to addresses that are multiples of their size (of 16 bytes where they are larger).
 template <int N, typename T>
 __device__ __forceinline__ Vec<T, N> load_vector(const T* p) {
@@ -67,7 +82,7 @@ __device__ __forceinline__ void store_vector(T* p, const Vec<T, N>& value) {
   W words[kBytes / kWord];
   memcpy(words, &value, sizeof value);
 #pragma unroll
-  for (int i = 0; i < kBytes / kWord; ++i) reinterpret_cast<W*>(p)[i] = words[i];
+  for (int i = 0; i < kBytes / kWord; ++i) store_word(reinterpret_cast<W*>(p) + i, words[i]);
 }
 
 // Elements [first, last) of a vector, one by one: at ragged ends and misaligned addresses. The others read as 0.
@@ -288,7 +303,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Gpu {
  public:
   explicit Gpu(const Tensor& x) : index_(device_of(x).index) {
-    if (index_ >= 0) guard_.emplace(index_);
+    namespace accelerator = torch::stable::accelerator;
+    if (index_ >= 0 && accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);

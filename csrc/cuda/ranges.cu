@@ -83,9 +83,10 @@ struct Rows {
 };
 
 constexpr int kRowVectors = 4;
+constexpr int kRowThreads = 768;  // at most for a row: more would leave too few registers to each
 
 template <typename S, typename Out, int kHeld>
-__global__ void __launch_bounds__(kHeld == 1 ? kThreads : 1024)
+__global__ void __launch_bounds__(kHeld == 1 ? kThreads : kRowThreads)
     rows_kernel(const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point, QparamsRule rule,
                 Rows s) {
   using T = Arithmetic<S>;
@@ -164,7 +165,7 @@ bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* 
               const QparamsRule& rule, int64_t count, int64_t length) {
   constexpr int64_t N = kVector<S>;
   const int64_t vectors = ceil_div(length, N) + (length % N != 0);
-  if (length == 0 || vectors > 1024 * kRowVectors || (mask && length % 8 != 0)) return false;
+  if (length == 0 || vectors > kRowThreads * kRowVectors || (mask && length % 8 != 0)) return false;
   Rows s{count, length, 0};
   if (vectors <= 16) {
     s.lanes = power_of_two_from(vectors);

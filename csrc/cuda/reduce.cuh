@@ -233,9 +233,11 @@ void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
     if (!s.direct) combine(gpu, op, runs, down * width / runs.channels, runs.inner, partial);
     return;
   }
-  const int64_t split = std::max(ceil_div(runs.inner, kLongest),
-                                 std::min(ceil_div(wanted, runs.runs), ceil_div(runs.inner, 2 * N * kThreads)));
-  const int64_t piece = ceil_div(ceil_div(runs.inner, split), N) * N, per_run = ceil_div(runs.inner, piece);
+  constexpr int64_t kTurn = kUnroll * N * kThreads;  // elements that a block takes at a time
+  const int64_t split =
+      std::max(ceil_div(runs.inner, kLongest), std::min(ceil_div(wanted, runs.runs), ceil_div(runs.inner, kTurn)));
+  const int64_t unit = split > 1 ? kTurn : N;
+  const int64_t piece = ceil_div(ceil_div(runs.inner, split), unit) * unit, per_run = ceil_div(runs.inner, piece);
   const int64_t vectors = ceil_div(std::min(piece, runs.inner), N) + (runs.inner % N != 0);
   const int lanes = vectors > 8 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(vectors, kWarp));
   Pieces s{runs.inner, piece, runs.runs * per_run, Divider(per_run), lanes, aligned, false};

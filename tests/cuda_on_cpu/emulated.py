@@ -69,7 +69,7 @@ def install(library_file: Path) -> None:
     library.gpu, library.GPU_KEY = "cpu", "CPU"
     library._cuda_state.append(None)
     for op in {kernel.op for kernel in registry.kernels() if kernel.name == "cuda"}:
-        registry._kernels[op] = [k for k in registry._kernels[op] if not k.name.startswith("cpu_")]
+        registry._kernels[op] = [k for k in registry._kernels[op] if k.name in ("cuda", registry.REFERENCE)]
     torch.ops.load_library(str(library_file))
 
 
