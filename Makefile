@@ -8,7 +8,9 @@ SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
     fake_quantize foreach_fake_quantize override statistics quantize int8_gemm int8_conv2d))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
-.PHONY: build demo test pytest lint asan bench gpu clean
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: build demo test pytest lint asan cuda bench gpu clean
 
 build: $(VENV)/built
 
@@ -19,13 +21,14 @@ demo: $(VENV)/built $(VENV)/demo
 test: lint asan
 	@$(MAKE) --no-print-directory pytest
 
-pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo
-	$(BIN)/pytest -q --durations=5
+# Two workers, a file to a worker; threads of their own would only be in each other's way.
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo cuda
+	$(BIN)/pytest -q -n 2 --dist loadfile --durations=10
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own;
@@ -34,6 +37,12 @@ asan: $(VENV)/dev
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
 	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -k "not (compile or export or opcheck or subprocess)" $(SANITIZED)
+
+# The CUDA library for every architecture, where there is nvcc: the tests look into it, nothing here can run it.
+cuda: $(VENV)/built
+	@if command -v nvcc > /dev/null; then \
+	    QKERNELS_BUILD=cuda QKERNELS_STRICT_BUILD=1 $(PYTHON) setup.py -q build_ext --build-lib build/cuda; \
+	else echo "no nvcc: the CUDA library is not compiled, its tests are skipped"; fi
 
 bench: $(VENV)/built $(VENV)/bench
 	$(PYTHON) -m qkernels bench
