@@ -14,13 +14,14 @@ README = (ROOT / "README.md").read_text()
 
 def kernel_table() -> str:
     """op, device and kernels, best first, with ops that have the same kernels in one row."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     for op in sorted({kernel.op for kernel in qk.kernels()}):
         names = [kernel.name for kernel in qk.kernels(op)]
-        cpu = ", ".join(name.removeprefix("cpu_") for name in names if name.startswith("cpu_"))
-        rows.setdefault(cpu, []).append(f"`{op}`")
-    lines = [f"| {', '.join(ops)} | {cpu}, reference | reference |" for cpu, ops in rows.items()]
-    return "\n".join(["| op | CPU | other devices |", "|---|---|---|", *lines])
+        cpu = ", ".join(name.removeprefix("cpu_") for name in names if name.startswith("cpu_") or name == "reference")
+        gpu = ", ".join(name for name in names if not name.startswith("cpu_"))
+        rows.setdefault((cpu, gpu), []).append(f"`{op}`")
+    lines = [f"| {', '.join(ops)} | {cpu} | {gpu} |" for (cpu, gpu), ops in rows.items()]
+    return "\n".join(["| op | CPU | NVIDIA GPU |", "|---|---|---|", *lines])
 
 
 def test_kernel_table() -> None:
