@@ -286,6 +286,37 @@ def test_bad_arguments(name: str) -> None:
                 call()
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_override_torch(compiled: bool) -> None:
+    """torch's ops on our kernels: torch's numbers, forward and backward, without the waits of its own kernels."""
+    x = torch.randn(64, 32, 8, 8, device="cuda")
+    scale, zero_point = torch.rand(32, device="cuda") * 0.05 + 0.01, torch.randint(-9, 9, (32,), device="cuda").int()
+
+    def step(x: Tensor) -> list[Tensor]:
+        return [
+            torch.fake_quantize_per_tensor_affine(x, 0.03, 5, -128, 127),
+            torch.fake_quantize_per_tensor_affine(x, scale[:1], zero_point[:1], -128, 127),
+            torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, -128, 127),
+            torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point.float(), 1, -128, 127, 1.0),
+        ]
+
+    run = torch.compile(step) if compiled else step
+
+    def results(function: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        outputs = function(leaf)
+        return [*outputs, *(torch.autograd.grad(y, leaf, torch.ones_like(y))[0] for y in outputs)]
+
+    expected = results(step)
+    with qk.override_torch():
+        got = results(run)
+        if not compiled:
+            with syncs_raise():
+                results(run)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_compiled_fullgraph() -> None:
     def step(x: Tensor, scale: Tensor) -> Tensor:
         return qk.fake_quantize(torch.relu(x), scale, quant_min=-8, quant_max=7).sum()

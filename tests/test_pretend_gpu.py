@@ -13,7 +13,9 @@ from conftest import ROOT, run_python
 
 pytest.importorskip("triton")
 # What cannot be pretended: graphs, torch.compile's own code for GPUs, a tensor on another device.
-IMPOSSIBLE = "not (cuda_graph or compiled_fullgraph or bad_arguments or large_in_fp32 or every_granularity)"
+IMPOSSIBLE = (
+    "not (override_torch or cuda_graph or compiled_fullgraph or bad_arguments or large_in_fp32 or every_granularity)"
+)
 
 
 def test_gpu_tests() -> None:

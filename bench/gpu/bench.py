@@ -19,7 +19,7 @@ from timing import compare, copy_bandwidth, error_of, host_seconds, input_sets
 import qkernels as qk
 
 OURS = ("cuda", "triton")
-SUM_TOLERANCE = 1e-4  # dscale, against the reference's sums in another order
+TOLERANCE = 5e-4  # against the reference, whose sums (dscale, RMSNorm's mean) are in another order: rare codes differ
 HOST_SHAPE = (64, 64)
 # torch.compile takes seconds for each shape and dtype, and fp16 code is bf16 code.
 COMPILED = [(shape, dtype) for shape in ((16384, 8192), (4096, 4096)) for dtype in ("fp32", "bf16")]
@@ -54,7 +54,7 @@ def contestants(case: Case, inputs: tuple[Any, ...], compiles: bool) -> tuple[di
             continue
         with forced(name):
             error = error_of(case.ours(*inputs), expected)
-        assert error <= SUM_TOLERANCE, f"{case.name}: {name} is off by {error:.2g} of the norm on {inputs[0].shape}"
+        assert error <= TOLERANCE, f"{case.name}: {name} is off by {error:.2g} of the norm on {inputs[0].shape}"
         calls[name] = case.ours
     peers = {"aten": case.aten, "eager": case.formula}
     if case.formula is not None and compiles:

@@ -147,6 +147,18 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
+def normed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return quantized_rows(torch.nn.functional.rms_norm(x.float(), x.shape[-1:]) * weight)
+
+
+def gated(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return quantized_rows(torch.nn.functional.silu(gate.float()) * up)
+
+
+def rectified(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return qk.relu_fake_quantize(x, scale, zero_point, quant_min=-128, quant_max=127)
+
+
 OBSERVER = (0.01, *INT8)
 ONE = lambda shape: (1,)  # noqa: E731
 
@@ -260,5 +272,31 @@ CASES = [
         lambda x: qk.quantize_dynamic(x)[:2],
         lambda b: b + 1,
         formula=quantized_rows,
+    ),
+    Case(
+        "RMSNorm + quantize int8 per token",
+        "rms_norm_quantize_dynamic",
+        lambda shape, dtype: (values(shape, dtype), values(shape[-1:], torch.float32)),
+        lambda x, weight: qk.rms_norm_quantize_dynamic(x, weight)[:2],
+        lambda b: b + 1,
+        formula=normed,
+    ),
+    Case(
+        "SiLU·mul + quantize int8 per token",
+        "silu_mul_quantize_dynamic",
+        lambda shape, dtype: (values(shape, dtype), values(shape, dtype)),
+        lambda gate, up: qk.silu_mul_quantize_dynamic(gate, up)[:2],
+        lambda b: 2 * b + 1,
+        formula=gated,
+    ),
+    Case(
+        "ReLU + fake-quant, forward+backward",
+        "relu_fake_quantize_backward",
+        static(ONE, grad=True),
+        there_and_back(rectified),
+        lambda b: 4 * b + 1 / 4,
+        aten=there_and_back(lambda x, *params: aten_tensor(torch.relu(x), *params)),
+        aten_moves=lambda b: 4 * b + 4 * b + 1 + 3 * b + 1,
+        formula=there_and_back(lambda x, *params: formula(torch.relu(x), *params)),
     ),
 ]
