@@ -296,7 +296,7 @@ CASES = [
         there_and_back(rectified),
         lambda b: 4 * b + 1 / 4,
         aten=there_and_back(lambda x, *params: aten_tensor(torch.relu(x), *params)),
-        aten_moves=lambda b: 4 * b + 4 * b + 1 + 3 * b + 1,
+        aten_moves=lambda b: 9 * b + 2,
         formula=there_and_back(lambda x, *params: formula(torch.relu(x), *params)),
     ),
 ]
