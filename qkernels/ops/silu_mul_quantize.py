@@ -14,7 +14,7 @@ from ..reference import silu_mul_quantize as reference
 from ..reference.fake_quantize import compute_dtype, inside_range
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
 
-_define = partial(library.define, triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _PRODUCT = "Tensor gate, Tensor up, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
