@@ -285,7 +285,7 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
 
 def _cuda_unsupported(op: str) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
-        for arg in args:
+        for arg in registry.flat(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != gpu:
                 return f"takes {gpu.upper()} tensors, got one on {arg.device}"
         if not args and not torch.cuda.is_available() and gpu == "cuda":

@@ -45,9 +45,14 @@ def tool(name: str) -> str | None:
     return str(packed) if packed.exists() else None
 
 
-def _cuobjdump(path: Path, arch: str | None, *options: str) -> str:
+def _cuobjdump(path: Path, arch: str | None, *options: str, only: str = "") -> str:
+    """What cuobjdump prints; `only`: the lines with one of these words, which are few of the 80 MB of an architecture."""
     command = [tool("cuobjdump") or "cuobjdump", *options, *(["-arch", arch] if arch else []), str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as dump:
+        done = subprocess.run(["grep", "-E", only], stdin=dump.stdout, capture_output=True, text=True, check=False)
+    if dump.returncode:
+        raise subprocess.CalledProcessError(dump.returncode, command)
+    return done.stdout
 
 
 def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
@@ -56,13 +61,19 @@ def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
     for name, resources in re.findall(r"Function (\S+):\s*\n\s*(.*)", _cuobjdump(path, arch, "-res-usage")):
         usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
         found[name] = Kernel(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
-    for part in _cuobjdump(path, arch, "-sass").split("Function : ")[1:]:
-        kernel = found.setdefault(part.split(None, 1)[0], Kernel(part.split(None, 1)[0]))
-        for kind, modifiers in re.findall(r"\b(LDG|STG|LDL|STL|LDS|STS)((?:\.\w+)*) ", part):
+    kernel = None
+    for line in _cuobjdump(path, arch, "-sass", only="Function : |LDG|STG|LDL|STL|LDS|STS|FFMA").splitlines():
+        if "Function : " in line:
+            name = line.split("Function : ")[1].strip()
+            kernel = found.setdefault(name, Kernel(name))
+        elif kernel is not None and (match := re.search(r"\b(LDG|STG|LDL|STL|LDS|STS|FFMA)((?:\.\w+)*) ", line)):
+            kind, modifiers = match.groups()
+            if kind == "FFMA":
+                kernel.fma += 1
+                continue
             parts = modifiers.split(".")
             bits = next((width for part, width in WIDTHS.items() if part in parts), 32)
             kernel.widths[kind] = max(kernel.widths.get(kind, 0), bits)
-        kernel.fma += len(re.findall(r"\bFFMA\b", part))
     return found
 
 

@@ -5,7 +5,9 @@ Runs where the kernel "cuda" takes CPU tensors, on the emulator (see test_cuda_e
 
 from __future__ import annotations
 
+import ctypes
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.ops import fake_quantize as ops
+from qkernels.ops import foreach_fake_quantize as foreach
 from qkernels.reference import fake_quantize as reference
 from qkernels.reference import quantize as reference_quantize
 
@@ -126,3 +129,55 @@ def test_too_many_levels_are_named() -> None:
     x, scale = torch.randn((2, 2) * 7), torch.rand((2, 1) * 7) + 0.1
     with pytest.raises(RuntimeError, match="scale: got a granularity of 13 levels in x's memory order; accepted"):
         qk.fake_quantize(x, scale, quant_min=-8, quant_max=7)
+
+
+def many(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None, int, int]]:
+    """More tensors than one launch takes, of every path of the foreach kernels."""
+    granularities = [(1,), (6, 1), (1, 700), (6, 7), (2, 1), (1, 1), (1, 7), (3, 350)]
+    calls: list[tuple[Tensor, Tensor, Tensor | None, int, int]] = []
+    for at in range(44):
+        rows, columns = (6, 700) if at % 11 else (12, 3500)
+        x = torch.randn(rows, columns) if at % 5 else torch.randn(rows * columns + 1)[1:].view(rows, columns)
+        scale = scale_of(granularities[at % 8])
+        zero_point = (None, torch.randint(-8, 8, scale.shape), torch.randn(1) * 4, torch.randn(scale.shape).double())
+        calls.append((x.to(dtype), scale, zero_point[at % 4], -8, 7 + at))
+    calls.append((torch.randn(200, 3).to(dtype), scale_of((1, 3)), None, -8, 7))  # by columns
+    calls.append((torch.randn(4, 6, 10).to(dtype), scale_of((4, 1, 5)), None, -8, 7))  # two dimensions
+    calls.append((torch.randn(0, 3).to(dtype), scale_of((1, 3)), None, -8, 7))
+    calls.append((torch.randn(()).to(dtype), scale_of((1,)), None, -8, 7))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [*HALF_AND_FLOAT, torch.float64], ids=str)
+def test_foreach(dtype: torch.dtype) -> None:
+    calls = many(dtype)
+    lists = [list(values) for values in zip(*calls, strict=True)]
+    grads = [torch.randn(x.shape).to(dtype) for x in lists[0]]
+    factors = [0.1 * at for at in range(len(calls))]
+    ys, dxs = foreach._forward(*lists), foreach._backward(grads, *lists)
+    learned = foreach._learnable_backward(grads, *lists, factors)
+    for at, call in enumerate(calls):
+        same(ys[at], ops._forward(*call))
+        same(dxs[at], ops._backward(grads[at], *call))
+        want = ops._learnable_backward(grads[at], *call, factors[at])
+        for part in range(3):
+            same(learned[part][at], want[part])
+
+
+def test_foreach_launches() -> None:
+    """A launch for some 30 tensors, 18 where sums are taken; none for each."""
+    (library,) = (path for path in torch.ops.loaded_libraries if "emulated" in path)
+    launches = ctypes.c_ulong.in_dll(ctypes.CDLL(library), "emulated_launches")
+
+    def launched(op: Any, *args: Any) -> int:
+        before = launches.value
+        op(*args)
+        return launches.value - before
+
+    xs = [torch.randn(64, 256) for _ in range(16)]
+    for scales in ([torch.ones(1)] * 16, [torch.ones(64, 1)] * 16):
+        lists = (xs, scales, [None] * 16, [-8] * 16, [7] * 16)
+        assert launched(foreach._forward, *lists) == 1
+        assert launched(foreach._backward, xs, *lists) == 1
+        assert launched(foreach._learnable_backward, xs, *lists, [1.0] * 16) == (2 if scales[0].numel() == 1 else 1)
+    assert launched(foreach._forward, xs * 4, [torch.ones(1)] * 64, [None] * 64, [-8] * 64, [7] * 64) <= 3

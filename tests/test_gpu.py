@@ -75,6 +75,8 @@ def test_every_granularity(case: str, shape: tuple[int, ...], dtype: torch.dtype
         dx, dscale, dzp = reference.fake_quantize_learnable_backward(grad, x, *params, 0.5)
         magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         for name in NAMES:
+            if name == "triton" and dtype not in (torch.float32, torch.bfloat16):
+                continue  # each of these compiles for half a second
             with qk.use_kernel(name):
                 same(ops._forward(on_gpu, *gpu_params), y)
                 got_y, got_mask = ops._forward_mask(on_gpu, *gpu_params)

@@ -97,7 +97,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = INPUTS[name][0](dtype)
-    if x.numel() > 200000 or (x.numel() > 10000 and dtype != torch.float32):
+    if name in ("short runs", "many channels last") or (x.numel() > 10000 and dtype != torch.float32):
         pytest.skip("interpreting takes too long")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)

@@ -60,7 +60,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
 def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant: str) -> None:
     dtype = FLOATS[GRANULARITIES.index((name, shape)) % 4]
     x = INPUTS[name][0](dtype)
-    if x.numel() > 200000:
+    if name in ("short runs", "many channels last"):
         pytest.skip("interpreting takes too long")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
@@ -104,7 +104,10 @@ def test_pass(kernel: str, shape: tuple[int, ...]) -> None:
     same(dx, grad)
     assert (y.detach().abs() < leaves[0].detach().abs() - 0.5).any()  # clipped
     for a, b in zip(sums, expected, strict=True):
-        same(a, b)
+        if kernel == "triton":  # which adds them up in another order
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        else:
+            same(a, b)
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ machine lacks (compute-sanitizer, matplotlib, a second GPU) is skipped and named
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -33,8 +34,8 @@ class Run:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def step(self, name: str, command: list[str], *, share: float = 1.0, **env: str) -> bool:
-        """Runs a command with at most ``share`` of the time that is left; its output goes to <out>/<name>.log."""
+    def step(self, name: str, command: list[str], *, seconds: float | None = None, **env: str) -> bool:
+        """Runs a command for at most ``seconds`` (None: all that are left); its output goes to <out>/<name>.log."""
         start = time.monotonic()
         log = self.out / f"{name}.log"
         with log.open("w") as sink:
@@ -45,7 +46,7 @@ class Run:
                     env={**os.environ, "PYTHONPATH": str(ROOT), **env},
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    timeout=max(1.0, share * self.left()),
+                    timeout=max(1.0, self.left() if seconds is None else seconds),
                 )
             except subprocess.TimeoutExpired:
                 code = "out of time"
@@ -70,9 +71,10 @@ def sanitize(run: Run) -> None:
             run.note(tool, "skipped: compute-sanitizer is not installed")
             continue
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0"]
-        small = [sys.executable, str(ROOT / "tests" / "gpu_sanitize.py")]
+        seconds = 0.2 * run.left()
+        small = [sys.executable, str(ROOT / "tests" / "gpu_sanitize.py"), str(0.6 * seconds)]
         # Without caching every tensor has an allocation of its own, so that an access beyond its end is seen.
-        run.step(tool, command + small, share=0.2, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        run.step(tool, command + small, seconds=seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def main() -> int:
@@ -105,7 +107,10 @@ def main() -> int:
         run.step("build", build, QKERNELS_STRICT_BUILD="1", QKERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST=arch)
     if not run.failed:
         run.step("info", [python, "-m", "qkernels", "info"])
-        run.step("tests", [python, "-m", "pytest", "-q", "-x", "--maxfail=20", "tests/test_gpu.py"], share=0.4)
+        # Triton compiles on the CPU: its kernels are many, so the tests share the cores.
+        workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+        tests = [python, "-m", "pytest", "-q", "--maxfail=20", *workers, "tests/test_gpu.py"]
+        run.step("tests", tests, seconds=0.45 * run.left())
         sanitize(run)
         seconds = run.left() - BENCH_RESERVE
         run.step("bench", [python, "bench/gpu/bench.py", "--out", str(out), "--seconds", str(0.85 * seconds)])

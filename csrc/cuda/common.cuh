@@ -202,6 +202,28 @@ __device__ __forceinline__ T clamp(T value, T low, T high) {
 __device__ __forceinline__ float round_even(float value) { return rintf(value); }
 __device__ __forceinline__ double round_even(double value) { return rint(value); }
 
+// 1 / scale as IEEE has it, for a scale that is NaN or no less than the smallest normal number. The compiler's division
+// takes the same three instructions, but calls a function for what lies outside their range, and spills around it.
+__device__ __forceinline__ double reciprocal(double scale) { return 1 / scale; }
+__device__ __forceinline__ float reciprocal(float scale) {
+#ifdef __CUDA_ARCH__
+  float y;
+  if (scale < 0x1p126f) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(scale));
+    return __fmaf_rn(y, __fmaf_rn(-scale, y, 1), y);
+  }
+  if (scale > FLT_MAX) return 0;
+  // Subnormal: rounded once, from more digits than any of these reciprocals is near to a tie. NaN stays.
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(scale * 0x1p-64f));
+  double wide = y * 0x1p-64;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) wide = __fma_rn(wide, __fma_rn(-scale, wide, 1), wide);
+  return static_cast<float>(wide);
+#else
+  return 1 / scale;
+#endif
+}
+
 // Two values that are reduced together: sums of two gradients, or a minimum and a maximum.
 template <typename T>
 struct Pair {

@@ -32,9 +32,9 @@ struct ForwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T q = round_even(widen(in.v[k]) * p.inv) + p.zero_point;
+      const T q = steps_of(widen(in.v[k]), p);
       if constexpr (kMask) bits |= (k < n && is_inside(q, low, high)) ? 1u << k : 0;
-      out[k] = (clamp(q, low, high) - p.zero_point) * p.scale;
+      out[k] = fake_quantized(q, p, low, high);
     }
     if (kMask && through) {
       store<kWhole>(y + at, in, 0, n);
@@ -98,7 +98,7 @@ struct BackwardOp {
     Vec<S, kWidth> out;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const T q = round_even(widen(in.x.v[k]) * params(k).inv) + params(k).zero_point;
+      const T q = steps_of(widen(in.x.v[k]), params(k));
       out.v[k] = is_inside(q, low, high) ? in.grad.v[k] : S{};
     }
     store<kWhole>(dx + at, out, 0, n);
@@ -175,6 +175,20 @@ std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, i
   return {y, mask};
 }
 
+// All dense and in one layout.
+template <typename P>
+void run_backward(const Gpu& gpu, const Tensor& grad, const Tensor& x, const P& params, int64_t quant_min,
+                  int64_t quant_max, const Tensor& dx) {
+  if (x.numel() == 0) return;
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = params.template make<Arithmetic<S>>(quant_min, quant_max);
+    const BackwardOp<S> op{static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(x.const_data_ptr()),
+                           static_cast<S*>(dx.mutable_data_ptr()), q.quant_min, q.quant_max};
+    sweep(gpu, op, q, params.runs(x), x.numel(), is_aligned({op.grad, op.x, op.dx}));
+  });
+}
+
 template <typename P>
 Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& params, int64_t quant_min,
                      int64_t quant_max) {
@@ -185,14 +199,7 @@ Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& param
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device_of(x));
-  if (x.numel() == 0) return dx;
-  dispatch_floating("x", x, [&](auto tag) {
-    using S = decltype(tag);
-    const auto q = params.template make<Arithmetic<S>>(quant_min, quant_max);
-    const BackwardOp<S> op{static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(x.const_data_ptr()),
-                           static_cast<S*>(dx.mutable_data_ptr()), q.quant_min, q.quant_max};
-    sweep(gpu, op, q, params.runs(x), x.numel(), is_aligned({op.grad, op.x, op.dx}));
-  });
+  run_backward(gpu, grad, x, params, quant_min, quant_max, dx);
   return dx;
 }
 
@@ -247,10 +254,15 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
 
 }  // namespace
 
-void fake_quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+void fake_quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
                         int64_t quant_min, int64_t quant_max, const Tensor& y, const Tensor* mask, Flag on) {
-  const std::optional<Tensor> zero_points = zero_point;
-  run_forward(gpu, x, TensorParams{scale, zero_points}, quant_min, quant_max, y, mask, on);
+  run_forward(gpu, x, TensorParams{scale, zero_point}, quant_min, quant_max, y, mask, on);
+}
+
+void fake_quantize_backward_into(const Gpu& gpu, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                 const std::optional<Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
+                                 const Tensor& dx) {
+  run_backward(gpu, grad, x, TensorParams{scale, zero_point}, quant_min, quant_max, dx);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {

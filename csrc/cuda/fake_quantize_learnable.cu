@@ -1,58 +1,9 @@
 // Gradients of learned scales and zero points (LSQ, LSQ+): one pass over grad and x writes dx and leaves sums.
-#include "reduce.cuh"
+#include "learnable.cuh"
+#include "ops.cuh"
 
 namespace qkernels {
 namespace {
-
-template <typename S>
-struct LearnableOp {
-  using T = Arithmetic<S>;
-  using Total = double;
-  static constexpr int kWidth = kVector<S>;
-  static constexpr bool kQuantizes = true;
-  struct Loaded {
-    Vec<S, kWidth> grad, x;
-  };
-  const S *grad, *x;
-  S* dx;
-  T low, high;
-  double grad_factor;
-  RealOutput dscale, dzero_point;
-
-  static __device__ __forceinline__ Pair<T> identity() { return {0, 0}; }
-  template <typename U>
-  static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
-    return {p.a + q.a, p.b + q.b};
-  }
-  __device__ __forceinline__ bool wanted() const { return true; }
-  template <bool kWhole>
-  __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
-    return {qkernels::load<kWhole, kWidth>(grad + at, first, last),
-            qkernels::load<kWhole, kWidth>(x + at, first, last)};
-  }
-  // Select, never multiply, so that an infinite dy outside the range does not become NaN.
-  template <bool kWhole, typename P>
-  __device__ __forceinline__ void terms(int64_t at, int first, int last, const Loaded& in, P params,
-                                        Pair<T> (&out)[kWidth]) const {
-    Vec<S, kWidth> d;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const Params<T>& p = params(k);
-      const T dy = widen(in.grad.v[k]), steps = widen(in.x.v[k]) * p.inv;
-      const T q = round_even(steps) + p.zero_point;
-      const bool inside = q >= low && q <= high;
-      d.v[k] = inside ? in.grad.v[k] : S{};
-      out[k].a = dy * ((clamp(q, low, high) - p.zero_point) - (inside ? steps : T{0}));
-      out[k].b = inside ? T{0} : -dy * p.scale;
-      if (!kWhole && (k < first || k >= last)) out[k] = identity();
-    }
-    store<kWhole>(dx + at, d, first, last);
-  }
-  __device__ __forceinline__ void result(int64_t channel, Pair<double> sum) const {
-    dscale.set(channel, sum.a * grad_factor);
-    dzero_point.set(channel, sum.b * grad_factor);
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
                                                                     const Tensor& scale,
@@ -69,6 +20,17 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device);
   Tensor dscale = empty(to_vector(scale.sizes()), scale.scalar_type(), device);
   Tensor dzero_point = empty(to_vector(scale.sizes()), scale.scalar_type(), device);
+  fake_quantize_learnable_backward_into(gpu, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, dx, dscale,
+                                        dzero_point);
+  return {dx, dscale, dzero_point};
+}
+
+}  // namespace
+
+void fake_quantize_learnable_backward_into(const Gpu& gpu, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                           const std::optional<Tensor>& zero_point, int64_t quant_min,
+                                           int64_t quant_max, double grad_factor, const Tensor& dx,
+                                           const Tensor& dscale, const Tensor& dzero_point) {
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     const auto q = qparams<Arithmetic<S>>(scale, zero_point, quant_min, quant_max);
@@ -82,10 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
                             RealOutput(dzero_point)};
     reduce_channels(gpu, op, q, runs_of(x, scale), x, is_aligned({op.grad, op.x, op.dx}));
   });
-  return {dx, dscale, dzero_point};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("fake_quantize_learnable_backward", TORCH_BOX(&fake_quantize_learnable_backward));

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : kRowThreads)
       range = merge_lanes(range, s.lanes,
                           [](Pair<T> p, Pair<T> q) { return Pair<T>{nan_min(p.a, q.a), nan_max(p.b, q.b)}; });
       const auto chosen = choose_qparams<T>(range.a, range.b, rule);
-      const Params<T> p{1 / chosen.scale, chosen.scale, chosen.zero_point};
+      const Params<T> p{reciprocal(chosen.scale), chosen.scale, chosen.zero_point};
       if (lane == 0 && row < s.count) {
         scale[row] = chosen.scale;
         zero_point[row] = static_cast<int32_t>(chosen.zero_point);
@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : kRowThreads)
           T values[N];
 #pragma unroll
           for (int k = 0; k < N; ++k) {
-            const T q = round_even(widen(held[t][h].v[k]) * p.inv) + p.zero_point;
+            const T q = steps_of(widen(held[t][h].v[k]), p);
             bits |= k < last && is_inside(q, low, high) ? 1u << k : 0;
-            values[k] = (clamp(q, low, high) - p.zero_point) * p.scale;
+            values[k] = fake_quantized(q, p, low, high);
           }
           out = narrow<S>(values);
         }

@@ -14,11 +14,47 @@ namespace qkernels {
 
 constexpr int kColumnRows = kThreads / kWarp;
 
+inline int power_of_two_from(int64_t n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+struct Combine {
+  int64_t channels, slots;  // slots of a channel: divisor of per_run for each run of its own
+  Divider per_run;
+  int lanes;
+
+  Combine(int64_t channels, int64_t slots, int64_t per_run)
+      : channels(channels),
+        slots(slots),
+        per_run(per_run),
+        lanes(slots > 4 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(slots, kWarp))) {}
+  int64_t blocks() const { return ceil_div(channels, kThreads / lanes); }
+};
+
 struct Pieces {
   int64_t inner, piece, count;
   Divider per_run;
   int lanes;
   bool aligned, direct;
+
+  // In vectors of N elements, for a GPU that `wanted` blocks fill.
+  Pieces(const Runs& runs, int64_t N, int64_t wanted, bool aligned) : inner(runs.inner), aligned(aligned) {
+    const int64_t longest = 16 * N * kThreads;    // of a piece: up to 16 vectors per lane are added in fp32
+    const int64_t turn = kUnroll * N * kThreads;  // elements that a block takes at a time
+    const int64_t split =
+        std::max(ceil_div(inner, longest), std::min(ceil_div(wanted, runs.runs), ceil_div(inner, turn)));
+    const int64_t unit = split > 1 ? turn : N;
+    piece = ceil_div(ceil_div(inner, split), unit) * unit;
+    per_run = Divider(ceil_div(inner, piece));
+    count = runs.runs * per_run.divisor;
+    const int64_t vectors = ceil_div(std::min(piece, inner), N) + (inner % N != 0);
+    lanes = vectors > 8 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(vectors, kWarp));
+    direct = count == runs.channels;
+  }
+  int64_t blocks() const { return ceil_div(count, kThreads / lanes); }
+  Combine combine(const Runs& runs) const { return Combine(runs.channels, count / runs.channels, per_run.divisor); }
 };
 
 template <typename To, typename From>
@@ -26,14 +62,15 @@ __device__ __forceinline__ Pair<To> cast_pair(Pair<From> p) {
   return {static_cast<To>(p.a), static_cast<To>(p.b)};
 }
 
-template <typename Op>
-__global__ void __launch_bounds__(kThreads)
-    pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
+// What block `block` of `blocks` adds up.
+template <typename Op, typename C>
+__device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename Op::T>& q, const C& channels,
+                                           const Pieces& s, Pair<typename Op::T>* partial, int64_t block,
+                                           int64_t blocks) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth;
-  if (!op.wanted()) return;
   const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
-  for (int64_t begin = int64_t{blockIdx.x} * groups; begin < s.count; begin += int64_t{gridDim.x} * groups) {
+  for (int64_t begin = block * groups; begin < s.count; begin += blocks * groups) {
     const int64_t item = begin + group;
     const bool valid = item < s.count;
     int64_t from = 0, to = 0, channel = 0;
@@ -94,6 +131,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
+  if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
+}
+
 struct Columns {
   int64_t numel, rows, vectors;  // vectors in a row: a multiple of what the channels repeat after
   bool aligned, direct;
@@ -113,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < N; ++k) sum[k] = Op::identity();
   if constexpr (Op::kQuantizes) {
-    if (valid) channels.fill(q, column * N, s.numel, own);
+    if (valid) fill(channels.inner, channels, q, column * N, s.numel, own);
   }
   const auto params = [&](int k) -> const Params<T>& { return own[k]; };
   const int64_t step = int64_t{gridDim.y} * kColumnRows;
@@ -159,25 +202,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Combine {
-  int64_t channels, slots, length;  // slots of a channel: `length` for each run of its own
-  Divider per_run;
-  int lanes;
-};
-
-template <typename Op>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(Op op, Channels channels, Combine s, const Pair<typename Op::T>* partial) {
+template <typename Op, typename C>
+__device__ __forceinline__ void add_partials(const Op& op, const C& channels, const Combine& s,
+                                             const Pair<typename Op::T>* partial, int64_t block, int64_t blocks) {
   using Total = typename Op::Total;
-  if (!op.wanted()) return;
   const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
-  for (int64_t begin = int64_t{blockIdx.x} * groups; begin < s.channels; begin += int64_t{gridDim.x} * groups) {
+  for (int64_t begin = block * groups; begin < s.channels; begin += blocks * groups) {
     const int64_t c = begin + group;
     const bool valid = c < s.channels;
     Pair<Total> sum = cast_pair<Total>(Op::identity());
     for (int64_t slot = lane; valid && slot < s.slots; slot += s.lanes) {
       const int64_t k = s.per_run.divide(slot);
-      const int64_t at = channels.run_of(c, k) * s.length + (slot - k * s.length);
+      const int64_t at = channels.run_of(c, k) * s.per_run.divisor + (slot - k * s.per_run.divisor);
       sum = Op::merge(sum, cast_pair<Total>(partial[at]));
     }
     sum = merge_lanes(sum, s.lanes, [](Pair<Total> a, Pair<Total> b) { return Op::merge(a, b); });
@@ -185,20 +221,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-inline int power_of_two_from(int64_t n) {
-  int p = 1;
-  while (p < n) p *= 2;
-  return p;
+template <typename Op>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(Op op, Channels channels, Combine s, const Pair<typename Op::T>* partial) {
+  if (op.wanted()) add_partials(op, channels, s, partial, blockIdx.x, gridDim.x);
 }
 
 template <typename Op>
-void combine(const Gpu& gpu, const Op& op, const Runs& runs, int64_t slots, int64_t length,
-             const Pair<typename Op::T>* partial) {
-  const int lanes =
-      slots > 4 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(std::max<int64_t>(slots, 1), kWarp));
-  const Combine s{runs.channels, slots, length, Divider(std::max<int64_t>(length, 1)), lanes};
-  gpu.launch(combine_kernel<Op>, ceil_div(runs.channels, kThreads / lanes), 1, kThreads, op, Channels(runs), s,
-             partial);
+void combine(const Gpu& gpu, const Op& op, const Runs& runs, const Combine& s, const Pair<typename Op::T>* partial) {
+  gpu.launch(combine_kernel<Op>, s.blocks(), 1, kThreads, op, Channels(runs), s, partial);
+}
+
+inline int64_t blocks_wanted(const Gpu& gpu) { return int64_t{gpu.processors()} * 8; }  // enough to fill it
+
+// Whether x, with some elements, is better added up by columns than by pieces, in vectors of N elements.
+inline bool in_columns(const Runs& runs, int64_t numel, int64_t N) {
+  return runs.channels > 1 && runs.inner < 2 * N && numel / (runs.period * runs.inner) >= 8;
 }
 
 // x: what runs describes; only for the device of the workspace.
@@ -207,18 +245,17 @@ void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
                      bool aligned) {
   using P = Pair<typename Op::T>;
   constexpr int64_t N = Op::kWidth;
-  constexpr int64_t kLongest = 16 * N * kThreads;  // of a piece: up to 16 vectors per lane are added in fp32
-  constexpr int64_t kMostDepth = 64;               // rows per thread that are added in fp32
+  constexpr int64_t kMostDepth = 64;  // rows per thread that are added in fp32
   const int64_t numel = x.numel();
   if (runs.channels == 0) return;
-  if (numel == 0) return combine(gpu, op, runs, 0, 0, static_cast<const P*>(nullptr));
+  if (numel == 0) return combine(gpu, op, runs, Combine(runs.channels, 0, 1), static_cast<const P*>(nullptr));
   const auto workspace = [&](int64_t pairs) {
     return empty({pairs * static_cast<int64_t>(sizeof(P))}, ScalarType::Byte, device_of(x));
   };
-  const int64_t pattern = runs.period * runs.inner, repeats = numel / pattern;
-  const int64_t wanted = int64_t{gpu.processors()} * 8;  // blocks that fill the GPU
+  const int64_t wanted = blocks_wanted(gpu);
   const Channels channels(runs);
-  if (runs.channels > 1 && runs.inner < 2 * N && repeats >= 8) {
+  if (in_columns(runs, numel, N)) {
+    const int64_t pattern = runs.period * runs.inner;
     Columns s{numel, 0, pattern / gcd(pattern, N), aligned, false};
     // Narrow patterns are repeated side by side, so that few lanes have no column.
     s.vectors *= std::max<int64_t>(1, std::min(8 * kWarp / s.vectors, numel / N / s.vectors));
@@ -230,22 +267,14 @@ void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
     const Tensor held = workspace(s.direct ? 0 : down * width);
     P* partial = static_cast<P*>(held.mutable_data_ptr());
     gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, channels, s, partial);
-    if (!s.direct) combine(gpu, op, runs, down * width / runs.channels, runs.inner, partial);
+    if (!s.direct) combine(gpu, op, runs, Combine(runs.channels, down * width / runs.channels, runs.inner), partial);
     return;
   }
-  constexpr int64_t kTurn = kUnroll * N * kThreads;  // elements that a block takes at a time
-  const int64_t split =
-      std::max(ceil_div(runs.inner, kLongest), std::min(ceil_div(wanted, runs.runs), ceil_div(runs.inner, kTurn)));
-  const int64_t unit = split > 1 ? kTurn : N;
-  const int64_t piece = ceil_div(ceil_div(runs.inner, split), unit) * unit, per_run = ceil_div(runs.inner, piece);
-  const int64_t vectors = ceil_div(std::min(piece, runs.inner), N) + (runs.inner % N != 0);
-  const int lanes = vectors > 8 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(vectors, kWarp));
-  Pieces s{runs.inner, piece, runs.runs * per_run, Divider(per_run), lanes, aligned, false};
-  s.direct = s.count == runs.channels;
+  const Pieces s(runs, N, wanted, aligned);
   const Tensor held = workspace(s.direct ? 0 : s.count);
   P* partial = static_cast<P*>(held.mutable_data_ptr());
-  gpu.launch(pieces_kernel<Op>, ceil_div(s.count, kThreads / lanes), 1, kThreads, op, q, channels, s, partial);
-  if (!s.direct) combine(gpu, op, runs, s.count / runs.channels, per_run, partial);
+  gpu.launch(pieces_kernel<Op>, s.blocks(), 1, kThreads, op, q, channels, s, partial);
+  if (!s.direct) combine(gpu, op, runs, s.combine(runs), partial);
 }
 
 }  // namespace qkernels

@@ -10,10 +10,27 @@ struct Params {
   T inv, scale, zero_point;
 };
 
+// x / scale + zero_point, rounded but not clamped.
+template <typename T>
+__device__ __forceinline__ T steps_of(T value, const Params<T>& p) {
+  return round_even(value * p.inv) + p.zero_point;
+}
+
+template <typename T>
+__device__ __forceinline__ T fake_quantized(T steps, const Params<T>& p, T low, T high) {
+  return (clamp(steps, low, high) - p.zero_point) * p.scale;
+}
+
+// Whether q lies in the range: false for NaN.
+template <typename T>
+__device__ __forceinline__ bool is_inside(T q, T low, T high) {
+  return q >= low && q <= high;
+}
+
 // The integer of one value. No integer is NaN: it becomes the zero point, and quant_min where that is NaN too.
 template <typename I, typename T>
 __device__ __forceinline__ I code_of(T value, const Params<T>& p, T low, T high) {
-  T q = clamp(round_even(value * p.inv) + p.zero_point, low, high);
+  T q = clamp(steps_of(value, p), low, high);
   if (q != q) q = p.zero_point == p.zero_point ? p.zero_point : low;
   return static_cast<I>(static_cast<int>(q));
 }
@@ -32,7 +49,7 @@ struct Qparams {
 
   __device__ __forceinline__ Params<T> of(int64_t channel) const {
     const T s = effective_scale(scale ? scale[channel] : scale_number);
-    return {1 / s, s, zero_point_of(shared ? 0 : channel)};
+    return {reciprocal(s), s, zero_point_of(shared ? 0 : channel)};
   }
   __device__ __forceinline__ T zero_point_of(int64_t at) const {
     if (kind == kNumber) return zero_point_number;
@@ -96,7 +113,6 @@ OwnedQparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int
 struct Channels {
   static constexpr int kMost = 12;
   Divider inner;
-  int64_t length = 1;  // elements of a run
   int count = 0;
   bool in_order = true;  // the channel is the run's number
   Divider size[kMost];
@@ -105,7 +121,6 @@ struct Channels {
   Channels() = default;
   explicit Channels(const Runs& runs)
       : inner(std::max<int64_t>(runs.inner, 1)),
-        length(runs.inner),
         count(static_cast<int>(runs.factors.size())),
         in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.runs) {
     QK_CHECK(count <= kMost, "scale: got a granularity of ", count,
@@ -145,22 +160,34 @@ struct Channels {
     }
     return run + k * step;
   }
-  // The parameters of N elements from `at` on. A loop over their runs that is not unrolled: unrolled, its divisions
-  // alone are 40 times the code of everything else, and 5 s of compile time per kernel.
-  template <typename T, int N>
-  __device__ __forceinline__ void fill(const Qparams<T>& q, int64_t at, int64_t numel, Params<T> (&out)[N]) const {
-    int64_t run = inner.divide(at), first = 0, last = (run + 1) * length - at;
-#pragma unroll 1
-    while (first < N && at + first < numel) {
-      const Params<T> p = q.of(of_run(run++));
-#pragma unroll
-      for (int k = 0; k < N; ++k)
-        if (k >= first && k < last) out[k] = p;
-      first = last;
-      last += length;
-    }
-  }
 };
+
+// The same for a scale along one dimension, or none, of x in memory order: its channels follow each other in a cycle.
+struct Cycle {
+  Divider channels;
+
+  static bool fits(const Runs& runs) { return runs.in_order(); }
+  explicit Cycle(const Runs& runs) : channels(runs.channels) {}
+  __device__ __forceinline__ int64_t of_run(int64_t run) const { return run - channels.divide(run) * channels.divisor; }
+  __device__ __forceinline__ int64_t run_of(int64_t c, int64_t k) const { return c + k * channels.divisor; }
+};
+
+// The parameters of N elements from `at` on, in runs of `inner`. A loop over their runs that is not unrolled: unrolled,
+// its divisions alone are 40 times the code of everything else, and 5 s of compile time per kernel.
+template <typename C, typename T, int N>
+__device__ __forceinline__ void fill(const Divider& inner, const C& channels, const Qparams<T>& q, int64_t at,
+                                     int64_t numel, Params<T> (&out)[N]) {
+  int64_t run = inner.divide(at), first = 0, last = (run + 1) * inner.divisor - at;
+#pragma unroll 1
+  while (first < N && at + first < numel) {
+    const Params<T> p = q.of(channels.of_run(run++));
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (k >= first && k < last) out[k] = p;
+    first = last;
+    last += inner.divisor;
+  }
+}
 
 // Which vectors a thread visits: from blockIdx.x * block_step + threadIdx.x on, kUnroll of them unroll_step apart, then
 // loop_step further. With `hoisted` the steps are multiples of what the channels repeat after: a thread then meets the
@@ -185,7 +212,7 @@ __global__ void __launch_bounds__(kThreads)
   Params<T> one, own[kMode == kChannelPerElement ? N : 1];
   if constexpr (kMode == kOneChannel) one = q.of(0);
   if constexpr (kMode == kChannelPerElement) {
-    if (s.hoisted) channels.fill(q, v * N, s.numel, own);
+    if (s.hoisted) fill(channels.inner, channels, q, v * N, s.numel, own);
   }
   const auto run = [&](auto whole, int64_t at, int n, const typename Op::Loaded& loaded, const Params<T>& same) {
     op.template run<decltype(whole)::value>(at, n, loaded, [&](int k) -> const Params<T>& {
@@ -220,7 +247,7 @@ __global__ void __launch_bounds__(kThreads)
           if (n > 0) one = q.of(channels.of_element(at));
         }
         if constexpr (kMode == kChannelPerElement) {
-          if (!s.hoisted && n > 0) channels.fill(q, at, s.numel, own);
+          if (!s.hoisted && n > 0) fill(channels.inner, channels, q, at, s.numel, own);
         }
         run(std::false_type{}, at, n, op.template load<false>(at, n), one);
       }
@@ -281,12 +308,6 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   } else {
     launch(sweep_kernel<Op, kChannelPerElement>);
   }
-}
-
-// Whether q lies in the range: false for NaN.
-template <typename T>
-__device__ __forceinline__ bool is_inside(T q, T low, T high) {
-  return q >= low && q <= high;
 }
 
 // Writes the mask bits of the N elements from `at` on; lanes of a warp that share a byte join them.

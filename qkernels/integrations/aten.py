@@ -14,29 +14,8 @@ from torch import Tensor
 
 from .. import library, registry
 from ..ops import aten_fake_quantize, fake_quantize
-
-# What is rerouted on the GPU: composite ops and the learnable ones, above autograd, so that a bit per element is kept
-# instead of a byte. With each, the raw op whose kernels decide whether a call can be taken.
-DROP_INS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "fake_quantize_per_tensor_affine": (fake_quantize.fake_quantize_per_tensor_affine, "fake_quantize_forward.scalar"),
-    "fake_quantize_per_tensor_affine.tensor_qparams": (
-        fake_quantize.fake_quantize_per_tensor_affine,
-        "fake_quantize_forward",
-    ),
-    "fake_quantize_per_channel_affine": (
-        aten_fake_quantize.fake_quantize_per_channel_affine,
-        "fake_quantize_forward",
-    ),
-    "_fake_quantize_learnable_per_tensor_affine": (
-        fake_quantize.fake_quantize_learnable_per_tensor_affine,
-        "fake_quantize_learnable_backward",
-    ),
-    "_fake_quantize_learnable_per_channel_affine": (
-        fake_quantize.fake_quantize_learnable_per_channel_affine,
-        "fake_quantize_learnable_backward",
-    ),
-    "fused_moving_avg_obs_fake_quant": (fake_quantize.fused_moving_avg_obs_fake_quant, "observe_fake_quantize"),
-}
+from ..reference.aten_fake_quantize import channel_views
+from ..reference.fake_quantize import EXACT_INT
 
 _lock = threading.Lock()
 _held: set[override_torch] = set()  # what is in force
@@ -56,21 +35,33 @@ class override_torch:
     On the CPU the C++ kernels take torch's schemas directly, no Python runs, and autograd, torch.compile, torch.export
     and vmap see torch's ops as before. Compiled code holds those same ops: it is rerouted where it runs inside, and
     is not where it runs outside, whenever it was compiled. Without the C++ kernels the CPU keeps torch's own, and a
-    warning says so. On CUDA a call is taken where a CUDA or Triton kernel can run (else torch's own does); compiled
-    code and the ``_cachemask`` forms keep torch's kernels there.
+    warning says so.
 
     The numbers are torch's, bit for bit, except where torch is wrong or refuses:
 
     - NaN stays NaN (torch: quant_min); a zero whose scale is 0, or has an infinite reciprocal, stays 0 (torch:
       quant_min·scale, without a gradient).
     - Per channel, +inf and values beyond 2**63 steps saturate at quant_max (torch on the CPU: quant_min).
-    - A clipped element has the gradient 0, whatever dy is (torch: 0·inf = NaN, and −0).
+    - A clipped element has the gradient 0, whatever dy is (torch: 0·inf = NaN, and −0). Compiled code and second
+      derivatives multiply by the mask as torch does.
     - The learnable ops round a zero point the same way forward and backward (torch per tensor: another one backward
       for every negative or half-way value); the sums of their gradients agree to rounding.
     - The fused observer trains with the scale and zero point that torch.ao's observers compute for convert, keeps its
       averages in fp32, and skips a batch whose range is not finite.
     - Accepted beside what torch takes: per channel any zero point dtype, any floating scale, a negative axis;
       fp16, bf16 and fp64 in the learnable and fused ops.
+
+    On CUDA the same ops are rerouted, eager and compiled, by Python, and never wait for the GPU. What is other there:
+
+    - A call stays torch's where no CUDA or Triton kernel can take it; and, of the ops that learn and observe nothing,
+      where x is fp64, the range exceeds ±2**24, a zero point is a floating tensor, or a scale or zero point given as a
+      number is none that both compute alike with (a negative or subnormal scale, a zero point outside the range).
+      Per tensor, scale tensors other than fp32 and zero points other than int32 are torch's too, which refuses them.
+    - In scale tensors a value below the smallest normal fp32 acts as that one, and a negative one gives NaN; in zero
+      point tensors an integer outside the range gives NaN (torch per channel reads it back and refuses).
+    - Eager calls of the differentiable ops keep a bit per element for the backward pass and write no byte mask. The
+      ``_cachemask`` ops, which are all that compiled code holds, must return one: it is unpacked from the bits, which
+      costs two passes over it, and their gradient is torch's product with it.
 
     Enter and leave while no other thread is inside one of these ops, as for any torch.library registration. While
     ``use_kernel`` forces a CPU path, rerouted calls take it too; the other kernels have no part in them.
@@ -114,7 +105,7 @@ def _uninstall() -> None:
     global _cuda
     _cpu_kernels(False)
     if _cuda is not None:
-        _cuda._destroy()
+        _unroute(_cuda)
         _cuda = None
 
 
@@ -130,6 +121,7 @@ def _cpu_kernels(on: bool) -> None:
         _say_once_that_kernels_are_overridden()
     if ctypes.CDLL(str(library.module_file("_cpu"))).qkernels_override_aten(on):
         raise RuntimeError(f"override_torch: torch {torch.__version__} does not accept the kernels; restart Python")
+    _forget_choices()
 
 
 def _say_once_that_kernels_are_overridden() -> None:
@@ -142,29 +134,218 @@ def _say_once_that_kernels_are_overridden() -> None:
     scratch._destroy()
 
 
+# On the GPU Python kernels take the calls. Each returns NotImplemented for a call that torch's own kernel is to take.
+# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers must see torch's ops); at the
+# device's own key the raw ops, with byte masks, where compiled code and everything else arrives.
+
+
 def _reroute(device: str) -> torch.library.Library:
-    """Python kernels for the composite and learnable ops, on tensors of a device."""
     rerouted = torch.library.Library("aten", "IMPL")
+    layers = (
+        (f"Autograd{device}", DROP_INS, _above),
+        (device, {**DROP_INS, **KERNELS}, _below),
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
-        for name, (drop_in, raw_op) in DROP_INS.items():
-            for key in (f"Autograd{device}", device):
+        for key, kernels, layer in layers:
+            for name, kernel in kernels.items():
                 own = torch.library.get_kernel(f"aten::{name}", key)
-                rerouted.impl(name, _choice(drop_in, raw_op, own), key, with_keyset=True, allow_override=True)
+                rerouted.impl(name, layer(kernel, own), key, with_keyset=True, allow_override=True)
+    _forget_choices()
     return rerouted
 
 
-def _choice(drop_in: Callable[..., Tensor], raw_op: str, own: Any) -> Callable[..., Tensor]:
-    def call(keys: Any, x: Tensor, *args: Any) -> Tensor:
-        if _takes(raw_op, x):
-            return drop_in(x, *args)
-        return own.call_boxed(keys, x, *args)
+def _unroute(rerouted: torch.library.Library) -> None:
+    rerouted._destroy()
+    _forget_choices()
+
+
+def _forget_choices() -> None:
+    """Where torch traces for a compiler it remembers in Python which kernel an op has at a key: not over a change."""
+    backward = (f"fake_quantize_per_{kind}_affine_cachemask_backward" for kind in ("tensor", "channel"))
+    for name in (*DROP_INS, *KERNELS, *backward):
+        packet, _, overload = name.partition(".")
+        getattr(getattr(torch.ops.aten, packet), overload or "default")._dispatch_cache.clear()
+
+
+def _above(kernel: Callable[..., Any], own: Any) -> Callable[..., Any]:
+    def call(keys: Any, x: Tensor, *args: Any) -> Any:
+        result = kernel(x, *args) if type(x) in (Tensor, torch.nn.Parameter) else NotImplemented
+        return own.call_boxed(keys, x, *args) if result is NotImplemented else result
 
     return call
 
 
-def _takes(op: str, x: Tensor) -> bool:
-    """Whether a kernel other than the reference can run on x, which must be no subclass: tracers see torch's ops."""
-    if type(x) not in (Tensor, torch.nn.Parameter):
+def _below(kernel: Callable[..., Any], own: Any) -> Callable[..., Any]:
+    def call(keys: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            result = kernel(*args)
+        return own.call_boxed(keys, *args) if result is NotImplemented else result
+
+    return call
+
+
+def _takes(op: str, *args: Any) -> bool:
+    """Whether a kernel other than the reference can run a raw op on these arguments."""
+    return any(
+        kernel.unsupported(*args) is None for kernel in registry.kernels(op) if kernel.name != registry.REFERENCE
+    )
+
+
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+Scale = Tensor | float
+ZeroPoint = Tensor | int
+
+
+def _exact(quant_min: int, quant_max: int) -> bool:
+    return -EXACT_INT <= quant_min <= quant_max <= EXACT_INT
+
+
+def _affine(x: Tensor, scale: Scale, zero_point: ZeroPoint, quant_min: int, quant_max: int) -> bool:
+    """Whether our arithmetic gives torch's bits here, as far as the host can see, and a kernel takes the call."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _exact(quant_min, quant_max):
         return False
-    return any(kernel.unsupported(x) is None for kernel in registry.kernels(op) if kernel.name != registry.REFERENCE)
+    args = (x, scale, zero_point, quant_min, quant_max)
+    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        takes = scale.is_floating_point() and not zero_point.is_floating_point()
+        return takes and _takes("fake_quantize_forward_mask", *args)
+    if isinstance(scale, Tensor) or isinstance(zero_point, Tensor):
+        return False
+    takes = TINY <= scale <= HUGE and quant_min <= zero_point <= quant_max
+    return takes and _takes("fake_quantize_forward_mask.scalar", *args)
+
+
+def _learnable(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> bool:
+    return (
+        _exact(quant_min, quant_max)
+        and x.is_floating_point()
+        and scale.is_floating_point()
+        and _takes("fake_quantize_learnable_backward", x, x, scale, zero_point, quant_min, quant_max, 1.0)
+    )
+
+
+def _one(scale: Tensor, zero_point: Tensor) -> bool:
+    return scale.numel() == 1 and zero_point.numel() == 1
+
+
+def _as_torchs(scale: Tensor, zero_point: Tensor) -> bool:
+    """What torch's kernels for one scale and zero point in tensors take."""
+    return _one(scale, zero_point) and scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+
+
+def _per_tensor(x: Tensor, *args: Any) -> Any:
+    return fake_quantize.fake_quantize_per_tensor_affine(x, *args) if _affine(x, *args) else NotImplemented
+
+
+def _per_tensor_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, *quant_range: int) -> Any:
+    return _per_tensor(x, scale, zero_point, *quant_range) if _as_torchs(scale, zero_point) else NotImplemented
+
+
+def _per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *quant_range: int) -> Any:
+    if not _affine(x, scale, zero_point, *quant_range):
+        return NotImplemented
+    return aten_fake_quantize.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *quant_range)
+
+
+def _learnable_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float = 1) -> Any:
+    if not _one(scale, zero_point) or not _learnable(x, scale, zero_point, low, high):
+        return NotImplemented
+    return fake_quantize.fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, low, high, factor)
+
+
+def _learnable_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int, factor: float = 1
+) -> Any:
+    if not _learnable(x, scale, zero_point, low, high):
+        return NotImplemented
+    return fake_quantize.fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, low, high, factor)
+
+
+def _fused(x: Tensor, *args: Any) -> Any:
+    return fake_quantize.fused_moving_avg_obs_fake_quant(x, *args) if _observes(x, *args) else NotImplemented
+
+
+def _observes(x: Tensor, *args: Any) -> bool:
+    return _exact(*args[7:9]) and x.is_floating_point() and _takes("observe_fake_quantize", x, *args[:9], 0.0)
+
+
+def _with_bytes(masked: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """y and its mask, which is a bit per element, as a bool tensor in y's memory layout."""
+    y, bits = masked
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = (bits[:, None] >> shifts).bitwise_and_(1).view(torch.bool)
+    return y, flat.as_strided(y.shape, y.stride())
+
+
+def _cachemask(x: Tensor, scale: float, zero_point: int, *quant_range: int) -> Any:
+    if not _affine(x, scale, zero_point, *quant_range):
+        return NotImplemented
+    return _with_bytes(torch.ops.qkernels.fake_quantize_forward_mask.scalar(x, scale, zero_point, *quant_range))
+
+
+def _cachemask_tensors(
+    x: Tensor, scale: Tensor, zero_point: Tensor, enabled: Tensor, quant_min: int, quant_max: int
+) -> Any:
+    """The switch is read on the device by the observer's kernel, with the observer itself off."""
+    if not _as_torchs(scale, zero_point) or not _affine(x, scale, zero_point, quant_min, quant_max):
+        return NotImplemented
+    off = torch.zeros_like(enabled)
+    unused = torch.empty_like(scale), torch.empty_like(scale)
+    args = (x, off, enabled, *unused, scale, zero_point, 0.0, quant_min, quant_max, 0.0)
+    if not _takes("observe_fake_quantize", *args):
+        return NotImplemented
+    return _with_bytes(torch.ops.qkernels.observe_fake_quantize(*args))
+
+
+def _cachemask_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *quant_range: int) -> Any:
+    if not _affine(x, scale, zero_point, *quant_range):
+        return NotImplemented
+    views = channel_views(x, axis, scale, zero_point)
+    return _with_bytes(torch.ops.qkernels.fake_quantize_forward_mask(x, *views, *quant_range))
+
+
+def _fused_helper(x: Tensor, *args: Any) -> Any:
+    if not _observes(x, *args):
+        return NotImplemented
+    rest = (*args, False, False)[:12]  # the last two may be left out
+    return _with_bytes(torch.ops.qkernels.observe_fake_quantize(*fake_quantize.observed_arguments(x, *rest)))
+
+
+def _backward_per_tensor(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float = 1
+) -> Any:
+    if not _one(scale, zero_point) or not _learnable(x, scale, zero_point, low, high):
+        return NotImplemented
+    return _learned(grad, x, scale, fake_quantize.rounded(zero_point), low, high, factor)
+
+
+def _backward_per_channel(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int, factor: float = 1
+) -> Any:
+    if not _learnable(x, scale, zero_point, low, high):
+        return NotImplemented
+    views = channel_views(x, axis, scale, fake_quantize.rounded(zero_point))
+    return _learned(grad, x, *views, low, high, factor)
+
+
+def _learned(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dscale, dzp = torch.ops.qkernels.fake_quantize_learnable_backward(grad, x, scale, zero_point, *rest)
+    return dx, dscale.view(-1), dzp.view(-1).to(zero_point.dtype)
+
+
+DROP_INS = {
+    "fake_quantize_per_tensor_affine": _per_tensor,
+    "fake_quantize_per_tensor_affine.tensor_qparams": _per_tensor_tensors,
+    "fake_quantize_per_channel_affine": _per_channel,
+    "_fake_quantize_learnable_per_tensor_affine": _learnable_per_tensor,
+    "_fake_quantize_learnable_per_channel_affine": _learnable_per_channel,
+    "fused_moving_avg_obs_fake_quant": _fused,
+}
+KERNELS = {
+    "fake_quantize_per_tensor_affine_cachemask": _cachemask,
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": _cachemask_tensors,
+    "fake_quantize_per_channel_affine_cachemask": _cachemask_channels,
+    "_fake_quantize_learnable_per_tensor_affine_backward": _backward_per_tensor,
+    "_fake_quantize_learnable_per_channel_affine_backward": _backward_per_channel,
+    "_fused_moving_avg_obs_fq_helper": _fused_helper,
+}

@@ -495,11 +495,11 @@ def fake_quantize_learnable_per_tensor_affine(
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_tensor_affine``, with the right gradient for negative zero points."""
     return fake_quantize(
-        input, scale, _rounded(zero_point), quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
+        input, scale, rounded(zero_point), quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
     )
 
 
-def _rounded(zero_point: Tensor) -> Tensor:
+def rounded(zero_point: Tensor) -> Tensor:
     # The learnable ops of torch round and clamp a zero point of any dtype; here an integer one must be in the range.
     return zero_point if zero_point.is_floating_point() else zero_point.float()
 
@@ -514,7 +514,7 @@ def fake_quantize_learnable_per_channel_affine(
     grad_factor: float = 1.0,
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    scale, zero_point = channel_views(input, axis, scale, _rounded(zero_point))
+    scale, zero_point = channel_views(input, axis, scale, rounded(zero_point))
     return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
@@ -539,12 +539,36 @@ def fused_moving_avg_obs_fake_quant(
     statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
     torch, statistics of no or one element are resized to the number of channels when per_row_fake_quant is set.
     """
+    return _observed(
+        *observed_arguments(
+            x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point, averaging_const, quant_min,
+            quant_max, ch_axis, per_row_fake_quant, symmetric_quant,
+        )
+    )  # fmt: skip
+
+
+def observed_arguments(
+    x: Tensor,
+    observer_on: Tensor,
+    fake_quant_on: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    averaging_const: float,
+    quant_min: int,
+    quant_max: int,
+    axis: int,
+    per_row: bool,
+    symmetric: bool,
+) -> tuple[Any, ...]:
+    """The raw op's arguments for those of torch's; statistics of rows are resized where that must be."""
     stats: tuple[Tensor, ...] = (running_min, running_max, scale, zero_point)
-    if per_row_fake_quant:
-        channels = x.shape[ch_axis]
+    if per_row:
+        channels = x.shape[axis]
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
             if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(channel_views(x, ch_axis, *stats))
-    steps = (quant_max - quant_min) / 2 if symmetric_quant else 0.0
-    return _observed(x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps)
+        stats = tuple(channel_views(x, axis, *stats))
+    steps = (quant_max - quant_min) / 2 if symmetric else 0.0
+    return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps

@@ -19,7 +19,7 @@ from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
 from .fake_quantize import _again, _entered, gradient_of
 
-_define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
 _forward = _define(
     "foreach_fake_quantize_forward",

@@ -42,9 +42,10 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
     at = torch.where(values.isnan(), bins + 2, at)
     slots = bins + 3
     channel = expand(torch.arange(low.numel(), device=x.device).reshape(low.shape), x)
-    counts = torch.bincount((at + channel * slots).reshape(-1), minlength=low.numel() * slots)
+    counts = torch.zeros(low.numel() * slots, dtype=torch.int64, device=x.device)  # torch.bincount waits for a GPU
+    counts = counts.scatter_add_(0, (at + channel * slots).reshape(-1), torch.ones_like(at).reshape(-1))
     counts = counts.reshape(*low.shape, slots)
-    return counts[..., 1:-2].contiguous(), counts[..., [0, bins + 1, bins + 2]]
+    return counts[..., 1:-2].contiguous(), torch.cat((counts[..., :1], counts[..., -2:]), -1)
 
 
 def blocks_of(x: Tensor, shape: torch.Size) -> Tensor:

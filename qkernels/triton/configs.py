@@ -17,10 +17,11 @@ def block(granularity: Granularity, numel: int) -> int:
 
 
 @functools.lru_cache(4096)
-def walk(granularity: Granularity, block: int, zero_point: int) -> dict[str, Any]:
+def walk(granularity: Granularity, block: int, zero_point: int | None = None) -> dict[str, Any]:
     """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters.
 
-    ``zero_point``: 0 none, 1 one for each scale, 2 one for all. Not to be changed by the caller.
+    ``zero_point``: 0 none, 1 one for each scale, 2 one for all; None for a kernel that knows of none. Not to be changed
+    by the caller.
     """
     view = granularity.view
     mode, inner = SHORT, 1
@@ -33,8 +34,8 @@ def walk(granularity: Granularity, block: int, zero_point: int) -> dict[str, Any
     elif view.inner >= block:
         mode = LONG
     wrap = 0 if view.period == granularity.runs else 1 if view.period >= block else 2
-    kinds = {"ZERO_POINT": zero_point, "MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap}
-    return {**kinds, "BLOCK": block, "INNER": inner}
+    kinds = {} if zero_point is None else {"ZERO_POINT": zero_point}
+    return {**kinds, "MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap, "BLOCK": block, "INNER": inner}
 
 
 @functools.cache

@@ -50,10 +50,11 @@ def backward_kernel(
     blocks = tl.cdiv(kept, BLOCK_KEPT)
     piece = tl.program_id(0) // blocks
     keep = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    position = keep % view.period if RUNS else keep // view.inner
+    position = (keep if RUNS else keep // view.inner) % view.period  # one channel has a period of 1
     channel = channel_of(tl.where(keep < kept, position, 0), view, DIGITS)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    low, high, d = tl.cast(quant_min, dtype), tl.cast(quant_max, dtype), tl.cast(delta, dtype)
+    low, high = tl.cast(quant_min, dtype), tl.cast(quant_max, dtype)
+    d = tl.load(delta) if dtype == tl.float64 else delta
     s, inv, z = load_params(scale, zero_point, channel, low, high, dtype, ZERO_POINT)
     AXIS: tl.constexpr = 1 if RUNS else 0
     if RUNS:
@@ -124,10 +125,12 @@ def backward(
     pieces = triton.cdiv(reduced, tile["BLOCK_REDUCED"] * tile["STEPS"])
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     partial = torch.empty((2, pieces, kept), dtype=accumulator, device=x.device)
+    # A number reaches a kernel in fp32.
+    number = x.new_full((), delta) if accumulator == torch.float64 else delta
     launch(
         backward_kernel, (pieces * triton.cdiv(kept, tile["BLOCK_KEPT"]),), laid_out(grad, dx), x, dx, partial[0],
         partial[1], scale.contiguous(), zero_point if zero_point is None else zero_point.contiguous(),
-        float(quant_min), float(quant_max), delta, seed, offset, offset_tensor, kept, reduced, walk.view,
+        float(quant_min), float(quant_max), number, seed, offset, offset_tensor, kept, reduced, walk.view,
         VARIANT=variant, ZERO_POINT=zero_point_kind(scale, zero_point), DIGITS=walk.digits, **tile,
     )  # fmt: skip
     totals = partial.sum(1, dtype=torch.float64)

@@ -12,6 +12,9 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+// For tests that count.
+extern "C" __attribute__((visibility("default"))) unsigned long emulated_launches = 0;
+
 namespace emulator {
 
 namespace {
@@ -97,6 +100,7 @@ uint64_t exchange(uint64_t value, int lane_mask) {
 }
 
 void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
+  ++emulated_launches;
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int count = static_cast<int>(threads.x * threads.y * threads.z);

@@ -1,0 +1,58 @@
+// What one tensor's or many tensors' gradients of learned scales and zero points add up.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace qkernels {
+
+template <typename S>
+struct LearnableOp {
+  using T = Arithmetic<S>;
+  using Total = double;
+  static constexpr int kWidth = kVector<S>;
+  static constexpr bool kQuantizes = true;
+  struct Loaded {
+    Vec<S, kWidth> grad, x;
+  };
+  const S *grad, *x;
+  S* dx;
+  T low, high;
+  double grad_factor;
+  RealOutput dscale, dzero_point;
+
+  static __device__ __forceinline__ Pair<T> identity() { return {0, 0}; }
+  template <typename U>
+  static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
+    return {p.a + q.a, p.b + q.b};
+  }
+  __device__ __forceinline__ bool wanted() const { return true; }
+  template <bool kWhole>
+  __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
+    return {qkernels::load<kWhole, kWidth>(grad + at, first, last),
+            qkernels::load<kWhole, kWidth>(x + at, first, last)};
+  }
+  // Select, never multiply, so that an infinite dy outside the range does not become NaN.
+  template <bool kWhole, typename P>
+  __device__ __forceinline__ void terms(int64_t at, int first, int last, const Loaded& in, P params,
+                                        Pair<T> (&out)[kWidth]) const {
+    Vec<S, kWidth> d;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const Params<T>& p = params(k);
+      const T dy = widen(in.grad.v[k]), steps = widen(in.x.v[k]) * p.inv;
+      const T q = round_even(steps) + p.zero_point;
+      const bool inside = q >= low && q <= high;
+      d.v[k] = inside ? in.grad.v[k] : S{};
+      out[k].a = dy * ((clamp(q, low, high) - p.zero_point) - (inside ? steps : T{0}));
+      out[k].b = inside ? T{0} : -dy * p.scale;
+      if (!kWhole && (k < first || k >= last)) out[k] = identity();
+    }
+    store<kWhole>(dx + at, d, first, last);
+  }
+  __device__ __forceinline__ void result(int64_t channel, Pair<double> sum) const {
+    dscale.set(channel, sum.a * grad_factor);
+    dzero_point.set(channel, sum.b * grad_factor);
+  }
+};
+
+}  // namespace qkernels
