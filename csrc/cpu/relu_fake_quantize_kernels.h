@@ -7,15 +7,14 @@ inline V rectified(V v) {  // a NaN stays
 }
 
 template <typename V>
-inline typename V::Mask is_positive(V v) {
-  using T = typename V::Scalar;
-  return inside(v, V::set1(std::numeric_limits<T>::denorm_min()), V::set1(static_cast<T>(INFINITY)));
+inline typename V::Mask is_off(V v) {  // where ReLU gives 0, and no gradient
+  return inside(v, V::set1(static_cast<typename V::Scalar>(-INFINITY)), zero<V>());
 }
 
-// Where the gradient passes: q, the rounded value, is in the range, and v positive.
+// Where the gradient of v passes, which quantizes to q.
 template <typename V>
 inline typename V::Mask passes(V v, V q, const Bounds<V>& b) {
-  return is_positive(select(inside(q, b.low, b.high), v, zero<V>()));
+  return inside(select(is_off(v), V::set1(static_cast<typename V::Scalar>(NAN)), q), b.low, b.high);
 }
 
 template <bool kMask, typename S>
@@ -25,18 +24,16 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
-    const auto quantized = [&](V value, V inv, V scale, V z, int count) {
-      const V q = round(rectified(value) * inv) + z;
-      if constexpr (kMask) bits.add(passes(value, q, b).bits() & ((1u << count) - 1), count);
-      return (min(b.high, max(b.low, q)) - z) * scale;
-    };
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      quantized(V::load(x + at + i), p.inv(i), p.scale(i), p.zero_point(i), 16).store(y + at + i);
-    if (const int64_t tail = n - i; tail > 0)
-      quantized(V::load(x + at + i, tail), p.inv(i, tail), p.scale(i, tail), p.zero_point(i, tail),
-                static_cast<int>(tail))
-          .store(y + at + i, tail);
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
+      const V q = round(rectified(v) * p.inv(i, tail...)) + z;
+      if constexpr (kMask) {
+        int count = 16;
+        ((count = static_cast<int>(tail)), ...);
+        bits.add(passes(v, q, b).bits() & ((1u << count) - 1), count);
+      }
+      ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
+    });
     if constexpr (kMask) bits.finish();
   });
 }
@@ -47,15 +44,11 @@ void relu_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, 
   using V = typename VecOf<S>::type;
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    const auto passed = [&](V dy, V value, V inv, V z) {
-      return select(passes(value, round(rectified(value) * inv) + z, b), dy, zero<V>());
-    };
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      passed(V::load(grad + at + i), V::load(x + at + i), p.inv(i), p.zero_point(i)).store(dx + at + i);
-    if (const int64_t tail = n - i; tail > 0)
-      passed(V::load(grad + at + i, tail), V::load(x + at + i, tail), p.inv(i, tail), p.zero_point(i, tail))
-          .store(dx + at + i, tail);
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V v = V::load(x + at + i, tail...);
+      const V q = round(rectified(v) * p.inv(i, tail...)) + p.zero_point(i, tail...);
+      select(passes(v, q, b), V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
+    });
   });
 }
 
@@ -66,7 +59,7 @@ struct ReluTerms {
   void operator()(int64_t i, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
                   V& dzero_point) const {
     lsq(i, dy, rectified(value), inv, scale, z, b, dx, dscale, dzero_point);
-    dx = select(is_positive(value), dx, zero<V>());
+    dx = select(is_off(value), zero<V>(), dx);
   }
 };
 

@@ -1,5 +1,6 @@
 // SwiGLU's product fused with dynamic quantization on the CPU; the kernels are in silu_mul_quantize_kernels.h.
 #include <iterator>
+#include <memory>
 
 #include "dynamic_rows.h"
 
@@ -44,32 +45,21 @@ void check(const Tensor& gate, const Tensor& up) {
            "; accepted: gate's device, ", device_name(device_of(gate)));
 }
 
-// Codes (int8_t) or fake-quantized values, the scale and the zero point.
 std::tuple<Tensor, Tensor, Tensor> quantized(const Tensor& gate_any, const Tensor& up_any, int64_t group_size,
                                              int64_t quant_min, int64_t quant_max, bool symmetric, bool codes) {
   check(gate_any, up_any);
   check_group_size(gate_any, group_size);
-  if (codes) check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
-  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
-  auto [scale, zero_point] = empty_qparams(gate_any, group_size);
   const Tensor gate = to_contiguous(gate_any), up = to_contiguous(up_any);
-  Tensor out = empty(to_vector(gate.sizes()), codes ? ScalarType::Char : gate.scalar_type());
-  const int64_t groups = scale.numel(), length = groups ? gate.numel() / groups : 0;
-  const bool whole = group_size == 0;
-  const Units units{whole ? gate.numel() : groups, whole ? 1 : length, length, groups};
-  dispatch_floating("gate", gate, [&](auto tag) {
-    using S = decltype(tag);
-    using T = Arithmetic<S>;
-    const S *g = static_cast<const S*>(gate.const_data_ptr()), *u = static_cast<const S*>(up.const_data_ptr());
-    T* s = static_cast<T*>(scale.mutable_data_ptr());
-    int32_t* z = static_cast<int32_t*>(zero_point.mutable_data_ptr());
-    if (codes) {
-      QK_DISPATCH_ISA(silu_mul(units, whole, rule, g, u, static_cast<int8_t*>(out.mutable_data_ptr()), s, z));
-    } else {
-      QK_DISPATCH_ISA(silu_mul(units, whole, rule, g, u, static_cast<S*>(out.mutable_data_ptr()), s, z));
-    }
-  });
-  return {out, scale, zero_point};
+  const int64_t numel = gate.numel();
+  return quantized_rows(
+      gate, group_size, quant_min, quant_max, symmetric, codes,
+      [&](auto tag, const QparamsRule& rule, int64_t groups, auto* out, auto* scale, int32_t* zero_point) {
+        using S = decltype(tag);
+        const bool whole = group_size == 0;
+        const Units units{whole ? numel : groups, whole || !groups ? 1 : numel / groups, 1, whole};
+        const S *g = static_cast<const S*>(gate.const_data_ptr()), *u = static_cast<const S*>(up.const_data_ptr());
+        QK_DISPATCH_ISA(silu_mul(units, rule, g, u, out, scale, zero_point));
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor> silu_mul_fake_quantize_dynamic_forward(const Tensor& gate, const Tensor& up,

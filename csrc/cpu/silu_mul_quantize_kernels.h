@@ -49,17 +49,14 @@ inline V product(V gate, V up) {
 }
 
 template <typename S, typename O>
-void silu_mul(const Units& units, bool whole, const QparamsRule& rule, const S* gate, const S* up, O* out,
-              Arithmetic<S>* scale, int32_t* zero_point) {
-  using T = Arithmetic<S>;
+void silu_mul(const Units& units, const QparamsRule& rule, const S* gate, const S* up, O* out, Arithmetic<S>* scale,
+              int32_t* zero_point) {
   using V = typename VecOf<S>::type;
-  quantize_units<V>(units, whole, rule, out, scale, zero_point, [&](int64_t first, int64_t count, T* values) {
+  quantize_units<V>(units, rule, out, scale, zero_point, [&](int64_t first, int64_t count, Arithmetic<S>* values) {
     const S *g = gate + first * units.length, *u = up + first * units.length;
-    const int64_t n = count * units.length;
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) product(V::load(g + i), V::load(u + i)).store(values + i);
-    if (const int64_t tail = n - i; tail > 0)
-      product(V::load(g + i, tail), V::load(u + i, tail)).store(values + i, tail);
+    for_each_16(count * units.length, [&](int64_t i, auto... tail) {
+      product(V::load(g + i, tail...), V::load(u + i, tail...)).store(values + i, tail...);
+    });
   });
 }
 
@@ -71,24 +68,16 @@ void silu_mul_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
   const Bounds<V> b(quantizer);
   const V one = V::set1(1);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    const auto gradients = [&](V dy, V g, V u, V inv, V z, V& dg, V& du) {
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V g = V::load(gate + at + i, tail...), u = V::load(up + at + i, tail...);
       const V s = sigmoid(g), silu = g * s;
-      if constexpr (kClipped) dy = select(inside(round(silu * u * inv) + z, b.low, b.high), dy, zero<V>());
-      dg = dy * u * (s + silu * (one - s));
-      du = dy * silu;
-    };
-    V dg, du;
-    int64_t i = at;
-    for (; i + 16 <= at + n; i += 16) {
-      gradients(V::load(grad + i), V::load(gate + i), V::load(up + i), p.inv(i - at), p.zero_point(i - at), dg, du);
-      dg.store(dgate + i);
-      du.store(dup + i);
-    }
-    if (const int64_t tail = at + n - i; tail > 0) {
-      gradients(V::load(grad + i, tail), V::load(gate + i, tail), V::load(up + i, tail), p.inv(i - at, tail),
-                p.zero_point(i - at, tail), dg, du);
-      dg.store(dgate + i, tail);
-      du.store(dup + i, tail);
-    }
+      V dy = V::load(grad + at + i, tail...);
+      if constexpr (kClipped) {
+        const V q = round(silu * u * p.inv(i, tail...)) + p.zero_point(i, tail...);
+        dy = select(inside(q, b.low, b.high), dy, zero<V>());
+      }
+      (dy * u * (s + silu * (one - s))).store(dgate + at + i, tail...);
+      (dy * silu).store(dup + at + i, tail...);
+    });
   });
 }

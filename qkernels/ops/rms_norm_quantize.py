@@ -14,7 +14,7 @@ from ..reference import rms_norm_quantize as reference
 from ..reference.fake_quantize import compute_dtype
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
 
-_define = partial(library.define, triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _NORM = "Tensor x, Tensor? weight, float eps, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
