@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
-from conftest import assert_ran, kernels_of
+from conftest import kernels_of, paths_of, results_on
 from test_fake_quantize import same, saved_bytes, zero_points
 from torch import Tensor
 
@@ -78,28 +78,21 @@ def test_gradients_are_those_of_the_two_functions(kernel: str, dtype: torch.dtyp
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [name for name in compiled(FORWARD) if name.startswith("cpu_")])
+@pytest.mark.parametrize("kernel", paths_of(FORWARD))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (4, 1), (1, 40000)])
 def test_paths_and_threads_give_identical_bits(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, grad = (torch.randn(4, 40000).to(dtype) for _ in range(2))
     args = (x, scale_of(shape), None, -8, 7)
-    want = None
-    for name, threads in ((kernel, 1), (kernel, 2), ("cpu_scalar", 1)):
-        torch.set_num_threads(threads)
-        results = []
-        with qk.use_kernel(name):
-            for call in (
-                lambda: ops._forward(*args),
-                lambda: ops._forward_mask(*args),
-                lambda: ops._backward(grad, *args),
-                lambda: ops._learnable_backward(grad, *args, 1.0),
-            ):
-                result = call()
-                assert_ran(name)
-                results += result if isinstance(result, tuple) else [result]
-        want = results if want is None else want
-        for a, b in zip(results, want, strict=True):
+    calls = (
+        lambda: ops._forward(*args),
+        lambda: ops._forward_mask(*args),
+        lambda: ops._backward(grad, *args),
+        lambda: ops._learnable_backward(grad, *args, 1.0),
+    )
+    want = results_on("cpu_scalar", 1, calls)
+    for threads in (1, 2):
+        for a, b in zip(results_on(kernel, threads, calls), want, strict=True):
             same(a, b)
 
 

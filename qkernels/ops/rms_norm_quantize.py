@@ -103,7 +103,7 @@ def rms_norm_fake_quantize_dynamic(
         weight: None or one value for each element of the last dim; any floating dtype.
         eps: added to the mean square; None: the epsilon of the dtype that computes, as torch.nn.functional.rms_norm.
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes: no fused kernel does it, it runs in plain torch.
+            passes; a GPU does it in plain torch.
 
     Returns:
         A contiguous tensor of x's shape and dtype. The normalised value goes to the quantizer in fp32 (fp64 for fp64)

@@ -83,7 +83,7 @@ def silu_mul_fake_quantize_dynamic(
     Args:
         gate, up: one shape and dtype; fp32, fp64, fp16 or bf16 (SwiGLU: arXiv 2002.05202).
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes: no fused kernel does it, it runs in plain torch.
+            passes; a GPU does it in plain torch.
 
     Returns:
         A contiguous tensor of gate's shape and dtype. The product goes to the quantizer in fp32 (fp64 for fp64) and is
