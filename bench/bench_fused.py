@@ -94,10 +94,13 @@ def test_silu_mul(compare: Callable[..., None], dtype: torch.dtype, bits: int, g
     contest(compare, functions, inputs, grad, (y, *gradients), backward)
 
 
-@passes
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize(
+    ("backward", "learned"),
+    [(False, False), (True, False), (True, True)],
+    ids=["forward", "forward-backward", "learned-scale-forward-backward"],
+)
 @dtypes
-def test_relu(compare: Callable[..., None], dtype: torch.dtype, learned: bool, backward: bool) -> None:
+def test_relu(compare: Callable[..., None], dtype: torch.dtype, backward: bool, learned: bool) -> None:
     (x,), scale = operands(dtype, 1), torch.tensor([2.6 / 127], requires_grad=learned)
     grad, data = torch.randn(ROWS, COLUMNS).to(dtype), (x.detach(), scale.detach(), None, *INT8)
     y = relu_reference.relu_fake_quantize_forward(*data)
