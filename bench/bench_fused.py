@@ -1,6 +1,9 @@
 """The fused ops against their two halves (torch's op, then our fake quantization) and against the eager formula.
 
-2**20 elements; what the predictions in this file's history say of bytes and time is for that.
+Predicted before the first measurement, for 2**20 elements, forward, on one thread of a 3 GHz core that starts one
+512-bit instruction a cycle and has the operands in a cache of 25 GB/s: relu 0.32 ms in fp32 and 0.22 ms in bf16,
+RMSNorm 0.55 ms and SiLU·up 1.5 ms in both. Measured: 0.13, 0.20, 0.35 to 0.37 and 0.67 to 0.71 ms: the core starts two,
+and reads faster from its caches.
 """
 
 from __future__ import annotations

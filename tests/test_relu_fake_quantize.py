@@ -30,7 +30,8 @@ def test_equals_the_two_ops(name: str, shape: tuple[int, ...]) -> None:
     for dtype in FLOATS:
         x = INPUTS[name][0](dtype)
         scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
-        for zero_point in zero_points(shape) if dtype == torch.float32 else [torch.randn(shape) * 6]:
+        every = dtype == torch.float32 and x.numel() < 2**17  # the large inputs are there for the threads
+        for zero_point in zero_points(shape) if every else [torch.randn(shape) * 6]:
             args = (scale, zero_point, -8, 7)
             r = torch.empty_like(x).copy_(x.relu())
             y = plain.fake_quantize_forward(r, *args)
