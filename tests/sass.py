@@ -46,7 +46,7 @@ def tool(name: str) -> str | None:
 
 
 def _cuobjdump(path: Path, arch: str | None, *options: str, only: str = "") -> str:
-    """What cuobjdump prints; `only`: the lines with one of these words, which are few of the 80 MB of an architecture."""
+    """What cuobjdump prints; `only`: the lines with one of these words, few of the 80 MB of an architecture."""
     command = [tool("cuobjdump") or "cuobjdump", *options, *(["-arch", arch] if arch else []), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as dump:
         done = subprocess.run(["grep", "-E", only], stdin=dump.stdout, capture_output=True, text=True, check=False)

@@ -510,7 +510,9 @@ def test_opcheck(number: int) -> None:
 
 
 def test_every_op_of_the_family_is_opchecked() -> None:
-    family = {k.op for k in qk.kernels() if k.fn.__module__.endswith(".fake_quantize")}
+    modules = ("fake_quantize", "aten_fake_quantize")
+    references = [kernel for kernel in qk.kernels() if kernel.name == qk.registry.REFERENCE]
+    family = {kernel.op for kernel in references if kernel.fn.__module__.rpartition(".")[2] in modules}
     assert family == {op for op, _ in op_samples()}
 
 
@@ -680,6 +682,8 @@ BAD = {
 @pytest.mark.parametrize("kernel", kernels_of("fake_quantize_forward"))
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, kernel: str) -> None:
+    if kernel == "triton" and case in ("axis", "channels"):
+        pytest.skip("what is on the CPU goes to kernels with an axis, which only the CPU has")
     call, message = BAD[case]
     with qk.use_kernel(kernel), pytest.raises((RuntimeError, ValueError), match=message):
         call()

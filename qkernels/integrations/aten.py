@@ -141,7 +141,7 @@ def _say_once_that_kernels_are_overridden() -> None:
 
 def _reroute(device: str) -> torch.library.Library:
     rerouted = torch.library.Library("aten", "IMPL")
-    layers = (
+    layers: tuple[tuple[str, dict[str, Callable[..., Any]], Callable[..., Any]], ...] = (
         (f"Autograd{device}", DROP_INS, _above),
         (device, {**DROP_INS, **KERNELS}, _below),
     )
