@@ -684,11 +684,10 @@ def routed() -> Iterator[None]:
 
 
 STATS = (torch.tensor([-1.0]), torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([7], dtype=torch.int32))
+LEARNED = torch.tensor([0.1], requires_grad=True)
 ROUTED: dict[str, Callable[[Tensor], Tensor]] = {
     **AFFINE,
-    "learnable": lambda x: torch._fake_quantize_learnable_per_tensor_affine(
-        x, torch.tensor([0.1], requires_grad=True), torch.zeros(1), -8, 7
-    ),
+    "learnable": lambda x: torch._fake_quantize_learnable_per_tensor_affine(x, LEARNED, torch.zeros(1), -8, 7),
     "learnable channels": lambda x: torch._fake_quantize_learnable_per_channel_affine(
         x, torch.full((x.size(0),), 0.1), torch.zeros(x.size(0)), 0, -8, 7, 0.5
     ),

@@ -135,7 +135,7 @@ def _say_once_that_kernels_are_overridden() -> None:
 
 
 # On the GPU Python kernels take the calls. Each returns NotImplemented for a call that torch's own kernel is to take.
-# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers must see torch's ops); at the
+# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers and transforms must see torch's ops); at the
 # device's own key the raw ops, with byte masks, where compiled code and everything else arrives.
 
 
@@ -170,7 +170,8 @@ def _forget_choices() -> None:
 
 def _above(kernel: Callable[..., Any], own: Any) -> Callable[..., Any]:
     def call(keys: Any, x: Tensor, *args: Any) -> Any:
-        result = kernel(x, *args) if type(x) in (Tensor, torch.nn.Parameter) else NotImplemented
+        plain = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
+        result = kernel(x, *args) if plain else NotImplemented
         return own.call_boxed(keys, x, *args) if result is NotImplemented else result
 
     return call
