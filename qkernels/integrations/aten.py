@@ -135,7 +135,7 @@ def _say_once_that_kernels_are_overridden() -> None:
 
 
 # On the GPU Python kernels take the calls. Each returns NotImplemented for a call that torch's own kernel is to take.
-# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers and transforms must see torch's ops);
+# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers, transforms must see torch's ops);
 # at the device's own key the raw ops, with byte masks, where compiled code and everything else arrives.
 
 
