@@ -5,7 +5,8 @@ PYTHON := $(BIN)/python
 SOURCES := setup.py $(shell find csrc -type f)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
-    fake_quantize foreach_fake_quantize override statistics quantize int8_gemm int8_conv2d))
+    fake_quantize foreach_fake_quantize override statistics quantize codebook stochastic straight_through \
+    relu_fake_quantize silu_mul_quantize rms_norm_quantize int8_gemm int8_conv2d))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -36,7 +37,7 @@ lint: $(VENV)/dev
 asan: $(VENV)/dev
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
-	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -k "not (compile or export or opcheck or subprocess)" $(SANITIZED)
+	    $(BIN)/pytest -q -n 2 --dist loadfile --capture=sys -p no:cacheprovider -k "not (compile or export or opcheck or subprocess or triton)" $(SANITIZED)
 
 # The CUDA library for every architecture, where there is nvcc: the tests look into it, nothing here can run it.
 cuda: $(VENV)/built

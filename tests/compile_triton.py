@@ -132,7 +132,7 @@ def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]
         yield "relu_fake_quantize", "relu_fake_quantize_learnable_backward", (x, x, *params, 0.5)
     if dtype == torch.float64:
         return
-    for length, group in ((4096, -1), (8192, 32), (16384, -1), (20000, 50), (4097, -1)):
+    for length, group in ((4096, -1), (8192, 32), (16384, -1), (32768, -1), (20000, 50), (4097, -1)):
         x, weight, rstd = meta((8192, length), dtype), meta((length,), dtype), meta((8192, 1))
         scale = meta((8192, 1 if group == -1 else length // group))
         for symmetric in (True, False):
