@@ -48,7 +48,9 @@ class Event:
         return 1e3 * (end.at - self.at) + 1e-3
 
 
-PROPERTIES = SimpleNamespace(name="NVIDIA Pretend", multi_processor_count=132, L2_cache_size=1 << 12)
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA Pretend", major=9, minor=0, multi_processor_count=132, L2_cache_size=1 << 12
+)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

@@ -281,6 +281,15 @@ def persistent(tile: Tile, out_bytes: int) -> tuple[int, int]:
     return parts, tile.stages if out_bytes * tile.block_m * tile.block_n // parts <= 32 << 10 else tile.stages - 1
 
 
+def gemm_parts(tile: Tile, n: int, wide: bool) -> int:
+    """Parts in which the other kernel finishes a tile: with 128 sums in a thread there is no room for all at once.
+
+    The less room, the longer the intermediate values (``wide``: int64) or the more addresses (rows that are not aligned).
+    """
+    full = tile.block_m * tile.block_n == 128 * 32 * tile.warps
+    return 1 if tile.swap or not full else 4 if wide or n % 16 else 2
+
+
 def gemm_shared(tile: Tile, out_bytes: int) -> int:
     """Bytes of shared memory that a tile takes at most."""
     stage = (tile.block_m + tile.block_n) * tile.block_k

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
 
 import torch
 import triton
@@ -73,13 +72,47 @@ def scaled(
 
 
 @triton.jit
+def put(
+    out_ptr, acc, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
+    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Stores the part of out that acc makes."""
+    y = scaled(
+        acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
+        bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
+    )  # fmt: skip
+    tl.store(out_ptr + m.to(tl.int64) * n_end + n, y, mask=(m < m_end) & (n < n_end))
+
+
+@triton.jit
+def put_halves(
+    out_ptr, acc, m, first, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
+    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Stores acc, whose columns start at ``first``, in two halves one after the other."""
+    HALF: tl.constexpr = acc.shape[1] // 2
+    left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+    n = first + tl.arange(0, HALF)[None, :]
+    put(
+        out_ptr, left, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, STEP_A,
+        STEP_B, STEP_Z, WIDE,
+    )  # fmt: skip
+    put(
+        out_ptr, right, m, n + HALF, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
+        STEP_A, STEP_B, STEP_Z, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
 def mm_kernel(
     out_ptr, a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, m_end, n_end, k_end,
     stride_a, stride_b, share, STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of a @ b.T over ``share`` of K. WHOLE: K and share are multiples of BLOCK_K. SWAP: computes b @ a.T.
 
+    A tile that fills the registers is finished in PARTS.
     K and the strides are multiples of 16 and the pointers aligned, so that 16 bytes are copied at a time.
     """
     tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
@@ -104,12 +137,27 @@ def mm_kernel(
         a_ptr += BLOCK_K
         b_ptr += BLOCK_K
     m, n = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
-    y = scaled(
-        acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-        bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-    )  # fmt: skip
-    row = part * m_end.to(tl.int64) + m
-    tl.store(out_ptr + row * n_end + n, y, mask=(m < m_end) & (n < n_end))
+    out_ptr += part * m_end.to(tl.int64) * n_end
+    if PARTS == 1:
+        put(
+            out_ptr, acc, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
+            STEP_A, STEP_B, STEP_Z, WIDE,
+        )  # fmt: skip
+    elif PARTS == 2:
+        put_halves(
+            out_ptr, acc, m, tile_n * BLOCK_N, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
+            bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
+        )  # fmt: skip
+    else:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        put_halves(
+            out_ptr, left, m, tile_n * BLOCK_N, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
+            bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
+        )  # fmt: skip
+        put_halves(
+            out_ptr, right, m, tile_n * BLOCK_N + BLOCK_N // 2, m_end, n_end, scale_a_ptr, scale_b_ptr,
+            zero_point_ptr, colsum_ptr, bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -218,6 +266,9 @@ def _multiply(
     return out
 
 
+NO_STEPS = {"STEP_A": 0, "STEP_B": 0, "STEP_Z": 0, "WIDE": False}
+
+
 def run(
     a: Tensor,
     b: Tensor,
@@ -250,18 +301,18 @@ def run(
         )  # fmt: skip
         return
     share = configs.share_of_k(k, splits, tile.block_k)
-    parts = triton.cdiv(k, share)
-    whole = k % tile.block_k == 0
-    sums = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.int32)
+    shares = triton.cdiv(k, share)
+    sums = out if shares == 1 else out.new_empty(shares, m, n, dtype=torch.int32)
+    first, first_steps = (epilogue, steps) if shares == 1 else ((None,) * 5, NO_STEPS)
     launch(
-        mm_kernel, (tiles, parts), sums, a, b, *(epilogue if parts == 1 else (None,) * 5), m, n, k,
-        a.stride(0) if m > 1 else k, b.stride(0) if n > 1 else k, share, **steps, WHOLE=whole, SWAP=tile.swap,
-        **blocks, num_stages=tile.stages,
+        mm_kernel, (tiles, shares), sums, a, b, *first, m, n, k, a.stride(0) if m > 1 else k,
+        b.stride(0) if n > 1 else k, share, **first_steps, PARTS=configs.gemm_parts(tile, n, first_steps["WIDE"]),
+        WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
-    if parts > 1:
+    if shares > 1:
         block = min(1024, configs.power_of_two(n))
         grid = (m, triton.cdiv(n, block))
-        launch(join_kernel, grid, out, sums, *epilogue, m, n, **steps, PARTS=parts, BLOCK=block)
+        launch(join_kernel, grid, out, sums, *epilogue, m, n, **steps, PARTS=shares, BLOCK=block)
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, **constexprs: Any) -> None:
-    """Starts ``kernel`` on the device of its first argument, a tensor or the descriptor of one, on that device's current stream.
+    """Starts ``kernel`` on the device of its first argument, a tensor or a descriptor, on that device's current stream.
 
     FMA contraction is off: it would round x·(1/scale) + zero_point once instead of twice.
     """
