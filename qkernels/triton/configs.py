@@ -281,13 +281,14 @@ def persistent(tile: Tile, out_bytes: int) -> tuple[int, int]:
     return parts, tile.stages if out_bytes * tile.block_m * tile.block_n // parts <= 32 << 10 else tile.stages - 1
 
 
-def gemm_parts(tile: Tile, n: int, wide: bool) -> int:
-    """Parts in which the other kernel finishes a tile: with 128 sums in a thread there is no room for all at once.
+def is_full(tile: Tile) -> bool:
+    """Whether every thread holds 128 sums, the most that its registers have room for."""
+    return tile.block_m * tile.block_n == 128 * 32 * tile.warps
 
-    The less room, the longer the intermediate values (``wide``: int64) or the more addresses (rows that are not aligned).
-    """
-    full = tile.block_m * tile.block_n == 128 * 32 * tile.warps
-    return 1 if tile.swap or not full else 4 if wide or n % 16 else 2
+
+def gemm_parts(tile: Tile, wide: bool) -> int:
+    """Parts in which the other kernel finishes a tile; ``wide``: by way of int64."""
+    return 1 if tile.swap or not is_full(tile) else 4 if wide else 2
 
 
 def gemm_shared(tile: Tile, out_bytes: int) -> int:
@@ -350,4 +351,6 @@ def share_of_k(k: int, splits: int, block_k: int) -> int:
 def int8_mm(arch: int, m: int, n: int, k: int, multiprocessors: int) -> tuple[Tile, int]:
     """Tile of an int8 product, and parts of K."""
     tile = gemm_tile(arch, m, n)
+    if n % 16 and is_full(tile):  # an address for every element that is stored: there is no room for those
+        tile = tile._replace(block_n=min(tile.block_n, 128), warps=8)
     return tile, gemm_splits(tile, m, n, k, multiprocessors)
