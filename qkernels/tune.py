@@ -33,7 +33,7 @@ def candidates(arch: int, m: int, n: int, k: int, multiprocessors: int) -> Itera
                 tiles[tile._replace(stages=stages)] = None
                 tiles[tile._replace(stages=stages, tma=False)] = None
     for tile in tiles:
-        if tile.block_m > 2 * configs.power_of_two(m) or tile.block_n > 2 * configs.power_of_two(n):
+        if tile.block_m > max(32, 2 * configs.power_of_two(m)) or tile.block_n > max(32, 2 * configs.power_of_two(n)):
             continue
         if configs.gemm_fault(arch, tile) is not None:
             continue
