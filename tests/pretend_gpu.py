@@ -62,6 +62,7 @@ def pretend() -> None:
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: 1,
+        "current_device": lambda: 0,
         "get_device_name": lambda *args: PROPERTIES.name,
         "get_device_capability": lambda *args: (9, 0),
         "get_device_properties": lambda *args: PROPERTIES,
