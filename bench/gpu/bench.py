@@ -42,10 +42,17 @@ def forced(name: str) -> contextlib.AbstractContextManager[None]:
     return qk.use_kernel(name) if name in OURS else contextlib.nullcontext()
 
 
+def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies: an observer's call moves its statistics, and the next contestant's must start where it did."""
+    return tuple(
+        t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs
+    )
+
+
 def contestants(case: Case, inputs: tuple[Any, ...], compiles: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """The calls that give what the reference gives, and why the others were left out."""
     with qk.use_kernel("reference"):
-        expected = case.ours(*inputs)
+        expected = case.ours(*fresh(inputs))
     reasons = dict(qk.which(case.op))
     calls, left_out = {}, {}
     for name in OURS if compiles or reasons.get("cuda", "none") is not None else OURS[:1]:
@@ -53,7 +60,7 @@ def contestants(case: Case, inputs: tuple[Any, ...], compiles: bool) -> tuple[di
             left_out[name] = str(reasons.get(name, "no such kernel"))
             continue
         with forced(name):
-            error = error_of(case.ours(*inputs), expected)
+            error = error_of(case.ours(*fresh(inputs)), expected)
         assert error <= TOLERANCE, f"{case.name}: {name} is off by {error:.2g} of the norm on {inputs[0].shape}"
         calls[name] = case.ours
     peers = {"aten": case.aten, "eager": case.formula}
@@ -64,7 +71,7 @@ def contestants(case: Case, inputs: tuple[Any, ...], compiles: bool) -> tuple[di
         if call is None:
             continue
         try:
-            error = error_of(call(*inputs), expected)
+            error = error_of(call(*fresh(inputs)), expected)
         except Exception as fault:  # a peer that fails on this case is a finding, not an end
             left_out[name] = (str(fault).splitlines() or [type(fault).__name__])[0][:200]
             continue

@@ -22,6 +22,7 @@ MOST_SETS = 32  # small inputs cannot fill the cache with so few; their time is 
 ROUNDS = 15
 SECONDS_PER_CONTESTANT = 0.12
 COPY_ELEMENTS = 1 << 28
+HOST_CALLS = 100  # well below the depth of the launch queue
 
 Inputs = tuple[Any, ...]
 Call = Callable[..., Any]
@@ -117,13 +118,13 @@ def host_seconds(calls: dict[str, Call], inputs: Inputs) -> dict[str, dict[str, 
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            for _ in range(20):
+            for _ in range(HOST_CALLS // 5):
                 call(*inputs)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(100):  # well below the depth of the launch queue
+            for _ in range(HOST_CALLS):
                 call(*inputs)
-            times[name].append((time.perf_counter() - start) / 100)
+            times[name].append((time.perf_counter() - start) / HOST_CALLS)
             torch.cuda.synchronize()
     return {name: {**spread(values), "by": "host clock"} for name, values in times.items()}
 
