@@ -83,7 +83,8 @@ def tune_shape(m: int, n: int, k: int) -> tuple[Tile, int, float, float]:
 
     def times(tile: Tile, splits: int, out: Tensor) -> float:
         return microseconds(
-            lambda number: int8_gemm.run(a[number], b[number], out, tile, splits, multiprocessors, epilogue, False), sets
+            lambda number: int8_gemm.run(a[number], b[number], out, tile, splits, multiprocessors, epilogue, False),
+            sets,
         )
 
     built_in = configs.int8_mm(arch, m, n, k, multiprocessors)

@@ -104,9 +104,7 @@ def test_linear_equals_the_reference_bit_for_bit(
         for activation, bias in zip(ACTIVATIONS, itertools.cycle((None, torch.randn(n))), strict=False):
             args = (linear_input(m, k, dtype), data, colsum, torch.rand(n), bias, *activation)
             with qk.use_kernel("triton"):
-                got = torch.ops.qkernels.int8_linear(
-                    *(there(arg) if isinstance(arg, Tensor) else arg for arg in args)
-                )
+                got = torch.ops.qkernels.int8_linear(*(there(arg) if isinstance(arg, Tensor) else arg for arg in args))
             same(got, reference.int8_linear(*args))
         with qk.use_kernel("triton"), pytest.raises(RuntimeError, match=rf"data: got shape .*K = {k + 16}, "):
             torch.ops.qkernels.int8_linear(*map(there, (torch.randn(m, k + 16), *args[1:5])), None, None, -8, 7)
