@@ -138,7 +138,8 @@ def main(argv: list[str]) -> int:
         for m in options.rows:
             tile, splits, best, before = tune_shape(m, n, k)
             print(
-                f"{m:7}{n:7}{k:7}{before:14.1f}{best:9.1f}{2e-6 * m * n * k / best:7.0f}  {tuple(tile)}, {splits} parts",
+                f"{m:7}{n:7}{k:7}{before:14.1f}{best:9.1f}{2e-6 * m * n * k / best:7.0f}  "
+                f"{tuple(tile)}, {splits} parts",
                 flush=True,
             )
             rows.append(

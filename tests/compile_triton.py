@@ -254,7 +254,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "stages": options.get("num_stages"),
             "mma": {key: count for key, count in gemm.items() if "MMA" in key},
             "copies": {key: count for key, count in gemm.items() if key.startswith(("LDGSTS", "UTMA"))},
-            "bytewise": [key for key in gemm if ".U8" in key or ".S8" in key and "MMA" not in key],
+            "bytewise": [key for key in gemm if ".U8" in key or (".S8" in key and "MMA" not in key)],
             "instructions": sum(gemm.values()),
             "registers": usage.registers,
             "spills": usage.spills,

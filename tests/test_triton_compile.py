@@ -44,7 +44,7 @@ def check_gemm(line: dict[str, Any]) -> None:
     instruction = r"IGMMA\.64x\d+x32\.S8\.S8" if warpgroups else r"IMMA\.16832\.S8\.S8\.SAT"
     assert line["mma"], line
     assert all(re.fullmatch(instruction, name) for name in line["mma"]), line
-    copy = r"UTMALDG\.2D" if "PARTS" in tile else r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+    copy = r"UTMALDG\.2D" if "persistent" in line["kernel"] else r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
     assert line["copies"], line
     assert all(re.fullmatch(rf"{copy}|UTMASTG\.2D|UTMACMDFLUSH", name) for name in line["copies"]), line
     assert not line["bytewise"], line

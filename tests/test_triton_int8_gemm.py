@@ -1,4 +1,4 @@
-"""The Triton int8 GEMM: every variant exact against int64, on the GPU, or interpreted without one; its choice of tiles."""
+"""The Triton int8 GEMM: every variant exact against int64, on the GPU or interpreted; its choice of tiles."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_mm_is_exact(variant: str, m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES[2:])
 def test_scaled_mm_equals_the_reference_bit_for_bit(variant: str, m: int, n: int, k: int) -> None:
-    """One of the ways to give scales, zero points and bias, and one output dtype, for each variant and shape in turn."""
+    """Two of the ways to give scales, zero points and bias, and two output dtypes, in turn."""
     turn = list(VARIANTS).index(variant) + SHAPES.index((m, n, k))
     for at in (turn, turn + 3):
         scale_a, scale_b, zero_point, bias = list(scaled_args(m, n))[at % 6]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import forced, machine
 from timing import compare, copy_bandwidth, error_of, input_sets
 from torch import Tensor
 
 import qkernels as qk
+from bench import forced, machine
 from qkernels.ops.int8_gemm import PackedInt8
 
 LAYERS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # N, K of Llama-8B: qkv, o, gate and up, down

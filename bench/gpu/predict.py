@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def predict_gemm(options: argparse.Namespace) -> None:
-    """Floors by the same ceilings for everyone, so that the ratios say what fusing saves; launches cost nothing here."""
+    """Floors by the same ceilings for everyone, so that the ratios say what fusing saves; launches are free here."""
     int8, bf16, bandwidth = options.int8, options.bf16, options.bandwidth
     print(
         f"\nFloors of [M, K] x [K, N] at {int8 / 1e12:.0f} TOPS int8, {bf16 / 1e12:.0f} TFLOPS bf16 (what the fastest "

@@ -306,7 +306,7 @@ def run(
     first, first_steps = (epilogue, steps) if shares == 1 else ((None,) * 5, NO_STEPS)
     launch(
         mm_kernel, (tiles, shares), sums, a, b, *first, m, n, k, a.stride(0) if m > 1 else k,
-        b.stride(0) if n > 1 else k, share, **first_steps, PARTS=configs.gemm_parts(tile, first_steps["WIDE"]),
+        b.stride(0) if n > 1 else k, share, **first_steps, PARTS=configs.gemm_parts(tile, wide and shares == 1),
         WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
     if shares > 1:
