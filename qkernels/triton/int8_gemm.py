@@ -232,9 +232,10 @@ def _along_k(name: str, matrix: Tensor) -> Tensor:
     aligned = matrix.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= k
     if k % 16 == 0 and matrix.stride(1) == 1 and aligned:
         return matrix
+    wanted = "a with K in memory order" if name == "a" else "b as the .t() of an [N, K] with K in memory order"
     _say_once(
-        f"qkernels: int8_mm: {name} is copied at every call; not copied is {'a' if name == 'a' else 'b.t()'} with K in "
-        "memory order, and K, the row stride and the address multiples of 16"
+        f"qkernels: int8_mm: {name} is copied at every call; to spare that pass {wanted}, where K, the row stride and "
+        "the address are multiples of 16"
     )
     return _padded(matrix)
 
@@ -413,6 +414,7 @@ def int8_linear(
             "GPU, where PackedInt8 keeps [N, K]"
         )
         data = _padded(reference.int8_unpack(data, n, k))
+    data = _along_k("b", data)
     rows = x.detach().reshape(-1, k)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
