@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,23 @@ def assert_ran(kernel: str) -> None:
     host = qk.library.host
     if host is not None and kernel.startswith("cpu_"):
         assert host.last_isa() == kernel.removeprefix("cpu_")
+
+
+def paths_of(op: str) -> list[str]:
+    """The compiled CPU kernels among ``kernels_of(op)``."""
+    return [name for name in kernels_of(op) if name.startswith("cpu_")]
+
+
+def results_on(kernel: str, threads: int, calls: Sequence[Callable[[], Any]]) -> list[torch.Tensor]:
+    """What the raw ops in ``calls`` return, one after the other, each checked to have run on ``kernel``."""
+    torch.set_num_threads(threads)
+    results: list[torch.Tensor] = []
+    with qk.use_kernel(kernel):
+        for call in calls:
+            result = call()
+            assert_ran(kernel)
+            results += result if isinstance(result, tuple) else [result]
+    return results
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS
-from conftest import kernels_of
+from conftest import kernels_of, paths_of, results_on
 from test_fake_quantize import same, saved_bytes
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -66,7 +66,7 @@ def test_values(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
             if group > 0 and x.shape[-1] % group:
                 continue
             args = (group, *qk.ops.fake_quantize.range_of_bits(bits), symmetric)
-            with qk.use_kernel("reference" if group == 0 else kernel):
+            with qk.use_kernel(kernel):
                 *got, rstd = ops._forward(x, weight, EPS, *args)
                 *got_codes, rstd_codes = ops._quantize(x, weight, EPS, *args)
             torch.testing.assert_close(
@@ -111,7 +111,7 @@ def test_codes_are_the_fake_quantized_values(kernel: str, dtype: torch.dtype, sy
     x, weight = torch.randn(9, 96).to(dtype), torch.randn(96, requires_grad=True)
     for group_size in (-1, 32, None):
         options = {"bits": 4, "group_size": group_size, "symmetric": symmetric}
-        with qk.use_kernel("reference" if group_size is None else kernel):
+        with qk.use_kernel(kernel):
             y = qk.rms_norm_fake_quantize_dynamic(x, weight, **options)
             q, scale, zero_point = qk.rms_norm_quantize_dynamic(x, weight, **options)
         assert q.dtype == torch.int8
@@ -182,6 +182,45 @@ def test_backward_takes_every_input(kernel: str, dtype: torch.dtype) -> None:
                     assert a.stride() == b.stride()
                     tolerance = max(1e-4, 2 * torch.finfo(a.dtype).eps)
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", compiled(BACKWARD))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (1, 3, 1), (1, 1, 30), (1, 3, 5), (4, 3, 30)])
+def test_backward_takes_any_granularity(kernel: str, shape: tuple[int, ...]) -> None:
+    x, grad, weight = torch.randn(4, 3, 30) * 2, torch.randn(4, 3, 30), torch.randn(30)
+    scale, zero_point = torch.rand(shape) * 0.1, torch.randint(-8, 8, shape, dtype=torch.int32)
+    args = (grad, x, weight, reference.rstd_of(x, EPS), scale, zero_point, -8, 7, True)
+    with qk.use_kernel(kernel):
+        got = ops._backward(*args)
+    for a, b in zip(got, reference.rms_norm_fake_quantize_dynamic_backward(*args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", paths_of(FORWARD))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("group_size", [-1, 40, 0])
+def test_paths_and_threads_give_identical_bits(kernel: str, dtype: torch.dtype, group_size: int) -> None:
+    x, grad = torch.randn(2, 70, 1160).to(dtype)
+    args = (x, torch.randn(1160), EPS, group_size, -8, 7, False)
+    scale, zero_point, rstd = reference.rms_norm_fake_quantize_dynamic_forward(*args)[1:]
+    calls = (
+        lambda: ops._forward(*args),
+        lambda: ops._quantize(*args),
+        lambda: ops._backward(grad, *args[:2], rstd, scale, zero_point, -8, 7, True),
+        lambda: ops._backward(grad, *args[:2], rstd, None, None, -8, 7, True),
+    )
+    want = results_on("cpu_scalar", 1, calls)
+    for threads in (1, 2):
+        for a, b in zip(results_on(kernel, threads, calls), want, strict=True):
+            same(a, b)
+
+
+@pytest.mark.parametrize("kernel", compiled(FORWARD))
+def test_any_nan_in_weight_stays_one(kernel: str) -> None:
+    """Rounding to bf16 must not carry its bits into the sign."""
+    weight = torch.full((8,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    with qk.use_kernel(kernel):
+        assert ops._forward(torch.ones(3, 8, dtype=torch.bfloat16), weight, EPS, -1, -8, 7, True)[0].isnan().all()
 
 
 @pytest.mark.skipif("triton" not in kernels_of(FORWARD), reason="no Triton")
@@ -338,6 +377,15 @@ BAD = {
     "group_size": (lambda: qk.rms_norm_fake_quantize_dynamic(X, group_size=4), "group_size: got 4"),
     "group_size 0": (lambda: qk.rms_norm_fake_quantize_dynamic(X, group_size=0), "group_size: got 0"),
     "bits": (lambda: qk.rms_norm_fake_quantize_dynamic(X, bits=9), "bits: got 9"),
+    "codes": (lambda: ops._quantize(X, None, EPS, -1, -200, 200, True), "quant_min, quant_max: got -200, 200"),
+    "rstd shape": (
+        lambda: ops._backward(X, X, None, torch.ones(3, 1), None, None, -8, 7, True),
+        r"rstd: got torch.float32 of shape \[3, 1\]",
+    ),
+    "rstd dtype": (
+        lambda: ops._backward(X, X, None, torch.ones(4, 1).double(), None, None, -8, 7, True),
+        r"rstd: got torch.float64 of shape \[4, 1\]",
+    ),
     "grad": (
         lambda: ops._backward(X[:2], X, None, torch.ones(4, 1), None, None, -8, 7, True),
         r"grad: got shape \[2, 6\]",

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS
-from conftest import kernels_of
+from conftest import kernels_of, paths_of, results_on
 from test_fake_quantize import same, saved_bytes
 from torch import Tensor
 from torch.nn.functional import silu
@@ -78,29 +78,64 @@ def test_the_constants_are_numbers_of_their_dtype() -> None:
         assert steps == int(steps), "n·ln2_high is exact"
 
 
-@pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_kernels_equal_the_reference(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
+def test_kernels_equal_the_reference(dtype: torch.dtype, symmetric: bool) -> None:
     for gate, up in inputs(dtype):
-        for group, bits in ((-1, 8), (16, 4), (37, 2), (10000, 8)):
+        for group, bits in ((-1, 8), (16, 4), (37, 2), (10000, 8), (1, 8), (0, 8)):
             if group > 0 and gate.shape[-1] % group:
                 continue
             args = (gate, up, group, *qk.ops.fake_quantize.range_of_bits(bits), symmetric)
-            with qk.use_kernel(kernel):
-                y, *qparams = ops._forward(*args)
-                codes = ops._quantize(*args)
-            expected = reference.silu_mul_fake_quantize_dynamic_forward(*args)
-            for a, b in zip((y, *qparams), expected, strict=True):
-                same(a, b)
-            for a, b in zip(codes, reference.silu_mul_quantize_dynamic(*args), strict=True):
-                same(a, b)
-            clipped = (None, None) if symmetric else expected[1:]
+            y = reference.silu_mul_fake_quantize_dynamic_forward(*args)
+            codes = reference.silu_mul_quantize_dynamic(*args)
+            clipped = (None, None) if symmetric else y[1:]
             back = (torch.randn(gate.shape).to(dtype), gate, up, *clipped, *args[3:5])
-            with qk.use_kernel(kernel):
-                grads = ops._backward(*back)
-            for a, b in zip(grads, reference.silu_mul_fake_quantize_dynamic_backward(*back), strict=True):
-                same(a, b)
+            grads = reference.silu_mul_fake_quantize_dynamic_backward(*back)
+            for kernel in compiled(FORWARD):
+                with qk.use_kernel(kernel):
+                    got = (*ops._forward(*args), *ops._quantize(*args), *ops._backward(*back))
+                for a, b in zip(got, (*y, *codes, *grads), strict=True):
+                    same(a, b)
+
+
+def test_no_dims() -> None:
+    """One range for the tensor is all there can be."""
+    gate, up = torch.tensor(1.5), torch.tensor(-2.0)
+    for kernel in compiled(FORWARD):
+        with qk.use_kernel(kernel):
+            got = ops._forward(gate, up, 0, -8, 7, True)
+        for a, b in zip(got, reference.silu_mul_fake_quantize_dynamic_forward(gate, up, 0, -8, 7, True), strict=True):
+            same(a, b)
+
+
+@pytest.mark.parametrize("kernel", compiled(BACKWARD))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (1, 3, 1), (1, 1, 30), (1, 3, 5), (4, 3, 30)])
+def test_backward_takes_any_granularity(kernel: str, shape: tuple[int, ...]) -> None:
+    grad, gate, up = torch.randn(3, 4, 3, 30) * 2
+    args = (grad, gate, up, torch.rand(shape) * 0.1, torch.randint(-8, 8, shape, dtype=torch.int32), -8, 7)
+    with qk.use_kernel(kernel):
+        got = ops._backward(*args)
+    for a, b in zip(got, reference.silu_mul_fake_quantize_dynamic_backward(*args), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("kernel", paths_of(FORWARD))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("group_size", [-1, 40, 0])
+def test_paths_and_threads_give_identical_bits(kernel: str, dtype: torch.dtype, group_size: int) -> None:
+    gate, up, grad = torch.randn(3, 70, 1000).to(dtype)
+    args = (gate, up, group_size, -8, 7, False)
+    scale, zero_point = reference.silu_mul_fake_quantize_dynamic_forward(*args)[1:]
+    calls = (
+        lambda: ops._forward(*args),
+        lambda: ops._quantize(*args),
+        lambda: ops._backward(grad, gate, up, scale, zero_point, -8, 7),
+        lambda: ops._backward(grad, gate, up, None, None, -8, 7),
+    )
+    want = results_on("cpu_scalar", 1, calls)
+    for threads in (1, 2):
+        for a, b in zip(results_on(kernel, threads, calls), want, strict=True):
+            same(a, b)
 
 
 @pytest.mark.parametrize("kernel", compiled(FORWARD), indirect=True)
@@ -116,17 +151,21 @@ def test_near_the_unfused_sequence(kernel: str, group_size: int) -> None:
     assert (steps > 0.5).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("kernel", compiled(QUANTIZE))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 32, None])
-def test_codes_are_the_fake_quantized_values(dtype: torch.dtype, symmetric: bool, group_size: int | None) -> None:
+def test_codes_are_the_fake_quantized_values(
+    kernel: str, dtype: torch.dtype, symmetric: bool, group_size: int | None
+) -> None:
     """A converted model computes what the trained one did."""
     gate, up = torch.randn(9, 96).to(dtype).requires_grad_(), torch.randn(9, 96).to(dtype)
     options = {"bits": 4, "group_size": group_size, "symmetric": symmetric}
-    q, scale, zero_point = qk.silu_mul_quantize_dynamic(gate, up, **options)
+    with qk.use_kernel(kernel):
+        q, scale, zero_point = qk.silu_mul_quantize_dynamic(gate, up, **options)
+        y = qk.silu_mul_fake_quantize_dynamic(gate, up, **options)
     assert q.dtype == torch.int8
     assert not scale.requires_grad
-    y = qk.silu_mul_fake_quantize_dynamic(gate, up, **options)
     same(qk.dequantize(q, scale, zero_point, dtype=dtype), y.detach())
 
 
@@ -285,6 +324,7 @@ BAD = {
     "group_size": (lambda: qk.silu_mul_fake_quantize_dynamic(X, X, group_size=4), "group_size: got 4"),
     "group_size 0": (lambda: qk.silu_mul_fake_quantize_dynamic(X, X, group_size=0), "group_size: got 0"),
     "bits": (lambda: qk.silu_mul_fake_quantize_dynamic(X, X, bits=1), "bits: got 1"),
+    "codes": (lambda: ops._quantize(X, X, -1, -200, 200, True), "quant_min, quant_max: got -200, 200"),
     "grad": (lambda: ops._backward(X.double(), X, X, None, None, -8, 7), "grad: got torch.float64"),
 }
 

@@ -1,5 +1,14 @@
 // How kernels visit a tensor run by run, for any granularity; included once per path by the kernel bodies.
 
+// Calls f(i) for every 16 of n elements, then f(i, count) for the rest: the arguments that V::load, V::store and the
+// parameters below take after the pointer, so that f says once what is done to a vector.
+template <typename F>
+inline void for_each_16(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i);
+  if (i < n) f(i, n - i);
+}
+
 // Runs shorter than a vector would waste it: their parameters are laid out element by element instead.
 constexpr int64_t kShortRun = 16;
 constexpr int64_t kPattern = 1024;
@@ -97,7 +106,7 @@ class BitWriter {
  public:
   BitWriter(uint8_t* bytes, int64_t element) : out_(bytes ? bytes + element / 8 : nullptr), fill_(element % 8) {
     // A stretch that begins inside a byte continues what the stretch before it, in the same task, began.
-    if (fill_) held_ = *out_ & ((1u << fill_) - 1);
+    if (fill_ && bytes) held_ = *out_ & ((1u << fill_) - 1);
   }
   void add(uint32_t bits, int n) {
     held_ |= bits << fill_;

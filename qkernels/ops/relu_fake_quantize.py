@@ -14,7 +14,7 @@ from ..reference import relu_fake_quantize as reference
 from ..reference.fake_quantize import compute_dtype
 from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
 
-_define = partial(library.define, triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _PARAMS = "Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max"
 

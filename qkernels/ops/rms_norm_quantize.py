@@ -14,7 +14,7 @@ from ..reference import rms_norm_quantize as reference
 from ..reference.fake_quantize import compute_dtype
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
 
-_define = partial(library.define, triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _NORM = "Tensor x, Tensor? weight, float eps, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
@@ -103,7 +103,7 @@ def rms_norm_fake_quantize_dynamic(
         weight: None or one value for each element of the last dim; any floating dtype.
         eps: added to the mean square; None: the epsilon of the dtype that computes, as torch.nn.functional.rms_norm.
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes: no fused kernel does it, it runs in plain torch.
+            passes; a GPU does it in plain torch.
 
     Returns:
         A contiguous tensor of x's shape and dtype. The normalised value goes to the quantizer in fp32 (fp64 for fp64)

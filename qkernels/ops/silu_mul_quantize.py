@@ -14,7 +14,7 @@ from ..reference import silu_mul_quantize as reference
 from ..reference.fake_quantize import compute_dtype, inside_range
 from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
 
-_define = partial(library.define, triton=True)
+_define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _PRODUCT = "Tensor gate, Tensor up, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
@@ -83,7 +83,7 @@ def silu_mul_fake_quantize_dynamic(
     Args:
         gate, up: one shape and dtype; fp32, fp64, fp16 or bf16 (SwiGLU: arXiv 2002.05202).
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes: no fused kernel does it, it runs in plain torch.
+            passes; a GPU does it in plain torch.
 
     Returns:
         A contiguous tensor of gate's shape and dtype. The product goes to the quantizer in fp32 (fp64 for fp64) and is

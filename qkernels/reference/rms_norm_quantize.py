@@ -108,6 +108,11 @@ def rms_norm_fake_quantize_dynamic_backward(
     """
     check(x, weight, 0)
     check_grad(grad, x)
+    if rstd.dtype != compute_dtype(x) or rstd.shape != (*x.shape[:-1], 1):
+        raise RuntimeError(
+            f"rstd: got {rstd.dtype} of shape {list(rstd.shape)}; accepted: what the forward op gave, "
+            f"{compute_dtype(x)} of shape {[*x.shape[:-1], 1]}"
+        )
     n, dy = normalized(x, None, rstd), grad.to(rstd.dtype)
     if scale is not None:
         inside = inside_range(normalized(x, weight, rstd), scale, zero_point, quant_min, quant_max)

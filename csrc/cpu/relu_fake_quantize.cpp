@@ -1,0 +1,91 @@
+// ReLU fused with fake quantization on the CPU; the kernels are in relu_fake_quantize_kernels.h.
+#include "granularity.h"
+
+#define QK_BODY "relu_fake_quantize_kernels.h"
+#include "foreach_isa.h"
+
+#include "gradient.h"
+
+namespace qkernels {
+namespace {
+
+// y in the layout of x, and the mask where there is one.
+Tensor forward(const Tensor& x_any, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
+               int64_t quant_max, const Tensor* mask) {
+  check_floating("x", x_any);
+  Tensor y = empty_dense_like(x_any);
+  const Tensor x = in_layout_of(x_any, y);
+  const int64_t numel = x.numel();
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = view_of(x, scale);
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    if (mask) {
+      QK_DISPATCH_ISA(relu_forward<true>(view, q, numel, in, out, static_cast<uint8_t*>(mask->mutable_data_ptr())));
+    } else {
+      QK_DISPATCH_ISA(relu_forward<false>(view, q, numel, in, out, nullptr));
+    }
+  });
+  return y;
+}
+
+Tensor relu_fake_quantize_forward(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point,
+                                  int64_t quant_min, int64_t quant_max) {
+  return forward(x, scale, zero_point, quant_min, quant_max, nullptr);
+}
+
+std::tuple<Tensor, Tensor> relu_fake_quantize_forward_mask(const Tensor& x, const Tensor& scale,
+                                                           std::optional<Tensor> zero_point, int64_t quant_min,
+                                                           int64_t quant_max) {
+  const Tensor mask = empty_mask(x.numel(), x);
+  const Tensor y = forward(x, scale, zero_point, quant_min, quant_max, &mask);
+  return {y, mask};
+}
+
+Tensor relu_fake_quantize_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
+                                   std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max) {
+  check_floating("x", x_any);
+  check_grad(grad_any, x_any);
+  const Tensor x = to_dense(x_any);
+  const Tensor grad = in_layout_of(grad_any, x);
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
+  const int64_t numel = x.numel();
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    if (numel == 0) return;
+    const View view = view_of(x, scale);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(relu_backward(view, q, numel, dy, in, out));
+  });
+  return dx;
+}
+
+std::tuple<Tensor, Tensor, Tensor> relu_fake_quantize_learnable_backward(const Tensor& grad, const Tensor& x,
+                                                                         const Tensor& scale,
+                                                                         std::optional<Tensor> zero_point,
+                                                                         int64_t quant_min, int64_t quant_max,
+                                                                         double grad_factor) {
+  return learned(
+      grad, x, scale, zero_point, quant_min, quant_max,
+      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+          double* dzero_point) {
+        QK_DISPATCH_ISA(relu_learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+      });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("relu_fake_quantize_forward", TORCH_BOX(&relu_fake_quantize_forward));
+  m.impl("relu_fake_quantize_forward_mask", TORCH_BOX(&relu_fake_quantize_forward_mask));
+  m.impl("relu_fake_quantize_backward", TORCH_BOX(&relu_fake_quantize_backward));
+  m.impl("relu_fake_quantize_learnable_backward", TORCH_BOX(&relu_fake_quantize_learnable_backward));
+}
+
+}  // namespace qkernels

@@ -1,0 +1,129 @@
+// RMSNorm fused with dynamic quantization on the CPU; the kernels are in rms_norm_quantize_kernels.h.
+#include <memory>
+
+#include "dynamic_rows.h"
+
+namespace qkernels {
+
+constexpr int64_t kSummedRows = 16;  // rows whose share of the weight's gradient is summed in x's arithmetic type
+
+}  // namespace qkernels
+
+#define QK_BODY "rms_norm_quantize_kernels.h"
+#include "foreach_isa.h"
+
+#include "gradient.h"
+
+namespace qkernels {
+namespace {
+
+void check(const Tensor& x, const std::optional<Tensor>& weight, int64_t group_size) {
+  check_group_size(x, group_size);
+  QK_CHECK(x.dim() > 0, "x: got 0 dims; accepted: at least 1, the last of which is normalised");
+  if (!weight) return;
+  const int64_t length = x.sizes()[x.dim() - 1];
+  check_floating("weight", *weight);
+  QK_CHECK(weight->dim() == 1 && weight->numel() == length, "weight: got shape ", shape_of(*weight),
+           "; accepted: x's last dim, [", length, "]");
+  check_device("weight", *weight, x);
+}
+
+// Without a weight all are 1, which changes no bit.
+template <typename T>
+std::vector<T> values_of(const std::optional<Tensor>& weight, int64_t length) {
+  std::vector<T> values(length, 1);
+  if (weight)
+    for_each_value<T>(*weight, [&](int64_t i, T value) {
+      values[i] = value == value ? value : static_cast<T>(NAN);  // a canonical one: the bf16 store relies on that
+    });
+  return values;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalized(const Tensor& x_any, const std::optional<Tensor>& weight,
+                                                      double eps, int64_t group_size, int64_t quant_min,
+                                                      int64_t quant_max, bool symmetric, bool codes) {
+  check(x_any, weight, group_size);
+  const Tensor x = to_contiguous(x_any);
+  auto shape = to_vector(x.sizes());
+  const int64_t length = std::exchange(shape.back(), 1);
+  const Tensor rstd = empty(shape, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  const int64_t rows = rstd.numel();
+  const auto [out, scale, zero_point] =
+      quantized_rows(x, group_size, quant_min, quant_max, symmetric, codes,
+                     [&](auto tag, const QparamsRule& rule, int64_t groups, auto* y, auto* s, int32_t* z) {
+                       using S = decltype(tag);
+                       using T = Arithmetic<S>;
+                       const Units units{rows, length, rows ? groups / rows : 0, group_size == 0};
+                       const std::vector<T> w = values_of<T>(weight, length);
+                       const S* in = static_cast<const S*>(x.const_data_ptr());
+                       T* r = static_cast<T*>(rstd.mutable_data_ptr());
+                       QK_DISPATCH_ISA(rms_norm(units, rule, in, w.data(), static_cast<T>(eps), y, s, z, r));
+                     });
+  return {out, scale, zero_point, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_fake_quantize_dynamic_forward(const Tensor& x,
+                                                                                  std::optional<Tensor> weight,
+                                                                                  double eps, int64_t group_size,
+                                                                                  int64_t quant_min, int64_t quant_max,
+                                                                                  bool symmetric) {
+  return normalized(x, weight, eps, group_size, quant_min, quant_max, symmetric, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize_dynamic(const Tensor& x, std::optional<Tensor> weight,
+                                                                     double eps, int64_t group_size, int64_t quant_min,
+                                                                     int64_t quant_max, bool symmetric) {
+  return normalized(x, weight, eps, group_size, quant_min, quant_max, symmetric, true);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fake_quantize_dynamic_backward(const Tensor& grad_any, const Tensor& x_any,
+                                                                   std::optional<Tensor> weight, const Tensor& rstd_any,
+                                                                   std::optional<Tensor> scale,
+                                                                   std::optional<Tensor> zero_point, int64_t quant_min,
+                                                                   int64_t quant_max, bool weight_grad) {
+  check(x_any, weight, 0);
+  check_grad(grad_any, x_any);
+  const Tensor grad = to_contiguous(grad_any), x = to_contiguous(x_any), rstd = to_contiguous(rstd_any);
+  const int64_t length = x.sizes()[x.dim() - 1], numel = x.numel(), rows = length ? numel / length : 0;
+  QK_CHECK((rstd.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double) &&
+               (rstd.scalar_type() == ScalarType::Double || rstd.scalar_type() == ScalarType::Float) &&
+               (rstd.numel() == rows || !length),
+           "rstd: got ", dtype_name(rstd.scalar_type()), " of shape ", shape_of(rstd),
+           "; accepted: what the forward op gave, one for each of x's ", rows, " rows");
+  check_device("rstd", rstd, x);
+  weight_grad = weight_grad && weight;
+  Tensor dx = empty(to_vector(x.sizes()), x.scalar_type());
+  std::vector<double> dweight(weight_grad ? length : 0);
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    using T = Arithmetic<S>;
+    const auto q = scale ? quantizer<T>(x, *scale, zero_point, quant_min, quant_max) : Quantizer<T>{0, 0, {}, {}};
+    if (numel == 0) return;
+    const View view = scale ? view_of(x, *scale) : View{one_run(x), {}};
+    const std::vector<T> w = values_of<T>(weight, length);
+    std::vector<T> sums(weight_grad ? (rows + kSummedRows - 1) / kSummedRows * length : 0);
+    const S *dy = static_cast<const S*>(grad.const_data_ptr()), *in = static_cast<const S*>(x.const_data_ptr());
+    const T* r = static_cast<const T*>(rstd.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    T* s = weight_grad ? sums.data() : nullptr;
+    if (scale) {
+      QK_DISPATCH_ISA(rms_norm_backward<true>(view, q, rows, length, dy, in, w.data(), r, out, s));
+    } else {
+      QK_DISPATCH_ISA(rms_norm_backward<false>(view, q, rows, length, dy, in, w.data(), r, out, s));
+    }
+    for (size_t i = 0; i < sums.size(); i += length)
+      for (int64_t j = 0; j < length; ++j) dweight[j] += static_cast<double>(sums[i + j]);
+  });
+  if (!weight_grad) return {dx, empty({0}, rstd.scalar_type())};
+  return {dx, from_double(dweight, *weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("rms_norm_fake_quantize_dynamic_forward", TORCH_BOX(&rms_norm_fake_quantize_dynamic_forward));
+  m.impl("rms_norm_quantize_dynamic", TORCH_BOX(&rms_norm_quantize_dynamic));
+  m.impl("rms_norm_fake_quantize_dynamic_backward", TORCH_BOX(&rms_norm_fake_quantize_dynamic_backward));
+}
+
+}  // namespace qkernels
