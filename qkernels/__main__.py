@@ -1,4 +1,4 @@
-"""python -m qkernels info | demo | bench | selfcheck"""
+"""python -m qkernels info | demo | bench | selfcheck | tune"""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         "demo": "train, quantize and compare a small model; all options: demo --help",
         "bench": "time the kernels against their peers; options go to pytest",
         "selfcheck": "every kernel that can run here against the reference",
+        "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
     }
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in commands.items():
@@ -40,6 +41,10 @@ def main(argv: list[str]) -> int:
         from . import demo
 
         return demo.main(rest)
+    if options.command == "tune":
+        from . import tune
+
+        return tune.main(rest)
     from . import info
 
     if options.command == "info":

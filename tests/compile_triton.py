@@ -148,15 +148,54 @@ def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]
         yield "silu_mul_quantize", "silu_mul_quantize_dynamic", product
 
 
-def launches() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, arguments, options) of every distinct launch that the calls make."""
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(op, arguments) that reach every tile of an architecture's table, and on one of each kind every other variant."""
+    from qkernels.triton import configs
+
+    def codes(m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+        return meta((m, k), torch.int8), meta((n, k), torch.int8).t()
+
+    seen, kinds = set(), set()
+    for m in (*configs.GEMM_ROWS, 8192):
+        for n in (1024, 4096, 8192, 28672):
+            tile = configs.gemm_tile(arch, m, n)
+            if tile in seen:
+                continue
+            seen.add(tile)
+            per_row, per_column = meta((m, 1)), meta((n,))
+            yield "int8_scaled_mm", (*codes(m, n, 4096), per_row, per_column, None, None, torch.bfloat16)
+            kind = tile.swap, tile.block_n == 256
+            if not everything and kind in kinds:
+                continue
+            kinds.add(kind)
+            bias = meta((n,), torch.bfloat16)
+            zero_point = meta((m,), torch.int32)
+            yield "int8_mm", codes(m, n, 4096)
+            yield "int8_scaled_mm", (*codes(m, n, 4096), meta((1,)), per_column, zero_point, bias, torch.float32)
+            yield "int8_scaled_mm", (*codes(m, n, 4112), per_row, per_column, None, bias, torch.float16)
+            yield "int8_scaled_mm", (*codes(m, n - 1, 65536), per_row, meta((n - 1,)), None, None, torch.bfloat16)
+            x = meta((m, 4096), torch.bfloat16)
+            rest = (meta((n, 4096), torch.int8), meta((n,), torch.int32), meta((n,)), bias)
+            static = (meta((1,)), meta((1,), torch.int32))
+            yield "int8_linear", (x, *rest, None, None, -128, 127)
+            yield "int8_linear", (x, *rest, *static, -128, 127)
+
+
+def launches(everything: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Any], list[int]]]:
+    """(kernel, arguments, options, GPUs that it is for) of every distinct launch that the calls make."""
     names = {id(kernel): name for name, kernel in kernels().items()}
-    found: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {}
+    found: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], list[int]]] = {}
+    gpus = list(ARCHITECTURES)
 
     def record(kernel: Any, grid: Any, *args: Any, num_warps: int = 4, **constexprs: Any) -> None:
         options = {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}
         *_, signature, attributes = specialized(names[id(kernel)], args, options)
-        found.setdefault(f"{names[id(kernel)]} {signature} {attributes} {options}", (names[id(kernel)], args, options))
+        key = f"{names[id(kernel)]} {signature} {attributes} {options}"
+        launched_on = found.setdefault(key, (names[id(kernel)], args, options, []))[-1]
+        launched_on += [arch for arch in gpus if arch not in launched_on]
 
     for module in modules():
         if hasattr(module, "launch"):
@@ -164,6 +203,12 @@ def launches() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     for dtype in FLOATS:
         for module, op, args in (*calls(dtype), *fused_calls(dtype)):
             getattr(importlib.import_module(f"qkernels.triton.{module}"), op)(*args)
+    gemm: Any = importlib.import_module("qkernels.triton.int8_gemm")
+    for arch in ARCHITECTURES:
+        gpus[:] = [arch]
+        gemm.gpu = lambda device, arch=arch: (arch, MULTIPROCESSORS[arch], "")
+        for op, args in gemm_calls(arch, everything):
+            getattr(gemm, op)(*args)
     return list(found.values())
 
 
@@ -197,14 +242,20 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
         file.write(binary.asm["cubin"])
         file.flush()
         (usage,) = sass.kernels(Path(file.name)).values()
+        gemm = sass.instructions(Path(file.name)) if name.endswith("mm_kernel") else {}
     pointers = [str(kind) for kind in signature.values() if str(kind).startswith("*")]
     return json.dumps(
         {
             "kernel": name,
             "arch": arch,
-            "dtype": pointers[0][1:],
+            "dtype": pointers[0][1:] if pointers else "",
             "constexprs": {key: value for key, value in job[2].items() if key not in options},
             "warps": options["num_warps"],
+            "stages": options.get("num_stages"),
+            "mma": {key: count for key, count in gemm.items() if "MMA" in key},
+            "copies": {key: count for key, count in gemm.items() if key.startswith(("LDGSTS", "UTMA"))},
+            "bytewise": [key for key in gemm if ".U8" in key or (".S8" in key and "MMA" not in key)],
+            "instructions": sum(gemm.values()),
             "registers": usage.registers,
             "spills": usage.spills,
             "local": usage.stack + usage.local,
@@ -219,11 +270,11 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
 def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
     """Each launch for each GPU; or, in a fifth of the time, each for one GPU in turn, and each kernel for all."""
     seen = set()
-    for number, launch in enumerate(launches()):
-        all_of_them = everything or launch[0] not in seen
-        seen.add(launch[0])
-        for arch in ARCHITECTURES if all_of_them else (ARCHITECTURES[number % len(ARCHITECTURES)],):
-            yield (*launch, arch)
+    for number, (*launch, gpus) in enumerate(launches(everything)):
+        for arch in gpus:
+            if everything or (launch[0], arch) not in seen or arch == gpus[number % len(gpus)]:
+                seen.add((launch[0], arch))
+                yield (*launch, arch)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Event:
         return 1e3 * (end.at - self.at) + 1e-3
 
 
-PROPERTIES = SimpleNamespace(name="NVIDIA Pretend", multi_processor_count=132, L2_cache_size=0)
+PROPERTIES = SimpleNamespace(name="NVIDIA Pretend", major=9, minor=0, multi_processor_count=132, L2_cache_size=0)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
@@ -60,6 +60,7 @@ def pretend() -> None:
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: 1,
+        "current_device": lambda: 0,
         "get_device_name": lambda *args: PROPERTIES.name,
         "get_device_capability": lambda *args: (9, 0),
         "get_device_properties": lambda *args: PROPERTIES,

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
             bits = next((width for part, width in WIDTHS.items() if part in parts), 32)
             kernel.widths[kind] = max(kernel.widths.get(kind, 0), bits)
     return found
+
+
+def instructions(path: Path) -> Counter[str]:
+    """How often each instruction stands in the code of a cubin, modifiers included."""
+    lines = _cuobjdump(path, None, "-sass", only=r"^\s+/\*[0-9a-f]{4,}\*/")
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", lines, re.MULTILINE))
 
 
 def short(name: str) -> str:

@@ -355,3 +355,60 @@ def test_a_model_trains_as_on_the_cpu() -> None:
         return result
 
     torch.testing.assert_close(torch.tensor(losses("cuda")), torch.tensor(losses("cpu")), rtol=2e-3, atol=2e-3)
+
+
+def random_codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+
+
+@pytest.mark.parametrize("k", [4096, 1040])
+@pytest.mark.parametrize("n", [1024, 4096, 8200, 28672])
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 128, 200, 513, 1500])
+def test_int8_gemm_by_every_tile(m: int, n: int, k: int) -> None:
+    """Every tile of this GPU's table, whole and not: the exact sums, and the reference's bits."""
+    a, w = random_codes(m, k), random_codes(n, k)
+    exact = a.double() @ w.double().t()
+    zero_point = torch.randint(-128, 128, (m,), dtype=torch.int32, device="cuda")
+    scales = torch.rand(m, 1, device="cuda"), torch.rand(n, device="cuda")
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    with qk.use_kernel("triton"):
+        assert torch.equal(qk.int8_mm(a, w.t()).double(), exact)
+        for z, out_dtype in ((None, torch.bfloat16), (zero_point, torch.float32)):
+            got = qk.int8_scaled_mm(a, w.t(), *scales, zero_point_a=z, bias=bias, out_dtype=out_dtype)
+            acc = exact if z is None else exact - z[:, None].double() * w.double().sum(1)
+            want = (acc.float() * scales[1] * scales[0] + bias.float()).to(out_dtype)
+            assert torch.equal(got, want)
+
+
+def test_int8_gemm_of_any_layout() -> None:
+    a, b = random_codes(70, 100), random_codes(100, 45)
+    exact = a.double() @ b.double()
+    layouts = (a, b), (a.t().contiguous().t(), b.t().contiguous().t()), (random_codes(71, 200)[1:, ::2], b)
+    with qk.use_kernel("triton"):
+        for left, right in layouts:
+            assert torch.equal(qk.int8_mm(left, right).double(), left.double() @ right.double())
+        assert torch.equal(qk.int8_mm(a[:, :0], b[:0]).double(), exact * 0)
+        assert qk.int8_mm(a[:0], b).shape == (0, 45)
+
+
+def test_int8_gemm_beyond_two_to_the_31_outputs() -> None:
+    m, n, k = 2**16 + 8, 2**15 + 16, 32
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * m * n:
+        pytest.skip("too little memory")
+    a, w = random_codes(m, k), random_codes(n, k)
+    one = torch.ones(1, device="cuda")
+    with qk.use_kernel("triton"):
+        out = qk.int8_scaled_mm(a, w.t(), one, one)
+    for rows in (slice(0, 3), slice(m // 2, m // 2 + 3), slice(m - 3, m)):
+        assert torch.equal(out[rows], (a[rows].double() @ w.double().t()).float().bfloat16())
+
+
+def test_int8_gemm_layers_on_the_gpu() -> None:
+    """The layer of the CPU, moved: the same bits; and its weights are packed anew for the GPU."""
+    layer = qk.nn.Int8Linear.from_float(torch.nn.Linear(200, 70))
+    x = torch.randn(33, 200)
+    expected = layer(x)
+    layer = layer.cuda()
+    assert layer.data.shape == (70, 208)
+    same(layer(x.cuda()), expected)
+    same(layer.cpu()(x), expected)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 # What cannot be pretended: graphs, code of torch.compile, tensors on another device, bad values; or takes minutes.
 IMPOSSIBLE = (
     "not (override_torch or cuda_graph or compiled_fullgraph or bad_arguments or large_in_fp32 or every_granularity "
-    "or same_bits or give_nan)"
+    "or same_bits or give_nan or int8_gemm)"
 )
 
 
@@ -48,6 +48,10 @@ bench.COMPILED.clear()
 timing.ROUNDS, timing.SECONDS_PER_CONTESTANT, timing.COPY_ELEMENTS, timing.HOST_CALLS = 2, 0.001, 1 << 10, 1
 sys.argv = ["bench", "--out", out, "--seconds", "500"]
 bench.main()
+import gemm
+gemm.LAYERS[:], gemm.ROWS, gemm.compiled_rescale = [(48, 64)], (1, 20), gemm.rescale
+sys.argv = ["gemm", "--out", out, "--seconds", "500"]
+gemm.main()
 print([summary.write(path) for path in Path(out).glob("*.json")])
 """
 
@@ -55,10 +59,12 @@ print([summary.write(path) for path in Path(out).glob("*.json")])
 def test_gpu_benchmarks(tmp_path: Path) -> None:
     done = run_python(BENCH, str(ROOT), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*-fake_quantize.json")
-    result = json.loads(path.read_text())
-    assert all("triton" in row["seconds"] for row in result["rows"])
-    assert "triton" in path.with_suffix(".md").read_text()
+    for name, count in (("fake_quantize", 60), ("int8_gemm", 6)):
+        (path,) = tmp_path.glob(f"*-{name}.json")
+        result = json.loads(path.read_text())
+        assert len(result["rows"]) >= count
+        assert all("triton" in row["seconds"] for row in result["rows"])
+        assert "triton" in path.with_suffix(".md").read_text()
     assert list(tmp_path.glob("*.png")) or "matplotlib" in done.stdout
 
 

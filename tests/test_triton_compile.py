@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 # Bytes of shared memory that a block can have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 POINTWISE = ("forward_kernel", "backward_kernel", "backward_mask_kernel", "quantize_kernel")
+ONLY_ON = {"int8_gemm.persistent_mm_kernel": (90,)}
 
 
 def compiled(tmp_path: Path, *options: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -34,14 +36,34 @@ def compiled(tmp_path: Path, *options: str) -> tuple[list[str], list[dict[str, A
     return names, lines
 
 
+def check_gemm(line: dict[str, Any]) -> None:
+    """Tensor cores fed in 16-byte copies or by TMA, as many tiles in flight as asked for, no byte on its own."""
+    tile = line["constexprs"]
+    rows = tile["BLOCK_N"] if tile.get("SWAP") else tile["BLOCK_M"]
+    warpgroups = line["arch"] == 90 and rows >= 64  # else sm_90 takes the instruction of the others
+    instruction = r"IGMMA\.64x\d+x32\.S8\.S8" if warpgroups else r"IMMA\.16832\.S8\.S8\.SAT"
+    assert line["mma"], line
+    assert all(re.fullmatch(instruction, name) for name in line["mma"]), line
+    copy = r"UTMALDG\.2D" if "persistent" in line["kernel"] else r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+    assert line["copies"], line
+    assert all(re.fullmatch(rf"{copy}|UTMASTG\.2D|UTMACMDFLUSH", name) for name in line["copies"]), line
+    assert not line["bytewise"], line
+    # mma.sync has read a tile to registers when the next copy starts, and so takes one buffer less.
+    buffers = line["stages"] - (0 if warpgroups else 1)
+    assert line["shared"] >= buffers * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"], line
+
+
 def check(names: list[str], lines: list[dict[str, Any]]) -> None:
-    missing = {(name, arch) for name in names for arch in SHARED} - {(line["kernel"], line["arch"]) for line in lines}
+    expected = {(name, arch) for name in names for arch in ONLY_ON.get(name, SHARED)}
+    missing = expected - {(line["kernel"], line["arch"]) for line in lines}
     assert not missing, f"kernels that tests/compile_triton.py has no call for: {missing}"
     for line in lines:
         assert line["approximate"] == [], line
         assert not line["spills"], line
         assert line["local"] == 0, line
         assert line["shared"] <= SHARED[line["arch"]], line
+        if line["kernel"].endswith("mm_kernel"):
+            check_gemm(line)
         if line["kernel"].rpartition(".")[2] in POINTWISE:
             assert line["widest_load"] == 128, line
     print()

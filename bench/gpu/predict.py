@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+import gemm
 from cases import CASES
 
 SHAPE = (16384, 8192)
@@ -15,7 +16,10 @@ def main() -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=4.3e12, help="copy bandwidth, bytes per second (H200: 4.3e12)"
     )
-    bandwidth = parser.parse_args().bandwidth
+    parser.add_argument("--int8", type=float, default=1.16e15, help="int8 operations per second (H200: 1.16e15)")
+    parser.add_argument("--bf16", type=float, default=0.763e15, help="bf16 operations per second (H200: 0.763e15)")
+    options = parser.parse_args()
+    bandwidth = options.bandwidth
     print(
         f"Floors at {SHAPE[0]}×{SHAPE[1]} at {bandwidth / 1e12:.1f} TB/s of copy bandwidth; ATen's bytes by its source"
     )
@@ -29,6 +33,28 @@ def main() -> None:
         ratios = " | ".join(f"{a / m:.2f}" if a else "" for a, m in zip(aten, moved, strict=True))
         bytes_moved = " | ".join(f"{m:.4g}" for m in moved)
         print(f"| {case.name} | {bytes_moved} | {floors} | {aten[0] or ''} | {ratios} |")
+    predict_gemm(options)
+
+
+def predict_gemm(options: argparse.Namespace) -> None:
+    """Floors by the same ceilings for everyone, so that the ratios say what fusing saves; launches are free here."""
+    int8, bf16, bandwidth = options.int8, options.bf16, options.bandwidth
+    print(
+        f"\nFloors of [M, K] x [K, N] at {int8 / 1e12:.0f} TOPS int8, {bf16 / 1e12:.0f} TFLOPS bf16 (what the fastest "
+        f"kernels reach) and {bandwidth / 1e12:.1f} TB/s.\n"
+    )
+    print("| N x K | M | int8_scaled_mm µs | bound by | _int_mm + rescale | bf16 linear |")
+    print("|---|---|---|---|---|---|")
+    for n, k in gemm.LAYERS:
+        for m in gemm.ROWS:
+            operations = 2 * m * n * k
+            fused = max(operations / int8, gemm.moved("int8_scaled_mm", m, n, k) / bandwidth)
+            sums = max(operations / int8, gemm.moved("int8_mm", m, n, k) / bandwidth)
+            unfused = sums + 6 * m * n / bandwidth
+            floats = max(operations / bf16, 2 * (m * k + n * k + m * n) / bandwidth)
+            bound = "memory" if operations / int8 < fused else "arithmetic"
+            peer = f"{unfused / fused:.2f}" if m > 16 else ""
+            print(f"| {n} x {k} | {m} | {1e6 * fused:.1f} | {bound} | {peer} | {floats / fused:.2f} |")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ def main() -> int:
         run.step("tests", tests, seconds=0.45 * run.left())
         sanitize(run)
         seconds = run.left() - BENCH_RESERVE
-        run.step("bench", [python, "bench/gpu/bench.py", "--out", str(out), "--seconds", str(0.85 * seconds)])
+        run.step("bench", [python, "bench/gpu/bench.py", "--out", str(out), "--seconds", str(0.5 * seconds)])
+        seconds = run.left() - BENCH_RESERVE
+        run.step("gemm", [python, "bench/gpu/gemm.py", "--out", str(out), "--seconds", str(0.85 * seconds)])
         for path in out.glob(f"{date.today().isoformat()}-*.json"):
             for reason in summary.write(path):
                 run.note("summary", f"skipped: {reason}")

@@ -20,7 +20,7 @@ def table(result: dict[str, Any]) -> str:
         "(\\*: not capturable, timed by events); `share`: ideal bytes over time over that bandwidth; peers: their time "
         "over ours.",
         "",
-        "| case | size | dtype | kernel | µs (p20–p80) | GB/s | share | other kernels and peers | host µs |",
+        "| case | size | dtype | kernel | µs (p20–p80) | rate | share | other kernels and peers | host µs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -38,10 +38,13 @@ def table(result: dict[str, Any]) -> str:
             if name != ours
         )
         host = ", ".join(f"{name} {1e6 * t['median']:.1f}" for name, t in row.get("host_seconds", {}).items())
+        rate = f"{row['bytes'] / own['median'] / 1e9:.0f} GB/s"
+        if "operations" in row:
+            rate = f"{row['operations'] / own['median'] / 1e12:.1f} TOPS, {rate}"
         low, middle, high = (f"{1e6 * own[key]:.1f}" for key in ("p20", "median", "p80"))
         lines.append(
             f"| {row['case']} | {size_of(row)} | {row['dtype']} | {ours} | {middle} ({low}–{high}) "
-            f"| {row['bytes'] / own['median'] / 1e9:.0f} | {row['share_of_copy'][ours]:.0%} | {others} | {host} |"
+            f"| {rate} | {row['share_of_copy'][ours]:.0%} | {others} | {host} |"
         )
     missed = [row for row in result["rows"] if "seconds" not in row]
     if missed:

@@ -171,6 +171,13 @@ class Int8Linear(_Int8Layer):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._repr_of_codes()}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        super()._apply(fn, recurse)
+        device = self.data.device.type
+        if device != "meta" and (self.data.dim() == 2) != (device == "cuda"):  # moved between the CPU and a GPU
+            self.data, self.colsum = self._pack(self._unpack())
+        return self
+
     def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         packed = PackedInt8.from_quantized(codes, torch.ones(1))
         return packed.data, packed.colsum

@@ -52,13 +52,14 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], colsum.shape[0]))
 
 
-_int8_mm = _define("int8_mm", "(Tensor a, Tensor b) -> Tensor", reference.int8_mm, _fake_mm)
+_int8_mm = _define("int8_mm", "(Tensor a, Tensor b) -> Tensor", reference.int8_mm, _fake_mm, triton=True)
 _int8_scaled_mm = _define(
     "int8_scaled_mm",
     "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? zero_point_a, Tensor? bias, ScalarType out_dtype) "
     "-> Tensor",
     reference.int8_scaled_mm,
     _fake_scaled_mm,
+    triton=True,
 )
 _int8_pack = _define("int8_pack", "(Tensor w) -> (Tensor data, Tensor colsum)", reference.int8_pack, _fake_pack)
 _int8_unpack = _define(
@@ -74,6 +75,7 @@ _int8_linear = _define(
     "SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.int8_linear,
     _fake_linear,
+    triton=True,
 )
 
 
@@ -126,7 +128,7 @@ class PackedInt8:
     """A linear layer's weight [N, K] as int8 codes in the layout that the int8 kernels stream, with its scales.
 
     Attributes:
-        data: packed codes, int8 (layout: csrc/cpu/int8_gemm.h).
+        data: packed codes, int8: for the CPU in panels (csrc/cpu/int8_gemm.h), on a GPU [N, K] with K padded to 16.
         colsum: [N] int32, the sum of each output channel's codes.
         scale: [N] fp32; weight ≈ code·scale.
         shape: (N, K).
@@ -162,7 +164,12 @@ class PackedInt8:
         Raises:
             ValueError: scale has another shape. RuntimeError: q is not int8 [N, K] with K ≤ 131071.
         """
-        data, colsum = _int8_pack(q)
+        if q.device.type == "cuda" and q.dtype == torch.int8 and q.dim() == 2:
+            reference.check_k("w", q.shape[1])
+            data, colsum = q.new_zeros(reference.k_major_shape(*q.shape)), q.sum(1, dtype=torch.int32)
+            data[:, : q.shape[1]] = q
+        else:
+            data, colsum = _int8_pack(q)
         n, k = q.shape
         if scale.numel() != 1 and scale.shape not in ((n,), (n, 1)):
             raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1]")
@@ -170,6 +177,8 @@ class PackedInt8:
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(q [N, K] int8, scale [N] fp32), exactly what was packed."""
+        if self.data.dim() == 2:
+            return self.data[:, : self.shape[1]].clone(memory_format=torch.contiguous_format), self.scale
         return _int8_unpack(self.data, *self.shape), self.scale
 
     def __repr__(self) -> str:

@@ -78,7 +78,7 @@ def epilogue(acc: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None,
     return y.to(out_dtype)
 
 
-def int8_scaled_mm(
+def check_scaled(
     a: Tensor,
     b: Tensor,
     scale_a: Tensor,
@@ -86,7 +86,7 @@ def int8_scaled_mm(
     zero_point_a: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> None:
     check_matrices(a, b)
     m, n = a.shape[0], b.shape[1]
     check(
@@ -97,19 +97,37 @@ def int8_scaled_mm(
     check_floating("scale_a", scale_a)
     check_vector("scale_b", scale_b, n, "one element, [N] or [1, N]", dim=1, broadcast=True)
     check_floating("scale_b", scale_b)
-    acc = exact_mm(a, b)
     if bias is not None:
         check_vector("bias", bias, n, "[N]")
         check_floating("bias", bias)
     if zero_point_a is not None:
         check_vector("zero_point_a", zero_point_a, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
         check_zero_point("zero_point_a", zero_point_a)
+
+
+def int8_scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    zero_point_a: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    check_scaled(a, b, scale_a, scale_b, zero_point_a, bias, out_dtype)
+    acc = exact_mm(a, b)
+    if zero_point_a is not None:
         acc = acc - zero_point_a.long().reshape(-1, 1) * b.sum(0, dtype=torch.int64)
     return epilogue(acc, scale_a.reshape(-1, 1), scale_b.reshape(-1), bias, out_dtype)
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
     return ((n + PANEL - 1) // PANEL, (k + 3) // 4, PANEL, 4)
+
+
+def k_major_shape(n: int, k: int) -> tuple[int, int]:
+    """Of weights packed for a GPU: [N, K], K padded by zeros to the 16 bytes that a GPU copies at a time."""
+    return n, (k + 15) // 16 * 16
 
 
 def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +144,7 @@ def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_packed(data: Tensor, n: int, k: int) -> None:
     check(data.dtype == torch.int8, f"data: got {data.dtype}; accepted: torch.int8")
-    expected = packed_shape(n, k)
+    expected = packed_shape(n, k) if data.dim() != 2 else k_major_shape(n, k)
     check(
         tuple(data.shape) == expected,
         f"data: got shape {list(data.shape)}; accepted: what int8_pack gives for N = {n} and K = {k}, {list(expected)}",
@@ -136,6 +154,8 @@ def check_packed(data: Tensor, n: int, k: int) -> None:
 
 def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
     check_packed(data, n, k)
+    if data.dim() == 2:
+        return data[:, :k].clone(memory_format=torch.contiguous_format)
     n_panels, groups, _, _ = data.shape
     return (
         data.permute(0, 2, 1, 3)
@@ -151,17 +171,12 @@ def check_codes(quant_min: int, quant_max: int) -> None:
     )
 
 
-def static_qparams(
-    input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int
-) -> tuple[Tensor, Tensor]:
-    """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point."""
+def check_static(input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
     check_codes(quant_min, quant_max)
     check(input_scale.numel() == 1, f"input_scale: got shape {list(input_scale.shape)}; accepted: one element")
     check_floating("input_scale", input_scale)
-    s = input_scale.detach().float().reshape(())
-    s = torch.where(s < 0, torch.nan, s.clamp(min=TINY))
     if input_zero_point is None:
-        return s, torch.zeros((), dtype=torch.int64, device=s.device)
+        return
     check(
         input_zero_point.numel() == 1,
         f"input_zero_point: got shape {list(input_zero_point.shape)}; accepted: one element",
@@ -173,7 +188,22 @@ def static_qparams(
             quant_min <= z <= quant_max,
             f"input_zero_point: got {z}; accepted: quant_min to quant_max, {quant_min} to {quant_max}",
         )
-    return s, input_zero_point.reshape(()).long()
+
+
+def static_qparams(
+    input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor]:
+    """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point.
+
+    A zero point beyond the range makes the scale NaN: on a GPU the host cannot look at it without waiting.
+    """
+    check_static(input_scale, input_zero_point, quant_min, quant_max)
+    s = input_scale.detach().float().reshape(())
+    s = torch.where(s < 0, torch.nan, s.clamp(min=TINY))
+    if input_zero_point is None:
+        return s, torch.zeros((), dtype=torch.int64, device=s.device)
+    z = input_zero_point.reshape(()).long()
+    return torch.where((z >= quant_min) & (z <= quant_max), s, torch.nan), z
 
 
 def quantize_codes(
@@ -185,7 +215,7 @@ def quantize_codes(
     return torch.where(t.isnan(), quant_min, q).to(torch.int8), t.isnan()
 
 
-def int8_linear(
+def check_linear(
     x: Tensor,
     data: Tensor,
     colsum: Tensor,
@@ -195,7 +225,7 @@ def int8_linear(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
-) -> Tensor:
+) -> None:
     check(x.dtype in OUT_DTYPES, f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
     check(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]")
     n, k = colsum.numel(), x.shape[-1]
@@ -211,13 +241,31 @@ def int8_linear(
     if bias is not None:
         check_vector("bias", bias, n, "[N]")
         check_floating("bias", bias)
-    rows = x.detach().reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
-    zero_point: Tensor | int
     if input_scale is None:
         check(
             input_zero_point is None, "input_zero_point: got a tensor without input_scale; accepted: both, or neither"
         )
         check_codes(quant_min, quant_max)
+    else:
+        check_static(input_scale, input_zero_point, quant_min, quant_max)
+
+
+def int8_linear(
+    x: Tensor,
+    data: Tensor,
+    colsum: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    check_linear(x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max)
+    n, k = colsum.numel(), x.shape[-1]
+    rows = x.detach().reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
+    zero_point: Tensor | int
+    if input_scale is None:
         half = (quant_max - quant_min) // 2
         zero_point = quant_max - half
         amax = rows.float().abs().amax(1, keepdim=True) if k else rows.new_zeros(rows.shape[0], 1).float()

@@ -181,3 +181,176 @@ def product_backward(group_size: int) -> dict[str, int]:
     """A tile of 2048 elements, of one group or several."""
     size = min(power_of_two(group_size), TILE_SIZE)
     return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}
+
+
+def quantize_rows(length: int) -> dict[str, int]:
+    """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or pieces of 8192 elements."""
+    block = min(max(power_of_two(length), 128), 2 * LONG_TILE)
+    return {"BLOCK": block, "num_warps": warps(block)}
+
+
+class Tile(NamedTuple):
+    """How the int8 GEMM cuts [M, K] x [K, N]: elements of a tile, its warps, and the tiles of K in flight.
+
+    swap: the weight is on the rows of the tensor core's instruction, which are 64 on sm_90. tma: as many programs as
+    multiprocessors, fed by TMA, where the output's rows are multiples of 16 bytes.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = False
+    tma: bool = False
+
+
+GEMM_ROWS = (16, 32, 64, 128, 256, 512, 1024)  # the ends of the classes of M; the last class has none
+GEMM_COLUMNS = (1536, 5120, 12288)  # the same of N
+# Bytes of shared memory that a block can have.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+# Up to 64 rows of a the time is that of reading the weight: as many blocks as multiprocessors, each with 40 KiB and
+# more in flight. Above that of arithmetic: the largest tile of which there are enough.
+_M16 = Tile(16, 32, 256, 4, 6, swap=True)
+_M16_WIDE = Tile(16, 64, 256, 4, 5, swap=True)
+_M32 = Tile(32, 32, 256, 4, 5, swap=True)
+_M32_WIDE = Tile(32, 64, 256, 4, 5, swap=True)
+_M64 = Tile(64, 64, 128, 4, 6, swap=True)
+_HOPPER = Tile(128, 256, 128, 8, 4, tma=True)
+_HOPPER_SQUARE = Tile(128, 128, 128, 8, 4, tma=True)
+# A row for each class of M, a column for each of N.
+_SM90: list[tuple[Tile, ...]] = [
+    (_M16, _M16, _M16_WIDE, _M16_WIDE),
+    (_M32, _M32, _M32_WIDE, _M32_WIDE),
+    (_M64, _M64, _M64, Tile(64, 128, 128, 4, 5, swap=True)),
+    (Tile(64, 64, 128, 4, 6),) * 2 + (Tile(64, 128, 128, 4, 5), _HOPPER_SQUARE),
+    (Tile(64, 64, 128, 4, 6), Tile(128, 64, 128, 4, 5), _HOPPER_SQUARE, _HOPPER),
+    (Tile(64, 128, 128, 4, 5), _HOPPER_SQUARE, _HOPPER, _HOPPER),
+    (_HOPPER_SQUARE, _HOPPER, _HOPPER, _HOPPER),
+    (_HOPPER_SQUARE, _HOPPER, _HOPPER, _HOPPER),
+]
+_AMPERE = Tile(128, 256, 64, 8, 4)
+_AMPERE_SQUARE = Tile(128, 128, 64, 4, 4)
+_SM80: list[tuple[Tile, ...]] = [
+    (_M16, _M16, _M16_WIDE, _M16_WIDE),
+    (_M32, _M32, _M32_WIDE, _M32_WIDE),
+    (_M64, _M64, _M64, _M64),
+    (Tile(64, 64, 128, 4, 4),) * 2 + (Tile(64, 128, 64, 4, 6), _AMPERE_SQUARE),
+    (Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 6), _AMPERE_SQUARE, _AMPERE),
+    (Tile(64, 128, 64, 4, 6), _AMPERE_SQUARE, _AMPERE, _AMPERE),
+    (_AMPERE_SQUARE, _AMPERE, _AMPERE, _AMPERE),
+    (_AMPERE_SQUARE, _AMPERE, _AMPERE, _AMPERE),
+]
+# 99 KiB of shared memory.
+_ADA_SQUARE = Tile(128, 128, 64, 4, 4)
+_SM89: list[tuple[Tile, ...]] = [
+    (_M16, _M16, _M16_WIDE._replace(stages=4), _M16_WIDE._replace(stages=4)),
+    (_M32, _M32, _M32_WIDE._replace(stages=4), _M32_WIDE._replace(stages=4)),
+    (_M64._replace(stages=5),) * 4,
+    (Tile(64, 64, 128, 4, 4),) * 2 + (Tile(64, 128, 64, 4, 6), _ADA_SQUARE),
+    (Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 6), _ADA_SQUARE, _ADA_SQUARE),
+    (Tile(64, 128, 64, 4, 6), _ADA_SQUARE, _ADA_SQUARE, _ADA_SQUARE),
+    (_ADA_SQUARE,) * 4,
+    (_ADA_SQUARE,) * 4,
+]
+GEMM_TILES = {80: _SM80, 86: _SM89, 89: _SM89, 90: _SM90, 100: _SM80, 120: _SM89}
+
+
+def gemm_arch(arch: int) -> int:
+    """The architecture of the table whose code and limits a GPU's are: 87 has 163 KiB, 103 and 110 are as 100."""
+    known = {87: 80, 88: 89, 101: 100, 103: 100, 110: 100, 121: 120}
+    return arch if arch in GEMM_TILES else known.get(arch, 89)
+
+
+def class_of(size: int, ends: tuple[int, ...]) -> int:
+    return next((at for at, end in enumerate(ends) if size <= end), len(ends))
+
+
+def ceil_16(n: int) -> int:
+    return ceil_div(n, 16) * 16
+
+
+def gemm_tile(arch: int, m: int, n: int) -> Tile:
+    return GEMM_TILES[gemm_arch(arch)][class_of(m, GEMM_ROWS)][class_of(n, GEMM_COLUMNS)]
+
+
+def persistent(tile: Tile, out_bytes: int) -> tuple[int, int]:
+    """Parts in which the persistent kernel writes a tile, whose memory is beside that of the stages, and stages."""
+    parts = 2 if tile.block_n == 256 else 1
+    return parts, tile.stages if out_bytes * tile.block_m * tile.block_n // parts <= 32 << 10 else tile.stages - 1
+
+
+def is_full(tile: Tile) -> bool:
+    """Whether every thread holds 128 sums, the most that its registers have room for."""
+    return tile.block_m * tile.block_n == 128 * 32 * tile.warps
+
+
+def gemm_parts(tile: Tile, wide: bool) -> int:
+    """Parts in which the other kernel finishes a tile; ``wide``: by way of int64."""
+    return 1 if tile.swap or not is_full(tile) else 4 if wide else 2
+
+
+def gemm_shared(tile: Tile, out_bytes: int) -> int:
+    """Bytes of shared memory that a tile takes at most."""
+    stage = (tile.block_m + tile.block_n) * tile.block_k
+    output = tile.block_m * tile.block_n * out_bytes
+    if tile.tma:
+        parts, stages = persistent(tile, out_bytes)
+        return max(stages * stage + output // parts + 1024, tile.stages * stage, output)
+    return max(tile.stages * stage, output)
+
+
+def gemm_fault(arch: int, tile: Tile) -> str | None:
+    """Why the kernels cannot run with a tile on an architecture, or None."""
+    arch = gemm_arch(arch)
+    for name in ("block_m", "block_n", "block_k"):
+        size = getattr(tile, name)
+        if size != power_of_two(size) or not 16 <= size <= (256 if name != "block_k" else 512):
+            return f"{name}: got {size}; accepted: a power of two from 16 to {256 if name != 'block_k' else 512}"
+    if tile.block_k < 32:
+        return f"block_k: got {tile.block_k}; accepted: at least 32, the depth of one instruction"
+    if tile.warps not in (4, 8):
+        return f"warps: got {tile.warps}; accepted: 4 or 8"
+    if not 2 <= tile.stages <= 8:
+        return f"stages: got {tile.stages}; accepted: 2 to 8"
+    if tile.block_m * tile.block_n > 128 * 32 * tile.warps:
+        return f"warps: got {tile.warps}; accepted: at most 128 sums of the tile for each thread"
+    if tile.tma and (arch != 90 or tile.swap or tile.block_k > 128):
+        return "tma: got True; accepted: on sm_90, without swap, block_k at most 128"
+    if (need := gemm_shared(tile, 4)) > SHARED_BYTES[arch]:
+        return f"stages: got {tile.stages}, {need} bytes of shared memory; accepted: up to {SHARED_BYTES[arch]}"
+    return None
+
+
+# What a block reads in a microsecond (half of what a multiprocessor can take in), and what a second kernel costs.
+_BYTES_PER_MICROSECOND = 60_000
+_JOIN_MICROSECONDS = 3.0
+
+
+def gemm_splits(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> int:
+    """Into how many parts K is cut: as many as save more time than adding them up takes, in powers of two."""
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
+    microseconds = (tile.block_m + tile.block_n) * k / _BYTES_PER_MICROSECOND
+    best, least = 1, microseconds
+    splits = 2
+    while tiles * splits <= multiprocessors and k >= splits * 2 * tile.block_k:
+        time = microseconds / splits + _JOIN_MICROSECONDS * (1 + splits / 16)
+        if time < least:
+            best, least = splits, time
+        splits *= 2
+    return best
+
+
+def share_of_k(k: int, splits: int, block_k: int) -> int:
+    """What each part of K takes: whole blocks, or all of it."""
+    return k if splits == 1 else ceil_div(ceil_div(k, splits), block_k) * block_k
+
+
+@functools.lru_cache(4096)
+def int8_mm(arch: int, m: int, n: int, k: int, multiprocessors: int) -> tuple[Tile, int]:
+    """Tile of an int8 product, and parts of K."""
+    tile = gemm_tile(arch, m, n)
+    if n % 16 and is_full(tile):  # an address for every element that is stored: there is no room for those
+        tile = tile._replace(block_n=min(tile.block_n, 128), warps=8)
+    return tile, gemm_splits(tile, m, n, k, multiprocessors)
