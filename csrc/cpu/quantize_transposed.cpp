@@ -4,6 +4,11 @@
 #include "granularity.h"
 #include "philox.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own _mm256_undefined_* inside the intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #define QK_BODY "quantize_transposed_kernels.h"
 #include "foreach_isa.h"
 
