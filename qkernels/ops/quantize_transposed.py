@@ -29,6 +29,7 @@ _quantize_transposed = library.define(
     reference.quantize_dynamic_transposed,
     _fake,
     cpu=("avx512", "avx2", "scalar"),
+    triton=True,
 )
 
 

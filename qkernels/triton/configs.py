@@ -181,3 +181,9 @@ def product_backward(group_size: int) -> dict[str, int]:
     """A tile of 2048 elements, of one group or several."""
     size = min(power_of_two(group_size), TILE_SIZE)
     return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}
+
+
+def transposed_tile(rows: int, columns: int) -> dict[str, int]:
+    """Tile of the kernels that read a matrix once for itself and once for its transpose: whole sectors of either."""
+    tall, wide = min(64, power_of_two(rows)), max(4, min(64, power_of_two(columns)))
+    return {"BLOCK_ROWS": tall, "BLOCK_COLUMNS": wide, "num_warps": max(1, tall * wide // 512)}
