@@ -53,6 +53,8 @@ MATRICES: dict[str, Callable[[torch.dtype], Tensor]] = {
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_codes_equal_the_reference(kernel: str, name: str, dtype: torch.dtype) -> None:
     x = MATRICES[name](dtype)
+    if kernel == "triton" and name in ("wide", "tall") and dtype != torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("interpreting takes too long")
     for args in ((127, None, 0, None), (7, None, 0, None), (127, 3, 5, None), (127, -1, 2, torch.tensor([2**33]))):
         expected = reference.quantize_dynamic_transposed(x, *args)
         for threads in (1, 2) if kernel.startswith("cpu_") else (1,):
@@ -439,6 +441,8 @@ def test_codes_are_not_kept_where_that_is_unsafe(quantized: list[Tensor]) -> Non
         torch.func.functional_call(layer, other, x),
         qk.int8_training_linear(x, other["weight"], other["bias"]),
     )
+    with torch._subclasses.FakeTensorMode():
+        assert qk.nn.Int8TrainingLinear(16, 8)(torch.empty(5, 16)).shape == (5, 8)
     with torch.inference_mode():
         made = qk.nn.Int8TrainingLinear(16, 8)
         assert torch.equal(made(x), qk.int8_training_linear(x, made.weight, made.bias))

@@ -104,7 +104,9 @@ class Int8TrainingLinear(nn.Linear):
 
     def _codes(self) -> Codes | None:
         w = self.weight
-        if w.is_inference() or "int8" not in (self.output, self.grad_input):
+        if "int8" not in (self.output, self.grad_input):
+            return None
+        if type(w) not in (Tensor, nn.Parameter) or w.is_inference():  # neither need have memory, or count versions
             return None
         _count_optimizer_steps()
         key = (w._version, w.data_ptr(), w.dtype, _optimizer_steps, self.output, self.grad_input)
