@@ -125,10 +125,10 @@ def overheads(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """report(case, …): a row of figures that are not times in seconds."""
+    """report(case, …): a row of figures that are not times in seconds; ``raw`` goes to the file alone."""
 
-    def run(case: str, **figures: Any) -> None:
-        rows.append({"op": stem(request), "case": case, "figures": figures})
+    def run(case: str, raw: Any = None, **figures: Any) -> None:
+        rows.append({"op": stem(request), "case": case, "figures": figures} | ({"raw": raw} if raw else {}))
 
     return run
 

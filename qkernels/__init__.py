@@ -20,7 +20,9 @@ from .ops.fake_quantize import (
 from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
+from .ops.int8_training import int8_training_linear
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.quantize_transposed import quantize_dynamic_transposed
 from .ops.relu_fake_quantize import relu_fake_quantize
 from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quantize_dynamic
 from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quantize_dynamic
@@ -59,6 +61,7 @@ __all__ = [
     "int8_linear",
     "int8_mm",
     "int8_scaled_mm",
+    "int8_training_linear",
     "kernels",
     "library",
     "nn",
@@ -71,6 +74,7 @@ __all__ = [
     "quantize",
     "quantize_codebook",
     "quantize_dynamic",
+    "quantize_dynamic_transposed",
     "quantize_stochastic",
     "reference",
     "registry",

@@ -149,6 +149,12 @@ def dynamic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield x, 8, *INT4, symmetric
 
 
+def transposed_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield x, 127, None, 0, None
+        yield x, 7, -5, 3, torch.tensor([2**40])
+
+
 def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     on = torch.ones(1, dtype=torch.int64)
     for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
@@ -326,6 +332,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "quantize": quantize_args,
     "quantize_codebook": codebook_args,
     "quantize_dynamic": dynamic_args,
+    "quantize_dynamic_transposed": transposed_args,
     "quantize_stochastic": quantize_stochastic_args,
     "relu_fake_quantize_backward": backward(fake_quantize_args),
     "relu_fake_quantize_forward": fake_quantize_args,

@@ -110,6 +110,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "statistics", "quantization_errors", (x, candidates, z, *int8)
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
+    for shape in ((4096, 4096), (1001, 4097)):
+        for numbers in ((None, 0, None), (2**40, 3, None), (5, 0, on)):
+            args = (meta(shape, dtype), 127, *numbers)
+            yield "quantize_transposed", "quantize_dynamic_transposed", args
     for op in ("forward", "forward_mask"):
         yield "fake_quantize", f"fake_quantize_{op}_scalar", (x, 0.1, 3, *int8)
     yield "fake_quantize", "fake_quantize_backward_scalar", (x, x, 0.1, 3, *int8)

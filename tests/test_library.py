@@ -147,20 +147,17 @@ def test_cpu_isa_that_does_not_exist(wanted: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Counted in modules, as time is noisy; and in time with much room (20 ms on the machine it was written on)."""
+    """Counted in modules, as time is noisy."""
     code = """
-import sys, time, torch
-before, start = set(sys.modules), time.perf_counter()
+import sys, torch
+before = set(sys.modules)
 import qkernels
-print(time.perf_counter() - start)
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - {"qkernels"}))
 print(*[name for name in sys.modules if name.split(".")[:2] in (["torch", "_inductor"], ["torch", "ao"])])
 """
-    runs = [run_python(code).stdout.splitlines() for _ in range(3)]
-    seconds, modules, heavy = zip(*((line + [""] * 3)[:3] for line in runs), strict=True)
-    assert set(modules[0].split()) <= {"shlex", "json", "urllib", "email", "importlib", "ctypes"}
-    assert set(heavy[0].split()) <= set(run_python("import sys, torch; print(*sys.modules)").stdout.split())
-    assert min(map(float, seconds)) < 0.1
+    modules, heavy = (run_python(code).stdout + "\n").split("\n")[:2]
+    assert set(modules.split()) <= {"shlex", "json", "urllib", "email", "importlib", "ctypes"}
+    assert set(heavy.split()) <= set(run_python("import sys, torch; print(*sys.modules)").stdout.split())
 
 
 class Distribution:

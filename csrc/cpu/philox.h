@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+
+#include "tensor.h"
 
 namespace qkernels {
 
@@ -22,5 +25,18 @@ struct Philox {
     }
   }
 };
+
+// From the arguments of an op that rounds stochastically.
+inline Philox generator(int64_t seed, int64_t offset, const std::optional<Tensor>& offset_tensor) {
+  uint64_t number = static_cast<uint64_t>(offset);
+  if (offset_tensor) {
+    QK_CHECK(offset_tensor->scalar_type() == ScalarType::Long && offset_tensor->numel() == 1, "offset: got ",
+             dtype_name(offset_tensor->scalar_type()), " of shape ", shape_of(*offset_tensor),
+             "; accepted: an int, or one torch.int64 element on x's device");
+    QK_CHECK(offset_tensor->is_cpu(), "offset: got a tensor on another device; accepted: x's device, cpu");
+    number += static_cast<uint64_t>(*static_cast<const int64_t*>(offset_tensor->const_data_ptr()));
+  }
+  return Philox(static_cast<uint64_t>(seed), number);
+}
 
 }  // namespace qkernels

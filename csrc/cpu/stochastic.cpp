@@ -10,18 +10,6 @@
 namespace qkernels {
 namespace {
 
-Philox generator(int64_t seed, int64_t offset, const std::optional<Tensor>& offset_tensor) {
-  uint64_t number = static_cast<uint64_t>(offset);
-  if (offset_tensor) {
-    QK_CHECK(offset_tensor->scalar_type() == ScalarType::Long && offset_tensor->numel() == 1, "offset: got ",
-             dtype_name(offset_tensor->scalar_type()), " of shape ", shape_of(*offset_tensor),
-             "; accepted: an int, or one torch.int64 element on x's device");
-    QK_CHECK(offset_tensor->is_cpu(), "offset: got a tensor on another device; accepted: x's device, cpu");
-    number += static_cast<uint64_t>(*static_cast<const int64_t*>(offset_tensor->const_data_ptr()));
-  }
-  return Philox(static_cast<uint64_t>(seed), number);
-}
-
 std::tuple<Tensor, Tensor> fake_quantize_stochastic_forward(const Tensor& x_any, const Tensor& scale,
                                                             std::optional<Tensor> zero_point, int64_t quant_min,
                                                             int64_t quant_max, int64_t seed, int64_t offset,

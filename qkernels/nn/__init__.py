@@ -3,6 +3,7 @@
 from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int8 import Int8Conv2d, Int8Linear
+from .int8_training import Int8TrainingLinear
 from .qat import QATConv2d, QATLinear
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Granularity",
     "Int8Conv2d",
     "Int8Linear",
+    "Int8TrainingLinear",
     "PerChannel",
     "PerGroup",
     "PerTensor",

@@ -183,6 +183,12 @@ def product_backward(group_size: int) -> dict[str, int]:
     return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}
 
 
+def transposed_tile(rows: int, columns: int) -> dict[str, int]:
+    """Tile of the kernels that read a matrix once for itself and once for its transpose: whole sectors of either."""
+    tall, wide = min(64, power_of_two(rows)), max(4, min(64, power_of_two(columns)))
+    return {"BLOCK_ROWS": tall, "BLOCK_COLUMNS": wide, "num_warps": max(1, tall * wide // 512)}
+
+
 def quantize_rows(length: int) -> dict[str, int]:
     """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or pieces of 8192 elements."""
     block = min(max(power_of_two(length), 128), 2 * LONG_TILE)

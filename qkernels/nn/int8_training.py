@@ -1,0 +1,137 @@
+"""Int8TrainingLinear: nn.Linear whose matrix products run in int8 during training."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..ops import int8_training
+from ..ops.int8_training import Codes, int8_training_linear
+
+_optimizer_steps = 0
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """From now on; some optimizers write through ``.data``, which a tensor's version does not show."""
+
+    def count(*_: Any) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
+
+    register_optimizer_step_post_hook(count)
+
+
+class Int8TrainingLinear(nn.Linear):
+    """nn.Linear that computes with ``int8_training_linear``; parameters and state_dict are nn.Linear's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        output, grad_input, grad_weight: "int8" or "float", for each of the three matrix products.
+        stochastic_rounding: rounds gradients stochastically, with numbers from torch's generator, as dropout:
+            ``torch.manual_seed`` repeats them, and activation checkpointing does.
+
+    In training mode the weight's codes are kept until the weight changes, so that gradient accumulation quantizes it
+    once for each optimizer step; they take two bytes for each weight. What counts as a change: an in-place operation
+    (also under no_grad), another tensor in the weight's place (as FSDP2 puts at every all-gather), a step of any
+    torch optimizer, a cast or a move. A write through ``weight.data`` outside an optimizer is not seen: call
+    ``forget_codes()`` after it. Compiled code quantizes the weight at every call.
+    """
+
+    _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        output: str = "int8",
+        grad_input: str = "int8",
+        grad_weight: str = "int8",
+        stochastic_rounding: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set(output, grad_input, grad_weight, stochastic_rounding)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        *,
+        output: str = "int8",
+        grad_input: str = "int8",
+        grad_weight: str = "int8",
+        stochastic_rounding: bool = False,
+    ) -> Int8TrainingLinear:
+        """A layer that shares the parameters, hooks and training mode of ``linear``."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"Int8TrainingLinear.from_float: got {type(linear).__name__}; accepted: Linear")
+        layer = cls.__new__(cls)
+        layer.__dict__ = {
+            key: value.copy() if isinstance(value, dict) else value for key, value in vars(linear).items()
+        }
+        layer._set(output, grad_input, grad_weight, stochastic_rounding)
+        return layer
+
+    def _set(self, output: str, grad_input: str, grad_weight: str, stochastic_rounding: bool) -> None:
+        int8_training._modes(output, grad_input, grad_weight)
+        self.output, self.grad_input, self.grad_weight = output, grad_input, grad_weight
+        self.stochastic_rounding = stochastic_rounding
+        self.forget_codes()
+
+    def forget_codes(self) -> None:
+        """Quantizes the weight anew at the next call."""
+        self.__dict__["_kept"] = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        seed, offset = None, torch.empty(0)
+        if self.stochastic_rounding and torch.is_grad_enabled():
+            seed, offset = 0, torch.randint(1 << 62, (1,), device=input.device)
+        codes = self._codes() if self.training and not torch.compiler.is_compiling() else None
+        return int8_training_linear(
+            input, self.weight, self.bias, output=self.output, grad_input=self.grad_input,
+            grad_weight=self.grad_weight, seed=seed, offset=offset, codes=codes,
+        )  # fmt: skip
+
+    def _codes(self) -> Codes | None:
+        w = self.weight
+        if "int8" not in (self.output, self.grad_input):
+            return None
+        if type(w) not in (Tensor, nn.Parameter) or w.is_inference():  # neither need have memory, or count versions
+            return None
+        _count_optimizer_steps()
+        key = (w._version, w.data_ptr(), w.dtype, _optimizer_steps, self.output, self.grad_input)
+        if self._kept is not None and self._kept[0]() is w and self._kept[1] == key:
+            return self._kept[2]
+        codes = int8_training.weight_codes(w, self.output == "int8", self.grad_input == "int8")
+        self.__dict__["_kept"] = (weakref.ref(w), key, codes)
+        return codes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 refills the same tensor without a trace in its version, but sets it anew each time (and, once it is
+        # sharded again, the shard: the codes of the whole weight would outlive it).
+        if name == "weight":
+            self.forget_codes()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8TrainingLinear:
+        self.forget_codes()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, output={self.output}, grad_input={self.grad_input}, "
+            f"grad_weight={self.grad_weight}, stochastic_rounding={self.stochastic_rounding}"
+        )

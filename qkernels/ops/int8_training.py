@@ -1,0 +1,221 @@
+"""A linear layer that trains on int8 matrix products: ``int8_training_linear``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from ..reference.int8_gemm import MAX_K
+from .fake_quantize import _entered
+from .int8_gemm import _int8_mm, _int8_scaled_mm
+from .quantize import _dequantize, _quantize_dynamic
+from .quantize_transposed import _quantize_transposed
+from .stochastic import _numbers
+
+QUANT_MAX = 127
+LONGEST_SUM = MAX_K // 16 * 16  # so that every piece of a longer one begins aligned
+
+Codes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NONE: Codes = (None, None, None, None)
+
+
+def _product(
+    a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """a @ b.t() of codes a [M, K] and b [N, K] with their scales, for K of any length."""
+    k, wide = a.shape[1], dtype == torch.float64
+    scale_b = scale_b.reshape(-1)
+    if k <= MAX_K and not wide:
+        return _int8_scaled_mm(a, b.t(), scale_a, scale_b, None, bias, dtype)
+    y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64 if wide else torch.float32, device=a.device)
+    for start in range(0, k, LONGEST_SUM):
+        piece, other = a[:, start : start + LONGEST_SUM], b[:, start : start + LONGEST_SUM].t()
+        if wide:
+            y += _int8_mm(piece, other)
+        else:
+            y += _int8_scaled_mm(piece, other, scale_a, scale_b, None, None, torch.float32)
+    if wide:
+        y = y * scale_b.double() * scale_a.double()
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _rows(x: Tensor) -> Codes:
+    q, scale, _ = _quantize_dynamic(x, -1, -QUANT_MAX, QUANT_MAX, True)
+    return q, scale, None, None
+
+
+def _both(x: Tensor) -> Codes:
+    return _quantize_transposed(x, QUANT_MAX, None, 0, None)
+
+
+def weight_codes(w: Tensor, output: bool, grad_input: bool) -> Codes:
+    """What the products need of the weight: its rows for an int8 output, its columns for an int8 grad_input."""
+    if grad_input:
+        return _both(w.detach())
+    return _rows(w.detach()) if output else NONE
+
+
+def _output(x: Tensor, w: Tensor, bias: Tensor | None, codes: Codes, x_codes: Codes) -> Tensor:
+    if x_codes[0] is not None and codes[0] is not None:
+        return _product(x_codes[0], codes[0], x_codes[1], codes[1], bias, x.dtype)
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Int8TrainingLinear(Function):
+    """Keeps one byte for each element of x where either product that involves x is int8."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, q: Tensor | None, scale: Tensor | None,
+        q_t: Tensor | None, scale_t: Tensor | None, int8: tuple[bool, bool, bool], keep_x: bool, keep_w: bool,
+        seed: int | None, offset: int, offset_tensor: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        output, grad_input, grad_weight = int8
+        x_codes = NONE
+        if grad_weight and keep_x:
+            x_codes = _both(x)
+        elif output:
+            x_codes = _rows(x)
+        y = _output(x, w, bias, (q, scale, q_t, scale_t) if output else NONE, x_codes)
+        # Weight and x as their gradients' products take them: codes of columns, codes of rows, or floats.
+        weight: tuple[Tensor | None, ...] = (None, None)
+        if keep_w:
+            weight = (q_t, scale_t) if grad_input else (q, scale) if output else (w, None)
+        activation: tuple[Tensor | None, ...] = (None, None)
+        if keep_x:
+            activation = x_codes[2:] if grad_weight else x_codes[:2] if output else (x, None)
+        ctx.save_for_backward(*weight, *activation, offset_tensor)
+        ctx.int8, ctx.numbers = int8, (seed, offset)
+        ctx.dtypes = w.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("int8_training_linear: got create_graph=True; accepted: first derivatives")
+        w, w_scale, x, x_scale, offset_tensor = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        _, grad_input, grad_weight = ctx.int8
+        seed, offset = ctx.numbers
+        q = scale = q_t = scale_t = dx = dw = dbias = None
+        if (needs_w and grad_weight) or (needs_x and grad_input and seed is not None):
+            q, scale, q_t, scale_t = _quantize_transposed(grad, QUANT_MAX, seed, offset, offset_tensor)
+        elif needs_x and grad_input:
+            q, scale, _, _ = _rows(grad)
+        if needs_x and grad_input:
+            dx = _product(q, w, scale, w_scale, None, grad.dtype)
+        elif needs_x:
+            dx = (grad @ _floats(w, w_scale, grad.dtype)).to(grad.dtype)
+        if needs_w and grad_weight:
+            dw = _product(q_t, x, scale_t, x_scale, None, ctx.dtypes[0])
+        elif needs_w:
+            dw = (grad.t() @ _floats(x, x_scale, grad.dtype)).to(ctx.dtypes[0])
+        if needs_bias:
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            dbias = grad.sum(0, dtype=wide).to(ctx.dtypes[1])
+        return dx, dw, dbias, None, None, None, None, None, None, None, None, None, None
+
+
+def _floats(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if scale is None else _dequantize(t, scale, None, dtype)
+
+
+_linear = _entered(_Int8TrainingLinear)
+
+
+def int8_training_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    output: str = "int8",
+    grad_input: str = "int8",
+    grad_weight: str = "int8",
+    seed: int | None = None,
+    offset: int | Tensor = 0,
+    codes: Codes | None = None,
+) -> Tensor:
+    """x @ w.t() + bias for training, with each of its three matrix products in int8 or in float.
+
+    Every int8 product quantizes both operands symmetrically, one scale for each row along which it sums: x by tokens
+    and w by output channels in the output, grad by tokens and w by input channels in grad_input, grad by output
+    channels and x by input channels in grad_weight. Sums are exact, scales and bias follow in fp32.
+
+    Args:
+        x: [..., K]; fp32, bf16, fp16 or fp64.
+        w: [N, K], floating, of any of these dtypes; master weights may be fp32 where x is bf16.
+        bias: [N], floating.
+        output, grad_input, grad_weight: "int8" or "float", for each product. With output="int8", one in float takes
+            the values that the output was computed from: output="int8", grad_input="float", grad_weight="float" is
+            W8A8 quantization-aware training, the output that of ``fake_quantize_dynamic`` on x and w up to the
+            rounding of float sums, the gradients straight-through.
+        seed, offset: None: gradients are rounded to nearest. Else stochastically, as in ``quantize_stochastic``, so
+            that they are right on average; the same numbers give the same bits. A tensor must not change before the
+            backward pass.
+        codes: ``quantize_dynamic_transposed(w)``, where it is known already: gradient accumulation need not repeat it.
+            The first two serve output, the others grad_input; what is not needed may be None.
+
+    Returns:
+        [..., N] of x's dtype; under autocast of autocast's dtype, as F.linear, but from w as it is. Gradients have the
+        dtypes of x, w and bias; that of bias is an fp32 sum of the float gradient.
+
+    Kept for the backward pass: one byte for each element of x (x itself only with output="float" and
+    grad_weight="float"), and the weight's codes. A NaN or an infinity in a row of an operand makes the product's row
+    NaN. Sums longer than 131071 are cut into exact pieces, added in fp32. First derivatives only.
+
+    Raises:
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: output,
+            grad_input or grad_weight is another string.
+    """
+    int8 = _modes(output, grad_input, grad_weight)
+    _check(x, w, bias, int8, codes)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    shape = x.shape
+    x = x.reshape(math.prod(shape[:-1]), shape[-1])
+    grad = torch.is_grad_enabled()
+    keep_x, keep_w = grad and w.requires_grad, grad and x.requires_grad
+    w_codes: Codes = codes or weight_codes(w, int8[0], int8[1] and keep_w)
+    if keep_x or keep_w or (grad and bias is not None and bias.requires_grad):
+        numbers = (None, 0, None) if seed is None else _numbers(seed, offset)
+        y = _linear(x, w, bias, *w_codes, int8, keep_x, keep_w, *numbers)
+    else:
+        y = _output(x, w, bias, w_codes if int8[0] else NONE, _rows(x) if int8[0] else NONE)
+    return y.reshape(*shape[:-1], w.shape[0])
+
+
+def _modes(output: str, grad_input: str, grad_weight: str) -> tuple[bool, bool, bool]:
+    for name, mode in (("output", output), ("grad_input", grad_input), ("grad_weight", grad_weight)):
+        if mode not in ("int8", "float"):
+            raise ValueError(f"{name}: got {mode!r}; accepted: int8, float")
+    return output == "int8", grad_input == "int8", grad_weight == "int8"
+
+
+def _check(
+    x: Tensor, w: Tensor, bias: Tensor | None, int8: tuple[bool, bool, bool], codes: Codes | None
+) -> None:  # fmt: skip
+    floating = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
+    for name, t in (("x", x), ("w", w), ("bias", bias)):
+        if t is not None and not t.is_floating_point():
+            raise RuntimeError(f"{name}: got {t.dtype}; accepted: {floating}")
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"{name}: got a tensor on {t.device}; accepted: x's device, {x.device}")
+    if w.dim() != 2:
+        raise RuntimeError(f"w: got shape {list(w.shape)}; accepted: [N, K]")
+    n, k = w.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {k}], w's K")
+    if bias is not None and bias.shape != (n,):
+        raise RuntimeError(f"bias: got shape {list(bias.shape)}; accepted: [{n}], w's N")
+    if codes is not None:
+        shapes = [None if t is None else list(t.shape) for t in codes]
+        accepted = [[n, k], [n, 1], [k, n], [k, 1]]
+        needed = (int8[0], int8[0], int8[1], int8[1])
+        if len(shapes) != 4 or any(a != b for a, b, need in zip(shapes, accepted, needed, strict=True) if need):
+            raise RuntimeError(f"codes: got shapes {shapes}; accepted: quantize_dynamic_transposed(w)'s, {accepted}")

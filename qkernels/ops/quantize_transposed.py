@@ -1,0 +1,64 @@
+"""``quantize_dynamic_transposed``: a matrix and its transpose as int8, for all three matmuls of a linear layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import library
+from ..reference import quantize_transposed as reference
+from ..reference.fake_quantize import compute_dtype
+from .fake_quantize import range_of_bits
+from .stochastic import _numbers
+
+
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    dtype = compute_dtype(x)
+    return (
+        reference.empty_codes(x, rows, columns),
+        x.new_empty((rows, 1), dtype=dtype),
+        reference.empty_codes(x, columns, rows),
+        x.new_empty((columns, 1), dtype=dtype),
+    )
+
+
+_quantize_transposed = library.define(
+    "quantize_dynamic_transposed",
+    "(Tensor x, SymInt quant_max, SymInt? seed, SymInt offset, Tensor? offset_tensor) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference.quantize_dynamic_transposed,
+    _fake,
+    cpu=("avx512", "avx2", "scalar"),
+    triton=True,
+)
+
+
+def quantize_dynamic_transposed(
+    x: Tensor, *, bits: int = 8, seed: int | None = None, offset: int | Tensor = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The codes of x by rows and of x.t() by its own rows, in one read for the ranges and one for the codes.
+
+    A matrix product sums along the rows of both operands, and a linear layer's three products sum along different
+    dims of the same matrices: x and weight along their rows in the output, weight and the output's gradient along
+    columns in the gradients. Here both forms come out as the product wants them, rows contiguous, with the scales
+    that belong to them.
+
+    Args:
+        x: [R, C]; fp32, fp64, fp16 or bf16; any strides.
+        bits: 2 to 8; codes are −(2**(bits−1)−1) … 2**(bits−1)−1, without a zero point.
+        seed, offset: None: round to nearest. Else stochastically, as ``quantize_stochastic``: element i of x, row by
+            row, draws its number once for both outputs.
+
+    Returns:
+        (q [R, C] int8, scale [R, 1], q_t [C, R] int8, scale_t [C, 1]). scale is fp32 (fp64 for fp64 x), the row's
+        largest magnitude / (2**(bits−1)−1); x ≈ q·scale ≈ (q_t·scale_t).t(). Rows of q and q_t begin at multiples of
+        16 bytes: they are contiguous where C (for q_t: R) is a multiple of 16. A row with a NaN has a NaN scale, one
+        with an infinity an infinite scale and codes 0: products with either are NaN. Not differentiable.
+
+    Raises:
+        RuntimeError: x is not a floating matrix. ValueError: bits.
+    """
+    quant_max = range_of_bits(bits)[1]
+    if seed is None:
+        return _quantize_transposed(x.detach(), quant_max, None, 0, None)
+    return _quantize_transposed(x.detach(), quant_max, *_numbers(seed, offset))
