@@ -391,8 +391,10 @@ void multiply_unpacked(const int8_t* rows, int64_t row_stride, int64_t m, const 
 void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
                         const int32_t* weights, const PanelOutput& output) {
   const Channels channels(output);
-  alignas(64) int32_t sums[kPanel];
+  constexpr int kAtOnce = 8;  // pixels of one epilogue
+  alignas(64) int32_t batch[kAtOnce * kPanel];
   for (int64_t pixel = 0; pixel < pixels; ++pixel, codes += step) {
+    int32_t* sums = batch + pixel % kAtOnce * kPanel;
 #if QK_PATH == QK_PATH_AVX512VNNI
     __m512i sum0 = _mm512_setzero_si512(), sum1 = _mm512_setzero_si512();
     for (int64_t t = 0; t < n_taps; ++t) {
@@ -413,7 +415,8 @@ void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, cons
       for (int c = 0; c < kPanel; ++c) sums[c] += code[c] * weights[t * kPanel + c];
     }
 #endif
-    finish(sums, 1, pixel, kFlip, channels, output);
+    const int64_t waiting = pixel % kAtOnce + 1;
+    if (waiting == kAtOnce || pixel + 1 == pixels) finish(batch, waiting, pixel + 1 - waiting, kFlip, channels, output);
   }
 }
 
