@@ -29,6 +29,8 @@ SHAPES = [
     (17, 5, 3),
     (31, 65, 257),
     (64, 96, 200),
+    (9, 200, 101),  # packed 4 panels and then 3 at once, 64, 32 and 5 k
+    (2, 130, 300),
 ]
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = torch.iinfo(torch.int32)

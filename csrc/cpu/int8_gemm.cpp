@@ -2,6 +2,10 @@
 // work over threads. The arithmetic is in int8_gemm_kernels.h.
 #include "int8_gemm.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <memory>
 
 #include "int8_ops.h"
@@ -14,8 +18,6 @@ namespace {
 constexpr int64_t kRowBlockBytes = 1200 << 10;
 // Rows are quantized and multiplied in passes of this much scratch, which malloc keeps between calls.
 constexpr int64_t kPassBytes = 16 << 20;
-// Up to here one read of unpacked weights is cheaper than packing them.
-constexpr int64_t kUnpackedRows = 16;
 
 struct RowBlocks {
   int64_t rows, count;
@@ -56,7 +58,7 @@ void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor
   const int8_t* b_data = static_cast<const int8_t*>(b.data_ptr());
   const int64_t a_m = a.stride(0), a_k = a.stride(1), b_k = b.stride(0), b_n = b.stride(1);
   const int64_t n_panels = panels(n), stride = code_row_stride(k);
-  const bool unpacked = m <= kUnpackedRows && b_k == 1;
+  const bool unpacked = m <= kernels.unpacked_rows && b_k == 1;
   const bool in_place = unpacked && a_k == 1;
   const uint8_t flip = unpacked ? 0 : kernels.flip;
   const int64_t pass = std::min(m, std::max<int64_t>(kernels.tile_rows, kPassBytes / stride));
@@ -71,18 +73,24 @@ void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor
       });
     const int64_t work = panel_bytes(k) * (height + 3);
     torch::stable::parallel_for(0, n_panels, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
-      alignas(64) int32_t colsum[kPanel];
-      std::unique_ptr<int8_t[]> packed(unpacked ? nullptr : new int8_t[static_cast<size_t>(panel_bytes(k))]);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int8_t* weights = b_data + panel * kPanel * b_n;
-        PanelOutput o = at(output, first, panel * kPanel);
-        if (unpacked) {
-          const int8_t* codes = in_place ? a_data + first * a_m : reinterpret_cast<const int8_t*>(rows);
-          kernels.multiply_unpacked(codes, in_place ? a_m : stride, height, weights, b_n, k, o);
-        } else {
-          kernels.pack_panel(weights, b_n, b_k, o.channels, k, packed.get(), colsum);
-          o.colsum = colsum;
-          kernels.multiply(rows, stride, height, packed.get(), k, o);
+      if (unpacked) {
+        const int8_t* codes = in_place ? a_data + first * a_m : reinterpret_cast<const int8_t*>(rows);
+        for (int64_t panel = begin; panel < end; ++panel)
+          kernels.multiply_unpacked(codes, in_place ? a_m : stride, height, b_data + panel * kPanel * b_n, b_n, k,
+                                    at(output, first, panel * kPanel));
+        return;
+      }
+      // Rows along k fill cache lines by themselves.
+      const int64_t at_once = b_k == 1 ? 1 : std::min<int64_t>(kPackedPanels, end - begin);
+      alignas(64) int32_t colsum[kPackedPanels * kPanel];
+      std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(at_once * panel_bytes(k))]);
+      for (int64_t panel = begin; panel < end; panel += at_once) {
+        const int64_t count = std::min(at_once, end - panel), channels = std::min(n - panel * kPanel, count * kPanel);
+        kernels.pack_panels(b_data + panel * kPanel * b_n, b_n, b_k, channels, k, packed.get(), colsum);
+        for (int64_t i = 0; i < count; ++i) {
+          PanelOutput o = at(output, first, (panel + i) * kPanel);
+          o.colsum = colsum + i * kPanel;
+          kernels.multiply(rows, stride, height, packed.get() + i * panel_bytes(k), k, o);
         }
       }
     });
@@ -155,6 +163,17 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, c
   return out;
 }
 
+// Weights are read end to end at every call, from beyond the second-level cache as fast as pages are found: 45 GB/s
+// instead of 30 on one thread. Pages are asked for before they are first written; the advice never fails for good.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
   check_cpu("w", w);
   QK_CHECK(w.scalar_type() == ScalarType::Char, "w: got ", dtype_name(w.scalar_type()), "; accepted: torch.int8");
@@ -168,11 +187,13 @@ std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
   const int8_t* source = static_cast<const int8_t*>(w.data_ptr());
   int8_t* packed = static_cast<int8_t*>(data.data_ptr());
   int32_t* sums = static_cast<int32_t*>(colsum.data_ptr());
+  ask_for_huge_pages(packed, panels(n) * panel_bytes(k));
   const int64_t stride_n = w.stride(0), stride_k = w.stride(1);
   torch::stable::parallel_for(0, panels(n), grain(kPointwiseGrain, panel_bytes(k)), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      kernels.pack_panel(source + p * kPanel * stride_n, stride_n, stride_k, std::min<int64_t>(kPanel, n - p * kPanel),
-                         k, packed + p * panel_bytes(k), sums + p * kPanel);
+    for (int64_t p = begin; p < end; p += kPackedPanels)
+      kernels.pack_panels(source + p * kPanel * stride_n, stride_n, stride_k,
+                          std::min(std::min<int64_t>(kPackedPanels, end - p) * kPanel, n - p * kPanel), k,
+                          packed + p * panel_bytes(k), sums + p * kPanel);
   });
   return {data, colsum};
 }

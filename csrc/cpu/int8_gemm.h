@@ -14,6 +14,7 @@ namespace qkernels {
 //
 //   data[panel][k / 4][channel % 32][k % 4]        missing channels and k are zeros
 constexpr int kPanel = 32;
+constexpr int kPackedPanels = 4;   // how many panels are packed at once: rows of b are then read in whole cache lines
 constexpr int64_t kMaxK = 131071;  // 128 * 128 * kMaxK < 2^31: no int8 dot product of this length overflows int32
 
 inline int64_t k_groups(int64_t k) { return (k + 3) / 4; }
@@ -53,11 +54,13 @@ struct Int8Kernels {
   Isa isa;
   uint8_t flip;
   int tile_rows;
+  int unpacked_rows;  // up to here one read of unpacked weights is cheaper than packing them
   void (*copy_codes)(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, uint8_t* row);
   // Returns the row's scale: NaN where the row holds a NaN (or, for a dynamic scale, an infinity).
   float (*quantize_row)(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t* row);
-  void (*pack_panel)(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
-                     int32_t* colsum);
+  // At most kPackedPanels panels.
+  void (*pack_panels)(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* data,
+                      int32_t* colsum);
   void (*multiply)(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
                    const PanelOutput& output);
   // The same for weights that are not packed: b is [channels, K] with K contiguous, rows hold codes that are not

@@ -7,14 +7,17 @@ constexpr Isa kIsa = Isa::avx512vnni;
 constexpr uint8_t kFlip = 0x80;
 // 12 x 32 int32 sums are 24 registers; 2 hold weights, 1 a broadcast activation: 14 loads for 24 dot products.
 constexpr int kTileRows = 12;
+constexpr int kUnpackedRows = 8;
 #elif QK_PATH == QK_PATH_AVX2
 constexpr Isa kIsa = Isa::avx2;
 constexpr uint8_t kFlip = 0;
 constexpr int kTileRows = 2;
+constexpr int kUnpackedRows = 2;
 #else
 constexpr Isa kIsa = Isa::scalar;
 constexpr uint8_t kFlip = 0;
 constexpr int kTileRows = 4;
+constexpr int kUnpackedRows = 4;
 #endif
 
 inline int32_t load_group(const uint8_t* p) {
@@ -36,8 +39,6 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
   for (; g + kSteps <= groups; g += kSteps, b += kSteps * kPanel * 4) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSteps; ++s) {
-      _mm_prefetch(reinterpret_cast<const char*>(b) + s * 128 + kPrefetch, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(b) + s * 128 + kPrefetch + 64, _MM_HINT_T0);
       const __m512i b0 = _mm512_loadu_si512(b + s * 128);
       const __m512i b1 = _mm512_loadu_si512(b + s * 128 + 64);
 #pragma GCC unroll 12
@@ -77,15 +78,23 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
     for (int64_t g = 0; g < groups; ++g, p += kPanel * 4) {
       __m256i codes[MR];
 #pragma GCC unroll 2
-      for (int r = 0; r < MR; ++r) codes[r] = _mm256_cvtepi8_epi16(_mm_set1_epi32(load_group(a + r * stride + g * 4)));
+      for (int r = 0; r < MR; ++r) {
+        const __m128 four = _mm_broadcast_ss(reinterpret_cast<const float*>(a + r * stride + g * 4));
+        codes[r] = _mm256_cvtepi8_epi16(_mm_castps_si128(four));
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 16)));
 #pragma GCC unroll 2
-        for (int r = 0; r < MR; ++r) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(codes[r], w));
+        for (int r = 0; r < MR; ++r) {
+          acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(codes[r], w));
+          __asm__("" : "+x"(acc[r][i]));  // or GCC moves all additions to the end and spills
+        }
       }
     }
+#pragma GCC unroll 2
     for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
       for (int i = 0; i < 4; i += 2) {
         const __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc[r][i], acc[r][i + 1]), 0xD8);
         _mm256_store_si256(reinterpret_cast<__m256i*>(sums + r * kPanel + half + i * 4), sum);
@@ -167,9 +176,70 @@ inline void finish_float(const float* v, const PanelOutput& o, int64_t row) {
   store_row(values, o, row);
 }
 
+#if QK_PATH == QK_PATH_AVX512VNNI
+inline void store_masked(__m512 v, __mmask16 inside, float* out) { _mm512_mask_storeu_ps(out, inside, v); }
+
+inline void store_masked(__m512 v, __mmask16 inside, BFloat16* out) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_mask_storeu_epi16(out, inside, _mm512_cvtepi32_epi16(kept));
+}
+
+inline void store_masked(__m512 v, __mmask16 inside, Half* out) {
+  _mm256_mask_storeu_epi16(out, inside, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline void store_masked(__m512i v, __mmask16 inside, int32_t* out) { _mm512_mask_storeu_epi32(out, inside, v); }
+
+// The same as finish() where nothing leaves int32.
+template <typename T>
+inline void finish_narrow(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const Channels& ch,
+                          const PanelOutput& o) {
+  const uint32_t both = o.channels >= kPanel ? ~0u : (1u << o.channels) - 1;
+  const __mmask16 inside[2] = {static_cast<__mmask16>(both), static_cast<__mmask16>(both >> 16)};
+  __m512i colsum[2], offset[2];
+  for (int h = 0; h < 2; ++h) {
+    colsum[h] = _mm512_loadu_si512(ch.colsum + h * 16);
+    const uint32_t zero_point = o.zero_point && !o.zero_point_step ? static_cast<uint32_t>(o.zero_point[0]) : 0;
+    offset[h] = _mm512_mullo_epi32(colsum[h], _mm512_set1_epi32(static_cast<int32_t>(zero_point + flip)));
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    const int64_t row = first_row + r;
+    T* out = static_cast<T*>(o.out) + row * o.row_stride;
+    const bool own_zero_point = o.zero_point && o.zero_point_step;
+    for (int h = 0; h < 2; ++h) {
+      __m512i exact = _mm512_sub_epi32(_mm512_load_si512(sums + h * 16), offset[h]);
+      if (own_zero_point)
+        exact = _mm512_sub_epi32(
+            exact, _mm512_mullo_epi32(colsum[h], _mm512_set1_epi32(o.zero_point[row * o.zero_point_step])));
+      if constexpr (std::is_same_v<T, int32_t>) {
+        store_masked(exact, inside[h], out + h * 16);
+      } else {
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(ch.scale + h * 16));
+        v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale_a[row * o.scale_a_step]));
+        if (o.bias) v = _mm512_add_ps(v, _mm512_loadu_ps(ch.bias + h * 16));
+        store_masked(v, inside[h], out + h * 16);
+      }
+    }
+  }
+}
+#endif
+
 // The epilogue: sums[rows][32] of rows first_row… become outputs. `flip` is what the codes were XORed with.
 inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const Channels& ch,
                    const PanelOutput& o) {
+#if QK_PATH == QK_PATH_AVX512VNNI
+  if (!o.wide) switch (o.type) {
+      case Element::i32: return finish_narrow<int32_t>(sums, rows, first_row, flip, ch, o);
+      case Element::bf16: return finish_narrow<BFloat16>(sums, rows, first_row, flip, ch, o);
+      case Element::f16: return finish_narrow<Half>(sums, rows, first_row, flip, ch, o);
+      default: return finish_narrow<float>(sums, rows, first_row, flip, ch, o);
+    }
+#endif
   for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
     const int64_t row = first_row + r;
     const int32_t zero_point = o.zero_point ? o.zero_point[row * o.zero_point_step] : 0;
@@ -219,12 +289,13 @@ void multiply(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* 
 
 // Dot products of MR rows, and of a row of ones, with 4 channels.
 #if QK_PATH == QK_PATH_AVX512VNNI
-inline int32_t sum_lanes(__m512i v) {
-  alignas(64) int32_t lanes[16];
-  _mm512_store_si512(lanes, v);
-  int32_t sum = 0;
-  for (int i = 0; i < 16; ++i) sum += lanes[i];
-  return sum;
+// The sums of the lanes of 4 vectors.
+inline __m128i sum_lanes(const __m512i (&v)[4]) {
+  const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+  const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+  const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
 template <int MR>
@@ -254,13 +325,11 @@ inline void dot_columns(const int8_t* a, int64_t stride, const int8_t* b, int64_
       for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], w[c], codes);
     }
   }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(colsum), sum_lanes(acc[MR]));
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    colsum[c] = sum_lanes(acc[MR][c]);
-#pragma GCC unroll 4
-    for (int r = 0; r < MR; ++r)
-      sums[r * kPanel + c] =
-          static_cast<int32_t>(static_cast<uint32_t>(sum_lanes(acc[r][c])) - 128u * static_cast<uint32_t>(rowsum[r]));
+  for (int r = 0; r < MR; ++r) {
+    const __m128i offset = _mm_set1_epi32(static_cast<int32_t>(128u * static_cast<uint32_t>(rowsum[r])));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + r * kPanel), _mm_sub_epi32(sum_lanes(acc[r]), offset));
   }
 }
 #else
@@ -295,7 +364,7 @@ inline void unpacked_rows(const int8_t* a, int64_t stride, const int8_t* b, int6
     // The last columns are met twice where 4 does not divide their number; fewer than 4 in all repeat the first.
     const int64_t first = channels < 4 ? 0 : std::min(c, channels - 4);
     if (channels < 4)
-      for (int64_t one = 0; one < channels; ++one)
+      for (int64_t one = 0; one < channels; ++one)  // writes 4 equal sums, of which the first stays
         dot_columns<MR>(a, stride, b + one * stride_n, 0, k, rowsum, sums + one, colsum + one);
     else
       dot_columns<MR>(a, stride, b + first * stride_n, stride_n, k, rowsum, sums + first, colsum + first);
@@ -322,8 +391,10 @@ void multiply_unpacked(const int8_t* rows, int64_t row_stride, int64_t m, const 
 void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
                         const int32_t* weights, const PanelOutput& output) {
   const Channels channels(output);
-  alignas(64) int32_t sums[kPanel];
+  constexpr int kAtOnce = 8;  // pixels of one epilogue
+  alignas(64) int32_t batch[kAtOnce * kPanel];
   for (int64_t pixel = 0; pixel < pixels; ++pixel, codes += step) {
+    int32_t* sums = batch + pixel % kAtOnce * kPanel;
 #if QK_PATH == QK_PATH_AVX512VNNI
     __m512i sum0 = _mm512_setzero_si512(), sum1 = _mm512_setzero_si512();
     for (int64_t t = 0; t < n_taps; ++t) {
@@ -344,42 +415,134 @@ void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, cons
       for (int c = 0; c < kPanel; ++c) sums[c] += code[c] * weights[t * kPanel + c];
     }
 #endif
-    finish(sums, 1, pixel, kFlip, channels, output);
+    const int64_t waiting = pixel % kAtOnce + 1;
+    if (waiting == kAtOnce || pixel + 1 == pixels) finish(batch, waiting, pixel + 1 - waiting, kFlip, channels, output);
   }
 }
 
-void pack_panel(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* panel,
-                int32_t* colsum) {
-  const int64_t full = k / 4;
-  if (k > 0 && (channels < kPanel || full * 4 != k)) std::memset(panel, 0, static_cast<size_t>(panel_bytes(k)));
-  if (stride_k == 1) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int8_t* row = b + c * stride_n;
-      for (int64_t g = 0; g < full; ++g) std::memcpy(panel + (g * kPanel + c) * 4, row + g * 4, 4);
-      for (int64_t i = full * 4; i < k; ++i) panel[(full * kPanel + c) * 4 + (i & 3)] = row[i];
-    }
-  } else if (stride_n == 1 && channels == kPanel) {
-    for (int64_t g = 0; g < full; ++g) {
-      const int8_t* row = b + g * 4 * stride_k;
-      int8_t* out = panel + g * kPanel * 4;
-      for (int c = 0; c < kPanel; ++c) {
-        out[c * 4] = row[c];
-        out[c * 4 + 1] = row[c + stride_k];
-        out[c * 4 + 2] = row[c + 2 * stride_k];
-        out[c * 4 + 3] = row[c + 3 * stride_k];
-      }
-    }
-    for (int64_t i = full * 4; i < k; ++i)
-      for (int c = 0; c < kPanel; ++c) panel[(full * kPanel + c) * 4 + (i & 3)] = b[i * stride_k + c];
-  } else {
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t c = 0; c < channels; ++c)
-        panel[((i / 4) * kPanel + c) * 4 + (i & 3)] = b[i * stride_k + c * stride_n];
+#if QK_PATH != QK_PATH_SCALAR
+// Sums of 4 neighbouring codes, added to `total`.
+inline __m256i add_groups(__m256i total, __m256i codes) {
+#if QK_PATH == QK_PATH_AVX512VNNI
+  return _mm256_dpbusd_epi32(total, _mm256_set1_epi8(1), codes);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
+  return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+inline void keep_group(const __m256i codes, int8_t* out, __m256i& total) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+  total = add_groups(total, codes);
+}
+
+// 8 channels x 8 groups of 4 codes, read along k, written along the channels.
+inline void transpose_groups(const int8_t* b, int64_t stride_n, int8_t* out, __m256i& total) {
+  __m256i r[8], t[8];
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) r[c] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + c * stride_n));
+#pragma GCC unroll 4
+  for (int c = 0; c < 8; c += 2) {
+    t[c] = _mm256_unpacklo_epi32(r[c], r[c + 1]);
+    t[c + 1] = _mm256_unpackhi_epi32(r[c], r[c + 1]);
   }
-  int32_t totals[kPanel] = {};
-  const int8_t* p = panel;
-  for (int64_t g = 0; g < k_groups(k); ++g, p += kPanel * 4)
-    for (int c = 0; c < kPanel; ++c) totals[c] += p[c * 4] + p[c * 4 + 1] + p[c * 4 + 2] + p[c * 4 + 3];
+#pragma GCC unroll 2
+  for (int c = 0; c < 8; c += 4) {
+    r[c] = _mm256_unpacklo_epi64(t[c], t[c + 2]);
+    r[c + 1] = _mm256_unpackhi_epi64(t[c], t[c + 2]);
+    r[c + 2] = _mm256_unpacklo_epi64(t[c + 1], t[c + 3]);
+    r[c + 3] = _mm256_unpackhi_epi64(t[c + 1], t[c + 3]);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    keep_group(_mm256_permute2x128_si256(r[g], r[g + 4], 0x20), out + g * kPanel * 4, total);
+    keep_group(_mm256_permute2x128_si256(r[g], r[g + 4], 0x31), out + (g + 4) * kPanel * 4, total);
+  }
+}
+
+// 32 channels x 4 codes from 4 rows of channels.
+inline void interleave_rows(const int8_t* b, int64_t stride_k, int8_t* out, __m256i (&total)[4]) {
+  __m256i r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i * stride_k));
+  const __m256i low01 = _mm256_unpacklo_epi8(r[0], r[1]), high01 = _mm256_unpackhi_epi8(r[0], r[1]);
+  const __m256i low23 = _mm256_unpacklo_epi8(r[2], r[3]), high23 = _mm256_unpackhi_epi8(r[2], r[3]);
+  const __m256i c0 = _mm256_unpacklo_epi16(low01, low23), c4 = _mm256_unpackhi_epi16(low01, low23);
+  const __m256i c8 = _mm256_unpacklo_epi16(high01, high23), c12 = _mm256_unpackhi_epi16(high01, high23);
+  keep_group(_mm256_permute2x128_si256(c0, c4, 0x20), out, total[0]);
+  keep_group(_mm256_permute2x128_si256(c8, c12, 0x20), out + 32, total[1]);
+  keep_group(_mm256_permute2x128_si256(c0, c4, 0x31), out + 64, total[2]);
+  keep_group(_mm256_permute2x128_si256(c8, c12, 0x31), out + 96, total[3]);
+}
+#endif
+
+// Packs whole groups of full panels and adds up their codes in totals[channel]; returns how many of the k they hold.
+inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t full, int64_t k, int8_t* data,
+                         int32_t* totals) {
+  int64_t done = 0;
+#if QK_PATH != QK_PATH_SCALAR
+  const int64_t bytes = panel_bytes(k);
+  const auto keep = [&](const __m256i(&total)[4], int64_t panel) {
+    for (int c = 0; c < 4; ++c)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals + panel * kPanel + c * 8), total[c]);
+  };
+  if (stride_k == 1) {
+    for (int64_t panel = 0; panel < full; ++panel) {
+      const int8_t* rows = b + panel * kPanel * stride_n;
+      int8_t* out = data + panel * bytes;
+      __m256i total[4] = {};
+      // Cache line by cache line: rows of 4096 bytes would push each other out before a second visit.
+      for (done = 0; done + 64 <= k; done += 64)
+        for (int c = 0; c < kPanel; c += 8) {
+          for (int i = 0; i < 8 && done + kBytesAhead < k; ++i)
+            _mm_prefetch(reinterpret_cast<const char*>(rows + (c + i) * stride_n + done + kBytesAhead), _MM_HINT_T1);
+          transpose_groups(rows + c * stride_n + done, stride_n, out + done * kPanel + c * 4, total[c / 8]);
+          transpose_groups(rows + c * stride_n + done + 32, stride_n, out + (done + 32) * kPanel + c * 4, total[c / 8]);
+        }
+      for (; done + 32 <= k; done += 32)
+        for (int c = 0; c < kPanel; c += 8)
+          transpose_groups(rows + c * stride_n + done, stride_n, out + done * kPanel + c * 4, total[c / 8]);
+      keep(total, panel);
+    }
+  } else if (stride_n == 1) {
+    __m256i total[kPackedPanels][4] = {};
+    for (; done + 4 <= k; done += 4) {
+      const int8_t* rows = b + done * stride_k;
+      // Each row is in another page, where no hardware prefetching follows.
+      if (done + kRowsAhead + 4 <= k)
+        for (int i = 0; i < 4; ++i)
+          for (int64_t c = 0; c < full * kPanel; c += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(rows + (kRowsAhead + i) * stride_k + c), _MM_HINT_T0);
+      for (int64_t panel = 0; panel < full; ++panel)
+        interleave_rows(rows + panel * kPanel, stride_k, data + panel * bytes + done * kPanel, total[panel]);
+    }
+    for (int64_t panel = 0; panel < full; ++panel) keep(total[panel], panel);
+  }
+#endif
+  return done;
+}
+
+void pack_panels(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* data,
+                 int32_t* colsum) {
+  int32_t totals[kPackedPanels * kPanel] = {};
+  const int64_t full = channels / kPanel, bytes = panel_bytes(k);
+  const int64_t fast = full ? pack_fast(b, stride_n, stride_k, full, k, data, totals) : 0;
+  for (int64_t panel = 0; panel < panels(channels); ++panel) {
+    int8_t* out = data + panel * bytes;
+    const int64_t done = panel < full ? fast : 0, last = std::min(channels, (panel + 1) * kPanel);
+    if (bytes > done * kPanel) std::memset(out + done * kPanel, 0, static_cast<size_t>(bytes - done * kPanel));
+    const auto pack = [&](int64_t i, int64_t c) {
+      const int8_t code = b[i * stride_k + c * stride_n];
+      out[((i / 4) * kPanel + c % kPanel) * 4 + (i & 3)] = code;
+      totals[c] += code;
+    };
+    if (stride_k == 1)
+      for (int64_t c = panel * kPanel; c < last; ++c)
+        for (int64_t i = done; i < k; ++i) pack(i, c);
+    else
+      for (int64_t i = done; i < k; ++i)
+        for (int64_t c = panel * kPanel; c < last; ++c) pack(i, c);
+  }
   for (int64_t c = 0; c < channels; ++c) colsum[c] = totals[c];
 }
 
@@ -484,5 +647,5 @@ float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& q
   }
 }
 
-constexpr Int8Kernels kKernels = {kIsa,       kFlip,    kTileRows,         copy_codes,        quantize_row,
-                                  pack_panel, multiply, multiply_unpacked, multiply_depthwise};
+constexpr Int8Kernels kKernels = {kIsa,         kFlip,       kTileRows, kUnpackedRows,     copy_codes,
+                                  quantize_row, pack_panels, multiply,  multiply_unpacked, multiply_depthwise};

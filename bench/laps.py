@@ -1,0 +1,88 @@
+"""How everything here is timed: first checked, then in alternating blocks against its peers, in one process.
+
+Blocks of 0.12 s, not single calls, alternate: thread pools of onnxruntime and OpenMP spin after a call and take the
+cores from whoever is timed next (2× on 2 cores). A contestant timed against itself reads 0.98 to 1.02.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+import peers
+import torch
+from torch import Tensor
+
+import qkernels as qk
+from qkernels import info
+
+BLOCKS, BLOCK_SECONDS, PAUSE_SECONDS, WARM_UP_CALLS = 5, 0.12, 0.03, 3
+LAP_SECONDS = 50e-6  # shorter calls are timed several at once: reading the clock twice takes 0.1 µs
+
+Call = Callable[[], Any]
+
+
+def laps_of(call: Call) -> list[float]:
+    """Seconds per call, over one block."""
+    start, warm = time.perf_counter(), 0
+    while warm < WARM_UP_CALLS and time.perf_counter() < start + BLOCK_SECONDS:
+        call()
+        warm += 1
+    at_once = max(1, int(LAP_SECONDS * warm / (time.perf_counter() - start)))
+    laps = []
+    end = time.perf_counter() + BLOCK_SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(at_once):
+            call()
+        laps.append((time.perf_counter() - start) / at_once)
+    return laps
+
+
+def alternate(calls: dict[str, Call], blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
+    """Median, 20th and 80th percentile of the seconds of each call."""
+    laps: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(blocks):
+        for name, call in calls.items():
+            time.sleep(PAUSE_SECONDS)
+            laps[name] += laps_of(call)
+    return {name: spread(values) for name, values in laps.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    at = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"median": statistics.median(values), "p20": at[0], "p80": at[3], "laps": len(values)}
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return [torch.as_tensor(part).detach() for part in (result if isinstance(result, tuple | list) else [result])]
+
+
+def check(name: str, got: Any, expected: Any, tolerance: float) -> None:
+    for at, (g, e) in enumerate(zip(tensors_of(got), tensors_of(expected), strict=True)):
+        assert g.shape == e.shape, f"{name}: output {at} has shape {list(g.shape)}, expected {list(e.shape)}"
+        error = float((g.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30))
+        assert error <= tolerance, f"{name}: output {at} is off by {error:.2g} of its norm (accepted: {tolerance:.2g})"
+
+
+def machine() -> dict[str, Any]:
+    host = qk.library.host
+    return {
+        "cpu": info.cpu_model(),
+        "cores": os.cpu_count(),
+        "path": host.active_isa() if host is not None else "reference",
+        "torch": torch.__version__,
+        "qkernels": qk.__version__,
+        "date": date.today().isoformat(),
+        "missing peers": peers.missing,
+    }
+
+
+def device_name(here: dict[str, Any]) -> str:
+    """The folder of results of this machine."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{here['cpu']} {here['cores']} cores {here['path']}".lower()).strip("-")
