@@ -75,7 +75,8 @@ class BuildInParallel(build_ext):
             everything = digest(*(path.read_bytes() for path in SOURCES))
             flags = [f'-DQKERNELS_BUILD_ID="{self.distribution.get_version()}+{everything}"']
         is_cuda = source.endswith(".cu")
-        headers = [path.read_bytes() for path in SOURCES if path.suffix in ((".h", ".cuh") if is_cuda else (".h",))]
+        other = Path("csrc", "cpu" if is_cuda else "cuda")  # neither includes what is the other's
+        headers = [path.read_bytes() for path in SOURCES if path.suffix in (".h", ".cuh") and other not in path.parents]
         if is_cuda:
             flags += [f"-I{path}" for path in extension.include_dirs]
         compiler = repr(

@@ -141,7 +141,7 @@ def _say_once_that_kernels_are_overridden() -> None:
 
 def _reroute(device: str) -> torch.library.Library:
     rerouted = torch.library.Library("aten", "IMPL")
-    layers: tuple[tuple[str, dict[str, Callable[..., Any]], Callable[..., Any]], ...] = (
+    layers = (
         (f"Autograd{device}", DROP_INS, _above),
         (device, {**DROP_INS, **KERNELS}, _below),
     )
@@ -334,7 +334,7 @@ def _learned(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: 
     return dx, dscale.view(-1), dzp.view(-1).to(zero_point.dtype)
 
 
-DROP_INS = {
+DROP_INS: dict[str, Callable[..., Any]] = {
     "fake_quantize_per_tensor_affine": _per_tensor,
     "fake_quantize_per_tensor_affine.tensor_qparams": _per_tensor_tensors,
     "fake_quantize_per_channel_affine": _per_channel,
@@ -342,7 +342,7 @@ DROP_INS = {
     "_fake_quantize_learnable_per_channel_affine": _learnable_per_channel,
     "fused_moving_avg_obs_fake_quant": _fused,
 }
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "fake_quantize_per_tensor_affine_cachemask": _cachemask,
     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": _cachemask_tensors,
     "fake_quantize_per_channel_affine_cachemask": _cachemask_channels,
