@@ -391,7 +391,7 @@ def test_plain_call_holds_until_restored() -> None:
         assert rerouted()
 
 
-def test_a_forgotten_call_still_holds() -> None:
+def test_a_forgotten_call_still_holds_in_a_subprocess() -> None:
     done = run_python("""
 import gc, torch, qkernels as qk
 qk.override_torch()

@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);
   torch::stable::copy_(y, x);
-  std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());
+  if (numel) std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());
   return {y, mask};
 }
 
