@@ -272,12 +272,15 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
 
 
 def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
-    """Each launch for each GPU; or, in a fifth of the time, each for one GPU in turn, and each kernel for all."""
-    seen = set()
-    for number, (*launch, gpus) in enumerate(launches(everything)):
-        for arch in gpus:
-            if everything or (launch[0], arch) not in seen or arch == gpus[number % len(gpus)]:
-                seen.add((launch[0], arch))
+    """Each launch for each GPU; or, in a tenth of the time, of each kernel two for each GPU, others for the next."""
+    by_kernel: dict[str, list[Any]] = {}
+    for launch in launches(everything):
+        by_kernel.setdefault(launch[0], []).append(launch)
+    for own in by_kernel.values():
+        for number, arch in enumerate(ARCHITECTURES):
+            able = [launch for launch in own if arch in launch[-1]]
+            first = 2 * number % max(1, len(able))
+            for *launch, _ in able if everything else (able[first:] + able[:first])[:2]:
                 yield (*launch, arch)
 
 

@@ -29,10 +29,11 @@ def test_kernel_table() -> None:
     assert found == kernel_table(), f"the table should be:\n{kernel_table()}"
 
 
-def test_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run() -> None:
+    """One after the other, as a reader would type them."""
     names: dict[str, object] = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example, names)
     w, scale = names["w"], names["scale"]
     assert isinstance(w, torch.Tensor)
     assert isinstance(scale, torch.Tensor)
@@ -41,6 +42,7 @@ def test_example_runs() -> None:
     assert isinstance(names["int8_model"][0], qk.nn.Int8Linear)
     assert names["int8_model"](names["x"]).shape == (32, 10)
     assert names["y"].shape == (32, 128)
+    assert isinstance(names["model"][0], qk.nn.Int8TrainingLinear)
 
 
 def test_public_names_of_the_readme_exist() -> None:

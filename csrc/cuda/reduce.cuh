@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
 }
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
   if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
 }

@@ -66,6 +66,9 @@ class Cut(NamedTuple):
 
 TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
 ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
+# Registers that some kernels of 128 threads name as their limit: with none named, ptxas spills a register or two of them
+# to have more blocks at once.
+UNSPILLED = 168
 
 
 def power_of_two(n: int) -> int:
@@ -101,9 +104,9 @@ def cut(granularity: Granularity, numel: int) -> Cut:
 
 
 def join(outer: int, period: int, inner: int) -> dict[str, int]:
-    """Tile of the kernels that join partial results: channels by parts."""
+    """Tile of the kernels that join partial results: channels by parts. Registers: see UNSPILLED."""
     parts = min(power_of_two(outer * inner), 1024)
-    return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts}
+    return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts, "maxnreg": UNSPILLED}
 
 
 def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
@@ -166,10 +169,10 @@ def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
     """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
-    block = power_of_two(length)
+    block, config = power_of_two(length), {}
     if block > BACKWARD_ROW:
-        block = min(TILE_SIZE, BACKWARD_ROW)
-    return block, ceil_div(rows, 512), {"num_warps": warps(block)}
+        block, config = min(TILE_SIZE, BACKWARD_ROW), {"maxnreg": UNSPILLED}
+    return block, ceil_div(rows, 512), {"num_warps": warps(block), **config}
 
 
 def product_tile(groups: int, group_size: int) -> tuple[bool, dict[str, int]]:
