@@ -66,8 +66,8 @@ class Cut(NamedTuple):
 
 TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
 ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
-# Registers that some kernels of 128 threads name as their limit: with none named, ptxas spills a register or two of them
-# to have more blocks at once.
+# Registers that some kernels of 128 threads name as their limit: with none named, ptxas spills a register or two
+# of them to have more blocks at once.
 UNSPILLED = 168
 
 
