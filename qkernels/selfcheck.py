@@ -234,9 +234,11 @@ def int8_mm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def int8_scaled_mm_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for a, b in int8_mm_args(x):
         m, n = a.shape[0], b.shape[1]
-        yield a, b, torch.rand(1), torch.rand(n), None, None, torch.float32
+        yield a, b, torch.rand(1), torch.rand(n), None, None, None, "none", torch.float32, None, None
         zero_point = torch.randint(-8, 8, (m, 1), dtype=torch.int32)
-        yield a, b, torch.rand(m, 1), torch.rand(n), zero_point, torch.randn(n), torch.bfloat16
+        rest = torch.rand(m, 1), torch.rand(n), zero_point, None, torch.randn(n)
+        yield a, b, *rest, "gelu", torch.bfloat16, None, None
+        yield a, b, *rest, "silu", torch.int8, torch.tensor(2.0), torch.tensor(-100)
 
 
 def int8_pack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -252,9 +254,13 @@ def int8_unpack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def int8_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() == 2 and x.dtype != torch.float64:
         data, colsum = int8_gemm.int8_pack(codes(33, x.shape[1]))
-        yield x, data, colsum, torch.rand(33), torch.randn(33), None, None, *INT8
+        plain = "none", x.dtype, None, None
+        yield x, data, colsum, torch.rand(33), torch.randn(33), None, None, *INT8, *plain
         zero_point = torch.tensor([5], dtype=torch.int32)
-        yield x, data, colsum, torch.rand(33), None, torch.tensor([0.02]), zero_point, *INT8
+        yield x, data, colsum, torch.rand(33), None, torch.tensor([0.02]), zero_point, *INT8, *plain
+        q, m = codes(*x.shape), x.shape[0]
+        given = torch.rand(m), torch.randint(-8, 8, (m,)), *INT8
+        yield q, data, colsum, torch.rand(33), None, *given, "relu", torch.int8, torch.tensor(2.0), zero_point
 
 
 def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -432,15 +438,14 @@ def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:
 
 
 def run(quick: bool) -> Iterator[Outcome]:
-    """quick: the kernel of each op that this machine selects, on a few inputs; else all that can run, on many."""
+    """quick: the kernel of each op that this machine selects, on a few inputs; else all that can run, on many.
+
+    Not what only Triton's interpreter runs: it would take half an hour.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for op in sorted({kernel.op for kernel in registry.kernels()}):
             able = [kernel for kernel in registry.kernels(op) if kernel.unsupported() is None]
-            if quick:
-                best = {device_of(kernel): kernel for kernel in reversed(able)}
-                yield from check_op(op, list(best.values()), quick)
-            else:  # Triton's interpreter, where there is no GPU, is slow: few inputs for it
-                interpreted = [kernel for kernel in able if kernel.name == "triton" and device_of(kernel) == "cpu"]
-                yield from check_op(op, [kernel for kernel in able if kernel not in interpreted], quick)
-                yield from check_op(op, interpreted, quick=True)
+            able = [kernel for kernel in able if kernel.name != "triton" or device_of(kernel) != "cpu"]
+            best = {device_of(kernel): kernel for kernel in reversed(able)}
+            yield from check_op(op, list(best.values()) if quick else able, quick)

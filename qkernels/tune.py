@@ -79,11 +79,12 @@ def tune_shape(m: int, n: int, k: int) -> tuple[Tile, int, float, float]:
         return [torch.randint(-127, 128, (rows, padded), dtype=torch.int8, device=device) for _ in range(sets)]
 
     a, b = codes(m), codes(n)
-    epilogue = (torch.rand(m, device=device), torch.rand(n, device=device), None, None, None)
+    epilogue = int8_gemm.Epilogue(torch.rand(m, device=device), torch.rand(n, device=device))
+    how = int8_gemm.how_of(epilogue)
 
     def times(tile: Tile, splits: int, out: Tensor) -> float:
         return microseconds(
-            lambda number: int8_gemm.run(a[number], b[number], out, tile, splits, multiprocessors, epilogue, False),
+            lambda number: int8_gemm.run(a[number], b[number], out, tile, splits, multiprocessors, epilogue, how),
             sets,
         )
 

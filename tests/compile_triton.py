@@ -170,7 +170,8 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
                 continue
             seen.add(tile)
             per_row, per_column = meta((m, 1)), meta((n,))
-            yield "int8_scaled_mm", (*codes(m, n, 4096), per_row, per_column, None, None, torch.bfloat16)
+            plain = None, None, "none", torch.bfloat16, None, None
+            yield "int8_scaled_mm", (*codes(m, n, 4096), per_row, per_column, None, *plain)
             kind = tile.swap, tile.block_n == 256
             if not everything and kind in kinds:
                 continue
@@ -178,14 +179,21 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
             bias = meta((n,), torch.bfloat16)
             zero_point = meta((m,), torch.int32)
             yield "int8_mm", codes(m, n, 4096)
-            yield "int8_scaled_mm", (*codes(m, n, 4096), meta((1,)), per_column, zero_point, bias, torch.float32)
-            yield "int8_scaled_mm", (*codes(m, n, 4112), per_row, per_column, None, bias, torch.float16)
-            yield "int8_scaled_mm", (*codes(m, n - 1, 65536), per_row, meta((n - 1,)), None, None, torch.bfloat16)
+            full, half = ("none", torch.float32, None, None), ("relu", torch.float16, None, None)
+            yield "int8_scaled_mm", (*codes(m, n, 4096), meta((1,)), per_column, zero_point, None, bias, *full)
+            yield "int8_scaled_mm", (*codes(m, n, 4112), per_row, per_column, None, None, bias, *half)
+            yield "int8_scaled_mm", (*codes(m, n - 1, 65536), per_row, meta((n - 1,)), None, *plain)
+            for activation in ("gelu", "silu"):
+                as_codes = activation, torch.int8, meta((1,)), meta((1,), torch.int32)
+                offset = meta((m,), torch.int8)
+                colsum = meta((n,), torch.int32)
+                yield "int8_scaled_mm", (*codes(m, n, 4096), per_row, per_column, offset, colsum, bias, *as_codes)
             x = meta((m, 4096), torch.bfloat16)
             rest = (meta((n, 4096), torch.int8), meta((n,), torch.int32), meta((n,)), bias)
             static = (meta((1,)), meta((1,), torch.int32))
-            yield "int8_linear", (x, *rest, None, None, -128, 127)
-            yield "int8_linear", (x, *rest, *static, -128, 127)
+            plain = "none", torch.bfloat16, None, None
+            yield "int8_linear", (x, *rest, None, None, -128, 127, *plain)
+            yield "int8_linear", (x, *rest, *static, -128, 127, *plain)
 
 
 def launches(everything: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Any], list[int]]]:
@@ -247,7 +255,8 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
         file.flush()
         (usage,) = sass.kernels(Path(file.name)).values()
         gemm = sass.instructions(Path(file.name)) if name.endswith("mm_kernel") else {}
-    pointers = [str(kind) for kind in signature.values() if str(kind).startswith("*")]
+    kinds = (kind for value in signature.values() for kind in (value if isinstance(value, tuple) else (value,)))
+    pointers = [str(kind) for kind in kinds if str(kind).startswith("*")]
     return json.dumps(
         {
             "kernel": name,
@@ -263,6 +272,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "registers": usage.registers,
             "spills": usage.spills,
             "local": usage.stack + usage.local,
+            "odd": any(isinstance(arg, int) and arg > 16 and arg % 16 for arg in args),
             "widest_load": usage.widths.get("LDG", 0),
             "shared": binary.metadata.shared,
             "approximate": [op for op in ("div.full", "div.approx", "rcp.approx", "fma.rn.f32", ".ftz") if op in ptx],
@@ -272,15 +282,16 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
 
 
 def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
-    """Each launch for each GPU; or, in a tenth of the time, of each kernel two for each GPU, others for the next."""
+    """Each launch for each GPU; or a few of each kernel for each GPU, other ones for the next."""
     by_kernel: dict[str, list[Any]] = {}
     for launch in launches(everything):
         by_kernel.setdefault(launch[0], []).append(launch)
     for own in by_kernel.values():
         for number, arch in enumerate(ARCHITECTURES):
             able = [launch for launch in own if arch in launch[-1]]
-            first = 2 * number % max(1, len(able))
-            for *launch, _ in able if everything else (able[first:] + able[:first])[:2]:
+            few = 3 if own[0][0].endswith("mm_kernel") else 1
+            first = few * number % max(1, len(able))
+            for *launch, _ in able if everything else (able[first:] + able[:first])[:few]:
                 yield (*launch, arch)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import qkernels.ops  # noqa: F401  defines the ops
+import qkernels as qk
 from qkernels import library, registry
 from qkernels.ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from qkernels.reference import int8_gemm as reference
@@ -160,7 +160,9 @@ def test_scaled_mm_equals_the_reference_bit_for_bit(
         for b in (codes(n, k).t(), codes(k, n)):
             a = codes(m, k)
             out = int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a=zero_point, bias=bias, out_dtype=out_dtype)
-            want = reference.int8_scaled_mm(a, b, scale_a, scale_b, zero_point, bias, out_dtype)
+            want = reference.int8_scaled_mm(
+                a, b, scale_a, scale_b, zero_point, None, bias, "none", out_dtype, None, None
+            )
             same(out, want)
             assert m == 0 or n == 0 or ran(kernel)
 
@@ -173,6 +175,89 @@ def test_scaled_mm_against_float64(kernel: str) -> None:
     out = int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a=z, bias=bias, out_dtype=torch.float32)
     want = (a.double() - z.double()[:, None]) @ b.double() * scale_b.double() * scale_a.double()[:, None] + bias
     same(out, want.float())
+
+
+OUTPUTS = [
+    ("relu", torch.float32, None, None),
+    ("gelu", torch.bfloat16, None, None),
+    ("silu", torch.float16, None, None),
+    ("none", torch.int8, torch.tensor([0.5]), None),
+    ("relu", torch.int8, torch.tensor(0.03), torch.tensor([-128], dtype=torch.int32)),
+    ("gelu", torch.int8, torch.tensor(0.02).double(), torch.tensor(-120, dtype=torch.int8)),
+    ("silu", torch.int8, torch.tensor([[0.02]]), torch.tensor(-100)),
+    ("silu", torch.int8, torch.tensor(-1.0), torch.tensor(7)),
+]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 4), (3, 4, 0), (1, 33, 31), (5, 70, 129), (17, 64, 130)])
+def test_outputs_equal_the_reference_bit_for_bit(kernel: str, m: int, n: int, k: int, output: tuple) -> None:
+    scale_a, scale_b, bias = torch.rand(m, 1) * 2e-3, torch.rand(n), torch.randn(n)
+    if m > 4:
+        scale_a[2], scale_a[3] = torch.nan, torch.inf
+    for zero_point in (None, codes(m), torch.randint(INT32.min, INT32.max, (m,))):
+        a, w = codes(m, k), codes(n, k)
+        args = (a, w.t(), scale_a, scale_b, zero_point, None, bias, *output)
+        same(torch.ops.qkernels.int8_scaled_mm(*args), reference.int8_scaled_mm(*args))
+        data, colsum = torch.ops.qkernels.int8_pack(w)
+        by_row = None if zero_point is None else zero_point[:, None]
+        args = (a, data, colsum, scale_b, bias, scale_a, by_row, -128, 127, *output)
+        same(torch.ops.qkernels.int8_linear(*args), reference.int8_linear(*args))
+        assert m == 0 or ran(kernel)
+    args = (linear_input(m, k, torch.bfloat16), data, colsum, scale_b, bias, None, None, -128, 127, *output)
+    same(torch.ops.qkernels.int8_linear(*args), reference.int8_linear(*args))
+
+
+def test_activations_are_torchs(kernel: str) -> None:
+    """Every int8 product as an input, by torch's own functions in fp64."""
+    a, b, scale = codes(64, 3), codes(3, 257), torch.tensor(3e-4)
+    x = (a.double() @ b.double()).float() * scale
+    for name in ("relu", "gelu", "silu"):
+        want = getattr(torch.nn.functional, name)(x.double())
+        got = int8_scaled_mm(a, b, scale, torch.ones(1), activation=name, out_dtype=torch.float32)
+        assert x.abs().max() > 10
+        torch.testing.assert_close(got.double(), want, rtol=2**-20, atol=4e-7)
+    one, edges = torch.ones(1), torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 60.0, -60.0, -200.0, 3e38])
+    for name in ("relu", "gelu", "silu"):
+        zero = torch.zeros(1, 1, dtype=torch.int8)
+        got = int8_scaled_mm(zero, zero.expand(1, 8), one, one, bias=edges, activation=name, out_dtype=torch.float32)
+        want = getattr(torch.nn.functional, name)(edges.double()).float()
+        torch.testing.assert_close(got[0], want, equal_nan=True)
+
+
+def test_a_chain_of_int8_layers(kernel: str) -> None:
+    """Codes go from layer to layer; each layer's equal those of its float output, quantized."""
+    x, first, second = torch.randn(2, 7, 50), PackedInt8.from_float(torch.randn(70, 50)), torch.randn(20, 70)
+    bias, step, zero_point = torch.randn(70), torch.tensor(0.1), torch.tensor(-128)
+    middle = int8_linear(x, first, bias, activation="relu")
+    q = int8_linear(x, first, bias, activation="relu", out_scale=step, out_zero_point=zero_point)
+    assert q.dtype == torch.int8
+    same(q, (torch.round(middle * (1 / step)) - 128).clamp(-128, 127).to(torch.int8))
+    packed = PackedInt8.from_float(second)
+    y = int8_linear(q, packed, input_scale=step, input_zero_point=zero_point, out_dtype=torch.float32)
+    weight, scale = packed.unpack()
+    want = ((q.double() + 128) * step) @ (weight.double() * scale.double()[:, None]).t()
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-5)
+    same(y, int8_linear(middle, packed, input_scale=step, input_zero_point=zero_point))
+    assert int8_linear(q, packed, input_scale=step).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_producers_feed_the_product(kernel: str, symmetric: bool) -> None:
+    """Codes, scales and zero points of each token, as the norm and SwiGLU give them."""
+    x, gate = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    packed = PackedInt8.from_float(torch.randn(33, 64))
+    weight, weight_scale = packed.unpack()
+    for q, scale, zero_point in (
+        qk.rms_norm_quantize_dynamic(x, torch.rand(64), symmetric=symmetric),
+        qk.silu_mul_quantize_dynamic(gate, x, symmetric=symmetric),
+        qk.quantize_dynamic(x, symmetric=symmetric),
+    ):
+        assert q.dtype == torch.int8
+        y = int8_linear(q, packed, input_scale=scale, input_zero_point=zero_point, out_dtype=torch.float32)
+        values = (q.double() - zero_point.double()) * scale.double()
+        want = values @ (weight.double() * weight_scale.double()[:, None]).t()
+        torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (4, 0), (1, 1), (31, 3), (32, 4), (33, 31), (65, 130)])
@@ -217,6 +302,11 @@ ACTIVATIONS = [
 ]
 
 
+def plain(dtype: torch.dtype) -> tuple[str, torch.dtype, None, None]:
+    """The last arguments of the raw ops: no activation, a floating output."""
+    return "none", dtype, None, None
+
+
 def linear_input(m: int, k: int, dtype: torch.dtype) -> Tensor:
     x = torch.randn(m, k)
     if m > 4 and k > 3:
@@ -233,7 +323,7 @@ def linear_input(m: int, k: int, dtype: torch.dtype) -> Tensor:
 def test_linear_equals_the_reference_bit_for_bit(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     data, colsum = torch.ops.qkernels.int8_pack(codes(n, k))
     for bias, activation in itertools.product((None, torch.randn(n)), ACTIVATIONS):
-        args = (linear_input(m, k, dtype), data, colsum, torch.rand(n), bias, *activation)
+        args = (linear_input(m, k, dtype), data, colsum, torch.rand(n), bias, *activation, *plain(dtype))
         same(torch.ops.qkernels.int8_linear(*args), reference.int8_linear(*args))
         assert m == 0 or n == 0 or ran(kernel)
 
@@ -339,8 +429,9 @@ def sample_args(op: str) -> tuple:
             torch.rand(3, 1),
             torch.rand(6),
             torch.tensor(3),
+            None,
             torch.randn(6),
-            torch.bfloat16,
+            *plain(torch.bfloat16),
         ),
         "int8_pack": (codes(6, 9),),
         "int8_unpack": (data, 6, 9),
@@ -354,6 +445,7 @@ def sample_args(op: str) -> tuple:
             torch.tensor(1),
             -128,
             127,
+            *plain(torch.float32),
         ),
     }[op]
 
@@ -439,6 +531,15 @@ SCALED_ERRORS = [
     ({"bias": torch.zeros(5).int()}, "bias: got torch.int32"),
     ({"out_dtype": torch.float64}, "out_dtype: got torch.float64; accepted: torch.float32, torch.bfloat16"),
     ({"out_dtype": torch.int32}, "out_dtype: got torch.int32"),
+    ({"out_dtype": torch.int8}, "out_dtype: got torch.int8; accepted: .*, and with out_scale torch.int8"),
+    ({"activation": "tanh"}, "activation: got 'tanh'; accepted: none, relu, gelu, silu"),
+    ({"colsum_b": torch.zeros(4).int()}, r"colsum_b: got shape \[4\]; accepted: \[N\] with 5"),
+    ({"colsum_b": torch.zeros(5)}, "colsum_b: got torch.float32; accepted: torch.int32"),
+    ({"out_scale": torch.ones(2)}, r"out_scale: got shape \[2\]; accepted: one element"),
+    ({"out_scale": torch.ones(1).int()}, "out_scale: got torch.int32"),
+    ({"out_scale": torch.ones(1), "out_dtype": torch.bfloat16}, "out_dtype: got torch.bfloat16; accepted: torch.int8"),
+    ({"out_zero_point": torch.zeros(1).int()}, "out_zero_point: got a tensor without out_scale"),
+    ({"out_scale": torch.ones(1), "out_zero_point": torch.tensor(128)}, "out_zero_point: got 128; accepted"),
 ]
 
 
@@ -463,6 +564,16 @@ LINEAR_ERRORS = [
     ({"input_scale": torch.ones(1), "input_zero_point": torch.zeros(2).int()}, r"input_zero_point: got shape \[2\]"),
     ({"quant_min": -129}, "quant_min, quant_max: got -129, 127; accepted: -128 <= quant_min < quant_max <= 127"),
     ({"quant_min": 5, "quant_max": 5, "input_scale": torch.ones(1)}, "quant_min, quant_max: got 5, 5"),
+    ({"x": codes(2, 9)}, "input_scale: got None; accepted: the scale of the codes x"),
+    ({"x": codes(2, 9), "input_scale": torch.ones(3)}, r"input_scale: got shape \[3\]; accepted: one element, \[2\]"),
+    ({"x": codes(2, 9), "input_scale": torch.ones(2).int()}, "input_scale: got torch.int32"),
+    (
+        {"x": codes(2, 9), "input_scale": torch.ones(2), "input_zero_point": torch.zeros(1, 2).int()},
+        r"input_zero_point: got shape \[1, 2\]",
+    ),
+    ({"activation": "tanh"}, "activation: got 'tanh'"),
+    ({"out_dtype": torch.float64}, "out_dtype: got torch.float64"),
+    ({"out_scale": torch.ones(1), "out_zero_point": torch.tensor(-129)}, "out_zero_point: got -129"),
 ]
 
 

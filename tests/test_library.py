@@ -223,7 +223,7 @@ def test_a_wrong_kernel_fails_the_self_test(
 ) -> None:
     kernels = registry.kernels("fake_quantize_backward_mask")
     wrong = Kernel(kernels[0].op, kernels[0].name, lambda *args: kernels[0].fn(*args) + 1e-6, kernels[0].unsupported)
-    monkeypatch.setitem(registry._kernels, wrong.op, [wrong, *kernels[1:]])
+    monkeypatch.setattr(registry, "_kernels", {wrong.op: [wrong, *kernels[1:]]})
     monkeypatch.setattr("qkernels.selfcheck.SHAPES", ((3, 40), (1,), (2, 8, 5, 3)))
     assert __main__.main([command]) == 1
     text = capsys.readouterr().out

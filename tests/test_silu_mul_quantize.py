@@ -52,30 +52,12 @@ def inputs(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_exponential(dtype: torch.dtype) -> None:
-    c = reference.EXP[dtype]
-    x = torch.cat([torch.linspace(c.low, c.high - 1, 100_001, dtype=dtype), torch.linspace(-1, 1, 10_001, dtype=dtype)])
-    tolerance = 2**-23 if dtype == torch.float32 else 2**-51
-    torch.testing.assert_close(reference.exp(x).double(), x.double().exp(), rtol=tolerance, atol=0)
-    edges = torch.tensor([0.0, -0.0, 1e9, math.inf, math.nan], dtype=dtype)
-    want = torch.tensor([1, 1, math.inf, math.inf, math.nan], dtype=dtype)
-    torch.testing.assert_close(reference.exp(edges), want, rtol=0, atol=0, equal_nan=True)
-    assert 0 < reference.exp(torch.tensor(-math.inf, dtype=dtype)) < 1e-37
+def test_the_product(dtype: torch.dtype) -> None:
     gate = torch.linspace(-80, 80, 10_001, dtype=dtype)
-    exact = silu(gate.double())
+    got = reference.product(gate, torch.ones_like(gate))
     torch.testing.assert_close(
-        reference.product(gate, torch.ones_like(gate)).double(), exact, rtol=4 * tolerance, atol=0
+        got.double(), silu(gate.double()), rtol=2**-21 if dtype == torch.float32 else 2**-49, atol=0
     )
-
-
-def test_the_constants_are_numbers_of_their_dtype() -> None:
-    c = reference.EXP[torch.float32]
-    for value in (c.low, c.high, c.log2e, c.ln2_high, c.ln2_low, *c.coefficients):
-        assert torch.tensor(value).item() == value
-    for dtype, digits in ((torch.float32, 24), (torch.float64, 53)):
-        c = reference.EXP[dtype]
-        steps = (c.exponent_bias + 1) * c.ln2_high * 2.0 ** (digits - c.exponent_bias.bit_length())
-        assert steps == int(steps), "n·ln2_high is exact"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import kernels_of, run_python
-from test_int8_gemm import ACTIVATIONS, codes, exact, layouts, linear_input, scaled_args
+from test_int8_gemm import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_input, plain, scaled_args
 from torch import Tensor
 
 import qkernels as qk
@@ -85,9 +85,22 @@ def test_scaled_mm_equals_the_reference_bit_for_bit(variant: str, m: int, n: int
         scale_a, scale_b, zero_point, bias = list(scaled_args(m, n))[at % 6]
         dtype = (torch.bfloat16, torch.float32, torch.float16)[at % 3]
         a, b = codes(m, k), codes(n, k).t()
-        args = (a, b, scale_a, scale_b, zero_point, bias, dtype)
-        got = torch.ops.qkernels.int8_scaled_mm(*map(there, args[:-1]), dtype)
-        same(got, reference.int8_scaled_mm(*args))
+        check_scaled(a, b, scale_a, scale_b, zero_point, None, bias, *plain(dtype))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_outputs_equal_the_reference_bit_for_bit(variant: str, output: tuple) -> None:
+    turn = list(VARIANTS).index(variant) + OUTPUTS.index(output)
+    m, n, k = ((2, 33, 131), (19, 48, 80))[turn % 2]
+    a, w, scale_a, bias = codes(m, k), codes(n, k), torch.rand(m, 1) * 2e-3, torch.randn(n)
+    scale_a[1] = torch.nan
+    zero_point, colsum = ((None, None), (codes(m), None), (codes(m, 1).int(), w.sum(1, dtype=torch.int32)))[turn % 3]
+    check_scaled(a, w.t(), scale_a, torch.rand(n), zero_point, colsum, bias, *output)
+
+
+def check_scaled(*args: object) -> None:
+    got = torch.ops.qkernels.int8_scaled_mm(*(there(arg) if isinstance(arg, Tensor) else arg for arg in args))
+    same(got, reference.int8_scaled_mm(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,12 +115,21 @@ def test_linear_equals_the_reference_bit_for_bit(
         if layout == "k-major":
             data = torch.nn.functional.pad(w, (0, -k % 16))
         for activation, bias in zip(ACTIVATIONS, itertools.cycle((None, torch.randn(n))), strict=False):
-            args = (linear_input(m, k, dtype), data, colsum, torch.rand(n), bias, *activation)
-            with qk.use_kernel("triton"):
-                got = torch.ops.qkernels.int8_linear(*(there(arg) if isinstance(arg, Tensor) else arg for arg in args))
-            same(got, reference.int8_linear(*args))
+            check_linear(linear_input(m, k, dtype), data, colsum, torch.rand(n), bias, *activation, *plain(dtype))
+        output = OUTPUTS[k % len(OUTPUTS)]
+        zero_point = (None, codes(m), codes(m, 1).int())[k % 3]
+        check_linear(
+            codes(m, k), data, colsum, torch.rand(n), None, torch.rand(m, 1) / k, zero_point, -128, 127, *output
+        )
+        wrong = map(there, (torch.randn(m, k + 16), data, colsum, torch.rand(n)))
         with qk.use_kernel("triton"), pytest.raises(RuntimeError, match=rf"data: got shape .*K = {k + 16}, "):
-            torch.ops.qkernels.int8_linear(*map(there, (torch.randn(m, k + 16), *args[1:5])), None, None, -8, 7)
+            torch.ops.qkernels.int8_linear(*wrong, None, None, None, -8, 7, *plain(dtype))
+
+
+def check_linear(*args: object) -> None:
+    with qk.use_kernel("triton"):
+        got = torch.ops.qkernels.int8_linear(*(there(arg) if isinstance(arg, Tensor) else arg for arg in args))
+    same(got, reference.int8_linear(*args))
 
 
 def test_a_packed_layer_follows_the_device() -> None:
@@ -153,9 +175,7 @@ def test_the_longest_k(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
             a, w = torch.full((1, k), low, dtype=torch.int8), torch.full((3, k), high, dtype=torch.int8)
             assert qk.int8_mm(there(a), there(w).t()).unique().tolist() == [low * high * k]
             for z in (torch.tensor(127, dtype=torch.int8), torch.tensor(-(2**31)))[high < 0 :]:
-                args = (a, w.t(), one, one, z)
-                got = torch.ops.qkernels.int8_scaled_mm(*map(there, args), None, torch.float32)
-                same(got, reference.int8_scaled_mm(*args, None, torch.float32))
+                check_scaled(a, w.t(), one, one, z, None, None, *plain(torch.float32))
 
 
 def test_errors_are_those_of_the_reference() -> None:

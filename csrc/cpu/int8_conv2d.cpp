@@ -185,7 +185,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   const auto channel_scale = float_vector("scale", scale, g.out_channels, -1, false, "[C_out]");
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, g.out_channels, -1, false, "[C_out]");
-  const RowQuantizer quantizer = static_quantizer(input_scale, input_zero_point, quant_min, quant_max);
+  const RowQuantizer quantizer = static_quantizer("input", input_scale, input_zero_point, quant_min, quant_max);
   const Int8Kernels& kernels = int8_kernels();
   record_isa(kernels.isa);
 

@@ -124,12 +124,13 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
 }
 
 Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
-                      const std::optional<Tensor>& zero_point_a, const std::optional<Tensor>& bias,
-                      ScalarType out_dtype) {
+                      const std::optional<Tensor>& zero_point_a, const std::optional<Tensor>& colsum_b,
+                      const std::optional<Tensor>& bias, const std::string& activation, ScalarType out_dtype,
+                      const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
   check_matrices(a, b);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   PanelOutput output{};
-  output.type = element_of("out_dtype", out_dtype);
+  set_output(output, activation, out_dtype, out_scale, out_zero_point);
   const auto row_scale = float_vector("scale_a", scale_a, m, 0, true, "one element, [M] or [M, 1]");
   auto channel_scale = float_vector("scale_b", scale_b, n, 1, true, "one element, [N] or [1, N]");
   std::vector<float> repeated;
@@ -140,14 +141,11 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, c
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
   std::optional<Values<int32_t>> zero_point;
-  if (zero_point_a) {
-    zero_point = zero_point_vector("zero_point_a", *zero_point_a, m, 0, "one element, [M] or [M, 1]");
-    int64_t magnitude = 0;
-    for (int64_t i = 0; i < zero_point->tensor.numel(); ++i)
-      magnitude = std::max(magnitude, std::abs(static_cast<int64_t>(zero_point->data[i])));
-    output.zero_point = zero_point->data;
-    output.zero_point_step = zero_point->step;
-    output.wide = is_wide(magnitude, k);
+  if (zero_point_a) zero_point = set_zero_point(output, "zero_point_a", *zero_point_a, m, k);
+  if (colsum_b) {  // adding up the columns costs nothing here: they are read anyway
+    check_vector("colsum_b", *colsum_b, n, -1, false, "[N]");
+    QK_CHECK(colsum_b->scalar_type() == ScalarType::Int, "colsum_b: got ", dtype_name(colsum_b->scalar_type()),
+             "; accepted: torch.int32");
   }
   const Int8Kernels& kernels = int8_kernels();
   record_isa(kernels.isa);
@@ -222,14 +220,35 @@ Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
   return w;
 }
 
+// How int8_linear's floating input becomes codes.
+RowQuantizer input_quantizer(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+                             int64_t quant_min, int64_t quant_max) {
+  if (scale) return static_quantizer("input", *scale, zero_point, quant_min, quant_max);
+  QK_CHECK(!zero_point, "input_zero_point: got a tensor without input_scale; accepted: both, or neither");
+  check_codes(quant_min, quant_max);
+  const int64_t half = (quant_max - quant_min) / 2;
+  return {true,
+          0.0f,
+          0.0f,
+          static_cast<float>(half),
+          static_cast<float>(quant_max - half),
+          static_cast<float>(quant_min),
+          static_cast<float>(quant_max)};
+}
+
 Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
-                   const std::optional<Tensor>& input_zero_point, int64_t quant_min, int64_t quant_max) {
+                   const std::optional<Tensor>& input_zero_point, int64_t quant_min, int64_t quant_max,
+                   const std::string& activation, ScalarType out_dtype, const std::optional<Tensor>& out_scale,
+                   const std::optional<Tensor>& out_zero_point) {
   check_cpu("x", x);
-  const Element type = element_of("x", x.scalar_type());
+  const bool codes = x.scalar_type() == ScalarType::Char;
+  const Element type = codes ? Element::i8 : element_of("x", x.scalar_type());
   QK_CHECK(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]");
   check_vector("colsum", colsum, colsum.numel(), -1, false, "[N]");
   const int64_t n = colsum.numel(), k = x.size(x.dim() - 1);
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
   check_k("x", k);
   check_packed(data, n, k);
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
@@ -237,57 +256,63 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   const auto channel_scale = float_vector("scale", scale, n, -1, false, "[N]");
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
-  RowQuantizer quantizer;
-  if (input_scale) {
-    quantizer = static_quantizer(*input_scale, input_zero_point, quant_min, quant_max);
+  PanelOutput output{};
+  RowQuantizer quantizer{};
+  std::optional<Values<float>> code_scale;
+  std::optional<Values<int32_t>> code_zero_point;
+  int32_t zero_point = 0;
+  if (codes) {
+    QK_CHECK(input_scale, "input_scale: got None; accepted: the scale of the codes x, one element or [M]");
+    code_scale = float_vector("input_scale", *input_scale, m, 0, true, "one element, [M] or [M, 1]");
+    if (input_zero_point) code_zero_point = set_zero_point(output, "input_zero_point", *input_zero_point, m, k);
   } else {
-    QK_CHECK(!input_zero_point, "input_zero_point: got a tensor without input_scale; accepted: both, or neither");
-    check_codes(quant_min, quant_max);
-    const int64_t half = (quant_max - quant_min) / 2;
-    quantizer = {true,
-                 0.0f,
-                 0.0f,
-                 static_cast<float>(half),
-                 static_cast<float>(quant_max - half),
-                 static_cast<float>(quant_min),
-                 static_cast<float>(quant_max)};
+    quantizer = input_quantizer(input_scale, input_zero_point, quant_min, quant_max);
+    zero_point = static_cast<int32_t>(quantizer.zero_point);
+    output.zero_point = &zero_point;
+    output.wide = is_wide(std::abs(zero_point), k);
   }
+  set_output(output, activation, out_dtype, out_scale, out_zero_point);
   const Int8Kernels& kernels = int8_kernels();
   record_isa(kernels.isa);
   std::vector<int64_t> sizes = to_vector(x.sizes());
   sizes.back() = n;
-  Tensor out = empty(sizes, x.scalar_type());
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+  Tensor out = empty(sizes, out_dtype);
   if (m == 0 || n == 0) return out;
+  output.row_stride = n;
+  output.channels = n;
+  output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
+  output.scale_b = channel_scale.data;
+  output.bias = offset ? offset->data : nullptr;
   const Tensor source = to_contiguous(x);
   const char* x_data = static_cast<const char*>(source.data_ptr());
   const int64_t stride = code_row_stride(k), x_stride = k * static_cast<int64_t>(element_size(type));
   const int64_t pass = std::min(m, std::max<int64_t>(kernels.tile_rows, kPassBytes / stride));
   Tensor scratch = empty({pass * stride}, ScalarType::Byte);
   uint8_t* rows = static_cast<uint8_t*>(scratch.data_ptr());
-  std::vector<float> row_scales(static_cast<size_t>(pass));
-  const int32_t zero_point = static_cast<int32_t>(quantizer.zero_point);
+  std::vector<float> row_scales(static_cast<size_t>(codes ? 0 : pass));
+  const int64_t cost = codes ? k / 8 : k;  // of a row, in elements quantized
   for (int64_t first = 0; first < m; first += pass) {
     const int64_t height = std::min(pass, m - first);
-    torch::stable::parallel_for(0, height, grain(kPointwiseGrain, k), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        row_scales[static_cast<size_t>(r)] =
-            kernels.quantize_row(x_data + (first + r) * x_stride, type, k, quantizer, rows + r * stride);
+    torch::stable::parallel_for(0, height, grain(kPointwiseGrain, cost), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const char* row = x_data + (first + r) * x_stride;
+        if (codes)
+          kernels.copy_codes(reinterpret_cast<const int8_t*>(row), 1, k, kernels.flip, rows + r * stride);
+        else
+          row_scales[static_cast<size_t>(r)] = kernels.quantize_row(row, type, k, quantizer, rows + r * stride);
+      }
     });
-    PanelOutput output{};
-    output.type = type;
-    output.out = static_cast<char*>(out.data_ptr()) + first * n * static_cast<int64_t>(element_size(type));
-    output.row_stride = n;
-    output.channels = n;
-    output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
-    output.scale_b = channel_scale.data;
-    output.bias = offset ? offset->data : nullptr;
-    output.scale_a = row_scales.data();
-    output.scale_a_step = 1;
-    output.zero_point = &zero_point;
-    output.wide = is_wide(std::abs(zero_point), k);
-    multiply_packed(kernels, rows, stride, height, n, k, static_cast<const int8_t*>(data.data_ptr()), output);
+    PanelOutput part = output;
+    part.out = static_cast<char*>(out.data_ptr()) + first * n * static_cast<int64_t>(element_size(output.type));
+    if (codes) {
+      part.scale_a = code_scale->data + first * code_scale->step;
+      part.scale_a_step = code_scale->step;
+      if (code_zero_point) part.zero_point += first * code_zero_point->step;
+    } else {
+      part.scale_a = row_scales.data();
+      part.scale_a_step = 1;
+    }
+    multiply_packed(kernels, rows, stride, height, n, k, static_cast<const int8_t*>(data.data_ptr()), part);
   }
   return out;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "isa.h"
 
 namespace qkernels {
@@ -21,7 +22,7 @@ inline int64_t k_groups(int64_t k) { return (k + 3) / 4; }
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 inline int64_t panel_bytes(int64_t k) { return k_groups(k) * kPanel * 4; }
 
-enum class Element : int { f32, bf16, f16, i32 };
+enum class Element : int { f32, bf16, f16, i32, i8 };
 
 // How a row of floats becomes codes q = clamp(round_half_even(x * inverse) + zero_point, low, high).
 struct RowQuantizer {
@@ -30,7 +31,8 @@ struct RowQuantizer {
   float zero_point, low, high;
 };
 
-// Where the sums of one panel of output channels go: out = ((acc - zero_point * colsum) * scale_b) * scale_a + bias.
+// Where the sums of one panel of output channels go:
+//   out = activation(((acc - zero_point * colsum) * scale_b) * scale_a + bias)
 // Per-channel pointers start at the panel's first channel and hold `channels` values, per-row ones start at row 0.
 struct PanelOutput {
   void* out;
@@ -45,6 +47,8 @@ struct PanelOutput {
   const int32_t* zero_point;  // may be null
   int64_t zero_point_step;
   bool wide;  // acc - zero_point * colsum may leave int32
+  Activation activation;
+  float out_inverse, out_zero_point;  // i8 stores round(out * out_inverse) + out_zero_point
 };
 
 // Activation codes are XORed with `flip`: 0x80 where the dot-product instruction takes unsigned bytes, which adds

@@ -1,6 +1,8 @@
 // The int8 GEMM kernels of one instruction-set path. Included once per path by int8_gemm_paths.cpp, inside that path's
-// target region and namespace, with QK_PATH naming it; what is not written with intrinsics here the compiler vectorizes
-// for that target.
+// target region and namespace, after vec.h, with QK_PATH naming it; what is not written with intrinsics here the
+// compiler vectorizes for that target.
+
+#include "activation_kernels.h"
 
 #if QK_PATH == QK_PATH_AVX512VNNI
 constexpr Isa kIsa = Isa::avx512vnni;
@@ -176,6 +178,19 @@ inline void finish_float(const float* v, const PanelOutput& o, int64_t row) {
   store_row(values, o, row);
 }
 
+// The codes of 16 results; no code is NaN, which becomes the zero point.
+inline F32 to_codes(F32 v, const PanelOutput& o) {
+  const F32 zero_point = F32::set1(o.out_zero_point), steps = round(v * F32::set1(o.out_inverse));
+  const F32 code = min(F32::set1(127), max(F32::set1(-128), steps + zero_point));
+  return select(is_nan(code), zero_point, code);
+}
+
+inline void finish_codes(const float* v, const PanelOutput& o, int64_t row) {
+  int8_t values[kPanel];
+  for (int c = 0; c < kPanel; c += 16) to_codes(F32::load(v + c), o).store(values + c);
+  store_row(values, o, row);
+}
+
 #if QK_PATH == QK_PATH_AVX512VNNI
 inline void store_masked(__m512 v, __mmask16 inside, float* out) { _mm512_mask_storeu_ps(out, inside, v); }
 
@@ -194,6 +209,10 @@ inline void store_masked(__m512 v, __mmask16 inside, Half* out) {
 }
 
 inline void store_masked(__m512i v, __mmask16 inside, int32_t* out) { _mm512_mask_storeu_epi32(out, inside, v); }
+
+inline void store_masked(__m512 codes, __mmask16 inside, int8_t* out) {
+  _mm_mask_storeu_epi8(out, inside, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(codes)));
+}
 
 // The same as finish() where nothing leaves int32.
 template <typename T>
@@ -222,6 +241,8 @@ inline void finish_narrow(const int32_t* sums, int64_t rows, int64_t first_row, 
         __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_loadu_ps(ch.scale + h * 16));
         v = _mm512_mul_ps(v, _mm512_set1_ps(o.scale_a[row * o.scale_a_step]));
         if (o.bias) v = _mm512_add_ps(v, _mm512_loadu_ps(ch.bias + h * 16));
+        v = activate(F32{v}, o.activation).v;
+        if constexpr (std::is_same_v<T, int8_t>) v = to_codes(F32{v}, o).v;
         store_masked(v, inside[h], out + h * 16);
       }
     }
@@ -234,6 +255,7 @@ inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t
                    const PanelOutput& o) {
 #if QK_PATH == QK_PATH_AVX512VNNI
   if (!o.wide) switch (o.type) {
+      case Element::i8: return finish_narrow<int8_t>(sums, rows, first_row, flip, ch, o);
       case Element::i32: return finish_narrow<int32_t>(sums, rows, first_row, flip, ch, o);
       case Element::bf16: return finish_narrow<BFloat16>(sums, rows, first_row, flip, ch, o);
       case Element::f16: return finish_narrow<Half>(sums, rows, first_row, flip, ch, o);
@@ -265,7 +287,10 @@ inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t
     for (int c = 0; c < kPanel; ++c) v[c] = v[c] * ch.scale[c] * scale_a;
     if (o.bias)
       for (int c = 0; c < kPanel; ++c) v[c] += ch.bias[c];
+    if (o.activation != Activation::none)
+      for (int c = 0; c < kPanel; c += 16) activate(F32::load(v + c), o.activation).store(v + c);
     switch (o.type) {
+      case Element::i8: finish_codes(v, o, row); break;
       case Element::bf16: finish_float<BFloat16>(v, o, row); break;
       case Element::f16: finish_float<Half>(v, o, row); break;
       default: finish_float<float>(v, o, row);

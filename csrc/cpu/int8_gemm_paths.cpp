@@ -31,24 +31,33 @@ namespace {
 constexpr int64_t kRowsAhead = 16, kBytesAhead = 256;
 
 namespace scalar {
+#define QK_LEVEL 0
+#include "vec.h"
 #define QK_PATH QK_PATH_SCALAR
 #include "int8_gemm_kernels.h"
+#undef QK_LEVEL
 #undef QK_PATH
 }  // namespace scalar
 
 #if defined(__x86_64__)
 QK_TARGET_AVX2_BEGIN
 namespace avx2 {
+#define QK_LEVEL 1
+#include "vec.h"
 #define QK_PATH QK_PATH_AVX2
 #include "int8_gemm_kernels.h"
+#undef QK_LEVEL
 #undef QK_PATH
 }  // namespace avx2
 QK_TARGET_END
 
 QK_TARGET_AVX512VNNI_BEGIN
 namespace avx512vnni {
+#define QK_LEVEL 2
+#include "vec.h"
 #define QK_PATH QK_PATH_AVX512VNNI
 #include "int8_gemm_kernels.h"
+#undef QK_LEVEL
 #undef QK_PATH
 }  // namespace avx512vnni
 QK_TARGET_END

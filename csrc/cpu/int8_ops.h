@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "int8_gemm.h"
 #include "tensor.h"
@@ -82,21 +83,23 @@ inline void check_codes(int64_t quant_min, int64_t quant_max) {
 
 // Per-tensor quantization with a given scale. A scale below the smallest normal fp32 acts as that value; a negative one
 // gives NaN.
-inline RowQuantizer static_quantizer(const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
-                                     int64_t quant_max) {
+// `of`: what is quantized, "input" or "out", and so the arguments' names.
+inline RowQuantizer static_quantizer(const std::string& of, const Tensor& scale,
+                                     const std::optional<Tensor>& zero_point, int64_t quant_min, int64_t quant_max) {
   check_codes(quant_min, quant_max);
-  QK_CHECK(scale.numel() == 1, "input_scale: got shape ", shape_of(scale), "; accepted: one element");
-  float s = *float_vector("input_scale", scale, 1, -1, true, "one element").data;
+  const std::string scale_name = of + "_scale", zero_point_name = of + "_zero_point";
+  QK_CHECK(scale.numel() == 1, scale_name, ": got shape ", shape_of(scale), "; accepted: one element");
+  float s = *float_vector(scale_name.c_str(), scale, 1, -1, true, "one element").data;
   s = s < 0           ? std::numeric_limits<float>::quiet_NaN()
       : std::isnan(s) ? s
                       : std::max(s, std::numeric_limits<float>::min());
   int32_t z = 0;
   if (zero_point) {
-    QK_CHECK(zero_point->numel() == 1, "input_zero_point: got shape ", shape_of(*zero_point),
+    QK_CHECK(zero_point->numel() == 1, zero_point_name, ": got shape ", shape_of(*zero_point),
              "; accepted: one element");
-    z = *zero_point_vector("input_zero_point", *zero_point, 1, -1, "one element").data;
+    z = *zero_point_vector(zero_point_name.c_str(), *zero_point, 1, -1, "one element").data;
   }
-  QK_CHECK(quant_min <= z && z <= quant_max, "input_zero_point: got ", z, "; accepted: quant_min to quant_max, ",
+  QK_CHECK(quant_min <= z && z <= quant_max, zero_point_name, ": got ", z, "; accepted: quant_min to quant_max, ",
            quant_min, " to ", quant_max);
   return {
       false, s, 1.0f / s, 0.0f, static_cast<float>(z), static_cast<float>(quant_min), static_cast<float>(quant_max)};
@@ -118,7 +121,50 @@ inline int64_t grain(int64_t least_work, int64_t work_of_one) {
   return std::max<int64_t>(1, least_work / std::max<int64_t>(1, work_of_one));
 }
 
-inline size_t element_size(Element type) { return type == Element::f32 || type == Element::i32 ? 4 : 2; }
+inline size_t element_size(Element type) {
+  return type == Element::i8 ? 1 : type == Element::f32 || type == Element::i32 ? 4 : 2;
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "silu") return Activation::silu;
+  fail("activation: got '", name, "'; accepted: none, relu, gelu, silu");
+}
+
+// What becomes of a scaled sum: its activation and its type, or its codes.
+inline void set_output(PanelOutput& o, const std::string& activation, ScalarType out_dtype,
+                       const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
+  o.activation = activation_of(activation);
+  if (!out_scale) {
+    QK_CHECK(out_dtype != ScalarType::Char,
+             "out_dtype: got torch.int8; accepted: torch.float32, torch.bfloat16, torch.float16, and with out_scale "
+             "torch.int8");
+    o.type = element_of("out_dtype", out_dtype);
+    QK_CHECK(!out_zero_point, "out_zero_point: got a tensor without out_scale; accepted: both, or neither");
+    return;
+  }
+  QK_CHECK(out_dtype == ScalarType::Char, "out_dtype: got ", dtype_name(out_dtype),
+           "; accepted: torch.int8, as there is an out_scale");
+  const RowQuantizer quantizer = static_quantizer("out", *out_scale, out_zero_point, -128, 127);
+  o.type = Element::i8;
+  o.out_inverse = quantizer.inverse;
+  o.out_zero_point = quantizer.zero_point;
+}
+
+// The zero points of rows of a.
+inline Values<int32_t> set_zero_point(PanelOutput& o, const char* name, const Tensor& zero_point, int64_t m,
+                                      int64_t k) {
+  Values<int32_t> values = zero_point_vector(name, zero_point, m, 0, "one element, [M] or [M, 1]");
+  int64_t magnitude = 0;
+  for (int64_t i = 0; i < values.tensor.numel(); ++i)
+    magnitude = std::max(magnitude, std::abs(static_cast<int64_t>(values.data[i])));
+  o.zero_point = values.data;
+  o.zero_point_step = values.step;
+  o.wide = is_wide(magnitude, k);
+  return values;
+}
 
 // The part of an output that starts at `row` and at output channel `channel`.
 inline PanelOutput at(PanelOutput o, int64_t row, int64_t channel) {

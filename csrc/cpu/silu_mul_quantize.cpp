@@ -1,34 +1,8 @@
 // SwiGLU's product fused with dynamic quantization on the CPU; the kernels are in silu_mul_quantize_kernels.h.
-#include <iterator>
 #include <memory>
 
+#include "activation.h"
 #include "dynamic_rows.h"
-
-namespace qkernels {
-
-// See reference/silu_mul_quantize.py.
-template <typename T>
-struct ExpConstants {
-  static constexpr float low = -87.25f, high = 88.75f, log2e = 1.4426950216293335f;
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -0.00021219444170128554f;
-  static constexpr float coefficients[] = {0.001381422160193324f,
-                                           0.00836889911442995f,
-                                           0.04166840389370918f,
-                                           0.1666651964187622f,
-                                           0.4999999403953552f,
-                                           1,
-                                           1};
-};
-template <>
-struct ExpConstants<double> {
-  static constexpr double low = -708.25, high = 710, log2e = 1.4426950408889634;
-  static constexpr double ln2_high = 0.6931471806019545, ln2_low = -4.2009150726810846e-11;
-  static constexpr double coefficients[] = {
-      1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
-      1. / 720,        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1,          1};
-};
-
-}  // namespace qkernels
 
 #define QK_BODY "silu_mul_quantize_kernels.h"
 #include "foreach_isa.h"

@@ -24,8 +24,12 @@ def _fake_scaled_mm(
     scale_a: Tensor,
     scale_b: Tensor,
     zero_point_a: Tensor | None,
+    colsum_b: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
     reference.check_matrices(a, b)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
@@ -48,15 +52,19 @@ def _fake_linear(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], colsum.shape[0]))
+    return x.new_empty((*x.shape[:-1], colsum.shape[0]), dtype=out_dtype)
 
 
 _int8_mm = _define("int8_mm", "(Tensor a, Tensor b) -> Tensor", reference.int8_mm, _fake_mm, triton=True)
 _int8_scaled_mm = _define(
     "int8_scaled_mm",
-    "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? zero_point_a, Tensor? bias, ScalarType out_dtype) "
-    "-> Tensor",
+    "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? zero_point_a, Tensor? colsum_b, Tensor? bias, "
+    "str activation, ScalarType out_dtype, Tensor? out_scale, Tensor? out_zero_point) -> Tensor",
     reference.int8_scaled_mm,
     _fake_scaled_mm,
     triton=True,
@@ -72,7 +80,8 @@ _int8_unpack = _define(
 _int8_linear = _define(
     "int8_linear",
     "(Tensor x, Tensor data, Tensor colsum, Tensor scale, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, "
-    "SymInt quant_min, SymInt quant_max) -> Tensor",
+    "SymInt quant_min, SymInt quant_max, str activation, ScalarType out_dtype, Tensor? out_scale, "
+    "Tensor? out_zero_point) -> Tensor",
     reference.int8_linear,
     _fake_linear,
     triton=True,
@@ -95,6 +104,14 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return _int8_mm(a, b)
 
 
+def _output(
+    activation: str | None, out_dtype: torch.dtype | None, default: torch.dtype, out_scale: Tensor | None
+) -> tuple[str, torch.dtype]:
+    if out_dtype is None:
+        out_dtype = default if out_scale is None else torch.int8
+    return activation or "none", out_dtype
+
+
 def int8_scaled_mm(
     a: Tensor,
     b: Tensor,
@@ -102,18 +119,28 @@ def int8_scaled_mm(
     scale_b: Tensor,
     *,
     zero_point_a: Tensor | None = None,
+    colsum_b: Tensor | None = None,
     bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
 ) -> Tensor:
-    """((a − zero_point_a) @ b)·scale_b·scale_a + bias: exact in integers, then fp32 in this order, rounded once.
+    """activation(((a − zero_point_a) @ b)·scale_b·scale_a + bias): exact in integers, then fp32 in this order.
 
     Args:
         a: [M, K] int8; b: [K, N] int8, any strides, K ≤ 131071 (see ``int8_mm``).
         scale_a: one element, [M] or [M, 1], floating.
         scale_b: one element, [N] or [1, N], floating.
         zero_point_a: one element, [M] or [M, 1], integers within int32; taken off as zero_point·colsum(b).
+        colsum_b: [N] int32, ``b.sum(0)`` where it is known: with a zero point it spares a GPU a pass over b.
         bias: [N], floating.
-        out_dtype: torch.float32, torch.bfloat16 or torch.float16.
+        activation: None, "relu", "gelu" (the form with erf, within 4e-7) or "silu".
+        out_dtype: torch.float32, torch.bfloat16 (by default) or torch.float16: the result is rounded once. With
+            out_scale torch.int8.
+        out_scale: one element: the output is clamp(round(result/out_scale) + out_zero_point, −128, 127) in int8, the
+            codes that a next product takes; NaN becomes the zero point.
+        out_zero_point: one integer within −128…127; None: 0.
 
     Returns:
         [M, N] of out_dtype. Not differentiable.
@@ -121,7 +148,8 @@ def int8_scaled_mm(
     Raises:
         RuntimeError: a shape or dtype other than these.
     """
-    return _int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a, bias, out_dtype)
+    output = _output(activation, out_dtype, torch.bfloat16, out_scale)
+    return _int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, *output, out_scale, out_zero_point)
 
 
 class PackedInt8:
@@ -185,6 +213,18 @@ class PackedInt8:
         return f"PackedInt8(shape={self.shape})"
 
 
+def _by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
+    """A value for each row of x, as the op takes it: [M]."""
+    if values is None or values.numel() == 1:
+        return values
+    if values.shape not in (x.shape[:-1], (*x.shape[:-1], 1)):
+        raise RuntimeError(
+            f"{name}: got shape {list(values.shape)}; accepted: one element, {list(x.shape[:-1])} or "
+            f"{[*x.shape[:-1], 1]}, a value for each row of x"
+        )
+    return values.reshape(-1)
+
+
 def int8_linear(
     x: Tensor,
     packed: PackedInt8,
@@ -194,29 +234,43 @@ def int8_linear(
     input_zero_point: Tensor | None = None,
     quant_min: int = -128,
     quant_max: int = 127,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias with x quantized to int8 on the way in; sums are exact, the float epilogue is fp32.
+    """activation(x @ weight.T + bias) with x quantized to int8 on the way in, or codes already; sums are exact.
 
-    out = ((acc − zero_point·colsum)·weight_scale)·scale_x + bias, rounded once to x's dtype.
+    out = activation(((acc − zero_point·colsum)·weight_scale)·scale_x + bias) in fp32, rounded once.
 
     Args:
-        x: [..., K]; fp32, bf16 or fp16.
+        x: [..., K]; fp32, bf16 or fp16; or int8 codes, as ``quantize_dynamic``, ``rms_norm_quantize_dynamic``,
+            ``silu_mul_quantize_dynamic`` or a product with an out_scale give them.
         packed: weight [N, K].
         bias: [N], floating.
         input_scale: None: dynamic, each row by its own scale amax/127. One element: static quantization,
-            q = clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max).
-        input_zero_point: one integer within quant_min…quant_max; only with input_scale; None: 0.
-        quant_min, quant_max: inclusive range of x's codes, within int8; a 4-bit activation has −8 and 7.
+            q = clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max). Of codes: their scale, one element
+            or one for each row, [...] or [..., 1].
+        input_zero_point: one integer within quant_min…quant_max; only with input_scale; None: 0. Of codes: any integers
+            within int32, one or one for each row.
+        quant_min, quant_max: inclusive range of a floating x's codes, within int8; a 4-bit activation has −8 and 7.
+        activation, out_scale, out_zero_point: see ``int8_scaled_mm``.
+        out_dtype: of a floating result; by default x's dtype, of codes torch.bfloat16.
 
     Returns:
-        [..., N] of x's dtype. A NaN in x makes its row NaN; an infinity saturates with a static scale and makes its row
-        NaN with a dynamic one. Not differentiable.
+        [..., N] of x's dtype, of out_dtype, or with out_scale int8. A NaN in x makes its row NaN; an infinity saturates
+        with a static scale and makes its row NaN with a dynamic one. Not differentiable.
 
     Raises:
         RuntimeError: a shape, dtype or range other than these.
     """
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
+    if x.dtype == torch.int8:
+        input_scale = _by_row("input_scale", input_scale, x)
+        input_zero_point = _by_row("input_zero_point", input_zero_point, x)
+    output = _output(activation, out_dtype, torch.bfloat16 if x.dtype == torch.int8 else x.dtype, out_scale)
     return _int8_linear(
-        x, packed.data, packed.colsum, packed.scale, bias, input_scale, input_zero_point, quant_min, quant_max
-    )
+        x, packed.data, packed.colsum, packed.scale, bias, input_scale, input_zero_point, quant_min, quant_max,
+        *output, out_scale, out_zero_point,
+    )  # fmt: skip

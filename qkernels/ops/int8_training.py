@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..reference.int8_gemm import MAX_K
 from .fake_quantize import _entered
-from .int8_gemm import _int8_mm, _int8_scaled_mm
+from .int8_gemm import int8_mm, int8_scaled_mm
 from .quantize import _dequantize, _quantize_dynamic
 from .quantize_transposed import _quantize_transposed
 from .stochastic import _numbers
@@ -31,14 +31,14 @@ def _product(
     k, wide = a.shape[1], dtype == torch.float64
     scale_b = scale_b.reshape(-1)
     if k <= MAX_K and not wide:
-        return _int8_scaled_mm(a, b.t(), scale_a, scale_b, None, bias, dtype)
+        return int8_scaled_mm(a, b.t(), scale_a, scale_b, bias=bias, out_dtype=dtype)
     y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64 if wide else torch.float32, device=a.device)
     for start in range(0, k, LONGEST_SUM):
         piece, other = a[:, start : start + LONGEST_SUM], b[:, start : start + LONGEST_SUM].t()
         if wide:
-            y += _int8_mm(piece, other)
+            y += int8_mm(piece, other)
         else:
-            y += _int8_scaled_mm(piece, other, scale_a, scale_b, None, None, torch.float32)
+            y += int8_scaled_mm(piece, other, scale_a, scale_b, out_dtype=torch.float32)
     if wide:
         y = y * scale_b.double() * scale_a.double()
     return (y if bias is None else y + bias).to(dtype)

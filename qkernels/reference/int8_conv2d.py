@@ -98,7 +98,7 @@ def int8_conv2d(
     if bias is not None:
         check_vector("bias", bias, channels_out, "[C_out]")
         check_floating("bias", bias)
-    s, zero_point = static_qparams(input_scale, input_zero_point, quant_min, quant_max)
+    s, zero_point = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max)
     if x.shape[0] == 0 or channels_out == 0:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     q, nan = quantize_codes(x.detach(), s, zero_point, quant_min, quant_max)
@@ -110,4 +110,4 @@ def int8_conv2d(
     seen = conv2d(pad(nan.double(), sides), torch.ones_like(weight).double(), None, stride, 0, dilation, groups)
     rows = acc.long().permute(0, 2, 3, 1)
     scale_a = torch.where(seen.permute(0, 2, 3, 1) > 0, torch.nan, s)
-    return epilogue(rows, scale_a, scale, bias, x.dtype).permute(0, 3, 1, 2)
+    return epilogue(rows, scale_a, scale, bias, "none", x.dtype, None, None).permute(0, 3, 1, 2)

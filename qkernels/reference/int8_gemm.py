@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .activation import FUNCTIONS, check_activation
+
 MAX_K = 131071  # 128 * 128 * MAX_K < 2**31: no int8 dot product of this length overflows int32
 PANEL = 32  # output channels of one panel of packed weights
 TINY = torch.finfo(torch.float32).tiny
@@ -70,12 +72,42 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return exact_mm(a, b).int()
 
 
-def epilogue(acc: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def check_output(
+    activation: str, out_dtype: torch.dtype, out_scale: Tensor | None, out_zero_point: Tensor | None
+) -> None:
+    check_activation(activation)
+    if out_scale is None:
+        check(
+            out_dtype in OUT_DTYPES,
+            f"out_dtype: got {out_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16, and with out_scale "
+            "torch.int8",
+        )
+        check(out_zero_point is None, "out_zero_point: got a tensor without out_scale; accepted: both, or neither")
+    else:
+        check(out_dtype == torch.int8, f"out_dtype: got {out_dtype}; accepted: torch.int8, as there is an out_scale")
+        check_static("out", out_scale, out_zero_point, -128, 127)
+
+
+def epilogue(
+    acc: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+) -> Tensor:
     """acc [M, N] exact; scale_a one element or [M, 1]; scale_b one element or [N]; bias [N]."""
     y = acc.float() * scale_b.float() * scale_a.float()
     if bias is not None:
         y = y + bias.float()
-    return y.to(out_dtype)
+    y = FUNCTIONS[activation](y)
+    if out_scale is None:
+        return y.to(out_dtype)
+    scale, zero_point = static_qparams("out", out_scale, out_zero_point, -128, 127)
+    q = ((y * (1 / scale)).round() + zero_point).clamp(-128, 127)
+    return torch.where(q.isnan(), zero_point, q).to(torch.int8)
 
 
 def check_scaled(
@@ -84,15 +116,15 @@ def check_scaled(
     scale_a: Tensor,
     scale_b: Tensor,
     zero_point_a: Tensor | None,
+    colsum_b: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> None:
     check_matrices(a, b)
     m, n = a.shape[0], b.shape[1]
-    check(
-        out_dtype in OUT_DTYPES,
-        f"out_dtype: got {out_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16",
-    )
     check_vector("scale_a", scale_a, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
     check_floating("scale_a", scale_a)
     check_vector("scale_b", scale_b, n, "one element, [N] or [1, N]", dim=1, broadcast=True)
@@ -103,6 +135,10 @@ def check_scaled(
     if zero_point_a is not None:
         check_vector("zero_point_a", zero_point_a, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
         check_zero_point("zero_point_a", zero_point_a)
+    if colsum_b is not None:
+        check_vector("colsum_b", colsum_b, n, "[N]")
+        check(colsum_b.dtype == torch.int32, f"colsum_b: got {colsum_b.dtype}; accepted: torch.int32")
+    check_output(activation, out_dtype, out_scale, out_zero_point)
 
 
 def int8_scaled_mm(
@@ -111,14 +147,19 @@ def int8_scaled_mm(
     scale_a: Tensor,
     scale_b: Tensor,
     zero_point_a: Tensor | None,
+    colsum_b: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
-    check_scaled(a, b, scale_a, scale_b, zero_point_a, bias, out_dtype)
+    output = (activation, out_dtype, out_scale, out_zero_point)
+    check_scaled(a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, *output)
     acc = exact_mm(a, b)
     if zero_point_a is not None:
         acc = acc - zero_point_a.long().reshape(-1, 1) * b.sum(0, dtype=torch.int64)
-    return epilogue(acc, scale_a.reshape(-1, 1), scale_b.reshape(-1), bias, out_dtype)
+    return epilogue(acc, scale_a.reshape(-1, 1), scale_b.reshape(-1), bias, *output)
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
@@ -171,38 +212,36 @@ def check_codes(quant_min: int, quant_max: int) -> None:
     )
 
 
-def check_static(input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+def check_static(of: str, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """One scale and zero point, the arguments ``of``_scale and ``of``_zero_point."""
     check_codes(quant_min, quant_max)
-    check(input_scale.numel() == 1, f"input_scale: got shape {list(input_scale.shape)}; accepted: one element")
-    check_floating("input_scale", input_scale)
-    if input_zero_point is None:
+    check(scale.numel() == 1, f"{of}_scale: got shape {list(scale.shape)}; accepted: one element")
+    check_floating(f"{of}_scale", scale)
+    if zero_point is None:
         return
-    check(
-        input_zero_point.numel() == 1,
-        f"input_zero_point: got shape {list(input_zero_point.shape)}; accepted: one element",
-    )
-    check_zero_point("input_zero_point", input_zero_point)
-    if input_zero_point.device.type == "cpu":
-        z = int(input_zero_point)
+    check(zero_point.numel() == 1, f"{of}_zero_point: got shape {list(zero_point.shape)}; accepted: one element")
+    check_zero_point(f"{of}_zero_point", zero_point)
+    if zero_point.device.type == "cpu":
+        z = int(zero_point)
         check(
             quant_min <= z <= quant_max,
-            f"input_zero_point: got {z}; accepted: quant_min to quant_max, {quant_min} to {quant_max}",
+            f"{of}_zero_point: got {z}; accepted: quant_min to quant_max, {quant_min} to {quant_max}",
         )
 
 
 def static_qparams(
-    input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int
+    of: str, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
     """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point.
 
     A zero point beyond the range makes the scale NaN: on a GPU the host cannot look at it without waiting.
     """
-    check_static(input_scale, input_zero_point, quant_min, quant_max)
-    s = input_scale.detach().float().reshape(())
+    check_static(of, scale, zero_point, quant_min, quant_max)
+    s = scale.detach().float().reshape(())
     s = torch.where(s < 0, torch.nan, s.clamp(min=TINY))
-    if input_zero_point is None:
+    if zero_point is None:
         return s, torch.zeros((), dtype=torch.int64, device=s.device)
-    z = input_zero_point.reshape(()).long()
+    z = zero_point.reshape(()).long()
     return torch.where((z >= quant_min) & (z <= quant_max), s, torch.nan), z
 
 
@@ -225,8 +264,15 @@ def check_linear(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> None:
-    check(x.dtype in OUT_DTYPES, f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
+    check(
+        x.dtype in (*OUT_DTYPES, torch.int8),
+        f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16, torch.int8",
+    )
     check(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]")
     n, k = colsum.numel(), x.shape[-1]
     check_vector("colsum", colsum, n, "[N]")
@@ -242,12 +288,21 @@ def check_linear(
         check_vector("bias", bias, n, "[N]")
         check_floating("bias", bias)
     if input_scale is None:
+        check(x.dtype != torch.int8, "input_scale: got None; accepted: the scale of the codes x, one element or [M]")
         check(
             input_zero_point is None, "input_zero_point: got a tensor without input_scale; accepted: both, or neither"
         )
         check_codes(quant_min, quant_max)
+    elif x.dtype == torch.int8:
+        m = x.shape[:-1].numel()
+        check_vector("input_scale", input_scale, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
+        check_floating("input_scale", input_scale)
+        if input_zero_point is not None:
+            check_vector("input_zero_point", input_zero_point, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
+            check_zero_point("input_zero_point", input_zero_point)
     else:
-        check_static(input_scale, input_zero_point, quant_min, quant_max)
+        check_static("input", input_scale, input_zero_point, quant_min, quant_max)
+    check_output(activation, out_dtype, out_scale, out_zero_point)
 
 
 def int8_linear(
@@ -260,20 +315,30 @@ def int8_linear(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
-    check_linear(x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max)
+    output = (activation, out_dtype, out_scale, out_zero_point)
+    check_linear(x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, *output)
     n, k = colsum.numel(), x.shape[-1]
     rows = x.detach().reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
     zero_point: Tensor | int
-    if input_scale is None:
-        half = (quant_max - quant_min) // 2
-        zero_point = quant_max - half
-        amax = rows.float().abs().amax(1, keepdim=True) if k else rows.new_zeros(rows.shape[0], 1).float()
-        scale_a = (amax / half).clamp(min=TINY)
-        scale_a = torch.where(scale_a.isfinite(), scale_a, torch.nan)
+    if x.dtype == torch.int8:
+        assert input_scale is not None
+        q, scale_a = rows, input_scale.detach().reshape(-1, 1)
+        zero_point = 0 if input_zero_point is None else input_zero_point.reshape(-1, 1).long()
     else:
-        scale_a, zero_point = static_qparams(input_scale, input_zero_point, quant_min, quant_max)
-    q, nan = quantize_codes(rows, scale_a, zero_point, quant_min, quant_max)
-    scale_a = torch.where(nan.any(1, keepdim=True), torch.nan, scale_a)
+        if input_scale is None:
+            half = (quant_max - quant_min) // 2
+            zero_point = quant_max - half
+            amax = rows.float().abs().amax(1, keepdim=True) if k else rows.new_zeros(rows.shape[0], 1).float()
+            scale_a = (amax / half).clamp(min=TINY)
+            scale_a = torch.where(scale_a.isfinite(), scale_a, torch.nan)
+        else:
+            scale_a, zero_point = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max)
+        q, nan = quantize_codes(rows, scale_a, zero_point, quant_min, quant_max)
+        scale_a = torch.where(nan.any(1, keepdim=True), torch.nan, scale_a)
     acc = exact_mm(q, int8_unpack(data, n, k).t()) - zero_point * colsum.long()
-    return epilogue(acc, scale_a, scale, bias, x.dtype).reshape(*x.shape[:-1], n)
+    return epilogue(acc, scale_a, scale, bias, *output).reshape(*x.shape[:-1], n)

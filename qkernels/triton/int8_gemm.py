@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import int8_gemm as reference
 from . import configs, tuning
+from .activation import activate
 from .groups import bound
 from .launch import launch
 from .numerics import TINY, clamp, divide, effective_scale, narrow, reciprocal, rint, widen
@@ -43,70 +45,95 @@ def tile_at(index, rows, cols):
     return band * 8 + rest % height, rest // height
 
 
-@triton.jit
-def scaled(
-    acc, m, n, m_end, n_end, dtype: tl.constexpr, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """((acc − zero_point·colsum)·scale_b)·scale_a + bias, rounded once; acc itself where there are no scales.
+class Epilogue(NamedTuple):
+    """The tensors that finish a product; vectors are contiguous, and a kernel reads of each what its How says.
 
-    m and n index acc's dims, in either order. STEP 0: one value for all.
+    out = activation(((acc − zero_point·colsum)·scale_b)·scale_a + bias); with out_scale its int8 codes. Without scales
+    out is acc.
     """
-    if scale_a_ptr is None:
+
+    scale_a: Tensor | None = None
+    scale_b: Tensor | None = None
+    zero_point: Tensor | None = None
+    colsum: Tensor | None = None
+    bias: Tensor | None = None
+    out_scale: Tensor | None = None
+    out_zero_point: Tensor | None = None
+
+
+class How(NamedTuple):
+    """How an epilogue is computed: known when the kernel is compiled. STEP 0: one value for all rows or columns."""
+
+    step_a: int = 0
+    step_b: int = 0
+    step_z: int = 0
+    wide: bool = False  # acc − zero_point·colsum by way of int64
+    activation: str = "none"
+
+
+def how_of(epilogue: Epilogue, wide: bool = False, activation: str = "none") -> How:
+    a, b, z = (int(t is not None and t.numel() > 1) for t in (epilogue.scale_a, epilogue.scale_b, epilogue.zero_point))
+    return How(a, b, z, wide, activation)
+
+
+@triton.jit
+def scaled(acc, m, n, m_end, n_end, dtype: tl.constexpr, epilogue, HOW: tl.constexpr):
+    """What acc becomes (see Epilogue), rounded once. m and n index acc's dims, in either order."""
+    if epilogue.scale_a is None:
         return acc
     else:
-        if zero_point_ptr is not None:
-            z = tl.load(zero_point_ptr + m * STEP_Z, mask=m < m_end, other=0)
-            colsum = tl.load(colsum_ptr + n, mask=n < n_end, other=0)
-            if WIDE:
+        if epilogue.zero_point is not None:
+            z = tl.load(epilogue.zero_point + m * HOW.step_z, mask=m < m_end, other=0)
+            colsum = tl.load(epilogue.colsum + n, mask=n < n_end, other=0)
+            if HOW.wide:
                 y = (acc.to(tl.int64) - z.to(tl.int64) * colsum.to(tl.int64)).to(tl.float32)
             else:
                 y = (acc - z.to(tl.int32) * colsum).to(tl.float32)
         else:
             y = acc.to(tl.float32)
-        y = y * widen(tl.load(scale_b_ptr + n * STEP_B, mask=n < n_end, other=0.0))
-        y = y * widen(tl.load(scale_a_ptr + m * STEP_A, mask=m < m_end, other=0.0))
-        if bias_ptr is not None:
-            y = y + widen(tl.load(bias_ptr + n, mask=n < n_end, other=0.0))
-        return narrow(y, dtype)
+        y = y * widen(tl.load(epilogue.scale_b + n * HOW.step_b, mask=n < n_end, other=0.0))
+        y = y * widen(tl.load(epilogue.scale_a + m * HOW.step_a, mask=m < m_end, other=0.0))
+        if epilogue.bias is not None:
+            y = y + widen(tl.load(epilogue.bias + n, mask=n < n_end, other=0.0))
+        y = activate(y, HOW.activation)
+        if epilogue.out_scale is None:
+            return narrow(y, dtype)
+        else:
+            scale, z = static_qparams(epilogue.out_scale, epilogue.out_zero_point, 0.0, -128.0, 127.0)
+            q = clamp(rint(y * reciprocal(scale)) + z, -128.0, 127.0)
+            return tl.where(q == q, q, z).to(tl.int8)
 
 
 @triton.jit
-def put(
-    out_ptr, acc, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def static_qparams(scale_ptr, zero_point_ptr, z, low, high):
+    """One scale, NaN where it or its zero point is not valid, and the zero point, z where there is none."""
+    scale = effective_scale(tl.load(scale_ptr).to(tl.float32))
+    if zero_point_ptr is not None:
+        z = tl.load(zero_point_ptr).to(tl.float32)
+        scale = tl.where((z >= low) & (z <= high), scale, float("nan"))
+    return scale, z
+
+
+@triton.jit
+def put(out_ptr, acc, m, n, m_end, n_end, epilogue, HOW: tl.constexpr):
     """Stores the part of out that acc makes."""
-    y = scaled(
-        acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-        bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-    )  # fmt: skip
+    y = scaled(acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, epilogue, HOW)
     tl.store(out_ptr + m.to(tl.int64) * n_end + n, y, mask=(m < m_end) & (n < n_end))
 
 
 @triton.jit
-def put_halves(
-    out_ptr, acc, m, first, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def put_halves(out_ptr, acc, m, first, m_end, n_end, epilogue, HOW: tl.constexpr):
     """Stores acc, whose columns start at ``first``, in two halves one after the other."""
     HALF: tl.constexpr = acc.shape[1] // 2
     left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
     n = first + tl.arange(0, HALF)[None, :]
-    put(
-        out_ptr, left, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, STEP_A,
-        STEP_B, STEP_Z, WIDE,
-    )  # fmt: skip
-    put(
-        out_ptr, right, m, n + HALF, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-        STEP_A, STEP_B, STEP_Z, WIDE,
-    )  # fmt: skip
+    put(out_ptr, left, m, n, m_end, n_end, epilogue, HOW)
+    put(out_ptr, right, m, n + HALF, m_end, n_end, epilogue, HOW)
 
 
 @triton.jit
 def mm_kernel(
-    out_ptr, a_ptr, b_ptr, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, m_end, n_end, k_end,
-    stride_a, stride_b, share, STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr,
+    out_ptr, a_ptr, b_ptr, epilogue, m_end, n_end, k_end, stride_a, stride_b, share, HOW: tl.constexpr,
     PARTS: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -139,32 +166,19 @@ def mm_kernel(
     m, n = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
     out_ptr += part * m_end.to(tl.int64) * n_end
     if PARTS == 1:
-        put(
-            out_ptr, acc, m, n, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-            STEP_A, STEP_B, STEP_Z, WIDE,
-        )  # fmt: skip
+        put(out_ptr, acc, m, n, m_end, n_end, epilogue, HOW)
     elif PARTS == 2:
-        put_halves(
-            out_ptr, acc, m, tile_n * BLOCK_N, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-            bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-        )  # fmt: skip
+        put_halves(out_ptr, acc, m, tile_n * BLOCK_N, m_end, n_end, epilogue, HOW)
     else:
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        put_halves(
-            out_ptr, left, m, tile_n * BLOCK_N, m_end, n_end, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-            bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-        )  # fmt: skip
-        put_halves(
-            out_ptr, right, m, tile_n * BLOCK_N + BLOCK_N // 2, m_end, n_end, scale_a_ptr, scale_b_ptr,
-            zero_point_ptr, colsum_ptr, bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-        )  # fmt: skip
+        put_halves(out_ptr, left, m, tile_n * BLOCK_N, m_end, n_end, epilogue, HOW)
+        put_halves(out_ptr, right, m, tile_n * BLOCK_N + BLOCK_N // 2, m_end, n_end, epilogue, HOW)
 
 
 @triton.jit
 def persistent_mm_kernel(
-    out, a, b, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, m_end, n_end, k_end,
-    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out, a, b, epilogue, m_end, n_end, k_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a @ b.T, one after the other; out, a and b are descriptors, beyond whose ends TMA reads zeros.
 
@@ -181,30 +195,19 @@ def persistent_mm_kernel(
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         n = tile_n * BLOCK_N + tl.arange(0, HALF)[None, :]
         if PARTS == 1:
-            y = scaled(
-                acc, m, n, m_end, n_end, out.dtype, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-                STEP_A, STEP_B, STEP_Z, WIDE,
-            )  # fmt: skip
+            y = scaled(acc, m, n, m_end, n_end, out.dtype, epilogue, HOW)
             out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y)
         else:
             left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-            y = scaled(
-                left, m, n, m_end, n_end, out.dtype, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr,
-                STEP_A, STEP_B, STEP_Z, WIDE,
-            )  # fmt: skip
+            y = scaled(left, m, n, m_end, n_end, out.dtype, epilogue, HOW)
             out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y)
-            y = scaled(
-                right, m, n + HALF, m_end, n_end, out.dtype, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-                bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-            )  # fmt: skip
+            y = scaled(right, m, n + HALF, m_end, n_end, out.dtype, epilogue, HOW)
             out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + HALF], y)
 
 
 @triton.jit
 def join_kernel(
-    out_ptr, parts_ptr, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr, bias_ptr, m_end, n_end,
-    STEP_A: tl.constexpr, STEP_B: tl.constexpr, STEP_Z: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    out_ptr, parts_ptr, epilogue, m_end, n_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Adds the PARTS int32 parts [PARTS, M, N] of a product, and finishes it."""
     m = tl.program_id(0)
@@ -213,10 +216,7 @@ def join_kernel(
     acc = tl.zeros([BLOCK], tl.int32)
     for part in tl.static_range(PARTS):
         acc += tl.load(parts_ptr + part * (m_end.to(tl.int64) * n_end) + at, mask=n < n_end, other=0)
-    y = scaled(
-        acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, scale_a_ptr, scale_b_ptr, zero_point_ptr, colsum_ptr,
-        bias_ptr, STEP_A, STEP_B, STEP_Z, WIDE,
-    )  # fmt: skip
+    y = scaled(acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, epilogue, HOW)
     tl.store(out_ptr + at, y, mask=n < n_end)
 
 
@@ -252,22 +252,16 @@ def _multiply(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    scale_a: Tensor | None = None,
-    scale_b: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    colsum: Tensor | None = None,
-    bias: Tensor | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 (nothing can change it)
     wide: bool = False,
+    activation: str = "none",
 ) -> Tensor:
     """out [M, N] from a [M, K] and b [N, K], both as ``_along_k`` gives them; nothing is empty."""
     (m, k), n = a.shape, b.shape[0]
     arch, multiprocessors, name = gpu(out.device)
     tile, splits = tuning.measured(name, arch, m, n, k) or configs.int8_mm(arch, m, n, k, multiprocessors)
-    run(a, b, out, tile, splits, multiprocessors, (scale_a, scale_b, zero_point, colsum, bias), wide)
+    run(a, b, out, tile, splits, multiprocessors, epilogue, how_of(epilogue, wide, activation))
     return out
-
-
-NO_STEPS = {"STEP_A": 0, "STEP_B": 0, "STEP_Z": 0, "WIDE": False}
 
 
 def run(
@@ -277,18 +271,11 @@ def run(
     tile: configs.Tile,
     splits: int,
     multiprocessors: int,
-    epilogue: tuple[Tensor | None, ...],
-    wide: bool,
+    epilogue: Epilogue,
+    how: How,
 ) -> None:
     """Starts the kernels of one product by one tile; ``qkernels tune`` measures them here."""
     (m, k), n = a.shape, b.shape[0]
-    scale_a, scale_b, zero_point, _, _ = epilogue
-    steps = {
-        "STEP_A": int(scale_a is not None and scale_a.numel() > 1),
-        "STEP_B": int(scale_b is not None and scale_b.numel() > 1),
-        "STEP_Z": int(zero_point is not None and zero_point.numel() > 1),
-        "WIDE": wide,
-    }
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.warps}
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if tile.tma and splits == 1 and n * out.element_size() % 16 == 0:
@@ -298,22 +285,22 @@ def run(
             TensorDescriptor(out, [m, n], [n, 1], [tile.block_m, tile.block_n // parts]),
             TensorDescriptor(a, [m, k], [a.stride(0) if m > 1 else k, 1], [tile.block_m, tile.block_k]),
             TensorDescriptor(b, [n, k], [b.stride(0) if n > 1 else k, 1], [tile.block_n, tile.block_k]),
-            *epilogue, m, n, k, **steps, PARTS=parts, **blocks, num_stages=stages,
+            epilogue, m, n, k, HOW=how, PARTS=parts, **blocks, num_stages=stages,
         )  # fmt: skip
         return
     share = configs.share_of_k(k, splits, tile.block_k)
     shares = triton.cdiv(k, share)
-    sums = out if shares == 1 else out.new_empty(shares, m, n, dtype=torch.int32)
-    first, first_steps = (epilogue, steps) if shares == 1 else ((None,) * 5, NO_STEPS)
+    whole = shares == 1
+    sums = out if whole else out.new_empty(shares, m, n, dtype=torch.int32)
+    parts = configs.gemm_parts(tile, whole and (how.wide or how.activation in ("gelu", "silu")))
     launch(
-        mm_kernel, (tiles, shares), sums, a, b, *first, m, n, k, a.stride(0) if m > 1 else k,
-        b.stride(0) if n > 1 else k, share, **first_steps, PARTS=configs.gemm_parts(tile, wide and shares == 1),
+        mm_kernel, (tiles, shares), sums, a, b, epilogue if whole else Epilogue(), m, n, k,
+        a.stride(0) if m > 1 else k, b.stride(0) if n > 1 else k, share, HOW=how if whole else How(), PARTS=parts,
         WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
-    if shares > 1:
+    if not whole:
         block = min(1024, configs.power_of_two(n))
-        grid = (m, triton.cdiv(n, block))
-        launch(join_kernel, grid, out, sums, *epilogue, m, n, **steps, PARTS=shares, BLOCK=block)
+        launch(join_kernel, (m, triton.cdiv(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block)
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -329,27 +316,47 @@ def _vector(t: Tensor) -> Tensor:
     return (t.float() if t.dtype == torch.float64 else t).contiguous()
 
 
+def _one(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(-1)
+
+
 def int8_scaled_mm(
     a: Tensor,
     b: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
     zero_point_a: Tensor | None,
+    colsum_b: Tensor | None,
     bias: Tensor | None,
+    activation: str,
     out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
-    reference.check_scaled(a, b, scale_a, scale_b, zero_point_a, bias, out_dtype)
+    args = (a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation, out_dtype, out_scale, out_zero_point)
+    reference.check_scaled(*args)
     if 0 in (*a.shape, b.shape[1]):
-        return reference.int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a, bias, out_dtype)
+        return reference.int8_scaled_mm(*args)
     codes, weight = _along_k("a", a), _along_k("b", b.t())
-    colsum, wide = None, False
-    if zero_point_a is not None:
-        colsum = weight.sum(1, dtype=torch.int32)
+    wide = False
+    if zero_point_a is None:
+        colsum_b = None
+    else:
+        colsum_b = weight.sum(1, dtype=torch.int32) if colsum_b is None else colsum_b.contiguous()
         zero_point_a = zero_point_a.reshape(-1).contiguous()
         wide = zero_point_a.dtype not in (torch.int8, torch.uint8) or a.shape[1] > reference.MAX_K // 3
-    vectors = (_vector(scale_a), _vector(scale_b), zero_point_a, colsum, None if bias is None else _vector(bias))
+    offset = None if bias is None else _vector(bias)
+    vectors = (
+        _vector(scale_a),
+        _vector(scale_b),
+        zero_point_a,
+        colsum_b,
+        offset,
+        _one(out_scale),
+        _one(out_zero_point),
+    )
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    return _multiply(codes, weight, out, *vectors, wide=wide)
+    return _multiply(codes, weight, out, Epilogue(*vectors), wide, activation)
 
 
 @triton.jit
@@ -375,11 +382,7 @@ def quantize_rows_kernel(
         scale = tl.where(scale < float("inf"), scale, float("nan"))
         z = middle
     else:
-        scale = effective_scale(tl.load(input_scale_ptr).to(tl.float32))
-        z = middle
-        if zero_point_ptr is not None:
-            z = tl.load(zero_point_ptr).to(tl.float32)
-            scale = tl.where((z >= low) & (z <= high), scale, float("nan"))
+        scale, z = static_qparams(input_scale_ptr, zero_point_ptr, middle, low, high)
     inv = reciprocal(scale)
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(0, bound(padded), BLOCK):
@@ -402,8 +405,15 @@ def int8_linear(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
 ) -> Tensor:
-    args = (x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max)
+    args = (
+        x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, activation, out_dtype,
+        out_scale, out_zero_point,
+    )  # fmt: skip
     reference.check_linear(*args)
     n, k = colsum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
@@ -416,21 +426,42 @@ def int8_linear(
         data = _padded(reference.int8_unpack(data, n, k))
     data = _along_k("b", data)
     rows = x.detach().reshape(-1, k)
+    scale_a, zero_point = input_scale, input_zero_point
+    # Codes and zero point are within int8: their difference is below 256, and int32 holds 255·128·K up to this K.
+    wide = k > reference.MAX_K // 2
+    if x.dtype == torch.int8:
+        codes = _along_k("x", rows)
+        if codes.shape[1] != data.shape[1]:
+            codes = _padded(codes)
+        assert scale_a is not None
+        scale_a = _vector(scale_a)
+        if zero_point is not None:
+            zero_point = zero_point.reshape(-1).contiguous()
+            wide = wide or zero_point.dtype not in (torch.int8, torch.uint8)
+    else:
+        codes, scale_a, middle = _quantize_rows(
+            rows, data.shape[1], input_scale, input_zero_point, quant_min, quant_max
+        )
+        if middle:
+            zero_point = torch.full((1,), middle, dtype=torch.int32, device=x.device)
+    offset = None if bias is None else _vector(bias)
+    epilogue = Epilogue(scale_a, _vector(scale), zero_point, colsum, offset, _one(out_scale), _one(out_zero_point))
+    out = x.new_empty((rows.shape[0], n), dtype=out_dtype)
+    return _multiply(codes, data, out, epilogue, wide, activation).view(*x.shape[:-1], n)
+
+
+def _quantize_rows(
+    rows: Tensor, padded: int, scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor, int]:
+    """Codes [M, padded], the scale of each row, and the zero point of rows that are quantized by their own ranges."""
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    m, padded = rows.shape[0], data.shape[1]
-    codes = torch.empty((m, padded), dtype=torch.int8, device=x.device)
-    scale_a = torch.empty((m,), dtype=torch.float32, device=x.device)
+    m, k = rows.shape
+    codes = torch.empty((m, padded), dtype=torch.int8, device=rows.device)
+    row_scale = torch.empty((m,), dtype=torch.float32, device=rows.device)
     half = (quant_max - quant_min) // 2
-    middle = 0 if input_scale is not None else quant_max - half
-    bounds = tuple(float(value) for value in (quant_min, quant_max, half, middle))
+    middle = 0 if scale is not None else quant_max - half
+    sizes = (*map(float, (quant_min, quant_max, half, middle)), k, padded, rows.stride(0))
     tile = configs.quantize_rows(padded)
-    sizes = (*bounds, k, padded, rows.stride(0))
-    launch(quantize_rows_kernel, (m,), codes, scale_a, rows, input_scale, input_zero_point, *sizes, **tile)
-    zero_point = input_zero_point
-    if middle:
-        zero_point = torch.full((1,), middle, dtype=torch.int32, device=x.device)
-    vectors = (scale_a, _vector(scale), zero_point, colsum, None if bias is None else _vector(bias))
-    # Codes and zero point are within int8: their difference is below 256, and int32 holds 255·128·K up to this K.
-    out = x.new_empty((m, n))
-    return _multiply(codes, data, out, *vectors, wide=k > reference.MAX_K // 2).view(*x.shape[:-1], n)
+    launch(quantize_rows_kernel, (m,), codes, row_scale, rows, scale, zero_point, *sizes, **tile)
+    return codes, row_scale, middle

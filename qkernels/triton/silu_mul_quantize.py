@@ -15,22 +15,11 @@ from torch import Tensor
 from ..reference import silu_mul_quantize as reference
 from ..reference.fake_quantize import check_grad
 from . import configs
+from .activation import sigmoid
 from .granularity import load_params
 from .groups import bound, extremes, qparams, quantized, store_qparams
 from .launch import launch
-from .numerics import is_inside, narrow, reciprocal, rint, widen
-
-EXP = reference.EXP[torch.float32]
-LOW: tl.constexpr = tl.constexpr(EXP.low)
-HIGH: tl.constexpr = tl.constexpr(EXP.high)
-LOG2E: tl.constexpr = tl.constexpr(EXP.log2e)
-LN2_HIGH: tl.constexpr = tl.constexpr(EXP.ln2_high)
-LN2_LOW: tl.constexpr = tl.constexpr(EXP.ln2_low)
-C6: tl.constexpr = tl.constexpr(EXP.coefficients[0])
-C5: tl.constexpr = tl.constexpr(EXP.coefficients[1])
-C4: tl.constexpr = tl.constexpr(EXP.coefficients[2])
-C3: tl.constexpr = tl.constexpr(EXP.coefficients[3])
-C2: tl.constexpr = tl.constexpr(EXP.coefficients[4])
+from .numerics import is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -42,20 +31,6 @@ def unsupported(op: str, *args: Any) -> str | None:
     elif args and args[2] == 0:
         return "takes groups and rows (group_size None makes a scale of the whole tensor)"
     return None
-
-
-@triton.jit
-def sigmoid(g):
-    """1/(1 + exp(−g)), operation by operation as the reference."""
-    x = tl.minimum(tl.maximum(-g, LOW), HIGH)  # of a NaN g it may make a number, but g·sigmoid(g) stays NaN
-    # Adding 1.5·2**23 rounds to an integer, half to even, and leaves it in the low bits.
-    shifted = x * LOG2E + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    p = ((((C6 * r + C5) * r + C4) * r + C3) * r + C2) * r + 1.0
-    p = p * r + 1.0
-    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-    return reciprocal(p * power + 1.0)
 
 
 @triton.jit
