@@ -185,7 +185,7 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
             yield "int8_scaled_mm", (*codes(m, n - 1, 65536), per_row, meta((n - 1,)), None, *plain)
             for activation in ("gelu", "silu"):
                 as_codes = activation, torch.int8, meta((1,)), meta((1,), torch.int32)
-                offset = meta((m,), torch.int8)
+                offset = meta((m,), torch.int32)
                 colsum = meta((n,), torch.int32)
                 yield "int8_scaled_mm", (*codes(m, n, 4096), per_row, per_column, offset, colsum, bias, *as_codes)
             x = meta((m, 4096), torch.bfloat16)

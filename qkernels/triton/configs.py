@@ -66,9 +66,9 @@ class Cut(NamedTuple):
 
 TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
 ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
-# Registers that some kernels of 128 threads name as their limit: with none named, ptxas spills a register or two
+# All registers there are, as the limit that some kernels name: with none named, ptxas spills a register or two
 # of them to have more blocks at once.
-UNSPILLED = 168
+UNSPILLED = 255
 
 
 def power_of_two(n: int) -> int:

@@ -95,7 +95,8 @@ def scaled(acc, m, n, m_end, n_end, dtype: tl.constexpr, epilogue, HOW: tl.const
         y = y * widen(tl.load(epilogue.scale_a + m * HOW.step_a, mask=m < m_end, other=0.0))
         if epilogue.bias is not None:
             y = y + widen(tl.load(epilogue.bias + n, mask=n < n_end, other=0.0))
-        y = activate(y, HOW.activation)
+        ACTIVATION: tl.constexpr = HOW.activation
+        y = activate(y, ACTIVATION)
         if epilogue.out_scale is None:
             return narrow(y, dtype)
         else:
