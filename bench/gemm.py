@@ -1,4 +1,4 @@
-"""int8 GEMM throughput on this machine's CPU against its peers: `python -m qkernels bench gemm`.
+"""int8 GEMM throughput on this machine's CPU against its peers: `python -m qkernels bench gemm`. On a GPU: gpu/gemm.py.
 
 Every contestant is checked before it is timed. Weights rotate over copies beyond the last-level cache (--hot: one
 copy), contestants alternate in blocks, and the figures stand beside two ceilings that are measured first: integer dot
@@ -16,58 +16,19 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peers
 import torch
 from laps import alternate, check, machine
+from shapes import Shape, positive, shapes_of
 from torch import Tensor
 
 import qkernels as qk
 
-MAX_K = 131071
-SQUARES = (256, 512, 1024, 2048, 4096)
-LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 CHECKED_ROWS = 16
 MAX_COPIES = 8
 BLOCKS = 3
-
-
-class Shape(NamedTuple):
-    m: int
-    n: int
-    k: int
-
-
-def read_shapes(path: Path) -> list[Shape]:
-    """Rows M,N,K; a first line of names, empty lines and lines that begin with # are passed over."""
-    shapes = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        fields = [field.strip() for field in line.split(",")]
-        if (
-            not line.strip()
-            or line.lstrip().startswith("#")
-            or (not shapes and list(map(str.lower, fields)) == [*"mnk"])
-        ):
-            continue
-        try:
-            shape = Shape(*map(int, fields))
-        except (TypeError, ValueError):
-            shape = Shape(0, 0, 0)
-        if min(shape) < 1 or shape.k > MAX_K:
-            raise ValueError(f"{path}:{number}: got {line!r}; accepted: M,N,K, integers from 1, K up to {MAX_K}")
-        shapes.append(shape)
-    if not shapes:
-        raise ValueError(f"{path}: got no shapes; accepted: a line M,N,K for each")
-    return shapes
-
-
-def shapes_of(name: str, rows: list[int]) -> list[Shape]:
-    if name == "square":
-        return [Shape(size, size, size) for size in SQUARES]
-    if name == "llama":
-        return [Shape(m, n, k) for n, k in LLAMA_8B.values() for m in rows]
-    return read_shapes(Path(name))
 
 
 # The contestants of a scheme, built for one copy of the weights; None: this machine does not have it.
@@ -267,13 +228,6 @@ def plot(folder: Path, result: dict[str, Any]) -> None:
         figure.tight_layout()
         figure.savefig(folder / f"gemm-roofline-{threads}t.png", dpi=90)
         plt.close(figure)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def main(argv: list[str]) -> int:

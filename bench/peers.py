@@ -90,12 +90,45 @@ def onnxruntime_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
     return lambda: session.run(None, feed)[0]
 
 
+def openvino_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
+    """A product with int8 weights that OpenVINO computes on activations quantized in groups of 128 on the way."""
+    import openvino
+    from openvino import opset13 as nodes
+
+    scale = w.abs().amax(1, keepdim=True) / 127
+    q = (w / scale).round().clamp(-127, 127).to(torch.int8)
+    weight = nodes.multiply(nodes.convert(nodes.constant(q.numpy()), "f32"), nodes.constant(scale.numpy()))
+    entry = nodes.parameter(list(x.shape), openvino.Type.f32)
+    model = openvino.Model([nodes.matmul(entry, weight, False, True)], [entry])
+    options = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    feed = openvino.Tensor(x.numpy(), shared_memory=True)
+
+    def call() -> Any:
+        request.infer([feed], share_outputs=True)
+        return request.get_output_tensor().data
+
+    return call
+
+
+def torchao_dynamic(x: Tensor, w: Tensor) -> Call:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
+    model = torch.nn.Sequential(layer)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch.no_grad()(lambda: model(x))
+
+
 def int8_linear(x: Tensor, w: Tensor, threads: int) -> dict[str, Call | None]:
     half, half_w = x.bfloat16(), w.bfloat16()
     return {
         "FBGEMM": find("FBGEMM", lambda: linear_dynamic("fbgemm", x, w)),
         "oneDNN": find("oneDNN", lambda: linear_dynamic("onednn", x, w)),
         "onnxruntime": find("onnxruntime", lambda: onnxruntime_dynamic(x, w, threads)),
+        "OpenVINO": find("OpenVINO", lambda: openvino_dynamic(x, w, threads)),
+        "torchao": find("torchao", lambda: torchao_dynamic(x, w)),
         "fp32": lambda: torch.nn.functional.linear(x, w),
         "bf16": lambda: torch.nn.functional.linear(half, half_w),
     }

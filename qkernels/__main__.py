@@ -17,7 +17,10 @@ def bench(arguments: list[str]) -> int:
         return 2
     if arguments[:1] == ["gemm"]:
         path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, str(folder / "gemm.py"), *arguments[1:]]  # in the caller's folder, for their CSV
+        gpu = "--gpu" in arguments
+        script = folder / ("gpu/gemm.py" if gpu else "gemm.py")
+        rest = [argument for argument in arguments[1:] if argument != "--gpu"]
+        command = [sys.executable, str(script), *rest]  # in the caller's folder, for their CSV
         return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
     if importlib.util.find_spec("pytest_benchmark") is None:
         print(f'bench: pytest-benchmark is missing; run: pip install -e "{folder.parent}[bench]"')
@@ -30,7 +33,7 @@ def main(argv: list[str]) -> int:
     commands = {
         "info": "what runs on this machine and what is missing; one block for a bug report",
         "demo": "train, quantize and compare a small model; all options: demo --help",
-        "bench": "time the kernels against their peers; options go to pytest. int8 GEMM alone: bench gemm --help",
+        "bench": "time the kernels against their peers; options go to pytest. int8 GEMM alone: bench gemm [--gpu]",
         "selfcheck": "every kernel that can run here against the reference",
         "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
     }

@@ -49,9 +49,11 @@ timing.ROUNDS, timing.SECONDS_PER_CONTESTANT, timing.COPY_ELEMENTS, timing.HOST_
 sys.argv = ["bench", "--out", out, "--seconds", "500"]
 bench.main()
 import gemm
-gemm.LAYERS[:], gemm.ROWS, gemm.compiled_rescale = [(48, 64)], (1, 20), gemm.rescale
-sys.argv = ["gemm", "--out", out, "--seconds", "500"]
-gemm.main()
+gemm.compiled_rescale = gemm.rescale
+shapes = Path(out, "shapes.csv")
+shapes.write_text("1,48,64\\n20,48,64\\n")
+sys.argv = ["gemm", "--out", out, "--seconds", "500", "--shapes", str(shapes)]
+assert gemm.main() == 0
 print([summary.write(path) for path in Path(out).glob("*.json")])
 """
 

@@ -43,6 +43,7 @@ def test_examples_run() -> None:
     assert names["int8_model"](names["x"]).shape == (32, 10)
     assert names["y"].shape == (32, 128)
     assert isinstance(names["model"][0], qk.nn.Int8TrainingLinear)
+    assert names["z"].shape == (32, 256)
 
 
 def test_public_names_of_the_readme_exist() -> None:
