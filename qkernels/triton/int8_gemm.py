@@ -253,7 +253,7 @@ def _multiply(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008 (nothing can change it)
+    epilogue: Epilogue,
     wide: bool = False,
     activation: str = "none",
 ) -> Tensor:
@@ -309,7 +309,7 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     if 0 in (*a.shape, b.shape[1]):
         return reference.int8_mm(a, b)
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
-    return _multiply(_along_k("a", a), _along_k("b", b.t()), out)
+    return _multiply(_along_k("a", a), _along_k("b", b.t()), out, Epilogue())
 
 
 def _vector(t: Tensor) -> Tensor:
