@@ -22,9 +22,9 @@ demo: $(VENV)/built $(VENV)/demo
 test: lint asan
 	@$(MAKE) --no-print-directory pytest
 
-# Two workers, a file to a worker; threads of their own would only be in each other's way.
+# Two workers, a file to a worker; threads of their own would only be in each other's way, but where a test asks for them.
 pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo cuda
-	$(BIN)/pytest -q -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=10
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -36,7 +36,7 @@ lint: $(VENV)/dev
 # other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
 asan: $(VENV)/dev
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
-	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
+	OMP_NUM_THREADS=1 PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
 	    $(BIN)/pytest -q -n 2 --dist loadfile --capture=sys -p no:cacheprovider \
 	    -k "not (compile or export or opcheck or subprocess or triton or reference] or -reference- or torch.float16 or torch.float64)" \
 	    $(SANITIZED)
