@@ -18,9 +18,11 @@ from .ops.fake_quantize import (
     observe_fake_quantize,
 )
 from .ops.foreach_fake_quantize import foreach_fake_quantize
+from .ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.int8_training import int8_training_linear
+from .ops.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
 from .ops.quantize_transposed import quantize_dynamic_transposed
 from .ops.relu_fake_quantize import relu_fake_quantize
@@ -32,6 +34,8 @@ from .qat import QConfig, QSpec, calibrate, convert, prepare, report
 from .registry import kernels, which
 
 __all__ = [
+    "PackedInt",
+    "PackedInt4",
     "PackedInt8",
     "PackedInt8Conv2d",
     "PerChannel",
@@ -57,6 +61,7 @@ __all__ = [
     "foreach_fake_quantize",
     "fused_moving_avg_obs_fake_quant",
     "histogram",
+    "int4_linear",
     "int8_conv2d",
     "int8_linear",
     "int8_mm",
@@ -68,6 +73,8 @@ __all__ = [
     "observe_fake_quantize",
     "ops",
     "override_torch",
+    "pack_bits",
+    "pack_int4",
     "prepare",
     "qat",
     "quantization_errors",
@@ -84,6 +91,8 @@ __all__ = [
     "rms_norm_quantize_dynamic",
     "silu_mul_fake_quantize_dynamic",
     "silu_mul_quantize_dynamic",
+    "unpack_bits",
+    "unpack_int4",
     "use_kernel",
     "which",
 ]

@@ -1,0 +1,319 @@
+"""The linear layer on packed int4 weights. An inference op: not differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..reference import int4_gemm as reference
+from ..reference import packing
+from .int8_gemm import _by_row
+from .packing import pack_bits, unpack_bits
+from .quantize import quantize, quantize_dynamic
+
+
+def _fake_pack(q: Tensor) -> Tensor:
+    return q.new_empty(reference.panel_shape(*q.shape), dtype=torch.uint8)
+
+
+def _fake_linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    act_bits: int,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_sum.shape[0]), dtype=out_dtype)
+
+
+_int4_pack = library.define(
+    "int4_pack", "(Tensor q) -> Tensor", reference.int4_pack, _fake_pack, cpu=("avx512vnni", "avx2", "scalar")
+)
+_int4_unpack = library.define(
+    "int4_unpack",
+    "(Tensor data, SymInt n, SymInt k) -> Tensor",
+    reference.int4_unpack,
+    lambda data, n, k: data.new_empty((n, k), dtype=torch.int8),
+    cpu=("avx512vnni", "avx2", "scalar"),
+)
+_int4_linear = library.define(
+    "int4_linear",
+    "(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor? minimum, Tensor weight_sum, Tensor? bias, "
+    "SymInt group_size, int act_bits, Tensor? input_scale, Tensor? input_zero_point, SymInt quant_min, "
+    "SymInt quant_max, ScalarType out_dtype) -> Tensor",
+    reference.int4_linear,
+    _fake_linear,
+    cpu=("avx512vnni", "avx2", "scalar"),
+)
+
+
+class PackedInt:
+    """A linear layer's weight [N, K] as integer codes of 2, 3 or 4 bits, two to a byte as the int4 kernels stream them.
+
+    A weight is code·scale of its group of ``group_size`` along K; (code − zero_point)·scale; or (code + 8)·scale +
+    minimum. The layout belongs to the device and to this version of the kernels and never leaves the
+    process: ``unpack`` and pickling give and take the logical tensors, ``to`` packs anew where a device has another.
+
+    Attributes:
+        data: packed codes, uint8. scale, zero_point, minimum: of each group, in the kernel's order; see ``unpack``.
+        weight_sum: [N] fp32, the sum of each output channel's weights, which an input's zero point takes off.
+        shape: (N, K). group_size: along K. bits: of a code.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        minimum: Tensor | None,
+        weight_sum: Tensor,
+        shape: tuple[int, int],
+        group_size: int,
+        bits: int = 4,
+    ) -> None:
+        self.data, self.scale, self.zero_point, self.minimum = data, scale, zero_point, minimum
+        self.weight_sum, self.shape, self.group_size, self.bits = weight_sum, shape, group_size, bits
+
+    @property
+    def layout(self) -> str:
+        """The name and version of the order of data: "panels-1" on a CPU, "halves-1" on a GPU."""
+        return "panels-1" if self.data.dim() == 4 else "halves-1"
+
+    @classmethod
+    def from_float(
+        cls,
+        w: Tensor,
+        bits: int = 4,
+        *,
+        group_size: int = 32,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> PackedInt:
+        """Quantizes by the range of each group, as ``quantize_dynamic``, with scales that scale_dtype holds.
+
+        Args:
+            w: [N, K] floating.
+            bits: 2, 3 or 4.
+            group_size: along K: a multiple of 8, from 16 on, that divides K; or −1 or K, one group for each row.
+            symmetric: scale = amax/7 and codes −7…7 (of 4 bits); else scale = range/15 and an integer zero point.
+            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale.
+
+        Raises:
+            ValueError: w is not a finite floating matrix. RuntimeError: group_size, bits or scale_dtype.
+        """
+        if w.dim() != 2 or not w.is_floating_point():
+            raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
+        values = w.detach().float()
+        if not bool(values.isfinite().all()):
+            raise ValueError("w: got NaN or infinite values; accepted: finite weights")
+        packing.check_bits(bits)
+        n, k = w.shape
+        size = k if group_size == -1 else group_size
+        reference.check_group_size(size, k)
+        low, high = packing.code_range(bits)
+        q, scale, zero_point = quantize_dynamic(
+            values.contiguous(), bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
+        )
+        scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
+        zero_point = zero_point.reshape(n, -1).expand_as(scale)
+        if scale_dtype != torch.float32:
+            if scale_dtype not in reference.SCALE_DTYPES:
+                raise RuntimeError(
+                    f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
+                )
+            rounded = scale.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
+            if not bool(rounded.isfinite().all()):
+                raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
+            scale = rounded
+            q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
+        return cls.from_quantized(q, scale, None if symmetric else zero_point.to(torch.int8), bits=bits)
+
+    @classmethod
+    def from_quantized(
+        cls, q: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, minimum: Tensor | None = None, bits: int = 4
+    ) -> PackedInt:
+        """Packs codes q [N, K] int8, −8…7 for 4 bits.
+
+        Args:
+            scale: [N, K/group_size] fp32, bf16 or fp16, kept as it is; its shape gives the group size. [N], [N, 1] and
+                one element are one group for each row. Any sign.
+            zero_point: integers of scale's shape within the codes' range.
+            minimum: scale's shape and dtype, the value of code −8, instead of a zero point; only with 4 bits.
+
+        Raises:
+            RuntimeError: a shape, dtype or value other than these.
+        """
+        reference.check(
+            q.dtype == torch.int8 and q.dim() == 2,
+            f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [N, K]",
+        )
+        packing.check_bits(bits)
+        reference.check_k("q", q.shape[1])
+        packing.check_codes("q", q, bits)
+        n, k = q.shape
+        reference.check_scale_dtype("scale", scale)
+        scale = _grouped("scale", scale, n, k)
+        groups = scale.shape[1]
+        group_size = k // groups if groups else k
+        if zero_point is not None:
+            reference.check(minimum is None, "minimum: got a tensor beside zero_point; accepted: one of them")
+            reference.check_zero_point("zero_point", zero_point)
+            zero_point = _grouped("zero_point", zero_point, n, k, groups)
+            packing.check_codes("zero_point", zero_point, bits)
+            zero_point = zero_point.to(torch.int8)
+        if minimum is not None:
+            reference.check(bits == 4, f"minimum: got a tensor with {bits} bits; accepted with 4 bits")
+            minimum = _grouped("minimum", minimum, n, k, groups)
+            reference.check(
+                minimum.dtype == scale.dtype, f"minimum: got {minimum.dtype}; accepted: scale's dtype, {scale.dtype}"
+            )
+        weight = reference.weight_of(q, scale, reference.offset_of(scale, zero_point, minimum), group_size)
+        weight_sum = weight.sum(1).float()
+        on_gpu = q.device.type == "cuda"
+        data = reference.to_halves(q) if on_gpu else _int4_pack(q)
+        packed_scale, packed_zero_point, packed_minimum = (
+            None if t is None else t.t().contiguous() if on_gpu else reference.to_panels(t)
+            for t in (scale, zero_point, minimum)
+        )
+        assert packed_scale is not None
+        return cls(data, packed_scale, packed_zero_point, packed_minimum, weight_sum, (n, k), group_size, bits)
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(q [N, K] int8, scale, zero_point int8 or None, minimum or None), [N, K/group_size]: what was packed."""
+        n, k = self.shape
+        scale, zero_point, minimum = (
+            None if t is None else reference.by_group(t, n).contiguous()
+            for t in (self.scale, self.zero_point, self.minimum)
+        )
+        assert scale is not None
+        return _int4_unpack(self.data, n, k), scale, zero_point, minimum
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] in fp32."""
+        q, scale, zero_point, minimum = self.unpack()
+        offset = reference.offset_of(scale, zero_point, minimum)
+        return reference.weight_of(q, scale, offset, self.group_size).float()
+
+    def to(self, device: torch.device | str) -> PackedInt:
+        """The same weight on another device, in its layout; itself where it is there already."""
+        device = torch.device(device)
+        if device == self.data.device:
+            return self
+        q, scale, zero_point, minimum = (None if t is None else t.to(device) for t in self.unpack())
+        assert q is not None
+        assert scale is not None
+        return type(self).from_quantized(q, scale, zero_point, minimum=minimum, bits=self.bits)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        q, *params = self.unpack()
+        return _restore, (type(self), pack_bits(q, self.bits), *params, self.shape[1], self.bits)
+
+    def __repr__(self) -> str:
+        kind = "minimum" if self.minimum is not None else "symmetric" if self.zero_point is None else "zero points"
+        return f"{type(self).__name__}(shape={self.shape}, bits={self.bits}, group_size={self.group_size}, {kind})"
+
+
+class PackedInt4(PackedInt):
+    """A ``PackedInt`` of 4 bits: codes −8…7."""
+
+    @classmethod
+    def from_float(  # type: ignore[override]
+        cls,
+        w: Tensor,
+        group_size: int = 32,
+        symmetric: bool = True,
+        *,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> PackedInt4:
+        """``PackedInt.from_float`` with 4 bits."""
+        made = super().from_float(w, 4, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+        assert isinstance(made, PackedInt4)
+        return made
+
+
+def _restore(
+    cls: type[PackedInt],
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    k: int,
+    bits: int,
+) -> PackedInt:
+    return cls.from_quantized(unpack_bits(packed, bits, k), scale, zero_point, minimum=minimum, bits=bits)
+
+
+def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) -> Tensor:
+    """t as [N, groups], of a number of groups that K can have."""
+    t = t.detach()
+    if t.numel() == 1 or t.shape == (n,):
+        t = t.reshape(-1, 1).expand(n, 1)
+    fits = t.dim() == 2 and t.shape[0] == n and (groups is None or t.shape[1] == groups)
+    if fits and groups is None:
+        per = t.shape[1]
+        fits = per == 1 or (per > 0 and k % per == 0 and k // per >= 16 and k // per % 8 == 0)
+    accepted = f"one element, [{n}] or [{n}, K / group_size] with group_size K = {k} or a multiple of 8 from 16 on"
+    reference.check(
+        fits,
+        f"{name}: got shape {list(t.shape)}; accepted: {accepted if groups is None else [n, groups]}",
+    )
+    return t
+
+
+def int4_linear(
+    x: Tensor,
+    packed: PackedInt,
+    bias: Tensor | None = None,
+    act_bits: int = 8,
+    *,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    quant_min: int = -128,
+    quant_max: int = 127,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ weight.T + bias with int4 weights, on int8 activations (act_bits 8) or on x as it is (act_bits 16).
+
+    act_bits 8: x becomes int8 codes on the way in, or is codes already. The products of a group are summed exactly in
+    integers, the groups one after the other in fp32: y = Σ scale_g·acc_g, with zero points or minima
+    Σ (offset_g·Σx_g + scale_g·acc_g) where offset_g is the value of code −8; then out = (y − zero_point·weight_sum)·
+    scale_x + bias, rounded once. act_bits 16: sums in fp32, whatever x is, within (K + 4)·2⁻²³·Σ|x|·(15·|scale| +
+    |offset|) of the exact value.
+
+    Args:
+        x: [..., K]; fp32, bf16 or fp16; or, with act_bits 8, int8 codes.
+        packed: weight [N, K].
+        bias: [N], floating.
+        input_scale, input_zero_point, quant_min, quant_max: with act_bits 8, as in ``int8_linear``; by default each row
+            by its own range.
+        out_dtype: torch.float32, torch.bfloat16 or torch.float16; by default x's, of codes torch.bfloat16.
+
+    Returns:
+        [..., N] of out_dtype. A NaN in x makes its row NaN. Not differentiable.
+
+    Raises:
+        RuntimeError: a shape, dtype or range other than these.
+    """
+    if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
+        raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
+    if x.dtype == torch.int8:
+        input_scale = _by_row("input_scale", input_scale, x)
+        input_zero_point = _by_row("input_zero_point", input_zero_point, x)
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+    return _int4_linear(
+        x, packed.data, packed.scale, packed.zero_point, packed.minimum, packed.weight_sum, bias, packed.group_size,
+        act_bits, input_scale, input_zero_point, quant_min, quant_max, out_dtype,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Packing of 2-, 3- and 4-bit codes into dense bytes: the form in which they are stored and exchanged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..reference import packing as reference
+
+
+def _fake_pack(q: Tensor, bits: int) -> Tensor:
+    reference.check_pack(q, bits)
+    return q.new_empty((*q.shape[:-1], reference.packed_length(q.shape[-1], bits)), dtype=torch.uint8)
+
+
+def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], k), dtype=torch.int8)
+
+
+_pack_bits = library.define(
+    "pack_bits", "(Tensor q, int bits) -> Tensor", reference.pack_bits, _fake_pack, cpu=("avx512", "avx2", "scalar")
+)
+_unpack_bits = library.define(
+    "unpack_bits",
+    "(Tensor packed, int bits, SymInt k) -> Tensor",
+    reference.unpack_bits,
+    _fake_unpack,
+    cpu=("avx512", "avx2", "scalar"),
+)
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """Codes q [..., K] int8 of 2, 3 or 4 bits as bytes: code i at bits i·bits… of its row, low bits first.
+
+    Returns:
+        uint8 [..., ⌈K·bits/8⌉], contiguous; a row's last byte is filled up with zeros. Not differentiable.
+
+    Raises:
+        RuntimeError: a dtype other than int8, other bits, or on the CPU a code out of range. On a GPU, where looking
+            would stop the stream, the low bits of each code are taken.
+    """
+    return _pack_bits(q, bits)
+
+
+def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
+    """The codes [..., k] int8 of ``pack_bits``, exactly.
+
+    Raises:
+        RuntimeError: not uint8, or the last dim is not what k codes take.
+    """
+    return _unpack_bits(packed, bits, k)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """int4 codes −8…7, int8 [..., K], two to a byte along K, low nibble first: uint8 [..., ⌈K/2⌉] (``pack_bits``)."""
+    return _pack_bits(q, 4)
+
+
+def unpack_int4(packed: Tensor, k: int | None = None) -> Tensor:
+    """The codes −8…7, int8 [..., k], of ``pack_int4``; k is by default twice packed's last dim, and else one less."""
+    if k is None:
+        k = 2 * packed.shape[-1]
+    return _unpack_bits(packed, 4, k)
