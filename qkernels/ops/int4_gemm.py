@@ -182,7 +182,7 @@ class PackedInt:
         weight = reference.weight_of(q, scale, reference.offset_of(scale, zero_point, minimum), group_size)
         weight_sum = weight.sum(1).float()
         on_gpu = q.device.type == "cuda"
-        data = reference.to_halves(q) if on_gpu else _int4_pack(q)
+        data = reference.to_halves(q, reference.half_of(group_size, k)) if on_gpu else _int4_pack(q)
         packed_scale, packed_zero_point, packed_minimum = (
             None if t is None else t.t().contiguous() if on_gpu else reference.to_panels(t)
             for t in (scale, zero_point, minimum)
@@ -198,6 +198,8 @@ class PackedInt:
             for t in (self.scale, self.zero_point, self.minimum)
         )
         assert scale is not None
+        if self.data.dim() == 2:
+            return reference.unpack(self.data, n, k, self.group_size), scale, zero_point, minimum
         return _int4_unpack(self.data, n, k), scale, zero_point, minimum
 
     def dequantize(self) -> Tensor:

@@ -61,9 +61,7 @@ def int4_pack(q: Tensor) -> Tensor:
 
 
 def int4_unpack(data: Tensor, n: int, k: int) -> Tensor:
-    check_data(data, n, k, 0)
-    if data.dim() == 2:
-        return from_halves(data, n, k)
+    check_data(data, n, k, panel_shape(n, k))
     n_panels, steps, half, _ = data.shape
     codes = torch.stack((data & 15, data >> 4), 1).permute(0, 1, 3, 2, 4).reshape(n_panels * 2 * half, steps * 4)
     return codes[:n, :k].to(torch.int8) - 8
@@ -77,28 +75,36 @@ def to_panels(t: Tensor) -> Tensor:
     return padded.view(n_panels, PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-# A GPU's layout: rows, in which a byte holds two codes that are HALF apart in k, so that its low bits and its high bits
-# are two operands of tensor cores as they are. Scales and zero points are [groups, N].
-
-HALF = 64
+# A GPU's layout: rows, in which a byte holds two codes that are ``half`` apart in k, so that its low bits and its high
+# bits are two operands of tensor cores as they are, each within one group. Scales and zero points are [groups, N].
 
 
-def halves_shape(n: int, k: int) -> tuple[int, int]:
-    return n, (k + 2 * HALF - 1) // (2 * HALF) * HALF
+def half_of(group_size: int, k: int) -> int:
+    """How far apart in k the two codes of a byte are."""
+    return 64 if group_size == k else next((half for half in (64, 32, 16) if group_size % half == 0), 64)
 
 
-def to_halves(q: Tensor) -> Tensor:
-    """data[n][k // 128][k % 64]: the code of k in the low bits, that of k + 64 in the high bits; missing k are 0."""
+def halves_shape(n: int, k: int, half: int) -> tuple[int, int]:
+    return n, (k + 2 * half - 1) // (2 * half) * half
+
+
+def to_halves(q: Tensor, half: int) -> Tensor:
+    """data[n][k // (2·half)][k % half]: the code of k in the low bits, of k + half in the high; missing k are 0."""
     n, k = q.shape
-    _, length = halves_shape(n, k)
-    low, high = torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, -1, 2, HALF).to(torch.uint8).unbind(2)
+    _, length = halves_shape(n, k, half)
+    low, high = torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, -1, 2, half).to(torch.uint8).unbind(2)
     return (low & 15 | high << 4).reshape(n, length)
 
 
-def from_halves(data: Tensor, n: int, k: int) -> Tensor:
-    blocks = data.view(n, -1, HALF)
-    codes = torch.stack((blocks & 15, blocks >> 4), 2).reshape(n, -1)[:, :k]
+def from_halves(data: Tensor, k: int, half: int) -> Tensor:
+    blocks = data.view(data.shape[0], -1, half)
+    codes = torch.stack((blocks & 15, blocks >> 4), 2).flatten(1)[:, :k]
     return ((codes ^ 8).to(torch.int8) - 8).clone(memory_format=torch.contiguous_format)
+
+
+def unpack(data: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    """The codes [N, K] of either layout."""
+    return int4_unpack(data, n, k) if data.dim() == 4 else from_halves(data, k, half_of(group_size, k))
 
 
 def by_group(t: Tensor, n: int) -> Tensor:
@@ -106,9 +112,8 @@ def by_group(t: Tensor, n: int) -> Tensor:
     return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
 
 
-def check_data(data: Tensor, n: int, k: int, group_size: int) -> None:
+def check_data(data: Tensor, n: int, k: int, expected: tuple[int, ...]) -> None:
     check(data.dtype == torch.uint8, f"data: got {data.dtype}; accepted: torch.uint8")
-    expected = panel_shape(n, k) if data.dim() != 2 else halves_shape(n, k)
     check(
         tuple(data.shape) == expected,
         f"data: got shape {list(data.shape)}; accepted: what PackedInt4 holds for N = {n} and K = {k}, "
@@ -167,7 +172,8 @@ def check_linear(
     )
     check_k("x", k)
     check_group_size(group_size, k)
-    check_data(data, n, k, group_size)
+    halves = halves_shape(n, k, half_of(group_size, k))
+    check_data(data, n, k, halves if data.dim() == 2 else panel_shape(n, k))
     groups = groups_of(k, group_size)
     check_groups("scale", scale, data, n, groups)
     check_scale_dtype("scale", scale)
@@ -257,7 +263,7 @@ def int4_linear(
         quant_min, quant_max, out_dtype,
     )  # fmt: skip
     n, k = weight_sum.numel(), x.shape[-1]
-    q = int4_unpack(data, n, k)
+    q = unpack(data, n, k, group_size)
     scale = by_group(scale, n).float()
     offset = offset_of(
         scale,
