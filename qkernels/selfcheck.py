@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import library, registry
-from .reference import int8_gemm, rms_norm_quantize, silu_mul_quantize
+from .reference import int4_gemm, int8_gemm, packing, rms_norm_quantize, silu_mul_quantize
 from .reference.straight_through import VARIANTS
 from .registry import Kernel
 
@@ -28,6 +28,7 @@ SUMS = {
     "fake_quantize_stochastic_backward": (1, 2),
     "fake_quantize_straight_through_backward": (1, 2),
     "foreach_fake_quantize_learnable_backward": (1, 2),
+    "int4_linear": (0,),
     "quantization_errors": (0,),
     "relu_fake_quantize_learnable_backward": (1, 2),
     "rms_norm_fake_quantize_dynamic_backward": (0, 1),
@@ -263,6 +264,56 @@ def int8_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         yield q, data, colsum, torch.rand(33), None, *given, "relu", torch.int8, torch.tensor(2.0), zero_point
 
 
+def pack_bits_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() > 0:
+        for bits in packing.BITS:
+            low, high = packing.code_range(bits)
+            yield torch.randint(low, high + 1, x.shape, dtype=torch.int8), bits
+
+
+def unpack_bits_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for q, bits in pack_bits_args(x):
+        yield packing.pack_bits(q, bits), bits, q.shape[-1]
+
+
+def int4_pack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield (torch.randint(-8, 8, x.shape, dtype=torch.int8),)
+
+
+def int4_unpack_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (q,) in int4_pack_args(x):
+        yield int4_gemm.int4_pack(q), *q.shape
+
+
+def int4_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Outputs in fp32, where another order of sums shows by its own size."""
+    if x.dim() == 2 and x.dtype != torch.float64:
+        grouped = x.shape[1] > 64  # groups of 32, else one for each row
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)) if grouped else x
+        k = x.shape[1]
+        size = 32 if grouped else k
+        groups = int4_gemm.groups_of(k, size)
+        data = int4_gemm.int4_pack(torch.randint(-8, 8, (33, k), dtype=torch.int8))
+        scale, zero_point, minimum = (
+            int4_gemm.to_panels(t)
+            for t in (
+                torch.rand(33, groups),
+                torch.randint(-8, 8, (33, groups), dtype=torch.int8),
+                torch.randn(33, groups),
+            )
+        )
+        total, bias = torch.randn(33), torch.randn(33)
+        dynamic = None, None, *INT8, torch.float32
+        yield x, data, scale, None, None, total, bias, size, 8, *dynamic
+        yield x, data, scale, zero_point, None, total, None, size, 8, *dynamic
+        static = torch.tensor([0.02]), torch.tensor([5], dtype=torch.int32), *INT8, torch.float32
+        yield x, data, scale, None, minimum, total, bias, size, 8, *static
+        if x.isfinite().all():
+            yield x, data, scale, None, None, total, bias, size, 16, *dynamic
+            yield x, data, scale, zero_point, None, total, bias, size, 16, *dynamic
+
+
 def int8_conv2d_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() == 4 and x.dtype != torch.float64:
         data, colsum = int8_gemm.int8_pack(codes(6, 4 * x.shape[1]))
@@ -327,6 +378,9 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
     "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
     "histogram": histogram_args,
+    "int4_linear": int4_linear_args,
+    "int4_pack": int4_pack_args,
+    "int4_unpack": int4_unpack_args,
     "int8_conv2d": int8_conv2d_args,
     "int8_linear": int8_linear_args,
     "int8_mm": int8_mm_args,
@@ -334,6 +388,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "int8_scaled_mm": int8_scaled_mm_args,
     "int8_unpack": int8_unpack_args,
     "observe_fake_quantize": observe_args,
+    "pack_bits": pack_bits_args,
     "quantization_errors": errors_args,
     "quantize": quantize_args,
     "quantize_codebook": codebook_args,
@@ -350,6 +405,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "silu_mul_fake_quantize_dynamic_backward": silu_mul_backward_args,
     "silu_mul_fake_quantize_dynamic_forward": silu_mul_args,
     "silu_mul_quantize_dynamic": silu_mul_args,
+    "unpack_bits": unpack_bits_args,
 }
 
 
@@ -382,7 +438,9 @@ def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if device != "cpu" or kernel.op in CHANGES_ARGUMENTS:
         args = on(device, args)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="qkernels: int8_.* at every call")  # odd layouts are the point here
+        warnings.filterwarnings(
+            "ignore", message="qkernels: int[48]_.* at every call"
+        )  # odd layouts are the point here
         outputs = tensors_in(kernel.fn(*args)) + tensors_in(args)
     return outputs if device == "cpu" else on("cpu", outputs)
 

@@ -65,11 +65,13 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
           row += border;
           const char* source = data + (n * stride_n + h * stride_h) * bytes;
           if (channels_last) {
-            if (std::isnan(kernels.quantize_row(source, type, g.in.w * g.channels, quantizer, row))) nan = true;
+            if (std::isnan(kernels.quantize_row(source, type, g.in.w * g.channels, quantizer, kernels.flip, row)))
+              nan = true;
             continue;
           }
           for (int64_t c = 0; c < g.channels; ++c) {
-            if (std::isnan(kernels.quantize_row(source + c * stride_c * bytes, type, g.in.w, quantizer, plane.get())))
+            if (std::isnan(kernels.quantize_row(source + c * stride_c * bytes, type, g.in.w, quantizer, kernels.flip,
+                                                plane.get())))
               nan = true;
             for (int64_t w = 0; w < g.in.w; ++w) row[w * g.channels + c] = plane[static_cast<size_t>(w)];
           }

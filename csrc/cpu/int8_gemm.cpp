@@ -2,38 +2,12 @@
 // work over threads. The arithmetic is in int8_gemm_kernels.h.
 #include "int8_gemm.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <memory>
 
 #include "int8_ops.h"
 
 namespace qkernels {
 namespace {
-
-// Every block of code rows reads all panels again, so blocks are large, beyond a 1 MiB second-level cache:
-// 256 x 4096 x 4096 on 2 threads reached 740 GOPS with blocks of 256 KiB, 760 with 512, 862 with 1200 (one block).
-constexpr int64_t kRowBlockBytes = 1200 << 10;
-// Rows are quantized and multiplied in passes of this much scratch, which malloc keeps between calls.
-constexpr int64_t kPassBytes = 16 << 20;
-
-struct RowBlocks {
-  int64_t rows, count;
-};
-
-// Equal blocks of rows; several where there are too few panels to keep every thread busy.
-RowBlocks row_blocks(int64_t m, int64_t n_panels, int64_t row_stride, int tile_rows) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = std::max<int64_t>(1, kRowBlockBytes / row_stride / tile_rows) * tile_rows;
-  int64_t count = std::max<int64_t>(1, (m + most - 1) / most);
-  if (n_panels * count < 4 * threads)
-    count = std::max(count, std::min((m + tile_rows - 1) / tile_rows, (4 * threads + n_panels - 1) / n_panels));
-  const int64_t tiles = (m + count * tile_rows - 1) / (count * tile_rows);
-  const int64_t rows = std::max<int64_t>(1, tiles * tile_rows);
-  return {rows, (m + rows - 1) / rows};
-}
 
 void multiply_packed(const Int8Kernels& kernels, const uint8_t* rows, int64_t row_stride, int64_t m, int64_t n,
                      int64_t k, const int8_t* data, const PanelOutput& output) {
@@ -161,17 +135,6 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, c
   return out;
 }
 
-// Weights are read end to end at every call, from beyond the second-level cache as fast as pages are found: 45 GB/s
-// instead of 30 on one thread. Pages are asked for before they are first written; the advice never fails for good.
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
   check_cpu("w", w);
   QK_CHECK(w.scalar_type() == ScalarType::Char, "w: got ", dtype_name(w.scalar_type()), "; accepted: torch.int8");
@@ -218,22 +181,6 @@ Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
     for (int64_t i = 0; i < k; ++i) out[c * k + i] = panel[i / 4 * kPanel * 4 + (i & 3)];
   }
   return w;
-}
-
-// How int8_linear's floating input becomes codes.
-RowQuantizer input_quantizer(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
-                             int64_t quant_min, int64_t quant_max) {
-  if (scale) return static_quantizer("input", *scale, zero_point, quant_min, quant_max);
-  QK_CHECK(!zero_point, "input_zero_point: got a tensor without input_scale; accepted: both, or neither");
-  check_codes(quant_min, quant_max);
-  const int64_t half = (quant_max - quant_min) / 2;
-  return {true,
-          0.0f,
-          0.0f,
-          static_cast<float>(half),
-          static_cast<float>(quant_max - half),
-          static_cast<float>(quant_min),
-          static_cast<float>(quant_max)};
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
@@ -299,7 +246,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
         if (codes)
           kernels.copy_codes(reinterpret_cast<const int8_t*>(row), 1, k, kernels.flip, rows + r * stride);
         else
-          row_scales[static_cast<size_t>(r)] = kernels.quantize_row(row, type, k, quantizer, rows + r * stride);
+          row_scales[static_cast<size_t>(r)] =
+              kernels.quantize_row(row, type, k, quantizer, kernels.flip, rows + r * stride);
       }
     });
     PanelOutput part = output;

@@ -61,7 +61,8 @@ struct Int8Kernels {
   int unpacked_rows;  // up to here one read of unpacked weights is cheaper than packing them
   void (*copy_codes)(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, uint8_t* row);
   // Returns the row's scale: NaN where the row holds a NaN (or, for a dynamic scale, an infinity).
-  float (*quantize_row)(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t* row);
+  float (*quantize_row)(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t flip,
+                        uint8_t* row);
   // At most kPackedPanels panels.
   void (*pack_panels)(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* data,
                       int32_t* colsum);

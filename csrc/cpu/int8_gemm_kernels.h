@@ -613,20 +613,20 @@ inline uint32_t max_magnitude(const float* x, int64_t n) {
 }
 
 // Returns whether a NaN was met.
-inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uint8_t* row) {
+inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uint8_t flip, uint8_t* row) {
   int64_t i = 0;
   int32_t nan = 0;
 #if QK_PATH == QK_PATH_AVX512VNNI
   const __m512 inverse = _mm512_set1_ps(q.inverse), zero_point = _mm512_set1_ps(q.zero_point);
   const __m512 low = _mm512_set1_ps(q.low), high = _mm512_set1_ps(q.high);
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(kFlip));
+  const __m128i flips = _mm_set1_epi8(static_cast<char>(flip));
   for (; i < n; i += 16) {
     const __mmask16 inside = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
     const __m512 t = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, x + i), inverse);
     nan |= _mm512_cmp_ps_mask(t, t, _CMP_UNORD_Q);
     const __m512 rounded = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 code = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(rounded, zero_point), low), high);
-    const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code)), flip);
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code)), flips);
     _mm_mask_storeu_epi8(row + i, inside, bytes);
   }
 #else
@@ -635,14 +635,14 @@ inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uin
     nan |= t != t;
     const float code = __builtin_rintf(t) + q.zero_point;
     const float clamped = code > q.low ? (code < q.high ? code : q.high) : q.low;
-    row[i] = static_cast<uint8_t>(static_cast<int32_t>(clamped)) ^ kFlip;
+    row[i] = static_cast<uint8_t>(static_cast<int32_t>(clamped)) ^ flip;
   }
 #endif
   return nan != 0;
 }
 
 template <typename T>
-float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t* row) {
+float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t flip, uint8_t* row) {
   float buffer[kChunk];
   if (q.dynamic) {
     uint32_t largest = 0;
@@ -659,16 +659,16 @@ float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t* row) {
   bool nan = false;
   for (int64_t i = 0; i < k; i += kChunk) {
     const int64_t n = std::min(kChunk, k - i);
-    nan |= quantize_chunk(as_floats(x + i, n, buffer), n, q, row + i);
+    nan |= quantize_chunk(as_floats(x + i, n, buffer), n, q, flip, row + i);
   }
   return nan ? std::numeric_limits<float>::quiet_NaN() : q.scale;
 }
 
-float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t* row) {
+float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t flip, uint8_t* row) {
   switch (type) {
-    case Element::bf16: return quantize_row_of(static_cast<const BFloat16*>(x), k, quantizer, row);
-    case Element::f16: return quantize_row_of(static_cast<const Half*>(x), k, quantizer, row);
-    default: return quantize_row_of(static_cast<const float*>(x), k, quantizer, row);
+    case Element::bf16: return quantize_row_of(static_cast<const BFloat16*>(x), k, quantizer, flip, row);
+    case Element::f16: return quantize_row_of(static_cast<const Half*>(x), k, quantizer, flip, row);
+    default: return quantize_row_of(static_cast<const float*>(x), k, quantizer, flip, row);
   }
 }
 
