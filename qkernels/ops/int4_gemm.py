@@ -194,7 +194,7 @@ class PackedInt:
         """(q [N, K] int8, scale, zero_point int8 or None, minimum or None), [N, K/group_size]: what was packed."""
         n, k = self.shape
         scale, zero_point, minimum = (
-            None if t is None else reference.by_group(t, n).contiguous()
+            None if t is None else reference.by_group(t, n).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
         )
         assert scale is not None

@@ -294,10 +294,7 @@ def int4_linear(
 
 def weight_of(q: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
     """The weight [N, K] in fp64, exactly, but for the rounding of offset."""
-    by = q.double().reshape(q.shape[0], scale.shape[1], -1)
-    w = (
-        by * scale.double()[..., None]
-        if offset is None
-        else (by + 8) * scale.double()[..., None] + offset.double()[..., None]
-    )
-    return w.reshape(q.shape)
+    codes = q.double().reshape(q.shape[0], scale.shape[1], group_size)
+    if offset is None:
+        return (codes * scale.double()[..., None]).reshape(q.shape)
+    return ((codes + 8) * scale.double()[..., None] + offset.double()[..., None]).reshape(q.shape)
