@@ -294,7 +294,7 @@ def int4_linear(
 
 def weight_of(q: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
     """The weight [N, K] in fp64, exactly, but for the rounding of offset."""
-    by = q.double().reshape(q.shape[0], scale.shape[1], -1)
+    by = q.double().reshape(q.shape[0], scale.shape[1], q.shape[1] // scale.shape[1])
     w = (
         by * scale.double()[..., None]
         if offset is None
