@@ -57,7 +57,7 @@ GOLDEN = {
 }
 
 
-def scheme(*targets: str, **weights: Any) -> dict[str, Any]:
+def scheme(*targets: Any, **weights: Any) -> dict[str, Any]:
     return {"targets": list(targets), "weights": {"type": "int", "symmetric": True, **weights}}
 
 
@@ -182,11 +182,20 @@ def test_config_json_keeps_what_else_it_says(tmp_path: Path) -> None:
 
 def test_over_the_checkpoint_that_was_loaded_and_with_tied_tensors(tmp_path: Path) -> None:
     table = torch.randn(300, 400)
-    ct.save(tmp_path, {"a.weight": weight(4, 8, 32, 1, torch.float32), "tok.weight": table, "head.weight": table.t()})
+    tied = {
+        "tok.weight": table,
+        "head.weight": torch.nn.Parameter(table),
+        "part": table[1:3],
+        "other.weight": table.t(),
+    }
+    ct.save(tmp_path, {"a.weight": weight(4, 8, 32, 1, torch.float32), **tied})
     first = ct.load(tmp_path)
     ct.save(tmp_path, {"tok.weight": first["tok.weight"], "a.weight": first["a.weight"]})
-    assert torch.equal(torch.as_tensor(first["head.weight"]), table.t())
-    assert torch.equal(torch.as_tensor(ct.load(tmp_path)["tok.weight"]), table)
+    for name, t in tied.items():
+        assert torch.equal(torch.as_tensor(first[name]), t)
+    second = ct.load(tmp_path)
+    assert second.keys() == {"a.weight", "tok.weight"}
+    assert torch.equal(torch.as_tensor(second["tok.weight"]), table)
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -347,6 +356,8 @@ def test_bad_tensors(case: str) -> None:
         ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16: got ['Linear']"),
         ({"config_groups": {"g": {"targets": ["Linear"]}}}, "config_groups.g: got"),
         ({"config_groups": {"g": scheme("a", num_bits="x")}}, "config_groups.g: got"),
+        ({"config_groups": {"g": scheme("re:(", num_bits=4)}}, "config_groups.g: got"),
+        ({"config_groups": {"g": scheme(4, num_bits=4)}}, "config_groups.g: got"),
         ({"config_groups": {}, "transform_config": {"config_groups": {"u": {}}}}, "config: got a transform_config"),
         ({"config_groups": {}, "sparsity_config": {"format": "sparse-24-bitmask"}}, "config: got the sparsity_config"),
         ({"config_groups": {}}, "a.weight_packed: got N, K = [10, 64] in rows of 8 int32 and scales [10, 2]; accepted"),
@@ -363,6 +374,13 @@ def test_bad_tensors(case: str) -> None:
 def test_bad_config(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         ct.load(whole(), config)
+
+
+def test_int8_codes_that_the_config_calls_int4() -> None:
+    config = {"config_groups": {"g": scheme("a", num_bits=4, strategy="channel")}}
+    assert isinstance(ct.load(with_(**CHANNEL), config)["a.weight"], qk.PackedInt4)
+    with pytest.raises(ValueError, match=r"^a\.weight: q: got 9; accepted: the codes of 4 bits"):
+        ct.load(with_(**{**CHANNEL, "weight": torch.full((10, 64), 9).char()}), config)
 
 
 def test_asymmetric_layer_without_zero_points() -> None:

@@ -79,7 +79,7 @@ def save(
     tensors: Mapping[str, Packed | Tensor],
     *,
     act_bits: int = 16,
-    scale_dtype: torch.dtype | None = None,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes model.safetensors and, into config.json, ``quantization_config``; ``load`` gives the same back, exactly.
 
@@ -87,8 +87,8 @@ def save(
         directory: made where it is missing. Of a config.json that is there, all but "quantization_config" stays.
         tensors: packed weights under "<layer>.weight"; every other tensor under its name, as it is.
         act_bits: see ``quantization_config``; 16 writes the layout pack-quantized, 8 int-quantized.
-        scale_dtype: of the scales of ``PackedInt8`` weights, which are fp32: torch.float32 (by default),
-            torch.bfloat16 or torch.float16, which must hold them exactly. Readers compute in the dtype of scales.
+        scale_dtype: of the scales of ``PackedInt8`` weights, which are fp32 in memory: torch.float32, torch.bfloat16 or
+            torch.float16, which must hold them exactly. Readers take the dtype of scales for that of the weight.
 
     Raises:
         ValueError: a packed weight that the layouts cannot hold (with minima), or under another name; no packed weight;
@@ -98,12 +98,11 @@ def save(
     safetensors = _safetensors()
     directory = Path(directory)
     quantization = quantization_config(tensors, act_bits=act_bits)
-    dtype = torch.float32 if scale_dtype is None else scale_dtype
-    if dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype: got {dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
     written: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        parts = {name: value.detach()} if isinstance(value, Tensor) else _parts(name, value, act_bits, dtype)
+        parts = {name: value.detach()} if isinstance(value, Tensor) else _parts(name, value, act_bits, scale_dtype)
         for part, t in parts.items():
             if part in written:
                 raise ValueError(f"{part}: got a tensor of this name beside a packed weight's; accepted: one of them")
@@ -269,6 +268,8 @@ def _scheme(name: str, group: Any) -> _Scheme | None:
     """None for a group that quantizes no weights. What is left out has the meaning that compressed-tensors gives it."""
     try:
         weights, targets = group["weights"], tuple(group["targets"])
+        for target in targets:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
         if weights is None:
             return None
         size = weights.get("group_size")
@@ -277,7 +278,7 @@ def _scheme(name: str, group: Any) -> _Scheme | None:
             targets, weights.get("type", "int"), int(weights.get("num_bits", 8)), bool(weights.get("symmetric", True)),
             strategy, int(size or 0),
         )  # fmt: skip
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         raise ValueError(
             f"config_groups.{name}: got {group!r}; accepted: an object with targets and weights"
         ) from error
