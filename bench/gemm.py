@@ -29,19 +29,20 @@ CHECKED_ROWS = 16
 MAX_COPIES = 8
 
 
-# The contestants of a scheme, built for one copy of the weights; None: this machine does not have it.
+# The contestants of a scheme, built for one of ``copies`` of the weights; scale is that of the groups of int4 codes.
+# None: this machine does not have it.
 
 Contestants = dict[str, peers.Call | None]
 
 
-def raw(a: Tensor, w: Tensor, scale: Tensor | None, threads: int) -> Contestants:
+def raw(a: Tensor, w: Tensor, scale: Tensor | None, threads: int, copies: int) -> Contestants:
     return {
         "qkernels": lambda: qk.int8_mm(a, w.t()),
         "torch._int_mm": peers.find("torch._int_mm", lambda: lambda: torch._int_mm(a, w.t())),
     }
 
 
-def scaled(a: Tensor, w: Tensor, scale: Tensor | None, threads: int) -> Contestants:
+def scaled(a: Tensor, w: Tensor, scale: Tensor | None, threads: int, copies: int) -> Contestants:
     row, column = (torch.full(shape, 0.01) for shape in ((a.shape[0], 1), (1, w.shape[0])))
 
     def rescaled() -> Tensor:
@@ -53,24 +54,24 @@ def scaled(a: Tensor, w: Tensor, scale: Tensor | None, threads: int) -> Contesta
     }
 
 
-def dynamic(x: Tensor, w: Tensor, scale: Tensor | None, threads: int) -> Contestants:
+def dynamic(x: Tensor, w: Tensor, scale: Tensor | None, threads: int, copies: int) -> Contestants:
     packed = qk.PackedInt8.from_float(w)
-    return {"qkernels": lambda: qk.int8_linear(x, packed), **peers.int8_linear(x, w, threads)}
+    return {"qkernels": lambda: qk.int8_linear(x, packed), **peers.int8_linear(x, w, threads, copies)}
 
 
-def grouped(act_bits: int) -> Callable[[Tensor, Tensor, Tensor | None, int], Contestants]:
-    def build(x: Tensor, q: Tensor, scale: Tensor | None, threads: int) -> Contestants:
+def grouped(act_bits: int) -> Callable[[Tensor, Tensor, Tensor | None, int, int], Contestants]:
+    def build(x: Tensor, q: Tensor, scale: Tensor | None, threads: int, copies: int) -> Contestants:
         assert scale is not None
         packed = qk.PackedInt4.from_quantized(q, scale)
         return {
             "qkernels": lambda: qk.int4_linear(x, packed, act_bits=act_bits),
-            **peers.int4_linear(x, q, scale, threads, act_bits),
+            **peers.int4_linear(x, q, scale, threads, act_bits, copies),
         }
 
     return build
 
 
-SCHEMES: dict[str, Callable[[Tensor, Tensor, Tensor | None, int], Contestants]] = {
+SCHEMES: dict[str, Callable[[Tensor, Tensor, Tensor | None, int, int], Contestants]] = {
     "raw": raw,
     "scaled": scaled,
     "dynamic": dynamic,
@@ -156,7 +157,7 @@ def ceilings(threads: int) -> dict[str, float]:
 def measure(case: Case, threads: int, ceiling: dict[str, float], hot: bool, blocks: int) -> dict[str, Any]:
     x, w, scale = operands(case)
     copies = 1 if hot else min(MAX_COPIES, max(1, -(-2 * cache_bytes() // weight_bytes(case))))
-    built = [SCHEMES[case.scheme](x, w.clone(), scale, threads) for _ in range(copies)]
+    built = [SCHEMES[case.scheme](x, w.clone(), scale, threads, copies) for _ in range(copies)]
     expected = expected_rows(case.scheme, x, w, scale)
     calls: dict[str, peers.Call] = {}
     for name in built[0]:

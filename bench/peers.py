@@ -65,9 +65,9 @@ def linear_dynamic(engine: str, x: Tensor, w: Tensor) -> Call:
 
 
 def onnxruntime_linear(
-    op: str, x: Tensor, n: int, constants: dict[str, Any], threads: int, attributes: dict[str, int]
+    op: str, x: Tensor, n: int, constants: dict[str, Any], threads: int, copies: int, **attributes: int
 ) -> Call:
-    """x and constants into one node with N outputs; its thread pool has its own size."""
+    """x and constants into one node with N outputs. Each session has a thread pool of its own."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
@@ -82,19 +82,21 @@ def onnxruntime_linear(
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if copies > 1:  # else their pools spin on each other's cores: 8 in turn took 2 to 8 times as long as one
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)[0]
 
 
-def onnxruntime_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
+def onnxruntime_dynamic(x: Tensor, w: Tensor, threads: int, copies: int) -> Call:
     import numpy
 
     scale = w.abs().amax(1) / 127
     q = (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8).t().contiguous()
     constants = {"w": q.numpy(), "s": scale.numpy(), "z": numpy.zeros(w.shape[0], dtype=numpy.int8)}
-    return onnxruntime_linear("DynamicQuantizeMatMul", x, w.shape[0], constants, threads, {})
+    return onnxruntime_linear("DynamicQuantizeMatMul", x, w.shape[0], constants, threads, copies)
 
 
 def openvino_linear(x: Tensor, weight: Any, threads: int, options: dict[str, Any]) -> Call:
@@ -141,12 +143,13 @@ def torchao_dynamic(x: Tensor, w: Tensor) -> Call:
     return torchao_linear(x, w, Int8DynamicActivationInt8WeightConfig())
 
 
-def int8_linear(x: Tensor, w: Tensor, threads: int) -> dict[str, Call | None]:
+def int8_linear(x: Tensor, w: Tensor, threads: int, copies: int = 1) -> dict[str, Call | None]:
+    """copies: how many of these will take turns."""
     half, half_w = x.bfloat16(), w.bfloat16()
     return {
         "FBGEMM": find("FBGEMM", lambda: linear_dynamic("fbgemm", x, w)),
         "oneDNN": find("oneDNN", lambda: linear_dynamic("onednn", x, w)),
-        "onnxruntime": find("onnxruntime", lambda: onnxruntime_dynamic(x, w, threads)),
+        "onnxruntime": find("onnxruntime", lambda: onnxruntime_dynamic(x, w, threads, copies)),
         "OpenVINO": find("OpenVINO", lambda: openvino_dynamic(x, w, threads)),
         "torchao": find("torchao", lambda: torchao_dynamic(x, w)),
         "fp32": lambda: torch.nn.functional.linear(x, w),
@@ -189,15 +192,17 @@ def torch_int4pack(x: Tensor, q: Tensor, scale: Tensor) -> Call:
     return lambda: torch._weight_int4pack_mm_for_cpu(x, packed, size, scale_and_zero)
 
 
-def onnxruntime_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, act_bits: int) -> Call:
+def onnxruntime_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, copies: int, act_bits: int) -> Call:
     """MatMulNBits; accuracy_level 4: on int8 activations, quantized in groups as the weight is; 1: in fp32."""
     n, k = q.shape
     size, scale = in_blocks(q, scale, (16, 32, 64, 128, 256))
     codes = (q + 8).to(torch.uint8)
     packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(n, k // size, size // 2)
-    attributes = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4 if act_bits == 8 else 1}
     constants = {"w": packed.numpy(), "s": scale.numpy()}
-    return onnxruntime_linear("MatMulNBits", x, n, constants, threads, attributes)
+    level = 4 if act_bits == 8 else 1
+    return onnxruntime_linear(
+        "MatMulNBits", x, n, constants, threads, copies, K=k, N=n, bits=4, block_size=size, accuracy_level=level
+    )
 
 
 def openvino_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, options: dict[str, Any]) -> Call:
@@ -232,8 +237,13 @@ def torchao_int4(x: Tensor, w: Tensor, group_size: int, act_bits: int) -> Call:
     return torchao_linear(x.bfloat16(), w.bfloat16(), config)
 
 
-def int4_linear(x: Tensor, q: Tensor, scale: Tensor, threads: int, act_bits: int) -> dict[str, Call | None]:
-    """act_bits 8: with activations quantized to int8 on the way, where the library can; 16: in floats."""
+def int4_linear(
+    x: Tensor, q: Tensor, scale: Tensor, threads: int, act_bits: int, copies: int = 1
+) -> dict[str, Call | None]:
+    """act_bits 8: with activations quantized to int8 on the way, where the library can; 16: in floats.
+
+    copies: how many of these will take turns.
+    """
     w = dequantized(q, scale)
     half, half_w = x.bfloat16(), w.bfloat16()
     group_size = q.shape[1] // scale.shape[1]
@@ -249,7 +259,7 @@ def int4_linear(x: Tensor, q: Tensor, scale: Tensor, threads: int, act_bits: int
             "OpenVINO bf16": openvino(DYNAMIC_QUANTIZATION_GROUP_SIZE=0, INFERENCE_PRECISION_HINT="bf16"),
         }
     builders = {
-        "onnxruntime": lambda: onnxruntime_int4(x, q, scale, threads, act_bits),
+        "onnxruntime": lambda: onnxruntime_int4(x, q, scale, threads, copies, act_bits),
         **by_openvino,
         "torch int4pack": lambda: torch_int4pack(half, q, scale),
         "torchao": lambda: torchao_int4(x, w, group_size, act_bits),

@@ -134,12 +134,16 @@ def torchao_call(x: Tensor, w_bf16: Tensor, group_size: int) -> Callable[[], Ten
     return torchao_linear(x, w_bf16, config)
 
 
+def reason_of(fault: Exception) -> str:
+    return (str(fault).splitlines() or [type(fault).__name__])[0][:200]
+
+
 def tried(build: Callable[..., Any], *args: Any) -> Any:
     """What it builds, or why it cannot: libraries refuse sizes, GPUs and versions in ways of their own."""
     try:
         return build(*args)
     except Exception as fault:
-        return (str(fault).splitlines() or [type(fault).__name__])[0][:200]
+        return reason_of(fault)
 
 
 def int4_operands(m: int, n: int, k: int, group_size: int) -> Int4Operands:
@@ -268,8 +272,8 @@ def contestants(case: Case, o: Any) -> tuple[dict[str, Any], dict[str, str]]:
     for name, peer in peers.items():
         try:
             error = error_of(expected.rows(peer(o)), expected.peers[name])
-        except RuntimeError as fault:  # torch._int_mm refuses 16 rows and fewer
-            left_out[name] = (str(fault).splitlines() or [""])[0][:200]
+        except Exception as fault:  # torch._int_mm refuses 16 rows and fewer, libraries what they will
+            left_out[name] = reason_of(fault)
             continue
         if error < (FP8_TOLERANCE if peer is fp8_scaled_mm else BF16_TOLERANCE):
             calls[name] = peer
