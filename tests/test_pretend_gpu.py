@@ -63,7 +63,8 @@ print([summary.write(path) for path in Path(out).glob("*.json")])
 def test_gpu_benchmarks(tmp_path: Path) -> None:
     done = run_python(BENCH, str(ROOT), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    no_int4 = dict(qk.which("int4_linear")).get("triton", "int4_linear has no such kernel")
+    rows = set()
+    no_int4 = dict(qk.which("int4_linear")).get("triton", "int4_linear has no kernel for a GPU")
     for name, count in (("fake_quantize", 60), ("int8_gemm", 6), ("int4_gemm", 8)):
         (path,) = tmp_path.glob(f"*-{name}.json")
         result = json.loads(path.read_text())
@@ -72,8 +73,16 @@ def test_gpu_benchmarks(tmp_path: Path) -> None:
         for row in result["rows"]:
             assert row["left_out"].get("triton") == missing
             assert ("triton" in row["seconds"]) == (missing is None)
-            assert name != "int4_gemm" or {"bf16 linear", "int8_linear"} <= set(row["seconds"])
+            if name == "int4_gemm":
+                assert {"bf16 linear", "int8_linear"} <= set(row["seconds"])
+                rows.add((row["case"], row["group_size"], *row["shape"]))
         assert "triton" in path.with_suffix(".md").read_text()
+    assert rows == {
+        (f"int4_linear {scheme}", group_size, m, 48, 64)
+        for scheme in ("w4a8", "w4a16")
+        for group_size in (32, -1)
+        for m in (1, 20)
+    }
     assert list(tmp_path.glob("*.png")) or "matplotlib" in done.stdout
 
 
