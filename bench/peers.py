@@ -17,7 +17,7 @@ def find(name: str, build: Callable[[], Call]) -> Call | None:
     try:
         call = build()
         call()
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, AssertionError, RuntimeError) as error:  # torchao asserts
         missing[name] = (str(error).splitlines() or [type(error).__name__])[0]
         return None
     return call
@@ -64,43 +64,49 @@ def linear_dynamic(engine: str, x: Tensor, w: Tensor) -> Call:
     return lambda: torch.ops.quantized.linear_dynamic(x, packed, engine == "fbgemm")
 
 
-def onnxruntime_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
-    """DynamicQuantizeMatMul; its thread pool has its own size."""
-    import numpy
+def onnxruntime_linear(
+    op: str, x: Tensor, n: int, constants: dict[str, Any], threads: int, copies: int, **attributes: int
+) -> Call:
+    """x and constants into one node with N outputs. Each session has a thread pool of its own."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
 
-    scale = w.abs().amax(1) / 127
-    q = (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8).t().contiguous()
-    constants = {"w": q.numpy(), "s": scale.numpy(), "z": numpy.zeros(w.shape[0], dtype=numpy.int8)}
     graph = helper.make_graph(
-        [helper.make_node("DynamicQuantizeMatMul", ["x", *constants], ["y"], domain="com.microsoft")],
+        [helper.make_node(op, ["x", *constants], ["y"], domain="com.microsoft", **attributes)],
         "linear",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [x.shape[0], w.shape[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [x.shape[0], n])],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if copies > 1:  # else their pools spin on each other's cores: 8 in turn took 2 to 8 times as long as one
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)[0]
 
 
-def openvino_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
-    """A product with int8 weights that OpenVINO computes on activations quantized in groups of 128 on the way."""
+def onnxruntime_dynamic(x: Tensor, w: Tensor, threads: int, copies: int) -> Call:
+    import numpy
+
+    scale = w.abs().amax(1) / 127
+    q = (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8).t().contiguous()
+    constants = {"w": q.numpy(), "s": scale.numpy(), "z": numpy.zeros(w.shape[0], dtype=numpy.int8)}
+    return onnxruntime_linear("DynamicQuantizeMatMul", x, w.shape[0], constants, threads, copies)
+
+
+def openvino_linear(x: Tensor, weight: Any, threads: int, options: dict[str, Any]) -> Call:
+    """The product with a node that stands for the float weight [N, K]."""
     import openvino
     from openvino import opset13 as nodes
 
-    scale = w.abs().amax(1, keepdim=True) / 127
-    q = (w / scale).round().clamp(-127, 127).to(torch.int8)
-    weight = nodes.multiply(nodes.convert(nodes.constant(q.numpy()), "f32"), nodes.constant(scale.numpy()))
     entry = nodes.parameter(list(x.shape), openvino.Type.f32)
     model = openvino.Model([nodes.matmul(entry, weight, False, True)], [entry])
-    options = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **options}
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     feed = openvino.Tensor(x.numpy(), shared_memory=True)
 
@@ -111,24 +117,155 @@ def openvino_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
     return call
 
 
-def torchao_dynamic(x: Tensor, w: Tensor) -> Call:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+def openvino_dynamic(x: Tensor, w: Tensor, threads: int) -> Call:
+    """A product with int8 weights that OpenVINO computes on activations quantized in groups of 128 on the way."""
+    from openvino import opset13 as nodes
 
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    scale = w.abs().amax(1, keepdim=True) / 127
+    q = (w / scale).round().clamp(-127, 127).to(torch.int8)
+    weight = nodes.multiply(nodes.convert(nodes.constant(q.numpy()), "f32"), nodes.constant(scale.numpy()))
+    return openvino_linear(x, weight, threads, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128})
+
+
+def torchao_linear(x: Tensor, w: Tensor, config: Any) -> Call:
+    from torchao.quantization import quantize_
+
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
     layer.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
     model = torch.nn.Sequential(layer)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    quantize_(model, config)
     return torch.no_grad()(lambda: model(x))
 
 
-def int8_linear(x: Tensor, w: Tensor, threads: int) -> dict[str, Call | None]:
+def torchao_dynamic(x: Tensor, w: Tensor) -> Call:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return torchao_linear(x, w, Int8DynamicActivationInt8WeightConfig())
+
+
+def int8_linear(x: Tensor, w: Tensor, threads: int, copies: int = 1) -> dict[str, Call | None]:
+    """copies: how many of these will take turns."""
     half, half_w = x.bfloat16(), w.bfloat16()
     return {
         "FBGEMM": find("FBGEMM", lambda: linear_dynamic("fbgemm", x, w)),
         "oneDNN": find("oneDNN", lambda: linear_dynamic("onednn", x, w)),
-        "onnxruntime": find("onnxruntime", lambda: onnxruntime_dynamic(x, w, threads)),
+        "onnxruntime": find("onnxruntime", lambda: onnxruntime_dynamic(x, w, threads, copies)),
         "OpenVINO": find("OpenVINO", lambda: openvino_dynamic(x, w, threads)),
         "torchao": find("torchao", lambda: torchao_dynamic(x, w)),
+        "fp32": lambda: torch.nn.functional.linear(x, w),
+        "bf16": lambda: torch.nn.functional.linear(half, half_w),
+    }
+
+
+# Linear layers with int4 weights: codes −8…7 [N, K] and their scales [N, K / group size]. Everyone is given the same
+# ones, and their product where it quantizes for itself: int4_weight makes codes that quantizing by the range recovers.
+
+
+def int4_weight(n: int, k: int, group_size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random codes that reach −8 and 7 in every group, and scales that bf16 holds."""
+    size = k if group_size == -1 else group_size
+    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
+    q[:, ::size], q[:, 1::size] = -8, 7
+    scale = (torch.rand(n, k // size, device=device) + 0.5) / (4.6 * k**0.5)  # 4.6: the codes' standard deviation
+    return q, scale.bfloat16().float()
+
+
+def dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    return (q.reshape(*scale.shape, -1) * scale[..., None]).reshape(q.shape)
+
+
+def in_blocks(q: Tensor, scale: Tensor, sizes: tuple[int, ...]) -> tuple[int, Tensor]:
+    """For who takes groups of few sizes: the largest that divides ours, and as many scales, ours repeated."""
+    group_size = q.shape[1] // scale.shape[1]
+    size = next((size for size in sorted(sizes, reverse=True) if group_size % size == 0), None)
+    if size is None:
+        raise RuntimeError(f"takes groups of {', '.join(map(str, sizes))}, got {group_size}")
+    return size, scale.repeat_interleave(group_size // size, 1)
+
+
+def torch_int4pack(x: Tensor, q: Tensor, scale: Tensor) -> Call:
+    """bf16 x and out, sums in float; on other dtypes its loop is scalar."""
+    size, scale = in_blocks(q, scale, (32, 64, 128, 256))
+    packed = torch._convert_weight_to_int4pack_for_cpu((q + 8).int(), 1)
+    # A weight is (code − 8)·scale + zero.
+    scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), 2).transpose(0, 1).bfloat16().contiguous()
+    return lambda: torch._weight_int4pack_mm_for_cpu(x, packed, size, scale_and_zero)
+
+
+def onnxruntime_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, copies: int, act_bits: int) -> Call:
+    """MatMulNBits; accuracy_level 4: on int8 activations, quantized in groups as the weight is; 1: in fp32."""
+    n, k = q.shape
+    size, scale = in_blocks(q, scale, (16, 32, 64, 128, 256))
+    codes = (q + 8).to(torch.uint8)
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(n, k // size, size // 2)
+    constants = {"w": packed.numpy(), "s": scale.numpy()}
+    level = 4 if act_bits == 8 else 1
+    return onnxruntime_linear(
+        "MatMulNBits", x, n, constants, threads, copies, K=k, N=n, bits=4, block_size=size, accuracy_level=level
+    )
+
+
+def openvino_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, options: dict[str, Any]) -> Call:
+    import numpy
+    import openvino
+    from openvino import opset13 as nodes
+
+    n, k = q.shape
+    groups = scale.shape[1]
+    if k % 2:
+        raise RuntimeError(f"takes an even K here, got {k}")
+    packed = (q[:, ::2] & 15 | q[:, 1::2] << 4).view(torch.uint8).numpy()
+    # Groups are a dim of their own, where there are several.
+    shape, scale = ([n, k], scale) if groups == 1 else ([n, groups, k // groups], scale[..., None])
+    codes = nodes.convert(nodes.constant(openvino.Tensor(packed, shape, openvino.Type.i4)), "f32")
+    weight = nodes.multiply(codes, nodes.constant(scale.numpy()))
+    if groups > 1:
+        weight = nodes.reshape(weight, nodes.constant(numpy.array([n, k])), False)
+    return openvino_linear(x, weight, threads, options)
+
+
+def torchao_int4(x: Tensor, w: Tensor, group_size: int, act_bits: int) -> Call:
+    """Weight-only: bf16 x and out, by torch's int4pack; with int8 activations: by a kernel that wheels may lack."""
+    from torchao.prototype.quantization.int4 import (
+        Int8DynamicActivationInt4WeightConfig,
+        PrototypeInt4WeightOnlyConfig,
+    )
+
+    if act_bits == 8:
+        return torchao_linear(x, w, Int8DynamicActivationInt4WeightConfig(group_size, set_inductor_config=False))
+    config = PrototypeInt4WeightOnlyConfig(group_size, set_inductor_config=False)
+    return torchao_linear(x.bfloat16(), w.bfloat16(), config)
+
+
+def int4_linear(
+    x: Tensor, q: Tensor, scale: Tensor, threads: int, act_bits: int, copies: int = 1
+) -> dict[str, Call | None]:
+    """act_bits 8: with activations quantized to int8 on the way, where the library can; 16: in floats.
+
+    copies: how many of these will take turns.
+    """
+    w = dequantized(q, scale)
+    half, half_w = x.bfloat16(), w.bfloat16()
+    group_size = q.shape[1] // scale.shape[1]
+
+    def openvino(**options: Any) -> Callable[[], Call]:
+        return lambda: openvino_int4(x, q, scale, threads, options)
+
+    if act_bits == 8:
+        by_openvino = {"OpenVINO": openvino(DYNAMIC_QUANTIZATION_GROUP_SIZE=group_size)}
+    else:  # by default it computes in bf16 where the CPU has that
+        by_openvino = {
+            "OpenVINO fp32": openvino(DYNAMIC_QUANTIZATION_GROUP_SIZE=0, INFERENCE_PRECISION_HINT="f32"),
+            "OpenVINO bf16": openvino(DYNAMIC_QUANTIZATION_GROUP_SIZE=0, INFERENCE_PRECISION_HINT="bf16"),
+        }
+    builders = {
+        "onnxruntime": lambda: onnxruntime_int4(x, q, scale, threads, copies, act_bits),
+        **by_openvino,
+        "torch int4pack": lambda: torch_int4pack(half, q, scale),
+        "torchao": lambda: torchao_int4(x, w, group_size, act_bits),
+    }
+    return {
+        **{name: find(f"{name}, w4a{act_bits}", build) for name, build in builders.items()},
         "fp32": lambda: torch.nn.functional.linear(x, w),
         "bf16": lambda: torch.nn.functional.linear(half, half_w),
     }

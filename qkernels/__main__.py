@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     commands = {
         "info": "what runs on this machine and what is missing; one block for a bug report",
         "demo": "train, quantize and compare a small model; all options: demo --help",
-        "bench": "time the kernels against their peers; options go to pytest. int8 GEMM alone: bench gemm [--gpu]",
+        "bench": "time the kernels against their peers; options go to pytest. GEMM alone: bench gemm [--gpu]",
         "selfcheck": "every kernel that can run here against the reference",
         "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
     }

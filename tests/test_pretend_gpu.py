@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
+import qkernels as qk
+
 pytest.importorskip("triton")
 # What cannot be pretended: graphs, code of torch.compile, tensors on another device, bad values; or takes minutes.
 IMPOSSIBLE = (
@@ -52,7 +54,7 @@ import gemm
 gemm.compiled_rescale = gemm.rescale
 shapes = Path(out, "shapes.csv")
 shapes.write_text("1,48,64\\n20,48,64\\n")
-sys.argv = ["gemm", "--out", out, "--seconds", "500", "--shapes", str(shapes)]
+sys.argv = ["gemm", "--out", out, "--seconds", "500", "--shapes", str(shapes), "--group-sizes", "32,-1"]
 assert gemm.main() == 0
 print([summary.write(path) for path in Path(out).glob("*.json")])
 """
@@ -61,12 +63,26 @@ print([summary.write(path) for path in Path(out).glob("*.json")])
 def test_gpu_benchmarks(tmp_path: Path) -> None:
     done = run_python(BENCH, str(ROOT), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    for name, count in (("fake_quantize", 60), ("int8_gemm", 6)):
+    rows = set()
+    no_int4 = dict(qk.which("int4_linear")).get("triton", "int4_linear has no kernel for a GPU")
+    for name, count in (("fake_quantize", 60), ("int8_gemm", 6), ("int4_gemm", 8)):
         (path,) = tmp_path.glob(f"*-{name}.json")
         result = json.loads(path.read_text())
         assert len(result["rows"]) >= count
-        assert all("triton" in row["seconds"] for row in result["rows"])
+        missing = no_int4 if name == "int4_gemm" else None
+        for row in result["rows"]:
+            assert row["left_out"].get("triton") == missing
+            assert ("triton" in row["seconds"]) == (missing is None)
+            if name == "int4_gemm":
+                assert {"bf16 linear", "int8_linear"} <= set(row["seconds"])
+                rows.add((row["case"], row["group_size"], *row["shape"]))
         assert "triton" in path.with_suffix(".md").read_text()
+    assert rows == {
+        (f"int4_linear {scheme}", group_size, m, 48, 64)
+        for scheme in ("w4a8", "w4a16")
+        for group_size in (32, -1)
+        for m in (1, 20)
+    }
     assert list(tmp_path.glob("*.png")) or "matplotlib" in done.stdout
 
 

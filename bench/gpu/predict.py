@@ -7,6 +7,7 @@ import math
 
 import gemm
 from cases import CASES
+from shapes import GROUP_SIZES, LLAMA_8B, Case, Shape  # gemm knows where they are
 
 SHAPE = (16384, 8192)
 
@@ -45,16 +46,36 @@ def predict_gemm(options: argparse.Namespace) -> None:
     )
     print("| N x K | M | int8_scaled_mm µs | bound by | _int_mm + rescale | bf16 linear |")
     print("|---|---|---|---|---|---|")
-    for n, k in gemm.LAYERS:
+    for n, k in LLAMA_8B.values():
         for m in gemm.ROWS:
             operations = 2 * m * n * k
-            fused = max(operations / int8, gemm.moved("int8_scaled_mm", m, n, k) / bandwidth)
-            sums = max(operations / int8, gemm.moved("int8_mm", m, n, k) / bandwidth)
+            fused, sums = (
+                max(operations / int8, gemm.moved(Case(scheme, Shape(m, n, k))) / bandwidth)
+                for scheme in ("scaled", "raw")
+            )
             unfused = sums + 6 * m * n / bandwidth
             floats = max(operations / bf16, 2 * (m * k + n * k + m * n) / bandwidth)
             bound = "memory" if operations / int8 < fused else "arithmetic"
             peer = f"{unfused / fused:.2f}" if m > 16 else ""
             print(f"| {n} x {k} | {m} | {1e6 * fused:.1f} | {bound} | {peer} | {floats / fused:.2f} |")
+    print(
+        "\nFloors of int4_linear, w4a8 at the int8 rate, w4a16 at that of bf16; then bf16 linear's floor over each.\n"
+    )
+    print("| N x K | M | group | w4a8 µs | w4a16 µs | bf16 linear / w4a8 | / w4a16 |")
+    print("|---|---|---|---|---|---|---|")
+    for n, k in LLAMA_8B.values():
+        for m in gemm.ROWS:
+            for group_size in GROUP_SIZES:
+                operations = 2 * m * n * k
+                floats = max(operations / bf16, 2 * (m * k + n * k + m * n) / bandwidth)
+                w4a8, w4a16 = (
+                    max(operations / rate, gemm.moved(Case(scheme, Shape(m, n, k), group_size)) / bandwidth)
+                    for scheme, rate in (("w4a8", int8), ("w4a16", bf16))
+                )
+                print(
+                    f"| {n} x {k} | {m} | {group_size} | {1e6 * w4a8:.1f} | {1e6 * w4a16:.1f} "
+                    f"| {floats / w4a8:.2f} | {floats / w4a16:.2f} |"
+                )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import summary
 
 ROOT = Path(__file__).parent.parent.parent
 MINUTES = 9.5  # the whole run: below ten minutes on an H200 machine
+INT4_ROWS = ["1", "16", "64", "1024", "256", "8192", "4096"]  # few rows, where int4 pays, come first
 BENCH_RESERVE = 10.0  # seconds left for the table and the plots
 
 
@@ -112,10 +113,14 @@ def main() -> int:
         tests = [python, "-m", "pytest", "-q", "--maxfail=20", *workers, "tests/test_gpu.py"]
         run.step("tests", tests, seconds=0.45 * run.left())
         sanitize(run)
-        seconds = run.left() - BENCH_RESERVE
-        run.step("bench", [python, "bench/gpu/bench.py", "--out", str(out), "--seconds", str(0.5 * seconds)])
-        seconds = run.left() - BENCH_RESERVE
-        run.step("gemm", [python, "bench/gpu/gemm.py", "--out", str(out), "--seconds", str(0.85 * seconds)])
+        gemm = [python, "bench/gpu/gemm.py", "--out", str(out), "--schemes"]
+        for name, command, share in (
+            ("bench", [python, "bench/gpu/bench.py", "--out", str(out)], 0.35),
+            ("int8_gemm", [*gemm, "raw", "scaled", "dynamic"], 0.45),
+            ("int4_gemm", [*gemm, "w4a16", "w4a8", "--group-sizes", "128", "32", "-1", "--rows", *INT4_ROWS], 0.85),
+        ):
+            # They start nothing new after that many seconds; what has begun comes on top.
+            run.step(name, [*command, "--seconds", str(share * (run.left() - BENCH_RESERVE))])
         for path in out.glob(f"{date.today().isoformat()}-*.json"):
             for reason in summary.write(path):
                 run.note("summary", f"skipped: {reason}")

@@ -1,0 +1,29 @@
+"""The linear layer with int4 weights against the libraries that users have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peers
+import pytest
+import torch
+
+import qkernels as qk
+
+
+@pytest.mark.parametrize("n", [4096, 11008])
+@pytest.mark.parametrize("m", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("group_size", [128, 32], ids=lambda group_size: f"g{group_size}")
+@pytest.mark.parametrize("act_bits", [8, 16], ids=lambda act_bits: f"w4a{act_bits}")
+def test_linear(compare: Callable[..., None], threads: int, act_bits: int, group_size: int, m: int, n: int) -> None:
+    """fp32 in and out (torch int4pack and torchao: bf16); w4a8: activations quantized on the way, ours per token."""
+    x, (q, scale) = torch.randn(m, 4096), peers.int4_weight(n, 4096, group_size)
+    packed = qk.PackedInt4.from_quantized(q, scale)
+    with torch.no_grad():
+        compare(
+            lambda: qk.int4_linear(x, packed, act_bits=act_bits),
+            peers.int4_linear(x, q, scale, threads, act_bits),
+            x.double() @ peers.dequantized(q, scale).double().t(),
+            tolerance=0.02 if act_bits == 8 else 2e-5,  # what 8 bits of activation cost; what sums in fp32 do
+            peer_tolerance=0.03 if act_bits == 8 else 0.01,  # activations in groups or per tensor; operands in bf16
+        )
