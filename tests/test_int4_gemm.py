@@ -358,6 +358,8 @@ def test_unpack_is_exact_and_survives_pickling(bits: int, form: str) -> None:
                 assert (got is None) == (want is None)
                 if want is not None:
                     same(got, want.contiguous())
+        total = exact_weight(q, scale, zero_point, minimum).sum(1)
+        assert torch.allclose(packed.weight_sum.double(), total, rtol=1e-6, atol=1e-6)
         x = torch.randn(3, k)
         assert torch.allclose(int4_linear(x, packed, act_bits=16), x @ packed.dequantize().t(), rtol=1e-4, atol=1e-4)
 

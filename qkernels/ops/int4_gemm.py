@@ -179,8 +179,8 @@ class PackedInt:
             reference.check(
                 minimum.dtype == scale.dtype, f"minimum: got {minimum.dtype}; accepted: scale's dtype, {scale.dtype}"
             )
-        weight = reference.weight_of(q, scale, reference.offset_of(scale, zero_point, minimum), group_size)
-        weight_sum = weight.sum(1).float()
+        offset = reference.offset_of(scale, zero_point, minimum)
+        weight_sum = reference.weight_sum_of(q, scale, offset, group_size)
         on_gpu = q.device.type == "cuda"
         data = reference.to_halves(q, reference.half_of(group_size, k)) if on_gpu else _int4_pack(q)
         packed_scale, packed_zero_point, packed_minimum = (

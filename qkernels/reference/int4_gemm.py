@@ -298,3 +298,11 @@ def weight_of(q: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) 
     if offset is None:
         return (codes * scale.double()[..., None]).reshape(q.shape)
     return ((codes + 8) * scale.double()[..., None] + offset.double()[..., None]).reshape(q.shape)
+
+
+def weight_sum_of(q: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+    """The sum of each output channel's weights [N], rounded once to fp32."""
+    sums = q.reshape(q.shape[0], scale.shape[1], group_size).sum(-1, dtype=torch.int64).double()
+    if offset is None:
+        return (sums * scale.double()).sum(1).float()
+    return ((sums + 8 * group_size) * scale.double() + group_size * offset.double()).sum(1).float()
