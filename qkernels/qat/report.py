@@ -30,7 +30,10 @@ CONVERTED_LAYERS = INT8_LAYERS + INT4_LAYERS
 
 @dataclass
 class LayerRow:
-    """One Linear or Conv2d layer, or an Int4Embedding. Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known."""
+    """One Linear or Conv2d layer, or an Int4Embedding.
+
+    Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known.
+    """
 
     name: str
     kind: str
@@ -48,9 +51,9 @@ class LayerRow:
 class Report:
     """Rows per layer, totals for the model, and notes: layers and BatchNorms that stay as they are, with the reason.
 
-    quantized_bytes counts int4 layers as their state_dict holds them; of int8 layers weight codes at their bits (rounded
-    up to bytes per layer; the state_dict has a byte for each) and 4 bytes for each scale and zero point; and everything
-    that stays float. float_bytes counts the float model that it came from.
+    quantized_bytes counts int4 layers as their state_dict holds them; of layers on int8 codes, the codes at their bits
+    (rounded up to bytes per layer; the state_dict has a byte for each) and 4 bytes for each scale and zero point; and
+    everything that stays float. float_bytes counts the float model that it came from.
     """
 
     layers: list[LayerRow]
@@ -128,10 +131,8 @@ def report(
         for name, module in model.named_modules()
         if isinstance(module, QAT_LAYERS + CONVERTED_LAYERS + QUANTIZABLE)
     }
-    if not any(
-        isinstance(module, QAT_LAYERS + CONVERTED_LAYERS) or hasattr(module, "weight_bits")
-        for module in layers.values()
-    ):
+    quantized = QAT_LAYERS + CONVERTED_LAYERS
+    if not any(isinstance(module, quantized) or hasattr(module, "weight_bits") for module in layers.values()):
         raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
     folds = find_folds(model)
     float_folds = {} if float_model is None else find_folds(float_model).batch_norm_of
@@ -222,21 +223,18 @@ def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Laye
         codes, scale, zero_point = weight_quant.quantize(weight)
         row.weight_sqnr = sqnr(weight, _eval(weight_quant, weight))
         row.weight_clipped = clipped_share(weight, scale, zero_point, weight_quant.quant_min, weight_quant.quant_max)
-        static = 0
-        if input_quant is not None and input_quant.quantizer != "dynamic":
-            static = 1 if input_quant.symmetric else 2
-        scales = max(scale.numel(), outputs)
-        if to_int4(layer):
-            packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
-            offsets = 0 if weight_quant.symmetric else scales
-        else:
-            packed, offsets = math.ceil(numel * weight_quant.bits / 8), 0
         if input_quant is not None or to_int4(layer):
+            static = 0
+            if input_quant is not None and input_quant.quantizer != "dynamic":
+                static = 1 if input_quant.symmetric else 2
+            scales = max(scale.numel(), outputs)
+            if to_int4(layer):
+                packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
+                packed += 0 if zero_point is None else scales  # int8
+            else:
+                packed = math.ceil(codes.numel() * weight_quant.bits / 8)
             row.quantized_bytes = (
-                packed
-                + offsets
-                + SCALE_BYTES * (scales + static)
-                + (0 if bias is None and norm is None else 4 * outputs)
+                packed + SCALE_BYTES * (scales + static) + (0 if bias is None and norm is None else 4 * outputs)
             )
     return row, note
 
