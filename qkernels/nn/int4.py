@@ -24,10 +24,12 @@ def _logical_weight(
     """The tensors that a weight [N, K] is stored as; ``offset`` is what a group has besides its scale."""
     n, k = shape
     groups = (n, groups_of(k, group_size))
-    logical: Logical = {"weight": (torch.uint8, (n, packed_length(k, bits))), "scale": (scale_dtype, groups)}
-    if offset is not None:
-        logical[offset] = torch.int8 if offset == "zero_point" else scale_dtype, groups
-    return logical
+    return {
+        "weight": (torch.uint8, (n, packed_length(k, bits))),
+        "scale": (scale_dtype, groups),
+        "zero_point": (torch.int8, groups) if offset == "zero_point" else None,
+        "minimum": (scale_dtype, groups) if offset == "minimum" else None,
+    }
 
 
 def _check_weight(weight_bits: int, group_size: int, k: int, scale_dtype: torch.dtype) -> int:
@@ -135,19 +137,17 @@ class Int4Linear(QuantizedInputLayer):
     @property
     def scale(self) -> Tensor:
         """[N, K/group_size]."""
-        return by_group(self.packed_scale, self.out_features).contiguous()
+        return self._by_group(self.packed_scale)
 
     @property
     def zero_point(self) -> Tensor | None:
         """[N, K/group_size] in int8; None: there are none."""
-        t = self.packed_zero_point
-        return None if t is None else by_group(t, self.out_features).contiguous()
+        return None if self.packed_zero_point is None else self._by_group(self.packed_zero_point)
 
     @property
     def minimum(self) -> Tensor | None:
         """[N, K/group_size] in scale's dtype, the value of code −8; None: there are none."""
-        t = self.packed_minimum
-        return None if t is None else by_group(t, self.out_features).contiguous()
+        return None if self.packed_minimum is None else self._by_group(self.packed_minimum)
 
     def dequantize(self) -> Tensor:
         """The weight [N, K] in fp32."""
@@ -222,6 +222,10 @@ class Int4Linear(QuantizedInputLayer):
             self.weight_bits,
         )
 
+    def _by_group(self, packed: Tensor) -> Tensor:
+        # A copy: a view of the padded panels would take all of them along when it is saved.
+        return by_group(packed, self.out_features).clone(memory_format=torch.contiguous_format)
+
     def _hold(self, packed: PackedInt) -> None:
         self._buffers.update(_buffers_of(packed))
 
@@ -293,12 +297,10 @@ class Int4Embedding(QuantizedLayer):
         self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
         check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
         self.dtype = dtype
-        self.register_buffer("zero_point", None)
         offset = None if symmetric else "zero_point"
-        for name, (kind, shape) in _logical_weight(
-            self.weight_shape, weight_bits, self.group_size, scale_dtype, offset
-        ).items():
-            self.register_buffer(name, torch.zeros(shape, dtype=kind))
+        tensors = _logical_weight(self.weight_shape, weight_bits, self.group_size, scale_dtype, offset)
+        for name, form in tensors.items():
+            self.register_buffer(name, torch.zeros(form[1], dtype=form[0]) if form else None)
 
     @classmethod
     def from_float(

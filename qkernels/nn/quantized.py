@@ -13,7 +13,7 @@ from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken
 
 Self = TypeVar("Self", bound="QuantizedLayer")
-Logical = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
 
 
 class QuantizedLayer(nn.Module):
@@ -21,12 +21,13 @@ class QuantizedLayer(nn.Module):
 
     A state_dict and a pickle hold the persistent buffers and the tensors of ``_logical``, from which ``_pack`` makes
     the private buffers anew, in the order of whatever device they are on. Loading takes all of them or none, and only
-    of their own dtypes and shapes: an error names the tensor and leaves the layer as it was. Dtypes stay when the model
+    of their own dtypes and shapes: an error names the tensor and leaves the layer as it was, also where strict=False
+    lets one be missing. Dtypes stay when the model
     is cast, because the kernels compute in fp32 whatever x is.
     """
 
     def _logical(self) -> Logical:
-        """Names, dtypes and shapes of the tensors that the private buffers stand for."""
+        """Names, dtypes and shapes of the tensors that the private buffers stand for; None: not in this layer."""
         return {}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -38,9 +39,11 @@ class QuantizedLayer(nn.Module):
         return {}
 
     def _register_private(self) -> None:
-        zeros = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in self._logical().items()}
+        zeros = {name: torch.zeros(form[1], dtype=form[0]) for name, form in self._logical().items() if form}
         for name, t in self._pack(zeros).items():
             self.register_buffer(name, t, persistent=False)
+        # None last: torch.export takes a buffer's place in this dict for its place among the program's inputs.
+        self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(lambda t: apply_keeping_dtype(fn, t), recurse)
@@ -62,26 +65,27 @@ class QuantizedLayer(nn.Module):
         logical = self._logical()
         expected = dict(logical)
         for name, buffer in self._buffers.items():
-            if buffer is not None and name not in self._non_persistent_buffers_set:
-                expected[name] = buffer.dtype, tuple(buffer.shape)
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        missing = [prefix + name for name in expected if name not in own]
-        unexpected = [prefix + name for name in own if name not in expected] if strict else []
-        errors = [
-            f"{prefix}{name}: got {_describe(own[name])}; accepted: {dtype} of shape {list(shape)}"
-            for name, (dtype, shape) in expected.items()
-            if name in own and (getattr(own[name], "dtype", None) != dtype or tuple(own[name].shape) != shape)
-        ]
-        if missing or unexpected or errors:
+            if name not in self._non_persistent_buffers_set:
+                expected[name] = None if buffer is None else (buffer.dtype, tuple(buffer.shape))
+        missing, errors = [], []
+        for name, form in expected.items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing += [] if form is None else [prefix + name]
+            elif form is None:
+                errors.append(f"{prefix}{name}: got {_describe(value)}; accepted: none, as this layer has none")
+            elif not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != form:
+                accepted = f"{form[0]} of shape {list(form[1])}"
+                errors.append(f"{prefix}{name}: got {_describe(value)}; accepted: {accepted}")
+        if missing or errors:
             missing_keys += missing
-            unexpected_keys += unexpected
             error_msgs += errors
             return
         if logical:
             assign = local_metadata.get("assign_to_params_buffers", False)
             device = None if assign else next(self.buffers()).device
             try:
-                private = self._pack({name: own[name].to(device) for name in logical})
+                private = self._pack({name: state_dict[prefix + name].to(device) for name in logical if logical[name]})
             except RuntimeError as error:  # values out of range
                 error_msgs.append(f"{prefix}{error}")
                 return

@@ -215,8 +215,9 @@ class PackedInt:
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(q [N, K] int8, scale, zero_point int8 or None, minimum or None), [N, K/group_size]: what was packed."""
         n, k = self.shape
+        # Copies: a view of the padded panels would take all of them along when it is saved.
         scale, zero_point, minimum = (
-            None if t is None else reference.by_group(t, n).contiguous()
+            None if t is None else reference.by_group(t, n).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
         )
         assert scale is not None
