@@ -22,8 +22,7 @@ class QuantizedLayer(nn.Module):
     A state_dict and a pickle hold the persistent buffers and the tensors of ``_logical``, from which ``_pack`` makes
     the private buffers anew, in the order of whatever device they are on. Loading takes all of them or none, and only
     of their own dtypes and shapes: an error names the tensor and leaves the layer as it was, also where strict=False
-    lets one be missing. Dtypes stay when the model
-    is cast, because the kernels compute in fp32 whatever x is.
+    lets one be missing. Dtypes stay when the model is cast, because the kernels compute in fp32 whatever x is.
     """
 
     def _logical(self) -> Logical:
