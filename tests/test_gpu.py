@@ -412,3 +412,23 @@ def test_int8_gemm_layers_on_the_gpu() -> None:
     assert layer.data.shape == (70, 208)
     same(layer(x.cuda()), expected)
     same(layer.cpu()(x), expected)
+
+
+def test_int4_gemm_layers_on_the_gpu() -> None:
+    """Moved to the GPU and back: packed anew for each, the same state, the same numbers."""
+    for act_bits in (8, 16):
+        layer = qk.nn.Int4Linear.from_float(torch.nn.Linear(192, 70), 32, symmetric=False, act_bits=act_bits)
+        x, state = torch.randn(33, 192), layer.state_dict()
+        expected = layer(x)
+        layer = layer.cuda()
+        assert layer.data.shape == (70, 96)
+        torch.testing.assert_close(layer(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value.cpu(), state[key])
+        layer = layer.cpu()
+        assert layer.data.dim() == 4
+        same(layer(x), expected)
+    table = qk.nn.Int4Embedding.from_float(torch.nn.Embedding(19, 96), 32, symmetric=False)
+    ids = torch.randint(19, (3, 5))
+    expected = table(ids)
+    same(table.cuda()(ids.cuda()), expected)

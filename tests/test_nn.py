@@ -417,9 +417,9 @@ def test_int8_state_dict_is_logical(layer):
             fresh.load_state_dict({name: value for name, value in state.items() if name != key})
     with pytest.raises(RuntimeError, match=r"weight: got torch\.float32"):
         fresh.load_state_dict({**state, "weight": codes.float()})
-    with pytest.raises(RuntimeError, match=r"accepted: the torch\.int8 codes of shape"):
+    with pytest.raises(RuntimeError, match=r"weight: got .* accepted: torch\.int8 of shape"):
         fresh.load_state_dict({**state, "weight": codes[1:]})
-    with pytest.raises(RuntimeError, match="size mismatch for scale"):
+    with pytest.raises(RuntimeError, match=r"scale: got .* accepted: torch\.float32 of shape"):
         fresh.load_state_dict({**state, "scale": torch.rand(n + 1)})
     half = copy.deepcopy(layer).bfloat16()
     assert half.scale.dtype == torch.float32

@@ -9,8 +9,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qkernels.nn import Int8Conv2d, Int8Linear, PerChannel, PerGroup, PerTensor, PerToken, QATConv2d, QATLinear
+from qkernels.nn import (
+    Int4Embedding,
+    Int4Linear,
+    Int8Conv2d,
+    Int8Linear,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConv2d,
+    QATLinear,
+)
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare, report
+from qkernels.qat.fold import find_folds
 
 KINDS = ("lsq", "minmax", "ema", "dynamic")
 
@@ -104,7 +116,7 @@ def test_convert_equals_prepared_in_every_mode(layer, symmetric, quantizer, bits
         prepared = prepare(model, QConfig(spec, QSpec(bits, symmetric=symmetric, quantizer=quantizer)))
         calibrate(prepared, [x, 0.5 * x])
         converted = convert(prepared)
-        assert isinstance(converted, Int8Linear | Int8Conv2d)
+        assert type(converted) is (Int8Conv2d if "conv" in layer else Int8Linear if bits > 4 else Int4Linear)
         assert_same_numbers(converted, prepared, 1.5 * x)
 
 
@@ -272,11 +284,11 @@ def test_shared_layer_and_tied_weight():
     assert_same_numbers(convert(weight_only), weight_only, x, flips=0.1)
 
 
-def test_weight_only_becomes_a_float_layer_with_the_dequantized_weight():
+def test_weight_only_above_4_bits_becomes_a_float_layer_with_the_dequantized_weight():
     torch.manual_seed(0)
     for granularity in (PerChannel(), PerGroup(8)):
         model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-        prepared = prepare(model, QConfig(QSpec(4, granularity, symmetric=False), None))
+        prepared = prepare(model, QConfig(QSpec(5, granularity, symmetric=False), None))
         x = torch.randn(5, 16)
         converted = convert(prepared)
         assert type(converted[0]) is nn.Linear
@@ -284,22 +296,172 @@ def test_weight_only_becomes_a_float_layer_with_the_dequantized_weight():
         assert torch.equal(converted(x), prepared(x))
         made = report(converted)
         assert "weight only" in made.notes["0"]
-        assert made.layers[0].weight_bits == 4
+        assert made.layers[0].weight_bits == 5
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (QSpec(4, PerGroup(8)), r"'0'.*PerGroup.*accepted by the int8 layers"),
-        (QSpec(4, symmetric=False), "'0'.*zero point"),
+        (QSpec(5, PerGroup(16)), r"'0'.*PerGroup.*accepted by the int8 layers"),
+        (QSpec(8, symmetric=False), "'0'.*zero point"),
+        (
+            QSpec(4, PerGroup(8)),
+            r"'0' has PerGroup\(size=8\); group_size: got 8; accepted: .* K = 48, or a multiple of 8",
+        ),
+        (QSpec(2, PerGroup(12), symmetric=False), r"'0' has PerGroup\(size=12\); group_size: got 12; accepted"),
     ],
 )
-def test_convert_refuses_weights_that_the_int8_kernels_do_not_take(spec, message):
-    prepared = prepare(nn.Sequential(nn.Linear(16, 8)), QConfig(spec, QSpec(quantizer="dynamic")))
+@pytest.mark.parametrize("input", [QSpec(quantizer="dynamic"), None])
+def test_convert_refuses_weights_that_the_kernels_do_not_take(spec, message, input):
+    if input is None and spec.bits > 4:
+        pytest.skip("becomes a float layer")
+    prepared = prepare(nn.Sequential(nn.Linear(48, 8)), QConfig(spec, input))
     before = snapshot(prepared)
     with pytest.raises(ValueError, match=message):
         convert(prepared)
     assert_unchanged(prepared, before)
+
+
+INPUTS = {
+    "float": None,
+    "static": QSpec(8),
+    "static, zero point": QSpec(8, symmetric=False),
+    "static, 4 bits": QSpec(4, symmetric=False, quantizer="minmax"),
+    "averages": QSpec(8, symmetric=False, quantizer="ema"),
+    "dynamic": QSpec(8, quantizer="dynamic"),
+    "dynamic, zero point": QSpec(8, symmetric=False, quantizer="dynamic"),
+    "per token": QSpec(8, PerToken(), quantizer="dynamic"),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("input", INPUTS)
+@pytest.mark.parametrize(
+    ("granularity", "k"),
+    [
+        (PerChannel(), 33),
+        (PerChannel(), 1),
+        (PerTensor(), 47),
+        (PerGroup(16), 80),
+        (PerGroup(24), 72),
+        (PerGroup(21), 21),
+    ],
+)
+def test_int4_convert_equals_prepared(granularity, k, input, symmetric, bits):
+    torch.manual_seed(bits)
+    for quantizer in KINDS:
+        model, x = nn.Linear(k, 35, bias=quantizer != "minmax"), torch.randn(2, 3, k) + 0.2
+        prepared = prepare(model, QConfig(QSpec(bits, granularity, symmetric, quantizer), INPUTS[input]))
+        calibrate(prepared, [x, 0.5 * x])
+        converted = convert(prepared)
+        assert type(converted) is Int4Linear
+        assert (converted.weight_bits, converted.act_bits) == (bits, 16 if input == "float" else 8)
+        codes, scale, zero_point = prepared.weight_fake_quant.quantize(prepared.weight)
+        assert torch.equal(converted.weight, codes)
+        assert torch.equal(converted.scale, scale.expand(35, converted.scale.shape[1]))  # bit for bit
+        if symmetric:
+            assert converted.zero_point is None
+        else:
+            assert torch.equal(converted.zero_point.int(), zero_point.expand_as(converted.zero_point))
+        assert_same_numbers(converted, prepared, 1.5 * x)
+        assert report(prepared).quantized_bytes == report(converted).quantized_bytes
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("input", [None, QSpec(8, symmetric=False), QSpec(8, PerToken(), quantizer="dynamic")])
+def test_int4_model_after_training(input, symmetric, bits):
+    torch.manual_seed(bits)
+    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32, bias=False), nn.ReLU(), nn.Linear(32, 5))
+    x, target = torch.randn(32, 48), torch.arange(32) % 5
+    last = {"weight": QSpec(8), "input": QSpec(8)}
+    prepared = prepare(model, QConfig(QSpec(bits, PerGroup(16), symmetric), input, rules=[("4", last)]))
+    calibrate(prepared, [x])
+    untrained = convert(prepared)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(prepared(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    before = snapshot(prepared)
+    converted = convert(prepared)
+    assert_unchanged(prepared, before)
+    assert [type(layer) for layer in converted[::2]] == [Int4Linear, Int4Linear, Int8Linear]
+    assert_same_numbers(converted, prepared, x, flips=0.1)
+    assert_same_numbers(converted[0], prepared[0], x)
+    assert not torch.equal(untrained(x), converted(x))
+    untrained.load_state_dict(converted.state_dict(), strict=True)
+    assert torch.equal(untrained(x), converted(x))
+
+
+@pytest.mark.parametrize("input", [None, QSpec(8, symmetric=False)])
+def test_int4_convert_bf16_model(input):
+    torch.manual_seed(0)
+    x = torch.randn(9, 64).bfloat16()
+    prepared = prepare(nn.Linear(64, 16).bfloat16(), QConfig(QSpec(4, PerGroup(32)), input))
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    assert converted.scale.dtype == torch.float32
+    assert_same_numbers(converted, prepared, x, tolerance=0.03)
+
+
+def test_batch_norm_folds_beside_an_int4_layer():
+    """torch.fx must not look into the layer when a converted model is reported."""
+    torch.manual_seed(0)
+    x = images()
+    prepared = prepare(ConvNet(), QConfig(QSpec(4), QSpec(8, symmetric=False)))
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    assert [type(m) for m in (converted.conv1, converted.norm1, converted.fc)] == [Int8Conv2d, nn.Identity, Int4Linear]
+    assert_same_numbers(converted, prepared, x, flips=0.1)
+    converted.norm1 = nn.BatchNorm2d(8)
+    assert find_folds(converted).batch_norm_of == {"conv1": "norm1"}
+
+
+def test_report_of_int4_layers():
+    torch.manual_seed(0)
+    x = torch.randn(8, 48)
+    model = nn.Sequential(nn.Linear(48, 10), nn.Linear(10, 7, bias=False))
+    last = {"weight": QSpec(4), "input": QSpec(8)}
+    prepared = prepare(model, QConfig(QSpec(3, PerGroup(16), symmetric=False), None, rules=[("1", last)]))
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    made, before = report(converted, 2 * x, float_model=model), report(prepared, 2 * x, float_model=model)
+    assert made.notes == before.notes == {}
+    # 10 rows of 18 bytes with 3 scales and int8 zero points each; 7 rows of 5 bytes, 7 scales, the input's scale.
+    assert [row.quantized_bytes for row in made.layers] == [180 + 4 * 30 + 30 + 4 * 10, 35 + 4 * 7 + 4]
+    assert [(row.weight_bits, row.input_bits) for row in made.layers] == [(3, None), (4, 8)]
+    assert [row.kind for row in made.layers] == ["Int4Linear", "Int4Linear"]
+    assert made.quantized_bytes == sum(t.numel() * t.element_size() for t in converted.state_dict().values())
+    assert made.float_bytes == 4 * sum(p.numel() for p in model.parameters())
+    for row, old in zip(made.layers, before.layers, strict=True):
+        assert row.weight_sqnr == pytest.approx(old.weight_sqnr, abs=1e-3)
+        assert row.output_sqnr == pytest.approx(old.output_sqnr, abs=1e-2)
+        assert row.quantized_bytes == old.quantized_bytes
+    assert made.layers[0].input_clipped is None
+    assert made.layers[1].input_clipped == pytest.approx(before.layers[1].input_clipped, abs=0.02)
+    assert made.layers[1].input_clipped > 0
+
+
+def test_report_counts_an_int4_embedding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 32), nn.Linear(32, 3))
+    quantized = copy.deepcopy(model)
+    quantized[0] = Int4Embedding.from_float(model[0], 16, symmetric=False)
+    made = report(quantized, torch.arange(5), float_model=model)
+    row = made.layers[0]
+    assert (row.kind, row.weight_bits, row.input_bits) == ("Int4Embedding", 4, None)
+    assert (row.float_bytes, row.quantized_bytes) == (4 * 11 * 32, 11 * (16 + 2 * 4 + 2))
+    weight = model[0].weight.detach()
+    error = weight - quantized[0].dequantize()
+    assert row.weight_sqnr == pytest.approx(10 * math.log10(weight.square().sum() / error.square().sum()))
+    assert made.quantized_bytes == row.quantized_bytes + 4 * 33 * 3
+    assert made.float_bytes == report(quantized).float_bytes == 4 * (11 * 32 + 33 * 3)
 
 
 def test_rules():

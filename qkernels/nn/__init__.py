@@ -1,7 +1,8 @@
-"""Modules: fake quantization with state, QAT layers, int8 layers, and the granularities that describe them."""
+"""Modules: fake quantization with state, QAT layers, int8 and int4 layers, and the granularities that describe them."""
 
 from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
 from .qat import QATConv2d, QATLinear
@@ -9,6 +10,8 @@ from .qat import QATConv2d, QATLinear
 __all__ = [
     "FakeQuantize",
     "Granularity",
+    "Int4Embedding",
+    "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",
     "Int8TrainingLinear",

@@ -11,111 +11,56 @@ from torch.nn import functional as F
 
 from ..ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from ..ops.int8_gemm import PackedInt8, int8_linear
-from ..ops.quantize import choose_qparams
-from .fake_quantize import FakeQuantize, apply_keeping_dtype
+from .fake_quantize import FakeQuantize
 from .granularity import PerTensor, PerToken
+from .quantized import Logical, QuantizedInputLayer, check_finite
 
 
-class _Int8Layer(nn.Module):
-    """What both layers share: packed codes in memory, logical ones in the state_dict, and the input's scale.
+class _Int8Layer(QuantizedInputLayer):
+    """What both layers share: packed codes in memory, logical ones in the state_dict, and a scale per output channel.
 
-    state_dict: ``weight`` (int8, the float layer's shape), ``scale`` [N], ``bias`` [N], and where the input's scale is
-    fixed ``input_scale`` [1] and ``input_zero_point`` [1]. The packed layout never leaves the process.
+    state_dict: ``weight`` (int8, the float layer's shape), ``scale`` [N], and what ``QuantizedInputLayer`` adds.
     """
 
     data: Tensor
     colsum: Tensor
     scale: Tensor
-    bias: Tensor | None
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
 
     def __init__(self, weight_shape: Sequence[int], bias: bool, weight_bits: int, input: FakeQuantize) -> None:
-        super().__init__()
-        n = weight_shape[0]
-        static = input.quantizer != "dynamic"
-        self.weight_shape = tuple(weight_shape)
-        self.weight_bits = weight_bits
-        self.input_bits = input.bits
-        self.input_granularity = input.granularity
-        self.input_symmetric = input.symmetric
-        self.quant_min, self.quant_max = input.quant_min, input.quant_max
-        self.register_buffer("scale", torch.ones(n))
-        self.register_buffer("bias", torch.zeros(n) if bias else None)
-        self.register_buffer("input_scale", torch.ones(1) if static else None)
-        asymmetric = static and not input.symmetric
-        self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32) if asymmetric else None)
-        data, colsum = self._pack(torch.zeros(self.weight_shape, dtype=torch.int8))
-        self.register_buffer("data", data, persistent=False)
-        self.register_buffer("colsum", colsum, persistent=False)
+        super().__init__(weight_shape, bias, weight_bits, input)
+        self.register_buffer("scale", torch.ones(weight_shape[0]))
+        self._register_private()
 
     @property
     def weight(self) -> Tensor:
         """The integer codes in the float layer's shape, unpacked."""
-        return self._unpack()
+        return self._packed().unpack()[0]
+
+    def dequantize(self) -> Tensor:
+        """The weight in fp32."""
+        return self.weight.float() * self.scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
 
     def set_weight(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Packs codes (int8, the float layer's shape) with one scale per output channel."""
-        self.data, self.colsum = self._pack(codes)
+        self._buffers.update(self._pack({"weight": codes}))
         self.scale = scale.detach().float().reshape(-1).expand(self.weight_shape[0]).clone()
-        self.bias = None if bias is None else bias.detach().float().clone()
+        self._set_bias(bias)
 
-    def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.input_scale is not None or isinstance(self.input_granularity, PerToken):
-            return self.input_scale, self.input_zero_point
-        low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
-        scale, zero_point = choose_qparams(
-            low.float(),
-            high.float(),
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            symmetric=self.input_symmetric,
-        )
-        return scale, None if self.input_symmetric else zero_point
-
-    def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def _pack_codes(self, codes: Tensor) -> PackedInt8 | PackedInt8Conv2d:
         raise NotImplementedError
 
-    def _unpack(self) -> Tensor:
+    def _packed(self) -> PackedInt8 | PackedInt8Conv2d:
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Int8Layer:
-        # Scales and bias stay fp32 when the model is cast: the epilogue computes in fp32 whatever x is.
-        return super()._apply(lambda t: apply_keeping_dtype(fn, t), recurse)
+    def _logical(self) -> Logical:
+        return {"weight": (torch.int8, self.weight_shape)}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._unpack()
+    def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        packed = self._pack_codes(logical["weight"])
+        return {"data": packed.data, "colsum": packed.colsum}
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        others = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )  # fmt: skip
-        codes = state_dict.get(key)
-        if codes is None:
-            missing_keys.append(key)
-        elif codes.dtype != torch.int8 or tuple(codes.shape) != self.weight_shape:
-            error_msgs.append(
-                f"{key}: got {codes.dtype} of shape {list(codes.shape)}; accepted: the torch.int8 codes of shape "
-                f"{list(self.weight_shape)}"
-            )
-        else:
-            self.data, self.colsum = self._pack(codes.to(self.scale.device))
-
-    def _repr_of_codes(self) -> str:
-        fixed = "static" if self.input_scale is not None else "dynamic"
-        return f"weight_bits={self.weight_bits}, input_bits={self.input_bits} ({fixed}, {self.input_granularity})"
+    def _unpack(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
 
 
 class Int8Linear(_Int8Layer):
@@ -150,17 +95,16 @@ class Int8Linear(_Int8Layer):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        codes, scale = PackedInt8.from_float(_finite(linear.weight)).unpack()
+        codes, scale = PackedInt8.from_float(check_finite(linear.weight)).unpack()
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None).to(linear.weight.device)
         layer.set_weight(codes, scale, linear.bias)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         input_scale, input_zero_point = self._input_qparams(x)
-        packed = PackedInt8(self.data, self.colsum, self.scale, self.weight_shape)  # type: ignore[arg-type]
         return int8_linear(
             x,
-            packed,
+            self._packed(),
             self.bias,
             input_scale=input_scale,
             input_zero_point=input_zero_point,
@@ -175,15 +119,14 @@ class Int8Linear(_Int8Layer):
         super()._apply(fn, recurse)
         device = self.data.device.type
         if device != "meta" and (self.data.dim() == 2) != (device == "cuda"):  # moved between the CPU and a GPU
-            self.data, self.colsum = self._pack(self._unpack())
+            self._buffers.update(self._pack(self._unpack()))
         return self
 
-    def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        packed = PackedInt8.from_quantized(codes, torch.ones(1))
-        return packed.data, packed.colsum
+    def _pack_codes(self, codes: Tensor) -> PackedInt8:
+        return PackedInt8.from_quantized(codes, torch.ones(1))
 
-    def _unpack(self) -> Tensor:
-        return PackedInt8(self.data, self.colsum, self.scale, self.weight_shape).unpack()[0]  # type: ignore[arg-type]
+    def _packed(self) -> PackedInt8:
+        return PackedInt8(self.data, self.colsum, self.scale, self.weight_shape)  # type: ignore[arg-type]
 
 
 class Int8Conv2d(_Int8Layer):
@@ -229,7 +172,7 @@ class Int8Conv2d(_Int8Layer):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        codes, scale = PackedInt8.from_float(_finite(conv.weight).flatten(1)).unpack()
+        codes, scale = PackedInt8.from_float(check_finite(conv.weight).flatten(1)).unpack()
         layer = cls.like(conv).to(conv.weight.device)
         layer.set_weight(codes.view(conv.weight.shape), scale, conv.bias)
         return layer.train(conv.training)
@@ -259,7 +202,7 @@ class Int8Conv2d(_Int8Layer):
             x, padding = F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
         y = int8_conv2d(
             x if x.dim() == 4 else x.unsqueeze(0),
-            PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups),  # type: ignore[arg-type]
+            self._packed(),
             self.bias,
             input_scale=input_scale,  # type: ignore[arg-type]
             input_zero_point=input_zero_point,
@@ -280,15 +223,8 @@ class Int8Conv2d(_Int8Layer):
             + self._repr_of_codes()
         )
 
-    def _pack(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
-        return packed.data, packed.colsum
+    def _pack_codes(self, codes: Tensor) -> PackedInt8Conv2d:
+        return PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
 
-    def _unpack(self) -> Tensor:
-        return PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups).unpack()[0]  # type: ignore[arg-type]
-
-
-def _finite(weight: Tensor) -> Tensor:
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight: got NaN or infinite values; accepted: finite weights")
-    return weight
+    def _packed(self) -> PackedInt8Conv2d:
+        return PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups)  # type: ignore[arg-type]

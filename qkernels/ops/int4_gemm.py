@@ -59,6 +59,38 @@ _int4_linear = library.define(
 )
 
 
+def quantize_groups(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
+    values = w.detach().float()
+    if not bool(values.isfinite().all()):
+        raise ValueError("w: got NaN or infinite values; accepted: finite weights")
+    packing.check_bits(bits)
+    n, k = w.shape
+    size = k if group_size == -1 else group_size
+    reference.check_group_size(size, k)
+    low, high = packing.code_range(bits)
+    q, scale, zero_point = quantize_dynamic(
+        values.contiguous(), bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
+    )
+    scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
+    zero_point = zero_point.reshape(n, -1).expand_as(scale)
+    if scale_dtype != torch.float32:
+        if scale_dtype not in reference.SCALE_DTYPES:
+            raise RuntimeError(
+                f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
+            )
+        rounded = scale.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
+        if not bool(rounded.isfinite().all()):
+            raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
+        scale = rounded
+        q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
+    return q, scale, None if symmetric else zero_point.to(torch.int8)
+
+
 class PackedInt:
     """A linear layer's weight [N, K] as integer codes of 2, 3 or 4 bits, two to a byte as the int4 kernels stream them.
 
@@ -113,32 +145,8 @@ class PackedInt:
         Raises:
             ValueError: w is not a finite floating matrix. RuntimeError: group_size, bits or scale_dtype.
         """
-        if w.dim() != 2 or not w.is_floating_point():
-            raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
-        values = w.detach().float()
-        if not bool(values.isfinite().all()):
-            raise ValueError("w: got NaN or infinite values; accepted: finite weights")
-        packing.check_bits(bits)
-        n, k = w.shape
-        size = k if group_size == -1 else group_size
-        reference.check_group_size(size, k)
-        low, high = packing.code_range(bits)
-        q, scale, zero_point = quantize_dynamic(
-            values.contiguous(), bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
-        )
-        scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
-        zero_point = zero_point.reshape(n, -1).expand_as(scale)
-        if scale_dtype != torch.float32:
-            if scale_dtype not in reference.SCALE_DTYPES:
-                raise RuntimeError(
-                    f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
-                )
-            rounded = scale.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
-            if not bool(rounded.isfinite().all()):
-                raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
-            scale = rounded
-            q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
-        return cls.from_quantized(q, scale, None if symmetric else zero_point.to(torch.int8), bits=bits)
+        q, scale, zero_point = quantize_groups(w, bits, group_size, symmetric, scale_dtype)
+        return cls.from_quantized(q, scale, zero_point, bits=bits)
 
     @classmethod
     def from_quantized(
@@ -181,10 +189,25 @@ class PackedInt:
             )
         offset = reference.offset_of(scale, zero_point, minimum)
         weight_sum = reference.weight_sum_of(q, scale, offset, group_size)
-        on_gpu = q.device.type == "cuda"
-        data = reference.to_halves(q, reference.half_of(group_size, k)) if on_gpu else _int4_pack(q)
+        return cls._lay_out(q, scale, zero_point, minimum, weight_sum, group_size, bits)
+
+    @classmethod
+    def _lay_out(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        minimum: Tensor | None,
+        weight_sum: Tensor,
+        group_size: int,
+        bits: int,
+    ) -> PackedInt:
+        """Logical tensors in the layout of the device that they are on."""
+        n, k = q.shape
+        halves = _takes_halves(q.device)
+        data = reference.to_halves(q, reference.half_of(group_size, k)) if halves else _int4_pack(q)
         packed_scale, packed_zero_point, packed_minimum = (
-            None if t is None else t.t().contiguous() if on_gpu else reference.to_panels(t)
+            None if t is None else t.t().contiguous() if halves else reference.to_panels(t)
             for t in (scale, zero_point, minimum)
         )
         assert packed_scale is not None
@@ -193,6 +216,7 @@ class PackedInt:
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(q [N, K] int8, scale, zero_point int8 or None, minimum or None), [N, K/group_size]: what was packed."""
         n, k = self.shape
+        # Copies: a view of the padded panels would take all of them along when it is saved.
         scale, zero_point, minimum = (
             None if t is None else reference.by_group(t, n).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
@@ -211,12 +235,13 @@ class PackedInt:
     def to(self, device: torch.device | str) -> PackedInt:
         """The same weight on another device, in its layout; itself where it is there already."""
         device = torch.device(device)
-        if device == self.data.device:
+        if device == self.data.device and (self.data.dim() == 2) == _takes_halves(device):
             return self
         q, scale, zero_point, minimum = (None if t is None else t.to(device) for t in self.unpack())
         assert q is not None
         assert scale is not None
-        return type(self).from_quantized(q, scale, zero_point, minimum=minimum, bits=self.bits)
+        weight_sum = self.weight_sum.to(device)
+        return self._lay_out(q, scale, zero_point, minimum, weight_sum, self.group_size, self.bits)
 
     def __reduce__(self) -> tuple[Any, ...]:
         q, *params = self.unpack()
@@ -243,6 +268,10 @@ class PackedInt4(PackedInt):
         made = super().from_float(w, 4, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
         assert isinstance(made, PackedInt4)
         return made
+
+
+def _takes_halves(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _restore(

@@ -1,4 +1,4 @@
-"""convert: QAT layers become int8 layers that compute the same numbers."""
+"""convert: QAT layers become int8 and int4 layers that compute the same numbers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,32 @@ from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
+from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat import QATConv2d, QATLinear
+from ..reference.int4_gemm import check_group_size
+from ..reference.packing import BITS
 from .calibrate import quantizers_of
 from .fold import factor_and_bias, find_folds
 from .prepare import replace_modules
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """A copy of a prepared model, in eval mode, whose QAT layers run on the int8 kernels.
+    """A copy of a prepared model, in eval mode, whose QAT layers run on the int8 and int4 kernels.
 
-    It computes what ``model`` computes in eval mode, to the rounding of the final float sum. Layers of 2 to 8 bits hold
-    int8 codes. A BatchNorm2d that alone follows a convolution is folded into its scale and bias (see ``QATConv2d``).
-    A layer whose input is not quantized becomes a float layer that holds the dequantized weight, one whose weight is
-    not quantized stays as it is; ``report`` says so. ``model`` itself is never changed.
+    It computes what ``model`` computes in eval mode, to the rounding of the final float sum.
+
+    A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear`` of every granularity, with zero points or
+    without; where its input is not quantized it stays in float (act_bits 16). Other layers hold int8 codes: Linear of
+    5 to 8 bits and Conv2d of 2 to 8. Of these, one whose input is not quantized becomes a float layer that holds the
+    dequantized weight. A layer whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that
+    alone follows a convolution is folded into its scale and bias (see ``QATConv2d``). ``model`` itself is never
+    changed.
 
     Raises:
-        ValueError: not a prepared model, not calibrated (names the quantizer), or a weight that the int8 kernels do
-            not take: per group, or with a zero point.
+        ValueError: not a prepared model, not calibrated (names the quantizer), or a weight that the kernels do not
+            take: with int8 codes per group or with a zero point; of 4 bits or less in groups other than multiples of
+            8, from 16 on, or of a whole row.
     """
     for name, quantizer in quantizers_of(model).items():
         if not quantizer.is_calibrated:
@@ -40,6 +48,9 @@ def convert(model: nn.Module) -> nn.Module:
     for name, layer in list(converted.named_modules()):
         if not isinstance(layer, QATLinear | QATConv2d) or layer.weight_fake_quant is None:
             continue
+        if to_int4(layer):
+            made[layer] = _int4_layer(name, layer)  # type: ignore[arg-type]
+            continue
         if layer.input_fake_quant is None:
             made[layer] = _dequantized(layer)
             continue
@@ -50,6 +61,40 @@ def convert(model: nn.Module) -> nn.Module:
             made[norm] = nn.Identity()
         made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
     return replace_modules(converted, made.get)
+
+
+def to_int4(layer: nn.Module) -> bool:
+    """Whether ``convert`` makes an Int4Linear of the layer."""
+    if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
+        return False
+    return layer.weight_fake_quant.bits in BITS
+
+
+@torch.no_grad()
+def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
+    weight, input = layer.weight_fake_quant, layer.input_fake_quant
+    assert weight is not None
+    granularity = weight.granularity
+    group_size = granularity.size if isinstance(granularity, PerGroup) else layer.in_features
+    try:
+        check_group_size(group_size, layer.in_features)
+    except RuntimeError as error:
+        raise ValueError(f"model: the weight of {name!r} has {granularity}; {error}") from None
+    codes, scale, zero_point = weight.quantize(layer.weight)
+    new = Int4Linear(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        weight_bits=weight.bits,
+        group_size=group_size,
+        symmetric=weight.symmetric,
+        act_bits=16 if input is None else 8,
+        input=input,
+    ).to(layer.weight.device)
+    new.set_weight(codes, scale.float(), layer.bias, zero_point)
+    if input is not None:
+        new.set_input(input)
+    return new.eval()
 
 
 def _check_weight(name: str, quantizer: FakeQuantize) -> None:
@@ -84,11 +129,7 @@ def _int8_layer(layer: QATLinear | QATConv2d, norm: nn.BatchNorm2d | None) -> In
     else:
         new = Int8Conv2d.like(layer, bias=bias is not None, weight_bits=weight.bits, input=input)
     new.to(layer.weight.device).set_weight(codes, scale, bias)
-    if new.input_scale is not None:
-        input_scale, input_zero_point = input.qparams()
-        new.input_scale = input_scale.reshape(1).float().clone()
-        if input_zero_point is not None:
-            new.input_zero_point = input_zero_point.reshape(1)
+    new.set_input(input)
     return new.eval()
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.int8 import Int8Conv2d
 from ..nn.qat import QATConv2d, QATLinear
+from ..nn.quantized import QuantizedLayer
 
-LEAVES = (QATLinear, QATConv2d, Int8Linear, Int8Conv2d)
+LEAVES = (QATLinear, QATConv2d, QuantizedLayer)
 
 
 @dataclass

@@ -12,20 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat import QATConv2d, QATLinear
+from ..reference.packing import packed_length
 from .calibrate import call, quantizers_replaced
 from .config import QUANTIZABLE
+from .convert import to_int4
 from .fold import eval_mode, factor_and_bias, find_folds
 
 SCALE_BYTES = 4
 QAT_LAYERS = (QATLinear, QATConv2d)
 INT8_LAYERS = (Int8Linear, Int8Conv2d)
+INT4_LAYERS = (Int4Linear, Int4Embedding)
+CONVERTED_LAYERS = INT8_LAYERS + INT4_LAYERS
 
 
 @dataclass
 class LayerRow:
-    """One Linear or Conv2d layer. Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known."""
+    """One Linear or Conv2d layer, or an Int4Embedding.
+
+    Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known.
+    """
 
     name: str
     kind: str
@@ -43,8 +51,9 @@ class LayerRow:
 class Report:
     """Rows per layer, totals for the model, and notes: layers and BatchNorms that stay as they are, with the reason.
 
-    quantized_bytes counts weight codes at their bits (rounded up to bytes per layer), 4 bytes for each scale and zero
-    point, and everything that stays float; float_bytes counts the float model that it came from.
+    quantized_bytes counts int4 layers as their state_dict holds them; of layers on int8 codes, the codes at their bits
+    (rounded up to bytes per layer; the state_dict has a byte for each) and 4 bytes for each scale and zero point; and
+    everything that stays float. float_bytes counts the float model that it came from.
     """
 
     layers: list[LayerRow]
@@ -120,11 +129,10 @@ def report(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QAT_LAYERS + INT8_LAYERS + QUANTIZABLE)
+        if isinstance(module, QAT_LAYERS + CONVERTED_LAYERS + QUANTIZABLE)
     }
-    if not any(
-        isinstance(module, QAT_LAYERS + INT8_LAYERS) or hasattr(module, "weight_bits") for module in layers.values()
-    ):
+    quantized = QAT_LAYERS + CONVERTED_LAYERS
+    if not any(isinstance(module, quantized) or hasattr(module, "weight_bits") for module in layers.values()):
         raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
     folds = find_folds(model)
     float_folds = {} if float_model is None else find_folds(float_model).batch_norm_of
@@ -139,12 +147,12 @@ def report(
         source = None if float_model is None else _submodule(float_model, name)
         norm = folds.batch_norm_of.get(name)
         row, note = _row(name, layer, None if norm is None else model.get_submodule(norm))  # type: ignore[arg-type]
-        if isinstance(layer, INT8_LAYERS) and source is not None:
+        if isinstance(layer, CONVERTED_LAYERS) and source is not None:
             weight = source.weight.detach().float()  # type: ignore[union-attr, operator]
             if name in folded:
                 factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)  # type: ignore[union-attr, arg-type]
                 weight = weight * factor.reshape(-1, 1, 1, 1)
-            row.weight_sqnr = sqnr(weight, dequantized_weight(layer))
+            row.weight_sqnr = sqnr(weight, layer.dequantize())
         rows.append(row)
         if note:
             notes[name] = note
@@ -164,11 +172,6 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
-def dequantized_weight(layer: Int8Linear | Int8Conv2d) -> Tensor:
-    codes = layer.weight.float()
-    return codes * layer.scale.reshape(-1, *[1] * (codes.dim() - 1))
-
-
 def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> float:
     """The share of x's elements whose code lies outside the range."""
     if x.numel() == 0:
@@ -183,9 +186,15 @@ def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
 
 
 def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[LayerRow, str | None]:
+    bias: Tensor | None = getattr(layer, "bias", None)
+    if isinstance(layer, INT4_LAYERS):
+        input_bits = layer.input_bits if isinstance(layer, Int4Linear) else None
+        row = LayerRow(name, type(layer).__name__, layer.weight_bits, input_bits)
+        row.float_bytes = 4 * (math.prod(layer.weight_shape) + (0 if bias is None else bias.numel()))
+        row.quantized_bytes = _bytes(list(layer.state_dict().values()))
+        return row, None
     weight: Tensor = layer.weight  # type: ignore[assignment]
     numel, outputs = weight.numel(), weight.shape[0]
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
     if isinstance(layer, INT8_LAYERS):
         row = LayerRow(name, type(layer).__name__, layer.weight_bits, layer.input_bits)
         inputs = [t for t in (layer.input_scale, layer.input_zero_point) if t is not None]
@@ -208,19 +217,24 @@ def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Laye
     note = None
     if row.weight_bits is None:
         note = "weight stays float" if row.input_bits is None else "not convertible: its weight is not quantized"
-    elif input_quant is None:
+    elif input_quant is None and not to_int4(layer):
         note = "weight only: converts to a float layer that holds the dequantized weight"
     if weight_quant is not None and weight_quant.is_calibrated:
         codes, scale, zero_point = weight_quant.quantize(weight)
         row.weight_sqnr = sqnr(weight, _eval(weight_quant, weight))
         row.weight_clipped = clipped_share(weight, scale, zero_point, weight_quant.quant_min, weight_quant.quant_max)
-        if input_quant is not None:
-            static = 0 if input_quant.quantizer == "dynamic" else 1 if input_quant.symmetric else 2
-            scales = scale.numel() if scale.numel() > outputs else outputs
+        if input_quant is not None or to_int4(layer):
+            static = 0
+            if input_quant is not None and input_quant.quantizer != "dynamic":
+                static = 1 if input_quant.symmetric else 2
+            scales = max(scale.numel(), outputs)
+            if to_int4(layer):
+                packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
+                packed += 0 if zero_point is None else scales  # int8
+            else:
+                packed = math.ceil(codes.numel() * weight_quant.bits / 8)
             row.quantized_bytes = (
-                math.ceil(codes.numel() * weight_quant.bits / 8)
-                + SCALE_BYTES * (scales + static)
-                + (0 if bias is None and norm is None else 4 * outputs)
+                packed + SCALE_BYTES * (scales + static) + (0 if bias is None and norm is None else 4 * outputs)
             )
     return row, note
 
@@ -271,7 +285,7 @@ def _run_example(
         if row.name not in inputs:
             continue
         x = inputs[row.name]
-        if isinstance(layer, INT8_LAYERS):
+        if isinstance(layer, (*INT8_LAYERS, Int4Linear)):
             if layer.input_scale is not None:
                 row.input_clipped = clipped_share(
                     x, layer.input_scale, layer.input_zero_point, layer.quant_min, layer.quant_max

@@ -42,7 +42,7 @@ def check_unpack(packed: Tensor, bits: int, k: int) -> None:
 def check_codes(name: str, q: Tensor, bits: int) -> None:
     """Codes out of range would change silently; on a GPU this waits for it, so ops do not ask there."""
     low, high = code_range(bits)
-    if q.numel() == 0:
+    if q.numel() == 0 or q.is_meta:
         return
     least, most = (int(value) for value in torch.aminmax(q))
     bad = least if least < low else most

@@ -1,0 +1,370 @@
+"""Int4Linear and Int4Embedding: layers on weights of 2, 3 or 4 bits, with a scale for each group along the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.int4_gemm import PackedInt, int4_linear, quantize_groups
+from ..ops.packing import pack_bits, unpack_bits
+from ..ops.quantize import dequantize
+from ..reference.int4_gemm import by_group, check, check_group_size, check_scale_dtype, groups_of
+from ..reference.packing import check_bits, packed_length
+from .fake_quantize import FakeQuantize
+from .granularity import PerToken
+from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite
+
+
+def _logical_weight(
+    shape: tuple[int, ...], bits: int, group_size: int, scale_dtype: torch.dtype, offset: str | None
+) -> Logical:
+    """The tensors that a weight [N, K] is stored as; ``offset`` is what a group has besides its scale."""
+    n, k = shape
+    groups = (n, groups_of(k, group_size))
+    return {
+        "weight": (torch.uint8, (n, packed_length(k, bits))),
+        "scale": (scale_dtype, groups),
+        "zero_point": (torch.int8, groups) if offset == "zero_point" else None,
+        "minimum": (scale_dtype, groups) if offset == "minimum" else None,
+    }
+
+
+def _check_weight(weight_bits: int, group_size: int, k: int, scale_dtype: torch.dtype) -> int:
+    """The group size, with −1 resolved."""
+    check_bits(weight_bits)
+    check_scale_dtype("scale_dtype", torch.empty(0, dtype=scale_dtype))
+    group_size = k if group_size == -1 else group_size
+    check_group_size(group_size, k)
+    return group_size
+
+
+class Int4Linear(QuantizedInputLayer):
+    """A linear layer on weights of 2 to 4 bits and int8 codes, or the input as it is (see ``int4_linear``).
+
+    Args:
+        in_features, out_features, bias: as nn.Linear.
+        weight_bits: of a code: 2, 3 or 4.
+        group_size: weights along in_features that share a scale: −1 for all, or a multiple of 8, from 16 on, that
+            divides in_features.
+        symmetric: a weight is code·scale. Else (code − zero_point)·scale.
+        minimum: with symmetric=False and 4 bits: a weight is (code + 8)·scale + minimum, without a zero point.
+        scale_dtype: of scales and minima: torch.float32, torch.bfloat16 or torch.float16.
+        act_bits: 8: the input becomes int8 codes on the way in. 16: it stays in float.
+        input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
+
+    state_dict: ``weight`` (uint8, codes as ``pack_bits`` packs them), ``scale`` [N, K/group_size], ``zero_point``
+    (int8) or ``minimum`` of scale's shape, and what ``QuantizedInputLayer`` adds. The packed layout belongs to the
+    device: it is made anew where the layer moves to a GPU.
+
+    x [..., in_features] fp32, bf16 or fp16 → [..., out_features] of x's dtype. Not differentiable.
+    """
+
+    data: Tensor
+    packed_scale: Tensor
+    packed_zero_point: Tensor | None
+    packed_minimum: Tensor | None
+    weight_sum: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight_bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = True,
+        minimum: bool = False,
+        scale_dtype: torch.dtype = torch.float32,
+        act_bits: int = 8,
+        input: FakeQuantize | None = None,
+    ) -> None:
+        group_size = _check_weight(weight_bits, group_size, in_features, scale_dtype)
+        check(
+            not (minimum and (symmetric or weight_bits != 4)),
+            f"minimum: got True with symmetric={symmetric}, weight_bits={weight_bits}; accepted: with symmetric=False, "
+            "weight_bits=4",
+        )
+        check(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        check(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
+        if act_bits == 8 and input is None:
+            input = FakeQuantize(granularity=PerToken(), quantizer="dynamic")
+        super().__init__((out_features, in_features), bias, weight_bits, input)
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size, self.scale_dtype, self.act_bits = group_size, scale_dtype, act_bits
+        self.offset = None if symmetric else "minimum" if minimum else "zero_point"
+        self._register_private()
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        group_size: int = 32,
+        symmetric: bool = True,
+        act_bits: int = 8,
+        *,
+        weight_bits: int = 4,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> Int4Linear:
+        """Quantizes a trained layer by the range of each group (see ``PackedInt.from_float``), inputs per token.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity. RuntimeError: group_size, act_bits, weight_bits, scale_dtype.
+        """
+        weight = check_finite(linear.weight)
+        codes, scale, zero_point = quantize_groups(weight, weight_bits, group_size, symmetric, scale_dtype)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            weight_bits=weight_bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            act_bits=act_bits,
+        ).to(weight.device)
+        layer.set_weight(codes, scale, linear.bias, zero_point)
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes [N, K] in int8, unpacked."""
+        return self._packed().unpack()[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """[N, K/group_size]."""
+        return self._by_group(self.packed_scale)
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """[N, K/group_size] in int8; None: there are none."""
+        return None if self.packed_zero_point is None else self._by_group(self.packed_zero_point)
+
+    @property
+    def minimum(self) -> Tensor | None:
+        """[N, K/group_size] in scale's dtype, the value of code −8; None: there are none."""
+        return None if self.packed_minimum is None else self._by_group(self.packed_minimum)
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] in fp32."""
+        return self._packed().dequantize()
+
+    def set_weight(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        zero_point: Tensor | None = None,
+        *,
+        minimum: Tensor | None = None,
+    ) -> None:
+        """Packs codes [N, K] int8 with scales and zero points or minima as the layer was made for.
+
+        Raises:
+            RuntimeError: a shape, dtype or value other than these (see ``PackedInt.from_quantized``).
+        """
+        given = {"zero_point": zero_point, "minimum": minimum}
+        for name, t in given.items():
+            got, accepted = ("None" if t is None else "a tensor"), ("a tensor" if self.offset == name else "None")
+            check(got == accepted, f"{name}: got {got}; accepted by this layer: {accepted}")
+        check(
+            tuple(codes.shape) == self.weight_shape,
+            f"codes: got shape {list(codes.shape)}; accepted: {list(self.weight_shape)}",
+        )
+        check(scale.dtype == self.scale_dtype, f"scale: got {scale.dtype}; accepted by this layer: {self.scale_dtype}")
+        packed = PackedInt.from_quantized(codes, scale, zero_point, minimum=minimum, bits=self.weight_bits)
+        check(
+            packed.group_size == self.group_size,
+            f"scale: got shape {list(scale.shape)}, groups of {packed.group_size}; accepted by this layer: groups of "
+            f"{self.group_size}",
+        )
+        self._hold(packed)
+        self._set_bias(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        input_scale, input_zero_point = self._input_qparams(x)
+        return int4_linear(
+            x,
+            self._packed(),
+            self.bias,
+            self.act_bits,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, group_size={self.group_size}, "
+            f"{'symmetric' if self.offset is None else self.offset}, {self._repr_of_codes()}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        super()._apply(fn, recurse)
+        if not self.data.is_meta:
+            self._hold(self._packed().to(self.data.device))
+        return self
+
+    def _packed(self) -> PackedInt:
+        return PackedInt(
+            self.data,
+            self.packed_scale,
+            self.packed_zero_point,
+            self.packed_minimum,
+            self.weight_sum,
+            self.weight_shape,  # type: ignore[arg-type]
+            self.group_size,
+            self.weight_bits,
+        )
+
+    def _by_group(self, packed: Tensor) -> Tensor:
+        # A copy: a view of the padded panels would take all of them along when it is saved.
+        return by_group(packed, self.out_features).clone(memory_format=torch.contiguous_format)
+
+    def _hold(self, packed: PackedInt) -> None:
+        self._buffers.update(_buffers_of(packed))
+
+    def _logical(self) -> Logical:
+        return _logical_weight(self.weight_shape, self.weight_bits, self.group_size, self.scale_dtype, self.offset)
+
+    def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        codes = unpack_bits(logical["weight"], self.weight_bits, self.in_features)
+        zero_point, minimum = logical.get("zero_point"), logical.get("minimum")
+        packed = PackedInt.from_quantized(
+            codes, logical["scale"], zero_point, minimum=minimum, bits=self.weight_bits
+        )  # fmt: skip
+        return _buffers_of(packed)
+
+    def _unpack(self) -> dict[str, Tensor]:
+        weight = pack_bits(self.weight, self.weight_bits)
+        tensors = {"weight": weight, "scale": self.scale, "zero_point": self.zero_point, "minimum": self.minimum}
+        return {name: t for name, t in tensors.items() if t is not None}
+
+
+def _buffers_of(packed: PackedInt) -> dict[str, Tensor | None]:
+    return {
+        "data": packed.data,
+        "packed_scale": packed.scale,
+        "packed_zero_point": packed.zero_point,
+        "packed_minimum": packed.minimum,
+        "weight_sum": packed.weight_sum,
+    }
+
+
+class Int4Embedding(QuantizedLayer):
+    """An embedding on codes of 2 to 4 bits: looks up packed rows, and unpacks and scales only those.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx: as nn.Embedding; the row at padding_idx is stored like any other,
+            and a row of zeros stays zeros.
+        weight_bits, group_size, symmetric, scale_dtype: as ``Int4Linear``, with groups along embedding_dim.
+        dtype: of the output; it follows where the model is cast (``model.bfloat16()``), scales do not.
+
+    state_dict: ``weight`` (uint8, codes as ``pack_bits`` packs them), ``scale`` [num_embeddings,
+    embedding_dim/group_size] and where not symmetric ``zero_point`` (int8) of scale's shape.
+
+    Indices [...], int32 or int64 → [..., embedding_dim] of dtype: (code − zero_point)·scale in fp32, rounded once. Not
+    differentiable. An index outside 0…num_embeddings − 1 raises IndexError on the CPU.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        weight_bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = True,
+        scale_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        # nn.Embedding checks padding_idx and resolves a negative one.
+        self.padding_idx = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta").padding_idx
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight_shape = (num_embeddings, embedding_dim)
+        self.weight_bits = weight_bits
+        self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
+        check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
+        self.dtype = dtype
+        offset = None if symmetric else "zero_point"
+        tensors = _logical_weight(self.weight_shape, weight_bits, self.group_size, scale_dtype, offset)
+        for name, form in tensors.items():
+            self.register_buffer(name, torch.zeros(form[1], dtype=form[0]) if form else None)
+
+    @classmethod
+    def from_float(
+        cls,
+        embedding: nn.Embedding,
+        group_size: int = 32,
+        symmetric: bool = True,
+        *,
+        weight_bits: int = 4,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> Int4Embedding:
+        """Quantizes a trained embedding by the range of each group; the output's dtype is its weight's.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity, or the embedding has a max_norm, which changes its weight at
+                every call. RuntimeError: group_size, weight_bits or scale_dtype.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"embedding: got max_norm={embedding.max_norm}; accepted: None")
+        weight = check_finite(embedding.weight)
+        codes, scale, zero_point = quantize_groups(weight, weight_bits, group_size, symmetric, scale_dtype)
+        layer = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            weight_bits=weight_bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
+            dtype=weight.dtype,
+        ).to(weight.device)
+        layer.set_weight(codes, scale, zero_point)
+        return layer.train(embedding.training)
+
+    def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Takes codes [num_embeddings, embedding_dim] int8 with scales and zero points as in the state_dict.
+
+        Raises:
+            RuntimeError: a shape or dtype other than these.
+        """
+        state = {"weight": pack_bits(codes, self.weight_bits), "scale": scale}
+        self.load_state_dict(state if zero_point is None else {**state, "zero_point": zero_point})
+
+    def dequantize(self) -> Tensor:
+        """The weight [num_embeddings, embedding_dim] in fp32."""
+        return self._rows(self.weight, self.scale, self.zero_point, torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, scale = F.embedding(input, self.weight), F.embedding(input, self.scale)
+        zero_point = None if self.zero_point is None else F.embedding(input, self.zero_point)
+        return self._rows(weight, scale, zero_point, self.dtype)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, {padding}weight_bits={self.weight_bits}, "
+            f"group_size={self.group_size}, {'symmetric' if self.zero_point is None else 'zero_point'}, "
+            f"dtype={self.dtype}"
+        )
+
+    def _rows(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+        codes = unpack_bits(weight, self.weight_bits, self.embedding_dim)
+        return dequantize(codes, scale.float(), None if zero_point is None else zero_point.int(), dtype=dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Embedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return super()._apply(fn, recurse)
