@@ -308,6 +308,17 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
 #endif
 }
 
+// (a & b) ^ c in one instruction; with two constants among them the compiler makes two.
+__device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
+#ifdef __CUDA_ARCH__
+  unsigned out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return (a & b) ^ c;
+#endif
+}
+
 // a·b + c of two numbers of a half type, each rounded once.
 template <typename S>
 __device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c) {

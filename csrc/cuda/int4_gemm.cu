@@ -79,7 +79,7 @@ __device__ __forceinline__ unsigned pair_of(float value) {
 // this is exact: of a zero point within −8…7 as packed weights have them.
 template <typename S>
 __device__ __forceinline__ unsigned dequantize_pair(unsigned word, unsigned added) {
-  return fma_pair<S>((word & 0x000f000f) ^ (kBaseBits<S> | 0x00080008), kOne<S>, added);
+  return fma_pair<S>(and_xor(word, 0x000f000f, kBaseBits<S> | 0x00080008), kOne<S>, added);
 }
 
 // Where a stripe is: the column of tiles, the tile, and the group that its first half block
@@ -172,7 +172,7 @@ class Stripe {
   }
 
   __device__ __forceinline__ void add(const Tile& tile) {
-#pragma unroll
+#pragma unroll(kMinimum ? 1 : kHalves / 2)  // together they would take more registers than there are
     for (int block = 0; block < kHalves / 2; ++block) {
       Vec<unsigned, kWords> words[kStrips][2];
 #pragma unroll
@@ -221,22 +221,24 @@ class Stripe {
   __device__ __forceinline__ void add_half(const Tile& tile, int half,
                                            const Vec<unsigned, kWords> (&words)[kStrips][2]) {
     float part[kStrips][kTiles][4] = {}, x_sum[kTiles][4] = {};
+    unsigned added[kStrips][2];
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        added[s][r] = pair_of<S>(static_cast<float>(-kBase<S> - (kMinimum ? 0 : 8)));
+        if (!kMinimum && a_.zero_point) added[s][r] = tile.other[half][channel(s, r)];
+      }
 #pragma unroll
     for (int w = 0; w < kWords; w += 2) {
       unsigned weight[2][kStrips][4];
 #pragma unroll
-      for (int s = 0; s < kStrips; ++s)
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          unsigned added = pair_of<S>(static_cast<float>(-kBase<S> - (kMinimum ? 0 : 8)));
-          if (!kMinimum && a_.zero_point) added = tile.other[half][channel(s, r)];
+        for (int s = 0; s < kStrips; ++s)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const unsigned word = words[s][r].v[w + i] >> kShift;
-            weight[i][s][r] = dequantize_pair<S>(word, added);
-            weight[i][s][r + 2] = dequantize_pair<S>(word >> 8, added);
-          }
-        }
+          for (int j = 0; j < 4; ++j)
+            weight[i][s][j] = dequantize_pair<S>(words[s][j % 2].v[w + i] >> (kShift + j / 2 * 8), added[s][j % 2]);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         const auto x = load_vector<4>(reinterpret_cast<const unsigned*>(
