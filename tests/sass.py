@@ -24,7 +24,9 @@ class Kernel:
     local: int = 0
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)  # widest access in bits by kind: LDG, STG, LDL, STL, …
-    counts: Counter[str] = field(default_factory=Counter)  # of instructions of arithmetic: FFMA, HMMA, LOP3, …
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # of arithmetic: FFMA, HMMA.…, …; of LOP3 by its table: 0x6a, …
 
     @property
     def spills(self) -> bool:
@@ -73,7 +75,8 @@ def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
             kind, modifiers = match.groups()
             parts = modifiers.split(".")
             if kind not in ACCESSES.split("|"):
-                kernel.counts[kind if kind != "HMMA" else kind + modifiers] += 1
+                table = re.search(r" 0x[0-9a-f]+(?=, !U?PT)", line) if kind == "LOP3" else None
+                kernel.counts[table[0].strip() if table else kind + modifiers * (kind == "HMMA")] += 1
                 continue
             bits = next((width for part, width in WIDTHS.items() if part in parts), 32)
             kernel.widths[kind] = max(kernel.widths.get(kind, 0), bits)

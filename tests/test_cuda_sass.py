@@ -96,8 +96,9 @@ def test_int4_kernels_do_what_they_must_and_little_more(kernels: dict[str, sass.
         assert set(mma) == {"HMMA.16816.F32" + (".BF16" if found[1] == "BFloat16" else "")}, name
         assert mma.total() == tiles * (strips + minimum) * 8 // parts, name
         counts = kernel.counts
+        assert counts["0x6a"] == words * 4, f"{name}: {counts['0x6a']} LOP3 of (a & b) ^ c"
         assert counts["HADD2"] + counts["HFMA2"] >= words * 4, name
-        for kind, least, beside in (("LOP3", words * 4, 96), ("PRMT", tiles * 16 // parts, 32), ("I2F", 0, 24)):
+        for kind, least, beside in (("SHF", 0, words * 3 + 64), ("PRMT", tiles * 16 // parts, 32), ("I2F", 0, 24)):
             count = counts[kind] + counts[kind + "P"]
             assert least <= count <= least + beside, f"{name}: {count} {kind}"
     assert checked == 32
