@@ -24,9 +24,7 @@ class Kernel:
     local: int = 0
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)  # widest access in bits by kind: LDG, STG, LDL, STL, …
-    counts: Counter[str] = field(
-        default_factory=Counter
-    )  # of arithmetic: FFMA, HMMA.…, …; of LOP3 by its table: 0x6a, …
+    counts: Counter[str] = field(default_factory=Counter)  # FFMA, HMMA.16816.F32, …; LOP3 by its table, 0x6a, …
 
     @property
     def spills(self) -> bool:
