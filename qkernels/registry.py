@@ -34,6 +34,11 @@ class Kernel:
     fn: Callable[..., Any]
     unsupported: Callable[..., str | None]
 
+    def refuses(self, *args: Any) -> str | None:
+        """Why the kernel cannot take this call even where it is forced, or None."""
+        reason = self.unsupported(*args)
+        return None if isinstance(reason, Unpreferred) else reason
+
 
 _kernels: dict[str, list[Kernel]] = {}
 forced: list[str | None] = []  # the innermost use_kernel; None: free choice
@@ -104,8 +109,8 @@ def run(op: str, *args: Any) -> Any:
 def _select_forced(op: str, name: str, args: tuple[Any, ...]) -> Kernel:
     for kernel in _kernels[op]:
         if kernel.name == name:
-            reason = kernel.unsupported(*args)
-            if reason is not None and not isinstance(reason, Unpreferred):
+            reason = kernel.refuses(*args)
+            if reason is not None:
                 raise RuntimeError(f"{op}: kernel {name!r} was asked for by use_kernel but cannot run: {reason}")
             return kernel
     raise RuntimeError(f"{op}: has no kernel {name!r}; it has {', '.join(k.name for k in _kernels[op])}")

@@ -205,6 +205,7 @@ def test_reasons(loaded: pytest.MonkeyPatch) -> None:
     said = reason(*args)
     assert isinstance(said, registry.Unpreferred)
     assert said == "not measured faster than triton on this GPU yet"
+    assert next(k for k in qk.kernels("int4_linear") if k.name == "cuda").refuses(*args) is None
     for other, text in [
         ((args[0].float(), *args[1:]), "takes x of torch.bfloat16 and torch.float16, got torch.float32"),
         ((*args[:8], 8, *args[9:]), "takes act_bits 16, got 8"),

@@ -1,4 +1,4 @@
-// The linear layer on int4 weights for up to 64 rows of x in a half type: a read of the weight at the speed of memory.
+// The linear layer on int4 weights for up to 64 rows of x in a half type, where the time is that of reading the weight.
 //
 // The weight is the left operand of m16n8k16, so that few rows of x waste little: a warp has 32 output channels and all
 // rows of x. Codes become numbers in registers, exactly: bits below those of 1024 (fp16) or 128 (bf16), from which that
@@ -29,7 +29,7 @@ struct Linear {
   const int8_t* zero_point;  // [groups, n], or null
   RealInput bias;            // [n]; its data may be null
   RealOutput y;              // [m, n]
-  float* partial;            // [block + column][rows][kBlock], which no other block and column share
+  float* partial;            // [block + column][rows][kBlock]: a place for each block's part of a column
   int rows;                  // of a tile, m or more
   int m, n, k, length;
   int steps;             // tiles along k
@@ -75,15 +75,14 @@ __device__ __forceinline__ unsigned pair_of(float value) {
   return word;
 }
 
-// Codes at bits 0–3 and 16–19, their sign bits flipped and so 8 more, as two numbers. All of
-// this is exact: of a zero point within −8…7 as packed weights have them.
+// Codes at bits 0–3 and 16–19, their sign bits flipped and so 8 more, as two numbers. All of this is exact: with a zero
+// point within −8…7, as packed weights have it.
 template <typename S>
 __device__ __forceinline__ unsigned dequantize_pair(unsigned word, unsigned added) {
   return fma_pair<S>(and_xor(word, 0x000f000f, kBaseBits<S> | 0x00080008), kOne<S>, added);
 }
 
-// Where a stripe is: the column of tiles, the tile, and the group that its first half block
-// belongs to.
+// Where a stripe is: the column of tiles, the tile, and the group that its first half block belongs to.
 struct Cursor {
   int column, step, group, left;  // left: half blocks of the group from here on
 
@@ -106,8 +105,7 @@ class Stripe {
     clear();
   }
 
-  // What dequantization needs of a tile beside the codes, as it was read: for the channel of
-  // this thread.
+  // What dequantization needs of a tile beside the codes, as it was read: for the channel of this thread.
   struct Parameters {
     unsigned scale[Tile::kHalves], other[Tile::kHalves];
   };
@@ -300,8 +298,7 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
   Work work(a, first);
   Cursor at(a, first);
 
-  // Parameters are read when copies start, and put to shared memory an iteration later, when
-  // they have come.
+  // Parameters are read when copies start, and put to shared memory an iteration later, when they have come.
   typename Work::Parameters parameters[kFlight - 1];
 #pragma unroll
   for (int i = 0; i < kFlight - 1; ++i) {
