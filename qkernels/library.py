@@ -151,7 +151,7 @@ def _load_cuda() -> str | None:
         command = build_command("QKERNELS_BUILD=cuda")
         return Mendable(f"the CUDA kernels cannot be loaded ({first_line}); rebuild them with: {command}")
     for op in {kernel.op for kernel in registry.kernels() if kernel.name == "cuda"}:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", GPU_KEY):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{cuda_op(op)}", GPU_KEY):
             command = build_command("QKERNELS_BUILD=cuda")
             _op_missing_cuda[op] = Mendable(f"the CUDA kernels hold no {op}; rebuild them with: {command}")
     return None
@@ -222,15 +222,16 @@ def define(
     fake: Callable[..., Any],
     *,
     cpu: Sequence[str] = (),
-    cuda: bool = False,
+    cuda: bool | Callable[..., str | None] = False,
     triton: bool = False,
 ) -> Any:
     """Defines ``qkernels::op`` and returns it.
 
     ``reference`` becomes the kernel of every device that has none better; ``fake`` gives the outputs' metadata,
     strides included, for tracing; ``cpu`` names the paths that csrc/cpu holds for it, best first; ``cuda`` says that
-    csrc/cuda holds it; ``triton`` says that qkernels/triton has a function of the op's name (a dot is an underscore
-    there) in the module of the reference's name.
+    csrc/cuda holds it, or is a function that says why it leaves a call to others: csrc/cuda then holds it as
+    ``<op>_cuda``, as what lies at the op's own dispatch key is never asked; ``triton`` says that qkernels/triton has a
+    function of the op's name (a dot is an underscore there) in the module of the reference's name.
     """
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, schema)
@@ -238,7 +239,10 @@ def define(
     for isa in cpu:
         registry.register(op, f"cpu_{isa}", _pinned(op, isa), _cpu_unsupported(op, isa))
     if cuda:
-        registry.register(op, "cuda", _dispatched(op), _cuda_unsupported(op))
+        if callable(cuda):
+            _partial.add(op)
+            torch.library.define(f"{NAMESPACE}::{cuda_op(op)}", schema)
+        registry.register(op, "cuda", _dispatched(cuda_op(op)), _cuda_unsupported(op, cuda))
     if triton:
         registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
@@ -283,14 +287,23 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
     return unsupported
 
 
-def _cuda_unsupported(op: str) -> Callable[..., str | None]:
+_partial: set[str] = set()  # ops of which csrc/cuda takes only some calls
+
+
+def cuda_op(op: str) -> str:
+    """The op at whose dispatch key csrc/cuda's kernel for ``op`` is."""
+    return f"{op}_cuda" if op in _partial else op
+
+
+def _cuda_unsupported(op: str, unsuited: bool | Callable[..., str | None]) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
         for arg in registry.flat(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != gpu:
                 return f"takes {gpu.upper()} tensors, got one on {arg.device}"
         if not args and not torch.cuda.is_available() and gpu == "cuda":
             return "torch sees no CUDA device"
-        return cuda_missing() or _op_missing_cuda.get(op)
+        missing = cuda_missing() or _op_missing_cuda.get(op)
+        return unsuited(*args) if missing is None and args and callable(unsuited) else missing
 
     return unsupported
 

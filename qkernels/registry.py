@@ -17,6 +17,10 @@ class Mendable(str):
     """A reason that the user can remove (build the extension, …): said once when it costs a faster kernel."""
 
 
+class Unpreferred(str):
+    """A reason why a kernel leaves a call that it could take to others; it runs where only the reference is left."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of an op.
@@ -29,6 +33,11 @@ class Kernel:
     name: str
     fn: Callable[..., Any]
     unsupported: Callable[..., str | None]
+
+    def refuses(self, *args: Any) -> str | None:
+        """Why the kernel cannot take this call even where it is forced, or None."""
+        reason = self.unsupported(*args)
+        return None if isinstance(reason, Unpreferred) else reason
 
 
 _kernels: dict[str, list[Kernel]] = {}
@@ -59,17 +68,24 @@ def which(op: str, *args: Any) -> list[tuple[str, str | None]]:
 
     The first with None is the one that runs. Without arguments the answer speaks of this machine alone.
     """
-    return [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
+    reasons = [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
+    if next((name for name, reason in reasons if reason is None), REFERENCE) == REFERENCE:
+        spare = next((name for name, reason in reasons if isinstance(reason, Unpreferred)), None)
+        return [(name, None if name == spare else reason) for name, reason in reasons]
+    return reasons
 
 
 def select(op: str, *args: Any) -> Kernel:
     """The kernel that takes this call: the forced one (see ``use_kernel``), else the first that can."""
     if forced and forced[-1] is not None:
         return _select_forced(op, forced[-1], args)
+    spare = None
     for kernel in _kernels[op]:
         reason = kernel.unsupported(*args)
         if reason is None:
-            return kernel
+            return spare if spare is not None and kernel.name == REFERENCE else kernel
+        if isinstance(reason, Unpreferred) and spare is None:
+            spare = kernel
         if isinstance(reason, Mendable) and reason not in _said:
             _said.add(reason)
             warnings.warn(f"qkernels: {op} runs on a slower kernel: {reason}", stacklevel=3)
@@ -93,7 +109,7 @@ def run(op: str, *args: Any) -> Any:
 def _select_forced(op: str, name: str, args: tuple[Any, ...]) -> Kernel:
     for kernel in _kernels[op]:
         if kernel.name == name:
-            reason = kernel.unsupported(*args)
+            reason = kernel.refuses(*args)
             if reason is not None:
                 raise RuntimeError(f"{op}: kernel {name!r} was asked for by use_kernel but cannot run: {reason}")
             return kernel

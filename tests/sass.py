@@ -24,13 +24,15 @@ class Kernel:
     local: int = 0
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)  # widest access in bits by kind: LDG, STG, LDL, STL, …
-    fma: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # FFMA, HMMA.16816.F32, …; LOP3 by its table, 0x6a, …
 
     @property
     def spills(self) -> bool:
         return self.stack > 0 or self.local > 0 or "LDL" in self.widths or "STL" in self.widths
 
 
+ACCESSES = "LDG|STG|LDL|STL|LDS|STS|LDGSTS"
+ARITHMETIC = "FFMA|HMMA|LOP3|PRMT|SHF|I2F|I2FP|HADD2|HFMA2"
 WIDTHS = {"256": 256, "128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
 
 
@@ -63,16 +65,17 @@ def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
         usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
         found[name] = Kernel(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
     kernel = None
-    for line in _cuobjdump(path, arch, "-sass", only="Function : |LDG|STG|LDL|STL|LDS|STS|FFMA").splitlines():
+    for line in _cuobjdump(path, arch, "-sass", only=f"Function : |{ACCESSES}|{ARITHMETIC}").splitlines():
         if "Function : " in line:
             name = line.split("Function : ")[1].strip()
             kernel = found.setdefault(name, Kernel(name))
-        elif kernel is not None and (match := re.search(r"\b(LDG|STG|LDL|STL|LDS|STS|FFMA)((?:\.\w+)*) ", line)):
+        elif kernel is not None and (match := re.search(rf"\b({ACCESSES}|{ARITHMETIC})((?:\.\w+)*) ", line)):
             kind, modifiers = match.groups()
-            if kind == "FFMA":
-                kernel.fma += 1
-                continue
             parts = modifiers.split(".")
+            if kind not in ACCESSES.split("|"):
+                table = re.search(r" 0x[0-9a-f]+(?=, !U?PT)", line) if kind == "LOP3" else None
+                kernel.counts[table[0].strip() if table else kind + modifiers * (kind == "HMMA")] += 1
+                continue
             bits = next((width for part, width in WIDTHS.items() if part in parts), 32)
             kernel.widths[kind] = max(kernel.widths.get(kind, 0), bits)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,13 @@ WRITTEN = re.compile(
     r"\b(ForwardOp|BackwardOp|BackwardMaskOp|LearnableOp)<|foreach_(pieces_)?kernel<|DequantizeOp<.*(float|BFloat16|Half)>"
 )
 NO_ELEMENTS = re.compile(r"combine_kernel<")  # these read what the kernel before left
+INT4 = re.compile(r"int4_linear_kernel<(\w+), (\d+), (\d+), (\w+)>")  # x, half, rows, minimum
 
 
 def threads_of(name: str) -> int:
     """As in the kernel's __launch_bounds__."""
+    if found := INT4.search(name):
+        return 256 if found[3] == "64" else 128
     return 768 if re.search(r"rows_kernel<.*, 4>", name) else 256
 
 
@@ -46,7 +50,7 @@ def kernels(request: pytest.FixtureRequest, dumps: dict[str, dict[str, sass.Kern
     names = [re.sub(r"qkernels::|\(anonymous namespace\)::", "", line) for line in shown.splitlines()]
     named = dict(zip(names, found.values(), strict=True))
     assert len(named) == len(found) > 100
-    for family in ("sweep", "pieces", "columns", "combine", "rows", "foreach"):
+    for family in ("sweep", "pieces", "columns", "combine", "rows", "foreach", "int4_linear"):
         assert any(f"{family}_kernel" in name for name in named)
     return named
 
@@ -75,16 +79,46 @@ def test_accesses_are_wide(kernels: dict[str, sass.Kernel]) -> None:
     assert len(checked) >= 10
 
 
+def test_int4_kernels_do_what_they_must_and_little_more(kernels: dict[str, sass.Kernel]) -> None:
+    """Of 128 k: copies past registers, tensor cores, and for 8 codes three shifts, four LOP3 and four subtractions."""
+    checked = 0
+    for name, kernel in kernels.items():
+        if (found := INT4.search(name)) is None:
+            continue
+        checked += 1
+        half, minimum = int(found[2]), found[4] == "true"
+        parts = 2 if minimum and half == 32 else 1  # in which the code goes through a tile
+        strips, tiles = 2, min(int(found[3]), 32) // 8
+        words = strips * 2 * 4 // parts
+        assert kernel.widths["LDGSTS"] == 128, name
+        assert kernel.widths["LDS"] == 128, name
+        mma = Counter({kind: count for kind, count in kernel.counts.items() if kind.startswith("HMMA")})
+        assert set(mma) == {"HMMA.16816.F32" + (".BF16" if found[1] == "BFloat16" else "")}, name
+        assert mma.total() == tiles * (strips + minimum) * 8 // parts, name
+        counts = kernel.counts
+        assert counts["0x6a"] == words * 4, f"{name}: {counts['0x6a']} LOP3 of (a & b) ^ c"
+        assert counts["HADD2"] + counts["HFMA2"] >= words * 4, name
+        for kind, least, beside in (("SHF", 0, words * 3 + 64), ("PRMT", tiles * 16 // parts, 32), ("I2F", 0, 24)):
+            count = counts[kind] + counts[kind + "P"]
+            assert least <= count <= least + beside, f"{name}: {count} {kind}"
+    assert checked == 32
+
+
 @pytest.fixture(scope="module")
 def ptx(compiled: Path) -> str:  # noqa: F811
     return sass._cuobjdump(compiled, None, "-ptx")
 
 
 def test_no_multiplication_is_contracted(ptx: str) -> None:
-    """ptxas contracts only what carries no rounding; the fused operations are those of reciprocal(), and no others."""
+    """ptxas contracts only what carries no rounding; the fused operations are those of reciprocal(), and no others.
+
+    The int4 layer's are asked for: its sums have a bound, and no bits that anything else should have.
+    """
     operations = re.findall(r"\b((?:add|sub|mul|mad|fma)(?:\.\w+)*\.f(?:32|64))\s", ptx)
     assert set(operations) == {f"{op}.rn.f{bits}" for op in ("add", "sub", "mul", "fma") for bits in (32, 64)}
     for part in ptx.split(".entry ")[1:]:
+        if "int4_linear_kernel" in part.split("(")[0]:
+            continue
         reciprocals = part.count("rcp.approx.ftz.f32")  # two each, for normal results and for subnormal ones
         assert part.count("fma.rn.f32") == reciprocals, part.split("(")[0]
         assert part.count("fma.rn.f64") == 2 * reciprocals, part.split("(")[0]
@@ -94,7 +128,7 @@ def test_no_multiplication_is_contracted(ptx: str) -> None:
 MAY_CALL = re.compile(
     r"__cuda(RegisterFatBinary|RegisterFatBinaryEnd|UnregisterFatBinary|RegisterFunction|RegisterVar|GetKernel|"
     r"LaunchKernel|PopCallConfiguration)"
-    r"|cuda(LaunchKernelExC|DeviceGetAttribute|GetLastError|GetErrorString)"
+    r"|cuda(LaunchKernelExC|DeviceGetAttribute|FuncSetAttribute|GetLastError|GetErrorString)"
     r"|aoti_torch_(abi_version|get_(dim|numel|sizes|strides|dtype|device_type|device_index|current_device_index|"
     r"current_cuda_stream)|is_contiguous|is_defined|empty_strided|dtype_\w+|device_type_(cpu|cuda)|(create|delete)_device_guard|"
     r"new_tensor_handle|new_uninitialized_tensor|delete_tensor_object|library_init_impl|delete_library_object)"

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from test_cuda_int4_gemm import HALF_TYPES, KINDS, SHAPES, arguments
+from test_cuda_int4_gemm import check as check_int4
+from test_cuda_int4_gemm import run as run_int4_cuda
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import registry, selfcheck
+from qkernels import library, registry, selfcheck
 from qkernels.ops import fake_quantize as ops
 from qkernels.reference import fake_quantize as reference
+from qkernels.reference import int4_gemm as int4_reference
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
@@ -45,7 +49,7 @@ def example(kernel: registry.Kernel) -> tuple[Any, ...]:
     for shape in (x, x[:, :8], torch.randn(2, 8, 5, 6)):
         for args in selfcheck.ARGS[kernel.op](shape):
             on_gpu = selfcheck.on("cuda", args)
-            if kernel.unsupported(*on_gpu) is None:
+            if kernel.refuses(*on_gpu) is None:
                 return on_gpu
     pytest.skip("takes no such input")
 
@@ -432,3 +436,67 @@ def test_int4_gemm_layers_on_the_gpu() -> None:
     ids = torch.randint(19, (3, 5))
     expected = table(ids)
     same(table.cuda()(ids.cuda()), expected)
+
+
+int4_cuda = pytest.mark.skipif(library.cuda_missing() is not None, reason=str(library.cuda_missing()))
+# With a whole model's sizes, where every multiprocessor has several blocks.
+INT4_SHAPES = [
+    *SHAPES,
+    *((m, 4096, 4096, 128) for m in (1, 8, 9, 16, 17, 32, 33, 64)),
+    (1, 14337, 4096, 64),
+    (5, 28672, 1024, 32),
+    (16, 1001, 14336, 14336),
+    (64, 6144, 2048, 32),
+]
+
+
+@int4_cuda
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", INT4_SHAPES, ids=str)
+def test_int4_cuda_within_the_bound(shape: tuple[int, int, int, int], kind: str) -> None:
+    for dtype in HALF_TYPES:
+        args = arguments(*shape, kind, dtype)
+        check_int4(run_int4_cuda(selfcheck.on("cuda", args)), args)
+
+
+@int4_cuda
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int4_cuda_sums_that_are_exact(shape: tuple[int, int, int, int], kind: str) -> None:
+    """Tensor cores add small integers exactly: to the last bit what the reference gives."""
+    for dtype in HALF_TYPES:
+        args = arguments(*shape, kind, dtype, out_dtype=torch.float32, whole=True)
+        same(run_int4_cuda(selfcheck.on("cuda", args)), int4_reference.int4_linear(*args))
+
+
+@int4_cuda
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_int4_cuda_same_bits_in_a_graph_and_on_any_stream(m: int) -> None:
+    """Sums in a fixed order and no state between calls: eagerly, replayed, and on two streams at once."""
+    args = selfcheck.on("cuda", arguments(m, 5000, 4096, 128, "zero_point"))
+    want = run_int4_cuda(args)
+    assert all(torch.equal(run_int4_cuda(args), want) for _ in range(20))
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros_like(args[0])
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run_int4_cuda((x, *args[1:]))
+    x.copy_(args[0])
+    graph.replay()
+    assert torch.equal(captured, want)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(run_int4_cuda(args))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, want) for result in results)
+
+
+@int4_cuda
+def test_int4_cuda_has_no_host_sync() -> None:
+    args = selfcheck.on("cuda", arguments(4, 512, 512, 64, "minimum"))
+    run_int4_cuda(args)
+    with syncs_raise():
+        run_int4_cuda(args)

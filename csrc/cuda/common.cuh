@@ -224,6 +224,120 @@ __device__ __forceinline__ float reciprocal(float scale) {
 #endif
 }
 
+// Shared memory of the size that the launch asks for.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef EMULATED
+  return emulator::dynamic_shared();
+#else
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+#endif
+}
+
+// For copy_async: what is read once leaves the L2 cache first.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy = 0;
+#ifdef __CUDA_ARCH__
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// Starts a copy of 16 bytes to shared memory, past the L1 cache; of zeros where `there` is false: nothing is read then.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(there ? 16 : 0)
+      : "memory");
+#elif defined(EMULATED)
+  emulator::copy_async(to, from, there);
+#endif
+}
+
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there, uint64_t policy) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0), "l"(policy)
+               : "memory");
+#else
+  copy_async(to, from, there);
+#endif
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(EMULATED)
+  emulator::commit_copies();
+#endif
+}
+
+// Waits for this thread's groups of copies but for the last kPending; other threads see them after a barrier.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#elif defined(EMULATED)
+  emulator::wait_copies(kPending);
+#endif
+}
+
+// d = a·b + d on the tensor cores: a [16, 16] and b [16, 8] of a half type, two to a word, d in fp32. With g = lane / 4
+// and t = lane % 4 a thread holds of a: rows g, g + 8, g, g + 8 at k = 2t, 2t, 2t + 8, 2t + 8 and the k after; of b:
+// column g at k = 2t, 2t + 8 and the k after; of d: rows g, g, g + 8, g + 8 in columns 2t, 2t + 1, 2t, 2t + 1.
+template <typename S>
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<S, Half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#elif defined(EMULATED)
+  const auto value = [](unsigned word, int k) { return to_float(S{static_cast<uint16_t>(word >> (k % 2 * 16))}); };
+  emulator::mma(d, a, b, value);
+#endif
+}
+
+// (a & b) ^ c in one instruction; with two constants among them the compiler makes two.
+__device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
+#ifdef __CUDA_ARCH__
+  unsigned out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return (a & b) ^ c;
+#endif
+}
+
+// a·b + c of two numbers of a half type, each rounded once.
+template <typename S>
+__device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c) {
+  unsigned out = 0;
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<S, Half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  }
+#else
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto part = [&](unsigned word) { return to_float(S{static_cast<uint16_t>(word >> shift)}); };
+    out |= static_cast<unsigned>(from_float<S>(part(a) * part(b) + part(c)).bits) << shift;
+  }
+#endif
+  return out;
+}
+
 // Two values that are reduced together: sums of two gradients, or a minimum and a maximum.
 template <typename T>
 struct Pair {
@@ -290,26 +404,53 @@ struct Flag {
   }
 };
 
+// The floating dtypes, as numbers that kernels branch on.
+inline int number_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return 0;
+    case ScalarType::Double: return 1;
+    case ScalarType::Half: return 2;
+    default: return 3;
+  }
+}
+
 // Writes one value to a tensor of any floating dtype.
 struct RealOutput {
   void* data = nullptr;
   int dtype = 0;
 
   RealOutput() = default;
-  explicit RealOutput(const Tensor& t) : data(t.mutable_data_ptr()) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float: dtype = 0; break;
-      case ScalarType::Double: dtype = 1; break;
-      case ScalarType::Half: dtype = 2; break;
-      default: dtype = 3;
-    }
-  }
-  __device__ void set(int64_t i, double value) const {
+  explicit RealOutput(const Tensor& t) : data(t.mutable_data_ptr()), dtype(number_of(t.scalar_type())) {}
+  template <typename T>
+  __device__ void set(int64_t i, T value) const {
     const float pair[2] = {static_cast<float>(value), 0};
     if (dtype == 0) static_cast<float*>(data)[i] = pair[0];
     if (dtype == 1) static_cast<double*>(data)[i] = value;
     if (dtype == 2) static_cast<Half*>(data)[i] = narrow<Half>(pair).v[0];
     if (dtype == 3) static_cast<BFloat16*>(data)[i] = narrow<BFloat16>(pair).v[0];
+  }
+};
+
+// Reads from a tensor of any floating dtype, as fp32.
+struct RealInput {
+  const void* data = nullptr;
+  int dtype = 0;
+
+  RealInput() = default;
+  explicit RealInput(const Tensor& t) : data(t.const_data_ptr()), dtype(number_of(t.scalar_type())) {}
+  // The bits of element i of a dtype of up to four bytes, and what they mean: a load and, later, its use.
+  __device__ __forceinline__ unsigned bits(int64_t i) const {
+    return dtype == 0 ? static_cast<const unsigned*>(data)[i] : static_cast<const unsigned short*>(data)[i];
+  }
+  __device__ __forceinline__ float value_of(unsigned bits) const {
+    if (dtype == 2) return widen(Half{static_cast<uint16_t>(bits)});
+    if (dtype == 3) bits <<= 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  __device__ __forceinline__ float get(int64_t i) const {
+    return dtype == 1 ? static_cast<float>(static_cast<const double*>(data)[i]) : value_of(bits(i));
   }
 };
 
@@ -332,30 +473,45 @@ class Gpu {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  // Multiprocessors of the device; asked for once.
-  int processors() const {
-    static std::atomic<int> known[64];
-    const int slot = std::max(index_, 0) % 64;
-    int count = known[slot].load(std::memory_order_relaxed);
-    if (count == 0) {
-      check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, std::max(index_, 0)));
-      known[slot].store(count, std::memory_order_relaxed);
-    }
-    return count;
-  }
+  int processors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
+  int shared_of_processor() const { return attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(); }  // bytes
 
   // Passes the arguments by value; grid.x is at most 2^31 - 1, so callers' kernels loop.
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
               Arguments&&... arguments) const {
+    launch_shared(kernel, grid_x, grid_y, threads, 0, std::forward<Arguments>(arguments)...);
+  }
+
+  // With bytes of dynamic_shared().
+  template <typename... Parameters, typename... Arguments>
+  void launch_shared(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads, int bytes,
+                     Arguments&&... arguments) const {
+    if (bytes > 48 << 10)
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(grid_x, 0x7fffffff)), static_cast<unsigned>(grid_y));
     config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream_;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
   }
 
  private:
+  // An attribute of the device; asked for once.
+  template <cudaDeviceAttr kAttribute>
+  int attribute() const {
+    static std::atomic<int> known[64];
+    const int slot = std::max(index_, 0) % 64;
+    int value = known[slot].load(std::memory_order_relaxed);
+    if (value == 0) {
+      check(cudaDeviceGetAttribute(&value, kAttribute, std::max(index_, 0)));
+      known[slot].store(value, std::memory_order_relaxed);
+    }
+    return value;
+  }
+
   static void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // an error of the launch itself is taken off the list, so that it is not reported twice

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, registry
 from ..reference import int4_gemm as reference
 from ..reference import packing
 from .int8_gemm import _by_row
@@ -38,6 +38,46 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], weight_sum.shape[0]), dtype=out_dtype)
 
 
+MAX_CUDA_ROWS = 64  # of x, that csrc/cuda takes
+# Rows of x up to which csrc/cuda's kernel has been measured to be faster than Triton's, by compute capability.
+CUDA_IS_FASTER: dict[tuple[int, int], int] = {}
+
+
+def cuda_is_faster(capability: tuple[int, int], m: int) -> bool:
+    return m <= CUDA_IS_FASTER.get(capability, 0)
+
+
+def _not_for_cuda(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    act_bits: int,
+    *_: Any,
+) -> str | None:
+    """Why a call is not for the kernel of csrc/cuda, which is for few rows of x."""
+    if act_bits != 16:
+        return f"takes act_bits 16, got {act_bits}"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes x of torch.bfloat16 and torch.float16, got {x.dtype}"
+    if data.dim() != 2:
+        return 'takes weights in the layout "halves-1", got another'
+    k, m = x.shape[-1], x.shape[:-1].numel()
+    if not 1 <= m <= MAX_CUDA_ROWS:
+        return f"takes 1 to {MAX_CUDA_ROWS} rows of x, got {m}"
+    if k == 0 or k % 8:
+        return f"takes K that is a multiple of 8, for copies of 16 bytes, got {k}"
+    if group_size != k and group_size % 32:
+        return f"takes a group_size that is K or a multiple of 32, got {group_size}"
+    if library.gpu == "cuda" and cuda_is_faster(torch.cuda.get_device_capability(x.device), m):
+        return None
+    return registry.Unpreferred("not measured faster than triton on this GPU yet")
+
+
 _int4_pack = library.define(
     "int4_pack", "(Tensor q) -> Tensor", reference.int4_pack, _fake_pack, cpu=("avx512vnni", "avx2", "scalar")
 )
@@ -56,6 +96,7 @@ _int4_linear = library.define(
     reference.int4_linear,
     _fake_linear,
     cpu=("avx512vnni", "avx2", "scalar"),
+    cuda=_not_for_cuda,
 )
 
 

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <array>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -27,15 +28,23 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  bool there;
+};
+
 struct Fiber {
   jmp_buf here;
   std::unique_ptr<char[]> stack;
   bool done = true;
+  std::deque<std::vector<Copy>> copies;  // by group; the last one is open
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Barrier> warp_barriers;
-std::vector<std::array<std::array<uint64_t, kWarp>, 2>> warp_values;
+std::vector<std::array<std::array<Given, kWarp>, 2>> warp_values;
+std::unique_ptr<unsigned char[]> dynamic;
 Barrier of_block;
 jmp_buf scheduler;
 ucontext_t home;
@@ -91,15 +100,42 @@ void wait(Barrier& barrier) {
 
 void block_barrier() { wait(of_block); }
 
-uint64_t exchange(uint64_t value, int lane_mask) {
-  const int warp = current / kWarp, lane = current % kWarp;
+int lane() { return current % kWarp; }
+
+const Given* exchange(const Given& given) {
+  const int warp = current / kWarp;
   auto& values = warp_values[warp][warp_barriers[warp].generation & 1];
-  values[lane] = value;
+  values[lane()] = given;
   wait(warp_barriers[warp]);
-  return values[lane ^ lane_mask];
+  return values.data();
 }
 
-void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
+unsigned char* dynamic_shared() { return dynamic.get(); }
+
+void copy_async(void* to, const void* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16)) {
+    fprintf(stderr, "emulator: a copy of 16 bytes at an address that is no multiple of 16\n");
+    abort();
+  }
+  memset(to, 0xff, 16);
+  fibers[current]->copies.back().push_back({to, from, there});
+}
+
+void commit_copies() { fibers[current]->copies.emplace_back(); }
+
+void wait_copies(int pending) {
+  auto& copies = fibers[current]->copies;
+  for (; static_cast<int>(copies.size()) - 1 > pending; copies.pop_front())
+    for (const Copy& copy : copies.front()) {
+      if (copy.there) {
+        memcpy(copy.to, copy.from, 16);
+      } else {
+        memset(copy.to, 0, 16);
+      }
+    }
+}
+
+void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body) {
   ++emulated_launches;
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -119,7 +155,12 @@ void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
       blockIdx = dim3(x, y, 0);
       of_block = Barrier{count};
       warp_barriers.assign(count / kWarp, Barrier{kWarp});
-      for (int t = 0; t < count; ++t) fibers[t]->done = false;
+      dynamic.reset(new unsigned char[shared]);  // aligned to 16 bytes
+      memset(dynamic.get(), 0xff, shared);
+      for (int t = 0; t < count; ++t) {
+        fibers[t]->done = false;
+        fibers[t]->copies.assign(1, {});
+      }
       for (bool left = true; left;) {
         left = progress = false;
         for (int t = 0; t < count; ++t) {
