@@ -48,7 +48,7 @@ def example(kernel: registry.Kernel) -> tuple[Any, ...]:
     x = torch.randn(37, 1032 if "dynamic" in kernel.op else 1029)
     for shape in (x, x[:, :8], torch.randn(2, 8, 5, 6)):
         for args in selfcheck.ARGS[kernel.op](shape):
-            on_gpu = selfcheck.on("cuda", args)
+            on_gpu = selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
             if kernel.refuses(*on_gpu) is None:
                 return on_gpu
     pytest.skip("takes no such input")
