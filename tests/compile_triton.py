@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import pkgutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         candidates = meta((64, *scale_shape))
         z = [None, meta(candidates.shape, torch.int32), candidates][number % 3]
         yield "statistics", "quantization_errors", (x, candidates, z, *int8)
+    for bits in (2, 3, 4):
+        yield "packing", "pack_bits", (meta((4096, 4096), torch.int8), bits)
+        yield "packing", "unpack_bits", (meta((4096, 512 * bits), torch.uint8), bits, 4096)
     x = meta((4096, 4096), dtype)
     yield "fake_quantize", "fake_quantize_backward_mask", (x, meta((x.numel() // 8,), torch.uint8))
     for shape in ((4096, 4096), (1001, 4097)):
@@ -196,6 +201,51 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
             yield "int8_linear", (x, *rest, *static, -128, 127, *plain)
 
 
+def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(op, arguments) that reach every tile, every walk along K, and every kind of weight and input."""
+    from qkernels.reference import int4_gemm as reference
+    from qkernels.triton import configs
+
+    def weight(n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32) -> Any:
+        groups = (k // group_size, n)
+        zero_point = meta(groups, torch.int8) if kind == "zero points" else None
+        minimum = meta(groups, dtype) if kind == "minimum" else None
+        data = meta(reference.halves_shape(n, k, reference.half_of(group_size, k)), torch.uint8)
+        return data, meta(groups, dtype), zero_point, minimum, meta((n,))
+
+    def call(x: Tensor, of: Any, group_size: int, act_bits: int, bias: Tensor | None = None, *given: Any) -> Any:
+        static = given or (None, None)
+        out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+        return "int4_linear", (x, *of, bias, group_size, act_bits, *static, -128, 127, out_dtype)
+
+    n, k = 14336, 4096
+    for m in (*configs.INT4_ROWS, 8192) if everything else (16, 64, 8192):
+        for group_size in (k, 128, 64, 32):
+            x = meta((m, k), torch.bfloat16)
+            yield call(x, weight(n, k, group_size), group_size, 8)
+            if m < configs.INT4_DEQUANTIZED:
+                yield call(x, weight(n, k, group_size), group_size, 16)
+                if everything:
+                    yield call(meta((m, k)), weight(n, k, group_size), group_size, 16)
+    x = meta((16, k), torch.float16)
+    kinds = "symmetric", "zero points", "minimum"
+    for number, group_size in enumerate((k, 512, 256, 128, 64, 32, 16, 40)):
+        for kind in kinds if everything else kinds[number % 3 : number % 3 + 1]:
+            for act_bits in (8, 16):
+                for length in (k + group_size, 2 * k) if group_size < k else (k, k - 24):
+                    length = length // group_size * group_size if group_size < k else length
+                    size = group_size if group_size < k else length
+                    of = weight(1024, length, size, kind, torch.bfloat16)
+                    yield call(meta((16, length), x.dtype), of, size, act_bits, meta((1024,)))
+    codes = meta((16, k), torch.int8), meta((16,)), meta((16,), torch.int32)
+    yield call(codes[0], weight(n, k, 128), 128, 8, None, *codes[1:])
+    yield call(meta((1, k), torch.bfloat16), weight(n, k, 128, "zero points"), 128, 16)
+    for act_bits, group_size in itertools.product((8, 16), (128, 32768)):  # in parts
+        yield call(meta((16, 32768), torch.bfloat16), weight(1024, 32768, group_size), group_size, act_bits)
+    yield call(meta((1, k), torch.float32), weight(n, k, 32), 32, 16)
+    yield call(meta((1024, k), torch.float16), weight(n, k, 32, "minimum"), 32, 16)
+
+
 def launches(everything: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Any], list[int]]]:
     """(kernel, arguments, options, GPUs that it is for) of every distinct launch that the calls make."""
     names = {id(kernel): name for name, kernel in kernels().items()}
@@ -215,12 +265,13 @@ def launches(everything: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Any
     for dtype in FLOATS:
         for module, op, args in (*calls(dtype), *fused_calls(dtype)):
             getattr(importlib.import_module(f"qkernels.triton.{module}"), op)(*args)
-    gemm: Any = importlib.import_module("qkernels.triton.int8_gemm")
-    for arch in ARCHITECTURES:
+    gemms = {"int8_gemm": gemm_calls, "int4_gemm": int4_calls}
+    for arch, (stem, of_arch) in itertools.product(ARCHITECTURES, gemms.items()):
         gpus[:] = [arch]
-        gemm.gpu = lambda device, arch=arch: (arch, MULTIPROCESSORS[arch], "")
-        for op, args in gemm_calls(arch, everything):
-            getattr(gemm, op)(*args)
+        module = importlib.import_module(f"qkernels.triton.{stem}")
+        module.gpu = lambda device, arch=arch: (arch, MULTIPROCESSORS[arch], "")
+        for op, args in of_arch(arch, everything):
+            getattr(module, op)(*args)
     return list(found.values())
 
 
@@ -254,7 +305,7 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
         file.write(binary.asm["cubin"])
         file.flush()
         (usage,) = sass.kernels(Path(file.name)).values()
-        gemm = sass.instructions(Path(file.name)) if name.endswith("mm_kernel") else {}
+        gemm = sass.instructions(Path(file.name)) if name.endswith("mm_kernel") else Counter()
     kinds = (kind for value in signature.values() for kind in (value if isinstance(value, tuple) else (value,)))
     pointers = [str(kind) for kind in kinds if str(kind).startswith("*")]
     return json.dumps(
@@ -262,6 +313,8 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "kernel": name,
             "arch": arch,
             "dtype": pointers[0][1:] if pointers else "",
+            "pointers": pointers,
+            "x_sums": any(getattr(arg, "x_sums", None) is not None for arg in args),
             "constexprs": {key: value for key, value in job[2].items() if key not in options},
             "warps": options["num_warps"],
             "stages": options.get("num_stages"),
@@ -269,6 +322,8 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
             "copies": {key: count for key, count in gemm.items() if key.startswith(("LDGSTS", "UTMA"))},
             "bytewise": [key for key in gemm if ".U8" in key or (".S8" in key and "MMA" not in key)],
             "instructions": sum(gemm.values()),
+            "prmt": gemm["PRMT"],
+            "conversions": sum(count for key, count in gemm.items() if key.startswith("I2F")),
             "registers": usage.registers,
             "spills": usage.spills,
             "local": usage.stack + usage.local,

@@ -500,3 +500,61 @@ def test_int4_cuda_has_no_host_sync() -> None:
     run_int4_cuda(args)
     with syncs_raise():
         run_int4_cuda(args)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 512, 40, -1])
+@pytest.mark.parametrize("n", [1000, 4096, 14336])
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 200])
+def test_int4_linear_by_every_tile(m: int, n: int, group_size: int) -> None:
+    """On int8 activations the reference's bits where K is not cut, on floating ones its bound, with every kind of x."""
+    k = 5120
+    w, x = torch.randn(n, k, device="cuda"), torch.randn(m, k, device="cuda")
+    for symmetric in (True, False):
+        packed = qk.PackedInt4.from_float(w, group_size, symmetric)
+        assert packed.layout == "halves-1"
+        weight = packed.dequantize().double()
+        _, scale, zero_point, _ = packed.unpack()
+        offset = 0 if zero_point is None else ((zero_point.float() + 8) * scale).double()
+        most = (15 * scale.double() + offset).abs().repeat_interleave(k // scale.shape[1], 1)
+        for dtype, unit in ((torch.float32, 2.0**-11), (torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
+            rows = x.to(dtype)
+            allowed = rows.double().abs() @ most.t()
+            with qk.use_kernel("reference"):
+                want = qk.int4_linear(rows, packed, out_dtype=torch.float32)
+            with qk.use_kernel("triton"):
+                got = qk.int4_linear(rows, packed, out_dtype=torch.float32)
+                floating = qk.int4_linear(rows, packed, act_bits=16, out_dtype=torch.float32)
+                assert torch.equal(got, qk.int4_linear(rows, packed, out_dtype=torch.float32))
+            if group_size == -1:
+                same(got, want)
+            assert ((got - want).double().abs() <= (k // 16 + 4) * 2.0**-22 * allowed).all()
+            exact = rows.double() @ weight.t()
+            unit = unit if m >= 128 else (k + 4) * 2.0**-23
+            assert ((floating - exact).abs() <= unit * allowed + exact.abs() * 2.0**-23).all()
+
+
+def test_int4_weights_on_the_gpu() -> None:
+    """The layer of the CPU, moved: the same codes in another layout; the CPU's own layout is taken too."""
+    x = torch.randn(5, 96)
+    with qk.use_kernel("reference"):
+        packed = qk.PackedInt4.from_float(torch.randn(70, 96), 32, False)
+        there = packed.to("cuda")
+        for a, b in zip(packed.unpack()[:3], there.unpack()[:3], strict=True):
+            assert torch.equal(a, b.cpu())
+        expected = qk.int4_linear(x, packed)
+    of = packed.data, packed.scale, packed.zero_point, packed.minimum, packed.weight_sum
+    panels = qk.PackedInt4(*(t if t is None else t.cuda() for t in of), packed.shape, packed.group_size)
+    with qk.use_kernel("triton"):
+        for weight in (there, panels):
+            same(qk.int4_linear(x.cuda(), weight), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_packing_on_the_gpu(bits: int) -> None:
+    q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (257, 1027), dtype=torch.int8)
+    with qk.use_kernel("reference"):
+        expected = qk.pack_bits(q, bits)
+    with qk.use_kernel("triton"):
+        got = qk.pack_bits(q.cuda(), bits)
+        assert torch.equal(got.cpu(), expected)
+        assert torch.equal(qk.unpack_bits(got, bits, 1027).cpu(), q)

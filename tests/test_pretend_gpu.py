@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 # What cannot be pretended: graphs, code of torch.compile, tensors on another device, bad values; or takes minutes.
 IMPOSSIBLE = (
     "not (override_torch or cuda_graph or compiled_fullgraph or bad_arguments or large_in_fp32 or every_granularity "
-    "or same_bits or give_nan or int8_gemm or int4_gemm)"
+    "or same_bits or give_nan or int8_gemm or int4_gemm or int4_linear)"
 )
 
 

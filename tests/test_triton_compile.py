@@ -54,6 +54,37 @@ def check_gemm(line: dict[str, Any]) -> None:
     assert line["shared"] >= buffers * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"], line
 
 
+def check_int4_gemm(line: dict[str, Any]) -> None:
+    """Codes that become operands in registers, by few instructions; what comes in bytes is zero points."""
+    tile, arch = line["constexprs"], line["arch"]
+    x, slow = line["pointers"][1], line["constexprs"]["ADD"] == "codes"
+    warpgroups = arch == 90 and tile["SWAP"] and tile["BLOCK_N"] >= 64
+    if x == "*i8":
+        instruction = r"IGMMA\.64x\d+x32\.S8\.S8" if warpgroups else r"IMMA\.16832\.S8\.S8\.SAT"
+    else:
+        kind = r"\.F32" if x == "*fp16" else r"\.F32\.BF16"
+        instruction = (r"HGMMA\.64x\d+x16" if warpgroups else "HMMA.16816") + kind
+    assert line["mma"], line
+    assert all(re.fullmatch(instruction, name) for name in line["mma"]), (instruction, line)
+    symmetric = not line["x_sums"]
+    if slow:
+        return
+    wide = 16 * 32 * line["warps"] <= tile["BLOCK_N"] * tile["WIDTH"]  # bytes for every thread
+    assert any(re.fullmatch(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128", name) for name in line["copies"]) or not wide, line
+    by_bytes = "LDG" if "*i8" in line["pointers"][2:] else "none"
+    assert all(name.startswith((by_bytes, "I2F")) for name in line["bytewise"]), line
+    size = {"*i8": 1, "*bf16": 2, "*fp16": 2, "*fp32": 4}[x]
+    step = 2 * tile["WIDTH"] * tile["PIECES"]
+    stage = tile["BLOCK_M"] * step * size + tile["BLOCK_N"] * step // 2
+    assert line["shared"] >= (tile["STAGES"] - 1) * stage, line
+    codes = tile["BLOCK_N"] * step // (32 * line["warps"])
+    if symmetric and size == 1:
+        assert line["prmt"] <= 8 + tile["BLOCK_M"], line  # of the output
+    elif symmetric and size == 2:
+        assert line["prmt"] <= codes * (1.5 if warpgroups else 0.5) + 8 + tile["BLOCK_M"], line
+        assert line["conversions"] <= 4, line  # of what finds the tile
+
+
 def check(names: list[str], lines: list[dict[str, Any]]) -> None:
     expected = {(name, arch) for name in names for arch in ONLY_ON.get(name, SHARED)}
     missing = expected - {(line["kernel"], line["arch"]) for line in lines}
@@ -64,7 +95,9 @@ def check(names: list[str], lines: list[dict[str, Any]]) -> None:
             assert not line["spills"], line
             assert line["local"] == 0, line
         assert line["shared"] <= SHARED[line["arch"]], line
-        if line["kernel"].endswith("mm_kernel"):
+        if line["kernel"].endswith("int4_mm_kernel"):
+            check_int4_gemm(line)
+        elif line["kernel"].endswith("mm_kernel"):
             check_gemm(line)
         rows = line["kernel"].startswith(("rms_norm", "silu_mul"))  # of any length, and so on any boundary
         if line["kernel"].rpartition(".")[2] in POINTWISE and not (rows and line["odd"]):

@@ -97,6 +97,7 @@ _int4_linear = library.define(
     _fake_linear,
     cpu=("avx512vnni", "avx2", "scalar"),
     cuda=_not_for_cuda,
+    triton=True,
 )
 
 
@@ -362,7 +363,9 @@ def int4_linear(
     integers, the groups one after the other in fp32: y = Σ scale_g·acc_g, with zero points or minima
     Σ (offset_g·Σx_g + scale_g·acc_g) where offset_g is the value of code −8; then out = (y − zero_point·weight_sum)·
     scale_x + bias, rounded once. act_bits 16: sums in fp32, whatever x is, within (K + 4)·2⁻²³·Σ|x|·(15·|scale| +
-    |offset|) of the exact value.
+    |offset|) of the exact value. From 128 rows of x on, Triton's kernel rounds the weight to x's dtype and torch
+    multiplies: within 2⁻⁷·Σ|x|·(15·|scale| + |offset|) for bf16, 2⁻¹⁰ of it for fp16, and for fp32 as
+    ``torch.set_float32_matmul_precision`` says.
 
     Args:
         x: [..., K]; fp32, bf16 or fp16; or, with act_bits 8, int8 codes.

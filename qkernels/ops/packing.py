@@ -19,7 +19,12 @@ def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
 
 
 _pack_bits = library.define(
-    "pack_bits", "(Tensor q, int bits) -> Tensor", reference.pack_bits, _fake_pack, cpu=("avx512", "avx2", "scalar")
+    "pack_bits",
+    "(Tensor q, int bits) -> Tensor",
+    reference.pack_bits,
+    _fake_pack,
+    cpu=("avx512", "avx2", "scalar"),
+    triton=True,
 )
 _unpack_bits = library.define(
     "unpack_bits",
@@ -27,6 +32,7 @@ _unpack_bits = library.define(
     reference.unpack_bits,
     _fake_unpack,
     cpu=("avx512", "avx2", "scalar"),
+    triton=True,
 )
 
 

@@ -92,12 +92,14 @@ def to_halves(q: Tensor, half: int) -> Tensor:
     """data[n][k // (2·half)][k % half]: the code of k in the low bits, of k + half in the high; missing k are 0."""
     n, k = q.shape
     _, length = halves_shape(n, k, half)
-    low, high = torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, -1, 2, half).to(torch.uint8).unbind(2)
+    low, high = (
+        torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, length // half, 2, half).to(torch.uint8).unbind(2)
+    )
     return (low & 15 | high << 4).reshape(n, length)
 
 
 def from_halves(data: Tensor, k: int, half: int) -> Tensor:
-    blocks = data.view(data.shape[0], -1, half)
+    blocks = data.view(data.shape[0], data.shape[1] // half, half)
     codes = torch.stack((blocks & 15, blocks >> 4), 2).flatten(1)[:, :k]
     return ((codes ^ 8).to(torch.int8) - 8).clone(memory_format=torch.contiguous_format)
 

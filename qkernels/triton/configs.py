@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+from ..reference.int4_gemm import MAX_GROUP, half_of
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
@@ -164,7 +165,7 @@ def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
     whole, tile = group_tile(groups, group_size, ONE_PASS)
     if whole and tile["BLOCK_GROUPS"] >= groups:
         return True, tile
-    return False, group_tile(groups, group_size, LONG_TILE)[1]
+    return False, {**group_tile(groups, group_size, LONG_TILE)[1], "maxnreg": UNSPILLED}
 
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
@@ -195,7 +196,7 @@ def transposed_tile(rows: int, columns: int) -> dict[str, int]:
 def quantize_rows(length: int) -> dict[str, int]:
     """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or pieces of 8192 elements."""
     block = min(max(power_of_two(length), 128), 2 * LONG_TILE)
-    return {"BLOCK": block, "num_warps": warps(block)}
+    return {"BLOCK": block, "num_warps": warps(block), "maxnreg": UNSPILLED}
 
 
 class Tile(NamedTuple):
@@ -338,15 +339,23 @@ _JOIN_MICROSECONDS = 3.0
 
 
 def gemm_splits(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> int:
-    """Into how many parts K is cut: as many as save more time than adding them up takes, in powers of two."""
+    """Parts of K of the int8 product."""
     tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
-    microseconds = (tile.block_m + tile.block_n) * k / _BYTES_PER_MICROSECOND
-    best, least = 1, microseconds
+    return parts_of_k(tiles, tile.block_m + tile.block_n, k, 2 * tile.block_k, multiprocessors)
+
+
+def parts_of_k(tiles: int, bytes_of_k: int, k: int, least: int, multiprocessors: int) -> int:
+    """Into how many parts of ``least`` and more K is cut: as many as save more time than adding them up takes.
+
+    A power of two. A tile reads ``bytes_of_k`` for each k.
+    """
+    microseconds = bytes_of_k * k / _BYTES_PER_MICROSECOND
+    best, shortest = 1, microseconds
     splits = 2
-    while tiles * splits <= multiprocessors and k >= splits * 2 * tile.block_k:
+    while tiles * splits <= multiprocessors and k >= splits * least:
         time = microseconds / splits + _JOIN_MICROSECONDS * (1 + splits / 16)
-        if time < least:
-            best, least = splits, time
+        if time < shortest:
+            best, shortest = splits, time
         splits *= 2
     return best
 
@@ -363,3 +372,143 @@ def int8_mm(arch: int, m: int, n: int, k: int, multiprocessors: int) -> tuple[Ti
     if n % 16 and is_full(tile):  # an address for every element that is stored: there is no room for those
         tile = tile._replace(block_n=min(tile.block_n, 128), warps=8)
     return tile, gemm_splits(tile, m, n, k, multiprocessors)
+
+
+class Int4Tile(NamedTuple):
+    """How the int4 linear layer cuts [M, K] x [K, N].
+
+    block_k: k of a step, two to a byte of the weight; a group size may call for less. swap: the weight is on the rows
+    of the instruction, and so comes from registers on sm_90 too, whose own instruction has 64 rows; floats of few rows
+    of x are better off with the instruction of the others, for which bytes are read four at a time.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = True
+
+
+INT4_ROWS = (16, 32, 64, 128)  # the ends of the classes of M; the last class has none
+# A tile for each class of M. Up to 64 rows the time is that of reading the weight, as for int8; above it is arithmetic,
+# which on floating activations is left to another kernel from INT4_DEQUANTIZED rows on.
+_INT4_ON_8 = (
+    Int4Tile(16, 64, 256, 4, 5),
+    Int4Tile(32, 64, 256, 4, 4),
+    Int4Tile(64, 64, 128, 4, 5),
+    Int4Tile(128, 64, 128, 4, 4),
+    Int4Tile(128, 128, 128, 8, 3),
+)
+_INT4_ON_16 = (
+    Int4Tile(16, 64, 256, 4, 4, swap=False),
+    Int4Tile(32, 64, 128, 4, 5, swap=False),
+    Int4Tile(64, 64, 128, 4, 4),
+    Int4Tile(64, 64, 128, 4, 4),
+    Int4Tile(64, 64, 128, 4, 4),
+)
+# fp32 is three bf16, each an operand of its own.
+_INT4_ON_32 = (Int4Tile(16, 64, 128, 4, 4, swap=False), *(Int4Tile(32, 64, 128, 4, 3, swap=False),) * 4)
+INT4_TILES = {1: _INT4_ON_8, 2: _INT4_ON_16, 4: _INT4_ON_32}  # by the bytes of an element of x
+# Rows from which on it is faster to write the weight out in x's dtype and to leave the product to cuBLAS: below, int4
+# kernels win on every GPU that others measured; at 256 rows they have lost.
+INT4_DEQUANTIZED = 128
+
+
+def int4_shared(tile: Int4Tile, x_bytes: int) -> int:
+    """Bytes of shared memory that a tile takes at most."""
+    stage = tile.block_m * tile.block_k * x_bytes + tile.block_n * tile.block_k // 2
+    terms = 3 * tile.block_m * tile.block_k * 2 if x_bytes == 4 else 0  # of a step, beside what is in flight
+    return max(tile.stages * stage + terms, tile.block_m * tile.block_n * 4)
+
+
+def int4_fault(arch: int, tile: Int4Tile, x_bytes: int) -> str | None:
+    """Why the kernel cannot run with a tile on an architecture, or None."""
+    for name, least, most in (("block_m", 16, 256), ("block_n", 16, 256), ("block_k", 128, 512)):
+        size = getattr(tile, name)
+        if size != power_of_two(size) or not least <= size <= most:
+            return f"{name}: got {size}; accepted: a power of two from {least} to {most}"
+    if tile.warps not in (4, 8):
+        return f"warps: got {tile.warps}; accepted: 4 or 8"
+    if not 2 <= tile.stages <= 8:
+        return f"stages: got {tile.stages}; accepted: 2 to 8"
+    if tile.block_m * tile.block_n > 64 * 32 * tile.warps:
+        return f"warps: got {tile.warps}; accepted: at most 64 sums of the tile for each thread, and as many of a group"
+    if (need := int4_shared(tile, x_bytes)) > SHARED_BYTES[gemm_arch(arch)]:
+        return (
+            f"stages: got {tile.stages}, {need} bytes of shared memory; accepted: up to {SHARED_BYTES[gemm_arch(arch)]}"
+        )
+    return None
+
+
+@functools.lru_cache(4096)
+def int4_linear(
+    arch: int, m: int, n: int, k: int, group_size: int, x_bytes: int, multiprocessors: int
+) -> tuple[Int4Tile, int]:
+    """Tile of a product by int4 weights, and parts of K."""
+    tile = INT4_TILES[x_bytes][class_of(m, INT4_ROWS)]
+    if n <= GEMM_COLUMNS[1] and tile.block_m == 16:  # else there are fewer tiles than multiprocessors
+        tile = tile._replace(block_n=32)
+    if gemm_arch(arch) == 100 and x_bytes == 2 and tile.swap:
+        tile = tile._replace(block_n=32)  # its own instruction has 64 rows, and would get the codes byte by byte
+    if SHARED_BYTES[gemm_arch(arch)] > 128 << 10:
+        tile = tile._replace(stages=tile.stages + 1)
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
+    bytes_of_k = tile.block_m * x_bytes + tile.block_n // 2
+    least = max(2 * tile.block_k, group_size if group_size < k else 0)
+    return tile, parts_of_k(tiles, bytes_of_k, k, least, multiprocessors)
+
+
+class Walk(NamedTuple):
+    """How the int4 kernel goes along K, where ``half`` is what two codes of a byte are apart.
+
+    add: when the sums of a group go to those of the output: at the "end" of the kernel (one group), after a "span" of
+    several steps, after each "piece" of a step, or after each of its "halves". "codes": a group size that the layout's
+    halves do not go into; every code is fetched by itself. A step is ``pieces`` loads of ``width`` bytes of a row;
+    ``span``: the k whose sum is one number, a group or MAX_GROUP of it; steps: of a span.
+    """
+
+    add: str
+    half: int
+    width: int
+    pieces: int
+    span: int
+    steps: int
+
+
+@functools.lru_cache(4096)
+def int4_walk(group_size: int, k: int, block_k: int, integer: bool) -> Walk:
+    half = half_of(group_size, k)
+    depth = 32 if integer else 16  # of one instruction
+    span = min(group_size, MAX_GROUP) if integer else group_size
+    if group_size == k:
+        return Walk("end" if span == k else "span", half, block_k // 2, 1, span, ceil_div(span, block_k))
+    if half >= depth and group_size == half:
+        return Walk("halves", half, half, max(1, block_k // (4 * half)), span, 1)
+    if half >= depth and group_size % (2 * half) == 0 and span == group_size:
+        width = half
+        while group_size % (4 * width) == 0 and 4 * width <= block_k:
+            width *= 2
+        if group_size == 2 * width:
+            return Walk("piece", half, width, block_k // (2 * width), span, 1)
+        return Walk("span", half, width, 1, span, group_size // (2 * width))
+    return Walk("codes", half, max(32, min(block_k, power_of_two(span))), 1, span, 1)
+
+
+def int4_shares(walk: Walk, k: int, group_size: int, splits: int) -> tuple[int, int]:
+    """Units of work along K, and how many of them a part takes: steps, but spans where codes go one by one."""
+    if walk.add == "codes":
+        total = k // group_size * ceil_div(group_size, walk.span)
+    else:
+        total = ceil_div(k, 2 * walk.width * walk.pieces)
+    share = ceil_div(total, splits)
+    return total, ceil_div(share, walk.steps) * walk.steps if walk.add == "span" else share
+
+
+def int4_x_sums(spans: int, span: int) -> dict[str, int]:
+    """Tile of the kernel that sums x by spans: several short ones, or pieces of a long one."""
+    width = min(power_of_two(span), TILE_SIZE)
+    return {"SPANS": min(power_of_two(spans), TILE_SIZE // width), "WIDTH": width}
+
+
+INT4_DEQUANTIZE = {"BLOCK_N": 32, "WIDTH": 64}  # of the kernel that writes the weight out: rows by bytes

@@ -135,7 +135,7 @@ def forward(
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
         forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, **constexprs,
+        float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, **constexprs, maxnreg=configs.UNSPILLED,
     )  # fmt: skip
 
 
