@@ -1,10 +1,10 @@
-// The int4 GEMM kernels of one instruction-set path. Included once per path by int4_gemm_paths.cpp, inside that path's
+// The int4 GEMM kernels of one instruction-set path. Included once per path by foreach_gemm_isa.h, inside that path's
 // target region and namespace, after vec.h, with QK_PATH naming it.
 
 #if QK_PATH == QK_PATH_AVX512VNNI
 constexpr Isa kIsa = Isa::avx512vnni;
 constexpr int kTileRows = 12;
-constexpr int kFloatTileRows = 4;
+constexpr int kFloatTileRows = 12;
 #elif QK_PATH == QK_PATH_AVX2
 constexpr Isa kIsa = Isa::avx2;
 constexpr int kTileRows = 4;
@@ -102,22 +102,35 @@ inline void add_group(const GroupValues& values, int h, const Int4Term& term, F3
 #define QK_DOTS(low, high, codes, r)                                                                                  \
   "vpdpbusd " codes "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
   "vpdpbusd " codes "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
-#define QK_SCALE(low, high)                                                                                           \
+#define QK_TO_FLOATS(low, high, codes, r)                                                                             \
   "vpsrad $4,%%zmm" #high ",%%zmm" #high "\n\t"                                                                       \
   "vcvtdq2ps %%zmm" #low ",%%zmm" #low "\n\t"                                                                         \
-  "vcvtdq2ps %%zmm" #high ",%%zmm" #high "\n\t"                                                                       \
-  "vmulps %[scale0],%%zmm" #low ",%%zmm" #low "\n\t"                                                                  \
-  "vmulps %[scale1],%%zmm" #high ",%%zmm" #high "\n\t"
+  "vcvtdq2ps %%zmm" #high ",%%zmm" #high "\n\t"
+// The same for floats, of the first to the fourth of 4 k.
+#define QK_FMA_0(low, high, x, r)                                                                                     \
+  "vfmadd231ps 0" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
+  "vfmadd231ps 0" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
+#define QK_FMA_1(low, high, x, r)                                                                                     \
+  "vfmadd231ps 4" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
+  "vfmadd231ps 4" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
+#define QK_FMA_2(low, high, x, r)                                                                                     \
+  "vfmadd231ps 8" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
+  "vfmadd231ps 8" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
+#define QK_FMA_3(low, high, x, r)                                                                                     \
+  "vfmadd231ps 12" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                            \
+  "vfmadd231ps 12" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
 // y += scale * dot
 #define QK_ADD(low, high, codes, r)                                                                                   \
-  QK_SCALE(low, high)                                                                                                 \
+  "vmulps %[scale0],%%zmm" #low ",%%zmm" #low "\n\t"                                                                  \
+  "vmulps %[scale1],%%zmm" #high ",%%zmm" #high "\n\t"                                                                \
   "vaddps 128*" #r "(%[y]),%%zmm" #low ",%%zmm" #low "\n\t"                                                           \
   "vaddps 128*" #r "+64(%[y]),%%zmm" #high ",%%zmm" #high "\n\t"                                                      \
   "vmovaps %%zmm" #low ",128*" #r "(%[y])\n\t"                                                                        \
   "vmovaps %%zmm" #high ",128*" #r "+64(%[y])\n\t"
 // y = (y + offset * sum) + scale * dot
 #define QK_ADD_AFFINE(low, high, codes, r)                                                                            \
-  QK_SCALE(low, high)                                                                                                 \
+  "vmulps %[scale0],%%zmm" #low ",%%zmm" #low "\n\t"                                                                  \
+  "vmulps %[scale1],%%zmm" #high ",%%zmm" #high "\n\t"                                                                \
   "vmulps 4*" #r "(%[terms])%{1to16%},%[offset0],%%zmm24\n\t"                                                         \
   "vmulps 4*" #r "(%[terms])%{1to16%},%[offset1],%%zmm25\n\t"                                                         \
   "vaddps 128*" #r "(%[y]),%%zmm24,%%zmm24\n\t"                                                                       \
@@ -142,6 +155,7 @@ inline void add_group(const GroupValues& values, int h, const Int4Term& term, F3
     "add $4,%[p9]\n\t"                                                                                                \
     "dec %[steps]\n\t"                                                                                                \
     "jnz 0b\n\t"                                                                                                      \
+    QK_ROWS_##rows(QK_TO_FLOATS)                                                                                      \
     QK_ROWS_##rows(add)                                                                                               \
     : [b] "+r"(b), [p0] "+r"(p0), [p3] "+r"(p3), [p6] "+r"(p6), [p9] "+r"(p9), [steps] "+r"(steps)                    \
     : [s] "r"(stride), [terms] "r"(terms), [y] "r"(y), [low_bits] "v"(low_bits), [high_bits] "v"(high_bits),          \
@@ -150,12 +164,59 @@ inline void add_group(const GroupValues& values, int h, const Int4Term& term, F3
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
       "xmm22", "xmm23", "xmm24", "xmm25")
+#define QK_FLOAT_GROUP(rows, add)                                                                                     \
+  __asm__ volatile(                                                                                                   \
+    QK_ROWS_##rows(QK_ZERO)                                                                                           \
+    "0:\n\t"                                                                                                          \
+    "prefetcht0 1024(%[b])\n\t"                                                                                       \
+    "vmovdqu32 (%[b]),%%zmm26\n\t"                                                                                    \
+    "vpermps %[table],%%zmm26,%%zmm24\n\t"                                                                            \
+    "vpsrld $4,%%zmm26,%%zmm25\n\t"                                                                                   \
+    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
+    QK_ROWS_##rows(QK_FMA_0)                                                                                          \
+    "vpsrld $8,%%zmm26,%%zmm24\n\t"                                                                                   \
+    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
+    "vpsrld $12,%%zmm26,%%zmm25\n\t"                                                                                  \
+    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
+    QK_ROWS_##rows(QK_FMA_1)                                                                                          \
+    "vpsrld $16,%%zmm26,%%zmm24\n\t"                                                                                  \
+    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
+    "vpsrld $20,%%zmm26,%%zmm25\n\t"                                                                                  \
+    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
+    QK_ROWS_##rows(QK_FMA_2)                                                                                          \
+    "vpsrld $24,%%zmm26,%%zmm24\n\t"                                                                                  \
+    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
+    "vpsrld $28,%%zmm26,%%zmm25\n\t"                                                                                  \
+    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
+    QK_ROWS_##rows(QK_FMA_3)                                                                                          \
+    "add $64,%[b]\n\t"                                                                                                \
+    "add $16,%[p0]\n\t"                                                                                               \
+    "add $16,%[p3]\n\t"                                                                                               \
+    "add $16,%[p6]\n\t"                                                                                               \
+    "add $16,%[p9]\n\t"                                                                                               \
+    "dec %[steps]\n\t"                                                                                                \
+    "jnz 0b\n\t"                                                                                                      \
+    QK_ROWS_##rows(add)                                                                                               \
+    : [b] "+r"(b), [p0] "+r"(p0), [p3] "+r"(p3), [p6] "+r"(p6), [p9] "+r"(p9), [steps] "+r"(steps)                    \
+    : [s] "r"(4 * stride), [terms] "r"(terms), [y] "r"(y), [table] "v"(table),                                        \
+      [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                                               \
+      [offset0] "v"(values.offset[0].v), [offset1] "v"(values.offset[1].v)                                            \
+    : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
+      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
+      "xmm22", "xmm23", "xmm24", "xmm25", "xmm26")
 #define QK_CASE(rows)                                                                                                 \
   if constexpr (MR == rows) {                                                                                         \
     if constexpr (kAffine)                                                                                            \
       QK_GROUP(rows, QK_ZERO, QK_ADD_AFFINE);                                                                         \
     else                                                                                                              \
       QK_GROUP(rows, QK_START, QK_ADD);                                                                               \
+  }
+#define QK_FLOAT_CASE(rows)                                                                                           \
+  if constexpr (MR == rows) {                                                                                         \
+    if constexpr (kAffine)                                                                                            \
+      QK_FLOAT_GROUP(rows, QK_ADD_AFFINE);                                                                            \
+    else                                                                                                              \
+      QK_FLOAT_GROUP(rows, QK_ADD);                                                                                   \
   }
 // clang-format on
 
@@ -170,9 +231,10 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* all_terms, int64_t te
     const int8_t *p0 = a + first, *p3 = p0 + 3 * stride, *p6 = p3 + 3 * stride, *p9 = p6 + 3 * stride;
     const Int4Term* terms = all_terms + term * term_stride;
     int64_t steps = (last - first + 3) / 4;
-    QK_CASE(1)
-    QK_CASE(2)
-    QK_CASE(3) QK_CASE(4) QK_CASE(5) QK_CASE(6) QK_CASE(7) QK_CASE(8) QK_CASE(9) QK_CASE(10) QK_CASE(11) QK_CASE(12)
+    // clang-format off
+    QK_CASE(1) QK_CASE(2) QK_CASE(3) QK_CASE(4) QK_CASE(5) QK_CASE(6)
+    QK_CASE(7) QK_CASE(8) QK_CASE(9) QK_CASE(10) QK_CASE(11) QK_CASE(12)
+    // clang-format on
   });
 }
 #elif QK_PATH == QK_PATH_AVX2
@@ -252,49 +314,22 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_s
 // The same for rows of floats.
 #if QK_PATH == QK_PATH_AVX512VNNI
 template <bool kAffine, int MR>
-inline void float_tile_group(const float* a, int64_t stride, const Int4Term* terms, const uint8_t* b, int64_t steps,
-                             const GroupValues& values, __m512 table, float* y) {
-  constexpr int kChains = MR == 1 ? 4 : MR == 2 ? 2 : 1;  // of sums: each takes 4 cycles to take in one more product
-  __m512 acc[MR * kChains][2];
-#pragma GCC unroll 4
-  for (int r = 0; r < MR * kChains; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < steps; ++i, b += 64, a += 4) {
-    const __m512i word = _mm512_loadu_si512(b);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(word, 8 * j), table);
-      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(word, 8 * j + 4), table);
-#pragma GCC unroll 4
-      for (int r = 0; r < MR; ++r) {
-        const __m512 x = _mm512_set1_ps(a[r * stride + j]);
-        const int at = r * kChains + j % kChains;
-        acc[at][0] = _mm512_fmadd_ps(low, x, acc[at][0]);
-        acc[at][1] = _mm512_fmadd_ps(high, x, acc[at][1]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      __m512 sum = acc[r * kChains][h];
-#pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) sum = sum + acc[r * kChains + c][h];
-      add_group<kAffine>(values, h, terms[r], F32{sum}, y + r * kPanel + h * 16);
-    }
-  }
-}
-
-template <bool kAffine, int MR>
-void float_tile(const float* a, int64_t stride, const Int4Term* terms, int64_t term_stride, const Int4Panel& panel,
+void float_tile(const float* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride, const Int4Panel& panel,
                 float* y) {
   // A permutation by the low 4 bits of each lane is a table of the 16 codes.
   alignas(64) float codes[16];
   for (int i = 0; i < 16; ++i) codes[i] = static_cast<float>(kAffine ? i : i - 8);
   const __m512 table = _mm512_load_ps(codes);
-  for_each_group(panel.k, panel.group_size, [&](int64_t first, int64_t last, int64_t group, int64_t term) {
-    float_tile_group<kAffine, MR>(a + first, stride, terms + term * term_stride, panel.data + first * 16,
-                                  (last - first + 3) / 4, GroupValues(panel, group, kAffine), table, y);
+  for_each_group(panel.k, panel.group_size, [=, &panel](int64_t first, int64_t last, int64_t group, int64_t term) {
+    const GroupValues values(panel, group, kAffine);
+    const uint8_t* b = panel.data + first * 16;
+    const float *p0 = a + first, *p3 = p0 + 3 * stride, *p6 = p3 + 3 * stride, *p9 = p6 + 3 * stride;
+    const Int4Term* terms = all_terms + term * term_stride;
+    int64_t steps = (last - first + 3) / 4;
+    // clang-format off
+    QK_FLOAT_CASE(1) QK_FLOAT_CASE(2) QK_FLOAT_CASE(3) QK_FLOAT_CASE(4) QK_FLOAT_CASE(5) QK_FLOAT_CASE(6)
+    QK_FLOAT_CASE(7) QK_FLOAT_CASE(8) QK_FLOAT_CASE(9) QK_FLOAT_CASE(10) QK_FLOAT_CASE(11) QK_FLOAT_CASE(12)
+    // clang-format on
   });
 }
 #else

@@ -1,4 +1,4 @@
-// The int8 GEMM kernels of one instruction-set path. Included once per path by int8_gemm_paths.cpp, inside that path's
+// The int8 GEMM kernels of one instruction-set path. Included once per path by foreach_gemm_isa.h, inside that path's
 // target region and namespace, after vec.h, with QK_PATH naming it; what is not written with intrinsics here the
 // compiler vectorizes for that target.
 
