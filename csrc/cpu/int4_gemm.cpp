@@ -190,7 +190,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
   const int64_t n_terms = k ? weights.groups * sums_per_group(group_size) : 0;
   Tensor scratch = empty({pass * row_bytes}, ScalarType::Byte);
   char* rows = static_cast<char*>(scratch.data_ptr());
-  std::vector<Int4Term> terms(static_cast<size_t>(floats && !affine ? 0 : n_terms * pass));
+  std::vector<Int4Term> terms(static_cast<size_t>(std::max<int64_t>(1, n_terms * pass)));
   std::vector<float> row_scales(static_cast<size_t>(floats || codes ? 0 : pass));
   for (int64_t first = 0; first < m; first += pass) {
     const int64_t height = std::min(pass, m - first);
