@@ -16,6 +16,7 @@ Tensor int4_pack(const Tensor& q) {
   const Int4Kernels& kernels = int4_kernels();
   record_isa(kernels.isa);
   Tensor data = empty({panels(n), k_groups(k), kPanel / 2, 4}, ScalarType::Byte);
+  if (n == 0 || k == 0) return data;
   const int8_t* source = static_cast<const int8_t*>(q.data_ptr());
   uint8_t* packed = static_cast<uint8_t*>(data.data_ptr());
   ask_for_huge_pages(packed, panels(n) * int4_panel_bytes(k));
