@@ -286,8 +286,10 @@ def int4_linear(
                     w = w + 8
                     y = y + offset[:, group] * a.sum(1, keepdim=True, dtype=torch.int64).float()
                 y = y + scale[:, group] * exact_mm(a, w.t()).float()
-        if not (isinstance(zero_x, int) and zero_x == 0):
-            y = y - torch.as_tensor(zero_x, device=x.device).float() * weight_sum
+        if isinstance(zero_x, Tensor):
+            y = y - zero_x.float() * weight_sum
+        elif zero_x:
+            y = y - zero_x * weight_sum
         y = y * scale_x
     if bias is not None:
         y = y + bias.float()
