@@ -23,6 +23,8 @@ import summary
 
 ROOT = Path(__file__).parent.parent.parent
 MINUTES = 9.5  # the whole run: below ten minutes on an H200 machine
+# Beside the GPU's own tests, what the interpreter cannot show.
+TESTS = ["tests/test_gpu.py", "tests/test_triton_int4_gemm.py::test_the_assembly_is_its_twin"]
 INT4_ROWS = ["1", "16", "64", "1024", "256", "8192", "4096"]  # few rows, where int4 pays, come first
 BENCH_RESERVE = 10.0  # seconds left for the table and the plots
 
@@ -110,7 +112,7 @@ def main() -> int:
         run.step("info", [python, "-m", "qkernels", "info"])
         # Triton compiles on the CPU: its kernels are many, so the tests share the cores.
         workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        tests = [python, "-m", "pytest", "-q", "--maxfail=20", *workers, "tests/test_gpu.py"]
+        tests = [python, "-m", "pytest", "-q", "--maxfail=20", *workers, *TESTS]
         run.step("tests", tests, seconds=0.45 * run.left())
         sanitize(run)
         gemm = [python, "bench/gpu/gemm.py", "--out", str(out), "--schemes"]
