@@ -6,8 +6,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
+from .own_forward import QATForward, own_forward_class
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -25,7 +30,10 @@ class QATLinear(nn.Linear):
     def from_float(
         cls, linear: nn.Linear, *, weight: FakeQuantize | None = None, input: FakeQuantize | None = None
     ) -> QATLinear:
-        """A QAT layer that shares the parameters, hooks and training mode of ``linear``."""
+        """A QAT layer that shares the parameters, hooks and training mode of ``linear``.
+
+        A subclass of nn.Linear keeps its class as a base, and its own forward, whose product is then the quantized one.
+        """
         return _with_quantizers(cls, linear, weight, input)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,13 +76,71 @@ def _with_quantizers(
     cls: type[Layer], module: nn.Module, weight: FakeQuantize | None, input: FakeQuantize | None
 ) -> Layer:
     float_class = cls.__mro__[1]
-    if type(module) is not float_class:
+    if not isinstance(module, float_class):
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
     layer: Any = cls.__new__(cls)
     layer.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    layer.__class__ = _qat_class(cls, module)
     layer.weight_fake_quant = weight
     layer.input_fake_quant = input
     for child in (weight, input):
         if child is not None:
             child.to(layer.weight.device).train(module.training)
     return layer
+
+
+def _qat_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    kind = type(module)
+    if not parametrize.is_parametrized(module):
+        return _qat_class_of(cls, kind)
+    # torch puts the properties of parametrized tensors into a class made for the instance.
+    return _parametrized(kind, _qat_class_of(cls, kind.__bases__[0]))
+
+
+def _qat_class_of(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return cls if kind is cls.__mro__[1] else own_forward_class(QATForward, kind, cls)
+
+
+def _parametrized(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """A new class with the properties of the parametrized class ``kind`` on another base."""
+    properties = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), properties)
+
+
+def float_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a QAT layer was made from."""
+    if isinstance(layer, QATForward):
+        return layer.own_class
+    return nn.Linear if isinstance(layer, QATLinear) else nn.Conv2d
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight that the next forward uses, where torch computes it anew in each: weight_norm, spectral_norm, pruning.
+
+    Their old forms leave the one of the last forward in ``layer.weight``.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(layer)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return hook.apply_mask(layer)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def bake_weight(layer: nn.Module) -> None:
+    """Makes what weight_norm, spectral_norm, pruning and other parametrizations compute plain Parameters again."""
+    if parametrize.is_parametrized(layer):
+        # A copy of a module shares its class, from which torch would remove the property for all of them.
+        layer.__class__ = _parametrized(type(layer), type(layer).__bases__[0])
+        for name in list(layer.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, name)
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
+        elif isinstance(hook, BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.qat import QATConv2d, QATLinear
-from ..reference.int4_gemm import check_group_size
-from ..reference.packing import BITS
+from ..nn.own_forward import with_forward_of
+from ..nn.qat import QATConv2d, QATLinear, bake_weight, float_class
 from .calibrate import quantizers_of
 from .fold import factor_and_bias, find_folds
-from .prepare import replace_modules
+from .prepare import copy_of, replace_modules
+from .selection import check_convertible, to_int4
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -42,44 +39,36 @@ def convert(model: nn.Module) -> nn.Module:
                 f"model: {name!r} is not calibrated; call qk.calibrate(model, batches) with batches that reach it, "
                 "before convert"
             )
-    converted = copy.deepcopy(model).eval()
+    converted = copy_of(model).eval()
+    for name, layer in converted.named_modules():
+        if isinstance(layer, QATLinear | QATConv2d):
+            check_convertible(name, layer)
+            bake_weight(layer)
     folds = find_folds(converted)
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in list(converted.named_modules()):
         if not isinstance(layer, QATLinear | QATConv2d) or layer.weight_fake_quant is None:
             continue
         if to_int4(layer):
-            made[layer] = _int4_layer(name, layer)  # type: ignore[arg-type]
+            made[layer] = with_forward_of(_int4_layer(layer), layer)  # type: ignore[arg-type]
             continue
         if layer.input_fake_quant is None:
             made[layer] = _dequantized(layer)
             continue
-        _check_weight(name, layer.weight_fake_quant)
         norm = None
         if name in folds.batch_norm_of:
             norm = converted.get_submodule(folds.batch_norm_of[name])
             made[norm] = nn.Identity()
-        made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
+        made[layer] = with_forward_of(_int8_layer(layer, norm), layer)  # type: ignore[arg-type]
     return replace_modules(converted, made.get)
 
 
-def to_int4(layer: nn.Module) -> bool:
-    """Whether ``convert`` makes an Int4Linear of the layer."""
-    if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
-        return False
-    return layer.weight_fake_quant.bits in BITS
-
-
 @torch.no_grad()
-def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
+def _int4_layer(layer: QATLinear) -> Int4Linear:
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
     granularity = weight.granularity
     group_size = granularity.size if isinstance(granularity, PerGroup) else layer.in_features
-    try:
-        check_group_size(group_size, layer.in_features)
-    except RuntimeError as error:
-        raise ValueError(f"model: the weight of {name!r} has {granularity}; {error}") from None
     codes, scale, zero_point = weight.quantize(layer.weight)
     new = Int4Linear(
         layer.in_features,
@@ -95,18 +84,6 @@ def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
     if input is not None:
         new.set_input(input)
     return new.eval()
-
-
-def _check_weight(name: str, quantizer: FakeQuantize) -> None:
-    if isinstance(quantizer.granularity, PerGroup):
-        raise ValueError(
-            f"model: the weight of {name!r} has {quantizer.granularity}; accepted by the int8 layers: PerChannel(0), "
-            "PerTensor()"
-        )
-    if not quantizer.symmetric:
-        raise ValueError(
-            f"model: the weight of {name!r} is quantized with a zero point; accepted by the int8 layers: symmetric=True"
-        )
 
 
 @torch.no_grad()
@@ -139,6 +116,6 @@ def _dequantized(layer: QATLinear | QATConv2d) -> nn.Module:
     assert quantizer is not None
     layer.weight = nn.Parameter(quantizer(layer.weight), requires_grad=layer.weight.requires_grad)  # may be tied
     del layer.weight_fake_quant, layer.input_fake_quant
-    layer.__class__ = type(layer).__mro__[1]  # type: ignore[assignment]
+    layer.__class__ = float_class(layer)
     layer.weight_bits = quantizer.bits  # type: ignore[assignment]  # for the report
     return layer

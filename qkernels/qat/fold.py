@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
-from ..nn.qat import QATConv2d, QATLinear
 from ..nn.quantized import QuantizedLayer
 
-LEAVES = (QATLinear, QATConv2d, QuantizedLayer)
+LEAVES = (nn.Linear, nn.Conv2d, QuantizedLayer)  # with their subclasses
 
 
 @dataclass
@@ -76,6 +75,8 @@ def find_folds(model: nn.Module) -> Folds:
             folds.kept[name] = f"it is called {len(nodes)} times"
         elif not isinstance(conv, nn.Conv2d | Int8Conv2d) or producer is None:
             folds.kept[name] = "its input does not come straight from a Conv2d"
+        elif not getattr(conv, "returns_product", True):
+            folds.kept[name] = f"the forward of {producer} does more than convolve"
         elif len(calls[producer]) != 1 or len(source.users) != 1:  # type: ignore[union-attr]
             folds.kept[name] = f"the output of {producer} is used elsewhere too"
         else:
