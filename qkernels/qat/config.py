@@ -32,13 +32,14 @@ class QSpec:
     granularity: Granularity | None = None
     symmetric: bool = True
     quantizer: str = "lsq"
-    straight_through: str = "clip"
+    straight_through: str | None = None
 
     def __post_init__(self) -> None:
         _check_type("bits", self.bits, int, "2 to 8")
         _check_type("symmetric", self.symmetric, bool, "True, False")
-        for name in ("quantizer", "straight_through"):
-            _check_type(name, getattr(self, name), str, "a string")
+        _check_type("quantizer", self.quantizer, str, f"one of {', '.join(QUANTIZERS)}")
+        if self.straight_through is not None:
+            _check_type("straight_through", self.straight_through, str, "a name as in fake_quantize, None")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits: got {self.bits!r}; accepted: 2 to 8")
         if self.quantizer not in QUANTIZERS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..nn.fake_quantize import FakeQuantize, block_statistics
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConv2d, QATLinear, effective_weight
 from .config import QUANTIZABLE, QConfig, QSpec
 from .selection import check_convertible, float_reason, trial_of, unsupported
@@ -74,8 +74,7 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}
     for name, (weight_spec, input_spec) in chosen.items():
         layer = prepared.get_submodule(name)
-        with torch.no_grad():
-            effective = effective_weight(layer)
+        effective = effective_weight(layer).detach()
         if not effective.is_meta and not bool(effective.isfinite().all()):
             raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         try:
@@ -84,9 +83,10 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"config, layer {name!r}: {error}") from None
         if weight is not None and weight.quantizer != "dynamic" and not effective.is_meta:
-            with torch.no_grad():
-                weight.to(effective.device)
-                weight.set_range(*block_statistics(effective, weight.scale.shape))
+            weight.to(effective.device).start(effective)
+        for quantizer, kind in ((weight, "weight"), (input, "input")):
+            if quantizer is not None:
+                quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
         qat = (QATLinear if isinstance(layer, nn.Linear) else QATConv2d).from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
         qat.returns_product = trial_of(layer).returns_product
         check_convertible(name, qat)
