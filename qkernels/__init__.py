@@ -30,7 +30,7 @@ from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quan
 from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quantize_dynamic
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
-from .qat import QConfig, QSpec, calibrate, convert, prepare, report
+from .qat import QConfig, QSpec, calibrate, convert, exact, prepare, report
 from .registry import kernels, which
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "convert",
     "dequantize",
     "dequantize_codebook",
+    "exact",
     "fake_quantize",
     "fake_quantize_codebook",
     "fake_quantize_dynamic",

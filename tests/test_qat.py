@@ -284,7 +284,7 @@ def test_shared_layer_and_tied_weight():
     assert_same_numbers(convert(weight_only), weight_only, x, flips=0.1)
 
 
-def test_weight_only_above_4_bits_becomes_a_float_layer_with_the_dequantized_weight():
+def test_weight_only_above_4_bits_holds_codes_and_computes_in_float():
     torch.manual_seed(0)
     for granularity in (PerChannel(), PerGroup(8)):
         model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -295,8 +295,9 @@ def test_weight_only_above_4_bits_becomes_a_float_layer_with_the_dequantized_wei
         assert torch.equal(converted[0].weight, prepared[0].weight_fake_quant(prepared[0].weight))
         assert torch.equal(converted(x), prepared(x))
         made = report(converted)
-        assert "weight only" in made.notes["0"]
         assert made.layers[0].weight_bits == 5
+        size = sum(t.numel() * t.element_size() for t in converted.state_dict().values())
+        assert made.quantized_bytes == report(prepared).quantized_bytes == size
 
 
 @pytest.mark.parametrize(

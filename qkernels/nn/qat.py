@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fake_quantize import FakeQuantize
+from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -20,6 +21,7 @@ class QATLinear(nn.Linear):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(
@@ -49,6 +51,7 @@ class QATConv2d(nn.Conv2d):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(

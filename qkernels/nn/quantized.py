@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
+from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
 from ..reference.int8_gemm import check
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
@@ -59,7 +59,7 @@ class QuantizedLayer(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        ForkingPickler.register(cls, _reduce_for_a_process)
+        ForkingPickler.register(cls, reduce_for_a_process)
 
     @property
     def weight(self) -> Tensor:
@@ -225,11 +225,6 @@ class QuantizedLayer(nn.Module):
         super().__setstate__(state)
         if logical is not None:  # None: from a parent process, with the private tensors
             self._hold(self._pack(logical))
-
-
-def _reduce_for_a_process(layer: QuantizedLayer) -> tuple[Any, ...]:
-    """With the tensors that the layer holds: those made for a pickle would be gone before the process opens them."""
-    return copyreg.__newobj__, (type(layer),), dict(vars(layer))  # type: ignore[attr-defined]
 
 
 def _reference(t: Tensor) -> Reference:

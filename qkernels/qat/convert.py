@@ -87,9 +87,9 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
                 norm = model.get_submodule(folds.batch_norm_of[name])
                 made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
             made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
-    for layer, new in made.items():
-        if isinstance(layer, QATLinear | QATConv2d):
-            take_over(new, layer, _own_names(layer)).eval()
+    for source, new in made.items():
+        if isinstance(source, QATLinear | QATConv2d):
+            take_over(new, source, _own_names(source)).eval()
     return replace_modules(model, made.get)
 
 
