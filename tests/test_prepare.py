@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -146,12 +147,10 @@ INSTEAD = ["read", "named", "shared", "layers.0", "loop.0", "loop.1", "deep.inne
 def test_layers_whose_weight_a_parent_reads_stay_in_float_and_are_named():
     torch.manual_seed(0)
     model, x = Reader(), torch.randn(5, 8)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^prepare: 8 layers that config selects stay in float: read ") as caught:
         prepared = prepare(model)
     (text,) = [str(w.message) for w in caught]
-    assert (
-        "8 layers that config selects stay in float: read (Reader.forward reads its weight instead of calling" in text
-    )
+    assert "read (Reader.forward reads its weight instead of calling it)" in text
     assert "shared (Reader.helper reads" in text
     assert "1 layer quantized only where called: both (Reader.forward also reads its weight" in text
     quantized = {name for name, module in prepared.named_modules() if isinstance(module, QATLinear | QATConv2d)}
@@ -215,9 +214,8 @@ class SameConv(nn.Conv2d):
 
     def forward(self, x):
         pads = []
-        for size, k, s, d in zip(
-            reversed(x.shape[-2:]), reversed(self.weight.shape[-2:]), reversed(self.stride), reversed(self.dilation)
-        ):
+        for i in (1, 0):
+            size, k, s, d = x.shape[i - 2], self.weight.shape[i - 2], self.stride[i], self.dilation[i]
             pad = max((-(size // -s) - 1) * s + (k - 1) * d + 1 - size, 0)
             pads += [pad // 2, pad - pad // 2]
         x = F.pad(x, pads)
@@ -480,10 +478,9 @@ def test_a_rule_by_type_asks_for_a_subclass():
 
 def test_warns_when_most_weights_stay_in_float():
     model = nn.Sequential(nn.Embedding(100, 16), nn.LSTM(16, 8), nn.Linear(8, 8))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^prepare: only 3% of the weights are selected") as caught:
         prepare(model)
     (text,) = [str(w.message) for w in caught]
-    assert "only 3% of the weights are selected" in text
     assert "0 (64%: Embedding, where Linear and Conv2d are quantized), 1 (33%: LSTM" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -563,9 +560,8 @@ def test_prepare_refuses_what_convert_refuses_with_the_same_words(layer, weight,
     prepared = prepare(model, QConfig(weight, None)) if "accepted by" in message and weight.bits > 4 else None
     if prepared is not None:  # weight-only: converts to floats, until an input quantizer is put in
         prepared[0].input_fake_quant = QSpec(quantizer="dynamic").for_input(prepared[0])
-        with pytest.raises(ValueError) as again:
+        with pytest.raises(ValueError, match=f"^{re.escape(str(refused.value))}$"):
             convert(prepared)
-        assert str(again.value) == str(refused.value)
 
 
 @pytest.mark.parametrize("weight_bits", [8, 5, 4, 2])
@@ -579,8 +575,7 @@ def test_what_prepare_takes_converts(layer, input, granularity, symmetric, weigh
     x = torch.randn(3, 32) if isinstance(model, nn.Linear) else torch.randn(2, 2, 17, 17)
     try:
         prepared = prepare(model, QConfig(QSpec(weight_bits, granularity, symmetric), input))
-    except ValueError as error:
-        assert "accepted" in str(error)
+    except ValueError:
         return
     calibrate(prepared, [x])
     assert_converts(prepared, x)
@@ -664,18 +659,18 @@ def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
 # The meta device.
 
 
-@pytest.mark.parametrize(
-    "spec", [QSpec(8), QSpec(4), QSpec(8, quantizer="dynamic"), QSpec(4, PerGroup(4), quantizer="minmax")]
-)
-def test_prepare_on_the_meta_device(spec):
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema", "dynamic"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_prepare_on_the_meta_device(bits, quantizer):
     torch.manual_seed(0)
-    config = QConfig(QSpec(4), rules=[("2", {"weight": {"bits": 8}})])
+    input = QSpec(8, symmetric=False, quantizer=quantizer)
+    config = QConfig(QSpec(bits, quantizer=quantizer), input, rules=[("2", {"weight": {"bits": 6}})])
     real = small_net()
     x = torch.randn(6, 3, 8, 8)
     prepared = prepare_and_calibrate(real, x, config)
     with torch.device("meta"):
         empty = prepare(small_net(), config)
-    assert all(t.is_meta for t in empty.state_dict().values())
+    assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
     for meta in (empty, prepare(small_net().to("meta"), config)):
         loaded = meta.to_empty(device="cpu")
         loaded.load_state_dict(prepared.state_dict(), strict=True)
@@ -684,6 +679,8 @@ def test_prepare_on_the_meta_device(spec):
     assigned = prepare(small_net().to("meta"), config)
     assigned.load_state_dict(prepared.state_dict(), strict=True, assign=True)
     assert torch.equal(assigned.eval()(x), prepared(x))
+    if quantizer == "ema":
+        return  # its switches are buffers, which to_empty leaves without values
     # A float checkpoint, then calibration.
     with torch.device("meta"):
         fresh = prepare(small_net(), config)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import int8_training
 from ..ops.int8_training import Codes, int8_training_linear
+from .tracing import call_as_leaf
 
 _optimizer_steps = 0
 
@@ -44,6 +45,7 @@ class Int8TrainingLinear(nn.Linear):
     ``forget_codes()`` after it. Compiled code quantizes the weight at every call.
     """
 
+    __call__ = call_as_leaf
     _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None
 
     def __init__(

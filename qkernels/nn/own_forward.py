@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..ops.int8_conv2d import int8_conv2d
 from .int8 import Int8Conv2d
 
 PRODUCTS = (F.linear, torch.conv2d)  # F.conv2d is torch.conv2d
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # the defaults of F.conv2d
+GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1}  # the defaults of F.conv2d
 Arguments = dict[str, Any]
 
 
@@ -67,8 +67,7 @@ class _OwnForward(nn.Module):
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that copies and pickles name what it is made of.
-        return _blank, (type(self).__mro__[1], self.own_class, self.base_class), self.__getstate__()  # type: ignore[attr-defined]
+        return _made_at_run_time(self, self.__getstate__())  # type: ignore[attr-defined]
 
 
 class QATForward(_OwnForward):
@@ -108,37 +107,10 @@ class ConvertedForward(_OwnForward):
         return self.weight_shape  # type: ignore[return-value]
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
-        x = arguments["input"]
         if not issubclass(self.base_class, Int8Conv2d):
-            return self.base_class.forward(self, x)
-        return _int8_conv2d(self, x, **{name: arguments.get(name, GEOMETRY[name]) for name in GEOMETRY})  # type: ignore[arg-type]
-
-
-def _int8_conv2d(layer: Int8Conv2d, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """What F.conv2d computes with this geometry, on the codes of ``layer``."""
-    input_scale, input_zero_point = layer._input_qparams(x)
-    contiguous = x.is_contiguous()
-    if isinstance(padding, str):
-        if padding == "same":
-            steps = dilation if isinstance(dilation, tuple | list) else (dilation, dilation)
-            total = [d * (k - 1) for d, k in zip(steps, layer.weight_shape[2:], strict=True)]
-            x = F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
-        padding = 0
-    y = int8_conv2d(
-        x if x.dim() == 4 else x.unsqueeze(0),
-        layer._packed(),
-        layer.bias,
-        input_scale=input_scale,  # type: ignore[arg-type]
-        input_zero_point=input_zero_point,
-        quant_min=layer.quant_min,
-        quant_max=layer.quant_max,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-    )
-    if x.dim() == 3:
-        return y[0]
-    return y.contiguous() if contiguous else y
+            return self.base_class.forward(self, arguments["input"])
+        stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
+        return self._convolve(arguments["input"], stride, padding, dilation)  # type: ignore[operator]
 
 
 @functools.cache
@@ -154,7 +126,16 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
     if mixin is ConvertedForward:
         attributes["extra_repr"] = base.extra_repr
     prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")
-    return type(prefix + own.__name__, bases, attributes)
+    made = type(prefix + own.__name__, bases, attributes)
+    if mixin is ConvertedForward:  # as the integer layers do
+        ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
+    return made
+
+
+def _made_at_run_time(layer: nn.Module, state: dict[str, Any]) -> tuple[Any, ...]:
+    """What a copy or a pickle of the layer holds: not its class, but what that is made of."""
+    kind: Any = next(kind for kind in type(layer).__mro__ if "own_class" in vars(kind))
+    return _blank, (kind.__mro__[1], kind.own_class, kind.base_class), state
 
 
 def _blank(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> nn.Module:
@@ -164,16 +145,8 @@ def _blank(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]
 
 def with_forward_of(layer: nn.Module, qat: nn.Module) -> nn.Module:
     """An int8 or int4 layer made for ``qat`` becomes one of its subclass of Linear or Conv2d too, if it has one."""
-    if not isinstance(qat, QATForward):
-        return layer
-    quantizers = ("weight_fake_quant", "input_fake_quant")
-    for name, value in vars(qat).items():
-        if not isinstance(value, dict):
-            layer.__dict__.setdefault(name, value)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        known = {*quantizers, "weight", "bias"}
-        vars(layer)[kind].update({name: t for name, t in vars(qat)[kind].items() if name not in known})
-    layer.__class__ = own_forward_class(ConvertedForward, qat.own_class, type(layer))
+    if isinstance(qat, QATForward):
+        layer.__class__ = own_forward_class(ConvertedForward, qat.own_class, type(layer))
     return layer
 
 
@@ -204,9 +177,8 @@ def try_forward(twin: Any) -> Trial:
             result = func(*args, **kwargs)
             if func in PRODUCTS:
                 products.append(({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}, result))
-            elif isinstance(result, Tensor) and result is not weight:
-                if any(t is weight for t in (*args, *kwargs.values())):
-                    uses.append(getattr(func, "__name__", str(func)))
+            elif isinstance(result, Tensor) and any(t is weight and t is not result for t in (*args, *kwargs.values())):
+                uses.append(getattr(func, "__name__", str(func)))
             return result
 
     try:

@@ -6,15 +6,18 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
 from .own_forward import QATForward, own_forward_class
+from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# What the old forms of weight_norm, spectral_norm and pruning keep of a tensor, behind its name.
+PARTS = ("_g", "_v", "_orig", "_u", "_mask")
 
 
 class QATLinear(nn.Linear):
@@ -25,6 +28,7 @@ class QATLinear(nn.Linear):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(
@@ -57,6 +61,7 @@ class QATConv2d(nn.Conv2d):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(
@@ -94,24 +99,13 @@ def _qat_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     if not parametrize.is_parametrized(module):
         return _qat_class_of(cls, kind)
     # torch puts the properties of parametrized tensors into a class made for the instance.
-    return _parametrized(kind, _qat_class_of(cls, kind.__bases__[0]))
+    made = _qat_class_of(cls, kind.__bases__[0])
+    properties = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{made.__name__}", (made,), properties)
 
 
 def _qat_class_of(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     return cls if kind is cls.__mro__[1] else own_forward_class(QATForward, kind, cls)
-
-
-def _parametrized(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """A new class with the properties of the parametrized class ``kind`` on another base."""
-    properties = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{base.__name__}", (base,), properties)
-
-
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a QAT layer was made from."""
-    if isinstance(layer, QATForward):
-        return layer.own_class
-    return nn.Linear if isinstance(layer, QATLinear) else nn.Conv2d
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -131,16 +125,36 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 def bake_weight(layer: nn.Module) -> None:
-    """Makes what weight_norm, spectral_norm, pruning and other parametrizations compute plain Parameters again."""
+    """Makes what weight_norm, spectral_norm, pruning and other parametrizations compute plain Parameters again.
+
+    Not by torch's functions: they write into the tensors that the layer may share with a copy.
+    """
+    made: dict[str, Tensor] = {}
     if parametrize.is_parametrized(layer):
-        # A copy of a module shares its class, from which torch would remove the property for all of them.
-        layer.__class__ = _parametrized(type(layer), type(layer).__bases__[0])
-        for name in list(layer.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(layer, name)
-    for hook in list(layer._forward_pre_hooks.values()):
+        made = {name: getattr(layer, name) for name in layer.parametrizations}  # type: ignore[union-attr]
+        del layer._modules["parametrizations"]
+        layer.__class__ = type(layer).__bases__[0]
+    for key, hook in list(layer._forward_pre_hooks.items()):
         if isinstance(hook, WeightNorm):
-            remove_weight_norm(layer, hook.name)
+            made[hook.name] = hook.compute_weight(layer)
         elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(layer, hook.name)
+            made[hook.name] = hook.compute_weight(layer, do_power_iteration=False)
+            for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
+                for index in [index for index, other in hooks.items() if _is_of_spectral_norm(other, hook)]:
+                    del hooks[index]
         elif isinstance(hook, BasePruningMethod):
-            prune.remove(layer, hook._tensor_name)
+            made[hook._tensor_name] = hook.apply_mask(layer)
+        else:
+            continue
+        del layer._forward_pre_hooks[key]
+    for name, value in made.items():
+        layer.__dict__.pop(name, None)
+        for part in PARTS:
+            layer._parameters.pop(name + part, None)
+            layer._buffers.pop(name + part, None)
+        layer.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+
+def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:
+    hook = getattr(hook, "hook", hook)  # torch wraps those that run before loading
+    return getattr(hook, "fn", None) is norm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -294,6 +296,14 @@ class PackedInt:
         return f"{type(self).__name__}(shape={self.shape}, bits={self.bits}, group_size={self.group_size}, {kind})"
 
 
+def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
+    """For a pickle that a process started by this one reads: with the tensors that value holds, in shared memory.
+
+    Those that ``__reduce__`` makes would be gone before the process opens them.
+    """
+    return copyreg.__newobj__, (type(value),), dict(vars(value))  # type: ignore[attr-defined]
+
+
 class PackedInt4(PackedInt):
     """A ``PackedInt`` of 4 bits: codes −8…7."""
 
@@ -310,6 +320,10 @@ class PackedInt4(PackedInt):
         made = super().from_float(w, 4, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
         assert isinstance(made, PackedInt4)
         return made
+
+
+for _packed in (PackedInt, PackedInt4):
+    ForkingPickler.register(_packed, reduce_for_a_process)
 
 
 def _takes_halves(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -98,13 +97,16 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     return prepared
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that a forward pass left on a module are copied without their graph."""
-    memo: dict[int, Tensor] = {}
+def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy; tensors that a forward pass left on a module are copied without their graph.
+
+    ``memo``: tensors, by id, and what takes their place.
+    """
+    memo = {} if memo is None else memo
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+                memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(model, memo)
 
 

@@ -73,7 +73,7 @@ def float_reason(name: str, layer: nn.Module, readers: WeightReaders, asked_by_t
         return f"its weight is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
     kind = _class_without_parametrizations(layer)
     if kind not in QUANTIZABLE:
-        taken = _taken_names(layer)
+        taken = _taken_names(layer, kind)
         if taken:
             return f"its attribute {taken[0]!r} is also one of the quantized layer's"
         if not asked_by_type:
@@ -104,15 +104,16 @@ def _class_without_parametrizations(layer: nn.Module) -> type[nn.Module]:
     return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(layer) else kind
 
 
-def _taken_names(layer: nn.Module) -> list[str]:
-    """Names that the layer's class gives a meaning of its own, and the layers of integers another one."""
-    parent = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    plain = vars(parent(1, 1, 1, device="meta")) if parent is nn.Conv2d else vars(nn.Linear(1, 1, device="meta"))
-    standard = {*plain, *plain["_parameters"]}
-    integer: tuple[nn.Module, ...] = (Int8Conv2d(1, 1, 1),)
-    if parent is nn.Linear:
-        integer = (Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1))
-    own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(type(layer))}
-    own -= standard | set(dir(parent)) | {"from_float", "like"}
-    quantizers = {"weight_fake_quant", "input_fake_quant"}
-    return sorted(name for name in own if name in quantizers or any(hasattr(new, name) for new in integer))
+def _taken_names(layer: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Names that a subclass gives a meaning of its own, and the QAT and integer layers another one."""
+    plain: nn.Module
+    made: tuple[nn.Module, ...]
+    if issubclass(kind, nn.Linear):
+        plain, made = nn.Linear(1, 1, device="meta"), (Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1))
+    else:
+        plain, made = nn.Conv2d(1, 1, 1, device="meta"), (Int8Conv2d(1, 1, 1),)
+    own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
+    own -= {*vars(plain), *plain._parameters, *dir(type(plain)), "from_float", "like"}
+    return sorted(
+        name for name in own if name in QATLinear.__annotations__ or any(hasattr(new, name) for new in made)
+    )

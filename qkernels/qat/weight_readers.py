@@ -18,8 +18,33 @@ from torch import nn
 
 # What a weight is asked for besides its values.
 METADATA = frozenset(
-    "dtype device shape size dim ndim numel nelement requires_grad is_cuda is_meta is_cpu is_floating_point element_size "
-    "layout stride type get_device data_ptr grad new_empty new_zeros new_ones new_full new_tensor".split()
+    (
+        "dtype",
+        "device",
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "numel",
+        "nelement",
+        "requires_grad",
+        "is_cuda",
+        "is_meta",
+        "is_cpu",
+        "is_floating_point",
+        "element_size",
+        "layout",
+        "stride",
+        "type",
+        "get_device",
+        "data_ptr",
+        "grad",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+    )
 )
 ITERATION = frozenset(("enumerate", "zip", "reversed", "list", "tuple", "sorted"))
 PAIRS = frozenset(("enumerate", "items", "named_children", "named_modules"))  # with what is not a module in front

@@ -1,0 +1,53 @@
+"""exact: the prepared model, evaluated on the integers that the converted one computes with."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+from .convert import bake_weights, check_calibrated, replace_layers
+from .fold import Folds, find_folds
+from .prepare import copy_of
+
+
+class Exact(nn.Module):
+    """What ``exact`` returns. ``model`` is the prepared model itself, whose mode ``train`` and ``eval`` leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+        self._layout: list[tuple[str, int]] | None = None
+        self._folds = Folds()
+
+    def train(self, mode: bool = True) -> Exact:
+        return self
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_calibrated(self.model)
+        # The modules are copied, tensors are not: what stays in float is shared with the model.
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        shadow = copy_of(self.model, {id(t): t for t in tensors}).eval()
+        bake_weights(shadow)
+        layout = [(name, id(module)) for name, module in self.model.named_modules()]
+        if layout != self._layout:  # tracing takes longer than all the rest
+            self._layout, self._folds = layout, find_folds(shadow)
+        return replace_layers(shadow, self._folds)(*args, **kwargs)
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """Evaluates a prepared model on the integers: a module that computes what ``convert(model)`` does, bit for bit.
+
+    Each call takes the weights, scales and statistics as they are then, so that one such module serves a whole training,
+    and quantizes them anew: about what quantization adds to a forward pass of ``model`` itself. It runs in eval mode
+    without gradients and shares every tensor with ``model``, which stays as it is, in its own mode.
+
+    Raises:
+        ValueError: as ``convert``, in part at the first call.
+    """
+    check_calibrated(model)
+    return Exact(model)
