@@ -139,6 +139,6 @@ def _dequantized(layer: QATLinear | QATConv2d) -> nn.Module:
     assert quantizer is not None
     layer.weight = nn.Parameter(quantizer(layer.weight), requires_grad=layer.weight.requires_grad)  # may be tied
     del layer.weight_fake_quant, layer.input_fake_quant
-    layer.__class__ = type(layer).__mro__[1]  # type: ignore[assignment]
+    layer.__class__ = type(layer).__mro__[2]  # type: ignore[assignment]
     layer.weight_bits = quantizer.bits  # type: ignore[assignment]  # for the report
     return layer
