@@ -23,7 +23,7 @@ MSE_BITS = 4  # up to here a learned scale starts from the smallest squared erro
 LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 
 # These take tensors and numbers and decide by them, so that torch.fx must not look inside.
-for _function in ("fake_quantize", "fake_quantize_dynamic", "observe_fake_quantize", "_learned", "_follow"):
+for _function in ("fake_quantize", "observe_fake_quantize", "_dynamic", "_learned", "_follow"):
     torch.fx.wrap(_function)
 
 
@@ -49,9 +49,11 @@ class FakeQuantize(nn.Module):
     A learned scale is start·exp(log_scale/sqrt(steps)), with the Parameter ``log_scale`` at zero where it starts and
     steps the codes on the longer side of zero. An optimizer that moves every parameter by its learning rate (Adam) so
     changes it by lr/sqrt(steps) of itself: 0.01 % at 8 bits and lr 1e-3, where the same step on the scale itself, of
-    1e-3, is all of it. Under SGD it moves as LSQ's own does from LSQ's start, 2·mean|x|/sqrt(steps), whatever its
-    start: the gradient of log_scale is 2·dscale/start. Weight decay pulls it towards its start, and it stays within
-    1/1024 to 1024 of that.
+    1e-3, is all of it. Under SGD it moves as LSQ's own would from LSQ's start, 2·mean|x|/sqrt(steps), whatever its own
+    start is, but sqrt(steps) times slower: the gradient of log_scale is 2·dscale/(start·sqrt(steps)). Weight decay
+    pulls it towards its start, and it stays within 1/1024 to 1024 of that. The start of a weight of more than 4 bits
+    is its range as it is at each training step, and the scale once to twice that: nothing is clipped, since at these
+    widths no clipping is worth its error (LSQ's gradient does ask for it).
 
     ``scale`` and ``zero_point`` are what the next forward pass uses; ``quantizer.scale = t`` sets a new start. A
     state_dict holds them in fp32, beside what a learned scale needs to go on exactly (``log_scale``, ``start``), and
@@ -120,7 +122,7 @@ class FakeQuantize(nn.Module):
         self._span = 1.0  # how far a tensor of zeros is taken to reach
         if shape is not None:
             self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
-            self._span = max(math.prod(shape[1:]), 1) ** -0.5
+            self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
         self.register_buffer("_scale", torch.full(scale_shape, torch.nan), persistent=False)
         if quantizer == "lsq":
             self.log_scale = nn.Parameter(torch.zeros(scale_shape))
@@ -152,7 +154,7 @@ class FakeQuantize(nn.Module):
     def scale(self) -> Tensor:
         """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
         if self.quantizer == "lsq":
-            return _learned_scale(self._scale, _whole(self.log_scale), self.steps)
+            return _learned_scale(self._scale, _whole(self.log_scale), self._log_limits(), self.steps)
         return self._scale
 
     @scale.setter
@@ -171,7 +173,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
         """Takes the scale from x: of a learned one of at most 4 bits the one that gives the smallest squared error, of
-        any other the one of x's range. A "minmax" weight is followed from here on.
+        any other the one of x's range. A weight whose range is followed is followed from here on.
 
         SQNR in dB at 8, 4, 3, 2 bits of Gaussian weights, 144 per channel: range 43.7, 18.5, 11.1, 2.2; LSQ's own
         2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 44.0, 20.2, 14.6, 8.8. In QAT the range wins at 8
@@ -188,8 +190,8 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
-        """Sets scale and zero point from the minimum and maximum to cover, in scale's shape; a "minmax" weight then
-        keeps them.
+        """Sets scale and zero point from the minimum and maximum to cover, in scale's shape. A weight whose range is
+        followed is not from here on.
 
         With the mean magnitude a learned scale of at most 4 bits takes LSQ's own start, 2·mean_abs/sqrt(steps), where
         that covers less than the range.
@@ -213,7 +215,7 @@ class FakeQuantize(nn.Module):
     def _started(self) -> None:
         if self.quantizer == "lsq":
             self.log_scale.zero_()
-        if self.quantizer == "minmax" and self.is_weight:
+        if self.is_weight and self.quantizer in ("lsq", "minmax"):
             self._observes = False
         if self.quantizer != "ema":
             self.calibrated.fill_(True)
@@ -237,7 +239,7 @@ class FakeQuantize(nn.Module):
             return
         scale *= before / self.steps
         if self.quantizer == "lsq":
-            scale /= _learned_scale(torch.ones_like(scale), self.log_scale, self.steps)
+            scale /= _learned_scale(torch.ones_like(scale), self.log_scale, self._log_limits(), self.steps)
         self._scale.copy_(scale)
         if not self.symmetric:
             zero_point: Tensor = self.zero_point  # type: ignore[assignment]
@@ -245,7 +247,7 @@ class FakeQuantize(nn.Module):
             zero_point.copy_(moved if zero_point.is_floating_point() else moved.round())
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Whether training moves the range: of "ema", of "minmax" weights, and to start a scale that has none."""
+        """Whether training moves the range of "ema" and of weights that are followed, and starts a scale."""
         self._observes = enabled
         if self.quantizer == "ema":
             self.observer_on.fill_(enabled)
@@ -291,10 +293,7 @@ class FakeQuantize(nn.Module):
         if not self._quantizes and not (self.quantizer == "ema" and self.training):
             return x
         if self.quantizer == "dynamic":
-            y = fake_quantize_dynamic(
-                self._rows(x), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
-            )
-            return y.view(x.shape) if isinstance(self.granularity, PerChannel) else y
+            return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
             return observe_fake_quantize(
                 x,
@@ -309,21 +308,24 @@ class FakeQuantize(nn.Module):
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
+        followed = self._follows()
+        if followed and self.training:
+            _follow(x, self._scale, self.zero_point, self.quant_min, self.quant_max, self.symmetric, self._span)
         if self.quantizer == "lsq":
             return _learned(
                 x,
                 self._scale,
                 self.log_scale,
+                self._log_limits(),
                 self.zero_point,
                 self.quant_min,
                 self.quant_max,
                 self.steps,
                 self.feature_dims if self._numel is None else None,
                 self._numel,
-                self.straight_through,
+                # Nothing of a weight that is followed is clipped; LSQ's mask would take its largest value for it.
+                "clip" if followed and self.straight_through == "lsq" else self.straight_through,
             )
-        if self.training and self.is_weight and self._observes:
-            _follow(x, self._scale, self.zero_point, self.quant_min, self.quant_max, self.symmetric, self._span)
         return fake_quantize(
             x,
             self._scale,
@@ -332,6 +334,14 @@ class FakeQuantize(nn.Module):
             quant_max=self.quant_max,
             straight_through=self.straight_through,
         )
+
+    def _follows(self) -> bool:
+        """Whether the range is that of the weight at each training step."""
+        learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
+        return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
+
+    def _log_limits(self) -> tuple[float, float]:
+        return (0.0, math.log(2)) if self._follows() else (-LOG_LIMIT, LOG_LIMIT)
 
     def extra_repr(self) -> str:
         parts = (f"{name}={getattr(self, name)!r}" for name in ("bits", "granularity", "symmetric", "quantizer"))
@@ -348,6 +358,12 @@ class FakeQuantize(nn.Module):
         if x.numel() and not x.is_meta:
             self.start(x)
 
+    def forget(self) -> None:
+        """Drops the scale: the next tensor starts it anew, of an input in training mode."""
+        if self.quantizer in ("lsq", "minmax"):
+            self.calibrated.fill_(False)
+            self._ready = False
+
     def _rows(self, x: Tensor) -> Tensor:
         return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
 
@@ -357,10 +373,8 @@ class FakeQuantize(nn.Module):
         return None if isinstance(self.granularity, PerTensor) else -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
-        log_scale = self._parameters.get("log_scale")
-
         def apply(t: Tensor) -> Tensor:
-            return fn(t) if t is log_scale else apply_keeping_dtype(fn, t)
+            return fn(t) if isinstance(t, nn.Parameter) else apply_keeping_dtype(fn, t)
 
         return super()._apply(apply, recurse)
 
@@ -374,7 +388,8 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "lsq":
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
-            destination[prefix + "log_scale"] = destination[prefix + "log_scale"].float()
+            for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
+                destination[prefix + name] = destination[prefix + name].float()
         if self.quantizer != "ema":
             for key, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
                 destination[prefix + key] = torch.tensor([value], dtype=torch.uint8)
@@ -403,9 +418,6 @@ class FakeQuantize(nn.Module):
             return
         if scale is None:
             missing_keys.append(prefix + "scale")
-            parent = prefix.removesuffix(".").rpartition(".")[0]
-            if self.is_weight and (f"{parent}.weight" if parent else "weight") in state_dict:
-                self._ready = self.quantizer == "ema"  # the scale was of other weights than those that are loaded
         elif scale.shape != self._scale.shape:
             error_msgs.append(
                 f"{prefix}scale: got shape {list(scale.shape)}; accepted: {list(self._scale.shape)}, that of this "
@@ -422,7 +434,7 @@ class FakeQuantize(nn.Module):
                 if (
                     start is not None
                     and log_scale is not None
-                    and torch.equal(_learned_scale(start, _whole(log_scale), self.steps), scale)
+                    and torch.equal(_learned_scale(start, _whole(log_scale), self._log_limits(), self.steps), scale)
                 ):
                     scale = start
                 else:
@@ -448,15 +460,21 @@ def _whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def _learned_scale(start: Tensor, log_scale: Tensor, steps: int) -> Tensor:
+def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
+    rows = x.flatten(1) if per_channel and x.dim() > 2 else x
+    return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
+
+
+def _learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
     """start·exp(log_scale/sqrt(steps)), without a gradient."""
-    return start * (log_scale.detach().float() * steps**-0.5).clamp(-LOG_LIMIT, LOG_LIMIT).exp()
+    return start * (log_scale.detach().float() * steps**-0.5).clamp(*limits).exp()
 
 
 def _learned(
     x: Tensor,
     start: Tensor,
     log_scale: Tensor,
+    log_limits: tuple[float, float],
     zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
@@ -466,10 +484,10 @@ def _learned(
     straight_through: str,
 ) -> Tensor:
     """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
-    scale = _learned_scale(start, log_scale, steps)
+    scale = _learned_scale(start, log_scale, log_limits, steps)
     if torch.is_grad_enabled() and log_scale.requires_grad:
         # The class's docstring says why this is the gradient. The value of the added term is zero.
-        moved = log_scale.float() * 2 / start
+        moved = log_scale.float() * (2 * steps**-0.5) / start
         scale = scale + (moved - moved.detach())
     if zero_point is not None and zero_point.requires_grad and not torch._C._are_functorch_transforms_active():
         # Through .data: another call of this module in the same step may have saved it for the backward pass.

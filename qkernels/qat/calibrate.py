@@ -133,7 +133,7 @@ def calibrate(
         return x
 
     seen = 0
-    with eval_mode(model), _batch_norms_as_in_training(model), torch.no_grad(), quantizers_replaced(model, observe):
+    with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
         for batch in _progress(itertools.islice(batches, max_batches), "calibrate: batches"):
             call(model, batch)
             seen += 1
@@ -161,24 +161,31 @@ def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
 
 
 @contextlib.contextmanager
-def _batch_norms_as_in_training(model: nn.Module) -> Iterator[None]:
-    """BatchNorms without statistics of their own take the batch's inside, and keep none of it."""
+def _as_it_will_train(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but for BatchNorms that will train and have no statistics yet: they take the batch's and keep none."""
     fresh = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.num_batches_tracked is not None
-        and not bool(module.num_batches_tracked)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and _has_seen_nothing(module)
     ]
     before = [(norm, norm.momentum) for norm in fresh]
-    for norm in fresh:
-        norm.training, norm.momentum = True, 0.0
     try:
-        yield
+        with eval_mode(model):
+            for norm in fresh:
+                norm.training, norm.momentum = True, 0.0
+            yield
     finally:
         for norm, momentum in before:
-            norm.training, norm.momentum = False, momentum
+            norm.momentum = momentum
             norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
+
+
+def _has_seen_nothing(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the running statistics are those of a new layer, and not loaded from a file that counts no batches."""
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or var is None or count is None or mean.is_meta:
+        return False
+    return not bool(count) and not bool(mean.any()) and bool((var == 1).all())
 
 
 def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
