@@ -12,7 +12,7 @@ from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat import QATConv2d, QATLinear
-from ..nn.quantized import take_over
+from ..nn.replacing import take_over
 from ..reference.int4_gemm import check_group_size
 from ..reference.packing import BITS
 from .calibrate import quantizers_of
