@@ -322,7 +322,9 @@ class Int8Conv2d(_Int8Layer):
             stride=self.stride,  # type: ignore[arg-type]
             padding=self._kernel_padding,
             dilation=self.dilation,  # type: ignore[arg-type]
-        ).to(out_dtype)
+        )
+        if y.dtype != out_dtype:
+            y = y.to(out_dtype)
         if not (_suggests_channels_last(batch) or (self.channels_last and batch.shape[0])):
             # A copy, as .contiguous() takes the strides of channels_last for contiguous where sizes are 1.
             y = y.clone(memory_format=torch.contiguous_format)
