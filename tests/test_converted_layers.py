@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import FakeQuantize, Int4Embedding, Int4Linear, Int8Conv2d, Int8Linear, Int8TrainingLinear, PerGroup
+from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv2d, Int8Linear, Int8TrainingLinear, PerGroup
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare
 
 CONFIGS = {
@@ -76,8 +74,7 @@ KINDS = list(layers())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_is_the_float_layers(kind, dtype):
-    source, _, x = layers()[kind]
-    source = source.to(dtype)
+    source = layers()[kind][0].to(dtype)
     options = {"act_bits": 16} if "float input" in kind else {}
     if "zero points" in kind:
         options["symmetric"] = False
@@ -86,7 +83,9 @@ def test_weight_is_the_float_layers(kind, dtype):
     assert layer.weight.device == source.weight.device
     step = source.weight.abs().max() / 7  # of 4 bits
     assert (layer.weight - source.weight).abs().max() <= step
-    torch.testing.assert_close(layer.weight.sum(), source.weight.sum(), rtol=0, atol=float(source.weight.numel() * step / 4))
+    torch.testing.assert_close(
+        layer.weight.sum(), source.weight.sum(), rtol=0, atol=source.weight.numel() * step.item() / 4
+    )
     torch.testing.assert_close(layer.weight, layer.dequantize().to(dtype))
     assert layer.codes.dtype == torch.int8
     assert layer.codes.shape == source.weight.shape
@@ -174,7 +173,9 @@ def test_what_walks_over_parameters(config):
     assert not frozen(x).requires_grad
     converted.requires_grad_(True)
     copied = copy.deepcopy(converted)
-    assert all(a.requires_grad == b.requires_grad for a, b in zip(copied.parameters(), converted.parameters(), strict=True))
+    assert all(
+        a.requires_grad == b.requires_grad for a, b in zip(copied.parameters(), converted.parameters(), strict=True)
+    )
     assert torch.equal(copied(x), converted(x))
     optimizer = torch.optim.AdamW(converted.parameters(), lr=0.1, weight_decay=0.1)
     optimizer.zero_grad()
@@ -242,8 +243,8 @@ class Counter:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_hooks_and_attributes_survive(config):
     net, counter = Net(), Counter()
+    seen = counter.seen.append
     for name, layer in (("conv", net.conv), ("fc", net.fc)):
-        seen = counter.seen.append
         layer.register_forward_pre_hook(lambda m, args, name=name: seen(f"{name} pre"))
         layer.register_forward_hook(lambda m, args, kwargs, y, name=name: seen(f"{name} post"), with_kwargs=True)
         layer.register_forward_hook(lambda m, args, y: 2 * y)
@@ -281,6 +282,9 @@ def test_hooks_and_attributes_survive(config):
     counter.seen.clear()
     state = converted.state_dict()
     assert counter.seen.count("fc state") == 1
+    assert prepared.fc._load_state_dict_pre_hooks.keys() == converted.fc._load_state_dict_pre_hooks.keys()
+    hooked = next(iter(converted.fc._load_state_dict_pre_hooks.values())).module
+    assert hooked() is converted.fc
     converted.load_state_dict({**state, "fc.old": torch.ones(1)}, strict=True)
     assert counter.seen.count("fc loaded") == 1
     assert torch.equal(copy.deepcopy(converted).fc.cache, torch.ones(2))
@@ -310,7 +314,9 @@ def test_an_attribute_that_clashes_is_named():
 def test_hooks_of_a_folded_batch_norm():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     seen: list[torch.Tensor] = []
-    hook = type("Hook", (), {"__call__": lambda self, m, args, y: seen.append(y), "__deepcopy__": lambda self, memo: self})
+    hook = type(
+        "Hook", (), {"__call__": lambda self, m, args, y: seen.append(y), "__deepcopy__": lambda self, memo: self}
+    )
     model[1].register_forward_hook(hook())
     model[1].tag = "mine"
     prepared = prepare(model)
@@ -390,15 +396,19 @@ def test_convolutions_follow_the_memory_format(geometry, weight, act_bits):
         images = strided(form, x)
         expected, y = conv(images), layer(images)
         assert y.shape == expected.shape
+        if not y.numel():
+            assert y.is_contiguous()
+            continue
         assert y.stride() == expected.stride(), form
         assert later(images).stride() == expected.stride(), form
         for dtype in (torch.float64, torch.bfloat16):
             got, wanted = layer(images.to(dtype)), copy.deepcopy(conv).to(dtype)(images.to(dtype))
             assert got.dtype == dtype
             assert dtype == torch.float64 or got.stride() == wanted.stride(), form
-        if images.numel():
-            torch.testing.assert_close(y, expected, rtol=0.1, atol=0.1)
-            assert torch.equal(y, layer(images.contiguous()))
+        torch.testing.assert_close(y, expected, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(
+            y, layer(images.contiguous()), rtol=1e-4 * (act_bits == 16), atol=1e-5 * (act_bits == 16)
+        )
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -789,7 +799,10 @@ def test_exact_follows_training(config):
         assert torch.equal(y, convert(prepared)(x))
         assert not y.requires_grad
         assert [m.training for m in prepared.modules()] == modes
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(state.values(), prepared.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+            for a, b in zip(state.values(), prepared.state_dict().values(), strict=True)
+        )
         assert not evaluated.eval().training
         assert not evaluated.train().training
         assert [m.training for m in prepared.modules()] == modes

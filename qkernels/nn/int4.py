@@ -15,7 +15,8 @@ from ..reference.int4_gemm import by_group, check, check_group_size, check_scale
 from ..reference.packing import check_bits, packed_length
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
-from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen, take_over
+from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen
+from .replacing import take_over
 
 
 def _logical_weight(
@@ -144,7 +145,7 @@ class Int4Linear(QuantizedInputLayer):
     @property
     def scale(self) -> Tensor:
         """[N, K/group_size]."""
-        return self._by_group(self.packed_scale)
+        return self._by_group(self._scale_of("packed_scale"))
 
     @property
     def zero_point(self) -> Tensor | None:
@@ -235,7 +236,7 @@ class Int4Linear(QuantizedInputLayer):
     def _packed(self) -> PackedInt:
         return PackedInt(
             self.data,
-            self.packed_scale.detach(),
+            self._scale_of("packed_scale"),
             self.packed_zero_point,
             self.packed_minimum,
             self.weight_sum,
@@ -372,10 +373,10 @@ class Int4Embedding(QuantizedLayer):
         return unpack_bits(self.data, self.weight_bits, self.embedding_dim)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        return self._rows(self.data, self.scale.detach(), self.zero_point, dtype)
+        return self._rows(self.data, self._scale_of("scale"), self.zero_point, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        codes, scale = F.embedding(input, self.data), F.embedding(input, self.scale.detach())
+        codes, scale = F.embedding(input, self.data), F.embedding(input, self._scale_of("scale"))
         zero_point = None if self.zero_point is None else F.embedding(input, self.zero_point)
         return self._rows(codes, scale, zero_point, self.dtype)
 

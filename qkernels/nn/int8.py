@@ -18,7 +18,8 @@ from ..reference.int8_gemm import check
 from ..reference.packing import BITS, packed_length
 from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerTensor, PerToken
-from .quantized import Logical, QuantizedInputLayer, check_finite, frozen, take_over
+from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
+from .replacing import take_over
 
 
 class _Int8Layer(QuantizedInputLayer):
@@ -103,15 +104,11 @@ class _Int8Layer(QuantizedInputLayer):
         self._set_bias(bias)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        n, groups = self.weight_shape[0], 1 if self.scale.dim() == 1 else self.scale.shape[1]
-
-        def by_group(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().view(n, groups, 1)
-
-        codes = self.codes.reshape(n, groups, self.group_size)
-        scale = by_group(self.scale)
-        assert scale is not None
-        return dequantize(codes, scale, by_group(self.zero_point), dtype=dtype).view(self.weight_shape)
+        scale, zero_point = self._scale_of("scale"), self.zero_point
+        n, groups = scale.shape if scale.dim() == 2 else (scale.shape[0], 1)
+        codes, by_group = self.codes.reshape(n, groups, self.group_size), (n, groups, 1)
+        z = None if zero_point is None else zero_point.view(by_group)
+        return dequantize(codes, scale.view(by_group), z, dtype=dtype).view(self.weight_shape)
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
         raise NotImplementedError
@@ -223,7 +220,7 @@ class Int8Linear(_Int8Layer):
         return {"data": packed.data, "colsum": packed.colsum}
 
     def _packed(self) -> PackedInt8:
-        return PackedInt8(self.data, self.colsum, self.scale.detach(), self.weight_shape)  # type: ignore[arg-type]
+        return PackedInt8(self.data, self.colsum, self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
 
 
 class Int8Conv2d(_Int8Layer):
@@ -332,8 +329,10 @@ class Int8Conv2d(_Int8Layer):
             stride=stride,
             padding=padding,
             dilation=dilation,
-        ).to(out_dtype)
-        if not (self.channels_last or _suggests_channels_last(batch)):
+        )
+        if y.dtype != out_dtype:
+            y = y.to(out_dtype)
+        if not (_suggests_channels_last(batch) or (self.channels_last and batch.shape[0])):
             # A copy, as .contiguous() takes the strides of channels_last for contiguous where sizes are 1.
             y = y.clone(memory_format=torch.contiguous_format)
         return y if x.dim() == 4 else y.squeeze(0)
@@ -376,7 +375,7 @@ class Int8Conv2d(_Int8Layer):
         return {"data": packed.data, "colsum": packed.colsum}
 
     def _packed(self) -> PackedInt8Conv2d:
-        return PackedInt8Conv2d(self.data, self.colsum, self.scale.detach(), self.weight_shape, self.groups)  # type: ignore[arg-type]
+        return PackedInt8Conv2d(self.data, self.colsum, self._scale_of("scale"), self.weight_shape, self.groups)  # type: ignore[arg-type]
 
 
 def _suggests_channels_last(x: Tensor) -> bool:
@@ -384,13 +383,15 @@ def _suggests_channels_last(x: Tensor) -> bool:
 
     A stride of N that is C's again says no: of 1×1 images with one channel both formats have the same strides.
     """
-    least = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = x.shape[dim], x.stride(dim)
-        if size == 0 or stride < least or (dim == 1 and stride == 0) or (dim == 0 and least == x.stride(1)):
+    n, c, h, w = x.shape
+    of_n, of_c, of_h, of_w = x.stride()
+    least = of_c
+    for size, above in ((c, of_w), (w, of_h), (h, of_n)):
+        least *= max(size, 1)
+        if above < least:
             return False
-        least = stride * max(size, 1)
-    return True
+        least, last = above, least
+    return of_c > 0 and n * c * h * w > 0 and last != of_c
 
 
 def _pair(value: Any) -> tuple[int, ...]:

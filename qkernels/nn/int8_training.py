@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import int8_training
 from ..ops.int8_training import Codes, int8_training_linear
+from .replacing import take_hooks
 from .tracing import call_as_leaf
 
 _optimizer_steps = 0
@@ -81,6 +82,7 @@ class Int8TrainingLinear(nn.Linear):
         layer.__dict__ = {
             key: value.copy() if isinstance(value, dict) else value for key, value in vars(linear).items()
         }
+        take_hooks(layer, linear)
         layer._set(output, grad_input, grad_weight, stochastic_rounding)
         return layer
 

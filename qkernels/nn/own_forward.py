@@ -122,7 +122,8 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
         attributes["forward"] = base.forward
     elif mixin is QATForward:
         # super().forward of ``own`` is the float one, so that nothing is quantized twice.
-        bases = (mixin, own, type(base.__name__, (base,), {"forward": base.__mro__[1].forward}))  # type: ignore[attr-defined]
+        parent = nn.Linear if issubclass(base, nn.Linear) else nn.Conv2d
+        bases = (mixin, own, type(base.__name__, (base,), {"forward": parent.forward}))
     if mixin is ConvertedForward:
         attributes["extra_repr"] = base.extra_repr
     prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")

@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
 from .own_forward import QATForward, own_forward_class
+from .replacing import take_hooks
 from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -92,17 +93,13 @@ class QATConv2d(_StartsAnew, nn.Conv2d):
 def _with_quantizers(
     cls: type[Layer], module: nn.Module, weight: FakeQuantize | None, input: FakeQuantize | None
 ) -> Layer:
-<<<<<<< HEAD
-    float_class = cls.__mro__[1]
+    float_class = _float_class(cls)
     if not isinstance(module, float_class):
-=======
-    float_class = cls.__mro__[2]
-    if type(module) is not float_class:
->>>>>>> main
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
     layer: Any = cls.__new__(cls)
     layer.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
     layer.__class__ = _qat_class(cls, module)
+    take_hooks(layer, module)
     layer.weight_fake_quant = weight
     layer.input_fake_quant = input
     for child in (weight, input):
@@ -122,7 +119,11 @@ def _qat_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
 
 
 def _qat_class_of(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return cls if kind is cls.__mro__[1] else own_forward_class(QATForward, kind, cls)
+    return cls if kind is _float_class(cls) else own_forward_class(QATForward, kind, cls)
+
+
+def _float_class(cls: type[nn.Module]) -> type[nn.Linear] | type[nn.Conv2d]:
+    return nn.Linear if issubclass(cls, nn.Linear) else nn.Conv2d
 
 
 def effective_weight(layer: nn.Module) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -21,13 +20,10 @@ from .granularity import PerToken
 from .tracing import call_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")
-Layer = TypeVar("Layer", bound=nn.Module)
 Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
 Reference = tuple[weakref.ref[Tensor], int]  # to a tensor of a certain version
 
 OLD_NAME = {"codes": "weight"}  # what files of version 0.1.0 call a logical tensor
-_MODULE_STATE = frozenset(vars(nn.Module()))
-_HOOKS = tuple(name for name in _MODULE_STATE if "hook" in name)
 # The logical tensors of a layer that is in a state_dict already, so that one with two names is stored once.
 _saved: weakref.WeakKeyDictionary[QuantizedLayer, tuple[list[Reference], dict[str, Reference]]]
 _saved = weakref.WeakKeyDictionary()
@@ -118,6 +114,12 @@ class QuantizedLayer(nn.Module):
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device())).dtype
         return super()._apply(lambda t: apply_keeping_dtype(flat, t), recurse)
+
+    def _scale_of(self, name: str) -> Tensor:
+        """A frozen parameter as a tensor that wants no gradient, whatever requires_grad_ was told."""
+        t = self._parameters[name]  # not the attribute, which is no tensor where torch.fx traces
+        assert t is not None
+        return t.detach() if t.requires_grad else t
 
     def _device(self) -> torch.device:
         return next(t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
@@ -240,40 +242,6 @@ def _form(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.shape, t.device
 
 
-def take_over(layer: Layer, source: nn.Module, without: Collection[str] = ()) -> Layer:
-    """Gives ``layer`` the hooks of ``source``, in whose place it comes, and what a user has set on it.
-
-    That is every attribute, buffer, parameter and submodule that ``layer`` has none of; what clashes with a name of its
-    own is left out with a warning. ``without``: what the class of source itself keeps.
-    """
-    for name in _HOOKS:
-        value = vars(source)[name]
-        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    kinds = {
-        "": {name: value for name, value in vars(source).items() if name not in _MODULE_STATE},
-        "parameter": source._parameters,
-        "buffer": source._buffers,
-        "module": source._modules,
-    }
-    for kind, values in kinds.items():
-        for name, value in values.items():
-            if name in without or name in vars(layer) or (value is None and kind):
-                continue
-            if hasattr(layer, name):
-                warnings.warn(
-                    f"{type(source).__name__}: its attribute {name!r} is not kept, as {type(layer).__name__} has one "
-                    "of that name itself",
-                    stacklevel=2,
-                )
-            elif kind == "buffer":
-                layer.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
-            elif kind:
-                getattr(layer, f"register_{kind}")(name, value)
-            else:
-                layer.__dict__[name] = value
-    return layer
-
-
 class QuantizedInputLayer(QuantizedLayer):
     """A layer that quantizes its input on the way in (input None: takes it as it is), with a bias in fp32.
 
@@ -320,11 +288,11 @@ class QuantizedInputLayer(QuantizedLayer):
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         """What the float layer returns for x."""
-        check(
-            x.is_floating_point(),
-            f"input: got {x.dtype}; accepted: a floating dtype (integer codes go, with their scale, through "
-            "int8_linear or int4_linear)",
-        )
+        if not x.is_floating_point():
+            raise RuntimeError(
+                f"input: got {x.dtype}; accepted: a floating dtype (integer codes go, with their scale, through "
+                "int8_linear or int4_linear)"
+            )
         device = x.device.type
         if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
             return x.dtype

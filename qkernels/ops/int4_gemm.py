@@ -342,6 +342,9 @@ def _restore(
     return cls.from_quantized(unpack_bits(packed, bits, k), scale, zero_point, minimum=minimum, bits=bits)
 
 
+torch.serialization.add_safe_globals([PackedInt, PackedInt4, _restore])  # torch.load(weights_only=True)
+
+
 def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) -> Tensor:
     """t as [N, groups], of a number of groups that K can have."""
     t = t.detach()

@@ -11,7 +11,7 @@ from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.own_forward import with_forward_of
 from ..nn.qat import QATConv2d, QATLinear, bake_weight
-from ..nn.quantized import take_over
+from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .fold import Folds, factor_and_bias, find_folds
 from .prepare import copy_of, replace_modules
@@ -165,7 +165,6 @@ def _int8_layer(layer: QATLinear | QATConv2d, norm: nn.BatchNorm2d | None) -> In
 def _weight_only_layer(layer: QATLinear | QATConv2d) -> Int8Linear | Int8Conv2d:
     quantizer = layer.weight_fake_quant
     assert quantizer is not None
-<<<<<<< HEAD
     codes, scale, zero_point = quantizer.quantize(layer.weight)
     new = _empty_layer(
         layer,
@@ -189,10 +188,3 @@ def _empty_layer(layer: QATLinear | QATConv2d, bias: bool, **options: object) ->
     else:
         new = Int8Conv2d.like(layer, bias=bias, **options)
     return new.to(layer.weight.device)
-=======
-    layer.weight = nn.Parameter(quantizer(layer.weight), requires_grad=layer.weight.requires_grad)  # may be tied
-    del layer.weight_fake_quant, layer.input_fake_quant
-    layer.__class__ = type(layer).__mro__[2]  # type: ignore[assignment]
-    layer.weight_bits = quantizer.bits  # type: ignore[assignment]  # for the report
-    return layer
->>>>>>> main

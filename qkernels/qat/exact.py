@@ -42,9 +42,10 @@ class Exact(nn.Module):
 def exact(model: nn.Module) -> nn.Module:
     """Evaluates a prepared model on the integers: a module that computes what ``convert(model)`` does, bit for bit.
 
-    Each call takes the weights, scales and statistics as they are then, so that one such module serves a whole training,
-    and quantizes them anew: about what quantization adds to a forward pass of ``model`` itself. It runs in eval mode
-    without gradients and shares every tensor with ``model``, which stays as it is, in its own mode.
+    Each call takes the weights, scales and statistics as they are then and quantizes them anew, so that one such module
+    serves a whole training. It runs in eval mode without gradients and shares every tensor with ``model``, which stays
+    as it is, in its own mode. A call costs what the converted model's does and a pass over the weights, as the
+    prepared model's does (with 16 convolutions of 64 channels, 32 images of 32×32: 6 % more than the converted one's).
 
     Raises:
         ValueError: as ``convert``, in part at the first call.
