@@ -1,4 +1,4 @@
-"""report: every layer with weights has a row, sizes are those of files, and models may route and return as they like."""
+"""report: every layer with weights has a row, sizes are those of files, models route and return as they like."""
 
 import copy
 import json
@@ -280,8 +280,8 @@ def test_models_return_and_take_what_they_like(how, batch):
     model = Returning(how)
     prepared = prepare(model, QConfig(QSpec(8), QSpec(quantizer="dynamic")))
     calibrate(prepared, [batch])
-    made = report(prepared, batch, float_model=model)
-    for made in (made, report(prepared, batch), report(convert(prepared), batch, float_model=model)):
+    compared = report(prepared, batch, float_model=model)
+    for made in (compared, report(prepared, batch), report(convert(prepared), batch, float_model=model)):
         rows = {row.name: row for row in made.layers}
         assert rows["fc"].output_sqnr > 30
         assert rows["twice"].output_sqnr > 20

@@ -249,7 +249,7 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
     if _is_quantized(layer):
         return None
     if isinstance(layer, QUANTIZABLE):
-        reason = float_reason(name, layer, readers) or "no rule or default of the config selects it"
+        reason = float_reason(name, layer, readers)[0] or "no rule or default of the config selects it"
         return f"weight stays float: {reason}"
     return f"weight stays float: {unsupported(layer)}"
 
