@@ -30,7 +30,19 @@ from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quan
 from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quantize_dynamic
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
-from .qat import QConfig, QSpec, calibrate, convert, exact, prepare, report
+from .qat import (
+    QConfig,
+    QSpec,
+    calibrate,
+    convert,
+    enable_fake_quant,
+    exact,
+    freeze_observers,
+    parameter_groups,
+    prepare,
+    report,
+    set_bits,
+)
 from .registry import kernels, which
 
 __all__ = [
@@ -50,6 +62,7 @@ __all__ = [
     "convert",
     "dequantize",
     "dequantize_codebook",
+    "enable_fake_quant",
     "exact",
     "fake_quantize",
     "fake_quantize_codebook",
@@ -60,6 +73,7 @@ __all__ = [
     "fake_quantize_per_tensor_affine",
     "fake_quantize_stochastic",
     "foreach_fake_quantize",
+    "freeze_observers",
     "fused_moving_avg_obs_fake_quant",
     "histogram",
     "int4_linear",
@@ -76,6 +90,7 @@ __all__ = [
     "override_torch",
     "pack_bits",
     "pack_int4",
+    "parameter_groups",
     "prepare",
     "qat",
     "quantization_errors",
@@ -90,6 +105,7 @@ __all__ = [
     "report",
     "rms_norm_fake_quantize_dynamic",
     "rms_norm_quantize_dynamic",
+    "set_bits",
     "silu_mul_fake_quantize_dynamic",
     "silu_mul_quantize_dynamic",
     "unpack_bits",

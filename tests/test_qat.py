@@ -606,8 +606,8 @@ def test_convert_before_calibrate():
     with pytest.raises(ValueError, match=r"'conv1.input_fake_quant' is not calibrated.*qk\.calibrate"):
         convert(prepared)
     assert_unchanged(prepared, before)
-    with pytest.raises(RuntimeError, match=r"qk\.calibrate"):
-        prepared(images())
+    with pytest.raises(RuntimeError, match=r"conv1\.input_fake_quant: .* has no scale yet; .*qk\.calibrate"):
+        prepared.eval()(images())
     observing = prepare(ConvNet(), QConfig(input=QSpec(symmetric=False, quantizer="ema")))
     with pytest.raises(ValueError, match="not calibrated"):
         convert(observing)
@@ -625,7 +625,8 @@ def test_layer_that_no_batch_reached_is_named():
             return self.used(x)
 
     prepared = prepare(Unused())
-    calibrate(prepared, [torch.ones(1, 2)])
+    with pytest.warns(UserWarning, match=r"no batch reached unused\.weight_fake_quant, unused\.input_fake_quant"):
+        calibrate(prepared, [torch.ones(1, 2)])
     with pytest.raises(ValueError, match=r"'unused\.input_fake_quant' is not calibrated"):
         convert(prepared)
 

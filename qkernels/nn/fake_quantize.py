@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +12,19 @@ from torch import Tensor, nn
 
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic, observe_fake_quantize, range_of_bits
 from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
+from ..ops.statistics import mse_range
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
-SCALE_FLOOR = 1e-9  # a learned scale is kept at or above it: an optimizer step must not make it zero or negative
+SCALE_FLOOR = 1e-30  # of scales that are not torch.ao's: small enough for any tensor, large enough to be divided by
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
+MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
+LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
+
+# These take tensors and numbers and decide by them, so that torch.fx must not look inside.
+for _function in ("fake_quantize", "observe_fake_quantize", "_dynamic", "_learned", "_follow"):
+    torch.fx.wrap(_function)
 
 
 class FakeQuantize(nn.Module):
@@ -28,28 +36,47 @@ class FakeQuantize(nn.Module):
         symmetric: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary): the range is its
             own mirror image, so a sign flip of a channel is exact. Else all 2**bits codes, with a zero point.
         quantizer: where the scale comes from.
-            "lsq": a Parameter, learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
-            "minmax": a buffer that ``calibrate`` sets and nothing changes afterwards.
+            "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
+            "minmax": the range of a weight as it is at each training step; of an input what ``calibrate`` saw.
             "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
             "dynamic": the tensor's own range at every call.
         shape: shape of the tensor, where it is always the same (a weight).
-        straight_through: how gradients pass, as in ``fake_quantize``; "ema" and "dynamic" accept "clip" alone.
+        straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" where the scale is learned, else
+            "clip". "ema" and "dynamic" accept "clip" alone.
         feature_dims: for a tensor whose shape varies, how many trailing dims make up one sample. LSQ's gradient
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
-    "lsq" and "minmax" raise RuntimeError when called before they were calibrated; "ema" gives NaN in eval mode before
-    it saw its first batch, and under activation checkpointing counts a batch twice, as BatchNorm does.
-    Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``): a bf16 average cannot move by less
-    than 1/256 of itself. Nothing in the forward pass waits for the device.
+    A learned scale is start·exp(log_scale/sqrt(steps)), with the Parameter ``log_scale`` at zero where it starts and
+    steps the codes on the longer side of zero. An optimizer that moves every parameter by its learning rate (Adam) so
+    changes it by lr/sqrt(steps) of itself: 0.01 % at 8 bits and lr 1e-3, where the same step on the scale itself, of
+    1e-3, is all of it. Under SGD it moves as LSQ's own would from LSQ's start, 2·mean|x|/sqrt(steps), whatever its own
+    start is, but sqrt(steps) times slower: the gradient of log_scale is 2·dscale/(start·sqrt(steps)). Weight decay
+    pulls it towards its start, and it stays within 1/1024 to 1024 of that. The start of a weight of more than 4 bits
+    is its range as it is at each training step, and the scale once to twice that: nothing is clipped, since at these
+    widths no clipping is worth its error (LSQ's gradient does ask for it).
+
+    ``scale`` and ``zero_point`` are what the next forward pass uses; ``quantizer.scale = t`` sets a new start. A
+    state_dict holds them in fp32, beside what a learned scale needs to go on exactly (``log_scale``, ``start``), and
+    ``bits``: one of another width is refused.
+
+    "lsq" and "minmax" take a scale from the first tensor that they meet where ``calibrate`` has not set one: of a
+    weight always, of an input in training mode only (one wait for the device), else they raise RuntimeError; "ema"
+    gives NaN in eval mode before it saw its first batch, and under activation checkpointing counts a batch twice, as
+    BatchNorm does. A range of zeros alone is taken for that of the other channels, or of a new layer's weight
+    (1/sqrt(fan in)), or 1 for an input: it can be trained, and zeros stay zeros. Scales and statistics stay fp32 when
+    the module is cast (``model.bfloat16()``): a bf16 average cannot move by less than 1/256 of itself. log_scale, which
+    is a small change, is cast with the model, so that FSDP finds one dtype. From the second batch on nothing in the
+    forward pass waits for the device.
     """
 
-    scale: Tensor
+    log_scale: Tensor
     zero_point: Tensor | None
     running_min: Tensor
     running_max: Tensor
     observer_on: Tensor
     fake_quant_on: Tensor
     calibrated: Tensor
+    _scale: Tensor  # of a learned scale its start
 
     def __init__(
         self,
@@ -60,18 +87,20 @@ class FakeQuantize(nn.Module):
         quantizer: str = "lsq",
         shape: Sequence[int] | None = None,
         feature_dims: int = 1,
-        straight_through: str = "clip",
+        straight_through: str | None = None,
     ) -> None:
         super().__init__()
-        quant_min, self.quant_max = range_of_bits(bits)
-        self.quant_min = -self.quant_max if symmetric else quant_min
-        self.bits = bits
         self.granularity = granularity = PerTensor() if granularity is None else granularity
         self.symmetric = symmetric
         self.quantizer = quantizer
         self.feature_dims = feature_dims
+        if straight_through is None:
+            straight_through = "lsq" if quantizer == "lsq" and "lsq" in VARIANTS else "clip"
         self.straight_through = straight_through
+        self.name = ""  # in the model, for errors
+        self._set_width(bits)
         self._ready = True
+        self._observes = self._quantizes = True
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
         if straight_through not in ("clip", *VARIANTS):
@@ -80,6 +109,8 @@ class FakeQuantize(nn.Module):
             raise ValueError(
                 f"straight_through: got {straight_through!r} with quantizer=\"{quantizer}\"; accepted: 'clip'"
             )
+        self.is_weight = shape is not None
+        self._numel: int | None = None
         if quantizer == "dynamic":
             if isinstance(granularity, PerChannel) and granularity.axis != 0:
                 raise ValueError(
@@ -88,16 +119,15 @@ class FakeQuantize(nn.Module):
                 )
             return
         scale_shape = granularity.scale_shape(shape)
-        # LSQ: 1/sqrt(elements per scale × steps on the longer side of zero) brings the relative updates of scale and
-        # weights to one size.
-        self.steps = self.quant_max if symmetric else self.quant_max - self.quant_min
-        self._numel = None if shape is None else math.prod(shape) // max(math.prod(scale_shape), 1)
-        unknown = torch.full(scale_shape, torch.nan)
+        self._span = 1.0  # how far a tensor of zeros is taken to reach
+        if shape is not None:
+            self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
+            self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
+        self.register_buffer("_scale", torch.full(scale_shape, torch.nan), persistent=False)
         if quantizer == "lsq":
-            self.scale = nn.Parameter(unknown)
+            self.log_scale = nn.Parameter(torch.zeros(scale_shape))
             self.zero_point = None if symmetric else nn.Parameter(torch.zeros(scale_shape))
         else:
-            self.register_buffer("scale", unknown)
             zero_point = torch.zeros(scale_shape, dtype=torch.int32)
             self.register_buffer("zero_point", None if symmetric and quantizer == "minmax" else zero_point)
         if quantizer == "ema":
@@ -109,49 +139,134 @@ class FakeQuantize(nn.Module):
             self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
             self._ready = False
 
+    def _set_width(self, bits: int) -> None:
+        quant_min, self.quant_max = range_of_bits(bits)
+        self.quant_min = -self.quant_max if self.symmetric else quant_min
+        self.steps = self.quant_max - (0 if self.symmetric else self.quant_min)
+        self._bits = bits
+
+    @property
+    def bits(self) -> int:
+        """The width; ``set_bits`` changes it."""
+        return self._bits
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
+        if self.quantizer == "lsq":
+            return _learned_scale(self._scale, _whole(self.log_scale), self._log_limits(), self.steps)
+        return self._scale
+
+    @scale.setter
+    @torch.no_grad()
+    def scale(self, scale: Tensor | float) -> None:
+        self._scale.copy_(torch.as_tensor(scale))
+        self._started()
+
     @property
     def is_calibrated(self) -> bool:
-        """Whether the scale is known (reads the device)."""
+        """Whether the scale is known, or can be had from the weight (reads the device)."""
         if self.quantizer == "ema":
             return not bool(self.running_min.isinf().any())
-        return self._ready
+        return self._ready or self.is_weight
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        """Takes the scale from x: of a learned one of at most 4 bits the one that gives the smallest squared error, of
+        any other the one of x's range. A weight whose range is followed is followed from here on.
+
+        SQNR in dB at 8, 4, 3, 2 bits of Gaussian weights, 144 per channel: range 43.7, 18.5, 11.1, 2.2; LSQ's own
+        2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 44.0, 20.2, 14.6, 8.8. In QAT the range wins at 8
+        bits over LSQ's formula: its steps are six times finer.
+        """
+        low, high = block_range(x, self._scale.shape)
+        if not bool(low.isfinite().all() & high.isfinite().all()):
+            raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
+        if self.quantizer == "lsq" and self.bits <= MSE_BITS:
+            values = x.detach().float() if x.dtype == torch.float64 else x.detach()
+            low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, SCALE_FLOOR)
+        self.set_range(low, high)
+        self._observes = True
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
-        """Sets scale and zero point from the minimum, maximum and mean magnitude of the tensor, in scale's shape.
+        """Sets scale and zero point from the minimum and maximum to cover, in scale's shape. A weight whose range is
+        followed is not from here on.
 
-        A learned scale starts from LSQ's own 2·mean|x|/sqrt(steps) where that is below the min-max scale, unless
-        mean_abs is None: then the range is the one to take. Of those two neither wins at every width. SQNR in dB at 8,
-        4, 3, 2 bits: Gaussian weights, 144 per channel: min-max 43.7, 18.5, 11.1, 2.2; LSQ's formula 27.8, 15.2, 11.4,
-        6.4; the smaller of the two 43.7, 18.5, 11.8, 6.4. ReLU of Gaussian activations: min-max 46.0, 21.4, 14.8, 7.4;
-        LSQ 36.8, 24.2, 18.1, 11.2; the smaller 46.0, 24.2, 18.1, 11.2.
+        With the mean magnitude a learned scale of at most 4 bits takes LSQ's own start, 2·mean_abs/sqrt(steps), where
+        that covers less than the range.
         """
-        eps = torch.finfo(torch.float32).eps if self.quantizer == "ema" else SCALE_FLOOR
-        scale, zero_point = choose_qparams(
-            low.float(),
-            high.float(),
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            symmetric=self.symmetric,
-            eps=eps,
+        if mean_abs is not None and self.quantizer == "lsq" and self.bits <= MSE_BITS:
+            span = torch.maximum(-low, high) if self.symmetric else high.clamp(min=0) - low.clamp(max=0)
+            part = (2 * math.sqrt(self.steps) * mean_abs / span).clamp(max=1).nan_to_num(1.0)
+            low, high = low * part, high * part
+        eps, zeros_span = (
+            (torch.finfo(torch.float32).eps, 0.0) if self.quantizer == "ema" else (SCALE_FLOOR, self._span)
         )
-        if self.quantizer == "lsq" and mean_abs is not None:
-            scale = torch.minimum(scale, 2 * mean_abs.float() / math.sqrt(self.steps)).clamp(min=SCALE_FLOOR)
-        self.scale.copy_(scale)
-        if self.zero_point is not None:
-            self.zero_point.copy_(zero_point)
+        _set_qparams(
+            self._scale, self.zero_point, low, high, self.quant_min, self.quant_max, self.symmetric, eps, zeros_span
+        )
         if self.quantizer == "ema":
             self.running_min.copy_(low)
             self.running_max.copy_(high)
         else:
+            self._started()
+
+    def _started(self) -> None:
+        if self.quantizer == "lsq":
+            self.log_scale.zero_()
+        if self.is_weight and self.quantizer in ("lsq", "minmax"):
+            self._observes = False
+        if self.quantizer != "ema":
             self.calibrated.fill_(True)
             self._ready = True
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Changes the width and keeps the range: scale·steps stays, and so does what an optimizer knows of log_scale.
+
+        Raises:
+            ValueError: bits other than 2 to 8.
+        """
+        range_of_bits(bits)
+        scale = None if self.quantizer == "dynamic" else self.scale.clone()
+        before, lowest = self.steps, self.quant_min
+        self._set_width(bits)
+        if scale is None or not self.is_calibrated:
+            return
+        if self.quantizer == "ema":
+            self.set_range(self.running_min, self.running_max)
+            return
+        scale *= before / self.steps
+        if self.quantizer == "lsq":
+            scale /= _learned_scale(torch.ones_like(scale), self.log_scale, self._log_limits(), self.steps)
+        self._scale.copy_(scale)
+        if not self.symmetric:
+            zero_point: Tensor = self.zero_point  # type: ignore[assignment]
+            moved = self.quant_min + (zero_point - lowest) * (self.steps / before)
+            zero_point.copy_(moved if zero_point.is_floating_point() else moved.round())
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Whether training moves the range of "ema" and of weights that are followed, and starts a scale."""
+        self._observes = enabled
+        if self.quantizer == "ema":
+            self.observer_on.fill_(enabled)
+
+    def disable_observer(self) -> None:
+        self.enable_observer(False)
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Whether the forward pass quantizes; where not, x passes as it is and observers go on."""
+        self._quantizes = enabled
+        if self.quantizer == "ema":
+            self.fake_quant_on.fill_(enabled)
+
+    def disable_fake_quant(self) -> None:
+        self.enable_fake_quant(False)
 
     def qparams(self) -> tuple[Tensor, Tensor | None]:
         """Scale (positive) and int32 zero point (None where symmetric), as the next forward uses them."""
         scale, zero_point = self.scale.detach(), self.zero_point
-        if self.quantizer == "lsq":
-            scale = scale.clamp(min=SCALE_FLOOR)
         if self.symmetric or zero_point is None:
             return scale, None
         return scale, zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
@@ -167,20 +282,18 @@ class FakeQuantize(nn.Module):
             if isinstance(self.granularity, PerChannel):
                 scale, zero_point = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (scale, zero_point))
             return q.view(x.shape), scale, None if self.symmetric else zero_point
+        if not self._ready:
+            self._meet(x)
         s, z = self.qparams()
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.quantizer == "dynamic":
-            y = fake_quantize_dynamic(
-                self._rows(x), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
-            )
-            return y.view(x.shape) if isinstance(self.granularity, PerChannel) else y
         if not self._ready:
-            raise RuntimeError(
-                f'quantizer: "{self.quantizer}" has no scale yet; call qk.calibrate(model, batches) before the first '
-                "forward pass, or load a state_dict of a calibrated model"
-            )
+            self._meet(x)
+        if not self._quantizes and not (self.quantizer == "ema" and self.training):
+            return x
+        if self.quantizer == "dynamic":
+            return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
             return observe_fake_quantize(
                 x,
@@ -188,39 +301,68 @@ class FakeQuantize(nn.Module):
                 self.fake_quant_on,
                 self.running_min,
                 self.running_max,
-                self.scale,
+                self._scale,
                 self.zero_point,  # type: ignore[arg-type]  # a buffer here
                 averaging_const=AVERAGING_CONST,
                 quant_min=self.quant_min,
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
-        scale: Tensor = self.scale
-        zero_point, factor = self.zero_point, 1.0
+        followed = self._follows()
+        if followed and self.training:
+            _follow(x, self._scale, self.zero_point, self.quant_min, self.quant_max, self.symmetric, self._span)
         if self.quantizer == "lsq":
-            if self.training:
-                # In place, where a clamp in the graph would stop the gradient of a scale that once fell below; through
-                # .data, because another call of this module in the same step may have saved the scale for backward.
-                scale.data.clamp_(min=SCALE_FLOOR)
-                if zero_point is not None:
-                    zero_point.data.clamp_(self.quant_min, self.quant_max)
-            else:
-                scale = scale.clamp(min=SCALE_FLOOR)
-            numel = x.shape[-self.feature_dims :].numel() if self._numel is None else self._numel
-            factor = (numel * self.steps) ** -0.5 if numel else 1.0
+            return _learned(
+                x,
+                self._scale,
+                self.log_scale,
+                self._log_limits(),
+                self.zero_point,
+                self.quant_min,
+                self.quant_max,
+                self.steps,
+                self.feature_dims if self._numel is None else None,
+                self._numel,
+                # Nothing of a weight that is followed is clipped; LSQ's mask would take its largest value for it.
+                "clip" if followed and self.straight_through == "lsq" else self.straight_through,
+            )
         return fake_quantize(
             x,
-            scale,
-            zero_point,
+            self._scale,
+            self.zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            grad_factor=factor,
             straight_through=self.straight_through,
         )
+
+    def _follows(self) -> bool:
+        """Whether the range is that of the weight at each training step."""
+        learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
+        return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
+
+    def _log_limits(self) -> tuple[float, float]:
+        return (0.0, math.log(2)) if self._follows() else (-LOG_LIMIT, LOG_LIMIT)
 
     def extra_repr(self) -> str:
         parts = (f"{name}={getattr(self, name)!r}" for name in ("bits", "granularity", "symmetric", "quantizer"))
         return ", ".join(parts)
+
+    def _meet(self, x: Tensor) -> None:
+        """The first tensor of a quantizer without a scale."""
+        if not self.is_weight and not (self.training and self._observes):
+            raise RuntimeError(
+                f'{self.name or "quantizer"}: this "{self.quantizer}" quantizer has no scale yet; before the first '
+                "forward pass in eval mode call qk.calibrate(model, batches) with batches that reach it, train on one, "
+                "or load a state_dict of a calibrated model"
+            )
+        if x.numel() and not x.is_meta:
+            self.start(x)
+
+    def forget(self) -> None:
+        """Drops the scale: the next tensor starts it anew, of an input in training mode."""
+        if self.quantizer in ("lsq", "minmax"):
+            self.calibrated.fill_(False)
+            self._ready = False
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
@@ -231,12 +373,177 @@ class FakeQuantize(nn.Module):
         return None if isinstance(self.granularity, PerTensor) else -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
-        return super()._apply(lambda t: apply_keeping_dtype(fn, t), recurse)
+        def apply(t: Tensor) -> Tensor:
+            return fn(t) if isinstance(t, nn.Parameter) else apply_keeping_dtype(fn, t)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.quantizer in ("lsq", "minmax") and not self.calibrated.is_meta:
+        return super()._apply(apply, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantizer == "dynamic":
+            return
+        scale = self._scale.detach()
+        destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
+        destination[prefix + "scale"] = scale
+        if self.quantizer == "lsq":
+            destination[prefix + "scale"] = self.scale.detach()
+            destination[prefix + "start"] = scale
+            for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
+                destination[prefix + name] = destination[prefix + name].float()
+        if self.quantizer != "ema":
+            for key, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
+                destination[prefix + key] = torch.tensor([value], dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = strict, missing_keys, unexpected_keys, error_msgs
+        if self.quantizer == "dynamic":
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            return
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
+        if bits is not None and int(bits) != self.bits:
+            error_msgs.append(
+                f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
+                "(qk.set_bits changes it)"
+            )
+            return
+        if scale is None:
+            missing_keys.append(prefix + "scale")
+        elif scale.shape != self._scale.shape:
+            error_msgs.append(
+                f"{prefix}scale: got shape {list(scale.shape)}; accepted: {list(self._scale.shape)}, that of this "
+                "quantizer"
+            )
+            return
+        if self.quantizer != "ema":
+            self._observes = bool(state.pop("observer_on", True))
+            self._quantizes = bool(state.pop("fake_quant_on", True))
+        if scale is not None:
+            if self.quantizer == "lsq":
+                log_scale = state.get("log_scale")
+                # A scale that was edited, or stands alone, is a new start.
+                if (
+                    start is not None
+                    and log_scale is not None
+                    and torch.equal(_learned_scale(start, _whole(log_scale), self._log_limits(), self.steps), scale)
+                ):
+                    scale = start
+                else:
+                    state["log_scale"] = torch.zeros_like(scale)
+            if self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False):
+                self._scale = scale.detach().clone()
+            else:
+                self._scale.copy_(scale)
+        loaded = {prefix + key: value for key, value in state.items()}
+        super()._load_from_state_dict(loaded, prefix, local_metadata, *rest)
+        if self.quantizer == "ema":
+            self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
+        elif scale is not None and not self.calibrated.is_meta:
             self._ready = bool(self.calibrated)
+
+
+with contextlib.suppress(AttributeError):  # torch.ao's switches (model.apply(disable_observer), …) then find it
+    torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """t, gathered where FSDP has sharded it."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
+    rows = x.flatten(1) if per_channel and x.dim() > 2 else x
+    return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
+
+
+def _learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
+    """start·exp(log_scale/sqrt(steps)), without a gradient."""
+    return start * (log_scale.detach().float() * steps**-0.5).clamp(*limits).exp()
+
+
+def _learned(
+    x: Tensor,
+    start: Tensor,
+    log_scale: Tensor,
+    log_limits: tuple[float, float],
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    steps: int,
+    feature_dims: int | None,
+    numel: int | None,
+    straight_through: str,
+) -> Tensor:
+    """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
+    scale = _learned_scale(start, log_scale, log_limits, steps)
+    if torch.is_grad_enabled() and log_scale.requires_grad:
+        # The class's docstring says why this is the gradient. The value of the added term is zero.
+        moved = log_scale.float() * (2 * steps**-0.5) / start
+        scale = scale + (moved - moved.detach())
+    if zero_point is not None and zero_point.requires_grad and not torch._C._are_functorch_transforms_active():
+        # Through .data: another call of this module in the same step may have saved it for the backward pass.
+        zero_point.data.clamp_(quant_min, quant_max)
+    if numel is None:
+        numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
+    return fake_quantize(
+        x,
+        scale,
+        zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        grad_factor=(numel * steps) ** -0.5 if numel else 1.0,
+        straight_through=straight_through,
+    )
+
+
+@torch.no_grad()
+def _follow(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    zeros_span: float,
+) -> None:
+    """Sets scale and zero point to x's range."""
+    low, high = block_range(x, scale.shape)
+    _set_qparams(scale, zero_point, low, high, quant_min, quant_max, symmetric, SCALE_FLOOR, zeros_span)
+
+
+def _set_qparams(
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    eps: float,
+    zeros_span: float,
+) -> None:
+    """Fills scale and zero point to cover [low, high]; where that is zeros alone the mean of the other ranges, or
+    zeros_span where there is none."""
+    low, high = low.float(), high.float()
+    if zeros_span:
+        amax = torch.maximum(-low, high)
+        alive = amax > 0
+        span = (torch.where(alive, amax, 0) / alive.sum().clamp(min=1)).sum()
+        span = torch.where(alive.any(), span, zeros_span)
+        low, high = torch.where(alive, low, -span), torch.where(alive, high, span)
+    s, z = choose_qparams(low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=eps)
+    scale.copy_(s)
+    if zero_point is not None:
+        zero_point.copy_(z)
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -245,14 +552,22 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return moved if moved.dtype == t.dtype else t.to(moved.device)
 
 
+def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum (fp32) of each block of x that one element of scale speaks for."""
+    blocks, inner = _blocks(x, scale_shape)
+    shape = tuple(scale_shape)
+    return blocks.amin(inner).float().reshape(shape), blocks.amax(inner).float().reshape(shape)
+
+
 def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimum, maximum and mean magnitude (fp32) of each block of x that one element of scale speaks for."""
-    x = x.detach().float()
-    inner: tuple[int, ...]
+    """``block_range``, and the mean magnitude (fp32) of each block."""
+    blocks, inner = _blocks(x, scale_shape)
+    return *block_range(x, scale_shape), blocks.float().abs().mean(inner).reshape(tuple(scale_shape))
+
+
+def _blocks(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    x = x.detach()
     if math.prod(scale_shape) == 1:
-        blocks, inner = x.reshape(-1), (0,)
-    else:
-        split = [n for p, size in zip(scale_shape, x.shape, strict=True) for n in (p, size // p)]
-        blocks, inner = x.reshape(split), tuple(range(1, len(split), 2))
-    stats = blocks.amin(inner), blocks.amax(inner), blocks.abs().mean(inner)
-    return tuple(stat.reshape(tuple(scale_shape)) for stat in stats)  # type: ignore[return-value]
+        return x.reshape(-1), (0,)
+    split = [n for p, size in zip(scale_shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
+    return x.reshape(split), tuple(range(1, len(split), 2))

@@ -14,7 +14,19 @@ from .tracing import call_as_leaf
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-class QATLinear(nn.Linear):
+class _StartsAnew(nn.Module):
+    """A layer whose weight quantizer starts anew where a state_dict holds the weight and no scale for it."""
+
+    weight_fake_quant: FakeQuantize | None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        quantizer, scale = self.weight_fake_quant, f"{prefix}weight_fake_quant.scale"
+        if quantizer is not None and f"{prefix}weight" in state_dict and scale not in state_dict:
+            quantizer.forget()
+
+
+class QATLinear(_StartsAnew, nn.Linear):
     """nn.Linear whose weight and input pass through ``weight_fake_quant`` and ``input_fake_quant``; either may be None.
 
     Parameters keep their names, so a float state_dict loads; a prepared one adds the quantizers' keys.
@@ -38,7 +50,7 @@ class QATLinear(nn.Linear):
         return F.linear(input, weight, self.bias)
 
 
-class QATConv2d(nn.Conv2d):
+class QATConv2d(_StartsAnew, nn.Conv2d):
     """nn.Conv2d with fake quantization, as ``QATLinear``.
 
     A BatchNorm2d behind it stays an ordinary layer during training. Folding it into the weight before quantizing, as
@@ -71,7 +83,7 @@ class QATConv2d(nn.Conv2d):
 def _with_quantizers(
     cls: type[Layer], module: nn.Module, weight: FakeQuantize | None, input: FakeQuantize | None
 ) -> Layer:
-    float_class = cls.__mro__[1]
+    float_class = cls.__mro__[2]
     if type(module) is not float_class:
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
     layer: Any = cls.__new__(cls)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.fake_quantize import SCALE_FLOOR, FakeQuantize, block_statistics
+from ..nn.fake_quantize import MSE_BITS, SCALE_FLOOR, FakeQuantize, block_statistics
 from ..ops import statistics as ops
 from .fold import eval_mode
 from .histogram import RangeHistogram
 
-METHODS = ("minmax", "moving_average", "percentile", "mse")
+METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "lsq")
 MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would keep to the first one
 
 
@@ -24,6 +27,8 @@ class _Statistics:
 
     def __init__(self, name: str, quantizer: FakeQuantize, method: str) -> None:
         self.name, self.quantizer, self.method = name, quantizer, method
+        if method == "auto":
+            self.method = "mse" if quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS else "minmax"
         self.scale_shape = quantizer.scale.shape
         self.weight: Tensor | None = None
         self.histogram = RangeHistogram(self.scale_shape)
@@ -35,13 +40,12 @@ class _Statistics:
             return
         low, high, mean = block_statistics(x, self.scale_shape)
         amax = float(torch.maximum(-low, high).max())
-        is_weight = self.name.endswith("weight_fake_quant")
         if not math.isfinite(amax):
             layer = self.name.rpartition(".")[0] or "model"
-            what = "weight" if is_weight else "input"
+            what = "weight" if self.quantizer.is_weight else "input"
             raise ValueError(f"batches: the {what} of layer {layer!r} holds NaN or infinity; accepted: finite values")
         self.count += 1
-        if is_weight:  # the same in every batch
+        if self.quantizer.is_weight:  # the same in every batch
             self.weight = x
         elif self.method in ("percentile", "mse"):
             self.histogram.update(x, amax)
@@ -63,41 +67,58 @@ class _Statistics:
             return
         low, high, mean = self.values
         quantizer, weight, histogram = self.quantizer, self.weight, self.histogram
+        chosen: tuple[Tensor, ...] = (low, high, mean) if self.method == "lsq" else (low, high)
         if self.method == "percentile":
             tails = low, high, percentile, quantizer.symmetric
             chosen = ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
-            quantizer.set_range(*chosen)
         elif self.method == "mse":
             rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR
             chosen = ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
-            quantizer.set_range(*chosen)
-        else:
-            quantizer.set_range(low, high, mean)
+        quantizer.set_range(*chosen)
+        if weight is not None and self.method in ("minmax", "lsq"):
+            quantizer.enable_observer()  # a "minmax" weight is followed
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "minmax", percentile: float = 99.99) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    method: str = "auto",
+    percentile: float = 99.99,
+    max_batches: int | None = None,
+) -> None:
     """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
 
     Runs ``model`` in eval mode without gradients and without quantization, so that each layer sees what the float
-    model gives it; modes are restored. Weight quantizers start anew from the weights as they are now.
+    model gives it; modes are restored. A BatchNorm that has seen no batch yet normalizes by the batch, as it will in
+    training, and stays as it is. Weight quantizers start anew from the weights as they are now. Quantizers that no
+    batch reached are named in a warning; they start from their first batch in training. Progress is shown on a
+    terminal where tqdm is installed.
 
     Args:
         model: from ``prepare``.
-        batches: tensors (the input), tuples or lists (the first element is the input), or dicts (keyword arguments).
-        method: "minmax": the extremes over all batches. "moving_average": an average of the batches' extremes
-            (the first, then value += 0.1·(batch − value)), which a single outlier moves less. "percentile": what holds
-            ``percentile`` % of all magnitudes (symmetric quantizers), or of the values counted from either end.
-            "mse": the fraction of the extremes, of 64 down to 1/79, that gives the smallest squared error: the one
-            to take at 4 bits and below, or for heavy tails. Both look at weights themselves and at inputs through a
-            histogram of 32768 bins, and set learned scales too, in place of LSQ's own formula.
+        batches: tensors (the input), tuples or lists (the model's arguments by position; of a model that takes one, as
+            from a loader of inputs and targets, the first element), or dicts (arguments by name).
+        method: "minmax": the extremes over all batches, at every width. "moving_average": an average of the batches'
+            extremes (the first, then value += 0.1·(batch − value)), which a single outlier moves less. "percentile":
+            what holds ``percentile`` % of all magnitudes (symmetric quantizers), or of the values counted from either
+            end. "mse": the fraction of the extremes, of 64 down to 1/79, that gives the smallest squared error: the
+            one to take at 4 bits and below, or for heavy tails. "lsq": of learned scales of at most 4 bits LSQ's
+            own start, 2·mean|x|/sqrt(steps), else the extremes. "auto": "mse" for learned scales of at most 4 bits,
+            else "minmax". "percentile" and "mse" look at weights themselves, at inputs through a histogram of 32768
+            bins.
         percentile: above 50, at most 100; the default clips one value in ten thousand.
+        max_batches: how many batches to take at most; None: all.
 
     Raises:
-        ValueError: no batches, a method, percentile or model other than these, or NaN or infinity in a layer's input
-            (names the layer). The model's scales then stay as they were.
+        ValueError: no batches, a method, percentile, max_batches or model other than these, or NaN or infinity in a
+            layer's input (names the layer). The model's scales then stay as they were.
+        TypeError: a batch of another form, or of more elements than the model takes arguments.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: got {max_batches}; accepted: at least 1, or None for all")
     ops.check_percentile(percentile)
     quantizers = quantizers_of(model)
     statistics = {
@@ -112,15 +133,59 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, method: str = "minmax
         return x
 
     seen = 0
-    with eval_mode(model), torch.no_grad(), quantizers_replaced(model, observe):
-        for batch in batches:
+    with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
+        for batch in _progress(itertools.islice(batches, max_batches), "calibrate: batches"):
             call(model, batch)
             seen += 1
     if not seen:
         raise ValueError("batches: got none; accepted: at least one batch of inputs")
     with torch.no_grad():
-        for observed in statistics.values():
+        for observed in _progress(statistics.values(), "calibrate: scales"):
             observed.apply(percentile)
+    unreached = [observed.name for observed in statistics.values() if observed.values is None]
+    if unreached:
+        warnings.warn(
+            f"qk.calibrate: no batch reached {', '.join(unreached)}: not called, or its parent reads its weight "
+            "instead of calling it",
+            stacklevel=2,
+        )
+
+
+def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """The items, counted on a terminal once they take more than a second."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=what, disable=None, delay=1, leave=False)
+
+
+@contextlib.contextmanager
+def _as_it_will_train(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but for BatchNorms that will train and have no statistics yet: they take the batch's and keep none."""
+    fresh = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and _has_seen_nothing(module)
+    ]
+    before = [(norm, norm.momentum) for norm in fresh]
+    try:
+        with eval_mode(model):
+            for norm in fresh:
+                norm.training, norm.momentum = True, 0.0
+            yield
+    finally:
+        for norm, momentum in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
+
+
+def _has_seen_nothing(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the running statistics are those of a new layer, and not loaded from a file that counts no batches."""
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or var is None or count is None or mean.is_meta:
+        return False
+    return not bool(count) and not bool(mean.any()) and bool((var == 1).all())
 
 
 def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
@@ -131,17 +196,36 @@ def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on one batch: a tensor, a tuple or list that starts with the input, or a dict of keyword arguments."""
+    """The model on one batch: a tensor, a tuple or list of arguments, or a dict of arguments by name.
+
+    Of a model that takes one argument, a tuple's first element is the input: a loader's pairs of inputs and targets.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list) and batch:
+    if not isinstance(batch, tuple | list) or not batch:
+        raise TypeError(
+            f"batches: got a {type(batch).__name__}; accepted: tensors, tuples or lists of the model's arguments, or "
+            "dicts of arguments by name"
+        )
+    most = _positional(model)
+    if most == 1:
         return model(batch[0])
-    raise TypeError(
-        f"batches: got a {type(batch).__name__}; accepted: tensors, tuples or lists that start with the input, "
-        "dicts of keyword arguments"
-    )
+    if len(batch) > most:
+        raise TypeError(
+            f"batches: got a {type(batch).__name__} of {len(batch)} elements for a model that takes {most:.0f} "
+            "arguments; accepted: at most as many, or a dict of arguments by name"
+        )
+    return model(*batch)
+
+
+def _positional(model: nn.Module) -> float:
+    """How many arguments the model takes by position."""
+    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return math.inf
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class QSpec:
     granularity: Granularity | None = None
     symmetric: bool = True
     quantizer: str = "lsq"
-    straight_through: str = "clip"
+    straight_through: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
-from ..nn.fake_quantize import FakeQuantize, block_statistics
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConv2d, QATLinear
 from .config import QUANTIZABLE, QConfig
 
@@ -48,9 +47,10 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"config, layer {name!r}: {error}") from None
         if weight is not None and weight.quantizer != "dynamic":
-            with torch.no_grad():
-                weight.to(layer.weight.device)  # type: ignore[union-attr, arg-type]
-                weight.set_range(*block_statistics(layer.weight, weight.scale.shape))  # type: ignore[arg-type]
+            weight.to(layer.weight.device).start(layer.weight)  # type: ignore[union-attr, arg-type]
+        for quantizer, kind in ((weight, "weight"), (input, "input")):
+            if quantizer is not None:
+                quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
         made[layer] = QAT_CLASS[type(layer)].from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
     return replace_modules(prepared, made.get)
 

@@ -1,0 +1,63 @@
+"""What a training loop asks of a prepared model: parameter groups, and switches on its quantizers."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from torch import nn
+
+from ..nn.fake_quantize import FakeQuantize
+from .calibrate import quantizers_of
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Two groups for a torch optimizer: the model's own parameters, and those of its quantizers without weight decay.
+
+    ``torch.optim.AdamW(qk.parameter_groups(model, lr=1e-4, weight_decay=0.01))``. Decay would pull a learned scale back
+    to its start and a zero point to zero. Both have the learning rate lr; a scale moves by a fraction of it (see
+    ``FakeQuantize``), and a schedule acts on both. Parameters that need no gradient are left out.
+    """
+    own = {id(p) for module in model.modules() if isinstance(module, FakeQuantize) for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) not in own], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in own], "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
+    """Stops what moves ranges in training: of "ema" quantizers, of "minmax" weights, and starts from a first batch.
+
+    Learned scales go on learning: ``requires_grad_(False)`` on them stops that. A state_dict holds it, frozen=False
+    undoes it.
+    """
+    for quantizer in quantizers_of(model).values():
+        quantizer.enable_observer(not frozen)
+
+
+def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
+    """Switches all quantizers on or off; off, they pass their input on and observe. It is in a state_dict."""
+    for quantizer in quantizers_of(model).values():
+        quantizer.enable_fake_quant(enabled)
+
+
+def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
+    """Changes the width of quantizers of a prepared model in place and keeps their ranges.
+
+    Args:
+        bits: 2 to 8.
+        where: a glob on the names of quantizers, as ``"*.weight_fake_quant"`` or ``"layer1.*"``.
+
+    Returns:
+        The names of the quantizers.
+
+    Raises:
+        ValueError: bits, or no quantizer has such a name.
+    """
+    chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
+    if not chosen:
+        raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
+    for quantizer in dict.fromkeys(chosen.values()):
+        quantizer.set_bits(bits)
+    return list(chosen)
