@@ -49,7 +49,7 @@ def test_linear_from_float_by_hand(act_bits, k, group_size, bits, symmetric):
         )  # fmt: skip
         size = k if group_size == -1 else group_size
         codes, scale, zero_point, values = quantized_by_hand(linear.weight, bits, size, symmetric, scale_dtype)
-        assert torch.equal(layer.weight, codes.to(torch.int8))
+        assert torch.equal(layer.codes, codes.to(torch.int8))
         assert layer.scale.dtype == scale_dtype
         assert torch.equal(layer.scale, scale)
         assert (layer.zero_point is None) == symmetric
@@ -125,7 +125,7 @@ def test_every_input_by_hand(input, kind):
     layer = filled(kind, input=input, act_bits=16 if input is None else 8)
     x = torch.randn(2, 9, 48) + 0.3
     fed = x if input is None else INPUTS[input]()(x)
-    codes, scale = layer.weight.double(), layer.scale.double().repeat_interleave(16, 1)
+    codes, scale = layer.codes.double(), layer.scale.double().repeat_interleave(16, 1)
     if kind == "zero_point":
         codes = codes - layer.zero_point.double().repeat_interleave(16, 1)
     weight = codes * scale
@@ -177,10 +177,10 @@ def blank(layer: nn.Module) -> nn.Module:
     other = copy.deepcopy(layer)
     # What is packed stands for zeros now, what is not is 1.
     zeros = {name: torch.zeros(form[1], dtype=form[0]) for name, form in other._logical().items() if form}
-    other._buffers.update(other._pack(zeros))
-    for name, buffer in other.named_buffers():
-        if name not in other._non_persistent_buffers_set:
-            buffer.fill_(1)
+    other._hold(other._pack(zeros))
+    for name, t in (*other.named_parameters(), *other.named_buffers()):
+        if name not in (*other.private_buffers, *other.private_parameters):
+            t.detach().fill_(1)
     return other
 
 
@@ -191,7 +191,9 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
     for key in first:
         assert first[key].dtype == second[key].dtype, key
         assert torch.equal(first[key], second[key]), key
-    for (name, one), (_, two) in zip(a.named_buffers(), b.named_buffers(), strict=True):
+    for (name, one), (_, two) in zip(
+        (*a.named_parameters(), *a.named_buffers()), (*b.named_parameters(), *b.named_buffers()), strict=True
+    ):
         assert torch.equal(one, two), name
     x = example(a)
     assert torch.equal(a(x), b(x))
@@ -307,10 +309,10 @@ def test_a_checkpoint_of_another_form_is_refused():
         (filled(), filled("symmetric"), r"zero_point: got torch\.int8 of shape \[37, 3\]; accepted: none"),
         (filled("symmetric"), filled(), 'Missing key.*"zero_point"'),
         (filled("minimum"), filled(), 'Missing key.*"zero_point"'),
-        (filled(bits=3), filled(), r"weight: got torch.uint8 of shape \[37, 18\]; accepted: .*\[37, 24\]"),
+        (filled(bits=3), filled(), r"codes: got torch.uint8 of shape \[37, 18\]; accepted: .*\[37, 24\]"),
         (filled(scale_dtype=torch.float16), filled(), "scale: got torch.float16.*accepted: torch.float32"),
         (filled(input="static"), filled(), 'Missing key.*"input_zero_point"'),
-        (Int8Linear.from_float(nn.Linear(48, 37)), filled(), r"weight: got torch.int8 of shape \[37, 48\]"),
+        (Int8Linear.from_float(nn.Linear(48, 37)), filled(), r"codes: got torch.int8 of shape \[37, 48\]"),
     ):
         before = copy.deepcopy(target)
         with pytest.raises(RuntimeError, match=message):
@@ -344,7 +346,7 @@ def test_meta_device(name):
     layer = LAYERS[name]()
     state = layer.state_dict()
     on_meta = copy.deepcopy(layer).to("meta")
-    assert all(t.is_meta for t in on_meta.buffers())
+    assert all(t.is_meta for t in (*on_meta.parameters(), *on_meta.buffers()))
     assert {k: (t.shape, t.dtype) for k, t in on_meta.state_dict().items()} == {
         k: (t.shape, t.dtype) for k, t in state.items()
     }
@@ -368,14 +370,14 @@ def test_made_on_meta():
                 Int4Embedding(9, 48, group_size=16, symmetric=False),
             ]
         )
-    assert all(t.is_meta for t in layers.buffers())
+    assert all(t.is_meta for t in (*layers.parameters(), *layers.buffers()))
     assert not any(t.is_meta for t in layers.to_empty(device="cpu").buffers())
 
 
 def test_memory_is_that_of_the_codes():
     """No copy of weight or scales beside the packed ones."""
     layer = Int4Linear.from_float(nn.Linear(1024, 1024, bias=False), 128)
-    held = state_bytes(dict(layer.named_buffers()))
+    held = state_bytes({**dict(layer.named_buffers()), **dict(layer.named_parameters())})
     assert held <= state_bytes(layer.state_dict()) + 4 * 1024
 
 
@@ -529,7 +531,7 @@ def test_bad_arguments(make, message):
 def test_set_weight_refuses_another_form_and_changes_nothing():
     layer = filled()
     before = copy.deepcopy(layer)
-    codes, scale, zero_point, bias = layer.weight, layer.scale, layer.zero_point, torch.zeros(37)
+    codes, scale, zero_point, bias = layer.codes, layer.scale, layer.zero_point, torch.zeros(37)
     for arguments, options, message in (
         ((codes, scale, bias), {}, "zero_point: got None; accepted by this layer: a tensor"),
         ((codes, scale, bias, zero_point), {"minimum": scale}, "minimum: got a tensor; accepted by this layer: None"),

@@ -167,7 +167,7 @@ def test_convert_after_training_folds_batch_norm(granularity, bits):
     # Codes are those of the unfolded weight, mirrored where gamma is negative.
     codes, _, _ = prepared.conv1.weight_fake_quant.quantize(prepared.conv1.weight)
     assert torch.equal(
-        converted.conv1.weight, torch.where(prepared.norm1.weight.reshape(-1, 1, 1, 1) < 0, -codes, codes)
+        converted.conv1.codes, torch.where(prepared.norm1.weight.reshape(-1, 1, 1, 1) < 0, -codes, codes)
     )
     assert_same_numbers(converted, prepared, x, flips=0.1)
     assert_same_numbers(converted, prepared, x.to(memory_format=torch.channels_last), flips=0.1)
@@ -284,19 +284,20 @@ def test_shared_layer_and_tied_weight():
     assert_same_numbers(convert(weight_only), weight_only, x, flips=0.1)
 
 
-def test_weight_only_above_4_bits_becomes_a_float_layer_with_the_dequantized_weight():
+def test_weight_only_above_4_bits_holds_codes_and_computes_in_float():
     torch.manual_seed(0)
     for granularity in (PerChannel(), PerGroup(8)):
         model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
         prepared = prepare(model, QConfig(QSpec(5, granularity, symmetric=False), None))
         x = torch.randn(5, 16)
         converted = convert(prepared)
-        assert type(converted[0]) is nn.Linear
+        assert type(converted[0]) is Int8Linear
         assert torch.equal(converted[0].weight, prepared[0].weight_fake_quant(prepared[0].weight))
         assert torch.equal(converted(x), prepared(x))
         made = report(converted)
-        assert "weight only" in made.notes["0"]
         assert made.layers[0].weight_bits == 5
+        size = sum(t.numel() * t.element_size() for t in converted.state_dict().values())
+        assert made.quantized_bytes == report(prepared).quantized_bytes == size
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_int4_convert_equals_prepared(granularity, k, input, symmetric, bits):
         assert type(converted) is Int4Linear
         assert (converted.weight_bits, converted.act_bits) == (bits, 16 if input == "float" else 8)
         codes, scale, zero_point = prepared.weight_fake_quant.quantize(prepared.weight)
-        assert torch.equal(converted.weight, codes)
+        assert torch.equal(converted.codes, codes)
         assert torch.equal(converted.scale, scale.expand(35, converted.scale.shape[1]))  # bit for bit
         if symmetric:
             assert converted.zero_point is None

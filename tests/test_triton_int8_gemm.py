@@ -139,7 +139,7 @@ def test_a_packed_layer_follows_the_device() -> None:
     layer.set_weight(q, torch.ones(9), None)
     panels = layer.data
     layer.data = torch.nn.functional.pad(q, (0, 13))
-    assert torch.equal(layer.weight, q)
+    assert torch.equal(layer.codes, q)
     layer = layer.to(torch.device("cpu"))
     assert torch.equal(layer.data, panels)
     x = torch.randn(4, 35)

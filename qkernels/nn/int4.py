@@ -15,7 +15,8 @@ from ..reference.int4_gemm import by_group, check, check_group_size, check_scale
 from ..reference.packing import check_bits, packed_length
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
-from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite
+from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen
+from .replacing import take_over
 
 
 def _logical_weight(
@@ -25,7 +26,7 @@ def _logical_weight(
     n, k = shape
     groups = (n, groups_of(k, group_size))
     return {
-        "weight": (torch.uint8, (n, packed_length(k, bits))),
+        "codes": (torch.uint8, (n, packed_length(k, bits))),
         "scale": (scale_dtype, groups),
         "zero_point": (torch.int8, groups) if offset == "zero_point" else None,
         "minimum": (scale_dtype, groups) if offset == "minimum" else None,
@@ -54,19 +55,22 @@ class Int4Linear(QuantizedInputLayer):
         scale_dtype: of scales and minima: torch.float32, torch.bfloat16 or torch.float16.
         act_bits: 8: the input becomes int8 codes on the way in. 16: it stays in float.
         input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
+        dtype: of the ``weight`` that the layer shows.
 
-    state_dict: ``weight`` (uint8, codes as ``pack_bits`` packs them), ``scale`` [N, K/group_size], ``zero_point``
-    (int8) or ``minimum`` of scale's shape, and what ``QuantizedInputLayer`` adds. The packed layout belongs to the
-    device: it is made anew where the layer moves to a GPU.
+    state_dict: ``codes`` (uint8, as ``pack_bits`` packs them; version 0.1.0 calls them ``weight``), ``scale``
+    [N, K/group_size], ``zero_point`` (int8) or ``minimum`` of scale's shape, and what ``QuantizedInputLayer`` adds. The
+    packed layout belongs to the device: it is made anew where the layer moves to a GPU.
 
-    x [..., in_features] fp32, bf16 or fp16 → [..., out_features] of x's dtype. Not differentiable.
+    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype.
     """
 
     data: Tensor
-    packed_scale: Tensor
+    packed_scale: nn.Parameter
     packed_zero_point: Tensor | None
     packed_minimum: Tensor | None
     weight_sum: Tensor
+    private_buffers = ("data", "packed_zero_point", "packed_minimum", "weight_sum")
+    private_parameters = ("packed_scale",)
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Int4Linear(QuantizedInputLayer):
         scale_dtype: torch.dtype = torch.float32,
         act_bits: int = 8,
         input: FakeQuantize | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         group_size = _check_weight(weight_bits, group_size, in_features, scale_dtype)
         check(
@@ -92,7 +97,7 @@ class Int4Linear(QuantizedInputLayer):
         check(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
         if act_bits == 8 and input is None:
             input = FakeQuantize(granularity=PerToken(), quantizer="dynamic")
-        super().__init__((out_features, in_features), bias, weight_bits, input)
+        super().__init__((out_features, in_features), bias, weight_bits, input, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.scale_dtype, self.act_bits = group_size, scale_dtype, act_bits
         self.offset = None if symmetric else "minimum" if minimum else "zero_point"
@@ -111,6 +116,8 @@ class Int4Linear(QuantizedInputLayer):
     ) -> Int4Linear:
         """Quantizes a trained layer by the range of each group (see ``PackedInt.from_float``), inputs per token.
 
+        Takes over its hooks and what else was set on it.
+
         Raises:
             ValueError: the weight holds NaN or infinity. RuntimeError: group_size, act_bits, weight_bits, scale_dtype.
         """
@@ -125,19 +132,20 @@ class Int4Linear(QuantizedInputLayer):
             symmetric=symmetric,
             scale_dtype=scale_dtype,
             act_bits=act_bits,
+            dtype=weight.dtype,
         ).to(weight.device)
         layer.set_weight(codes, scale, linear.bias, zero_point)
-        return layer.train(linear.training)
+        return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 
     @property
-    def weight(self) -> Tensor:
-        """The codes [N, K] in int8, unpacked."""
+    def codes(self) -> Tensor:
+        """The integers [N, K] in int8, unpacked."""
         return self._packed().unpack()[0]
 
     @property
     def scale(self) -> Tensor:
         """[N, K/group_size]."""
-        return self._by_group(self.packed_scale)
+        return self._by_group(self._scale_of("packed_scale"))
 
     @property
     def zero_point(self) -> Tensor | None:
@@ -148,10 +156,6 @@ class Int4Linear(QuantizedInputLayer):
     def minimum(self) -> Tensor | None:
         """[N, K/group_size] in scale's dtype, the value of code −8; None: there are none."""
         return None if self.packed_minimum is None else self._by_group(self.packed_minimum)
-
-    def dequantize(self) -> Tensor:
-        """The weight [N, K] in fp32."""
-        return self._packed().dequantize()
 
     def set_weight(
         self,
@@ -182,13 +186,17 @@ class Int4Linear(QuantizedInputLayer):
             f"scale: got shape {list(scale.shape)}, groups of {packed.group_size}; accepted by this layer: groups of "
             f"{self.group_size}",
         )
-        self._hold(packed)
+        self._hold(_private_of(packed))
         self._set_bias(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        input_scale, input_zero_point = self._input_qparams(x)
+    def forward(self, input: Tensor) -> Tensor:
+        out_dtype = self._out_dtype(input)
+        if input.dtype == torch.float64:
+            x = self._input_values(input)
+            return F.linear(x, self._weight_in(x.dtype), self._bias_in(x.dtype))
+        input_scale, input_zero_point = self._input_qparams(input)
         return int4_linear(
-            x,
+            input,
             self._packed(),
             self.bias,
             self.act_bits,
@@ -196,6 +204,7 @@ class Int4Linear(QuantizedInputLayer):
             input_zero_point=input_zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
+            out_dtype=out_dtype,
         )
 
     def extra_repr(self) -> str:
@@ -207,13 +216,27 @@ class Int4Linear(QuantizedInputLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         super()._apply(fn, recurse)
         if not self.data.is_meta:
-            self._hold(self._packed().to(self.data.device))
+            packed = self._packed()
+            if (moved := packed.to(self.data.device)) is not packed:
+                self._hold(_private_of(moved))
         return self
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        codes, scale, zero_point, minimum = self._packed().unpack()
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = scale.to(compute)[..., None]
+        values = codes.view(self.out_features, groups_of(self.in_features, self.group_size), self.group_size).to(
+            compute
+        )
+        if zero_point is not None:
+            values = values - zero_point[..., None]
+        values = values * scale if minimum is None else (values + 8) * scale + minimum.to(compute)[..., None]
+        return values.view(codes.shape).to(dtype)
 
     def _packed(self) -> PackedInt:
         return PackedInt(
             self.data,
-            self.packed_scale,
+            self._scale_of("packed_scale"),
             self.packed_zero_point,
             self.packed_minimum,
             self.weight_sum,
@@ -224,29 +247,26 @@ class Int4Linear(QuantizedInputLayer):
 
     def _by_group(self, packed: Tensor) -> Tensor:
         # A copy: a view of the padded panels would take all of them along when it is saved.
-        return by_group(packed, self.out_features).clone(memory_format=torch.contiguous_format)
-
-    def _hold(self, packed: PackedInt) -> None:
-        self._buffers.update(_buffers_of(packed))
+        return by_group(packed.detach(), self.out_features).clone(memory_format=torch.contiguous_format)
 
     def _logical(self) -> Logical:
         return _logical_weight(self.weight_shape, self.weight_bits, self.group_size, self.scale_dtype, self.offset)
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        codes = unpack_bits(logical["weight"], self.weight_bits, self.in_features)
+        codes = unpack_bits(logical["codes"], self.weight_bits, self.in_features)
         zero_point, minimum = logical.get("zero_point"), logical.get("minimum")
         packed = PackedInt.from_quantized(
             codes, logical["scale"], zero_point, minimum=minimum, bits=self.weight_bits
         )  # fmt: skip
-        return _buffers_of(packed)
+        return _private_of(packed)
 
     def _unpack(self) -> dict[str, Tensor]:
-        weight = pack_bits(self.weight, self.weight_bits)
-        tensors = {"weight": weight, "scale": self.scale, "zero_point": self.zero_point, "minimum": self.minimum}
+        codes = pack_bits(self.codes, self.weight_bits)
+        tensors = {"codes": codes, "scale": self.scale, "zero_point": self.zero_point, "minimum": self.minimum}
         return {name: t for name, t in tensors.items() if t is not None}
 
 
-def _buffers_of(packed: PackedInt) -> dict[str, Tensor | None]:
+def _private_of(packed: PackedInt) -> dict[str, Tensor | None]:
     return {
         "data": packed.data,
         "packed_scale": packed.scale,
@@ -265,16 +285,17 @@ class Int4Embedding(QuantizedLayer):
         weight_bits, group_size, symmetric, scale_dtype: as ``Int4Linear``, with groups along embedding_dim.
         dtype: of the output; it follows where the model is cast (``model.bfloat16()``), scales do not.
 
-    state_dict: ``weight`` (uint8, codes as ``pack_bits`` packs them), ``scale`` [num_embeddings,
-    embedding_dim/group_size] and where not symmetric ``zero_point`` (int8) of scale's shape.
+    state_dict: ``codes`` (uint8, as ``pack_bits`` packs them; version 0.1.0 calls them ``weight``), ``scale``
+    [num_embeddings, embedding_dim/group_size] and where not symmetric ``zero_point`` (int8) of scale's shape.
 
     Indices [...], int32 or int64 → [..., embedding_dim] of dtype: (code − zero_point)·scale in fp32, rounded once. Not
     differentiable. An index outside 0…num_embeddings − 1 raises IndexError on the CPU.
     """
 
-    weight: Tensor
-    scale: Tensor
+    data: Tensor
+    scale: nn.Parameter
     zero_point: Tensor | None
+    private_buffers = ("data",)
 
     def __init__(
         self,
@@ -288,19 +309,19 @@ class Int4Embedding(QuantizedLayer):
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        super().__init__((num_embeddings, embedding_dim), dtype)
         # nn.Embedding checks padding_idx and resolves a negative one.
-        self.padding_idx = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta").padding_idx
+        table = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
+        self.padding_idx = table.padding_idx
+        self.max_norm, self.norm_type = table.max_norm, table.norm_type
+        self.scale_grad_by_freq, self.sparse = table.scale_grad_by_freq, table.sparse
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight_shape = (num_embeddings, embedding_dim)
         self.weight_bits = weight_bits
         self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
-        check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
-        self.dtype = dtype
-        offset = None if symmetric else "zero_point"
-        tensors = _logical_weight(self.weight_shape, weight_bits, self.group_size, scale_dtype, offset)
-        for name, form in tensors.items():
-            self.register_buffer(name, torch.zeros(form[1], dtype=form[0]) if form else None)
+        groups = (num_embeddings, groups_of(embedding_dim, self.group_size))
+        self.scale = frozen(torch.zeros(groups, dtype=scale_dtype))
+        self.register_buffer("zero_point", None if symmetric else torch.zeros(groups, dtype=torch.int8))
+        self._register_private()
 
     @classmethod
     def from_float(
@@ -313,6 +334,8 @@ class Int4Embedding(QuantizedLayer):
         scale_dtype: torch.dtype = torch.float32,
     ) -> Int4Embedding:
         """Quantizes a trained embedding by the range of each group; the output's dtype is its weight's.
+
+        Takes over its hooks and what else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity, or the embedding has a max_norm, which changes its weight at
@@ -333,7 +356,7 @@ class Int4Embedding(QuantizedLayer):
             dtype=weight.dtype,
         ).to(weight.device)
         layer.set_weight(codes, scale, zero_point)
-        return layer.train(embedding.training)
+        return take_over(layer, embedding, ("weight",)).train(embedding.training)
 
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Takes codes [num_embeddings, embedding_dim] int8 with scales and zero points as in the state_dict.
@@ -341,17 +364,21 @@ class Int4Embedding(QuantizedLayer):
         Raises:
             RuntimeError: a shape or dtype other than these.
         """
-        state = {"weight": pack_bits(codes, self.weight_bits), "scale": scale}
+        state = {"codes": pack_bits(codes, self.weight_bits), "scale": scale}
         self.load_state_dict(state if zero_point is None else {**state, "zero_point": zero_point})
 
-    def dequantize(self) -> Tensor:
-        """The weight [num_embeddings, embedding_dim] in fp32."""
-        return self._rows(self.weight, self.scale, self.zero_point, torch.float32)
+    @property
+    def codes(self) -> Tensor:
+        """The integers [num_embeddings, embedding_dim] in int8, unpacked."""
+        return unpack_bits(self.data, self.weight_bits, self.embedding_dim)
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        return self._rows(self.data, self._scale_of("scale"), self.zero_point, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, scale = F.embedding(input, self.weight), F.embedding(input, self.scale)
+        codes, scale = F.embedding(input, self.data), F.embedding(input, self._scale_of("scale"))
         zero_point = None if self.zero_point is None else F.embedding(input, self.zero_point)
-        return self._rows(weight, scale, zero_point, self.dtype)
+        return self._rows(codes, scale, zero_point, self.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
@@ -361,10 +388,16 @@ class Int4Embedding(QuantizedLayer):
             f"dtype={self.dtype}"
         )
 
-    def _rows(self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-        codes = unpack_bits(weight, self.weight_bits, self.embedding_dim)
+    def _rows(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+        codes = unpack_bits(packed, self.weight_bits, self.embedding_dim)
         return dequantize(codes, scale.float(), None if zero_point is None else zero_point.int(), dtype=dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Embedding:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        return super()._apply(fn, recurse)
+    def _logical(self) -> Logical:
+        n, k = self.weight_shape
+        return {"codes": (torch.uint8, (n, packed_length(k, self.weight_bits)))}
+
+    def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return {"data": logical["codes"]}
+
+    def _unpack(self) -> dict[str, Tensor]:
+        return {"codes": self.data}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,56 +12,129 @@ from torch.nn import functional as F
 
 from ..ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from ..ops.int8_gemm import PackedInt8, int8_linear
+from ..ops.packing import pack_bits, unpack_bits
+from ..ops.quantize import dequantize
+from ..reference.int8_gemm import check
+from ..reference.packing import BITS, packed_length
 from .fake_quantize import FakeQuantize
-from .granularity import PerTensor, PerToken
-from .quantized import Logical, QuantizedInputLayer, check_finite
+from .granularity import Granularity, PerTensor, PerToken
+from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
+from .replacing import take_over
 
 
 class _Int8Layer(QuantizedInputLayer):
-    """What both layers share: packed codes in memory, logical ones in the state_dict, and a scale per output channel.
+    """What both layers share: codes of the weight in memory, in the state_dict too, and scales for output channels.
 
-    state_dict: ``weight`` (int8, the float layer's shape), ``scale`` [N], and what ``QuantizedInputLayer`` adds.
+    With act_bits 8 the codes are packed for the int8 kernels and each output channel has one scale. With act_bits 16
+    the input stays in float and the weight is dequantized at each call, from codes of any group_size, with zero points
+    or without: memory and file are those of the codes.
+
+    state_dict: ``codes``: int8 in the float layer's shape, or of 2 to 4 bits uint8 [⌈numel·bits/8⌉] as ``pack_bits``
+    packs the flattened codes; ``scale`` [N], or [N, K/group_size] where groups are shorter than an output channel; with
+    zero points ``zero_point`` of scale's shape, int8; and what ``QuantizedInputLayer`` adds. Files of version 0.1.0,
+    which call the codes ``weight`` and have a byte for each, are read.
     """
 
     data: Tensor
-    colsum: Tensor
-    scale: Tensor
+    colsum: Tensor | None
+    scale: nn.Parameter
+    zero_point: Tensor | None
+    private_buffers = ("data", "colsum")
 
-    def __init__(self, weight_shape: Sequence[int], bias: bool, weight_bits: int, input: FakeQuantize) -> None:
-        super().__init__(weight_shape, bias, weight_bits, input)
-        self.register_buffer("scale", torch.ones(weight_shape[0]))
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias: bool,
+        weight_bits: int,
+        act_bits: int,
+        group_size: int,
+        symmetric: bool,
+        input: FakeQuantize | None,
+        input_granularity: Granularity,
+        dtype: torch.dtype,
+    ) -> None:
+        check(2 <= weight_bits <= 8, f"weight_bits: got {weight_bits}; accepted: 2 to 8")
+        check(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        check(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
+        k = math.prod(weight_shape[1:])
+        whole = group_size in (-1, k)
+        check(
+            whole or (group_size > 0 and k % group_size == 0),
+            f"group_size: got {group_size}; accepted: -1, or a divisor of {k}",
+        )
+        check(act_bits == 16 or whole, f"group_size: got {group_size} with act_bits=8; accepted: -1")
+        check(act_bits == 16 or symmetric, "symmetric: got False with act_bits=8; accepted: True")
+        if act_bits == 8 and input is None:
+            input = FakeQuantize(granularity=input_granularity, quantizer="dynamic")
+        super().__init__(weight_shape, bias, weight_bits, input, dtype)
+        self.act_bits, self.group_size = act_bits, k if whole else group_size
+        n = weight_shape[0]
+        scales = (n,) if whole else (n, k // group_size)
+        self.scale = frozen(torch.ones(scales, dtype=torch.float32))
+        self.register_buffer("zero_point", None if symmetric else torch.zeros(scales, dtype=torch.int8))
         self._register_private()
 
     @property
-    def weight(self) -> Tensor:
-        """The integer codes in the float layer's shape, unpacked."""
-        return self._packed().unpack()[0]
+    def codes(self) -> Tensor:
+        """The integers in the float layer's shape, int8."""
+        return self.data if self.act_bits == 16 else self._packed().unpack()[0]
 
-    def dequantize(self) -> Tensor:
-        """The weight in fp32."""
-        return self.weight.float() * self.scale.reshape(-1, *[1] * (len(self.weight_shape) - 1))
+    def set_weight(self, codes: Tensor, scale: Tensor, bias: Tensor | None, zero_point: Tensor | None = None) -> None:
+        """Takes codes (int8, the float layer's shape) with one scale per output channel, or per group of them.
 
-    def set_weight(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Packs codes (int8, the float layer's shape) with one scale per output channel."""
-        self._buffers.update(self._pack({"weight": codes}))
-        self.scale = scale.detach().float().reshape(-1).expand(self.weight_shape[0]).clone()
+        Raises:
+            RuntimeError: codes have another shape, or there are zero points where the layer has none, or the reverse.
+        """
+        check(
+            tuple(codes.shape) == self.weight_shape and codes.dtype == torch.int8,
+            f"codes: got {codes.dtype} of shape {list(codes.shape)}; accepted: torch.int8 of shape "
+            f"{list(self.weight_shape)}",
+        )
+        got, accepted = ("None" if t is None else "a tensor" for t in (zero_point, self.zero_point))
+        check(got == accepted, f"zero_point: got {got}; accepted by this layer: {accepted}")
+        self._hold(self._pack_codes(codes))
+        shape = self.scale.shape
+
+        def spread(t: Tensor) -> Tensor:
+            return t.detach().reshape(-1, *shape[1:]).expand(shape).clone()
+
+        self.scale = frozen(spread(scale.float()))
+        if zero_point is not None:
+            self.zero_point = spread(zero_point.to(torch.int8))
         self._set_bias(bias)
 
-    def _pack_codes(self, codes: Tensor) -> PackedInt8 | PackedInt8Conv2d:
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        scale, zero_point = self._scale_of("scale"), self.zero_point
+        n, groups = scale.shape if scale.dim() == 2 else (scale.shape[0], 1)
+        codes, by_group = self.codes.reshape(n, groups, self.group_size), (n, groups, 1)
+        z = None if zero_point is None else zero_point.view(by_group)
+        return dequantize(codes, scale.view(by_group), z, dtype=dtype).view(self.weight_shape)
+
+    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
         raise NotImplementedError
 
     def _packed(self) -> PackedInt8 | PackedInt8Conv2d:
         raise NotImplementedError
 
     def _logical(self) -> Logical:
-        return {"weight": (torch.int8, self.weight_shape)}
+        if self.weight_bits not in BITS:
+            return {"codes": (torch.int8, self.weight_shape)}
+        return {"codes": (torch.uint8, (packed_length(math.prod(self.weight_shape), self.weight_bits),))}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        packed = self._pack_codes(logical["weight"])
-        return {"data": packed.data, "colsum": packed.colsum}
+        codes = logical["codes"]
+        if self.weight_bits in BITS:
+            codes = unpack_bits(codes, self.weight_bits, math.prod(self.weight_shape)).view(self.weight_shape)
+        return self._pack_codes(codes)
 
     def _unpack(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        codes = self.codes
+        return {"codes": pack_bits(codes.flatten(), self.weight_bits) if self.weight_bits in BITS else codes}
+
+    def _modernize(self, codes: Tensor) -> Tensor:
+        if self.weight_bits in BITS and codes.dtype == torch.int8 and tuple(codes.shape) == self.weight_shape:
+            return pack_bits(codes.flatten(), self.weight_bits)
+        return codes
 
 
 class Int8Linear(_Int8Layer):
@@ -68,10 +142,15 @@ class Int8Linear(_Int8Layer):
 
     Args:
         in_features, out_features, bias: as nn.Linear.
-        weight_bits: what the codes hold, 2 to 8; they are stored as int8.
-        input: how the input is quantized; by default per token from its own range, 8 bits.
+        weight_bits: what the codes hold, 2 to 8; the kernels take a byte for each, files do not.
+        act_bits: 8: the input becomes int8 codes on the way in. 16: it stays in float, and so does the product, with
+            the weight as its codes say.
+        group_size, symmetric: with act_bits 16: weights along in_features that share a scale (−1: all), and whether
+            that is all or a zero point comes with it.
+        input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
+        dtype: of the ``weight`` that the layer shows.
 
-    x [..., in_features] fp32, bf16 or fp16 → [..., out_features] of x's dtype. Not differentiable.
+    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype.
     """
 
     def __init__(
@@ -81,35 +160,47 @@ class Int8Linear(_Int8Layer):
         bias: bool = True,
         *,
         weight_bits: int = 8,
+        act_bits: int = 8,
+        group_size: int = -1,
+        symmetric: bool = True,
         input: FakeQuantize | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        if input is None:
-            input = FakeQuantize(granularity=PerToken(), quantizer="dynamic")
-        super().__init__((out_features, in_features), bias, weight_bits, input)
+        shape, weight = (out_features, in_features), (weight_bits, act_bits, group_size, symmetric)
+        super().__init__(shape, bias, *weight, input, PerToken(), dtype)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def from_float(cls, linear: nn.Linear) -> Int8Linear:
+    def from_float(cls, linear: nn.Linear, *, act_bits: int = 8) -> Int8Linear:
         """Quantizes a trained layer: weights per output channel to amax/127, inputs per token at run time.
+
+        Takes over its hooks and what else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        codes, scale = PackedInt8.from_float(check_finite(linear.weight)).unpack()
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None).to(linear.weight.device)
-        layer.set_weight(codes, scale, linear.bias)
-        return layer.train(linear.training)
+        weight = linear.weight
+        codes, scale = PackedInt8.from_float(check_finite(weight)).unpack()
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bias, act_bits=act_bits, dtype=weight.dtype)
+        layer.to(weight.device).set_weight(codes, scale, linear.bias)
+        return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        input_scale, input_zero_point = self._input_qparams(x)
+    def forward(self, input: Tensor) -> Tensor:
+        out_dtype = self._out_dtype(input)
+        if self.act_bits == 16 or input.dtype == torch.float64:
+            x = self._input_values(input)
+            return F.linear(x, self._weight_in(x.dtype), self._bias_in(x.dtype))
+        input_scale, input_zero_point = self._input_qparams(input)
         return int8_linear(
-            x,
+            input,
             self._packed(),
             self.bias,
             input_scale=input_scale,
             input_zero_point=input_zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
+            out_dtype=out_dtype,
         )
 
     def extra_repr(self) -> str:
@@ -118,22 +209,29 @@ class Int8Linear(_Int8Layer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
         device = self.data.device.type
-        if device != "meta" and (self.data.dim() == 2) != (device == "cuda"):  # moved between the CPU and a GPU
-            self._buffers.update(self._pack(self._unpack()))
+        if self.act_bits == 8 and device != "meta" and (self.data.dim() == 2) != (device == "cuda"):
+            self._hold(self._pack(self._unpack()))  # it moved between the CPU and a GPU
         return self
 
-    def _pack_codes(self, codes: Tensor) -> PackedInt8:
-        return PackedInt8.from_quantized(codes, torch.ones(1))
+    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
+        if self.act_bits == 16:
+            return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
+        packed = PackedInt8.from_quantized(codes, torch.ones(1))
+        return {"data": packed.data, "colsum": packed.colsum}
 
     def _packed(self) -> PackedInt8:
-        return PackedInt8(self.data, self.colsum, self.scale, self.weight_shape)  # type: ignore[arg-type]
+        return PackedInt8(self.data, self.colsum, self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
 
 
 class Int8Conv2d(_Int8Layer):
     """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
 
-    x [B, C, H, W] or [C, H, W], fp32, bf16 or fp16 → x's dtype. By default the input is quantized per tensor from its
-    own range; ``convert`` fixes the range that was trained. Not differentiable.
+    weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; groups run along the flattened weight of an
+    output channel. By default the input is quantized per tensor from its own range; ``convert`` fixes the range that
+    was trained.
+
+    x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory where
+    nn.Conv2d's is: where x or the weight suggests it. ``channels_last``: whether the weight does.
     """
 
     def __init__(
@@ -149,39 +247,47 @@ class Int8Conv2d(_Int8Layer):
         padding_mode: str = "zeros",
         *,
         weight_bits: int = 8,
+        act_bits: int = 8,
+        group_size: int = -1,
+        symmetric: bool = True,
         input: FakeQuantize | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         # nn.Conv2d checks the arguments and resolves padding="same" and ints.
         geometry = (kernel_size, stride, padding, dilation, groups)
         conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")  # type: ignore[arg-type]
-        if input is None:
-            input = FakeQuantize(granularity=PerTensor(), quantizer="dynamic")
         self.groups = groups  # before the base class packs the weight
-        super().__init__(conv.weight.shape, bias, weight_bits, input)
+        weight = (weight_bits, act_bits, group_size, symmetric)
+        super().__init__(conv.weight.shape, bias, *weight, input, PerTensor(), dtype)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self._pad: list[int] | None = None
-        if isinstance(padding, str) or padding_mode != "zeros":  # an uneven or copying pad is exact before quantization
-            self._pad = conv._reversed_padding_repeated_twice
+        self.transposed, self.output_padding = conv.transposed, conv.output_padding
+        self.channels_last = False
+        # The kernels pad evenly and with zeros; any other padding is exact before quantization.
+        left, right, top, bottom = sides = conv._reversed_padding_repeated_twice
+        self._pad = None if left == right and top == bottom and padding_mode == "zeros" else sides
+        self._kernel_padding = (top, left) if self._pad is None else (0, 0)
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d) -> Int8Conv2d:
+    def from_float(cls, conv: nn.Conv2d, *, act_bits: int = 8) -> Int8Conv2d:
         """Quantizes a trained layer: weights per output channel to amax/127, the input per tensor at run time.
+
+        Takes over its hooks and what else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
         codes, scale = PackedInt8.from_float(check_finite(conv.weight).flatten(1)).unpack()
-        layer = cls.like(conv).to(conv.weight.device)
+        layer = cls.like(conv, act_bits=act_bits).to(conv.weight.device)
         layer.set_weight(codes.view(conv.weight.shape), scale, conv.bias)
-        return layer.train(conv.training)
+        return take_over(layer, conv, ("weight", "bias")).train(conv.training)
 
     @classmethod
     def like(cls, conv: nn.Conv2d, **codes: Any) -> Int8Conv2d:
-        """A layer with the geometry of ``conv`` and no weights yet; ``codes``: weight_bits, input, bias."""
+        """A layer with the geometry of ``conv`` and no weights yet; ``codes``: the keyword arguments, and bias."""
         codes.setdefault("bias", conv.bias is not None)
-        return cls(
+        layer = cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]
@@ -190,31 +296,39 @@ class Int8Conv2d(_Int8Layer):
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
             padding_mode=conv.padding_mode,
+            dtype=conv.weight.dtype,
             **codes,
         )
+        layer.channels_last = _suggests_channels_last(conv.weight)
+        return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        input_scale, input_zero_point = self._input_qparams(x)
-        # As nn.Conv2d, the output follows the input's memory format: what comes next may call .view(batch, -1).
-        contiguous = x.is_contiguous()
-        padding: Any = self.padding
-        if self._pad is not None:
-            x, padding = F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
+    def forward(self, input: Tensor) -> Tensor:
+        out_dtype = self._out_dtype(input)
+        if self.act_bits == 16 or input.dtype == torch.float64:
+            x = self._padded(self._input_values(input))
+            weight, bias = self._weight_in(x.dtype), self._bias_in(x.dtype)
+            return F.conv2d(x, weight, bias, self.stride, self._kernel_padding, self.dilation, self.groups)
+        input_scale, input_zero_point = self._input_qparams(input)
+        x = self._padded(input)
+        batch = x if x.dim() == 4 else x.unsqueeze(0)
         y = int8_conv2d(
-            x if x.dim() == 4 else x.unsqueeze(0),
+            batch,
             self._packed(),
             self.bias,
             input_scale=input_scale,  # type: ignore[arg-type]
             input_zero_point=input_zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=self._kernel_padding,
+            dilation=self.dilation,  # type: ignore[arg-type]
         )
-        if x.dim() == 3:
-            return y[0]
-        return y.contiguous() if contiguous else y
+        if y.dtype != out_dtype:
+            y = y.to(out_dtype)
+        if not (_suggests_channels_last(batch) or (self.channels_last and batch.shape[0])):
+            # A copy, as .contiguous() takes the strides of channels_last for contiguous where sizes are 1.
+            y = y.clone(memory_format=torch.contiguous_format)
+        return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         return (
@@ -223,8 +337,46 @@ class Int8Conv2d(_Int8Layer):
             + self._repr_of_codes()
         )
 
-    def _pack_codes(self, codes: Tensor) -> PackedInt8Conv2d:
-        return PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
+    def _padded(self, x: Tensor) -> Tensor:
+        if self._pad is None:
+            return x
+        return F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        weight = super()._weight_in(dtype)
+        return weight.to(memory_format=torch.channels_last) if self.channels_last else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Conv2d:
+        # The float layer's weight would take the memory format: a small tensor in its place.
+        format = torch.channels_last if self.channels_last else torch.contiguous_format
+        sizes = [min(size, 2) for size in self.weight_shape]
+        self.channels_last = _suggests_channels_last(
+            fn(torch.empty(sizes, device=self.data.device, memory_format=format))
+        )
+        super()._apply(fn, recurse)
+        return self
+
+    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
+        if self.act_bits == 16:
+            return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
+        packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
+        return {"data": packed.data, "colsum": packed.colsum}
 
     def _packed(self) -> PackedInt8Conv2d:
-        return PackedInt8Conv2d(self.data, self.colsum, self.scale, self.weight_shape, self.groups)  # type: ignore[arg-type]
+        return PackedInt8Conv2d(self.data, self.colsum, self._scale_of("scale"), self.weight_shape, self.groups)  # type: ignore[arg-type]
+
+
+def _suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch's layers take x [N, C, H, W] for channels_last: its strides grow in the order C, W, H, N.
+
+    A stride of N that is C's again says no: of 1×1 images with one channel both formats have the same strides.
+    """
+    n, c, h, w = x.shape
+    of_n, of_c, of_h, of_w = x.stride()
+    least = of_c
+    for size, above in ((c, of_w), (w, of_h), (h, of_n)):
+        least *= max(size, 1)
+        if above < least:
+            return False
+        least, last = above, least
+    return of_c > 0 and n * c * h * w > 0 and last != of_c

@@ -13,6 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import int8_training
 from ..ops.int8_training import Codes, int8_training_linear
+from .replacing import take_hooks
+from .tracing import call_as_leaf
 
 _optimizer_steps = 0
 
@@ -44,6 +46,7 @@ class Int8TrainingLinear(nn.Linear):
     ``forget_codes()`` after it. Compiled code quantizes the weight at every call.
     """
 
+    __call__ = call_as_leaf
     _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None
 
     def __init__(
@@ -79,6 +82,7 @@ class Int8TrainingLinear(nn.Linear):
         layer.__dict__ = {
             key: value.copy() if isinstance(value, dict) else value for key, value in vars(linear).items()
         }
+        take_hooks(layer, linear)
         layer._set(output, grad_input, grad_weight, stochastic_rounding)
         return layer
 

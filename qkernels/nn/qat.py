@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fake_quantize import FakeQuantize
+from .replacing import take_hooks
+from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -32,6 +34,7 @@ class QATLinear(_StartsAnew, nn.Linear):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(
@@ -61,6 +64,7 @@ class QATConv2d(_StartsAnew, nn.Conv2d):
 
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
+    __call__ = call_as_leaf
 
     @classmethod
     def from_float(
@@ -84,6 +88,7 @@ def _with_quantizers(
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
     layer: Any = cls.__new__(cls)
     layer.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    take_hooks(layer, module)
     layer.weight_fake_quant = weight
     layer.input_fake_quant = input
     for child in (weight, input):

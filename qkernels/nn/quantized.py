@@ -2,54 +2,148 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
+from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
+from ..reference.int8_gemm import check
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken
+from .tracing import call_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
+Reference = tuple[weakref.ref[Tensor], int]  # to a tensor of a certain version
+
+OLD_NAME = {"codes": "weight"}  # what files of version 0.1.0 call a logical tensor
+# The logical tensors of a layer that is in a state_dict already, so that one with two names is stored once.
+_saved: weakref.WeakKeyDictionary[QuantizedLayer, tuple[list[Reference], dict[str, Reference]]]
+_saved = weakref.WeakKeyDictionary()
 
 
 class QuantizedLayer(nn.Module):
-    """A layer with private buffers in a kernel's order and logical tensors in what leaves the process.
+    """A layer in place of a float one, with private tensors in a kernel's order and logical ones in what is saved.
 
-    A state_dict and a pickle hold the persistent buffers and the tensors of ``_logical``, from which ``_pack`` makes
-    the private buffers anew, in the order of whatever device they are on. Loading takes all of them or none, and only
-    of their own dtypes and shapes: an error names the tensor and leaves the layer as it was, also where strict=False
-    lets one be missing. Dtypes stay when the model is cast, because the kernels compute in fp32 whatever x is.
+    ``weight`` is the float layer's, dequantized at each access into ``dtype``, which follows casts of the model; the
+    integers are ``codes``. A state_dict and a pickle hold the persistent tensors and those of ``_logical``, from which
+    ``_pack`` makes the private ones anew, in the order of whatever device they are on; only a process started by this
+    one gets them as they are, in shared memory. Loading takes all of them or none, and only of their own dtypes and
+    shapes: an error names the tensor and leaves the layer as it was, also where strict=False lets one be missing.
+    Dtypes of scales and bias stay when the model is cast, because the kernels compute in fp32 whatever x is. Scales
+    are Parameters that want no gradient (and get none), so that a model always tells a dtype and a device.
     """
 
+    dtype: torch.dtype
+    weight_shape: tuple[int, ...]
+    private_buffers: tuple[str, ...] = ()
+    private_parameters: tuple[str, ...] = ()
+
+    __call__ = call_as_leaf
+
+    def __init__(self, weight_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
+        self.weight_shape, self.dtype = tuple(weight_shape), dtype
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, reduce_for_a_process)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the float layer's shape and ``dtype``, dequantized: a new tensor at each access."""
+        return self._weight_in(self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The weight in fp32."""
+        return self._weight_in(torch.float32)
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight, computed in fp32 (fp64 for fp64) and rounded once to dtype."""
+        raise NotImplementedError
+
     def _logical(self) -> Logical:
-        """Names, dtypes and shapes of the tensors that the private buffers stand for; None: not in this layer."""
+        """Names, dtypes and shapes of the tensors that the private ones stand for; None: not in this layer."""
         return {}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        """The private buffers that hold the logical tensors."""
+        """The private tensors that hold the logical ones."""
         return {}
 
     def _unpack(self) -> dict[str, Tensor]:
-        """The logical tensors that the private buffers hold."""
+        """The logical tensors that the private ones hold."""
         return {}
+
+    def _modernize(self, codes: Tensor) -> Tensor:
+        """Codes as files of version 0.1.0 hold them, as ``_logical`` says."""
+        return codes
 
     def _register_private(self) -> None:
         zeros = {name: torch.zeros(form[1], dtype=form[0]) for name, form in self._logical().items() if form}
         for name, t in self._pack(zeros).items():
-            self.register_buffer(name, t, persistent=False)
+            if name not in self.private_parameters:
+                self.register_buffer(name, t, persistent=False)
+            elif t is not None:
+                self.register_parameter(name, frozen(t))
         # None last: torch.export takes a buffer's place in this dict for its place among the program's inputs.
         self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
 
+    def _hold(self, private: dict[str, Tensor | None], in_place: bool = False) -> None:
+        """Takes the private tensors; in_place: writes them into those it has, which others may share, where it can."""
+        for name, t in private.items():
+            held = (self._parameters if name in self.private_parameters else self._buffers)[name]
+            same = held is not None and t is not None and _form(held) == _form(t)
+            if in_place and same and not (held.is_meta or held.is_inference()):  # type: ignore[union-attr]
+                held.detach().copy_(t)  # type: ignore[union-attr, arg-type]
+            elif name in self.private_parameters and t is not None:
+                self._parameters[name] = frozen(t)
+            else:
+                self._buffers[name] = t
+
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(lambda t: apply_keeping_dtype(fn, t), recurse)
+        def flat(t: Tensor) -> Tensor:  # a memory format is for images, and of the float layer's weight
+            return fn(t.reshape(-1)).view(t.shape) if t.dim() >= 4 else fn(t)
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device())).dtype
+        return super()._apply(lambda t: apply_keeping_dtype(flat, t), recurse)
+
+    def _scale_of(self, name: str) -> Tensor:
+        """A frozen parameter as a tensor that wants no gradient, whatever requires_grad_ was told."""
+        t = self._parameters[name]  # not the attribute, which is no tensor where torch.fx traces
+        assert t is not None
+        return t.detach() if t.requires_grad else t
+
+    def _device(self) -> torch.device:
+        return next(t.device for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: t for name, t in self._unpack().items()})
+        for name in self.private_parameters:
+            destination.pop(prefix + name, None)
+        destination.update({prefix + name: t for name, t in self._unpack_once().items()})
+
+    def _unpack_once(self) -> dict[str, Tensor]:
+        """``_unpack``, or what it gave last where all of that is alive and nothing was changed."""
+        held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        if any(t.is_inference() for t in held):  # they count no versions
+            return self._unpack()
+        sources, made = _saved.get(self, ([], {}))
+        tensors = {
+            name: t for name, (reference, version) in made.items() if (t := _alive(reference, version)) is not None
+        }
+        unchanged = len(sources) == len(held) and all(_alive(*old) is t for old, t in zip(sources, held, strict=True))
+        if not unchanged or len(tensors) < len(made):
+            tensors = self._unpack()
+            _saved[self] = [_reference(t) for t in held], {name: _reference(t) for name, t in tensors.items()}
+        return tensors
 
     def _load_from_state_dict(
         self,
@@ -61,73 +155,125 @@ class QuantizedLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *arguments)
         logical = self._logical()
         expected = dict(logical)
-        for name, buffer in self._buffers.items():
-            if name not in self._non_persistent_buffers_set:
-                expected[name] = None if buffer is None else (buffer.dtype, tuple(buffer.shape))
+        for name, t in (*self._parameters.items(), *self._buffers.items()):
+            if name not in self._non_persistent_buffers_set and name not in self.private_parameters:
+                expected[name] = None if t is None else (t.dtype, tuple(t.shape))
+        given: dict[str, Any] = {}
         missing, errors = [], []
         for name, form in expected.items():
-            value = state_dict.get(prefix + name)
+            key = prefix + name
+            if name in OLD_NAME and key not in state_dict and prefix + OLD_NAME[name] in state_dict:
+                key = prefix + OLD_NAME[name]
+            value = given[name] = state_dict.get(key)
+            if name in OLD_NAME and key != prefix + name and isinstance(value, Tensor):
+                try:
+                    value = given[name] = self._modernize(value)
+                except RuntimeError as error:
+                    errors.append(f"{key}: {error}")
+                    continue
             if value is None:
-                missing += [] if form is None else [prefix + name]
+                missing += [] if form is None else [key]
             elif form is None:
-                errors.append(f"{prefix}{name}: got {_describe(value)}; accepted: none, as this layer has none")
+                errors.append(f"{key}: got {_describe(value)}; accepted: none, as this layer has none")
             elif not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != form:
                 accepted = f"{form[0]} of shape {list(form[1])}"
-                errors.append(f"{prefix}{name}: got {_describe(value)}; accepted: {accepted}")
+                errors.append(f"{key}: got {_describe(value)}; accepted: {accepted}")
         if missing or errors:
             missing_keys += missing
             error_msgs += errors
             return
         if logical:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            device = None if assign else next(self.buffers()).device
+            device = None if assign else self._device()
             try:
-                private = self._pack({name: state_dict[prefix + name].to(device) for name in logical if logical[name]})
+                with torch.no_grad():
+                    private = self._pack({name: given[name].to(device) for name in logical if logical[name]})
+                    self._hold(private, in_place=not assign)
             except RuntimeError as error:  # values out of range
                 error_msgs.append(f"{prefix}{error}")
                 return
-            self._buffers.update(private)
-        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in logical}
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )  # fmt: skip
+        taken = {*logical, *(old for name, old in OLD_NAME.items() if name in logical)}
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in taken}
+        others.update({prefix + name: self._parameters[name] for name in self.private_parameters})  # as it is
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, {}  # they ran
+        try:
+            super()._load_from_state_dict(others, prefix, *arguments)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def __copy__(self: Self) -> Self:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[misc]  # nn.Module has one, untyped
-        private = self._non_persistent_buffers_set
-        state["_buffers"] = {name: None if name in private else t for name, t in self._buffers.items()}
-        return {**state, "_unpacked": self._unpack()}
+        state = {**self.__dict__, "_unpacked": self._unpack()}
+        for kind, private in (("_buffers", self.private_buffers), ("_parameters", self.private_parameters)):
+            state[kind] = {name: None if name in private else t for name, t in state[kind].items()}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        logical = state.pop("_unpacked")
+        logical = state.pop("_unpacked", None)
         super().__setstate__(state)
-        self._buffers.update(self._pack(logical))
+        if logical is not None:  # None: from a parent process, with the private tensors
+            self._hold(self._pack(logical))
+
+
+def _reference(t: Tensor) -> Reference:
+    return weakref.ref(t), t._version
+
+
+def _alive(reference: weakref.ref[Tensor], version: int) -> Tensor | None:
+    t = reference()
+    return None if t is None or t._version != version else t
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, t.shape, t.device
 
 
 class QuantizedInputLayer(QuantizedLayer):
     """A layer that quantizes its input on the way in (input None: takes it as it is), with a bias in fp32.
 
+    The result has the input's dtype, under autocast that of autocast. An fp64 input is computed in fp64, from the same
+    integers, without the integer kernels. Integers are refused: whoever has codes gives them, with their scale, to the
+    functions.
+
     state_dict: ``bias`` [N], and where the input's scale is fixed ``input_scale`` [1] and ``input_zero_point`` [1].
     """
 
-    bias: Tensor | None
+    bias: nn.Parameter | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def __init__(self, weight_shape: Sequence[int], bias: bool, weight_bits: int, input: FakeQuantize | None) -> None:
-        super().__init__()
-        n = weight_shape[0]
-        self.weight_shape = tuple(weight_shape)
+    def __init__(
+        self,
+        weight_shape: Sequence[int],
+        bias: bool,
+        weight_bits: int,
+        input: FakeQuantize | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight_shape, dtype)
         self.weight_bits = weight_bits
         self.input_bits = None if input is None else input.bits
         self.input_granularity = None if input is None else input.granularity
         self.input_symmetric = input is None or input.symmetric
         self.quant_min, self.quant_max = (-128, 127) if input is None else (input.quant_min, input.quant_max)
         static = input is not None and input.quantizer != "dynamic"
-        self.register_buffer("bias", torch.zeros(n) if bias else None)
-        self.register_buffer("input_scale", torch.ones(1) if static else None)
+        n, fp32 = weight_shape[0], torch.float32
+        self.register_parameter("bias", nn.Parameter(torch.zeros(n, dtype=fp32)) if bias else None)
+        self.register_buffer("input_scale", torch.ones(1, dtype=fp32) if static else None)
         asymmetric = static and not self.input_symmetric
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32) if asymmetric else None)
 
@@ -139,6 +285,18 @@ class QuantizedInputLayer(QuantizedLayer):
         self.input_scale = scale.reshape(1).float().clone()
         if zero_point is not None:
             self.input_zero_point = zero_point.reshape(1)
+
+    def _out_dtype(self, x: Tensor) -> torch.dtype:
+        """What the float layer returns for x."""
+        if not x.is_floating_point():
+            raise RuntimeError(
+                f"input: got {x.dtype}; accepted: a floating dtype (integer codes go, with their scale, through "
+                "int8_linear or int4_linear)"
+            )
+        device = x.device.type
+        if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
+            return x.dtype
+        return torch.get_autocast_dtype(device)
 
     def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.input_scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
@@ -153,14 +311,41 @@ class QuantizedInputLayer(QuantizedLayer):
         )
         return scale, None if self.input_symmetric else zero_point
 
+    def _input_values(self, x: Tensor) -> Tensor:
+        """What the codes of x stand for, in x's dtype; gradients pass, as through the kernels."""
+        if self.input_bits is None:
+            return x
+        if self.input_scale is None:
+            group_size = -1 if isinstance(self.input_granularity, PerToken) else None
+            return fake_quantize_dynamic(
+                x, bits=self.input_bits, group_size=group_size, symmetric=self.input_symmetric
+            )  # fmt: skip
+        return fake_quantize(
+            x,
+            self.input_scale,
+            self.input_zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            straight_through="pass",
+        )
+
+    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
     def _set_bias(self, bias: Tensor | None) -> None:
-        self.bias = None if bias is None else bias.detach().float().clone()
+        wanted = bias.requires_grad if isinstance(bias, nn.Parameter) else True
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=wanted)
 
     def _repr_of_codes(self) -> str:
         if self.input_bits is None:
             return f"weight_bits={self.weight_bits}, input in float"
         fixed = "static" if self.input_scale is not None else "dynamic"
         return f"weight_bits={self.weight_bits}, input_bits={self.input_bits} ({fixed}, {self.input_granularity})"
+
+
+def frozen(t: Tensor) -> nn.Parameter:
+    """A Parameter that wants no gradient: scales."""
+    return nn.Parameter(t, requires_grad=False)
 
 
 def _describe(value: Any) -> str:

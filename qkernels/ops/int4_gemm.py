@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -294,6 +296,14 @@ class PackedInt:
         return f"{type(self).__name__}(shape={self.shape}, bits={self.bits}, group_size={self.group_size}, {kind})"
 
 
+def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
+    """For a pickle that a process started by this one reads: with the tensors that value holds, in shared memory.
+
+    Those that ``__reduce__`` makes would be gone before the process opens them.
+    """
+    return copyreg.__newobj__, (type(value),), dict(vars(value))  # type: ignore[attr-defined]
+
+
 class PackedInt4(PackedInt):
     """A ``PackedInt`` of 4 bits: codes −8…7."""
 
@@ -312,6 +322,10 @@ class PackedInt4(PackedInt):
         return made
 
 
+for _packed in (PackedInt, PackedInt4):
+    ForkingPickler.register(_packed, reduce_for_a_process)
+
+
 def _takes_halves(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -326,6 +340,9 @@ def _restore(
     bits: int,
 ) -> PackedInt:
     return cls.from_quantized(unpack_bits(packed, bits, k), scale, zero_point, minimum=minimum, bits=bits)
+
+
+torch.serialization.add_safe_globals([PackedInt, PackedInt4, _restore])  # torch.load(weights_only=True)
 
 
 def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) -> Tensor:

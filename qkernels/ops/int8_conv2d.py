@@ -91,6 +91,9 @@ class PackedInt8Conv2d:
         return f"PackedInt8Conv2d(shape={self.shape}, groups={self.groups})"
 
 
+torch.serialization.add_safe_globals([PackedInt8Conv2d])  # torch.load(weights_only=True)
+
+
 def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 

@@ -213,6 +213,9 @@ class PackedInt8:
         return f"PackedInt8(shape={self.shape})"
 
 
+torch.serialization.add_safe_globals([PackedInt8])  # torch.load(weights_only=True)
+
+
 def _by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
     """A value for each row of x, as the op takes it: [M]."""
     if values is None or values.numel() == 1:

@@ -1,8 +1,9 @@
-"""The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, report."""
+"""The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, exact, report."""
 
 from .calibrate import calibrate
 from .config import QConfig, QSpec
 from .convert import convert
+from .exact import exact
 from .prepare import prepare
 from .report import Report, report
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
@@ -14,6 +15,7 @@ __all__ = [
     "calibrate",
     "convert",
     "enable_fake_quant",
+    "exact",
     "freeze_observers",
     "parameter_groups",
     "prepare",

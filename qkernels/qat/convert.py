@@ -12,55 +12,85 @@ from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat import QATConv2d, QATLinear
+from ..nn.replacing import take_over
 from ..reference.int4_gemm import check_group_size
 from ..reference.packing import BITS
 from .calibrate import quantizers_of
-from .fold import factor_and_bias, find_folds
+from .fold import Folds, factor_and_bias, find_folds
 from .prepare import replace_modules
+
+QUANTIZERS = ("weight_fake_quant", "input_fake_quant")
 
 
 def convert(model: nn.Module) -> nn.Module:
     """A copy of a prepared model, in eval mode, whose QAT layers run on the int8 and int4 kernels.
 
-    It computes what ``model`` computes in eval mode, to the rounding of the final float sum.
+    Each layer computes what it computes in ``model`` in eval mode, to the rounding of its final float sum. Through a
+    whole model such a last bit may, at a near tie, flip a code of a later layer, a step of that layer's input: seldom
+    and no more than what as little noise at the input does to ``model`` itself, but not never. Over 41 architectures
+    the largest difference of any output was 2e-2 of the largest output; the perplexity of a language model with 135M
+    parameters went from 18.72 to 19.12. ``exact(model)`` evaluates the prepared model on the integers, with the numbers
+    of the converted one.
 
     A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear`` of every granularity, with zero points or
     without; where its input is not quantized it stays in float (act_bits 16). Other layers hold int8 codes: Linear of
-    5 to 8 bits and Conv2d of 2 to 8. Of these, one whose input is not quantized becomes a float layer that holds the
-    dequantized weight. A layer whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that
-    alone follows a convolution is folded into its scale and bias (see ``QATConv2d``). ``model`` itself is never
-    changed.
+    5 to 8 bits and Conv2d of 2 to 8, as ``Int8Linear`` and ``Int8Conv2d``; where the input is not quantized with
+    act_bits 16, a float product with the weight as its codes say. Such a layer whose weight is shared with one that
+    stays in float (a language model's embedding) keeps the shared weight and quantizes it at each call, so that the
+    file holds it once. A layer whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that
+    alone follows a convolution is folded into its scale and bias (see ``QATConv2d``).
+
+    Layers keep their names, hooks and what else was set on them. Where a BatchNorm2d is folded an Identity takes over
+    its hooks, which see its output as before, and as their input that output too: a hook of the convolution sees the
+    normalized result. ``model`` itself is never changed.
 
     Raises:
-        ValueError: not a prepared model, not calibrated (names the quantizer), or a weight that the kernels do not
-            take: with int8 codes per group or with a zero point; of 4 bits or less in groups other than multiples of
-            8, from 16 on, or of a whole row.
+        ValueError: not a prepared model, not calibrated (names all such quantizers), or a weight that the kernels do
+            not take: with int8 codes, and the input quantized, per group or with a zero point; of 4 bits or less in
+            groups other than multiples of 8, from 16 on, or of a whole row.
     """
-    for name, quantizer in quantizers_of(model).items():
-        if not quantizer.is_calibrated:
-            raise ValueError(
-                f"model: {name!r} is not calibrated; call qk.calibrate(model, batches) with batches that reach it, "
-                "before convert"
-            )
+    check_calibrated(model)
     converted = copy.deepcopy(model).eval()
-    folds = find_folds(converted)
+    return replace_layers(converted, find_folds(converted))
+
+
+def check_calibrated(model: nn.Module) -> None:
+    unknown = [repr(name) for name, quantizer in quantizers_of(model).items() if not quantizer.is_calibrated]
+    if unknown:
+        raise ValueError(
+            f"model: {unknown[0]} is not calibrated"
+            + (f", nor are {', '.join(unknown[1:])}" if unknown[1:] else "")
+            + "; call qk.calibrate(model, batches) with batches that reach all of them, before convert, or leave their "
+            "layers in float by a rule of the QConfig"
+        )
+
+
+def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
+    """Puts integer layers in place of the QAT layers of ``model``, which is in eval mode, and returns its root."""
     made: dict[nn.Module, nn.Module] = {}
-    for name, layer in list(converted.named_modules()):
-        if not isinstance(layer, QATLinear | QATConv2d) or layer.weight_fake_quant is None:
-            continue
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant is not None
+    ]
+    shared = _float_weights(model, {layer for _, layer in layers})
+    for name, layer in layers:
         if to_int4(layer):
             made[layer] = _int4_layer(name, layer)  # type: ignore[arg-type]
-            continue
-        if layer.input_fake_quant is None:
-            made[layer] = _dequantized(layer)
-            continue
-        _check_weight(name, layer.weight_fake_quant)
-        norm = None
-        if name in folds.batch_norm_of:
-            norm = converted.get_submodule(folds.batch_norm_of[name])
-            made[norm] = nn.Identity()
-        made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
-    return replace_modules(converted, made.get)
+        elif layer.input_fake_quant is None:
+            if id(layer.weight) not in shared:
+                made[layer] = _weight_only_layer(layer)
+        else:
+            _check_weight(name, layer.weight_fake_quant)  # type: ignore[arg-type]
+            norm = None
+            if name in folds.batch_norm_of:
+                norm = model.get_submodule(folds.batch_norm_of[name])
+                made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
+            made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
+    for source, new in made.items():
+        if isinstance(source, QATLinear | QATConv2d):
+            take_over(new, source, _own_names(source)).eval()
+    return replace_modules(model, made.get)
 
 
 def to_int4(layer: nn.Module) -> bool:
@@ -70,16 +100,32 @@ def to_int4(layer: nn.Module) -> bool:
     return layer.weight_fake_quant.bits in BITS
 
 
+def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
+    """Ids of the parameters that modules other than ``layers`` and their quantizers hold."""
+    return {
+        id(p)
+        for module in model.modules()
+        if module not in layers and not isinstance(module, FakeQuantize)
+        for p in module._parameters.values()
+        if p is not None
+    }
+
+
+def _own_names(layer: nn.Module) -> set[str]:
+    """What every module of the layer's class has."""
+    tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    return tensors | {*QUANTIZERS, *getattr(layer, "__constants__", ())}
+
+
 @torch.no_grad()
 def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
-    granularity = weight.granularity
-    group_size = granularity.size if isinstance(granularity, PerGroup) else layer.in_features
+    group_size = _group_size(weight, -1)
     try:
-        check_group_size(group_size, layer.in_features)
+        check_group_size(layer.in_features if group_size == -1 else group_size, layer.in_features)
     except RuntimeError as error:
-        raise ValueError(f"model: the weight of {name!r} has {granularity}; {error}") from None
+        raise ValueError(f"model: the weight of {name!r} has {weight.granularity}; {error}") from None
     codes, scale, zero_point = weight.quantize(layer.weight)
     new = Int4Linear(
         layer.in_features,
@@ -90,11 +136,16 @@ def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
         symmetric=weight.symmetric,
         act_bits=16 if input is None else 8,
         input=input,
+        dtype=layer.weight.dtype,
     ).to(layer.weight.device)
     new.set_weight(codes, scale.float(), layer.bias, zero_point)
     if input is not None:
         new.set_input(input)
-    return new.eval()
+    return new
+
+
+def _group_size(quantizer: FakeQuantize, whole: int) -> int:
+    return quantizer.granularity.size if isinstance(quantizer.granularity, PerGroup) else whole
 
 
 def _check_weight(name: str, quantizer: FakeQuantize) -> None:
@@ -121,24 +172,36 @@ def _int8_layer(layer: QATLinear | QATConv2d, norm: nn.BatchNorm2d | None) -> In
         factor, bias = factor_and_bias(norm, layer.bias)
         codes = torch.where(factor.reshape(-1, 1, 1, 1) < 0, -codes, codes)
         scale = scale * factor.abs()
-    new: Int8Linear | Int8Conv2d
-    if isinstance(layer, QATLinear):
-        new = Int8Linear(
-            layer.in_features, layer.out_features, bias is not None, weight_bits=weight.bits, input=input
-        )  # fmt: skip
-    else:
-        new = Int8Conv2d.like(layer, bias=bias is not None, weight_bits=weight.bits, input=input)
-    new.to(layer.weight.device).set_weight(codes, scale, bias)
+    new = _empty_layer(layer, bias is not None, input=input)
+    new.set_weight(codes, scale, bias)
     new.set_input(input)
-    return new.eval()
+    return new
 
 
 @torch.no_grad()
-def _dequantized(layer: QATLinear | QATConv2d) -> nn.Module:
+def _weight_only_layer(layer: QATLinear | QATConv2d) -> Int8Linear | Int8Conv2d:
     quantizer = layer.weight_fake_quant
     assert quantizer is not None
-    layer.weight = nn.Parameter(quantizer(layer.weight), requires_grad=layer.weight.requires_grad)  # may be tied
-    del layer.weight_fake_quant, layer.input_fake_quant
-    layer.__class__ = type(layer).__mro__[2]  # type: ignore[assignment]
-    layer.weight_bits = quantizer.bits  # type: ignore[assignment]  # for the report
-    return layer
+    codes, scale, zero_point = quantizer.quantize(layer.weight)
+    new = _empty_layer(
+        layer,
+        layer.bias is not None,
+        act_bits=16,
+        group_size=_group_size(quantizer, -1),
+        symmetric=quantizer.symmetric,
+    )
+    new.set_weight(codes, scale.float(), layer.bias, zero_point)
+    return new
+
+
+def _empty_layer(layer: QATLinear | QATConv2d, bias: bool, **options: object) -> Int8Linear | Int8Conv2d:
+    quantizer = layer.weight_fake_quant
+    assert quantizer is not None
+    options["weight_bits"] = quantizer.bits
+    new: Int8Linear | Int8Conv2d
+    if isinstance(layer, QATLinear):
+        dtype = layer.weight.dtype
+        new = Int8Linear(layer.in_features, layer.out_features, bias, dtype=dtype, **options)  # type: ignore[arg-type]
+    else:
+        new = Int8Conv2d.like(layer, bias=bias, **options)
+    return new.to(layer.weight.device)

@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
-from ..nn.qat import QATConv2d, QATLinear
-from ..nn.quantized import QuantizedLayer
-
-LEAVES = (QATLinear, QATConv2d, QuantizedLayer)
 
 
 @dataclass
@@ -38,8 +34,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def find_folds(model: nn.Module) -> Folds:
     """The foldable pairs of a float, prepared or converted model, in eval mode."""
-    from torch.fx import Graph, Tracer  # not at import time: most uses of the package never trace
-
     folds = Folds()
     norms = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -47,13 +41,9 @@ def find_folds(model: nn.Module) -> Folds:
     if not norms:
         return folds
 
-    class LayerTracer(Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
-
     try:
         with eval_mode(model):
-            graph: Graph = LayerTracer().trace(model)
+            graph = torch.fx.Tracer().trace(model)
     except Exception as error:  # a model's forward may raise anything when traced; the report passes on what it was
         reason = f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
         folds.kept = dict.fromkeys(norms, reason)

@@ -15,7 +15,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat import QATConv2d, QATLinear
-from ..reference.packing import packed_length
+from ..reference.packing import BITS, packed_length
 from .calibrate import call, quantizers_replaced
 from .config import QUANTIZABLE
 from .convert import to_int4
@@ -51,9 +51,8 @@ class LayerRow:
 class Report:
     """Rows per layer, totals for the model, and notes: layers and BatchNorms that stay as they are, with the reason.
 
-    quantized_bytes counts int4 layers as their state_dict holds them; of layers on int8 codes, the codes at their bits
-    (rounded up to bytes per layer; the state_dict has a byte for each) and 4 bytes for each scale and zero point; and
-    everything that stays float. float_bytes counts the float model that it came from.
+    quantized_bytes counts what the state_dict of the converted model holds. float_bytes counts the float model that it
+    came from.
     """
 
     layers: list[LayerRow]
@@ -187,24 +186,14 @@ def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
 
 def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[LayerRow, str | None]:
     bias: Tensor | None = getattr(layer, "bias", None)
-    if isinstance(layer, INT4_LAYERS):
-        input_bits = layer.input_bits if isinstance(layer, Int4Linear) else None
+    if isinstance(layer, CONVERTED_LAYERS):
+        input_bits = None if isinstance(layer, Int4Embedding) else layer.input_bits
         row = LayerRow(name, type(layer).__name__, layer.weight_bits, input_bits)
         row.float_bytes = 4 * (math.prod(layer.weight_shape) + (0 if bias is None else bias.numel()))
         row.quantized_bytes = _bytes(list(layer.state_dict().values()))
         return row, None
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    numel, outputs = weight.numel(), weight.shape[0]
-    if isinstance(layer, INT8_LAYERS):
-        row = LayerRow(name, type(layer).__name__, layer.weight_bits, layer.input_bits)
-        inputs = [t for t in (layer.input_scale, layer.input_zero_point) if t is not None]
-        row.float_bytes = 4 * (numel + (0 if bias is None else outputs))
-        row.quantized_bytes = (
-            math.ceil(numel * layer.weight_bits / 8)
-            + SCALE_BYTES * (outputs + len(inputs))
-            + (0 if bias is None else 4 * outputs)
-        )
-        return row, None
+    outputs = weight.shape[0]
     weight_quant: FakeQuantize | None = getattr(layer, "weight_fake_quant", None)
     input_quant: FakeQuantize | None = getattr(layer, "input_fake_quant", None)
     row = LayerRow(
@@ -217,25 +206,22 @@ def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Laye
     note = None
     if row.weight_bits is None:
         note = "weight stays float" if row.input_bits is None else "not convertible: its weight is not quantized"
-    elif input_quant is None and not to_int4(layer):
-        note = "weight only: converts to a float layer that holds the dequantized weight"
     if weight_quant is not None and weight_quant.is_calibrated:
         codes, scale, zero_point = weight_quant.quantize(weight)
         row.weight_sqnr = sqnr(weight, _eval(weight_quant, weight))
         row.weight_clipped = clipped_share(weight, scale, zero_point, weight_quant.quant_min, weight_quant.quant_max)
-        if input_quant is not None or to_int4(layer):
-            static = 0
-            if input_quant is not None and input_quant.quantizer != "dynamic":
-                static = 1 if input_quant.symmetric else 2
-            scales = max(scale.numel(), outputs)
-            if to_int4(layer):
-                packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
-                packed += 0 if zero_point is None else scales  # int8
-            else:
-                packed = math.ceil(codes.numel() * weight_quant.bits / 8)
-            row.quantized_bytes = (
-                packed + SCALE_BYTES * (scales + static) + (0 if bias is None and norm is None else 4 * outputs)
-            )
+        static = 0
+        if input_quant is not None and input_quant.quantizer != "dynamic":
+            static = 1 if input_quant.symmetric else 2
+        scales = max(scale.numel(), outputs)
+        if to_int4(layer):
+            packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
+        else:
+            packed = packed_length(codes.numel(), weight_quant.bits if weight_quant.bits in BITS else 8)
+        packed += 0 if zero_point is None else scales  # int8
+        row.quantized_bytes = (
+            packed + SCALE_BYTES * (scales + static) + (0 if bias is None and norm is None else 4 * outputs)
+        )
     return row, note
 
 

@@ -1,0 +1,55 @@
+"""exact: the prepared model, evaluated on the integers that the converted one computes with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.fake_quantize import FakeQuantize
+from .convert import check_calibrated, replace_layers
+from .fold import Folds, find_folds
+
+
+class Exact(nn.Module):
+    """What ``exact`` returns. ``model`` is the prepared model itself, whose mode ``train`` and ``eval`` leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+        self._layout: list[tuple[str, int]] | None = None
+        self._folds = Folds()
+
+    def train(self, mode: bool = True) -> Exact:
+        return self
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_calibrated(self.model)
+        # The modules are copied, tensors are not but for quantizers', which may start a scale: what stays in float is
+        # shared with the model.
+        modules = [module for module in self.model.modules() if not isinstance(module, FakeQuantize)]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        shadow = copy.deepcopy(self.model, {id(t): t for t in tensors}).eval()
+        layout = [(name, id(module)) for name, module in self.model.named_modules()]
+        if layout != self._layout:  # tracing takes longer than all the rest
+            self._layout, self._folds = layout, find_folds(shadow)
+        return replace_layers(shadow, self._folds)(*args, **kwargs)
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """Evaluates a prepared model on the integers: a module that computes what ``convert(model)`` does, bit for bit.
+
+    Each call takes the weights, scales and statistics as they are then and quantizes them anew, so that one such module
+    serves a whole training. It runs in eval mode without gradients and shares every tensor with ``model``, which stays
+    as it is, in its own mode. A call costs what the converted model's does and a pass over the weights, as the
+    prepared model's does (with 16 convolutions of 64 channels, 32 images of 32×32: 6 % more than the converted one's).
+
+    Raises:
+        ValueError: as ``convert``, in part at the first call.
+    """
+    check_calibrated(model)
+    return Exact(model)
