@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic, observe_fake_quantize, range_of_bits
+from ..ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_dynamic,
+    observe_fake_quantize,
+    range_of_bits,
+    transformed,
+)
 from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -198,7 +204,7 @@ class FakeQuantize(nn.Module):
         scale: Tensor = self.scale
         zero_point, factor = self.zero_point, 1.0
         if self.quantizer == "lsq":
-            if self.training:
+            if self.training and not transformed():
                 # In place, where a clamp in the graph would stop the gradient of a scale that once fell below; through
                 # .data, because another call of this module in the same step may have saved the scale for backward.
                 scale.data.clamp_(min=SCALE_FLOOR)

@@ -1,4 +1,4 @@
-"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams`` (not differentiable)."""
+"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
+from ..reference import transforms
+from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
 from .statistics import mse_range, percentile_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
@@ -58,7 +59,8 @@ def quantize(
 
     Returns:
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
-        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN.
+        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
+        carry no gradient; ``fake_quantize`` does.
     """
     return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
 
@@ -78,17 +80,25 @@ def dequantize(
 ) -> Tensor:
     """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``.
+    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``. Differentiable in scale, and straight
+    through the rounding of a float zero_point.
     """
+    if transformed() or (
+        torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
+    ):
+        return transforms.dequantize(q, scale, zero_point, dtype)
     return _dequantize(q, scale, zero_point, dtype)
 
 
 def quantize_dynamic(
     x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``."""
+    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``.
+
+    Not differentiable: the range, and so scale, is a constant for the gradient.
+    """
     quant_min, quant_max = range_of_bits(bits)
-    return _quantize_dynamic(x, group_size_argument(group_size), quant_min, quant_max, symmetric)
+    return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)
 
 
 def choose_qparams(

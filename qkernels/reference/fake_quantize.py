@@ -47,8 +47,9 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
                 f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
                 f"{list(scale.shape)}"
             )
-        # Values are looked at only where that costs no synchronisation.
-        if x.device.type == "cpu" and not zero_point.is_floating_point() and zero_point.numel():
+        # Values are looked at only where that costs no synchronisation, and where there is one of each.
+        seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
+        if seen and not zero_point.is_floating_point() and zero_point.numel():
             check_zero_point(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
 
 
