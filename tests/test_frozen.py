@@ -339,7 +339,7 @@ def test_transforms(kind):
 
 def test_transforms_of_the_others():
     torch.manual_seed(0)
-    packed, w = convolution()
+    packed, _ = convolution()
     x = torch.randn(2, 1, 4, 5, 5)
     got = vmap(jacrev(lambda x: qk.int8_conv2d(x, packed, **STATIC).square().sum()))(x)
     for i in range(2):

@@ -47,15 +47,16 @@ def represented(
 
 def through_weight(grad: Tensor, n: int, k: int, rows: Callable[[int, int, torch.dtype], Tensor]) -> Tensor:
     """grad [..., N] @ weight [N, K], of whose rows i…j ``rows`` gives the values in a dtype."""
-    flat = grad.reshape(-1, n)
+    # A CPU without matrix units multiplies 16-bit matrices many times slower than fp32 ones.
+    flat = grad.reshape(-1, n) if grad.is_cuda else grad.reshape(-1, n).float()
     step = max(PANEL, BLOCK // max(k, 1) // PANEL * PANEL)
     if n <= step:
-        dx = flat @ rows(0, n, grad.dtype)
+        dx = flat @ rows(0, n, flat.dtype)
     else:
         dx = torch.zeros(flat.shape[0], k, device=grad.device)
         for start in range(0, n, step):
             stop = min(start + step, n)
-            part = flat[:, start:stop] @ rows(start, stop, grad.dtype)
+            part = flat[:, start:stop] @ rows(start, stop, flat.dtype)
             dx = dx + part if torch.is_grad_enabled() else dx.add_(part)
     return dx.view(*grad.shape[:-1], k)
 

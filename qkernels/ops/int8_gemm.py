@@ -258,7 +258,7 @@ def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: 
         q = data[start:stop, :k]
     else:
         q = _int8_unpack(data[start // reference.PANEL : -(-stop // reference.PANEL)], stop - start, k)
-    return (q.float() * scale[start:stop, None]).to(dtype)
+    return q.float().mul_(scale[start:stop, None]).to(dtype)
 
 
 class _Int8Linear(Function):
