@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import library, registry
 from ..reference import int4_gemm as reference
 from ..reference import packing
+from ..reference.fake_quantize import stored
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
 from .frozen import bias_gradient, constant, represented, through_weight, wants_gradient
@@ -113,7 +114,7 @@ def quantize_groups(
     """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
-    values = w.detach().float()
+    values = w.detach().float().contiguous()
     if not bool(values.isfinite().all()):
         raise ValueError("w: got NaN or infinite values; accepted: finite weights")
     packing.check_bits(bits)
@@ -122,7 +123,7 @@ def quantize_groups(
     reference.check_group_size(size, k)
     low, high = packing.code_range(bits)
     q, scale, zero_point = quantize_dynamic(
-        values.contiguous(), bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
+        values, bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
     )
     scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
     zero_point = zero_point.reshape(n, -1).expand_as(scale)
@@ -131,10 +132,13 @@ def quantize_groups(
             raise RuntimeError(
                 f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
             )
-        rounded = scale.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
+        rounded = stored(scale, scale_dtype)
         if not bool(rounded.isfinite().all()):
             raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
         scale = rounded
+        if not symmetric and k:
+            least = values.view(n, -1, size).amin(2).clamp(max=0)
+            zero_point = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
         q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
     return q, scale, None if symmetric else zero_point.to(torch.int8)
 
@@ -189,10 +193,12 @@ class PackedInt:
             bits: 2, 3 or 4.
             group_size: along K: a multiple of 8, from 16 on, that divides K; or −1 or K, one group for each row.
             symmetric: scale = amax/7 and codes −7…7 (of 4 bits); else scale = range/15 and an integer zero point.
-            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale.
+            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; codes and zero points are those of the rounded
+                scale, which in fp16 is at least 2⁻²⁴, the smallest.
 
         Raises:
-            ValueError: w is not a finite floating matrix. RuntimeError: group_size, bits or scale_dtype.
+            ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold. RuntimeError:
+                group_size, bits or scale_dtype.
         """
         q, scale, zero_point = quantize_groups(w, bits, group_size, symmetric, scale_dtype)
         return cls.from_quantized(q, scale, zero_point, bits=bits)

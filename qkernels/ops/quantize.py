@@ -117,7 +117,8 @@ def choose_qparams(
 
     Symmetric: scale = max(|min|, |max|) / ((quant_max − quant_min) // 2), which never clips an extreme. Asymmetric:
     scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). Scales are floored at eps
-    and at the smallest normal fp32.
+    and at the smallest normal fp32; of fp16 and bf16 ranges they are computed in fp32, rounded to the nearest that the
+    dtype holds and is above zero.
 
     Args:
         min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
@@ -140,4 +141,15 @@ def choose_qparams(
             min_val, max_val = percentile_range(x, min_val, max_val, percentile, symmetric)
         else:
             min_val, max_val = mse_range(x, min_val, max_val, quant_min, quant_max, symmetric, eps)
-    return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+    dtype = min_val.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+    # fp32 holds every range and step of these; the zero point is that of the rounded scale.
+    scale, zero_point = reference_qparams.qparams_of_range(
+        min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps
+    )
+    scale = reference_qparams.stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
+    if not symmetric:
+        low = min_val.detach().float().clamp(max=0)
+        zero_point = (quant_min - (low / scale.detach().float()).round()).clamp(quant_min, quant_max)
+    return scale, zero_point.nan_to_num(quant_min).to(torch.int32)

@@ -253,6 +253,12 @@ def qparams_of_range(
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
 
 
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A positive scale as the nearest that dtype holds and quantizers take: at least fp16's smallest subnormal."""
+    info = torch.finfo(dtype)
+    return scale.to(dtype).clamp(min=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny))
+
+
 def storage_flat(t: Tensor) -> Tensor:
     """The elements of a dense tensor in the order they lie in memory."""
     return torch.as_strided(t, (t.numel(),), (1,))
