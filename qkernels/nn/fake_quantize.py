@@ -17,6 +17,7 @@ from ..ops.fake_quantize import (
     transformed,
 )
 from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
+from ..reference.fake_quantize import check_dense
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 
@@ -177,6 +178,7 @@ class FakeQuantize(nn.Module):
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
+        check_dense("x", x)
         if self.quantizer == "dynamic":
             y = fake_quantize_dynamic(
                 self._rows(x), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric

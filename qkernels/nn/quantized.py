@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.quantize import choose_qparams
+from ..reference.fake_quantize import check_dense
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken
 
@@ -141,6 +142,7 @@ class QuantizedInputLayer(QuantizedLayer):
             self.input_zero_point = zero_point.reshape(1)
 
     def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        check_dense("x", x)
         if self.input_scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
             return self.input_scale, self.input_zero_point
         low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import library, registry
 from ..reference import int4_gemm as reference
 from ..reference import packing
-from ..reference.fake_quantize import stored
+from ..reference.fake_quantize import check_dense, stored
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
 from .frozen import bias_gradient, constant, represented, through_weight, wants_gradient
@@ -112,6 +112,7 @@ def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
+    check_dense("w", w)
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
     values = w.detach().float().contiguous()
@@ -407,7 +408,8 @@ class _Int4Linear(Function):
         n, k = ctx.shape
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            rows = partial(_rows_of, *ctx.saved_tensors, ctx.group_size, k)
+            data, scale, zero_point, minimum = ctx.saved_tensors
+            rows = partial(_rows_of, data, scale, zero_point, minimum, ctx.group_size, k)
             dx = through_weight(grad, n, k, rows).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             dbias = bias_gradient(grad, tuple(range(grad.dim() - 1)), ctx.dtypes[1])
@@ -429,7 +431,7 @@ def _differentiable_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     weight = packed.data, packed.scale, packed.zero_point, packed.minimum
-    rest = (
+    rest: Any = (
         packed.group_size, act_bits, constant(input_scale), input_zero_point, quant_min, quant_max, out_dtype
     )  # fmt: skip
     values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
@@ -478,6 +480,8 @@ def int4_linear(
     Raises:
         RuntimeError: a shape, dtype or range other than these.
     """
+    if x.is_nested:
+        check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:

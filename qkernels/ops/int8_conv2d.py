@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from .. import library
 from ..reference import int8_conv2d as reference
+from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
 from .frozen import bias_gradient, constant, represented, wants_gradient
@@ -128,8 +130,9 @@ class _Int8Conv2d(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            weight = _weight_of(*ctx.saved_tensors, ctx.shape, grad.dtype)
-            dx = torch.nn.grad.conv2d_input(ctx.input, weight, grad, *ctx.rest).to(ctx.dtypes[0])
+            data, scale = ctx.saved_tensors
+            weight = _weight_of(data, scale, ctx.shape, grad.dtype)
+            dx = conv2d_input(ctx.input, weight, grad, *ctx.rest).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             dbias = bias_gradient(grad, (0, 2, 3), ctx.dtypes[1])
         return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
@@ -149,7 +152,7 @@ def _differentiable_conv2d(
     *geometry: Any,
 ) -> Tensor:
     weight = packed.data, packed.colsum, packed.scale
-    rest = (input_scale.detach(), input_zero_point, quant_min, quant_max, list(packed.shape[2:]), *geometry)
+    rest: Any = (input_scale.detach(), input_zero_point, quant_min, quant_max, list(packed.shape[2:]), *geometry)
     values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
     if transformed():
         y = reference.int8_conv2d(x.detach(), *weight, constant(bias), *rest)
@@ -199,6 +202,8 @@ def int8_conv2d(
     Raises:
         RuntimeError: a shape, dtype or range other than these, or C·kh·kw/groups > 131071.
     """
+    if x.is_nested:
+        check_dense("x", x)
     channels = packed.shape[1] * packed.groups
     if x.dim() != 4 or x.shape[1] != channels:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [N, {channels}, H, W]")

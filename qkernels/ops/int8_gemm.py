@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import library
 from ..reference import int8_gemm as reference
 from ..reference.activation import check_activation
+from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
 from .frozen import activated, bias_gradient, constant, represented, through_weight, wants_gradient
@@ -214,6 +215,7 @@ class PackedInt8:
         Raises:
             ValueError: w is not a finite floating matrix.
         """
+        check_dense("w", w)
         if w.dim() != 2 or not w.is_floating_point():
             raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
         values = w.detach().float()
@@ -302,7 +304,7 @@ def _differentiable_linear(
     check_activation(activation or "none")
     sum_dtype = out_dtype if activation is None else torch.float32
     weight = packed.data, packed.colsum, packed.scale
-    rest = constant(input_scale), input_zero_point, quant_min, quant_max, "none", sum_dtype, None, None
+    rest: Any = constant(input_scale), input_zero_point, quant_min, quant_max, "none", sum_dtype, None, None
     values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
     if transformed():
         y = reference.int8_linear(x.detach(), *weight, constant(bias), *rest)
@@ -369,6 +371,8 @@ def int8_linear(
     Raises:
         RuntimeError: a shape, dtype or range other than these.
     """
+    if x.is_nested:
+        check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:

@@ -128,6 +128,11 @@ def choose_qparams(
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
     """
+    for name, t in (("min_val", min_val), ("max_val", max_val)):
+        reference_qparams.check_dense(name, t)
+        if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            accepted = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
+            raise RuntimeError(f"{name}: got {t.dtype}; accepted: {accepted}")
     if min_val.shape != max_val.shape:
         raise RuntimeError(f"max_val: got shape {list(max_val.shape)}; accepted: min_val's, {list(min_val.shape)}")
     if quant_min >= quant_max:

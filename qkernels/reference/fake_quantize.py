@@ -17,6 +17,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    """Raises RuntimeError where t is not plain values in strided memory."""
+    if not isinstance(t, Tensor):  # what stands for one, where a graph is traced
+        return
+    if t.is_nested:
+        got, way = "a nested tensor", "as its unbind() gives"
+    elif t.is_quantized:
+        got, way = f"a quantized tensor of {t.dtype}", "as dequantize() and int_repr() give"
+    elif t.layout is not torch.strided:
+        got, way = f"a tensor of layout {t.layout}", "as to_dense() gives"
+    else:
+        return
+    raise RuntimeError(f"{name}: got {got}; accepted: a dense tensor of layout torch.strided, {way}")
+
+
 def check_input(x: Tensor, quant_min: int, quant_max: int) -> None:
     """Raises RuntimeError where x or the range is not one that can be quantized."""
     if not x.is_floating_point():
