@@ -137,9 +137,10 @@ def quantize_groups(
         if not bool(rounded.isfinite().all()):
             raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
         scale = rounded
-        if not symmetric and k:
+        if not symmetric and k:  # a subnormal scale may be half as large again as what was rounded
             least = values.view(n, -1, size).amin(2).clamp(max=0)
-            zero_point = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
+            own = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
+            zero_point = torch.where(scale < torch.finfo(scale_dtype).tiny, own, zero_point)
         q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
     return q, scale, None if symmetric else zero_point.to(torch.int8)
 
@@ -194,8 +195,8 @@ class PackedInt:
             bits: 2, 3 or 4.
             group_size: along K: a multiple of 8, from 16 on, that divides K; or −1 or K, one group for each row.
             symmetric: scale = amax/7 and codes −7…7 (of 4 bits); else scale = range/15 and an integer zero point.
-            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; codes and zero points are those of the rounded
-                scale, which in fp16 is at least 2⁻²⁴, the smallest.
+            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale, which
+                in fp16 is at least 2⁻²⁴, the smallest; so are the zero points of a subnormal one.
 
         Raises:
             ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold. RuntimeError:
