@@ -114,6 +114,4 @@ def _taken_names(layer: nn.Module, kind: type[nn.Module]) -> list[str]:
         plain, made = nn.Conv2d(1, 1, 1, device="meta"), (Int8Conv2d(1, 1, 1),)
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
     own -= {*vars(plain), *plain._parameters, *dir(type(plain)), "from_float", "like"}
-    return sorted(
-        name for name in own if name in QATLinear.__annotations__ or any(hasattr(new, name) for new in made)
-    )
+    return sorted(name for name in own if name in QATLinear.__annotations__ or any(hasattr(new, name) for new in made))
