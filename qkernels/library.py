@@ -30,6 +30,7 @@ from urllib.parse import unquote
 import torch
 
 from . import __version__, registry
+from .reference.fake_quantize import check_dense
 from .registry import Mendable
 
 NAMESPACE = "qkernels"
@@ -247,6 +248,7 @@ def define(
         registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     torch.library.impl(name, "CompositeExplicitAutograd", _selected(op))
+    torch.library.impl(name, "AutogradNestedTensor", _refused(op))  # which no composite kernel serves
     return _dispatched(op)
 
 
@@ -256,8 +258,26 @@ def _dispatched(op: str) -> Any:
 
 
 def _selected(op: str) -> Callable[..., Any]:
+    refuse = _refused(op)
+
     def call(*args: Any) -> Any:
+        # Sparse, mkldnn and quantized tensors arrive here too, where a CPU kernel would send them back.
+        for t in registry.flat(args):
+            if isinstance(t, torch.Tensor) and (t.layout is not torch.strided or t.is_quantized):
+                refuse(*args)
         return registry.run(op, *args)
+
+    return call
+
+
+def _refused(op: str) -> Callable[..., None]:
+    """Names the first argument that is not dense."""
+
+    def call(*args: Any) -> None:
+        for argument, value in zip(_dispatched(op)._schema.arguments, args, strict=False):
+            for at, t in enumerate(value if isinstance(value, list | tuple) else [value]):
+                if isinstance(t, torch.Tensor):
+                    check_dense(f"{argument.name}[{at}]" if value is not t else argument.name, t)
 
     return call
 

@@ -313,14 +313,19 @@ def test_weight_only_above_4_bits_holds_codes_and_computes_in_float():
     ],
 )
 @pytest.mark.parametrize("input", [QSpec(quantizer="dynamic"), None])
-def test_convert_refuses_weights_that_the_kernels_do_not_take(spec, message, input):
+def test_prepare_and_convert_refuse_weights_that_the_kernels_do_not_take(spec, message, input):
     if input is None and spec.bits > 4:
         pytest.skip("becomes a float layer")
-    prepared = prepare(nn.Sequential(nn.Linear(48, 8)), QConfig(spec, input))
-    before = snapshot(prepared)
+    model = nn.Sequential(nn.Linear(48, 8))
+    before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        convert(prepared)
-    assert_unchanged(prepared, before)
+        prepare(model, QConfig(spec, input))
+    assert_unchanged(model, before)
+    changed = prepare(model, QConfig(QSpec(8), input or QSpec()))  # by hand, after prepare
+    changed[0] = QATLinear.from_float(model[0], weight=spec.for_weight(model[0]), input=changed[0].input_fake_quant)
+    calibrate(changed, [torch.randn(2, 48)])
+    with pytest.raises(ValueError, match=message):
+        convert(changed)
 
 
 INPUTS = {
@@ -497,8 +502,11 @@ def test_rules():
     [
         (lambda: QSpec(1), "bits: got 1"),
         (lambda: QSpec(quantizer="dorefa"), "quantizer: got 'dorefa'"),
-        (lambda: QConfig(rules=[("fc", {"bias": 8})]), r"rules\[0\]"),
-        (lambda: prepare(nn.Linear(2, 2), QConfig(rules=[("", {"weight": {"bit": 4}})])), "rules, weight: got"),
+        (lambda: QConfig(rules=[("fc", {"bias": 8})]), r"rules\[0\]: got the key 'bias'"),
+        (
+            lambda: prepare(nn.Linear(2, 2), QConfig(rules=[("", {"weight": {"bit": 4}})])),
+            r"rules\[0\], weight: got the key 'bit'.*did you mean 'bits'",
+        ),
         (lambda: prepare(nn.ReLU()), "holds no layer"),
         (lambda: prepare(nn.Linear(2, 2), QConfig(None, None)), "holds no layer"),
         (lambda: prepare(prepare(nn.Linear(2, 2))), "prepared already"),
@@ -631,10 +639,11 @@ def test_layer_that_no_batch_reached_is_named():
         convert(prepared)
 
 
-def test_subclasses_stay_in_float():
+def test_layers_that_attention_reads_stay_in_float():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention, "fc": nn.Linear(8, 8)})
-    prepared = prepare(model)
+    with pytest.warns(UserWarning, match=r"attention.out_proj \(MultiheadAttention.forward reads its weight"):
+        prepared = prepare(model)
     assert type(prepared["attention"].out_proj) is type(attention.out_proj)
     assert "stays float" in report(prepared).notes["attention.out_proj"]
 

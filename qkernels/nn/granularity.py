@@ -20,6 +20,9 @@ class PerChannel:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        _check_int("axis", self.axis)
+
     def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = _known(self, shape)
         if not -len(shape) <= self.axis < len(shape):
@@ -32,6 +35,9 @@ class PerGroup:
     """One scale for each ``size`` consecutive elements of the last dim: scale is ``[N, K/size]``."""
 
     size: int
+
+    def __post_init__(self) -> None:
+        _check_int("size", self.size)
 
     def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = _known(self, shape)
@@ -55,3 +61,8 @@ def _known(granularity: Granularity, shape: Sequence[int] | None) -> Sequence[in
     if shape is None:
         raise ValueError(f"shape: got None with granularity={granularity}; accepted: the shape of the tensor")
     return shape
+
+
+def _check_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, a {type(value).__name__}; accepted: an integer")

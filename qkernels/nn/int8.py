@@ -264,10 +264,6 @@ class Int8Conv2d(_Int8Layer):
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
         self.transposed, self.output_padding = conv.transposed, conv.output_padding
         self.channels_last = False
-        # The kernels pad evenly and with zeros; any other padding is exact before quantization.
-        left, right, top, bottom = sides = conv._reversed_padding_repeated_twice
-        self._pad = None if left == right and top == bottom and padding_mode == "zeros" else sides
-        self._kernel_padding = (top, left) if self._pad is None else (0, 0)
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, *, act_bits: int = 8) -> Int8Conv2d:
@@ -303,13 +299,24 @@ class Int8Conv2d(_Int8Layer):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
+
+    def _convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
+        """The convolution with a geometry that need not be the layer's: a subclass may pass its own to F.conv2d."""
         out_dtype = self._out_dtype(input)
-        if self.act_bits == 16 or input.dtype == torch.float64:
-            x = self._padded(self._input_values(input))
-            weight, bias = self._weight_in(x.dtype), self._bias_in(x.dtype)
-            return F.conv2d(x, weight, bias, self.stride, self._kernel_padding, self.dilation, self.groups)
-        input_scale, input_zero_point = self._input_qparams(input)
-        x = self._padded(input)
+        # The kernels pad evenly and with zeros; any other padding is exact before quantization.
+        sides = self._sides(padding, dilation)
+        even = sides[0] == sides[1] and sides[2] == sides[3] and mode == "zeros"
+        padding = (sides[2], sides[0]) if even else (0, 0)
+        in_float = self.act_bits == 16 or input.dtype == torch.float64
+        if in_float:
+            x = self._input_values(input)
+        else:
+            x, (input_scale, input_zero_point) = input, self._input_qparams(input)
+        if not even:
+            x = F.pad(x, sides, "constant" if mode == "zeros" else mode)
+        if in_float:
+            return F.conv2d(x, self._weight_in(x.dtype), self._bias_in(x.dtype), stride, padding, dilation, self.groups)
         batch = x if x.dim() == 4 else x.unsqueeze(0)
         y = int8_conv2d(
             batch,
@@ -319,9 +326,9 @@ class Int8Conv2d(_Int8Layer):
             input_zero_point=input_zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            stride=self.stride,  # type: ignore[arg-type]
-            padding=self._kernel_padding,
-            dilation=self.dilation,  # type: ignore[arg-type]
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
         )
         if y.dtype != out_dtype:
             y = y.to(out_dtype)
@@ -337,10 +344,15 @@ class Int8Conv2d(_Int8Layer):
             + self._repr_of_codes()
         )
 
-    def _padded(self, x: Tensor) -> Tensor:
-        if self._pad is None:
-            return x
-        return F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+    def _sides(self, padding: Any, dilation: Any) -> list[int]:
+        """What F.pad takes for a padding as in F.conv2d: left, right, top, bottom."""
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(_pair(dilation), self.weight_shape[2:], strict=True)]
+            return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        height, width = _pair(padding)
+        return [width, width, height, height]
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         weight = super()._weight_in(dtype)
@@ -380,3 +392,8 @@ def _suggests_channels_last(x: Tensor) -> bool:
             return False
         least, last = above, least
     return of_c > 0 and n * c * h * w > 0 and last != of_c
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values

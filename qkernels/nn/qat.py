@@ -6,12 +6,19 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
+from .own_forward import QATForward, own_forward_class
 from .replacing import take_hooks
 from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# What the old forms of weight_norm, spectral_norm and pruning keep of a tensor, behind its name.
+PARTS = ("_g", "_v", "_orig", "_u", "_mask")
 
 
 class _StartsAnew(nn.Module):
@@ -40,7 +47,10 @@ class QATLinear(_StartsAnew, nn.Linear):
     def from_float(
         cls, linear: nn.Linear, *, weight: FakeQuantize | None = None, input: FakeQuantize | None = None
     ) -> QATLinear:
-        """A QAT layer that shares the parameters, hooks and training mode of ``linear``."""
+        """A QAT layer that shares the parameters, hooks and training mode of ``linear``.
+
+        A subclass of nn.Linear keeps its class as a base, and its own forward, whose product is then the quantized one.
+        """
         return _with_quantizers(cls, linear, weight, input)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -83,11 +93,12 @@ class QATConv2d(_StartsAnew, nn.Conv2d):
 def _with_quantizers(
     cls: type[Layer], module: nn.Module, weight: FakeQuantize | None, input: FakeQuantize | None
 ) -> Layer:
-    float_class = cls.__mro__[2]
-    if type(module) is not float_class:
+    float_class = _float_class(cls)
+    if not isinstance(module, float_class):
         raise TypeError(f"{cls.__name__}.from_float: got {type(module).__name__}; accepted: {float_class.__name__}")
     layer: Any = cls.__new__(cls)
     layer.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    layer.__class__ = _qat_class(cls, module)
     take_hooks(layer, module)
     layer.weight_fake_quant = weight
     layer.input_fake_quant = input
@@ -95,3 +106,73 @@ def _with_quantizers(
         if child is not None:
             child.to(layer.weight.device).train(module.training)
     return layer
+
+
+def _qat_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    kind = type(module)
+    if not parametrize.is_parametrized(module):
+        return _qat_class_of(cls, kind)
+    # torch puts the properties of parametrized tensors into a class made for the instance.
+    made = _qat_class_of(cls, kind.__bases__[0])
+    properties = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{made.__name__}", (made,), properties)
+
+
+def _qat_class_of(cls: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return cls if kind is _float_class(cls) else own_forward_class(QATForward, kind, cls)
+
+
+def _float_class(cls: type[nn.Module]) -> type[nn.Linear] | type[nn.Conv2d]:
+    return nn.Linear if issubclass(cls, nn.Linear) else nn.Conv2d
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight that the next forward uses, where torch computes it anew in each: weight_norm, spectral_norm, pruning.
+
+    Their old forms leave the one of the last forward in ``layer.weight``.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(layer)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return hook.apply_mask(layer)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def bake_weight(layer: nn.Module) -> None:
+    """Makes what weight_norm, spectral_norm, pruning and other parametrizations compute plain Parameters again.
+
+    Not by torch's functions: they write into the tensors that the layer may share with a copy.
+    """
+    made: dict[str, Tensor] = {}
+    if parametrize.is_parametrized(layer):
+        made = {name: getattr(layer, name) for name in layer.parametrizations}  # type: ignore[union-attr]
+        del layer._modules["parametrizations"]
+        layer.__class__ = type(layer).__bases__[0]
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, WeightNorm):
+            made[hook.name] = hook.compute_weight(layer)
+        elif isinstance(hook, SpectralNorm):
+            made[hook.name] = hook.compute_weight(layer, do_power_iteration=False)
+            for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
+                for index in [index for index, other in hooks.items() if _is_of_spectral_norm(other, hook)]:
+                    del hooks[index]
+        elif isinstance(hook, BasePruningMethod):
+            made[hook._tensor_name] = hook.apply_mask(layer)
+        else:
+            continue
+        del layer._forward_pre_hooks[key]
+    for name, value in made.items():
+        layer.__dict__.pop(name, None)
+        for part in PARTS:
+            layer._parameters.pop(name + part, None)
+            layer._buffers.pop(name + part, None)
+        layer.register_parameter(name, nn.Parameter(value.detach().clone()))
+
+
+def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:
+    hook = getattr(hook, "hook", hook)  # torch wraps those that run before loading
+    return getattr(hook, "fn", None) is norm

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import Function, forward_ad
 
 from .. import library
 from ..reference import fake_quantize as reference
+from ..reference import transforms
 from ..reference.aten_fake_quantize import channel_views
 from ..reference.straight_through import VARIANTS, check_variant
 from .straight_through import straight_through_backward as _variant_backward
@@ -139,14 +141,23 @@ def _as_output(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
+_in_torch_func = torch._C._are_functorch_transforms_active
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward mode are at work, for which an op is in ``reference.transforms``."""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
 def _entered(function: type[Function]) -> Any:
-    """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call."""
+    """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call.
+
+    For calls that are not ``transformed``.
+    """
     direct = super(Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return direct(*args)
+        return function.apply(*args) if torch.compiler.is_compiling() else direct(*args)
 
     return apply
 
@@ -354,6 +365,8 @@ def fake_quantize(
         return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)  # no copy from the host
+    if transformed():
+        return transforms.fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor)
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
             return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)
@@ -363,6 +376,8 @@ def fake_quantize(
 
 
 def _by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+    if transformed():
+        return _scalar(transforms.fake_quantize)(x, scale, zero_point, quant_min, quant_max)
     if torch.is_grad_enabled() and x.requires_grad:
         return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
     return _forward_scalar(x, scale, zero_point, quant_min, quant_max)
@@ -383,6 +398,10 @@ def _by_variant(
         scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if transformed():
+        return transforms.fake_quantize_straight_through(
+            x, scale, zero_point, quant_min, quant_max, variant, delta, factor
+        )
     if torch.is_grad_enabled():
         learns = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
         if learns or (x.requires_grad and variant != "pass"):
@@ -422,11 +441,12 @@ def fake_quantize_dynamic(
         y, or (y, scale, zero_point). The range is a constant for the gradient: dx is dy where nothing was clipped,
         which with symmetric=True is everywhere.
     """
-    quant_min, quant_max = range_of_bits(bits)
+    args = (group_size_argument(group_size), *range_of_bits(bits), symmetric)
+    if transformed():
+        result = transforms.fake_quantize_dynamic(x, *args)
+        return result if return_qparams else result[0]
     # Raw ops have no gradient formula, so they never see a tensor that wants one.
-    y, scale, zero_point, mask = _dynamic_forward(
-        x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric
-    )
+    y, scale, zero_point, mask = _dynamic_forward(x.detach(), *args)
     if torch.is_grad_enabled() and x.requires_grad:
         y = _straight_through(x, y) if symmetric else _already_masked(x, y, mask)
     return (y, scale, zero_point) if return_qparams else y
@@ -468,10 +488,32 @@ def observe_fake_quantize(
 
 
 def _observed(x: Tensor, *args: Any) -> Tensor:
+    if transformed():
+        return _observed_in_transforms(x, *args)
     y, mask = _observe(x.detach(), *args)
     if torch.is_grad_enabled() and x.requires_grad:
         return _already_masked(x, y, mask)
     return y
+
+
+def _observed_in_transforms(x: Tensor, *args: Any) -> Tensor:
+    """Statistics are updated from the values themselves, whatever is differentiated; one batch at a time."""
+    _, fake_quant_on, _, _, scale, zero_point, _, quant_min, quant_max, _ = args
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        _observe(*(_plain(t).detach() for t in (x, *args[:6])), *args[6:])
+    return transforms.observe_fake_quantize(x, fake_quant_on, scale, zero_point, quant_min, quant_max)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            raise RuntimeError(
+                "x: got a batch of vmap where moving averages are updated in place; accepted: other transforms, or "
+                "vmap with the observer off the path (eval mode, or another quantizer)"
+            )
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 # The drop-ins: torch's signatures.

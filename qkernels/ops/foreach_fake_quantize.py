@@ -17,7 +17,8 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
-from .fake_quantize import _again, _entered, gradient_of
+from ..reference import transforms
+from .fake_quantize import _again, _entered, gradient_of, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
@@ -133,6 +134,10 @@ def foreach_fake_quantize(
     factors = _one_each("grad_factor", grad_factor, count)
     if not count:
         return []
+    if transformed():
+        reference.check(xs)
+        args = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, strict=True)
+        return [transforms.fake_quantize(*each) for each in args]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*xs, *scales, *zero_points)):
         return list(_differentiable(quant_mins, quant_maxs, factors, *xs, *scales, *zero_points))
     return _forward(xs, scales, zero_points, quant_mins, quant_maxs)

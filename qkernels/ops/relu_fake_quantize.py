@@ -11,8 +11,9 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import relu_fake_quantize as reference
+from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
-from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -128,6 +129,8 @@ def relu_fake_quantize(
         scale = torch.full((1,), scale, dtype=compute_dtype(x), device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if transformed():
+        return transforms.relu_fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor)
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
             return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..nn.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerTo
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 Overrides = Mapping[str, Any]
+GRANULARITIES = "PerTensor(), PerChannel(axis), PerGroup(size), PerToken()"
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,30 @@ class QSpec:
     straight_through: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        _check_type("bits", self.bits, int, "2 to 8")
+        _check_type("symmetric", self.symmetric, bool, "True, False")
+        _check_type("quantizer", self.quantizer, str, f"one of {', '.join(QUANTIZERS)}")
+        if self.straight_through is not None:
+            _check_type("straight_through", self.straight_through, str, "a name as in fake_quantize, None")
+        if not 2 <= self.bits <= 8:
             raise ValueError(f"bits: got {self.bits!r}; accepted: 2 to 8")
         if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer: got {self.quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
-        if self.granularity is not None and not isinstance(self.granularity, Granularity):
-            raise TypeError(
-                f"granularity: got {self.granularity!r}; accepted: PerTensor(), PerChannel(axis), PerGroup(size), "
-                "PerToken()"
+            raise ValueError(
+                f"quantizer: got {self.quantizer!r}; accepted: {', '.join(QUANTIZERS)}"
+                + _nearest(self.quantizer, QUANTIZERS)
             )
+        if self.granularity is not None and not isinstance(self.granularity, Granularity):
+            hint = ""
+            if inspect.isclass(self.granularity) and issubclass(self.granularity, Granularity):
+                hint = " (an instance, not the class)"
+            raise TypeError(f"granularity: got {self.granularity!r}; accepted: {GRANULARITIES}{hint}")
+        # The quantizer checks what goes with what.
+        FakeQuantize(
+            bits=self.bits,
+            symmetric=self.symmetric,
+            quantizer=self.quantizer,
+            straight_through=self.straight_through,
+        )
 
     def for_weight(self, layer: nn.Module) -> FakeQuantize:
         granularity = PerChannel() if self.granularity is None else self.granularity
@@ -90,6 +108,11 @@ class QConfig:
         rules: pairs (pattern, overrides), the last one that matches a layer decides. A pattern is a glob on the module
             name ("layer1.*") or a module type. Overrides are None (leave the layer in float) or a dict with "weight"
             and/or "input": a QSpec, None, or a dict of the fields to change: ``("fc", {"weight": {"bits": 4}})``.
+            A rule that names a subclass of Linear or Conv2d by its type asks for layers that ``prepare`` would leave
+            in float because it cannot tell what their own forward computes.
+
+    Raises:
+        TypeError: a field of another type. ValueError: an unknown name or key, or a value out of range.
     """
 
     weight: QSpec | None = field(default_factory=QSpec)
@@ -97,27 +120,55 @@ class QConfig:
     rules: Sequence[tuple[str | type[nn.Module], Overrides | None]] = ()
 
     def __post_init__(self) -> None:
+        for key in ("weight", "input"):
+            spec = getattr(self, key)
+            if spec is not None and not isinstance(spec, QSpec):
+                raise TypeError(f"{key}: got {spec!r}; accepted: {_spec_like(spec)}, None")
+        if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Sequence):
+            raise TypeError(f"rules: got {self.rules!r}; accepted: a list of (name glob or module type, overrides)")
         for index, rule in enumerate(self.rules):
-            if not (
-                isinstance(rule, tuple)
-                and len(rule) == 2
-                and isinstance(rule[0], str | type)
-                and (rule[1] is None or (isinstance(rule[1], Mapping) and set(rule[1]) <= {"weight", "input"}))
-            ):
-                raise ValueError(
-                    f"rules[{index}]: got {rule!r}; accepted: (name glob or module type, None or a dict with 'weight' "
-                    "and/or 'input')"
+            where = f"rules[{index}]"
+            if not (isinstance(rule, tuple | list) and len(rule) == 2):
+                raise TypeError(f"{where}: got {rule!r}; accepted: a pair (name glob or module type, overrides)")
+            pattern, overrides = rule
+            if not (isinstance(pattern, str) or (inspect.isclass(pattern) and issubclass(pattern, nn.Module))):
+                raise TypeError(f"{where}: got {pattern!r} as its pattern; accepted: a name glob, a subclass of Module")
+            if overrides is None:
+                continue
+            if not isinstance(overrides, Mapping):
+                raise TypeError(
+                    f"{where}: got {overrides!r} as its overrides; accepted: None, a dict with 'weight' and/or 'input'"
                 )
+            _check_keys(where, overrides, ("weight", "input"))
+            for key in overrides:
+                try:
+                    _override(getattr(self, key), overrides, key)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{where}, {error}") from None
 
     def specs(self, name: str, module: nn.Module) -> tuple[QSpec | None, QSpec | None]:
         """Specs of weight and input of the layer called ``name``."""
         weight, input = self.weight, self.input
-        for pattern, overrides in reversed(self.rules):
-            if _matches(pattern, name, module):
-                if overrides is None:
-                    return None, None
-                return _override(weight, overrides, "weight"), _override(input, overrides, "input")
+        rule = self._rule_of(name, module)
+        if rule is not None:
+            if rule[1] is None:
+                return None, None
+            return _override(weight, rule[1], "weight"), _override(input, rule[1], "input")
         return weight, input
+
+    def names_type_of(self, name: str, module: nn.Module) -> bool:
+        """Whether the rule that decides asks for this subclass of Linear or Conv2d by its type."""
+        rule = self._rule_of(name, module)
+        return (
+            rule is not None
+            and rule[1] is not None
+            and isinstance(rule[0], type)
+            and issubclass(rule[0], QUANTIZABLE)
+            and rule[0] not in QUANTIZABLE
+        )
+
+    def _rule_of(self, name: str, module: nn.Module) -> tuple[str | type[nn.Module], Overrides | None] | None:
+        return next((rule for rule in reversed(self.rules) if _matches(rule[0], name, module)), None)
 
     def warn_of_idle_rules(self, layers: Mapping[str, nn.Module]) -> None:
         for pattern, _ in self.rules:
@@ -133,7 +184,30 @@ def _override(spec: QSpec | None, overrides: Overrides, key: str) -> QSpec | Non
     change = overrides.get(key, spec)
     if change is None or isinstance(change, QSpec):
         return change
-    known = [f.name for f in dataclasses.fields(QSpec)]
-    if not isinstance(change, Mapping) or not set(change) <= set(known):
-        raise ValueError(f"rules, {key}: got {change!r}; accepted: a QSpec, None, or a dict of {', '.join(known)}")
+    if not isinstance(change, Mapping):
+        raise TypeError(f"{key}: got {change!r}; accepted: {_spec_like(change)}, None, a dict of QSpec's fields")
+    _check_keys(key, change, [f.name for f in dataclasses.fields(QSpec)])
     return dataclasses.replace(QSpec() if spec is None else spec, **change)
+
+
+def _spec_like(value: Any) -> str:
+    """How to write the spec that a bare value was meant for."""
+    if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8:
+        return f"a QSpec such as QSpec(bits={value})"
+    return "a QSpec such as QSpec(bits=8)"
+
+
+def _check_type(name: str, value: Any, kind: type, accepted: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{name}: got {value!r}, a {type(value).__name__}; accepted: {accepted}")
+
+
+def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}: got the key {key!r}; accepted: {', '.join(known)}{_nearest(key, known)}")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +9,13 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.qat import QATConv2d, QATLinear
+from ..nn.own_forward import with_forward_of
+from ..nn.qat import QATConv2d, QATLinear, bake_weight
 from ..nn.replacing import take_over
-from ..reference.int4_gemm import check_group_size
-from ..reference.packing import BITS
 from .calibrate import quantizers_of
 from .fold import Folds, factor_and_bias, find_folds
-from .prepare import replace_modules
+from .prepare import copy_of, replace_modules
+from .selection import check_convertible, to_int4
 
 QUANTIZERS = ("weight_fake_quant", "input_fake_quant")
 
@@ -50,7 +48,8 @@ def convert(model: nn.Module) -> nn.Module:
             groups other than multiples of 8, from 16 on, or of a whole row.
     """
     check_calibrated(model)
-    converted = copy.deepcopy(model).eval()
+    converted = copy_of(model).eval()
+    bake_weights(converted)
     return replace_layers(converted, find_folds(converted))
 
 
@@ -65,6 +64,13 @@ def check_calibrated(model: nn.Module) -> None:
         )
 
 
+def bake_weights(model: nn.Module) -> None:
+    """Plain weights in the QAT layers of a copy in eval mode."""
+    for layer in list(model.modules()):
+        if isinstance(layer, QATLinear | QATConv2d):
+            bake_weight(layer)
+
+
 def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     """Puts integer layers in place of the QAT layers of ``model``, which is in eval mode, and returns its root."""
     made: dict[nn.Module, nn.Module] = {}
@@ -75,13 +81,13 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     ]
     shared = _float_weights(model, {layer for _, layer in layers})
     for name, layer in layers:
+        check_convertible(name, layer)
         if to_int4(layer):
-            made[layer] = _int4_layer(name, layer)  # type: ignore[arg-type]
+            made[layer] = _int4_layer(layer)  # type: ignore[arg-type]
         elif layer.input_fake_quant is None:
             if id(layer.weight) not in shared:
                 made[layer] = _weight_only_layer(layer)
         else:
-            _check_weight(name, layer.weight_fake_quant)  # type: ignore[arg-type]
             norm = None
             if name in folds.batch_norm_of:
                 norm = model.get_submodule(folds.batch_norm_of[name])
@@ -89,15 +95,8 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
     for source, new in made.items():
         if isinstance(source, QATLinear | QATConv2d):
-            take_over(new, source, _own_names(source)).eval()
+            made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
     return replace_modules(model, made.get)
-
-
-def to_int4(layer: nn.Module) -> bool:
-    """Whether ``convert`` makes an Int4Linear of the layer."""
-    if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
-        return False
-    return layer.weight_fake_quant.bits in BITS
 
 
 def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
@@ -118,14 +117,10 @@ def _own_names(layer: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
+def _int4_layer(layer: QATLinear) -> Int4Linear:
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
     group_size = _group_size(weight, -1)
-    try:
-        check_group_size(layer.in_features if group_size == -1 else group_size, layer.in_features)
-    except RuntimeError as error:
-        raise ValueError(f"model: the weight of {name!r} has {weight.granularity}; {error}") from None
     codes, scale, zero_point = weight.quantize(layer.weight)
     new = Int4Linear(
         layer.in_features,
@@ -146,18 +141,6 @@ def _int4_layer(name: str, layer: QATLinear) -> Int4Linear:
 
 def _group_size(quantizer: FakeQuantize, whole: int) -> int:
     return quantizer.granularity.size if isinstance(quantizer.granularity, PerGroup) else whole
-
-
-def _check_weight(name: str, quantizer: FakeQuantize) -> None:
-    if isinstance(quantizer.granularity, PerGroup):
-        raise ValueError(
-            f"model: the weight of {name!r} has {quantizer.granularity}; accepted by the int8 layers: PerChannel(0), "
-            "PerTensor()"
-        )
-    if not quantizer.symmetric:
-        raise ValueError(
-            f"model: the weight of {name!r} is quantized with a zero point; accepted by the int8 layers: symmetric=True"
-        )
 
 
 @torch.no_grad()

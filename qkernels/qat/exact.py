@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
-from .convert import check_calibrated, replace_layers
+from .convert import bake_weights, check_calibrated, replace_layers
 from .fold import Folds, find_folds
+from .prepare import copy_of
 
 
 class Exact(nn.Module):
@@ -33,7 +33,8 @@ class Exact(nn.Module):
         # shared with the model.
         modules = [module for module in self.model.modules() if not isinstance(module, FakeQuantize)]
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        shadow = copy.deepcopy(self.model, {id(t): t for t in tensors}).eval()
+        shadow = copy_of(self.model, {id(t): t for t in tensors}).eval()
+        bake_weights(shadow)
         layout = [(name, id(module)) for name, module in self.model.named_modules()]
         if layout != self._layout:  # tracing takes longer than all the rest
             self._layout, self._folds = layout, find_folds(shadow)

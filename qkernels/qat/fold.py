@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
 
+LEAVES = (nn.Linear, nn.Conv2d)  # subclasses of theirs too
+
 
 @dataclass
 class Folds:
@@ -41,9 +43,13 @@ def find_folds(model: nn.Module) -> Folds:
     if not norms:
         return folds
 
+    class LayerTracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
     try:
         with eval_mode(model):
-            graph = torch.fx.Tracer().trace(model)
+            graph = LayerTracer().trace(model)
     except Exception as error:  # a model's forward may raise anything when traced; the report passes on what it was
         reason = f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
         folds.kept = dict.fromkeys(norms, reason)
@@ -66,6 +72,8 @@ def find_folds(model: nn.Module) -> Folds:
             folds.kept[name] = f"it is called {len(nodes)} times"
         elif not isinstance(conv, nn.Conv2d | Int8Conv2d) or producer is None:
             folds.kept[name] = "its input does not come straight from a Conv2d"
+        elif not getattr(conv, "returns_product", True):
+            folds.kept[name] = f"the forward of {producer} does more than convolve"
         elif len(calls[producer]) != 1 or len(source.users) != 1:  # type: ignore[union-attr]
             folds.kept[name] = f"the output of {producer} is used elsewhere too"
         else:

@@ -3,56 +3,167 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.qat import QATConv2d, QATLinear
-from .config import QUANTIZABLE, QConfig
+from ..nn.qat import QATConv2d, QATLinear, effective_weight
+from .config import QUANTIZABLE, QConfig, QSpec
+from .selection import check_convertible, float_reason, trial_of, unsupported
+from .weight_readers import find_weight_readers
 
-QAT_CLASS: dict[type[nn.Module], type[QATLinear] | type[QATConv2d]] = {nn.Linear: QATLinear, nn.Conv2d: QATConv2d}
+NAMED = 5  # layers that a warning names; report lists all
 
 
 def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     """A copy of ``model`` whose Linear and Conv2d layers train with fake quantization.
 
     Parameters keep their names. Weight quantizers start from the weights; input quantizers of kind "lsq" and "minmax"
-    need ``calibrate`` before the first forward pass. Subclasses of Linear and Conv2d have a forward of their own and
-    stay in float. ``model`` itself is never changed.
+    need ``calibrate`` before the first forward pass. ``model`` itself is never changed.
+
+    A subclass of Linear or Conv2d keeps its class as a base. One with a forward of its own (that pads its input, say)
+    is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone, or
+    where a rule names its type; the quantizers then sit at that product. Weights under ``weight_norm``,
+    ``spectral_norm``, pruning or another parametrization are quantized as these make them.
+
+    A layer whose parent reads its weight instead of calling it stays in float, as ``out_proj`` of
+    nn.MultiheadAttention does. nn.TransformerEncoderLayer and nn.TransformerEncoder call their layers: their fused
+    paths, which would not, are switched off in the copy.
+
+    Layers that config selects and that stay in float are named by a warning with the reason, as are the largest ones
+    where less than half of the model's weights are selected; ``report`` lists every layer.
 
     Raises:
-        ValueError: nothing to quantize, weights that are not finite, or a spec that a layer cannot take (named).
+        ValueError: nothing to quantize, weights that are not finite, or a spec that a layer or ``convert`` cannot take
+            (named). TypeError: not a model or a config.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    if config is not None and not isinstance(config, QConfig):
+        hint = f"QConfig(weight={config})" if isinstance(config, QSpec) else "a QConfig such as QConfig(QSpec(bits=4))"
+        raise TypeError(f"config: got {config!r}; accepted: {hint}, None")
     config = QConfig() if config is None else config
     if any(isinstance(module, FakeQuantize) for module in model.modules()):
         raise ValueError("model: got one that is prepared already; accepted: a float model")
-    layers = {name: module for name, module in model.named_modules() if type(module) in QUANTIZABLE}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
     config.warn_of_idle_rules(layers)
-    chosen = {name: specs for name, module in layers.items() if any(specs := config.specs(name, module))}
+    readers = find_weight_readers(model)
+    chosen: dict[str, tuple[QSpec | None, QSpec | None]] = {}
+    floats: dict[str, str] = {}
+    excluded = set()
+    for name, module in layers.items():
+        specs = config.specs(name, module)
+        if not any(specs):
+            excluded.add(name)
+            continue
+        reason = float_reason(name, module, readers, asked_by_type=config.names_type_of(name, module))
+        if reason is None:
+            chosen[name] = specs
+        else:
+            floats[name] = reason
     if not chosen:
         raise ValueError(
             "model: holds no layer that config selects; accepted: a model with Linear or Conv2d layers that the rules "
-            "do not leave in float"
+            "do not leave in float" + (f" ({_named(floats)})" if floats else "")
         )
-    prepared = copy.deepcopy(model)
+    prepared = copy_of(model)
     made: dict[nn.Module, nn.Module] = {}
     for name, (weight_spec, input_spec) in chosen.items():
         layer = prepared.get_submodule(name)
-        if not bool(layer.weight.isfinite().all()):  # type: ignore[union-attr, operator]
+        effective = effective_weight(layer).detach()
+        if not effective.is_meta and not bool(effective.isfinite().all()):
             raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         try:
             weight = None if weight_spec is None else weight_spec.for_weight(layer)
             input = None if input_spec is None else input_spec.for_input(layer)
         except ValueError as error:
             raise ValueError(f"config, layer {name!r}: {error}") from None
-        if weight is not None and weight.quantizer != "dynamic":
-            weight.to(layer.weight.device).start(layer.weight)  # type: ignore[union-attr, arg-type]
+        if weight is not None and weight.quantizer != "dynamic" and not effective.is_meta:
+            weight.to(effective.device).start(effective)
         for quantizer, kind in ((weight, "weight"), (input, "input")):
             if quantizer is not None:
                 quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
-        made[layer] = QAT_CLASS[type(layer)].from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
-    return replace_modules(prepared, made.get)
+        qat = (QATLinear if isinstance(layer, nn.Linear) else QATConv2d).from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
+        qat.returns_product = trial_of(layer).returns_product
+        check_convertible(name, qat)
+        made[layer] = qat
+    prepared = replace_modules(prepared, made.get)
+    leave_fused_paths(prepared)
+    too = {name: reader for name, reader in readers.too.items() if name in chosen}
+    _warn(model, chosen, excluded, floats, too)
+    return prepared
+
+
+def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy; tensors that a forward pass left on a module are copied without their graph.
+
+    ``memo``: tensors, by id, and what takes their place.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def leave_fused_paths(model: nn.Module) -> None:
+    """Makes torch's Transformer layers call the QAT layers in them in eval mode too, instead of reading their weights.
+
+    Both attributes are what torch itself sets where its fused path cannot serve; ``convert`` and copies keep them.
+    """
+    for module in model.modules():
+        if not any(isinstance(inner, QATLinear) for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _warn(
+    model: nn.Module, chosen: Mapping[str, object], excluded: set[str], floats: dict[str, str], too: dict[str, str]
+) -> None:
+    """At most one warning: what stays in float although config selects it, and what else nobody left out."""
+    said = []
+    if floats:
+        said.append(f"{_count(floats)} that config selects stay in float: {_named(floats)}")
+    if too:
+        reasons = {name: f"{reader} also reads its weight, and gets it in float" for name, reader in too.items()}
+        said.append(f"{_count(too)} quantized only where called: {_named(reasons)}")
+    owners: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        for tensor in module.parameters(recurse=False):
+            owners.setdefault(tensor, name)
+    apart = {p for name in (*chosen, *excluded) for p in model.get_submodule(name).parameters()}
+    left: dict[str, int] = {}
+    for tensor, name in owners.items():
+        if tensor not in apart and not is_lazy(tensor):
+            left[name] = left.get(name, 0) + tensor.numel()
+    selected = sum(p.numel() for p in {p for name in chosen for p in model.get_submodule(name).parameters()})
+    total = selected + sum(left.values())
+    if selected < total / 2:
+        largest = sorted(left, key=lambda name: -left[name])
+        reasons = {
+            name: f"{left[name] / total:.0%}: {floats.get(name) or unsupported(model.get_submodule(name))}"
+            for name in largest
+        }
+        said.append(f"only {selected / total:.0%} of the weights are selected; the largest others: {_named(reasons)}")
+    if said:
+        warnings.warn("prepare: " + "; ".join(said) + ". report lists every layer.", stacklevel=3)
+
+
+def _count(layers: Mapping[str, str]) -> str:
+    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+
+
+def _named(reasons: Mapping[str, str]) -> str:
+    names = list(reasons)
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(f"{name or '(model)'} ({reasons[name]})" for name in names[:NAMED]) + more
 
 
 def replace_modules(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -18,8 +18,8 @@ from ..nn.qat import QATConv2d, QATLinear
 from ..reference.packing import BITS, packed_length
 from .calibrate import call, quantizers_replaced
 from .config import QUANTIZABLE
-from .convert import to_int4
 from .fold import eval_mode, factor_and_bias, find_folds
+from .selection import to_int4
 
 SCALE_BYTES = 4
 QAT_LAYERS = (QATLinear, QATConv2d)

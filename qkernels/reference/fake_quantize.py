@@ -17,6 +17,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    """Raises RuntimeError where t is not plain values in strided memory."""
+    if not isinstance(t, Tensor):  # what stands for one, where a graph is traced
+        return
+    if t.is_nested:
+        got, way = "a nested tensor", "as its unbind() gives"
+    elif t.is_quantized:
+        got, way = f"a quantized tensor of {t.dtype}", "as dequantize() and int_repr() give"
+    elif t.layout is not torch.strided:
+        got, way = f"a tensor of layout {t.layout}", "as to_dense() gives"
+    else:
+        return
+    raise RuntimeError(f"{name}: got {got}; accepted: a dense tensor of layout torch.strided, {way}")
+
+
 def check_input(x: Tensor, quant_min: int, quant_max: int) -> None:
     """Raises RuntimeError where x or the range is not one that can be quantized."""
     if not x.is_floating_point():
@@ -47,8 +62,9 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
                 f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
                 f"{list(scale.shape)}"
             )
-        # Values are looked at only where that costs no synchronisation.
-        if x.device.type == "cpu" and not zero_point.is_floating_point() and zero_point.numel():
+        # Values are looked at only where that costs no synchronisation, and where there is one of each.
+        seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
+        if seen and not zero_point.is_floating_point() and zero_point.numel():
             check_zero_point(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
 
 
@@ -250,6 +266,12 @@ def qparams_of_range(
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=floor)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A positive scale as the nearest that dtype holds and quantizers take: at least fp16's smallest subnormal."""
+    info = torch.finfo(dtype)
+    return scale.to(dtype).clamp(min=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny))
 
 
 def storage_flat(t: Tensor) -> Tensor:

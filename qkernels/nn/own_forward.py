@@ -1,0 +1,197 @@
+"""Subclasses of Linear and Conv2d: their own forward runs, and its product is the quantized one.
+
+The product is found where it happens, at the call of F.linear or F.conv2d with a weight of the layer's shape: whether a
+forward pads its input, calls ``super().forward`` or ``self._conv_forward`` or the function itself makes no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .int8 import Int8Conv2d
+
+PRODUCTS = (F.linear, torch.conv2d)  # F.conv2d is torch.conv2d
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1}  # the defaults of F.conv2d
+Arguments = dict[str, Any]
+
+
+def has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether a subclass of Linear or Conv2d computes in another way than its parent."""
+    parent = nn.Linear if issubclass(kind, nn.Linear) else nn.Conv2d
+    names = ("forward", "__call__", "_conv_forward")
+    return any(inspect.getattr_static(kind, n, None) is not inspect.getattr_static(parent, n, None) for n in names)
+
+
+class _Products(TorchFunctionMode):
+    """Hands every product with a weight of this shape to ``product``, which runs outside the mode."""
+
+    def __init__(self, shape: tuple[int, ...], product: Callable[[Callable[..., Tensor], Arguments], Tensor]) -> None:
+        super().__init__()
+        self.shape, self.product = shape, product
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Arguments | None = None
+    ) -> Any:
+        if func in PRODUCTS:
+            arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+            if tuple(arguments["weight"].shape) == self.shape:
+                return self.product(func, arguments)
+        return func(*args, **(kwargs or {}))
+
+
+class _OwnForward(nn.Module):
+    """The first base of a layer that runs the forward of ``own_class``, with ``_product`` in place of its product."""
+
+    own_class: ClassVar[type[nn.Module]]
+    base_class: ClassVar[type[nn.Module]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Products(self._shape(), self._product):
+            return self.own_class.forward(self, *args, **kwargs)
+
+    def _shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _made_at_run_time(self, self.__getstate__())  # type: ignore[attr-defined]
+
+
+class QATForward(_OwnForward):
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+        if self.input_fake_quant is not None:
+            arguments["input"] = self.input_fake_quant(arguments["input"])  # type: ignore[operator]
+        if self.weight_fake_quant is not None:
+            arguments["weight"] = self.weight_fake_quant(arguments["weight"])  # type: ignore[operator]
+        return func(**arguments)
+
+
+class ConvertedForward(_OwnForward):
+    """The product is that of ``base_class``, an int8 or int4 layer.
+
+    While the forward runs, ``weight`` is a tensor of the right shape, device and dtype that holds NaN without taking
+    memory: ``prepare`` made sure that nothing but the product reads it.
+    """
+
+    _stand_in: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_class.weight.fget(self) if self._stand_in is None else self._stand_in  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        self.__dict__["_stand_in"] = x.new_full((), torch.nan).expand(self._shape())
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__["_stand_in"] = None
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.weight_shape  # type: ignore[return-value]
+
+    def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+        if not issubclass(self.base_class, Int8Conv2d):
+            return self.base_class.forward(self, arguments["input"])
+        stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
+        return self._convolve(arguments["input"], stride, padding, dilation)  # type: ignore[operator]
+
+
+@functools.cache
+def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass ``own`` of Linear or Conv2d on top of ``base``, a QAT, int8 or int4 layer class."""
+    attributes: dict[str, Any] = {"own_class": own, "base_class": base, "__module__": own.__module__}
+    bases: tuple[type, ...] = (mixin, own, base)
+    if not has_own_forward(own):
+        attributes["forward"] = base.forward
+    elif mixin is QATForward:
+        # super().forward of ``own`` is the float one, so that nothing is quantized twice.
+        parent = nn.Linear if issubclass(base, nn.Linear) else nn.Conv2d
+        bases = (mixin, own, type(base.__name__, (base,), {"forward": parent.forward}))
+    if mixin is ConvertedForward:
+        attributes["extra_repr"] = base.extra_repr
+    prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")
+    made = type(prefix + own.__name__, bases, attributes)
+    if mixin is ConvertedForward:  # as the integer layers do
+        ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
+    return made
+
+
+def _made_at_run_time(layer: nn.Module, state: dict[str, Any]) -> tuple[Any, ...]:
+    """What a copy or a pickle of the layer holds: not its class, but what that is made of."""
+    kind: Any = next(kind for kind in type(layer).__mro__ if "own_class" in vars(kind))
+    return _blank, (kind.__mro__[1], kind.own_class, kind.base_class), state
+
+
+def _blank(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    kind = own_forward_class(mixin, own, base)
+    return kind.__new__(kind)
+
+
+def with_forward_of(layer: nn.Module, qat: nn.Module) -> nn.Module:
+    """An int8 or int4 layer made for ``qat`` becomes one of its subclass of Linear or Conv2d too, if it has one."""
+    if isinstance(qat, QATForward):
+        layer.__class__ = own_forward_class(ConvertedForward, qat.own_class, type(layer))
+    return layer
+
+
+@dataclass
+class Trial:
+    """What one call of a float layer's own forward showed; ``reason``: why its product cannot be quantized."""
+
+    reason: str | None = None
+    returns_product: bool = False  # as it is: what follows the layer follows the product
+
+
+@torch.no_grad()
+def try_forward(twin: Any) -> Trial:
+    """Runs a layer that nothing else uses, on the meta device, where it costs nothing."""
+    name = type(twin).__name__
+    weight, bias = twin.weight, twin.bias
+    if isinstance(twin, nn.Linear):
+        shape: tuple[int, ...] = (2, twin.in_features)
+    else:
+        side = max(32, *(2 * d * k for d, k in zip(twin.dilation, twin.kernel_size, strict=True)))
+        shape = (1, twin.in_channels, side, side)
+    products: list[tuple[Arguments, Tensor]] = []
+    uses: list[str] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            result = func(*args, **kwargs)
+            if func in PRODUCTS:
+                products.append(({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}, result))
+            elif isinstance(result, Tensor) and any(t is weight and t is not result for t in (*args, *kwargs.values())):
+                uses.append(getattr(func, "__name__", str(func)))
+            return result
+
+    try:
+        with Watch():
+            y = type(twin).forward(twin, torch.empty(shape, device="meta", dtype=weight.dtype))
+    except Exception as error:  # a forward of the user's may raise anything; the reason passes on what it was
+        message = (str(error).splitlines() or [""])[0][:100]
+        return Trial(f"the forward of {name} could not be tried on an input of shape {list(shape)} "
+                     f"({type(error).__name__}: {message})")  # fmt: skip
+    if len(products) != 1 or products[0][0]["weight"] is not weight or uses:
+        return Trial(f"the forward of {name} does not use its weight in one F.linear or F.conv2d alone")
+    arguments, product = products[0]
+    if arguments.get("bias") is not bias or arguments.get("groups", 1) != getattr(twin, "groups", 1):
+        return Trial(f"the forward of {name} computes its product with another bias or groups than its own")
+    return Trial(returns_product=y is product)
