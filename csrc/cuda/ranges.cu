@@ -63,15 +63,13 @@ struct RangeOp {
     }
     const float low = static_cast<float>(range.a), high = static_cast<float>(range.b);
     if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity must not be learned
-    const float new_low = average(running_min[channel], low), new_high = average(running_max[channel], high);
+    const float new_low = moving_average(running_min[channel], low, momentum);
+    const float new_high = moving_average(running_max[channel], high, momentum);
     running_min[channel] = new_low;
     running_max[channel] = new_high;
     const auto chosen = choose_qparams<float>(new_low, new_high, rule);
     observed_scale[channel] = chosen.scale;
     zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
-  }
-  __device__ __forceinline__ float average(float running, float batch) const {
-    return fabsf(running) == INFINITY ? batch : running + momentum * (batch - running);
   }
 };
 
