@@ -37,7 +37,7 @@ class EwgsRound(torch.autograd.Function):
 def formula(variant: str, x: Tensor, scale: Tensor) -> Tensor:
     """Each variant as its authors write it, in autograd."""
     if variant == "ewgs":
-        return (EwgsRound.apply(x / scale, 1e-3).clamp(*INT8) * scale).to(x.dtype)
+        return (peers.clamp(EwgsRound.apply(x / scale, 1e-3), *INT8) * scale).to(x.dtype)
     if variant == "pact":
         v = (x / scale.detach()).float()
         q = v + (v.round() - v).detach()

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from cases import FLOATS, GRANULARITIES, INPUTS, clamp, scale_of
 from conftest import kernels_of
 from test_fake_quantize import same, saved_bytes
 from torch import Tensor
@@ -186,7 +186,7 @@ def test_ewgs(kernel: str, shape: tuple[int, ...], delta: float) -> None:
     grad = torch.randn(6, 40, dtype=torch.float64)
     z = rounded(zero_point)
     q = EwgsRound.apply(x / scale, delta) + z
-    expected = torch.autograd.grad((q.clamp(-8, 7) - z) * scale, leaves, grad)
+    expected = torch.autograd.grad((clamp(q, -8, 7) - z) * scale, leaves, grad)
     with qk.use_kernel(kernel):
         y = qk.fake_quantize(*leaves, quant_min=-8, quant_max=7, straight_through="ewgs", ewgs_delta=delta)
         got = torch.autograd.grad(y, leaves, grad)
