@@ -37,7 +37,7 @@ class EwgsRound(torch.autograd.Function):
 def formula(variant: str, x: Tensor, scale: Tensor) -> Tensor:
     """Each variant as its authors write it, in autograd."""
     if variant == "ewgs":
-        return (EwgsRound.apply((x / scale).clamp(*INT8), 1e-3) * scale).to(x.dtype)
+        return (EwgsRound.apply(peers.clamp(x / scale, *INT8), 1e-3) * scale).to(x.dtype)
     if variant == "pact":
         v = (x / scale.detach()).float()
         q = v + (v.round() - v).detach()

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, scale_of
+from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from conftest import assert_ran, kernels_of
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, hig
 
     z = rounded(zero_point)
     q = rounded(x / scale) + z
-    return (q.clamp(low, high) - z) * scale
+    return (clamp(q, low, high) - z) * scale
 
 
 @pytest.mark.parametrize("kernel", kernels_of("fake_quantize_forward"))

@@ -276,7 +276,7 @@ void resize_and_fill(Tensor& t, int64_t numel, double value) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
                                     torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
                                     torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::fill_(t, value);
 }
@@ -337,7 +337,7 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
 
 Tensor multiply(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -437,7 +437,7 @@ Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
            "; accepted: torch.bool");
   if (aoti_torch_grad_mode_is_enabled()) return multiply(grad, mask);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("qkernels::fake_quantize_backward_bytes", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

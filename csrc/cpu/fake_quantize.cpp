@@ -165,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
                                                                          bool symmetric) {
   check_group_size(x, group_size);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
-  auto [scale, zero_point] = empty_qparams(x, group_size);
+  auto qparams = empty_qparams(x, group_size);  // no structured binding: C++17 lets no lambda capture one
+  Tensor &scale = std::get<0>(qparams), &zero_point = std::get<1>(qparams);
   const int64_t numel = x.numel();
   Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel, x);
   // Rows in one pass where they lie in order; else the ranges first, and y in x's own memory order after.
