@@ -118,7 +118,7 @@ _observe = _define(
     "observe_fake_quantize",
     "(Tensor x, Tensor observer_on, Tensor fake_quant_on, Tensor(a!) running_min, Tensor(b!) running_max, "
     "Tensor(c!) scale, Tensor(d!) zero_point, float averaging_const, SymInt quant_min, SymInt quant_max, "
-    "float symmetric_steps) -> (Tensor, Tensor)",
+    "float symmetric_steps, SymInt symmetric_zero_point) -> (Tensor, Tensor)",
     reference.observe_fake_quantize,
     lambda x, *_: (torch.empty_like(x), _mask_like(x)),
 )
@@ -463,7 +463,7 @@ def observe_fake_quantize(
     steps = float((quant_max - quant_min) // 2) if symmetric else 0.0
     return _observed(
         x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point,
-        averaging_const, quant_min, quant_max, steps,
+        averaging_const, quant_min, quant_max, steps, (quant_min + quant_max + 1) // 2,
     )  # fmt: skip
 
 
@@ -571,4 +571,14 @@ def observed_arguments(
                 stat.resize_(channels).fill_(start)
         stats = tuple(channel_views(x, axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric else 0.0
-    return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps
+    middle = observers_middle(quant_min, quant_max)
+    return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps, middle
+
+
+def observers_middle(quant_min: int, quant_max: int) -> int:
+    """The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes."""
+    if quant_min < 0:
+        return min(0, quant_max)
+    if (quant_min, quant_max) == (0, 2**16 - 1):
+        return 2**15  # uint16
+    return (quant_min + quant_max) // 2
