@@ -9,6 +9,7 @@ may: torch's own faults, each with its reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -36,7 +37,6 @@ SUITES = (
     ("torch", "quantization/core/test_workflow_ops.py", ""),
     ("torch", "quantization/core/test_utils.py", ""),
     ("torch", "quantization/core/test_quantized_module.py", "qat or QAT"),
-    ("torch", "quantization/core/experimental/test_fake_quantize.py", ""),
     ("torch", "quantization/eager/test_quantize_eager_qat.py", ""),
     ("torch", "quantization/eager/test_fuse_eager.py", "qat or train"),
     ("torch", "quantization/eager/test_model_numerics.py", ""),
@@ -122,13 +122,10 @@ def outcomes(folder: Path, path: str, only: str, override: bool) -> Outcomes:
         str(PYTHON), "-m", "pytest", "-q", "-p", "record", "-p", "no:cacheprovider", "--hypothesis-seed=0",
         "--rootdir", str(folder), "-c", os.devnull, "-k", only, path,
     ]  # fmt: skip
-    with (BUILD / "pytest.log").open("a") as out:
-        try:
-            subprocess.run(command, cwd=folder, env=environment, stdout=out, stderr=out, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            pass
+    with (BUILD / "pytest.log").open("a") as out, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=folder, env=environment, stdout=out, stderr=out, timeout=TIMEOUT)
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return {test: outcome for test, outcome in lines}
+    return dict(lines)
 
 
 def known_faults() -> dict[str, str]:
