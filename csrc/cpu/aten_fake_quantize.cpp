@@ -137,10 +137,11 @@ Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int
   const Tensor x = in_layout_of(x_any, y);
   const View view = view_of_axis(x, axis);
   constexpr int64_t exact = int64_t{1} << 24;
+  const bool narrow = -exact <= quant_min && quant_max <= exact;
   for (int64_t c = 0; c < std::max<int64_t>(q.others.size(), 1); ++c)
-    QK_CHECK(!(std::abs(q.of(c).zero_point) >= exact), "zero_point: got ", q.of(c).zero_point,
+    QK_CHECK(!(std::abs(q.of(c).zero_point) > (narrow ? exact : exact - 1)), "zero_point: got ", q.of(c).zero_point,
              "; accepted: the integers that fp32 holds exactly");
-  const bool in_fp32 = !rounds_after && -exact <= quant_min && quant_max <= exact;
+  const bool in_fp32 = !rounds_after && narrow;
   const AtenRule rule{static_cast<double>(quant_min), static_cast<double>(quant_max), rounds_after,
                       axis == kWholeTensor};
   auto* bytes = static_cast<uint8_t*>(mask.mutable_data_ptr());
