@@ -206,10 +206,10 @@ struct QparamsRule {
     const int64_t steps = (quant_max - quant_min) / 2;
     return {quant_min, quant_max, symmetric, static_cast<double>(steps), quant_max - steps, FLT_MIN};
   }
-  // As torch.ao's observers; steps 0: asymmetric.
-  static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps) {
+  // With the floor of torch.ao's observers; steps 0: asymmetric.
+  static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps, int64_t middle) {
     check_range(quant_min, quant_max);
-    return {quant_min, quant_max, steps != 0, steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
+    return {quant_min, quant_max, steps != 0, steps, middle, FLT_EPSILON};
   }
 };
 

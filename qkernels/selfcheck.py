@@ -172,9 +172,10 @@ def transposed_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     on = torch.ones(1, dtype=torch.int64)
     for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
-        for steps in (127.0, 0.0):
+        for symmetric in ((127.0, 1), (0.0, 0)):
             low, high = -torch.rand(shape), torch.rand(shape)
-            yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
+            zero_point = torch.zeros(shape, dtype=torch.int32)
+            yield x, on, on, low, high, torch.ones(shape), zero_point, 0.1, *INT8, *symmetric
 
 
 def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -82,7 +82,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
         stats = [meta(scale_shape) for _ in range(3)]
         steps = (0.0, 127.0)[number % 2]
-        observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps)
+        observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps, 0)
         yield "fake_quantize", "observe_fake_quantize", observed
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)

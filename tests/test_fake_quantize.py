@@ -272,7 +272,7 @@ def test_observe_equals_reference(kernel: str, dtype: torch.dtype, shape: tuple[
         for batch, (observe, fake) in zip(batches, flags, strict=True):
             out = ops._observe(
                 batch.to(dtype), torch.tensor([observe]), torch.tensor([fake], dtype=torch.uint8), *stats, 0.1, -128,
-                127, steps,
+                127, steps, 1,
             )  # fmt: skip
             results.append([*out, *(s.clone() for s in stats)])
         return results
@@ -493,7 +493,7 @@ def op_samples() -> list[tuple[str, tuple]]:
         for symmetric in (True, False):
             for group in (-1, 0):
                 samples.append(("fake_quantize_dynamic_forward", (value, group, -8, 7, symmetric)))
-        samples.append(("observe_fake_quantize", (value, one, one, *stats, 0.01, -128, 127, 127.0)))
+        samples.append(("observe_fake_quantize", (value, one, one, *stats, 0.01, -128, 127, 127.0, 0)))
     for name, head in (("forward", (x,)), ("forward_mask", (x,)), ("backward", (grad, x))):
         samples.append((f"fake_quantize_{name}.scalar", (*head, 0.1, 2, -8, 7)))
     channels = (torch.rand(24) * 0.1 + 0.01, torch.randint(-8, 8, (24,), dtype=torch.int32), 1, -8, 7)

@@ -187,7 +187,7 @@ def test_observe(dtype: torch.dtype, shape: tuple[int, ...], steps: float) -> No
     ours = [moved(stat.clone()) for stat in stats]
     for batch, (observe, fake) in zip(batches, flags, strict=True):
         head = (batch.to(dtype), torch.tensor([observe]), torch.tensor([fake], dtype=torch.uint8))
-        rest = (0.1, -128, 127, steps)
+        rest = (0.1, -128, 127, steps, 1)
         got = on_triton(ops._observe, *head, *ours, *rest)
         for a, b in zip(got, reference.observe_fake_quantize(*head, *stats, *rest), strict=True):
             same(a, b)

@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  const Tensor& fake_quant_on, const Tensor& running_min,
                                                  const Tensor& running_max, const Tensor& scale,
                                                  const Tensor& zero_point, double averaging_const, int64_t quant_min,
-                                                 int64_t quant_max, double symmetric_steps) {
+                                                 int64_t quant_max, double symmetric_steps,
+                                                 int64_t symmetric_zero_point) {
   check_floating("x", x);
   check_range(quant_min, quant_max);
   check_statistics(running_min, running_max, scale, zero_point, x);
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   const Tensor dense = to_dense(x);
   const int64_t channels = scale.numel(), numel = x.numel();
   if (is_set(observer_on) && numel) {
-    const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
+    const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
     const View view = view_of(dense, scale);
     std::vector<float> low(channels), high(channels);
     dispatch_floating("x", dense, [&](auto tag) {

@@ -248,9 +248,10 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  const Tensor& fake_quant_on, const Tensor& running_min,
                                                  const Tensor& running_max, const Tensor& scale,
                                                  const Tensor& zero_point, double averaging_const, int64_t quant_min,
-                                                 int64_t quant_max, double symmetric_steps) {
+                                                 int64_t quant_max, double symmetric_steps,
+                                                 int64_t symmetric_zero_point) {
   check_floating("x", x);
-  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
+  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
   check_statistics(running_min, running_max, scale, zero_point, x);
   check_flag("observer_on", observer_on, x);
   check_flag("fake_quant_on", fake_quant_on, x);

@@ -333,19 +333,21 @@ def observe_fake_quantize(
     quant_min: int,
     quant_max: int,
     symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     """Moving-average observer and fake quantization in one: updates the four statistics in place, returns y and mask.
 
     running += averaging_const · (batch − running), from the first batch on where running is infinite. Statistics are
-    fp32 and have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|); 0 means
-    asymmetric. A batch that is empty or whose range is not finite leaves the statistics as they are.
+    fp32 and have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|), with the
+    zero point symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite leaves the
+    statistics as they are.
     """
     check_granularity("running_min", running_min, x)
     low, high = range_of(x, running_min)
     learn = observer_on.bool() & low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):
         running.copy_(torch.where(learn, moving_average(running, batch, averaging_const), running))
-    s, z = observed_qparams(running_min, running_max, quant_min, quant_max, symmetric_steps)
+    s, z = observed_qparams(running_min, running_max, quant_min, quant_max, symmetric_steps, symmetric_zero_point)
     scale.copy_(torch.where(learn, s, scale))
     zero_point.copy_(torch.where(learn, z, zero_point))
     y, mask = fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
@@ -375,13 +377,18 @@ def range_of(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def observed_qparams(
-    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric_steps: float
+    low: Tensor,
+    high: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """As torch.ao's observers: scale floored at fp32 epsilon, and the zero point of the middle code when symmetric."""
+    """As torch.ao's observers by default: the scale is floored at fp32's epsilon."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     eps = torch.finfo(torch.float32).eps
     if symmetric_steps:
         scale = (torch.maximum(-low, high) / symmetric_steps).clamp(min=eps)
-        return scale, torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
+        return scale, torch.full_like(scale, symmetric_zero_point, dtype=torch.int32)
     scale = step_of(low, high, quant_max - quant_min).clamp(min=eps)
     return scale, (quant_min - (low / scale).round()).clamp(quant_min, quant_max).to(torch.int32)

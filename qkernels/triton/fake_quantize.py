@@ -619,6 +619,7 @@ def observe_fake_quantize(
     quant_min: int,
     quant_max: int,
     symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     reference.check_input(x, quant_min, quant_max)
     for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
@@ -643,7 +644,7 @@ def observe_fake_quantize(
     launch(
         observe_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
         running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min), float(quant_max),
-        symmetric_steps, float((quant_min + quant_max + 1) // 2), torch.finfo(torch.float32).eps,
+        symmetric_steps, float(symmetric_zero_point), torch.finfo(torch.float32).eps,
         SYMMETRIC=symmetric_steps != 0, **tile,
     )  # fmt: skip
     forward(x, scale, zero_point, quant_min, quant_max, y, mask, fake_quant_on)
