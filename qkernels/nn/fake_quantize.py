@@ -102,7 +102,7 @@ class FakeQuantize(nn.Module):
         self.quantizer = quantizer
         self.feature_dims = feature_dims
         if straight_through is None:
-            straight_through = "lsq" if quantizer == "lsq" and "lsq" in VARIANTS else "clip"
+            straight_through = "lsq" if quantizer == "lsq" else "clip"
         self.straight_through = straight_through
         self.name = ""  # in the model, for errors
         self._set_width(bits)

@@ -18,6 +18,7 @@ from . import stochastic
 from .fake_quantize import (
     check,
     compute_dtype,
+    counts_inside,
     dynamic_qparams,
     expand,
     qparams,
@@ -106,8 +107,10 @@ def _learned(
     end = q.clamp(quant_min, quant_max) - z
     if straight_through == "pact":
         inside = (steps >= quant_min - z) & (steps < quant_max - z)
+    elif straight_through == "ewgs":
+        inside = (steps >= quant_min - z) & (steps <= quant_max - z)
     elif straight_through == "lsq":
-        inside = (steps + z > quant_min) & (steps + z < quant_max)
+        inside = counts_inside(steps, z, quant_min, quant_max, lsq=True)
     else:
         inside = (q >= quant_min) & (q <= quant_max)
     # Inside y = round(v)·scale with v = x/scale and round's derivative 1, so x − scale·v + scale·round(v), v and
@@ -198,9 +201,15 @@ def silu_mul_fake_quantize_dynamic(
 
 
 def relu_fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, grad_factor: float
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    straight_through: str,
 ) -> Tensor:
-    return fake_quantize(x.relu(), scale, zero_point, quant_min, quant_max, grad_factor)
+    return fake_quantize(x.relu(), scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
 
 
 def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float) -> Tensor:
