@@ -1,5 +1,8 @@
 # Every target does its own set-up, on a machine with nothing but python3, make and g++; a second call is instant.
-VENV := .venv
+# TORCH=2.14.1 (any version from 2.10 on) takes that torch, in an environment of its own.
+DEFAULT_TORCH := 2.13.0
+TORCH := $(DEFAULT_TORCH)
+VENV := $(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),build/venv-$(TORCH),.venv)
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 SOURCES := setup.py $(shell find csrc -type f)
@@ -11,7 +14,7 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test pytest lint asan cuda bench gpu clean
+.PHONY: build demo test pytest lint portable asan cuda bench gpu clean
 
 build: $(VENV)/built
 
@@ -19,7 +22,7 @@ demo: $(VENV)/built $(VENV)/demo
 	$(PYTHON) -m qkernels demo
 
 # pytest runs last: its closing line ends the output.
-test: lint asan
+test: lint portable asan
 	@$(MAKE) --no-print-directory pytest
 
 # Two workers, a file to a worker; threads of their own would only be in each other's way, but where a test asks for them.
@@ -31,6 +34,10 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# The sources with the oldest torch, by clang and for aarch64: half a minute of CPU for each compiler, after a change.
+portable: $(VENV)/torch
+	$(PYTHON) tests/portable.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
 # other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
@@ -55,12 +62,12 @@ gpu:
 	@$(or $(GPU_PYTHON),python3) bench/gpu/run.py $(if $(OUT),--out "$(OUT)")
 
 clean:
-	rm -rf build $(VENV) *.egg-info qkernels/*.so
+	rm -rf build .venv *.egg-info qkernels/*.so
 
-# torch comes first and by exactly this pin: any other way pulls gigabytes of CUDA packages.
+# torch comes first and by exactly its version: any other way pulls gigabytes of CUDA packages.
 $(VENV)/torch:
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q torch==2.13.0 'setuptools>=77'
+	$(PYTHON) -m pip install -q torch==$(TORCH) 'setuptools>=77'
 	touch $@
 
 $(VENV)/installed: pyproject.toml | $(VENV)/torch
@@ -72,7 +79,12 @@ $(VENV)/built: $(SOURCES) | $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 $(PYTHON) setup.py -q build_ext --inplace
 	touch $@
 
+# Not an extra: a torch built with CUDA asks for a triton of its own, but the offline compilation in the tests uses
+# internals of this very version.
+TRITON := 'triton==3.6.*'
+
 # The extras of pyproject.toml, each when a target first needs it.
 $(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
 	$(PYTHON) -m pip install -q 'qkernels[$*]'
+	$(if $(filter dev,$*),$(PYTHON) -m pip install -q --no-deps $(TRITON))
 	touch $@

@@ -1,7 +1,8 @@
-"""Builds the C++ extensions when torch and a compiler are there; without them the package is pure Python."""
+"""Builds the C++ libraries on Linux when torch and a compiler are there; without them the package is pure Python."""
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
@@ -21,6 +23,23 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # the stable ABI of torch 2.10: one
 BUILD_ID = "csrc/build_id.cpp"  # the one file that is told what all of csrc was, so that the others need no recompile
 SOURCES = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
 DEFAULT_ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+# The names that torch takes in TORCH_CUDA_ARCH_LIST; longer ones first, as each is replaced wherever it stands.
+NAMED_ARCHES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 
 
 def say(text: str) -> None:
@@ -54,6 +73,10 @@ class BuildInParallel(build_ext):
                     "`python -m qkernels info` gives the command that compiles it."
                 )
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the tag of a Python version: the libraries are loaded by torch and know nothing of Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
     def link(self, extension: Extension, objects: list[str], library: str) -> None:
         if extension.name == CUDA:  # by nvcc, which knows where its own runtime library lies
             Path(library).parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +97,7 @@ class BuildInParallel(build_ext):
         if source == BUILD_ID:
             everything = digest(*(path.read_bytes() for path in SOURCES))
             flags = [f'-DQKERNELS_BUILD_ID="{self.distribution.get_version()}+{everything}"']
+            flags += [f'-DQKERNELS_BUILD_TORCH="{torch_version()}"']
         is_cuda = source.endswith(".cu")
         other = Path("csrc", "cpu" if is_cuda else "cuda")  # neither includes what is the other's
         headers = [path.read_bytes() for path in SOURCES if path.suffix in (".h", ".cuh") and other not in path.parents]
@@ -101,7 +125,18 @@ class BuildInParallel(build_ext):
         return str(built)
 
 
+class WheelForAnyPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 CUDA = "qkernels._cuda"
+
+
+def torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
 
 
 def run(command: list[str]) -> None:
@@ -122,16 +157,46 @@ def nvcc_version() -> str:
     return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def buildable(arches: str) -> str:
+    """Those of a TORCH_CUDA_ARCH_LIST that can be compiled here, each other one named; ValueError where none is."""
+    if arches == "native":
+        import torch
+
+        gpus = {torch.cuda.get_device_capability(at) for at in range(torch.cuda.device_count())}
+        if not gpus:
+            raise ValueError("TORCH_CUDA_ARCH_LIST: got 'native', but torch sees no GPU")
+        arches = ";".join(f"{major}.{minor}" for major, minor in sorted(gpus)) + "+PTX"
+    for name, numbers in NAMED_ARCHES.items():
+        arches = arches.replace(name, numbers)
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    kept = []
+    for arch in dict.fromkeys(re.split("[; ,]+", arches.strip("; ,"))):
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if found is None:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: got {arch!r}; accepted: {DEFAULT_ARCHES} and their like, or torch's names"
+            )
+        if int(found[1]) < 8:
+            say(f"TORCH_CUDA_ARCH_LIST: {arch} is left out: the CUDA kernels need 8.0 or later")
+        elif known and found[1] + found[2] not in known:
+            say(f"TORCH_CUDA_ARCH_LIST: {arch} is left out: {nvcc()} does not know it")
+        else:
+            kept.append(arch)
+    if not kept:
+        raise ValueError(
+            f"TORCH_CUDA_ARCH_LIST: got {arches!r}; accepted: one at least that compiles, as in {DEFAULT_ARCHES}"
+        )
+    return ";".join(kept)
+
+
 def gencode(arches: str) -> list[str]:
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;12.0+PTX"."""
+    """nvcc's flags for a list such as "8.0;9.0a;12.0+PTX"."""
     flags = []
-    for arch in re.split("[; ]+", arches.strip("; ")):
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-        if found is None or int(found[1]) < 8:
-            sys.exit(f"qkernels: TORCH_CUDA_ARCH_LIST: got {arch!r}; accepted: 8.0 and later, such as {DEFAULT_ARCHES}")
-        number = found[1] + found[2] + found[3]
+    for arch in arches.split(";"):
+        number, _, ptx = arch.replace(".", "").partition("+")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if found[4]:
+        if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
@@ -146,7 +211,13 @@ def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extensio
             sys.exit(f"qkernels: {missing}")
         say(f"{missing}; building without the CUDA kernels")
         return None
-    arches = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+    try:
+        arches = buildable(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES)
+    except ValueError as error:
+        if wanted == "cuda" or not optional:
+            sys.exit(f"qkernels: {error}")
+        say(f"{error}; building without the CUDA kernels")
+        return None
     return Extension(
         CUDA,
         sources=[*sorted(str(path) for path in Path("csrc/cuda").glob("*.cu")), BUILD_ID],
@@ -168,9 +239,21 @@ def cuda_extension(torch_root: Path, has_cuda: bool, optional: bool) -> Extensio
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             *gencode(arches),
         ],
-        py_limited_api=True,
         optional=optional,
     )
+
+
+def unbuildable() -> str | None:
+    """Why no library can be compiled here, or None."""
+    if sys.platform in ("win32", "cygwin", "darwin"):
+        return f"the C++ kernels compile on Linux only, this is {platform.system()}"
+    try:
+        version = torch_version()
+    except ImportError:
+        return "no torch in the build environment"
+    if tuple(map(int, version.split(".")[:2])) < (2, 10):
+        return f"torch {version} is too old for the C++ kernels (accepted: >= 2.10)"
+    return None
 
 
 def extensions() -> list[Extension]:
@@ -178,18 +261,14 @@ def extensions() -> list[Extension]:
         sys.exit(f"qkernels: QKERNELS_BUILD: got {wanted!r}; accepted: auto, cpu, cuda, none")
     if wanted == "none":
         return []
-    try:
-        import torch
-    except ImportError:
-        say(
-            "no torch in the build environment: installing as pure Python. Compile the kernels later with: "
-            'pip install "setuptools>=77" && pip install --no-build-isolation --no-deps --force-reinstall '
-            f"--no-cache-dir {Path.cwd()}"
-        )
+    optional = os.environ.get("QKERNELS_STRICT_BUILD") != "1"
+    if reason := unbuildable():
+        if not optional:
+            sys.exit(f"qkernels: {reason}")
+        say(f"{reason}: installing as pure Python; `python -m qkernels info` says what would compile the kernels")
         return []
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        say(f"torch {torch.__version__} is too old for the C++ kernels (accepted: >= 2.10): installing as pure Python")
-        return []
+    import torch
+
     torch_root = Path(torch.__file__).parent
     flags = ["-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags += [
@@ -199,7 +278,6 @@ def extensions() -> list[Extension]:
         "-g0",
         *os.environ.get("QKERNELS_CXXFLAGS", "").split(),
     ]
-    optional = os.environ.get("QKERNELS_STRICT_BUILD") != "1"
     cpu = Extension(
         "qkernels._cpu",
         sources=[*sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")), BUILD_ID],
@@ -208,19 +286,13 @@ def extensions() -> list[Extension]:
         libraries=["torch_cpu", "c10"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=["-O3", *flags],
-        py_limited_api=True,
-        optional=optional,
-    )
-    host = Extension(
-        "qkernels._host",
-        sources=["csrc/host.cpp", BUILD_ID],
-        include_dirs=[str(torch_root / "include")],  # for the pybind11 that torch ships; nothing of torch itself
-        define_macros=[("QKERNELS_BUILD_TORCH", f'"{torch.__version__}"')],
-        extra_compile_args=["-O1", *flags],
         optional=optional,
     )
     cuda = cuda_extension(torch_root, torch.version.cuda is not None, optional)
-    return [cpu, host, *([cuda] if cuda is not None else [])]
+    return [cpu, *([cuda] if cuda is not None else [])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildInParallel})
+commands = {"build_ext": BuildInParallel}
+if libraries := extensions():
+    commands["bdist_wheel"] = WheelForAnyPython
+setup(ext_modules=libraries, cmdclass=commands)

@@ -27,7 +27,7 @@ def formula(x: Tensor, scale: Tensor) -> Tensor:
     """floor(x/scale + u), with the gradient that passes where nothing is clipped."""
     v = x / scale
     q = v + (torch.floor(v + torch.rand_like(v)) - v).detach()
-    return (q.clamp(*INT8) * scale).to(x.dtype)
+    return (peers.clamp(q, *INT8) * scale).to(x.dtype)
 
 
 @dtypes

@@ -308,7 +308,7 @@ def main(argv: list[str]) -> int:
     except ImportError:
         pass
     else:
-        say, progress = tqdm.write, tqdm(work, unit="shape", disable=not sys.stderr.isatty())
+        say, progress = tqdm.write, tqdm(work, unit="shape", disable=None)
     say(f"{result['machine']['cpu']}, {result['machine']['path']}; {'one copy' if options.hot else 'rotating copies'}")
     say(
         "ops, roof: share of the ceiling of integer dot products and of what it and the memory's bandwidth allow "

@@ -34,9 +34,14 @@ def round_straight_through(t: Tensor) -> Tensor:
     return t + (t.round() - t).detach()
 
 
+def clamp(q: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """torch.clamp with a gradient of 1 on the bounds themselves, where torch's own is 0 or 0.5 from 2.14 on."""
+    return torch.where(q < low, low, torch.where(q > high, high, q))
+
+
 def lsq(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Learned step size (arXiv 1902.08153): gradients of x and scale by autograd."""
-    return round_straight_through(x / scale).clamp(quant_min, quant_max) * scale
+    return clamp(round_straight_through(x / scale), quant_min, quant_max) * scale
 
 
 def dynamic(x: Tensor, bits: int, group_size: int) -> Tensor:
@@ -49,7 +54,7 @@ def dynamic(x: Tensor, bits: int, group_size: int) -> Tensor:
             groups.float().amax(-1, keepdim=True).clamp(min=0),
         )
         scale = (torch.maximum(-low, high) / (quant_max + 0.5)).clamp(min=torch.finfo(torch.float32).eps)
-    q = round_straight_through(groups * (1 / scale)).clamp(-quant_max - 1, quant_max)
+    q = clamp(round_straight_through(groups * (1 / scale)), -quant_max - 1, quant_max)
     return (q * scale).reshape(x.shape).to(x.dtype)
 
 
@@ -288,6 +293,6 @@ def codebook_argmin(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _through_level(x: Tensor, v: Tensor, level: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    clipped = v.clamp(codebook[0].detach(), codebook[-1].detach())
+    clipped = clamp(v, codebook[0].detach(), codebook[-1].detach())
     y = (level + (clipped - clipped.detach())) * scale[..., None]
     return y.reshape(x.shape).to(x.dtype)

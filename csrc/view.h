@@ -206,12 +206,20 @@ struct QparamsRule {
     const int64_t steps = (quant_max - quant_min) / 2;
     return {quant_min, quant_max, symmetric, static_cast<double>(steps), quant_max - steps, FLT_MIN};
   }
-  // As torch.ao's observers; steps 0: asymmetric.
-  static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps) {
+  // With the floor of torch.ao's observers; steps 0: asymmetric.
+  static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps, int64_t middle) {
     check_range(quant_min, quant_max);
-    return {quant_min, quant_max, steps != 0, steps, (quant_min + quant_max + 1) >> 1, FLT_EPSILON};
+    return {quant_min, quant_max, steps != 0, steps, middle, FLT_EPSILON};
   }
 };
+
+// One step of an observer; infinite: no value yet. Two finite values may lie further apart than fp32 goes.
+QK_HOST_DEVICE inline float moving_average(float running, float batch, float momentum) {
+  if (std::fabs(running) == INFINITY) return batch;
+  const float distance = batch - running;
+  if (std::fabs(distance) == INFINITY) return (1 - momentum) * running + momentum * batch;
+  return running + momentum * distance;
+}
 
 template <typename T>
 struct ChosenQparams {
@@ -229,7 +237,9 @@ QK_HOST_DEVICE ChosenQparams<T> choose_qparams(T low, T high, const QparamsRule&
     return {scale < floor ? floor : scale, static_cast<T>(rule.middle)};
   }
   const T quant_min = static_cast<T>(rule.quant_min), quant_max = static_cast<T>(rule.quant_max);
-  T scale = (high - low) / (quant_max - quant_min);
+  // Half the range over half the steps: the same bits, and what lies between two numbers of T may be none.
+  constexpr T half = static_cast<T>(0.5);
+  T scale = (high * half - low * half) / ((quant_max - quant_min) * half);
   scale = scale < floor ? floor : scale;
   T zero_point = quant_min - static_cast<T>(std::nearbyint(low / scale));
   zero_point = zero_point > quant_min ? zero_point : quant_min;  // NaN too

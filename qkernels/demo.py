@@ -285,7 +285,9 @@ def run(
     torch.manual_seed(seed)
     fp32 = Net(int(loaded.train[1].max()) + 1, min(loaded.train[0].shape[2:]))
     calibration = loaded.train[0][: 4 * BATCH].split(BATCH)
-    with tqdm(total=total + len(BITS) * (total - warm_up), unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
+    ticks = total + len(BITS) * (total - warm_up)
+    # disable=None: no bar where nobody watches it.
+    with tqdm(total=ticks, unit="step", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
         bar.set_description("fp32")
         train(fp32, loaded, range(warm_up), total, seed, bar.update)
         start = copy.deepcopy(fp32)

@@ -51,12 +51,12 @@ def cuda_kernels() -> str:
 def compiled() -> dict[str, str]:
     if library.host is None:
         return {"compiled": f"no: {library.cpu_missing}", "cuda": cuda_kernels()}
-    build = library.host.build_info()
+    build, minimum = library.host.build_info(), ".".join(map(str, library.TORCH_MINIMUM))
     names = library.host.isa_names()
     paths = names[: names.index(library.host.supported_isa()) + 1]
     cap = os.environ.get("QKERNELS_CPU_ISA")
     return {
-        "compiled": f"CPU kernels by {build['compiler']} for torch >= {build['torch_target']} (with {build['torch']})",
+        "compiled": f"CPU kernels by {build['compiler']} for torch >= {minimum} (with {build['torch']})",
         "cpu paths": f"{', '.join(paths)}; active: {library.host.active_isa()}"
         + (f" (capped by QKERNELS_CPU_ISA={cap})" if cap else ""),
         "cuda": cuda_kernels(),
@@ -66,7 +66,9 @@ def compiled() -> dict[str, str]:
 def kernel_lines() -> list[str]:
     """For each op the kernel that runs here, the others that can, and those that cannot with their reasons below."""
     lines, reasons = [], []
-    for op in sorted({kernel.op for kernel in registry.kernels()}):
+    ops = sorted({kernel.op for kernel in registry.kernels()})
+    width = max(map(len, ops)) + 2
+    for op in ops:
         able, unable = [], []
         for name, reason in registry.which(op):
             if reason is None:
@@ -77,7 +79,7 @@ def kernel_lines() -> list[str]:
             unable.append(f"{name}[{reasons.index(reason) + 1}]")
         rest = f"; can run: {', '.join(able[1:])}" if able[1:] else ""
         rest += f"; cannot: {', '.join(unable)}" if unable else ""
-        lines.append(f"  {op:<41}{able[0]}{rest}")
+        lines.append(f"  {op:<{width}}{able[0]}{rest}")
     return lines + [f"  [{at}] {reason}" for at, reason in enumerate(reasons, 1)]
 
 

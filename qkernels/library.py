@@ -7,18 +7,18 @@ key, where torch's dispatcher finds them without passing through Python. Everyth
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import struct
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +30,8 @@ from urllib.parse import unquote
 import torch
 
 from . import __version__, registry
+from .host import Host
+from .reference.fake_quantize import check_dense
 from .registry import Mendable
 
 NAMESPACE = "qkernels"
@@ -42,30 +44,44 @@ def _version_of_torch() -> tuple[int, int]:
 
 
 def build_command(environment: str = "") -> str:
-    """The one command that compiles the kernels for the package as it is installed here."""
-    checkout = Path(__file__).parent.parent
-    source = "--no-binary qkernels qkernels"
-    if (checkout / "setup.py").exists():
-        source = f"-e {shlex.quote(str(checkout))}"
-    else:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            origin = json.loads(importlib.metadata.distribution(NAMESPACE).read_text("direct_url.json") or "{}")
-            if "vcs_info" in origin:
-                version_control = origin["vcs_info"]
-                source = f"{version_control['vcs']}+{origin['url']}@{version_control['commit_id']}"
-            elif "url" in origin:
-                source = shlex.quote(unquote(origin["url"].removeprefix("file://")))
+    """The one command that compiles the kernels for the package as it is installed here, or fails and says why."""
     # Without --no-cache-dir pip would serve a pure-Python wheel that it built and kept earlier.
     return (
         'pip install "setuptools>=77" && '
-        f"{environment}{' ' * bool(environment)}pip install --no-build-isolation --no-deps --force-reinstall "
-        f"--no-cache-dir {source}"
+        f"{environment}{' ' * bool(environment)}QKERNELS_STRICT_BUILD=1 pip install --no-build-isolation --no-deps "
+        f"--force-reinstall --no-cache-dir {_source()}"
     )
 
 
+def _source() -> str:
+    """Where pip finds the sources of this package: the checkout, what it was installed from, else the package index."""
+    checkout = Path(__file__).parent.parent
+    if (checkout / "setup.py").exists():
+        return f"-e {shlex.quote(str(checkout))}"
+    origin: dict[str, Any] = {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        origin = json.loads(importlib.metadata.distribution(NAMESPACE).read_text("direct_url.json") or "{}")
+    url = origin.get("url", "")
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    if url.startswith("file://"):
+        path = Path(unquote(url.removeprefix("file://")))
+        # A wheel holds no sources; where it was built they lie beside it, or above its dist/.
+        sources = [path]
+        if path.suffix == ".whl":
+            sources = [path.with_name(f"{NAMESPACE}-{__version__}.tar.gz"), path.parent.parent]
+        for source in sources:
+            if source.is_file() or (source / "setup.py").exists():
+                return shlex.quote(str(source))
+    elif url and not url.endswith(".whl"):
+        return shlex.quote(url)
+    return f"--no-binary {NAMESPACE} {NAMESPACE}=={__version__}"
+
+
 def module_file(name: str) -> Path | None:
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    return next((path for suffix in suffixes if (path := Path(__file__).with_name(name + suffix)).exists()), None)
+    """A compiled library of the package; they are no Python modules and so carry no tag of a Python version."""
+    path = Path(__file__).with_name(f"{name}.so")
+    return path if path.exists() else None
 
 
 def _fault_of(module: Path) -> str | None:
@@ -94,28 +110,33 @@ def _digest_of(csrc: Path) -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    """Loads the compiled modules: qkernels._host, and why the C++ kernels are not there (None: they are)."""
+def _unbuildable() -> str | None:
+    """Why no compiled library can serve here whatever is installed of qkernels, or None."""
+    if sys.platform in ("win32", "cygwin", "darwin"):
+        return f"the compiled kernels are for Linux, this is {platform.system()}"
     if _version_of_torch() < TORCH_MINIMUM:
-        return None, Mendable(
+        return Mendable(
             f"torch {torch.__version__} is too old for the C++ kernels, which need torch >= "
             f"{'.'.join(map(str, TORCH_MINIMUM))}; upgrade with: pip install -U torch"
         )
-    host_file, cpu_file = module_file("_host"), module_file("_cpu")
-    if host_file is None or cpu_file is None:
+    return None
+
+
+def _load() -> tuple[Host | None, str | None]:
+    """Loads the CPU kernels: what they say of the machine, and why they are not there (None: they are)."""
+    if reason := _unbuildable():
+        return None, reason
+    file = module_file("_cpu")
+    if file is None:
         return None, Mendable(f"the C++ kernels are not built; build them with: {build_command()}")
     try:
-        for module in (host_file, cpu_file):
-            if fault := _fault_of(module):
-                raise OSError(fault)
-        from . import _host
-
-        torch.ops.load_library(str(cpu_file))
-        ctypes.CDLL(str(cpu_file)).qkernels_bind_isa(ctypes.c_void_p(_host.isa_state()))
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        if fault := _fault_of(file):
+            raise OSError(fault)
+        torch.ops.load_library(str(file))
+        return Host(file), None
+    except (OSError, AttributeError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         return None, Mendable(f"the C++ kernels cannot be loaded ({first_line}); rebuild them with: {build_command()}")
-    return _host, None
 
 
 # The device of the CUDA kernels and its dispatch key. Tests run these kernels on an emulator, and say so here.
@@ -126,8 +147,8 @@ def _load_cuda() -> str | None:
     """Loads the CUDA kernels; why they are not there (None: they are)."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if _version_of_torch() < TORCH_MINIMUM:
-        return cpu_missing
+    if reason := _unbuildable():
+        return reason
     file = module_file("_cuda")
     if file is None:
         return Mendable(f"the CUDA kernels are not built; build them with: {build_command('QKERNELS_BUILD=cuda')}")
@@ -190,7 +211,7 @@ def cuda_missing() -> str | None:
 
 
 # Ops are defined before their kernels are loaded: see load().
-host: ModuleType | None = None
+host: Host | None = None
 cpu_missing: str | None = Mendable("the C++ kernels are not loaded yet")
 _op_missing: dict[str, str] = {}
 _op_missing_cuda: dict[str, str] = {}
@@ -247,6 +268,7 @@ def define(
         registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     torch.library.impl(name, "CompositeExplicitAutograd", _selected(op))
+    torch.library.impl(name, "AutogradNestedTensor", _refused(op))  # which no composite kernel serves
     return _dispatched(op)
 
 
@@ -256,8 +278,26 @@ def _dispatched(op: str) -> Any:
 
 
 def _selected(op: str) -> Callable[..., Any]:
+    refuse = _refused(op)
+
     def call(*args: Any) -> Any:
+        # Sparse, mkldnn and quantized tensors arrive here too, where a CPU kernel would send them back.
+        for t in registry.flat(args):
+            if isinstance(t, torch.Tensor) and (t.layout is not torch.strided or t.is_quantized):
+                refuse(*args)
         return registry.run(op, *args)
+
+    return call
+
+
+def _refused(op: str) -> Callable[..., None]:
+    """Names the first argument that is not dense."""
+
+    def call(*args: Any) -> None:
+        for argument, value in zip(_dispatched(op)._schema.arguments, args, strict=False):
+            for at, t in enumerate(value if isinstance(value, list | tuple) else [value]):
+                if isinstance(t, torch.Tensor):
+                    check_dense(f"{argument.name}[{at}]" if value is not t else argument.name, t)
 
     return call
 
@@ -275,16 +315,23 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
         for arg in registry.flat(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
                 return f"takes CPU tensors, got one on {arg.device}"
-        if host is None or op in _op_missing:
-            return cpu_missing or _op_missing[op]
+        if reason := _isa_missing(isa) or _op_missing.get(op):
+            return reason
+        assert host is not None
         names = host.isa_names()
-        if names.index(isa) > names.index(host.supported_isa()):
-            return f"this CPU has no {isa}"
         if names.index(isa) > names.index(host.active_isa()):
             return f"the CPU path is capped at {host.active_isa()}"
         return None
 
     return unsupported
+
+
+def _isa_missing(isa: str) -> str | None:
+    """Why no compiled kernel can take the path ``isa`` on this machine, or None where they can."""
+    if host is None:
+        return cpu_missing
+    names = host.isa_names()
+    return f"this CPU has no {isa}" if names.index(isa) > names.index(host.supported_isa()) else None
 
 
 _partial: set[str] = set()  # ops of which csrc/cuda takes only some calls
@@ -300,12 +347,17 @@ def _cuda_unsupported(op: str, unsuited: bool | Callable[..., str | None]) -> Ca
         for arg in registry.flat(args):
             if isinstance(arg, torch.Tensor) and arg.device.type != gpu:
                 return f"takes {gpu.upper()} tensors, got one on {arg.device}"
-        if not args and not torch.cuda.is_available() and gpu == "cuda":
-            return "torch sees no CUDA device"
-        missing = cuda_missing() or _op_missing_cuda.get(op)
+        missing = _cuda_unusable() or _op_missing_cuda.get(op)
         return unsuited(*args) if missing is None and args and callable(unsuited) else missing
 
     return unsupported
+
+
+def _cuda_unusable() -> str | None:
+    """Why the CUDA kernels cannot run on this machine, or None where they can."""
+    if gpu == "cuda" and torch.version.cuda is not None and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return cuda_missing()
 
 
 def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str | None]]:
@@ -350,8 +402,7 @@ def _triton_missing(device: torch.device | None) -> str | None:
 
 @contextlib.contextmanager
 def _isa(name: str) -> Iterator[None]:
-    if host is None:
-        raise RuntimeError(f"use_kernel: cannot run cpu_{name}: {cpu_missing}")
+    assert host is not None, cpu_missing
     before = host.active_isa()
     host.set_isa(name)
     try:
@@ -399,13 +450,22 @@ def use_kernel(name: str) -> Iterator[None]:
         raise ValueError(f"name: no kernel is named {name!r}; the kernels are {', '.join(sorted(names))}")
     # Compiled CPU kernels sit in the dispatcher already; the path inside them is all there is to choose.
     compiled = name.startswith("cpu_")
-    if name == "cuda" and (missing := cuda_missing()):
-        raise RuntimeError(f"use_kernel: cannot run cuda: {missing}")
+    if reason := _unusable(name):
+        raise RuntimeError(f"use_kernel: cannot run {name}: {reason}")
     with _isa(name.removeprefix("cpu_")) if compiled else contextlib.nullcontext():
         registry.forced.append(None if compiled else name)
-        _route()
         try:
+            _route()
             yield
         finally:
             registry.forced.pop()
             _route()
+
+
+def _unusable(name: str) -> str | None:
+    """Why this machine can run no kernel called ``name``, or None where it can."""
+    if name.startswith("cpu_"):
+        return _isa_missing(name.removeprefix("cpu_"))
+    if name == "cuda":
+        return _cuda_unusable()
+    return _triton_missing(None) if name == "triton" else None

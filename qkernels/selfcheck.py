@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import library, registry
 from .reference import int4_gemm, int8_gemm, packing, rms_norm_quantize, silu_mul_quantize
-from .reference.straight_through import VARIANTS
+from .reference.straight_through import WITH_TERMS
 from .registry import Kernel
 
 INT4 = (-8, 7)
@@ -104,9 +104,20 @@ def learnable_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             yield *case, 0.5
 
 
+def with_lsq(args: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    """Every case of an op with its default convention, and with LSQ's own."""
+
+    def both(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        for case in args(x):
+            yield case
+            yield *case, True
+
+    return both
+
+
 def straight_through_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for *case, factor in learnable_backward_args(x):
-        for variant in VARIANTS:
+        for variant in WITH_TERMS:
             yield *case, variant, 0.2, factor
 
 
@@ -144,6 +155,8 @@ def backward_mask_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def dynamic_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for symmetric in (True, False):
         yield x, 0, *INT8, symmetric
+        if x.dtype in (torch.float32, torch.bfloat16) and x.dim() > 0 and x.isfinite().all():
+            yield x.clamp(-1, 1) * 3e38, -1, *INT4, symmetric  # a range beyond fp32
         if x.dim() > 0:
             yield x, -1, *INT4, symmetric
         if x.dim() > 0 and x.shape[-1] % 8 == 0 and x.shape[-1] > 0:
@@ -159,9 +172,10 @@ def transposed_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     on = torch.ones(1, dtype=torch.int64)
     for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
-        for steps in (127.0, 0.0):
+        for symmetric in ((127.0, 1), (0.0, 0)):
             low, high = -torch.rand(shape), torch.rand(shape)
-            yield x, on, on, low, high, torch.ones(shape), torch.zeros(shape, dtype=torch.int32), 0.1, *INT8, steps
+            zero_point = torch.zeros(shape, dtype=torch.int32)
+            yield x, on, on, low, high, torch.ones(shape), zero_point, 0.1, *INT8, *symmetric
 
 
 def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -354,7 +368,7 @@ def silu_mul_backward_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "dequantize": dequantize_args,
     "dequantize_codebook": dequantize_codebook_args,
-    "fake_quantize_backward": backward(fake_quantize_args),
+    "fake_quantize_backward": with_lsq(backward(fake_quantize_args)),
     "fake_quantize_backward.channel": backward(channel_args),
     "fake_quantize_backward.scalar": backward(fake_quantize_scalar_args),
     "fake_quantize_backward_bytes": backward_bytes_args,
@@ -367,16 +381,16 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_forward": fake_quantize_args,
     "fake_quantize_forward.channel": channel_args,
     "fake_quantize_forward.scalar": fake_quantize_scalar_args,
-    "fake_quantize_forward_mask": fake_quantize_args,
+    "fake_quantize_forward_mask": with_lsq(fake_quantize_args),
     "fake_quantize_forward_mask.channel": channel_args,
     "fake_quantize_forward_mask.scalar": fake_quantize_scalar_args,
-    "fake_quantize_learnable_backward": learnable_backward_args,
+    "fake_quantize_learnable_backward": with_lsq(learnable_backward_args),
     "fake_quantize_stochastic_backward": stochastic_backward_args,
     "fake_quantize_stochastic_forward": stochastic_args,
     "fake_quantize_straight_through_backward": straight_through_args,
-    "foreach_fake_quantize_backward": foreach_args(backward(fake_quantize_args)),
+    "foreach_fake_quantize_backward": with_lsq(foreach_args(backward(fake_quantize_args))),
     "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
-    "foreach_fake_quantize_learnable_backward": foreach_args(learnable_backward_args),
+    "foreach_fake_quantize_learnable_backward": with_lsq(foreach_args(learnable_backward_args)),
     "histogram": histogram_args,
     "int4_linear": int4_linear_args,
     "int4_pack": int4_pack_args,
@@ -395,10 +409,10 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "quantize_dynamic": dynamic_args,
     "quantize_dynamic_transposed": transposed_args,
     "quantize_stochastic": quantize_stochastic_args,
-    "relu_fake_quantize_backward": backward(fake_quantize_args),
+    "relu_fake_quantize_backward": with_lsq(backward(fake_quantize_args)),
     "relu_fake_quantize_forward": fake_quantize_args,
-    "relu_fake_quantize_forward_mask": fake_quantize_args,
-    "relu_fake_quantize_learnable_backward": learnable_backward_args,
+    "relu_fake_quantize_forward_mask": with_lsq(fake_quantize_args),
+    "relu_fake_quantize_learnable_backward": with_lsq(learnable_backward_args),
     "rms_norm_fake_quantize_dynamic_backward": rms_norm_backward_args,
     "rms_norm_fake_quantize_dynamic_forward": rms_norm_args,
     "rms_norm_quantize_dynamic": rms_norm_args,

@@ -49,5 +49,10 @@ INPUTS: dict[str, tuple[Callable[[torch.dtype], Tensor], list[tuple[int, ...]]]]
 GRANULARITIES = [(name, shape) for name, (_, shapes) in INPUTS.items() for shape in shapes]
 
 
+def clamp(q: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """torch.clamp with a gradient of 1 on the bounds themselves, where torch's own is 0 or 0.5 from 2.14 on."""
+    return torch.where(q < low, low, torch.where(q > high, high, q))
+
+
 def scale_of(shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape) * 0.1 + 0.01

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.reference.straight_through import VARIANTS
+from qkernels.reference.straight_through import WITH_TERMS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -75,14 +75,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         x, scale = meta(shape, dtype), meta(scale_shape)
         zero_points = [None, meta(scale_shape, torch.int32), meta(scale_shape)]
         zero_point = zero_points[number % 3]
-        params = (scale, zero_point, *int8)
+        params, lsq = (scale, zero_point, *int8), number % 2 == 0
         yield "fake_quantize", "fake_quantize_forward", (x, *params)
-        yield "fake_quantize", "fake_quantize_forward_mask", (x, *params)
-        yield "fake_quantize", "fake_quantize_backward", (x, x, *params)
-        yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5)
+        yield "fake_quantize", "fake_quantize_forward_mask", (x, *params, lsq)
+        yield "fake_quantize", "fake_quantize_backward", (x, x, *params, lsq)
+        yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
         stats = [meta(scale_shape) for _ in range(3)]
         steps = (0.0, 127.0)[number % 2]
-        observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps)
+        observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps, 0)
         yield "fake_quantize", "observe_fake_quantize", observed
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
@@ -91,7 +91,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "stochastic", "fake_quantize_stochastic_forward", (x, *drawn)
         yield "stochastic", "fake_quantize_stochastic_backward", (x, x, *drawn, 0.5)
         yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
-        for variant in VARIANTS:
+        for variant in WITH_TERMS:
             yield (
                 "straight_through",
                 "fake_quantize_straight_through_backward",
@@ -133,12 +133,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(module, op, arguments) of the ops that norm, multiply or rectify before they quantize."""
     int8 = (-128, 127)
-    for shape, scale_shape in WALKS[:2]:
+    for number, (shape, scale_shape) in enumerate(WALKS[:2]):
+        lsq = number % 2 == 0
         x, params = meta(shape, dtype), (meta(scale_shape), meta(scale_shape, torch.int32), *int8)
         yield "relu_fake_quantize", "relu_fake_quantize_forward", (x, *params)
-        yield "relu_fake_quantize", "relu_fake_quantize_forward_mask", (x, *params)
-        yield "relu_fake_quantize", "relu_fake_quantize_backward", (x, x, *params)
-        yield "relu_fake_quantize", "relu_fake_quantize_learnable_backward", (x, x, *params, 0.5)
+        yield "relu_fake_quantize", "relu_fake_quantize_forward_mask", (x, *params, lsq)
+        yield "relu_fake_quantize", "relu_fake_quantize_backward", (x, x, *params, lsq)
+        yield "relu_fake_quantize", "relu_fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
     if dtype == torch.float64:
         return
     for length, group in ((4096, -1), (8192, 32), (16384, -1), (32768, -1), (20000, 50), (4097, -1)):

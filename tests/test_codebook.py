@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, scale_of
+from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from conftest import kernels_of
 from test_fake_quantize import saved_bytes
 from torch import Tensor
@@ -150,7 +150,7 @@ def by_autograd(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """The definition, with distances to every level and straight-through gradients, by autograd alone."""
     v = x / expand(scale, x)
     level = codebook[(v[..., None].detach() - codebook.detach()).abs().argmin(-1)]
-    clipped = v.clamp(codebook.detach().min(), codebook.detach().max())
+    clipped = clamp(v, codebook.detach().min(), codebook.detach().max())
     return (level + clipped - clipped.detach()) * expand(scale, x)
 
 

@@ -753,7 +753,7 @@ def test_a_weight_shared_with_a_float_layer_is_stored_once():
     assert torch.equal(converted(ids), prepared.eval()(ids))
     assert converted.head.weight is converted.table.weight
     assert type(converted.body) is Int8Linear
-    assert stored(converted) <= 4 * 64 * 32 + 4 * 64 + 1 + 32 * 32 + 4 * 2 * 32
+    assert stored(converted) < stored(Tied())
     file = io.BytesIO()
     torch.save(converted.state_dict(), file)
     plain = io.BytesIO()

@@ -64,22 +64,23 @@ def test_paths(shape: tuple[int, ...], granularity: tuple[int, ...], dtype: torc
     for x in layouts:
         grad = torch.empty_like(x).copy_(torch.randn(shape))
         args = (scale, zero_point, -8, 7)
-        y, mask = ops._forward_mask(x, *args)
-        for got, want in zip((y, mask), reference.fake_quantize_forward_mask(x, *args), strict=True):
-            same(got, want)
-        same(ops._forward(x, *args), y)
-        dx = reference.fake_quantize_backward(grad, x, *args)
-        same(ops._backward(grad, x, *args), dx)
-        same(ops._backward_mask(grad, mask), dx)
-        learned = ops._learnable_backward(grad, x, *args, 0.5)
-        same(learned[0], dx)
-        sums = reference.fake_quantize_learnable_backward(grad, x, *args, 0.5)[1:]  # terms as defined, added in fp64
         bound = reference.sum_to(grad.double().abs() * 16, scale) * 2**-20 + 1e-12
-        for got, want in zip(learned[1:], sums, strict=True):
-            assert ((got - want).double().abs() <= bound).all()
-        again = ops._learnable_backward(grad, x, *args, 0.5)
-        for first, second in zip(learned, again, strict=True):
-            same(first, second)
+        for lsq in (False, True):
+            y, mask = ops._forward_mask(x, *args, lsq)
+            for got, want in zip((y, mask), reference.fake_quantize_forward_mask(x, *args, lsq), strict=True):
+                same(got, want)
+            same(ops._forward(x, *args), y)
+            dx = reference.fake_quantize_backward(grad, x, *args, lsq)
+            same(ops._backward(grad, x, *args, lsq), dx)
+            same(ops._backward_mask(grad, mask), dx)
+            learned = ops._learnable_backward(grad, x, *args, 0.5, lsq)
+            same(learned[0], dx)
+            sums = reference.fake_quantize_learnable_backward(grad, x, *args, 0.5, lsq)[1:]  # as defined, in fp64
+            for got, want in zip(learned[1:], sums, strict=True):
+                assert ((got - want).double().abs() <= bound).all()
+            again = ops._learnable_backward(grad, x, *args, 0.5, lsq)
+            for first, second in zip(learned, again, strict=True):
+                same(first, second)
         q = qk.quantize(x, scale, zero_point, quant_min=-8, quant_max=7)
         same(q, reference_quantize.quantize(x, *args, torch.int8))
         same(qk.dequantize(q, scale, zero_point), reference_quantize.dequantize(q, *args[:2], torch.float32))
@@ -149,17 +150,18 @@ def many(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None, int, i
 
 
 @pytest.mark.parametrize("dtype", [*HALF_AND_FLOAT, torch.float64], ids=str)
-def test_foreach(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("lsq", [False, True], ids=["clip", "lsq"])
+def test_foreach(dtype: torch.dtype, lsq: bool) -> None:
     calls = many(dtype)
     lists = [list(values) for values in zip(*calls, strict=True)]
     grads = [torch.randn(x.shape).to(dtype) for x in lists[0]]
     factors = [0.1 * at for at in range(len(calls))]
-    ys, dxs = foreach._forward(*lists), foreach._backward(grads, *lists)
-    learned = foreach._learnable_backward(grads, *lists, factors)
+    ys, dxs = foreach._forward(*lists), foreach._backward(grads, *lists, lsq)
+    learned = foreach._learnable_backward(grads, *lists, factors, lsq)
     for at, call in enumerate(calls):
         same(ys[at], ops._forward(*call))
-        same(dxs[at], ops._backward(grads[at], *call))
-        want = ops._learnable_backward(grads[at], *call, factors[at])
+        same(dxs[at], ops._backward(grads[at], *call, lsq))
+        want = ops._learnable_backward(grads[at], *call, factors[at], lsq)
         for part in range(3):
             same(learned[part][at], want[part])
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, run_python
 
 import qkernels as qk
-from qkernels import library
+from qkernels import library, registry
 from qkernels.registry import Mendable
 
 BUILD = ROOT / "build" / "cuda"
@@ -159,6 +159,19 @@ def test_cpu_tensors_and_use_kernel() -> None:
             qk.use_kernel("cuda"),
         ):
             pass
+
+
+def test_use_kernel_without_a_gpu_fails_on_entry(gpu: pytest.MonkeyPatch) -> None:
+    """Where torch has CUDA, and the library is there and loads."""
+    gpu.setattr(library, "_cuda_state", [None])
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    for name, reason in (("cuda", "torch sees no CUDA device"), ("triton", "there is no GPU that torch can use")):
+        gpu.delenv("TRITON_INTERPRET", raising=False)
+        library._triton_missing.cache_clear()
+        with pytest.raises(RuntimeError, match=f"use_kernel: cannot run {name}: {reason}"), qk.use_kernel(name):
+            raise AssertionError("entered")
+        assert registry.forced == []
+    library._triton_missing.cache_clear()
 
 
 @pytest.mark.parametrize("wanted", ["gpu", "CUDA"])

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, scale_of
+from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from conftest import assert_ran, kernels_of
 from torch import Tensor
 
@@ -43,40 +43,42 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
     for zero_point in zero_points(shape):
         args = (scale, zero_point, -8, 7)
         y = reference.fake_quantize_forward(x, *args)
-        mask = reference.fake_quantize_forward_mask(x, *args)[1]
         laid_out = torch.empty_like(y).copy_(grad)
-        dx = reference.fake_quantize_backward(grad, x, *args)
+        masks = [reference.fake_quantize_forward_mask(x, *args, lsq)[1] for lsq in (False, True)]
+        dxs = [reference.fake_quantize_backward(grad, x, *args, lsq) for lsq in (False, True)]
         for kernel in COMPILED:
             with qk.use_kernel(kernel):
                 same(ops._forward(x, *args), y)
                 if x.numel():
                     assert_ran(kernel)
-                y_masked, bits = ops._forward_mask(x, *args)
-                same(y_masked, y)
-                same(bits, mask)
-                same(ops._backward(grad, x, *args), dx)
-                same(ops._backward_mask(laid_out, bits), torch.empty_like(y).copy_(dx))
+                for lsq, mask, dx in zip((False, True), masks, dxs, strict=True):
+                    y_masked, bits = ops._forward_mask(x, *args, lsq)
+                    same(y_masked, y)
+                    same(bits, mask)
+                    same(ops._backward(grad, x, *args, lsq), dx)
+                    same(ops._backward_mask(laid_out, bits), torch.empty_like(y).copy_(dx))
 
 
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_learnable_backward(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("lsq", [False, True], ids=["clip", "lsq"])
+def test_learnable_backward(name: str, shape: tuple[int, ...], dtype: torch.dtype, lsq: bool) -> None:
     """dx bit for bit; the sums within fp32 rounding of fp64, and the same bits on every path and thread count."""
     x = INPUTS[name][0](dtype)
     scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
     for zero_point in zero_points(shape):
         args = (x, scale, zero_point, -8, 7)
-        exact_sums = reference.fake_quantize_learnable_backward(grad, *args, 0.5)[1:]  # terms as defined, added in fp64
+        exact_sums = reference.fake_quantize_learnable_backward(grad, *args, 0.5, lsq)[1:]  # terms as defined, in fp64
         magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         first = None
         for kernel in COMPILED:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 with qk.use_kernel(kernel):
-                    got = ops._learnable_backward(grad, *args, 0.5)
+                    got = ops._learnable_backward(grad, *args, 0.5, lsq)
                 if first is None:
                     first = got
-                    same(got[0], reference.fake_quantize_backward(grad, *args))
+                    same(got[0], reference.fake_quantize_backward(grad, *args, lsq))
                 for a, b in zip(got, first, strict=True):
                     same(a, b)
         # 2**-20: up to 256 fp32 additions in a lane, then fp64, of terms no larger than dy·16.
@@ -95,7 +97,7 @@ def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, hig
 
     z = rounded(zero_point)
     q = rounded(x / scale) + z
-    return (q.clamp(low, high) - z) * scale
+    return (clamp(q, low, high) - z) * scale
 
 
 @pytest.mark.parametrize("kernel", kernels_of("fake_quantize_forward"))
@@ -270,7 +272,7 @@ def test_observe_equals_reference(kernel: str, dtype: torch.dtype, shape: tuple[
         for batch, (observe, fake) in zip(batches, flags, strict=True):
             out = ops._observe(
                 batch.to(dtype), torch.tensor([observe]), torch.tensor([fake], dtype=torch.uint8), *stats, 0.1, -128,
-                127, steps,
+                127, steps, 1,
             )  # fmt: skip
             results.append([*out, *(s.clone() for s in stats)])
         return results
@@ -484,14 +486,14 @@ def op_samples() -> list[tuple[str, tuple]]:
             params = (scale, zp, -8, 7)
             samples += [
                 ("fake_quantize_forward", (value, *params)),
-                ("fake_quantize_forward_mask", (value, *params)),
-                ("fake_quantize_backward", (dy, value, *params)),
-                ("fake_quantize_learnable_backward", (dy, value, *params, 0.5)),
+                ("fake_quantize_forward_mask", (value, *params, zp is None)),
+                ("fake_quantize_backward", (dy, value, *params, zp is None)),
+                ("fake_quantize_learnable_backward", (dy, value, *params, 0.5, zp is None)),
             ]
         for symmetric in (True, False):
             for group in (-1, 0):
                 samples.append(("fake_quantize_dynamic_forward", (value, group, -8, 7, symmetric)))
-        samples.append(("observe_fake_quantize", (value, one, one, *stats, 0.01, -128, 127, 127.0)))
+        samples.append(("observe_fake_quantize", (value, one, one, *stats, 0.01, -128, 127, 127.0, 0)))
     for name, head in (("forward", (x,)), ("forward_mask", (x,)), ("backward", (grad, x))):
         samples.append((f"fake_quantize_{name}.scalar", (*head, 0.1, 2, -8, 7)))
     channels = (torch.rand(24) * 0.1 + 0.01, torch.randint(-8, 8, (24,), dtype=torch.int32), 1, -8, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,14 +43,15 @@ def test_kernels_equal_the_single_op(kernel: str, threads: int) -> None:
         ys = ops._forward(*lists)
         if kernel.startswith("cpu_"):
             assert qk.library.host.last_isa() == kernel.removeprefix("cpu_")
-        dxs = ops._backward(grads, *lists)
-        learned = ops._learnable_backward(grads, *lists, factors)
-        for at, call in enumerate(zip(*lists, strict=True)):
-            same(ys[at], single._forward(*call))
-            same(dxs[at], single._backward(grads[at], *call))
-            expected = single._learnable_backward(grads[at], *call, factors[at])
-            for got, want in zip((part[at] for part in learned), expected, strict=True):
-                same(got, want)
+        for lsq in (False, True):
+            dxs = ops._backward(grads, *lists, lsq)
+            learned = ops._learnable_backward(grads, *lists, factors, lsq)
+            for at, call in enumerate(zip(*lists, strict=True)):
+                same(ys[at], single._forward(*call))
+                same(dxs[at], single._backward(grads[at], *call, lsq))
+                expected = single._learnable_backward(grads[at], *call, factors[at], lsq)
+                for got, want in zip((part[at] for part in learned), expected, strict=True):
+                    same(got, want)
 
 
 def leaves(learn_scale: bool, learn_zero_point: bool) -> Lists:
@@ -68,7 +70,8 @@ def leaves(learn_scale: bool, learn_zero_point: bool) -> Lists:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("learned", [(False, False), (True, False), (True, True)], ids=["x", "scale", "zero point"])
-def test_gradients_equal_the_single_op(kernel: str, learned: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("convention", ["clip", "lsq"])
+def test_gradients_equal_the_single_op(kernel: str, learned: tuple[bool, bool], convention: str) -> None:
     quant_mins, quant_maxs, factors = [-8, -2, -128, -8], [7, 1, 127, 7], [0.5, 1.0, 0.01, 2.0]
     results = []
     for many in (True, False):
@@ -78,11 +81,13 @@ def test_gradients_equal_the_single_op(kernel: str, learned: tuple[bool, bool]) 
         with qk.use_kernel(kernel):
             if many:
                 ys = qk.foreach_fake_quantize(
-                    xs, scales, zero_points, quant_min=quant_mins, quant_max=quant_maxs, grad_factor=factors
-                )
+                    xs, scales, zero_points, quant_min=quant_mins, quant_max=quant_maxs, grad_factor=factors,
+                    straight_through=convention,
+                )  # fmt: skip
             else:
+                one = partial(qk.fake_quantize, straight_through=convention)
                 calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, strict=True)
-                ys = [qk.fake_quantize(*c[:3], quant_min=c[3], quant_max=c[4], grad_factor=c[5]) for c in calls]
+                ys = [one(*c[:3], quant_min=c[3], quant_max=c[4], grad_factor=c[5]) for c in calls]
             loss = sum((y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in ys)
             results.append([*ys, *torch.autograd.grad(loss, wanted)])
     assert len(results[0]) == 4 + 4 + 4 * learned[0] + 3 * learned[1]
@@ -110,9 +115,10 @@ def test_outputs_that_the_loss_does_not_use() -> None:
     assert all(x.grad is None or not x.grad.any() for x in (xs[0], xs[2]))
 
 
-def test_second_derivative() -> None:
+@pytest.mark.parametrize("convention", ["clip", "lsq"])
+def test_second_derivative(convention: str) -> None:
     x = torch.randn(6, 20, requires_grad=True)
-    (y,) = qk.foreach_fake_quantize([x], [torch.tensor([0.1])], quant_min=-8, quant_max=7)
+    (y,) = qk.foreach_fake_quantize([x], [torch.tensor([0.1])], quant_min=-8, quant_max=7, straight_through=convention)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     same(second, torch.where((first != 0) | (y == 0), 2.0, 0.0))
@@ -192,7 +198,7 @@ def test_opcheck() -> None:
     namespace = torch.ops.qkernels
     torch.library.opcheck(namespace.foreach_fake_quantize_forward.default, lists)
     torch.library.opcheck(namespace.foreach_fake_quantize_backward.default, (grads, *lists))
-    torch.library.opcheck(namespace.foreach_fake_quantize_learnable_backward.default, (grads, *lists, [1.0] * 4))
+    torch.library.opcheck(namespace.foreach_fake_quantize_learnable_backward.default, (grads, *lists, [1.0] * 4, True))
 
 
 X = torch.randn(4, 6)
@@ -212,6 +218,10 @@ BAD = {
     "raw grads": (lambda: ops._backward([], [X], [ONE], [None], [0], [1]), "grads: got 0 values"),
     "grad shape": (lambda: ops._backward([X[:1]], [X], [ONE], [None], [0], [1]), r"grad: got shape \[1, 6\]"),
     "dtype": (lambda: qk.foreach_fake_quantize([X.int()], [ONE], quant_min=0, quant_max=1), "x: got torch.int32"),
+    "straight_through": (
+        lambda: qk.foreach_fake_quantize([X], [ONE], quant_min=0, quant_max=1, straight_through="pass"),
+        "straight_through: got 'pass'; accepted: clip, lsq",
+    ),
     "range": (lambda: qk.foreach_fake_quantize([X], [ONE], quant_min=[3], quant_max=1), "quant_min: got 3, above"),
     "granularity": (
         lambda: qk.foreach_fake_quantize([X], [torch.ones(4)], quant_min=0, quant_max=1), r"scale: got shape \[4\]"

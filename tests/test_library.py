@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +33,7 @@ print("missing:", qk.library.cpu_missing)
 print("warnings:", [str(w.message) for w in caught if "qkernels" in str(w.message)])
 print("right:", y.tolist() == [-4.0, 0.5, 0.5, 3.5] and x.grad.tolist() == [0.0, 1.0, 1.0, 0.0])
 """
-PIP = "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir"
+PIP = "QKERNELS_STRICT_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir"
 
 
 @pytest.fixture
@@ -40,8 +43,8 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(root: Path, name: str) -> Path:
-    return next((root / "qkernels").glob(f"{name}.*so"))
+def cpu_library(root: Path) -> Path:
+    return root / "qkernels" / "_cpu.so"
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -68,31 +71,34 @@ def test_intact_copy_loads(copy: Path) -> None:
     assert done.stdout == "missing: None\nwarnings: []\nright: True\n", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["_cpu", "_host"])
-def test_not_built(copy: Path, name: str) -> None:
-    module(copy, name).unlink()
+def test_the_library_is_bound_to_no_version_of_python(copy: Path) -> None:
+    another = "import importlib.machinery as m; m.EXTENSION_SUFFIXES[:] = ['.cpython-399-x86_64-linux-gnu.so']\n"
+    done = run_python(another + PROBE, root=copy)
+    assert done.stdout == "missing: None\nwarnings: []\nright: True\n", done.stdout + done.stderr
+
+
+def test_not_built(copy: Path) -> None:
+    cpu_library(copy).unlink()
     assert PIP in probe(copy, "the C++ kernels are not built; build them with: ")
 
 
-@pytest.mark.parametrize("name", ["_cpu", "_host"])
 @pytest.mark.parametrize("kept", [0, 10, 1000, 0.5, 0.98])
-def test_truncated(copy: Path, name: str, kept: float) -> None:
-    path = module(copy, name)
+def test_truncated(copy: Path, kept: float) -> None:
+    path = cpu_library(copy)
     rewrite(path, lambda data: data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     expected = "is not a shared library" if kept in (0, 10) else "is truncated: "
     assert path.name in probe(copy, expected)
 
 
 def test_not_a_library(copy: Path) -> None:
-    rewrite(module(copy, "_cpu"), lambda data: b"version https://git-lfs.github.com/spec/v1\n" * 9)
+    rewrite(cpu_library(copy), lambda data: b"version https://git-lfs.github.com/spec/v1\n" * 9)
     probe(copy, "is not a shared library")
 
 
-@pytest.mark.parametrize("name", ["_cpu", "_host"])
-def test_built_for_another_version(copy: Path, name: str) -> None:
+def test_built_for_another_version(copy: Path) -> None:
     old = f"qkernels-build-id:{qk.__version__}+".encode()
     new = b"qkernels-build-id:" + b"9" * len(qk.__version__) + b"+"
-    rewrite(module(copy, name), lambda data: data.replace(old, new))
+    rewrite(cpu_library(copy), lambda data: data.replace(old, new))
     probe(copy, f"is stale: built for qkernels {'9' * len(qk.__version__)}, this is {qk.__version__}")
 
 
@@ -105,10 +111,21 @@ def test_sources_changed_since_the_build(copy: Path) -> None:
 
 
 def test_symbol_that_torch_lacks(copy: Path) -> None:
-    rewrite(
-        module(copy, "_cpu"), lambda data: data.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridez\0")
-    )
+    rewrite(cpu_library(copy), lambda data: data.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_stridez\0"))
     probe(copy, "cannot be loaded (")
+
+
+@pytest.mark.parametrize(("platform", "system"), [("win32", "Windows"), ("darwin", "Darwin")])
+def test_a_system_for_which_nothing_compiles_is_named_without_advice(
+    monkeypatch: pytest.MonkeyPatch, platform: str, system: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(library.platform, "system", lambda: system)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for host, reason in (library._load(), (None, library._load_cuda())):
+        assert host is None
+        assert reason == f"the compiled kernels are for Linux, this is {system}"
+        assert not isinstance(reason, registry.Mendable)
 
 
 def test_torch_too_old(copy: Path) -> None:
@@ -160,6 +177,10 @@ print(*[name for name in sys.modules if name.split(".")[:2] in (["torch", "_indu
     assert set(heavy.split()) <= set(run_python("import sys, torch; print(*sys.modules)").stdout.split())
 
 
+INDEX = f"--no-binary qkernels qkernels=={qk.__version__}"
+ARCHIVE = f"qkernels-{qk.__version__}.tar.gz"
+
+
 class Distribution:
     def __init__(self, direct_url: object) -> None:
         self.direct_url = direct_url
@@ -172,21 +193,38 @@ class Distribution:
 @pytest.mark.parametrize(
     ("direct_url", "source"),
     [
-        ({"url": "file:///home/me/my%20code/qkernels", "dir_info": {}}, "'/home/me/my code/qkernels'"),
+        ({"url": "file://TMP/my%20code/qkernels", "dir_info": {}}, "'TMP/my code/qkernels'"),
+        ({"url": "file://TMP/qkernels.tar.gz", "archive_info": {}}, "TMP/qkernels.tar.gz"),
         (
             {"url": "https://example.org/qkernels.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
             "git+https://example.org/qkernels.git@abc",
         ),
         ({"url": "https://example.org/qkernels.tar.gz", "archive_info": {}}, "https://example.org/qkernels.tar.gz"),
-        (None, "--no-binary qkernels qkernels"),
+        # A wheel holds nothing to compile: what lies where `python -m build` puts both, else the index.
+        ({"url": "file://TMP/wheels/qkernels-1-py3-none-any.whl", "archive_info": {}}, INDEX),
+        ({"url": "https://example.org/qkernels-1-py3-none-any.whl", "archive_info": {}}, INDEX),
+        ({"url": "file://TMP/sdist/qkernels-1-py3-none-any.whl", "archive_info": {}}, f"TMP/sdist/{ARCHIVE}"),
+        (
+            {"url": "file://TMP/my%20code/qkernels/dist/qkernels-1-any.whl", "archive_info": {}},
+            "'TMP/my code/qkernels'",
+        ),
+        ({"url": "file://TMP/gone/qkernels", "dir_info": {}}, INDEX),
+        (None, INDEX),
     ],
 )
 def test_build_command_installs_from_where_the_package_came(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, direct_url: object, source: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, direct_url: dict[str, Any] | None, source: str
 ) -> None:
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "qkernels" / "library.py"))
+    for file in ("my code/qkernels/setup.py", "qkernels.tar.gz", f"sdist/{ARCHIVE}"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    if direct_url is not None:
+        direct_url = {**direct_url, "url": direct_url["url"].replace("TMP", str(tmp_path))}
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "site-packages" / "qkernels" / "library.py"))
     monkeypatch.setattr(library.importlib.metadata, "distribution", lambda name: Distribution(direct_url))
+    source = source.replace("TMP", str(tmp_path))
     assert library.build_command() == f'pip install "setuptools>=77" && {PIP} {source}'
+    assert library.build_command("A=1") == f'pip install "setuptools>=77" && A=1 {PIP} {source}'
 
 
 def test_build_command_of_a_checkout() -> None:
@@ -196,14 +234,16 @@ def test_build_command_of_a_checkout() -> None:
 def test_info_passes_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["info"]) == 0
     text = capsys.readouterr().out
-    for part in (qk.__version__, torch.__version__, info.cpu_model(), "self-test: PASS", "gcc", "triton"):
+    for part in (qk.__version__, torch.__version__, info.cpu_model(), "self-test: PASS", "triton"):
         assert part in text
-    for kernel in qk.kernels():
-        assert kernel.op in text
+    assert re.search(r"^compiled  CPU kernels by (gcc|clang) \d.* for torch >= 2\.10 \(with 2\.", text, re.MULTILINE)
+    for op in {kernel.op for kernel in qk.kernels()}:
+        runs = next(name for name, reason in qk.which(op) if reason is None)
+        assert re.search(rf"^  {re.escape(op)} +{runs}\b", text, re.MULTILINE), op
 
 
 def test_info_without_compiled_kernels_says_so_and_passes(copy: Path) -> None:
-    module(copy, "_cpu").unlink()
+    cpu_library(copy).unlink()
     done = run_python("import qkernels.__main__ as m, sys; sys.exit(m.main(['info']))", root=copy)
     assert done.returncode == 0, done.stderr
     assert "compiled  no: the C++ kernels are not built; build them with: " in done.stdout

@@ -127,6 +127,16 @@ def forward(x: torch.Tensor) -> str | None:
     return qk.library.host.last_isa()
 
 
+def test_use_kernel_refuses_on_entry_a_path_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qk.library.host, "supported_isa", lambda: "avx2")
+    for isa in ("avx512", "avx512vnni"):
+        with (
+            pytest.raises(RuntimeError, match=f"use_kernel: cannot run cpu_{isa}: this CPU has no {isa}"),
+            qk.use_kernel(f"cpu_{isa}"),
+        ):
+            raise AssertionError("entered")
+
+
 def test_use_kernel_nests_and_is_undone_by_an_exception() -> None:
     x = torch.randn(5)
     before = forward(x)

@@ -35,37 +35,41 @@ def test_equals_the_two_ops(name: str, shape: tuple[int, ...]) -> None:
             args = (scale, zero_point, -8, 7)
             r = torch.empty_like(x).copy_(x.relu())
             y = plain.fake_quantize_forward(r, *args)
-            dx, *sums = plain.fake_quantize_learnable_backward(grad, r, *args, 0.5)
-            dx = torch.empty_like(x).copy_(torch.where(x > 0, dx, 0))
-            mask = plain.pack_mask(plain.inside_range(r, *args) & (x > 0), y)
             magnitude = plain.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
-            for kernel in compiled(FORWARD):
-                with qk.use_kernel(kernel):
-                    same(ops._forward(x, *args), y)
-                    for got, want in zip(ops._forward_mask(x, *args), (y, mask), strict=True):
-                        same(got, want)
-                    same(ops._backward(grad, x, *args), dx)
-                    got_dx, *got_sums = ops._learnable_backward(grad, x, *args, 0.5)
-                same(got_dx, dx)
-                for got, want in zip(got_sums, sums, strict=True):
-                    assert got.shape == want.shape
-                    assert got.dtype == want.dtype
-                    if x.numel() and "special" not in name:
-                        assert ((got - want).double().abs() <= magnitude * 2**-20 + 1e-12).all()
+            for lsq in (False, True):
+                dx, *sums = plain.fake_quantize_learnable_backward(grad, r, *args, 0.5, lsq)
+                dx = torch.empty_like(x).copy_(torch.where(x > 0, dx, 0))
+                mask = plain.pack_mask(plain.inside_range(r, *args, lsq) & (x > 0), y)
+                for kernel in compiled(FORWARD):
+                    with qk.use_kernel(kernel):
+                        same(ops._forward(x, *args), y)
+                        for got, want in zip(ops._forward_mask(x, *args, lsq), (y, mask), strict=True):
+                            same(got, want)
+                        same(ops._backward(grad, x, *args, lsq), dx)
+                        got_dx, *got_sums = ops._learnable_backward(grad, x, *args, 0.5, lsq)
+                    same(got_dx, dx)
+                    for got, want in zip(got_sums, sums, strict=True):
+                        assert got.shape == want.shape
+                        assert got.dtype == want.dtype
+                        if x.numel() and "special" not in name:
+                            assert ((got - want).double().abs() <= magnitude * 2**-20 + 1e-12).all()
 
 
 @pytest.mark.parametrize("kernel", compiled(FORWARD))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learned", ["nothing", "scale", "both", "zero_point"])
 @pytest.mark.parametrize("leaf", [True, False])
-def test_gradients_are_those_of_the_two_functions(kernel: str, dtype: torch.dtype, learned: str, leaf: bool) -> None:
+@pytest.mark.parametrize("convention", ["clip", "lsq"])
+def test_gradients_are_those_of_the_two_functions(
+    kernel: str, dtype: torch.dtype, learned: str, leaf: bool, convention: str
+) -> None:
     x = (torch.randn(8, 50) * 5).to(dtype).requires_grad_()
     scale, zero_point = torch.full((8, 1), 0.2), torch.tensor([3.0])
     scale.requires_grad_(learned in ("scale", "both"))
     zero_point.requires_grad_(learned in ("zero_point", "both"))
     leaves = [t for t in (x, scale, zero_point) if t.requires_grad]
     value = x if leaf else x * 1
-    options = {"quant_min": -8, "quant_max": 7, "grad_factor": 0.5}
+    options = {"quant_min": -8, "quant_max": 7, "grad_factor": 0.5, "straight_through": convention}
     grad = torch.randn(8, 50).to(dtype)
     with qk.use_kernel(kernel):
         fused = qk.relu_fake_quantize(value, scale, zero_point, **options)
@@ -106,17 +110,17 @@ def test_triton(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, scale = INPUTS[name][0](dtype).to(device), scale_of(shape).to(device)
     grad = torch.randn(x.shape).to(x)
-    for zero_point in (None, (torch.randn(shape) * 6).to(device)):
+    for zero_point, lsq in ((None, True), (None, False), ((torch.randn(shape) * 6).to(device), True)):
         args = (x, scale, zero_point, -8, 7)
-        want_sums = reference.relu_fake_quantize_learnable_backward(grad, *args, 0.5)
+        want_sums = reference.relu_fake_quantize_learnable_backward(grad, *args, 0.5, lsq)
         with qk.use_kernel("triton"):
             same(ops._forward(*args), reference.relu_fake_quantize_forward(*args))
             for got, want in zip(
-                ops._forward_mask(*args), reference.relu_fake_quantize_forward_mask(*args), strict=True
+                ops._forward_mask(*args, lsq), reference.relu_fake_quantize_forward_mask(*args, lsq), strict=True
             ):
                 same(got, want)
-            same(ops._backward(grad, *args), want_sums[0])
-            dx, *sums = ops._learnable_backward(grad, *args, 0.5)
+            same(ops._backward(grad, *args, lsq), want_sums[0])
+            dx, *sums = ops._learnable_backward(grad, *args, 0.5, lsq)
         same(dx, want_sums[0])
         if name != "special values":
             for got, want in zip(sums, want_sums[1:], strict=True):
@@ -143,12 +147,13 @@ def test_memory_saved_for_backward() -> None:
 
 
 def test_second_derivative() -> None:
-    for leaf in (True, False):
+    for leaf, convention in ((True, "clip"), (False, "clip"), (True, "lsq"), (False, "lsq")):
         x = torch.randn(6, 20, requires_grad=True)
-        y = qk.relu_fake_quantize(x if leaf else x * 1, 0.1, quant_min=0, quant_max=15)
+        y = qk.relu_fake_quantize(x if leaf else x * 1, 0.1, quant_min=0, quant_max=15, straight_through=convention)
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
-        same(second, torch.where((x > 0) & (x.detach() / 0.1 < 15.5), 2.0, 0.0))
+        end = 15.5 if convention == "clip" else 15
+        same(second, torch.where((x > 0) & (x.detach() / 0.1 < end), 2.0, 0.0))
     scale = torch.tensor([0.1], requires_grad=True)
     y = qk.relu_fake_quantize(x, scale, quant_min=0, quant_max=15)
     with pytest.raises(RuntimeError, match="learned scales have no second derivative"):
@@ -165,9 +170,9 @@ def op_samples() -> list[tuple[str, tuple]]:
             params = (scale, zp, -8, 7)
             samples += [
                 ("relu_fake_quantize_forward", (value, *params)),
-                ("relu_fake_quantize_forward_mask", (value, *params)),
-                ("relu_fake_quantize_backward", (dy, value, *params)),
-                ("relu_fake_quantize_learnable_backward", (dy, value, *params, 0.5)),
+                ("relu_fake_quantize_forward_mask", (value, *params, zp is None)),
+                ("relu_fake_quantize_backward", (dy, value, *params, zp is None)),
+                ("relu_fake_quantize_learnable_backward", (dy, value, *params, 0.5, zp is None)),
             ]
     return samples
 

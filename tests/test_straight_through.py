@@ -1,4 +1,4 @@
-"""Straight-through variants: kernels against the reference, and each variant against its paper in plain autograd."""
+"""Straight-through conventions: kernels against the reference, and each of them against its paper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OP = "fake_quantize_straight_through_backward"
 COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", reference.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> None:
@@ -55,7 +55,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
 
 
 @pytest.mark.skipif("triton" not in kernels_of(OP), reason="no GPU, and not interpreted")
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", reference.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant: str) -> None:
     dtype = FLOATS[GRANULARITIES.index((name, shape)) % 4]
@@ -108,6 +108,120 @@ def test_pass(kernel: str, shape: tuple[int, ...]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         else:
             same(a, b)
+
+
+def lsq_of_the_paper(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+) -> list[Tensor]:
+    """dx, dscale and dzp of every element: arXiv 1902.08153, equations 3 and 5; arXiv 2004.09576."""
+    z = torch.zeros(()) if zero_point is None else zero_point.round().clamp(low, high)
+    v = x / scale
+    below, above = v + z <= low, v + z >= high
+    dscale = grad * torch.where(below, low - z, torch.where(above, high - z, v.round() - v))
+    outside = below | above
+    return [torch.where(outside, 0, grad), dscale, torch.where(outside, -grad * scale, 0)]
+
+
+LSQ_KERNELS = kernels_of("fake_quantize_learnable_backward")
+
+
+@pytest.mark.parametrize("kernel", LSQ_KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("learned", ["scale", "both", "zero_point"])
+@pytest.mark.parametrize(("low", "high"), [(-8, 7), (-2, 1), (0, 15), (-1, 1)])
+def test_lsq(kernel: str, shape: tuple[int, ...], learned: str, low: int, high: int) -> None:
+    """The public function against the papers' formulas, in fp64 and fp32; zero points of either sign, of a float."""
+    x, scale, zero_point = operands(shape)
+    grad = torch.randn(6, 40, dtype=torch.float64)
+    expanded = [clip.expand(t.detach(), x) for t in (scale, zero_point)]
+    dx, *terms = lsq_of_the_paper(grad, x.detach(), *expanded, low, high)
+    expected = [dx, *(clip.sum_to(t, scale).reshape(shape) * 0.25 for t in terms)]
+    scale.requires_grad_(learned != "zero_point")
+    zero_point.requires_grad_(learned != "scale")
+    leaves = [t for t in (x, scale, zero_point) if t.requires_grad]
+    wanted = [e for e, t in zip(expected, (x, scale, zero_point), strict=True) if t.requires_grad]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-4)):
+        with qk.use_kernel(kernel):
+            y = qk.fake_quantize(
+                x.to(dtype), scale.to(dtype), zero_point.to(dtype), quant_min=low, quant_max=high, grad_factor=0.25,
+                straight_through="lsq",
+            )  # fmt: skip
+            got = torch.autograd.grad(y, leaves, grad.to(dtype))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# At the ends, in the half steps beyond and just inside them.
+EDGES = torch.tensor(
+    [-2.0, -1.9375, -2.4375, -2.5625, 1.0, 0.9375, 1.1875, 1.5, 3, -0.5, math.inf, -math.inf, math.nan]
+)
+PASSES = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])
+PASSES_CLIP = torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0, 0, 0])
+STEPS = torch.tensor([-2, -0.0625, -2, -2, 1, 0.0625, 1, 1, 1, 0.5, 1, -2, math.nan])
+
+
+@pytest.mark.parametrize("kernel", LSQ_KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("zero_point", [None, torch.tensor([1]), torch.tensor([-3]), torch.tensor([2.25])])
+@pytest.mark.parametrize("repeat", [1, 40])
+def test_lsq_at_the_ends(kernel: str, dtype: torch.dtype, zero_point: Tensor | None, repeat: int) -> None:
+    """The ends are outside; whichever way back is taken, and whether one scale or each element's own is learned."""
+    z = 0 if zero_point is None else int(zero_point.round())
+    convention = {"quant_min": -2 + z, "quant_max": 1 + z, "straight_through": "lsq"}
+    x = (EDGES.repeat(repeat) * 0.5).to(dtype).requires_grad_()
+    passes, steps = PASSES.repeat(repeat).to(dtype), STEPS.repeat(repeat)
+    grad = torch.randint(1, 9, x.shape).to(dtype)
+    with qk.use_kernel(kernel):
+        for kept in (True, False):  # x itself, or one bit for each
+            for scale in (0.5, torch.tensor([0.5]), torch.full(x.shape, 0.5)):
+                z_or_zero_point = z if isinstance(scale, float) else zero_point
+                y = qk.fake_quantize(x if kept else x * 1, scale, z_or_zero_point, **convention)
+                same(torch.autograd.grad(y, x, grad)[0], passes * grad)
+        scale = torch.full(x.shape, 0.5, requires_grad=True)
+        y = qk.fake_quantize(x, scale, zero_point, **convention)
+        dx, dscale = torch.autograd.grad(y, (x, scale), grad)
+        finite = ~x.detach().isnan()
+        one = torch.full((1,), 0.5, requires_grad=True)
+        (total,) = torch.autograd.grad(
+            qk.fake_quantize(x.detach()[finite], one, zero_point, **convention), one, grad[finite]
+        )
+        clipping = {**convention, "straight_through": "clip"}
+        clip_dx = torch.autograd.grad(qk.fake_quantize(x, one.detach(), zero_point, **clipping), x, grad)[0]
+    same(dx, passes * grad)
+    torch.testing.assert_close(dscale, steps * grad.float(), rtol=0, atol=0, equal_nan=True)
+    assert total.item() == (steps * grad.float())[finite].sum().item()
+    same(clip_dx, PASSES_CLIP.repeat(repeat).to(dtype) * grad)  # torch's convention is as it was
+
+
+@pytest.mark.parametrize("kernel", LSQ_KERNELS, ids=str)
+def test_lsq_and_clip_where_they_differ(kernel: str) -> None:
+    x, scale = torch.tensor([1.2], requires_grad=True), torch.ones(1, requires_grad=True)
+    with qk.use_kernel(kernel):
+        for convention, expected in (("lsq", (0, 1)), ("clip", (1, -0.2))):
+            y = qk.fake_quantize(x, scale, quant_min=-2, quant_max=1, straight_through=convention)
+            torch.testing.assert_close(
+                torch.autograd.grad(y, (x, scale)), tuple(torch.tensor([float(e)]) for e in expected)
+            )
+
+
+def test_lsq_selects() -> None:
+    """An infinite gradient outside the range is dropped, not multiplied by 0."""
+    x, grad = torch.tensor([5.0, -7.5, 0.25]), torch.tensor([math.inf, -math.inf, 1.0])
+    for kernel in LSQ_KERNELS:
+        leaf = x.clone().requires_grad_()
+        with qk.use_kernel(kernel):
+            for scale in (torch.ones(3), torch.ones(3, requires_grad=True)):
+                y = qk.fake_quantize(leaf, scale, quant_min=-2, quant_max=1, straight_through="lsq")
+                same(torch.autograd.grad(y, leaf, grad)[0], torch.tensor([0.0, 0, 1]))
+
+
+def test_drop_ins_keep_torchs_convention() -> None:
+    x, scale = torch.tensor([[1.2, 1.0, -2.4]], requires_grad=True), torch.ones(1, requires_grad=True)
+    ours = qk.fake_quantize_learnable_per_tensor_affine(x, scale, torch.zeros(1), -2, 1, 1.0)
+    theirs = torch._fake_quantize_learnable_per_tensor_affine(x, scale, torch.zeros(1), -2, 1, 1.0)
+    grad = torch.tensor([[1.0, 2, 4]])
+    for a, b in zip(*(torch.autograd.grad(y, (x, scale), grad) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
@@ -180,18 +294,33 @@ class EwgsRound(torch.autograd.Function):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("delta", [0.0, 0.2, 1.0])
 def test_ewgs(kernel: str, shape: tuple[int, ...], delta: float) -> None:
-    """All gradients, with nothing but the gradient of rounding replaced."""
+    """All gradients, with nothing but the gradient of rounding replaced: clipped first, then rounded."""
     leaves = operands(shape)
     x, scale, zero_point = (clip.expand(t, leaves[0]) for t in leaves)
     grad = torch.randn(6, 40, dtype=torch.float64)
     z = rounded(zero_point)
-    q = EwgsRound.apply(x / scale, delta) + z
-    expected = torch.autograd.grad((q.clamp(-8, 7) - z) * scale, leaves, grad)
+    v = x / scale + z
+    clipped = torch.where(v < -8, -8.0, torch.where(v > 7, 7.0, v))
+    expected = torch.autograd.grad(EwgsRound.apply(clipped - z, delta) * scale, leaves, grad)
     with qk.use_kernel(kernel):
         y = qk.fake_quantize(*leaves, quant_min=-8, quant_max=7, straight_through="ewgs", ewgs_delta=delta)
         got = torch.autograd.grad(y, leaves, grad)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", kernels_of(OP), indirect=True)
+def test_ewgs_at_the_ends(kernel: str) -> None:
+    """The ends are inside, the half steps beyond them are not."""
+    x = torch.tensor([-2.4, -2.0, -1.75, 0.75, 1.0, 1.2, 9.0, math.nan])
+    grad = torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128])
+    dx, dscale, dzp = straight_through_backward(grad, x, torch.ones(8), None, -2, 1, "ewgs", 0.5, 1.0)
+    assert dx.tolist() == [0, 2, 4 * 1.125, 8 * 0.875, 16, 0, 0, 0]
+    # Inside: dy·(round(v) − v·(1 + 0.5·(v − round(v)))).
+    inside = [0, 4 * (-2 + 1.75 * 1.125), 8 * (1 - 0.75 * 0.875), 0]
+    assert dscale.tolist()[:7] == [-2.0, *inside, 32, 64]
+    assert dscale[7].isnan()
+    assert dzp.tolist()[:7] == [-1, 0, 0, 0, 0, -32, -64]
 
 
 def test_ewgs_in_the_papers_units() -> None:
@@ -207,7 +336,7 @@ def test_ewgs_in_the_papers_units() -> None:
     torch.testing.assert_close(dx, grad * (1 + delta * grad.sign() * error), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["clip", "pass", "pact", "ewgs"])
+@pytest.mark.parametrize("variant", ["clip", *reference.VARIANTS])
 @pytest.mark.parametrize("scale", [0.1, torch.tensor([0.1]), torch.full((8, 1), 0.1)], ids=["float", "one", "rows"])
 def test_forward_and_fixed_scales(variant: str, scale: Tensor | float) -> None:
     """y never depends on the variant; dx does not depend on whether a scale is learned too."""
@@ -231,7 +360,12 @@ def test_forward_and_fixed_scales(variant: str, scale: Tensor | float) -> None:
 def test_memory_saved_for_backward() -> None:
     activation = torch.randn(64, 1024, requires_grad=True) * 2
     scale = torch.tensor([0.1])
-    for variant, expected in (("pass", 0), ("pact", 4 * activation.numel() + 4), ("ewgs", 4 * activation.numel() + 4)):
+    for variant, expected in (
+        ("lsq", activation.numel() // 8),
+        ("pass", 0),
+        ("pact", 4 * activation.numel() + 4),
+        ("ewgs", 4 * activation.numel() + 4),
+    ):
         quantize = partial(qk.fake_quantize, quant_min=-8, quant_max=7, straight_through=variant)
         assert saved_bytes(partial(quantize, activation, scale)) == expected
 
@@ -252,7 +386,7 @@ def test_compile_fullgraph(variant: str, backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", reference.WITH_TERMS)
 def test_opcheck(variant: str) -> None:
     x, scale = torch.randn(4, 24), torch.rand(4, 1) * 0.1 + 0.01
     zero_point = torch.randint(-8, 8, (4, 1), dtype=torch.int32)
@@ -274,17 +408,23 @@ def test_activation_checkpointing(variant: str) -> None:
 
 
 def test_second_derivatives() -> None:
-    """Right for "pass", whose gradient is dy itself; refused for the rest."""
+    """Right where the gradient of x is dy or nothing; refused for the rest."""
     x = torch.randn(20, requires_grad=True)
     for variant in reference.VARIANTS:
         y = qk.fake_quantize(x, torch.tensor([0.1]), quant_min=-8, quant_max=7, straight_through=variant)
         loss = y.square().sum()
-        if variant == "pass":
+        if variant in ("lsq", "pass"):
             (first,) = torch.autograd.grad(loss, x, create_graph=True)
-            same(torch.autograd.grad(first.sum(), x)[0], torch.full((20,), 2.0))
+            v = x.detach() / 0.1
+            passes = (v > -8) & (v < 7) if variant == "lsq" else v == v
+            same(torch.autograd.grad(first.sum(), x)[0], torch.where(passes, 2.0, 0.0))
         else:
             with pytest.raises(RuntimeError, match="no second derivative"):
                 torch.autograd.grad(loss, x, create_graph=True)
+    scale = torch.tensor([0.1], requires_grad=True)
+    loss = qk.fake_quantize(x, scale, quant_min=-8, quant_max=7, straight_through="lsq").square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_module_and_spec() -> None:
@@ -298,9 +438,10 @@ def test_module_and_spec() -> None:
     model = qk.prepare(torch.nn.Sequential(torch.nn.Linear(16, 4)), config)
     (weight,) = (m for m in model.modules() if isinstance(m, qk.nn.FakeQuantize))
     assert weight.straight_through == "ewgs"
+    assert qk.nn.FakeQuantize(bits=4, straight_through="lsq").straight_through == "lsq"
     with pytest.raises(ValueError, match="straight_through: got 'pass' with quantizer=\"ema\"; accepted"):
         qk.nn.FakeQuantize(quantizer="ema", straight_through="pass")
-    with pytest.raises(ValueError, match="straight_through: got 'none'; accepted: clip, pass, pact, ewgs"):
+    with pytest.raises(ValueError, match="straight_through: got 'none'; accepted: clip, lsq, pass, pact, ewgs"):
         qk.QSpec(straight_through="none").for_input(torch.nn.Linear(2, 2))
 
 
@@ -309,7 +450,7 @@ ONE = torch.ones(1)
 BAD = {
     "variant": (
         lambda: qk.fake_quantize(X, ONE, quant_min=-8, quant_max=7, straight_through="none"),
-        "straight_through: got 'none'; accepted: clip, pass, pact, ewgs",
+        "straight_through: got 'none'; accepted: clip, lsq, pass, pact, ewgs",
     ),
     "raw variant": (
         lambda: straight_through_backward(X, X, ONE, None, -8, 7, "clip", 0.0, 1.0),

@@ -78,13 +78,14 @@ def test_pointwise(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
     kinds = zero_points(shape) if x.numel() < 1000 else [zero_points(shape)[turn % 4]]
     for zero_point in kinds:
         args = (scale, zero_point, -8, 7)
-        y, mask = reference.fake_quantize_forward_mask(x, *args)
-        same(on_triton(ops._forward, x, *args), y)
-        for got, expected in zip(on_triton(ops._forward_mask, x, *args), (y, mask), strict=True):
-            same(got, expected)
-        dx = reference.fake_quantize_backward(grad, x, *args)
-        same(on_triton(ops._backward, grad, x, *args), dx)
-        same(on_triton(ops._backward_mask, torch.empty_like(y).copy_(grad), mask), torch.empty_like(y).copy_(dx))
+        same(on_triton(ops._forward, x, *args), reference.fake_quantize_forward(x, *args))
+        for lsq in (False, True) if x.numel() < 1000 else (turn % 2 == 0,):
+            y, mask = reference.fake_quantize_forward_mask(x, *args, lsq)
+            for got, expected in zip(on_triton(ops._forward_mask, x, *args, lsq), (y, mask), strict=True):
+                same(got, expected)
+            dx = reference.fake_quantize_backward(grad, x, *args, lsq)
+            same(on_triton(ops._backward, grad, x, *args, lsq), dx)
+            same(on_triton(ops._backward_mask, torch.empty_like(y).copy_(grad), mask), torch.empty_like(y).copy_(dx))
         code = (torch.int8, torch.int32)[turn % 2]
         q = reference_quantize.quantize(x, *args, code)
         same(on_triton(quantize_ops._quantize, x, *args, code), q)
@@ -100,10 +101,11 @@ def test_learnable_backward(name: str, shape: tuple[int, ...], dtype: torch.dtyp
     scale, grad = scale_of(shape), torch.randn(x.shape).to(dtype)
     turn = CASES.index((name, shape, dtype))
     kinds = zero_points(shape) if x.numel() < 1000 else [zero_points(shape)[turn % 4]]
-    for zero_point in kinds:
-        args = (grad, x, scale, zero_point, -8, 7, 0.3)
+    for number, zero_point in enumerate(kinds):
+        lsq = (turn + number) % 2 == 0
+        args = (grad, x, scale, zero_point, -8, 7, 0.3, lsq)
         dx, *sums = on_triton(ops._learnable_backward, *args)
-        same(dx, reference.fake_quantize_backward(*args[:-1]))
+        same(dx, reference.fake_quantize_backward(*args[:-2], lsq))
         exact_sums = reference.fake_quantize_learnable_backward(*args)[1:]
         magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         for got, exact in zip(sums, exact_sums, strict=True):
@@ -185,7 +187,7 @@ def test_observe(dtype: torch.dtype, shape: tuple[int, ...], steps: float) -> No
     ours = [moved(stat.clone()) for stat in stats]
     for batch, (observe, fake) in zip(batches, flags, strict=True):
         head = (batch.to(dtype), torch.tensor([observe]), torch.tensor([fake], dtype=torch.uint8))
-        rest = (0.1, -128, 127, steps)
+        rest = (0.1, -128, 127, steps, 1)
         got = on_triton(ops._observe, *head, *ours, *rest)
         for a, b in zip(got, reference.observe_fake_quantize(*head, *stats, *rest), strict=True):
             same(a, b)

@@ -121,7 +121,7 @@ def aten_learnable_channel(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tens
 
 def formula(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     q = peers.round_straight_through(x / scale) + zero_point
-    return ((q.clamp(*INT8) - zero_point) * scale).to(x.dtype)
+    return ((peers.clamp(q, *INT8) - zero_point) * scale).to(x.dtype)
 
 
 def lsq(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 }
 
 using Masked = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 // y and the bool mask. `axis` may be kWholeTensor; `rounds_after`: the zero points are floats, and not all 0.
 Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
@@ -136,7 +137,11 @@ Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int
   const Tensor x = in_layout_of(x_any, y);
   const View view = view_of_axis(x, axis);
   constexpr int64_t exact = int64_t{1} << 24;
-  const bool in_fp32 = !rounds_after && -exact <= quant_min && quant_max <= exact;
+  const bool narrow = -exact <= quant_min && quant_max <= exact;
+  for (int64_t c = 0; c < std::max<int64_t>(q.others.size(), 1); ++c)
+    QK_CHECK(!(std::abs(q.of(c).zero_point) > (narrow ? exact : exact - 1)), "zero_point: got ", q.of(c).zero_point,
+             "; accepted: the integers that fp32 holds exactly");
+  const bool in_fp32 = !rounds_after && narrow;
   const AtenRule rule{static_cast<double>(quant_min), static_cast<double>(quant_max), rounds_after,
                       axis == kWholeTensor};
   auto* bytes = static_cast<uint8_t*>(mask.mutable_data_ptr());
@@ -225,9 +230,9 @@ Tensor sums_like(const std::vector<double>& values, const Tensor& like) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> learnable_backward_of(const Tensor& grad_any, const Tensor& x_any,
-                                                         const Tensor& scale, const Tensor& zero_point, int64_t axis,
-                                                         int64_t quant_min, int64_t quant_max, double grad_factor) {
+Gradients learnable_backward_of(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
+                                const Tensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
+                                double grad_factor) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::rounded);
@@ -252,19 +257,17 @@ std::tuple<Tensor, Tensor, Tensor> learnable_backward_of(const Tensor& grad_any,
   return {dx, sums_like(dscale, scale), sums_like(dzero_point, zero_point)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> learnable_per_tensor_backward(const Tensor& grad, const Tensor& x,
-                                                                 const Tensor& scale, const Tensor& zero_point,
-                                                                 int64_t quant_min, int64_t quant_max,
-                                                                 double grad_factor) {
+Gradients learnable_per_tensor_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                        const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                                        double grad_factor) {
   check_one("scale", scale);
   check_one("zero_point", zero_point);
   return learnable_backward_of(grad, x, scale, zero_point, kWholeTensor, quant_min, quant_max, grad_factor);
 }
 
-std::tuple<Tensor, Tensor, Tensor> learnable_per_channel_backward(const Tensor& grad, const Tensor& x,
-                                                                  const Tensor& scale, const Tensor& zero_point,
-                                                                  int64_t axis, int64_t quant_min, int64_t quant_max,
-                                                                  double grad_factor) {
+Gradients learnable_per_channel_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                         const Tensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
+                                         double grad_factor) {
   axis = checked_axis(x, axis);
   check_channels("scale", scale, x, axis);
   check_channels("zero_point", zero_point, x, axis);
@@ -276,9 +279,16 @@ void resize_and_fill(Tensor& t, int64_t numel, double value) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
                                     torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
                                     torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
   torch::stable::fill_(t, value);
+}
+
+// The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes.
+int64_t observers_middle(int64_t quant_min, int64_t quant_max) {
+  if (quant_min < 0) return std::min<int64_t>(0, quant_max);
+  if (quant_min == 0 && quant_max == UINT16_MAX) return 1 << 15;
+  return (quant_min + quant_max) / 2;
 }
 
 // As observe_fake_quantize, with torch's resizing of empty statistics and a byte mask.
@@ -298,26 +308,31 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
                   {"running_max", running_max, -INFINITY},
                   {"scale", scale, 1},
                   {"zero_point", zero_point, 0}};
-  for (Stat& stat : stats) {
-    if (per_row && stat.tensor.numel() <= 1 && stat.tensor.numel() != channels)
-      resize_and_fill(stat.tensor, channels, stat.start);
+  const auto resizes = [&](const Stat& stat) {
+    return per_row && stat.tensor.numel() <= 1 && stat.tensor.numel() != channels;
+  };
+  // Nothing is changed before everything is known to fit: what does not is torch's own, from the start.
+  const bool observes = is_set("observer_on", observer_on), quantizes = is_set("fake_quant_on", fake_quant_on);
+  for (const Stat& stat : stats) {
     const ScalarType dtype = stat.tensor.scalar_type();
     const bool is_zero_point = &stat.tensor == &zero_point;
     const bool right =
         is_zero_point ? dtype == ScalarType::Int || dtype == ScalarType::Long : dtype == ScalarType::Float;
-    QK_CHECK(right && stat.tensor.is_cpu() && stat.tensor.is_contiguous() && stat.tensor.numel() == channels, stat.name,
-             ": got ", dtype_name(dtype), " of shape ", shape_of(stat.tensor), "; accepted: contiguous ",
+    const bool fits = stat.tensor.numel() == channels || resizes(stat);
+    if (observes && !fits && stat.tensor.numel() < channels)  // torch would write beyond its end
+      throw std::invalid_argument(std::string(stat.name) + ": got shape " + shape_of(stat.tensor) +
+                                  "; accepted: one element for each of " + std::to_string(channels) + " channels");
+    QK_CHECK(right && stat.tensor.is_cpu() && stat.tensor.is_contiguous() && fits, stat.name, ": got ",
+             dtype_name(dtype), " of shape ", shape_of(stat.tensor), "; accepted: contiguous ",
              is_zero_point ? "torch.int32 or torch.int64" : "torch.float32", " with ", channels, " elements");
   }
+  for (Stat& stat : stats)
+    if (resizes(stat)) resize_and_fill(stat.tensor, channels, stat.start);
   const int64_t numel = x.numel();
-  if (is_set("observer_on", observer_on) && numel) {
+  if (observes && numel) {
     const Tensor dense = to_dense(x);
-    const QparamsRule rule{quant_min,
-                           quant_max,
-                           symmetric,
-                           static_cast<double>(quant_max - quant_min) / 2,
-                           (quant_min + quant_max + 1) >> 1,
-                           FLT_EPSILON};
+    const double steps = symmetric ? static_cast<double>(quant_max - quant_min) / 2 : 0;
+    const auto rule = QparamsRule::observed(quant_min, quant_max, steps, observers_middle(quant_min, quant_max));
     const View view = view_of_axis(dense, axis);
     std::vector<float> low(channels), high(channels);
     dispatch_floating("x", dense, [&](auto tag) {
@@ -330,14 +345,14 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
     });
     observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
   }
-  if (!is_set("fake_quant_on", fake_quant_on)) return unchanged(x);
+  if (!quantizes) return unchanged(x);
   const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::as_is);
   return forward(x, q, axis, quant_min, quant_max, false);
 }
 
 Tensor multiply(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -435,12 +450,52 @@ Tensor channel_backward(const Tensor& grad_any, const Tensor& x_any, const Tenso
 Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
   QK_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: got ", dtype_name(mask.scalar_type()),
            "; accepted: torch.bool");
-  if (aoti_torch_grad_mode_is_enabled()) return multiply(grad, mask);
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("qkernels::fake_quantize_backward_bytes", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  if (!aoti_torch_grad_mode_is_enabled()) {
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(mask)};
+    if (!torch_call_dispatcher("qkernels::fake_quantize_backward_bytes", "", stack.data(), TORCH_ABI_VERSION))
+      return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  return multiply(grad, mask);  // any dtypes and shapes that torch multiplies
 }
+
+template <typename R>
+struct Results {
+  static constexpr size_t count = 1;
+  static R of(StableIValue* stack) { return torch::stable::detail::to<R>(stack[0]); }
+};
+template <>
+struct Results<Masked> {
+  static constexpr size_t count = 2;
+  static Masked of(StableIValue* stack) { return {Results<Tensor>::of(stack), Results<Tensor>::of(stack + 1)}; }
+};
+template <>
+struct Results<Gradients> {
+  static constexpr size_t count = 3;
+  static Gradients of(StableIValue* stack) {
+    return {Results<Tensor>::of(stack), Results<Tensor>::of(stack + 1), Results<Tensor>::of(stack + 2)};
+  }
+};
+
+// A call that the kernel refuses is torch's own, which Python keeps in the namespace qkernels_torch. The kernel's error
+// is raised where torch refuses too. std::invalid_argument is raised in any case.
+template <auto kernel, typename F = decltype(kernel)>
+struct OrTorchs;
+template <auto kernel, typename R, typename... Args>
+struct OrTorchs<kernel, R (*)(Args...)> {
+  static inline const char* name;
+
+  static R call(Args... args) {
+    try {
+      return kernel(args...);
+    } catch (const std::runtime_error&) {
+      std::array<StableIValue, std::max(sizeof...(Args), Results<R>::count)> stack{
+          torch::stable::detail::from(args)...};
+      const std::string op = std::string("qkernels_torch::") + name;
+      if (torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION)) throw;
+      return Results<R>::of(stack.data());
+    }
+  }
+};
 
 using torch::stable::detail::StableLibrary;
 
@@ -449,17 +504,22 @@ struct AtenOverride {
   StableLibrary autograd{StableLibrary::Kind::IMPL, "aten", "AutogradCPU", __FILE__, __LINE__};
 
   AtenOverride() {
-    cpu.impl("fake_quantize_per_tensor_affine_cachemask", TORCH_BOX(&per_tensor_cachemask));
-    cpu.impl("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-             TORCH_BOX(&per_tensor_cachemask_tensor_qparams));
-    cpu.impl("fake_quantize_per_channel_affine_cachemask", TORCH_BOX(&per_channel_cachemask));
-    cpu.impl("_fake_quantize_learnable_per_tensor_affine", TORCH_BOX(&learnable_per_tensor));
-    cpu.impl("_fake_quantize_learnable_per_tensor_affine_backward", TORCH_BOX(&learnable_per_tensor_backward));
-    cpu.impl("_fake_quantize_learnable_per_channel_affine", TORCH_BOX(&learnable_per_channel));
-    cpu.impl("_fake_quantize_learnable_per_channel_affine_backward", TORCH_BOX(&learnable_per_channel_backward));
-    cpu.impl("_fused_moving_avg_obs_fq_helper", TORCH_BOX(&fused_moving_avg_obs));
+    reroute<&per_tensor_cachemask>("fake_quantize_per_tensor_affine_cachemask");
+    reroute<&per_tensor_cachemask_tensor_qparams>("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams");
+    reroute<&per_channel_cachemask>("fake_quantize_per_channel_affine_cachemask");
+    reroute<&learnable_per_tensor>("_fake_quantize_learnable_per_tensor_affine");
+    reroute<&learnable_per_tensor_backward>("_fake_quantize_learnable_per_tensor_affine_backward");
+    reroute<&learnable_per_channel>("_fake_quantize_learnable_per_channel_affine");
+    reroute<&learnable_per_channel_backward>("_fake_quantize_learnable_per_channel_affine_backward");
+    reroute<&fused_moving_avg_obs>("_fused_moving_avg_obs_fq_helper");
     autograd.impl("fake_quantize_per_tensor_affine_cachemask_backward", TORCH_BOX(&cachemask_backward));
     autograd.impl("fake_quantize_per_channel_affine_cachemask_backward", TORCH_BOX(&cachemask_backward));
+  }
+
+  template <auto kernel>
+  void reroute(const char* name) {
+    OrTorchs<kernel>::name = name;
+    cpu.impl(name, TORCH_BOX(&OrTorchs<kernel>::call));
   }
 };
 

@@ -34,7 +34,7 @@ struct ScalarParams {
 
 template <typename Params>
 void run_forward(const Tensor& x_any, const Params& params, int64_t quant_min, int64_t quant_max, const Tensor& y,
-                 const Tensor* mask) {
+                 const Tensor* mask, bool lsq = false) {
   const Tensor x = in_layout_of(x_any, y);
   const int64_t numel = x.numel();
   dispatch_floating("x", x, [&](auto tag) {
@@ -45,7 +45,11 @@ void run_forward(const Tensor& x_any, const Params& params, int64_t quant_min, i
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
-    QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+    if (lsq) {
+      QK_DISPATCH_ISA(forward<true>(view, q, numel, in, out, bits));
+    } else {
+      QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+    }
   });
 }
 
@@ -59,16 +63,16 @@ Tensor forward_with(const Tensor& x, const Params& params, int64_t quant_min, in
 
 template <typename Params>
 std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const Params& params, int64_t quant_min,
-                                             int64_t quant_max) {
+                                             int64_t quant_max, bool lsq = false) {
   check_floating("x", x);
   Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
-  run_forward(x, params, quant_min, quant_max, y, &mask);
+  run_forward(x, params, quant_min, quant_max, y, &mask, lsq);
   return {y, mask};
 }
 
 template <typename Params>
 Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const Params& params, int64_t quant_min,
-                     int64_t quant_max) {
+                     int64_t quant_max, bool lsq = false) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   const Tensor x = to_dense(x_any);
@@ -83,7 +87,11 @@ Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const Params& 
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+    if (lsq) {
+      QK_DISPATCH_ISA(backward<true>(view, q, numel, dy, in, out));
+    } else {
+      QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+    }
   });
   return dx;
 }
@@ -100,8 +108,8 @@ Tensor fake_quantize_forward_scalar(const Tensor& x, double scale, int64_t zero_
 
 std::tuple<Tensor, Tensor> fake_quantize_forward_mask(const Tensor& x, const Tensor& scale,
                                                       std::optional<Tensor> zero_point, int64_t quant_min,
-                                                      int64_t quant_max) {
-  return forward_mask_with(x, TensorParams{scale, zero_point}, quant_min, quant_max);
+                                                      int64_t quant_max, bool lsq) {
+  return forward_mask_with(x, TensorParams{scale, zero_point}, quant_min, quant_max, lsq);
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_forward_mask_scalar(const Tensor& x, double scale, int64_t zero_point,
@@ -110,8 +118,8 @@ std::tuple<Tensor, Tensor> fake_quantize_forward_mask_scalar(const Tensor& x, do
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                              std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max) {
-  return backward_with(grad, x, TensorParams{scale, zero_point}, quant_min, quant_max);
+                              std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max, bool lsq) {
+  return backward_with(grad, x, TensorParams{scale, zero_point}, quant_min, quant_max, lsq);
 }
 
 Tensor fake_quantize_backward_scalar(const Tensor& grad, const Tensor& x, double scale, int64_t zero_point,
@@ -139,12 +147,17 @@ Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
                                                                     const Tensor& scale,
                                                                     std::optional<Tensor> zero_point, int64_t quant_min,
-                                                                    int64_t quant_max, double grad_factor) {
-  return learned(grad_any, x_any, scale, zero_point, quant_min, quant_max,
-                 [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out,
-                     double* dscale, double* dzero_point) {
-                   QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
-                 });
+                                                                    int64_t quant_max, double grad_factor, bool lsq) {
+  return learned(
+      grad_any, x_any, scale, zero_point, quant_min, quant_max,
+      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+          double* dzero_point) {
+        if (lsq) {
+          QK_DISPATCH_ISA(learnable_backward<true>(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        } else {
+          QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        }
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const Tensor& x, int64_t group_size,
@@ -152,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
                                                                          bool symmetric) {
   check_group_size(x, group_size);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
-  auto [scale, zero_point] = empty_qparams(x, group_size);
+  auto qparams = empty_qparams(x, group_size);  // no structured binding: C++17 lets no lambda capture one
+  Tensor &scale = std::get<0>(qparams), &zero_point = std::get<1>(qparams);
   const int64_t numel = x.numel();
   Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel, x);
   // Rows in one pass where they lie in order; else the ranges first, and y in x's own memory order after.
@@ -187,7 +201,8 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  const Tensor& fake_quant_on, const Tensor& running_min,
                                                  const Tensor& running_max, const Tensor& scale,
                                                  const Tensor& zero_point, double averaging_const, int64_t quant_min,
-                                                 int64_t quant_max, double symmetric_steps) {
+                                                 int64_t quant_max, double symmetric_steps,
+                                                 int64_t symmetric_zero_point) {
   check_floating("x", x);
   check_range(quant_min, quant_max);
   check_statistics(running_min, running_max, scale, zero_point, x);
@@ -196,7 +211,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   const Tensor dense = to_dense(x);
   const int64_t channels = scale.numel(), numel = x.numel();
   if (is_set(observer_on) && numel) {
-    const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
+    const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
     const View view = view_of(dense, scale);
     std::vector<float> low(channels), high(channels);
     dispatch_floating("x", dense, [&](auto tag) {
@@ -209,7 +224,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
     });
     observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
   }
-  if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max);
+  if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max, false);
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);
   torch::stable::copy_(y, x);
   if (numel) std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());

@@ -8,24 +8,48 @@ struct Bounds {
   explicit Bounds(const Quantizer<typename V::Scalar>& q) : low(V::set1(q.quant_min)), high(V::set1(q.quant_max)) {}
 };
 
-template <typename V, typename S, bool kMask, typename P>
+// Which values count as inside the range, where the gradient passes.
+enum class Inside {
+  rounded,  // those whose rounded code is, bounds included
+  open,     // those that are before rounding, bounds excluded, as in LSQ's paper
+  closed    // those that are before rounding, bounds included
+};
+
+// `steps` are x/scale, and q is their rounded code before the clamp.
+template <Inside kInside, typename V>
+inline typename V::Mask counts_inside(V steps, V q, V z, const Bounds<V>& b) {
+  if constexpr (kInside == Inside::rounded) {
+    return inside(q, b.low, b.high);
+  } else if constexpr (kInside == Inside::open) {
+    return between(steps, b.low - z, b.high - z);
+  } else {
+    return inside(steps, b.low - z, b.high - z);
+  }
+}
+
+constexpr Inside inside_of(bool lsq) { return lsq ? Inside::open : Inside::rounded; }
+
+template <typename V, typename S, bool kMask, bool kLsq = false, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, Bounds<V> b, BitWriter* bits) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    const V z = p.zero_point(i);
-    const V q = round(V::load(x + i) * p.inv(i)) + z;
-    if constexpr (kMask) bits->add(inside(q, b.low, b.high).bits(), 16);
+    const V z = p.zero_point(i), steps = V::load(x + i) * p.inv(i);
+    const V q = round(steps) + z;
+    if constexpr (kMask) bits->add(counts_inside<inside_of(kLsq)>(steps, q, z, b).bits(), 16);
     ((min(b.high, max(b.low, q)) - z) * p.scale(i)).store(y + i);
   }
   if (const int64_t tail = n - i; tail > 0) {
-    const V z = p.zero_point(i, tail);
-    const V q = round(V::load(x + i, tail) * p.inv(i, tail)) + z;
-    if constexpr (kMask) bits->add(inside(q, b.low, b.high).bits() & ((1u << tail) - 1), static_cast<int>(tail));
+    const V z = p.zero_point(i, tail), steps = V::load(x + i, tail) * p.inv(i, tail);
+    const V q = round(steps) + z;
+    if constexpr (kMask) {
+      const uint32_t in = counts_inside<inside_of(kLsq)>(steps, q, z, b).bits();
+      bits->add(in & ((1u << tail) - 1), static_cast<int>(tail));
+    }
     ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail)).store(y + i, tail);
   }
 }
 
-template <typename S>
+template <bool kLsq = false, typename S>
 void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
              uint8_t* mask) {
   using V = typename VecOf<S>::type;
@@ -33,7 +57,7 @@ void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
     if (mask) {
       BitWriter bits(mask, at);
-      forward_stretch<V, S, true>(x + at, y + at, n, p, b, &bits);
+      forward_stretch<V, S, true, kLsq>(x + at, y + at, n, p, b, &bits);
       bits.finish();
     } else {
       forward_stretch<V, S, false>(x + at, y + at, n, p, b, nullptr);
@@ -41,21 +65,17 @@ void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_
   });
 }
 
-template <typename S>
+template <bool kLsq = false, typename S>
 void backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad, const S* x,
               S* dx) {
   using V = typename VecOf<S>::type;
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const V q = round(V::load(x + at + i) * p.inv(i)) + p.zero_point(i);
-      select(inside(q, b.low, b.high), V::load(grad + at + i), zero<V>()).store(dx + at + i);
-    }
-    if (const int64_t tail = n - i; tail > 0) {
-      const V q = round(V::load(x + at + i, tail) * p.inv(i, tail)) + p.zero_point(i, tail);
-      select(inside(q, b.low, b.high), V::load(grad + at + i, tail), zero<V>()).store(dx + at + i, tail);
-    }
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
+      const auto in = counts_inside<inside_of(kLsq)>(steps, round(steps) + z, z, b);
+      select(in, V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
+    });
   });
 }
 
@@ -80,14 +100,14 @@ void backward_mask(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
 // What an element adds to dx and to the sums, as in LSQ. `along(at, n)` makes the terms of elements [at, at + n), which
 // are then called 16 lanes at a time from element i on. Select, never multiply, so that an infinite dy outside the
 // range does not become NaN.
-template <typename V>
-struct LsqTerms {
-  LsqTerms along(int64_t, int64_t) const { return *this; }
+template <typename V, Inside kInside = Inside::rounded>
+struct LearnedTerms {
+  LearnedTerms along(int64_t, int64_t) const { return *this; }
   void operator()(int64_t, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
                   V& dzero_point) const {
     const V steps = value * inv;
     const V q = round(steps) + z;
-    const auto in = inside(q, b.low, b.high);
+    const auto in = counts_inside<kInside>(steps, q, z, b);
     dx = select(in, dy, zero<V>());
     dscale = dy * ((min(b.high, max(b.low, q)) - z) - select(in, steps, zero<V>()));
     dzero_point = select(in, zero<V>(), (zero<V>() - dy) * scale);
@@ -96,7 +116,7 @@ struct LsqTerms {
 
 // Sums of the learnable backward; dx is written on the way. Terms are added in fp32 over at most 64 vectors, then in
 // fp64: exact enough that the fp32 result is right to its last bits, at no cost.
-template <typename S, typename Terms = LsqTerms<typename VecOf<S>::type>>
+template <typename S, typename Terms>
 struct LearnableOp {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
@@ -177,10 +197,11 @@ struct LearnableOp {
   }
 };
 
-template <typename S>
+template <bool kLsq = false, typename S>
 void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
                         const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
-  reduce_channels(view, numel, LearnableOp<S>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  using Terms = LearnedTerms<typename VecOf<S>::type, inside_of(kLsq)>;
+  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
 // A symmetric range that these very values gave: |x|/scale exceeds quant_max by 3 roundings at most, so that none is

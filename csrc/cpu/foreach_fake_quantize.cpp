@@ -136,13 +136,17 @@ std::vector<Job> backward_jobs(const Tensors& grads, const Lists& lists) {
 }
 
 Tensors foreach_fake_quantize_backward(Tensors grads, Tensors xs, Tensors scales, ZeroPoints zero_points,
-                                       Integers quant_mins, Integers quant_maxs) {
+                                       Integers quant_mins, Integers quant_maxs, bool lsq) {
   auto jobs = backward_jobs(grads, {xs, scales, zero_points, quant_mins, quant_maxs});
-  run_all(jobs, [](const Job& job) {
+  run_all(jobs, [lsq](const Job& job) {
     dispatch_job(job, [&](auto tag, const auto& quantizer) {
       using S = decltype(tag);
-      QK_DISPATCH_ISA(
-          backward(job.view, quantizer, job.numel, in_of<S>(job.grad), in_of<S>(job.x), out_of<S>(job.out)));
+      const S *grad = in_of<S>(job.grad), *x = in_of<S>(job.x);
+      if (lsq) {
+        QK_DISPATCH_ISA(backward<true>(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out)));
+      } else {
+        QK_DISPATCH_ISA(backward(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out)));
+      }
     });
   });
   return outputs_of(jobs);
@@ -151,7 +155,8 @@ Tensors foreach_fake_quantize_backward(Tensors grads, Tensors xs, Tensors scales
 std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(Tensors grads, Tensors xs,
                                                                                Tensors scales, ZeroPoints zero_points,
                                                                                Integers quant_mins, Integers quant_maxs,
-                                                                               std::vector<double> grad_factors) {
+                                                                               std::vector<double> grad_factors,
+                                                                               bool lsq) {
   const Lists lists{xs, scales, zero_points, quant_mins, quant_maxs};
   check_length("grad_factor", grad_factors.size(), lists);
   auto jobs = backward_jobs(grads, lists);
@@ -160,12 +165,18 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
     jobs[i].dzero_point.resize(scales[i].numel());
     jobs[i].grad_factor = grad_factors[i];
   }
-  run_all(jobs, [](Job& job) {
+  run_all(jobs, [lsq](Job& job) {
     dispatch_job(job, [&](auto tag, const auto& quantizer) {
       using S = decltype(tag);
-      QK_DISPATCH_ISA(learnable_backward(job.view, quantizer, job.numel, in_of<S>(job.grad), in_of<S>(job.x),
-                                         out_of<S>(job.out), job.grad_factor, job.dscale.data(),
-                                         job.dzero_point.data()));
+      const S *grad = in_of<S>(job.grad), *x = in_of<S>(job.x);
+      double *dscale = job.dscale.data(), *dzero_point = job.dzero_point.data();
+      if (lsq) {
+        QK_DISPATCH_ISA(learnable_backward<true>(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out),
+                                                 job.grad_factor, dscale, dzero_point));
+      } else {
+        QK_DISPATCH_ISA(learnable_backward(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out), job.grad_factor,
+                                           dscale, dzero_point));
+      }
     });
   });
   Tensors dscales, dzero_points;

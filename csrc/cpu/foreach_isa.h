@@ -1,6 +1,8 @@
 // Compiles the file QK_BODY once for each vector path: in namespace scalar for any CPU, avx2 and avx512 for theirs.
 // Everything in it works on 16 lanes whatever the path, so that sums come out in one order and bit-identical.
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include "isa.h"
 

@@ -12,7 +12,6 @@ namespace qkernels {
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
 
-// Lives once in the process (in qkernels._host), so that the op library and Python see the same choice.
 struct IsaState {
   std::atomic<int> active;  // the highest path that kernels may take
   std::atomic<int> last;    // the path that the last kernel took, or -1: lets a test assert what really ran
@@ -31,26 +30,25 @@ inline Isa supported_isa() {
 #endif
 }
 
-// Until qkernels_bind_isa() hands over the shared state, the library runs on its own.
-inline IsaState own_isa_state{{static_cast<int>(supported_isa())}, {-1}};
-inline IsaState* isa_state = &own_isa_state;
+inline IsaState isa_state{{static_cast<int>(supported_isa())}, {-1}};
 
-inline Isa active_isa() { return static_cast<Isa>(isa_state->active.load(std::memory_order_relaxed)); }
-inline void record_isa(Isa isa) { isa_state->last.store(static_cast<int>(isa), std::memory_order_relaxed); }
+inline Isa active_isa() { return static_cast<Isa>(isa_state.active.load(std::memory_order_relaxed)); }
+inline void record_isa(Isa isa) { isa_state.last.store(static_cast<int>(isa), std::memory_order_relaxed); }
 
 }  // namespace qkernels
 
 #define QK_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define QK_TARGET_BEGIN(features) \
-  QK_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+// No width is preferred here: a target attribute in which clang does not know one feature loses them all.
+#define QK_PREFER_512
+#define QK_TARGET_BEGIN(...) QK_PRAGMA(clang attribute push(__attribute__((target(__VA_ARGS__))), apply_to = function))
 #define QK_TARGET_END QK_PRAGMA(clang attribute pop)
 #else
-#define QK_TARGET_BEGIN(features) QK_PRAGMA(GCC push_options) QK_PRAGMA(GCC target(features))
+#define QK_PREFER_512 , "prefer-vector-width=512"
+#define QK_TARGET_BEGIN(...) QK_PRAGMA(GCC push_options) QK_PRAGMA(GCC target(__VA_ARGS__))
 #define QK_TARGET_END QK_PRAGMA(GCC pop_options)
 #endif
 #define QK_TARGET_AVX2_BEGIN QK_TARGET_BEGIN("avx2,fma,f16c,bmi2")
-#define QK_TARGET_AVX512_BEGIN \
-  QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define QK_TARGET_AVX512_BEGIN QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq" QK_PREFER_512)
 #define QK_TARGET_AVX512VNNI_BEGIN \
-  QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
+  QK_TARGET_BEGIN("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni" QK_PREFER_512)

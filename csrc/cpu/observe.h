@@ -15,9 +15,7 @@ inline void observe(const std::vector<float>& low, const std::vector<float>& hig
   float* scales = static_cast<float*>(scale.mutable_data_ptr());
   const bool narrow = zero_point.scalar_type() == ScalarType::Int;
   void* zero_points = zero_point.mutable_data_ptr();
-  const auto average = [momentum](float running, float batch) {
-    return std::isinf(running) ? batch : running + momentum * (batch - running);
-  };
+  const auto average = [momentum](float running, float batch) { return moving_average(running, batch, momentum); };
   for (size_t c = 0; c < low.size(); ++c) {
     if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
     min_stat[c] = average(min_stat[c], low[c]);

@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t gro
                                                     int64_t quant_max, bool symmetric) {
   check_group_size(x, group_size);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
-  auto [scale, zero_point] = empty_qparams(x, group_size);
+  auto qparams = empty_qparams(x, group_size);  // no structured binding: C++17 lets no lambda capture one
+  Tensor &scale = std::get<0>(qparams), &zero_point = std::get<1>(qparams);
   const int64_t numel = x.numel();
   const bool one_pass = group_size != 0 && x.is_contiguous();
   const Tensor rows = group_size == 0 ? to_dense(x) : to_contiguous(x);

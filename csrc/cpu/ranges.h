@@ -96,7 +96,8 @@ RowParams<Arithmetic<S>> row_params(const S* x, int64_t rows, int64_t length, co
   } else {
     const V quant_min = V::set1(static_cast<T>(rule.quant_min)), quant_max = V::set1(static_cast<T>(rule.quant_max));
     const V lo = min(zero<V>(), V::load(low)), hi = max(zero<V>(), V::load(high));
-    scale = max(floor, (hi - lo) / (quant_max - quant_min));
+    const V half = V::set1(static_cast<T>(0.5));
+    scale = max(floor, (hi * half - lo * half) / ((quant_max - quant_min) * half));
     zero_point = min(quant_max, max(quant_min - round(lo / scale), quant_min));
   }
   RowParams<T> params;

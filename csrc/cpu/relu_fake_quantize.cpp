@@ -11,7 +11,7 @@ namespace {
 
 // y in the layout of x, and the mask where there is one.
 Tensor forward(const Tensor& x_any, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
-               int64_t quant_max, const Tensor* mask) {
+               int64_t quant_max, const Tensor* mask, bool lsq = false) {
   check_floating("x", x_any);
   Tensor y = empty_dense_like(x_any);
   const Tensor x = in_layout_of(x_any, y);
@@ -23,8 +23,11 @@ Tensor forward(const Tensor& x_any, const Tensor& scale, const std::optional<Ten
     const View view = view_of(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    if (mask) {
-      QK_DISPATCH_ISA(relu_forward<true>(view, q, numel, in, out, static_cast<uint8_t*>(mask->mutable_data_ptr())));
+    uint8_t* bits = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
+    if (mask && lsq) {
+      QK_DISPATCH_ISA(relu_forward_mask<true>(view, q, numel, in, out, bits));
+    } else if (mask) {
+      QK_DISPATCH_ISA(relu_forward_mask<false>(view, q, numel, in, out, bits));
     } else {
       QK_DISPATCH_ISA(relu_forward<false>(view, q, numel, in, out, nullptr));
     }
@@ -39,14 +42,14 @@ Tensor relu_fake_quantize_forward(const Tensor& x, const Tensor& scale, std::opt
 
 std::tuple<Tensor, Tensor> relu_fake_quantize_forward_mask(const Tensor& x, const Tensor& scale,
                                                            std::optional<Tensor> zero_point, int64_t quant_min,
-                                                           int64_t quant_max) {
+                                                           int64_t quant_max, bool lsq) {
   const Tensor mask = empty_mask(x.numel(), x);
-  const Tensor y = forward(x, scale, zero_point, quant_min, quant_max, &mask);
+  const Tensor y = forward(x, scale, zero_point, quant_min, quant_max, &mask, lsq);
   return {y, mask};
 }
 
 Tensor relu_fake_quantize_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
-                                   std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max) {
+                                   std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max, bool lsq) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   const Tensor x = to_dense(x_any);
@@ -61,7 +64,11 @@ Tensor relu_fake_quantize_backward(const Tensor& grad_any, const Tensor& x_any, 
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(relu_backward(view, q, numel, dy, in, out));
+    if (lsq) {
+      QK_DISPATCH_ISA(relu_backward<true>(view, q, numel, dy, in, out));
+    } else {
+      QK_DISPATCH_ISA(relu_backward(view, q, numel, dy, in, out));
+    }
   });
   return dx;
 }
@@ -70,12 +77,16 @@ std::tuple<Tensor, Tensor, Tensor> relu_fake_quantize_learnable_backward(const T
                                                                          const Tensor& scale,
                                                                          std::optional<Tensor> zero_point,
                                                                          int64_t quant_min, int64_t quant_max,
-                                                                         double grad_factor) {
+                                                                         double grad_factor, bool lsq) {
   return learned(
       grad, x, scale, zero_point, quant_min, quant_max,
       [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
           double* dzero_point) {
-        QK_DISPATCH_ISA(relu_learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        if (lsq) {
+          QK_DISPATCH_ISA(relu_learnable_backward<true>(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        } else {
+          QK_DISPATCH_ISA(relu_learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        }
       });
 }
 

@@ -11,13 +11,15 @@ inline typename V::Mask is_off(V v) {  // where ReLU gives 0, and no gradient
   return inside(v, V::set1(static_cast<typename V::Scalar>(-INFINITY)), zero<V>());
 }
 
-// Where the gradient of v passes, which quantizes to q.
-template <typename V>
-inline typename V::Mask passes(V v, V q, const Bounds<V>& b) {
-  return inside(select(is_off(v), V::set1(static_cast<typename V::Scalar>(NAN)), q), b.low, b.high);
+// Where the gradient of v passes, of which `steps` are left and q is the code.
+template <bool kLsq, typename V>
+inline typename V::Mask passes(V v, V steps, V q, V z, const Bounds<V>& b) {
+  const V nan = V::set1(static_cast<typename V::Scalar>(NAN));
+  const auto off = is_off(v);
+  return counts_inside<inside_of(kLsq)>(select(off, nan, steps), select(off, nan, q), z, b);
 }
 
-template <bool kMask, typename S>
+template <bool kMask, bool kLsq = false, typename S>
 void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
                   uint8_t* mask) {
   using V = typename VecOf<S>::type;
@@ -26,11 +28,11 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
     BitWriter bits(mask, at);
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
-      const V q = round(rectified(v) * p.inv(i, tail...)) + z;
+      const V steps = rectified(v) * p.inv(i, tail...), q = round(steps) + z;
       if constexpr (kMask) {
         int count = 16;
         ((count = static_cast<int>(tail)), ...);
-        bits.add(passes(v, q, b).bits() & ((1u << count) - 1), count);
+        bits.add(passes<kLsq>(v, steps, q, z, b).bits() & ((1u << count) - 1), count);
       }
       ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
     });
@@ -38,34 +40,41 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
   });
 }
 
-template <typename S>
+template <bool kLsq, typename S>
+void relu_forward_mask(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+                       uint8_t* mask) {
+  relu_forward<true, kLsq>(view, quantizer, numel, x, y, mask);
+}
+
+template <bool kLsq = false, typename S>
 void relu_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
                    const S* x, S* dx) {
   using V = typename VecOf<S>::type;
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
-      const V v = V::load(x + at + i, tail...);
-      const V q = round(rectified(v) * p.inv(i, tail...)) + p.zero_point(i, tail...);
-      select(passes(v, q, b), V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
+      const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
+      const V steps = rectified(v) * p.inv(i, tail...);
+      select(passes<kLsq>(v, steps, round(steps) + z, z, b), V::load(grad + at + i, tail...), zero<V>())
+          .store(dx + at + i, tail...);
     });
   });
 }
 
-template <typename V>
+template <typename V, Inside kInside>
 struct ReluTerms {
-  LsqTerms<V> lsq;
+  LearnedTerms<V, kInside> learned;
   ReluTerms along(int64_t, int64_t) const { return *this; }
   void operator()(int64_t i, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
                   V& dzero_point) const {
-    lsq(i, dy, rectified(value), inv, scale, z, b, dx, dscale, dzero_point);
+    learned(i, dy, rectified(value), inv, scale, z, b, dx, dscale, dzero_point);
     dx = select(is_off(value), zero<V>(), dx);
   }
 };
 
-template <typename S>
+template <bool kLsq = false, typename S>
 void relu_learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
                              const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
-  using Terms = ReluTerms<typename VecOf<S>::type>;
+  using Terms = ReluTerms<typename VecOf<S>::type, inside_of(kLsq)>;
   reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
 }

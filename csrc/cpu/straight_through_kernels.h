@@ -3,11 +3,11 @@
 
 template <typename V>
 struct PassTerms {
-  LsqTerms<V> lsq;
+  LearnedTerms<V> learned;
   PassTerms along(int64_t, int64_t) const { return *this; }
   void operator()(int64_t i, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
                   V& dzero_point) const {
-    lsq(i, dy, value, inv, scale, z, b, dx, dscale, dzero_point);
+    learned(i, dy, value, inv, scale, z, b, dx, dscale, dzero_point);
     dx = dy;
   }
 };
@@ -28,18 +28,19 @@ struct PactTerms {
   }
 };
 
-// d is delta with dy's sign: the gradient of rounding is 1 + d·(steps − rounded), and the scale's follows from it.
+// d is delta with dy's sign: the gradient of rounding is 1 + d·(steps − rounded), and the scale's follows from it. The
+// paper clips before it rounds.
 template <typename V>
 struct EwgsTerms {
   typename V::Scalar delta;
-  LsqTerms<V> lsq = {};
+  LearnedTerms<V, Inside::closed> learned = {};
   EwgsTerms along(int64_t, int64_t) const { return *this; }
   void operator()(int64_t i, V dy, V value, V inv, V scale, V z, const Bounds<V>& b, V& dx, V& dscale,
                   V& dzero_point) const {
-    lsq(i, dy, value, inv, scale, z, b, dx, dscale, dzero_point);
+    learned(i, dy, value, inv, scale, z, b, dx, dscale, dzero_point);
     const V one = V::set1(1), infinity = V::set1(static_cast<typename V::Scalar>(INFINITY));
     const V steps = value * inv, rounded = round(steps);
-    const auto in = inside(rounded + z, b.low, b.high);
+    const auto in = inside(steps, b.low - z, b.high - z);
     const V d = select(inside(dy, zero<V>(), infinity), V::set1(delta), V::set1(-delta));
     dx = select(in, dy * (one + d * (steps - rounded)), zero<V>());
     dscale = dscale * select(in, one + d * steps, one);

@@ -97,6 +97,11 @@ inline typename Lanes<T>::Mask inside(Lanes<T> a, Lanes<T> low, Lanes<T> high) {
                                 test(a, high, [](T p, T q) { return p <= q; }))};
 }
 template <typename T>
+inline typename Lanes<T>::Mask between(Lanes<T> a, Lanes<T> low, Lanes<T> high) {  // neither bound included
+  return {static_cast<uint16_t>(test(a, low, [](T p, T q) { return p > q; }) &
+                                test(a, high, [](T p, T q) { return p < q; }))};
+}
+template <typename T>
 inline typename Lanes<T>::Mask is_nan(Lanes<T> a) {
   return {test(a, a, [](T p, T q) { return p != q; })};
 }
@@ -220,6 +225,10 @@ inline F32::Mask inside(F32 a, F32 low, F32 high) {
   return {_mm256_and_ps(_mm256_cmp_ps(a.lo, low.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.lo, high.lo, _CMP_LE_OQ)),
           _mm256_and_ps(_mm256_cmp_ps(a.hi, low.hi, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, high.hi, _CMP_LE_OQ))};
 }
+inline F32::Mask between(F32 a, F32 low, F32 high) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, low.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.lo, high.lo, _CMP_LT_OQ)),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, low.hi, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, high.hi, _CMP_LT_OQ))};
+}
 inline F32::Mask is_nan(F32 a) {
   return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
 }
@@ -304,6 +313,9 @@ inline F32 max_abs(F32 acc, F32 a) {
 }
 inline F32::Mask inside(F32 a, F32 low, F32 high) {
   return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ), a.v, high.v, _CMP_LE_OQ)};
+}
+inline F32::Mask between(F32 a, F32 low, F32 high) {
+  return {_mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(a.v, low.v, _CMP_GT_OQ), a.v, high.v, _CMP_LT_OQ)};
 }
 inline F32::Mask is_nan(F32 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 inline F32::Mask operator|(F32::Mask a, F32::Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }

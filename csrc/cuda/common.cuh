@@ -469,7 +469,7 @@ class Gpu {
     namespace accelerator = torch::stable::accelerator;
     if (index_ >= 0 && accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

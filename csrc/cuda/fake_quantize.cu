@@ -5,7 +5,7 @@
 namespace qkernels {
 namespace {
 
-// y = (clamp(round(x/scale) + zp) - zp)*scale, and with kMask one bit for each x that was not clipped.
+// y = (clamp(round(x/scale) + zp) - zp)*scale, and with kMask one bit for each x whose gradient passes.
 template <typename S, bool kMask>
 struct ForwardOp {
   using T = Arithmetic<S>;
@@ -16,6 +16,7 @@ struct ForwardOp {
   uint8_t* mask;
   T low, high;
   Flag on;  // where it is given and not set, x passes through
+  bool lsq = false;
   bool through = false;
 
   __device__ __forceinline__ void begin() {
@@ -32,8 +33,8 @@ struct ForwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T q = steps_of(widen(in.v[k]), p);
-      if constexpr (kMask) bits |= (k < n && is_inside(q, low, high)) ? 1u << k : 0;
+      const T unrounded = widen(in.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+      if constexpr (kMask) bits |= (k < n && counts_inside(unrounded, q, p.zero_point, low, high, lsq)) ? 1u << k : 0;
       out[k] = fake_quantized(q, p, low, high);
     }
     if (kMask && through) {
@@ -76,7 +77,7 @@ struct ScalarParams {
   }
 };
 
-// dx = dy where x was not clipped, else 0.
+// dx = dy where the gradient passes, else 0.
 template <typename S>
 struct BackwardOp {
   using T = Arithmetic<S>;
@@ -87,6 +88,7 @@ struct BackwardOp {
   const S *grad, *x;
   S* dx;
   T low, high;
+  bool lsq;
 
   __device__ __forceinline__ void begin() {}
   template <bool kWhole>
@@ -98,8 +100,9 @@ struct BackwardOp {
     Vec<S, kWidth> out;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const T q = steps_of(widen(in.x.v[k]), params(k));
-      out.v[k] = is_inside(q, low, high) ? in.grad.v[k] : S{};
+      const Params<T>& p = params(k);
+      const T unrounded = widen(in.x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+      out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, lsq) ? in.grad.v[k] : S{};
     }
     store<kWhole>(dx + at, out, 0, n);
   }
@@ -135,7 +138,7 @@ struct BackwardMaskOp {
 // mask: null where none is wanted.
 template <typename P>
 void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
-                 const Tensor& y, const Tensor* mask, Flag on) {
+                 const Tensor& y, const Tensor* mask, Flag on, bool lsq = false) {
   params.check(x_any, quant_min, quant_max);
   if (x_any.numel() == 0) return;
   const Tensor x = in_layout_of(x_any, y);
@@ -147,8 +150,8 @@ void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t q
     S* out = static_cast<S*>(y.mutable_data_ptr());
     const bool aligned = is_aligned({in, out});
     if (mask) {
-      const ForwardOp<S, true> op{in,          out,         static_cast<uint8_t*>(mask->mutable_data_ptr()),
-                                  q.quant_min, q.quant_max, on};
+      const ForwardOp<S, true> op{in, out, static_cast<uint8_t*>(mask->mutable_data_ptr()), q.quant_min, q.quant_max,
+                                  on, lsq};
       sweep(gpu, op, q, params.runs(x), x.numel(), aligned);
     } else {
       sweep(gpu, ForwardOp<S, false>{in, out, nullptr, q.quant_min, q.quant_max, on}, q, params.runs(x), x.numel(),
@@ -167,31 +170,36 @@ Tensor forward_with(const Tensor& x, const P& params, int64_t quant_min, int64_t
 }
 
 template <typename P>
-std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, int64_t quant_min, int64_t quant_max) {
+std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, int64_t quant_min, int64_t quant_max,
+                                             bool lsq = false) {
   check_floating("x", x);
   const Gpu gpu(x);
   Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
-  run_forward(gpu, x, params, quant_min, quant_max, y, &mask, Flag());
+  run_forward(gpu, x, params, quant_min, quant_max, y, &mask, Flag(), lsq);
   return {y, mask};
 }
 
 // All dense and in one layout.
 template <typename P>
 void run_backward(const Gpu& gpu, const Tensor& grad, const Tensor& x, const P& params, int64_t quant_min,
-                  int64_t quant_max, const Tensor& dx) {
+                  int64_t quant_max, const Tensor& dx, bool lsq) {
   if (x.numel() == 0) return;
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     const auto q = params.template make<Arithmetic<S>>(quant_min, quant_max);
-    const BackwardOp<S> op{static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(x.const_data_ptr()),
-                           static_cast<S*>(dx.mutable_data_ptr()), q.quant_min, q.quant_max};
+    const BackwardOp<S> op{static_cast<const S*>(grad.const_data_ptr()),
+                           static_cast<const S*>(x.const_data_ptr()),
+                           static_cast<S*>(dx.mutable_data_ptr()),
+                           q.quant_min,
+                           q.quant_max,
+                           lsq};
     sweep(gpu, op, q, params.runs(x), x.numel(), is_aligned({op.grad, op.x, op.dx}));
   });
 }
 
 template <typename P>
-Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& params, int64_t quant_min,
-                     int64_t quant_max) {
+Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
+                     bool lsq = false) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   params.check(x_any, quant_min, quant_max);
@@ -199,7 +207,7 @@ Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& param
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device_of(x));
-  run_backward(gpu, grad, x, params, quant_min, quant_max, dx);
+  run_backward(gpu, grad, x, params, quant_min, quant_max, dx, lsq);
   return dx;
 }
 
@@ -215,8 +223,8 @@ Tensor fake_quantize_forward_scalar(const Tensor& x, double scale, int64_t zero_
 
 std::tuple<Tensor, Tensor> fake_quantize_forward_mask(const Tensor& x, const Tensor& scale,
                                                       std::optional<Tensor> zero_point, int64_t quant_min,
-                                                      int64_t quant_max) {
-  return forward_mask_with(x, TensorParams{scale, zero_point}, quant_min, quant_max);
+                                                      int64_t quant_max, bool lsq) {
+  return forward_mask_with(x, TensorParams{scale, zero_point}, quant_min, quant_max, lsq);
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_forward_mask_scalar(const Tensor& x, double scale, int64_t zero_point,
@@ -225,8 +233,8 @@ std::tuple<Tensor, Tensor> fake_quantize_forward_mask_scalar(const Tensor& x, do
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                              std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max) {
-  return backward_with(grad, x, TensorParams{scale, zero_point}, quant_min, quant_max);
+                              std::optional<Tensor> zero_point, int64_t quant_min, int64_t quant_max, bool lsq) {
+  return backward_with(grad, x, TensorParams{scale, zero_point}, quant_min, quant_max, lsq);
 }
 
 Tensor fake_quantize_backward_scalar(const Tensor& grad, const Tensor& x, double scale, int64_t zero_point,
@@ -261,8 +269,8 @@ void fake_quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, co
 
 void fake_quantize_backward_into(const Gpu& gpu, const Tensor& grad, const Tensor& x, const Tensor& scale,
                                  const std::optional<Tensor>& zero_point, int64_t quant_min, int64_t quant_max,
-                                 const Tensor& dx) {
-  run_backward(gpu, grad, x, TensorParams{scale, zero_point}, quant_min, quant_max, dx);
+                                 const Tensor& dx, bool lsq) {
+  run_backward(gpu, grad, x, TensorParams{scale, zero_point}, quant_min, quant_max, dx, lsq);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {

@@ -8,7 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
                                                                     const Tensor& scale,
                                                                     std::optional<Tensor> zero_point, int64_t quant_min,
-                                                                    int64_t quant_max, double grad_factor) {
+                                                                    int64_t quant_max, double grad_factor, bool lsq) {
   check_floating("x", x_any);
   check_grad(grad_any, x_any);
   check_range(quant_min, quant_max);
@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device);
   Tensor dscale = empty(to_vector(scale.sizes()), scale.scalar_type(), device);
   Tensor dzero_point = empty(to_vector(scale.sizes()), scale.scalar_type(), device);
-  fake_quantize_learnable_backward_into(gpu, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, dx, dscale,
-                                        dzero_point);
+  fake_quantize_learnable_backward_into(gpu, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, lsq, dx,
+                                        dscale, dzero_point);
   return {dx, dscale, dzero_point};
 }
 
@@ -29,20 +29,22 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
 
 void fake_quantize_learnable_backward_into(const Gpu& gpu, const Tensor& grad, const Tensor& x, const Tensor& scale,
                                            const std::optional<Tensor>& zero_point, int64_t quant_min,
-                                           int64_t quant_max, double grad_factor, const Tensor& dx,
+                                           int64_t quant_max, double grad_factor, bool lsq, const Tensor& dx,
                                            const Tensor& dscale, const Tensor& dzero_point) {
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     const auto q = qparams<Arithmetic<S>>(scale, zero_point, quant_min, quant_max);
-    const LearnableOp<S> op{static_cast<const S*>(grad.const_data_ptr()),
-                            static_cast<const S*>(x.const_data_ptr()),
-                            static_cast<S*>(dx.mutable_data_ptr()),
-                            q.quant_min,
-                            q.quant_max,
-                            grad_factor,
-                            RealOutput(dscale),
-                            RealOutput(dzero_point)};
-    reduce_channels(gpu, op, q, runs_of(x, scale), x, is_aligned({op.grad, op.x, op.dx}));
+    with_convention(lsq, [&](auto open) {
+      const LearnableOp<S, decltype(open)::value> op{static_cast<const S*>(grad.const_data_ptr()),
+                                                     static_cast<const S*>(x.const_data_ptr()),
+                                                     static_cast<S*>(dx.mutable_data_ptr()),
+                                                     q.quant_min,
+                                                     q.quant_max,
+                                                     grad_factor,
+                                                     RealOutput(dscale),
+                                                     RealOutput(dzero_point)};
+      reduce_channels(gpu, op, q, runs_of(x, scale), x, is_aligned({op.grad, op.x, op.dx}));
+    });
   });
 }
 

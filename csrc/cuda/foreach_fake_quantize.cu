@@ -75,6 +75,7 @@ struct Elements {
   Divider inner;
   Cycle channels;
   bool whole;  // aligned, and no vector holds elements of two channels
+  bool lsq;
 
   static constexpr int64_t kPerBlock = int64_t{kThreads} * kUnroll * kVector<S>;
 };
@@ -91,7 +92,11 @@ __global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant
     if constexpr (kBackward) {
       Vec<S, N> out;
 #pragma unroll
-      for (int k = 0; k < N; ++k) out.v[k] = is_inside(steps_of(widen(x.v[k]), params(k)), low, high) ? grad.v[k] : S{};
+      for (int k = 0; k < N; ++k) {
+        const Params<T>& p = params(k);
+        const T unrounded = widen(x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+        out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, item.lsq) ? grad.v[k] : S{};
+      }
       store<kWhole>(item.out + at, out, 0, n);
     } else {
       T out[N];
@@ -132,34 +137,35 @@ __global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant
   }
 }
 
-template <typename S>
+template <typename S, bool kLsq>
 struct Sums {
-  LearnableOp<S> op;
+  LearnableOp<S, kLsq> op;
   Qparams<Arithmetic<S>> q;
   Cycle channels;
   Pieces pieces;
   Pair<Arithmetic<S>>* partial;
 };
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads) foreach_pieces_kernel(const __grid_constant__ Table<Sums<S>> table) {
+template <typename S, bool kLsq>
+__global__ void __launch_bounds__(kThreads) foreach_pieces_kernel(const __grid_constant__ Table<Sums<S, kLsq>> table) {
   int64_t block = blockIdx.x, blocks;
-  const Sums<S>& item = table.find(block, blocks);
+  const Sums<S, kLsq>& item = table.find(block, blocks);
   add_pieces(item.op, item.q, item.channels, item.pieces, item.partial, block, blocks);
 }
 
-template <typename S>
+template <typename S, bool kLsq>
 struct Totals {
-  LearnableOp<S> op;
+  LearnableOp<S, kLsq> op;
   Cycle channels;
   Combine combine;
   const Pair<Arithmetic<S>>* partial;
 };
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads) foreach_combine_kernel(const __grid_constant__ Table<Totals<S>> table) {
+template <typename S, bool kLsq>
+__global__ void __launch_bounds__(kThreads)
+    foreach_combine_kernel(const __grid_constant__ Table<Totals<S, kLsq>> table) {
   int64_t block = blockIdx.x, blocks;
-  const Totals<S>& item = table.find(block, blocks);
+  const Totals<S, kLsq>& item = table.find(block, blocks);
   add_partials(item.op, item.channels, item.combine, item.partial, block, blocks);
 }
 
@@ -248,7 +254,7 @@ Tensors outputs_of(const std::vector<Job>& jobs) {
 }
 
 template <bool kBackward>
-Tensors elementwise(const Lists& lists) {
+Tensors elementwise(const Lists& lists, bool lsq = false) {
   lists.check_lengths();
   if (lists.xs.empty()) return {};
   const Gpu gpu(lists.xs[0]);
@@ -265,11 +271,11 @@ Tensors elementwise(const Lists& lists) {
         const bool whole = job.is_aligned() && (job.runs.channels == 1 || job.runs.inner % kVector<S> == 0);
         batch.add({kBackward ? static_cast<const S*>(job.grad.const_data_ptr()) : nullptr,
                    static_cast<const S*>(job.x.const_data_ptr()), static_cast<S*>(job.out.mutable_data_ptr()), numel,
-                   held.back(), Divider(job.runs.inner), Cycle(job.runs), whole},
+                   held.back(), Divider(job.runs.inner), Cycle(job.runs), whole, lsq},
                   ceil_div(numel, Elements<S>::kPerBlock));
       } else if constexpr (kBackward) {
         fake_quantize_backward_into(gpu, job.grad, job.x, job.scale, job.zero_point, job.quant_min, job.quant_max,
-                                    job.out);
+                                    job.out, lsq);
       } else {
         fake_quantize_into(gpu, job.x, job.scale, job.zero_point, job.quant_min, job.quant_max, job.out, nullptr,
                            Flag());
@@ -286,14 +292,15 @@ Tensors foreach_fake_quantize_forward(Tensors xs, Tensors scales, ZeroPoints zer
 }
 
 Tensors foreach_fake_quantize_backward(Tensors grads, Tensors xs, Tensors scales, ZeroPoints zero_points,
-                                       Integers quant_mins, Integers quant_maxs) {
-  return elementwise<true>({&grads, xs, scales, zero_points, quant_mins, quant_maxs});
+                                       Integers quant_mins, Integers quant_maxs, bool lsq) {
+  return elementwise<true>({&grads, xs, scales, zero_points, quant_mins, quant_maxs}, lsq);
 }
 
 std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(Tensors grads, Tensors xs,
                                                                                Tensors scales, ZeroPoints zero_points,
                                                                                Integers quant_mins, Integers quant_maxs,
-                                                                               std::vector<double> grad_factors) {
+                                                                               std::vector<double> grad_factors,
+                                                                               bool lsq) {
   const Lists lists{&grads, xs, scales, zero_points, quant_mins, quant_maxs};
   lists.check("grad_factor", grad_factors.size());
   lists.check_lengths();
@@ -305,12 +312,13 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
   for (const Tensor& scale : scales)
     for (Tensors* list : {&dscales, &dzero_points})
       list->push_back(empty(to_vector(scale.sizes()), scale.scalar_type(), device));
-  for_each_dtype(jobs, [&](auto tag, ScalarType dtype) {
+  const auto run = [&](auto tag, ScalarType dtype, auto open) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
+    constexpr bool kLsq = decltype(open)::value;
     constexpr int64_t N = kVector<S>;
     std::vector<OwnedQparams<T>> params;  // until their last launch
-    std::vector<Sums<S>> all;
+    std::vector<Sums<S, kLsq>> all;
     std::vector<const Runs*> runs;
     int64_t pairs = 0;
     for (size_t i = 0; i < jobs.size(); ++i) {
@@ -319,18 +327,19 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
       const int64_t numel = job.x.numel();
       if (numel == 0 || !Cycle::fits(job.runs) || in_columns(job.runs, numel, N)) {
         fake_quantize_learnable_backward_into(gpu, job.grad, job.x, job.scale, job.zero_point, job.quant_min,
-                                              job.quant_max, grad_factors[i], job.out, dscales[i], dzero_points[i]);
+                                              job.quant_max, grad_factors[i], lsq, job.out, dscales[i],
+                                              dzero_points[i]);
         continue;
       }
       params.push_back(job.params<T>());
-      const LearnableOp<S> op{static_cast<const S*>(job.grad.const_data_ptr()),
-                              static_cast<const S*>(job.x.const_data_ptr()),
-                              static_cast<S*>(job.out.mutable_data_ptr()),
-                              params.back().quant_min,
-                              params.back().quant_max,
-                              grad_factors[i],
-                              RealOutput(dscales[i]),
-                              RealOutput(dzero_points[i])};
+      const LearnableOp<S, kLsq> op{static_cast<const S*>(job.grad.const_data_ptr()),
+                                    static_cast<const S*>(job.x.const_data_ptr()),
+                                    static_cast<S*>(job.out.mutable_data_ptr()),
+                                    params.back().quant_min,
+                                    params.back().quant_max,
+                                    grad_factors[i],
+                                    RealOutput(dscales[i]),
+                                    RealOutput(dzero_points[i])};
       const Pieces pieces(job.runs, N, blocks_wanted(gpu), job.is_aligned());
       all.push_back({op, params.back(), Cycle(job.runs), pieces, nullptr});
       runs.push_back(&job.runs);
@@ -338,9 +347,9 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
     }
     const Tensor workspace = empty({pairs * static_cast<int64_t>(sizeof(Pair<T>))}, ScalarType::Byte, device);
     auto* partial = static_cast<Pair<T>*>(workspace.mutable_data_ptr());
-    Batch<Sums<S>> sums(gpu, foreach_pieces_kernel<S>);
-    Batch<Totals<S>> totals(gpu, foreach_combine_kernel<S>);
-    for (Sums<S>& item : all) {
+    Batch<Sums<S, kLsq>> sums(gpu, foreach_pieces_kernel<S, kLsq>);
+    Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>);
+    for (Sums<S, kLsq>& item : all) {
       if (!item.pieces.direct) {
         item.partial = partial;
         partial += item.pieces.count;
@@ -354,7 +363,9 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
       totals.add({all[i].op, all[i].channels, combine, all[i].partial}, combine.blocks());
     }
     totals.flush();
-  });
+  };
+  for_each_dtype(jobs,
+                 [&](auto tag, ScalarType dtype) { with_convention(lsq, [&](auto open) { run(tag, dtype, open); }); });
   return {outputs_of(jobs), dscales, dzero_points};
 }
 

@@ -5,7 +5,7 @@
 
 namespace qkernels {
 
-template <typename S>
+template <typename S, bool kLsq>
 struct LearnableOp {
   using T = Arithmetic<S>;
   using Total = double;
@@ -41,7 +41,7 @@ struct LearnableOp {
       const Params<T>& p = params(k);
       const T dy = widen(in.grad.v[k]), steps = widen(in.x.v[k]) * p.inv;
       const T q = round_even(steps) + p.zero_point;
-      const bool inside = q >= low && q <= high;
+      const bool inside = counts_inside(steps, q, p.zero_point, low, high, kLsq);
       d.v[k] = inside ? in.grad.v[k] : S{};
       out[k].a = dy * ((clamp(q, low, high) - p.zero_point) - (inside ? steps : T{0}));
       out[k].b = inside ? T{0} : -dy * p.scale;
@@ -54,5 +54,15 @@ struct LearnableOp {
     dzero_point.set(channel, sum.b * grad_factor);
   }
 };
+
+// Calls f with `lsq` as a constant.
+template <typename F>
+void with_convention(bool lsq, F f) {
+  if (lsq) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
 
 }  // namespace qkernels

@@ -63,15 +63,13 @@ struct RangeOp {
     }
     const float low = static_cast<float>(range.a), high = static_cast<float>(range.b);
     if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity must not be learned
-    const float new_low = average(running_min[channel], low), new_high = average(running_max[channel], high);
+    const float new_low = moving_average(running_min[channel], low, momentum);
+    const float new_high = moving_average(running_max[channel], high, momentum);
     running_min[channel] = new_low;
     running_max[channel] = new_high;
     const auto chosen = choose_qparams<float>(new_low, new_high, rule);
     observed_scale[channel] = chosen.scale;
     zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
-  }
-  __device__ __forceinline__ float average(float running, float batch) const {
-    return fabsf(running) == INFINITY ? batch : running + momentum * (batch - running);
   }
 };
 
@@ -250,9 +248,10 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  const Tensor& fake_quant_on, const Tensor& running_min,
                                                  const Tensor& running_max, const Tensor& scale,
                                                  const Tensor& zero_point, double averaging_const, int64_t quant_min,
-                                                 int64_t quant_max, double symmetric_steps) {
+                                                 int64_t quant_max, double symmetric_steps,
+                                                 int64_t symmetric_zero_point) {
   check_floating("x", x);
-  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps);
+  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
   check_statistics(running_min, running_max, scale, zero_point, x);
   check_flag("observer_on", observer_on, x);
   check_flag("fake_quant_on", fake_quant_on, x);

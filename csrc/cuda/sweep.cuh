@@ -27,6 +27,13 @@ __device__ __forceinline__ bool is_inside(T q, T low, T high) {
   return q >= low && q <= high;
 }
 
+// Where the gradient passes: q, the rounded code before the clamp, lies in the range, or, with `lsq`, x/scale does
+// before rounding, bounds excluded. False for NaN.
+template <typename T>
+__device__ __forceinline__ bool counts_inside(T unrounded, T q, T zero_point, T low, T high, bool lsq) {
+  return lsq ? unrounded > low - zero_point && unrounded < high - zero_point : is_inside(q, low, high);
+}
+
 // The integer of one value. No integer is NaN: it becomes the zero point, and quant_min where that is NaN too.
 template <typename I, typename T>
 __device__ __forceinline__ I code_of(T value, const Params<T>& p, T low, T high) {

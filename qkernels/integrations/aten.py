@@ -20,6 +20,7 @@ from ..reference.fake_quantize import EXACT_INT
 _lock = threading.Lock()
 _held: set[override_torch] = set()  # what is in force
 _cuda: torch.library.Library | None = None
+_torchs: torch.library.Library | None = None
 
 
 class override_torch:
@@ -37,7 +38,9 @@ class override_torch:
     is not where it runs outside, whenever it was compiled. Without the C++ kernels the CPU keeps torch's own, and a
     warning says so.
 
-    The numbers are torch's, bit for bit, except where torch is wrong or refuses:
+    Whatever torch computes is computed: a call that the kernels do not take (a range beyond ±2**24 in the fused
+    observer, statistics in bf16, many scales where one is read, ...) is torch's own from the start, on every device.
+    Otherwise the numbers are torch's, bit for bit, except where torch is wrong or refuses:
 
     - NaN stays NaN (torch: quant_min); a zero whose scale is 0, or has an infinite reciprocal, stays 0 (torch:
       quant_min·scale, without a gradient).
@@ -46,8 +49,17 @@ class override_torch:
       derivatives multiply by the mask as torch does.
     - The learnable ops round a zero point the same way forward and backward (torch per tensor: another one backward
       for every negative or half-way value); the sums of their gradients agree to rounding.
-    - The fused observer trains with the scale and zero point that torch.ao's observers compute for convert, keeps its
-      averages in fp32, and skips a batch whose range is not finite.
+    - The fused observer trains with the scale and zero point that torch.ao's observers compute for convert from the
+      same statistics, where torch's op trains with others. Symmetric scales so differ from torch's by up to 0.4 % in
+      −128 … 127, and with them 99.5 % of the weights under torch.ao's default configs: the observers, and this, take
+      max(−min, max) / 127.5, torch's op the larger of −min / 128 and max / 127. Where all values have one sign, or a
+      scale is below 6.1e-5, torch's op is up to 2× or any factor away. It keeps its averages in fp32 and skips a batch
+      whose range is not finite. What an observer is told and its op is not cannot be followed: an ``eps`` other than
+      fp32's (2**-12 in torch.ao's symmetric qnnpack configs, which convert scales below it to it), quint8 without a
+      range of its own (zero point 128, here as with one: 127), a signed dtype with a range that starts at 0 (0, here
+      the middle), uint16 in part of its range (2**15).
+    - Against torch up to 2.11, 2 of 108,000 bf16 elements with fp16 zero points per channel differ by a step: later
+      versions agree bit for bit.
     - Accepted beside what torch takes: per channel any zero point dtype, any floating scale, a negative axis;
       fp16, bf16 and fp64 in the learnable and fused ops.
 
@@ -117,11 +129,25 @@ def _cpu_kernels(on: bool) -> None:
                 f"qkernels: override_torch leaves torch's own kernels on the CPU: {library.cpu_missing}", stacklevel=4
             )
         return
+    global _torchs
     if on:
         _say_once_that_kernels_are_overridden()
+        _torchs = _keep_torchs("CPU")
     if ctypes.CDLL(str(library.module_file("_cpu"))).qkernels_override_aten(on):
         raise RuntimeError(f"override_torch: torch {torch.__version__} does not accept the kernels; restart Python")
+    if not on and _torchs is not None:
+        _torchs._destroy()
+        _torchs = None
     _forget_choices()
+
+
+def _keep_torchs(device: str) -> torch.library.Library:
+    """Torch's own kernels under other names, by which the C++ kernels hand on what they refuse."""
+    kept = torch.library.Library("qkernels_torch", "FRAGMENT")
+    for name in (*KERNELS, *(name for name in DROP_INS if "learnable" in name)):
+        kept.define(str(getattr(torch.ops.aten, name).default._schema).removeprefix("aten::"))
+        kept.impl(name, torch.library.get_kernel(f"aten::{name}", device).call_boxed, device, with_keyset=True)
+    return kept
 
 
 def _say_once_that_kernels_are_overridden() -> None:
@@ -202,9 +228,16 @@ def _exact(quant_min: int, quant_max: int) -> bool:
     return -EXACT_INT <= quant_min <= quant_max <= EXACT_INT
 
 
+def _beside(x: Tensor, *params: Any) -> bool:
+    """Whether the tensors among them are on x's device; torch reads some from others."""
+    return all(param.device == x.device for param in params if isinstance(param, Tensor))
+
+
 def _affine(x: Tensor, scale: Scale, zero_point: ZeroPoint, quant_min: int, quant_max: int) -> bool:
     """Whether our arithmetic gives torch's bits here, as far as the host can see, and a kernel takes the call."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _exact(quant_min, quant_max):
+        return False
+    if not _beside(x, scale, zero_point):
         return False
     args = (x, scale, zero_point, quant_min, quant_max)
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
@@ -221,6 +254,7 @@ def _learnable(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, qua
         _exact(quant_min, quant_max)
         and x.is_floating_point()
         and scale.is_floating_point()
+        and _beside(x, scale, zero_point)
         and _takes("fake_quantize_learnable_backward", x, x, scale, zero_point, quant_min, quant_max, 1.0)
     )
 
@@ -267,7 +301,19 @@ def _fused(x: Tensor, *args: Any) -> Any:
 
 
 def _observes(x: Tensor, *args: Any) -> bool:
-    return _exact(*args[7:9]) and x.is_floating_point() and _takes("observe_fake_quantize", x, *args[:9], 0.0)
+    flags, stats, axis, per_row = args[:2], args[2:6], args[9], args[10:11] == (True,)
+    if not _exact(*args[7:9]) or not x.is_floating_point() or not _beside(x, *flags, *stats):
+        return False
+    if any(flag.numel() != 1 for flag in flags) or not -x.dim() <= axis < max(x.dim(), 1):
+        return False
+    channels = x.shape[axis] if per_row and x.dim() else 1
+    dtypes = (torch.float32,), (torch.float32,), (torch.float32,), (torch.int32, torch.int64)
+    for stat, accepted in zip(stats, dtypes, strict=True):
+        fits = stat.numel() == channels and (stat.dim() == 1 or not per_row)
+        resized = per_row and stat.numel() <= 1 and stat.numel() != channels
+        if stat.dtype not in accepted or not stat.is_contiguous() or not (fits or resized):
+            return False
+    return _takes("observe_fake_quantize", x, *args[:9], 0.0, 0)
 
 
 def _with_bytes(masked: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -292,7 +338,7 @@ def _cachemask_tensors(
         return NotImplemented
     off = torch.zeros_like(enabled)
     unused = torch.empty_like(scale), torch.empty_like(scale)
-    args = (x, off, enabled, *unused, scale, zero_point, 0.0, quant_min, quant_max, 0.0)
+    args = (x, off, enabled, *unused, scale, zero_point, 0.0, quant_min, quant_max, 0.0, 0)
     if not _takes("observe_fake_quantize", *args):
         return NotImplemented
     return _with_bytes(torch.ops.qkernels.observe_fake_quantize(*args))
@@ -315,7 +361,7 @@ def _fused_helper(x: Tensor, *args: Any) -> Any:
 def _backward_per_tensor(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float = 1
 ) -> Any:
-    if not _one(scale, zero_point) or not _learnable(x, scale, zero_point, low, high):
+    if not _one(scale, zero_point) or not _learns(grad, x, scale, zero_point, low, high):
         return NotImplemented
     return _learned(grad, x, scale, fake_quantize.rounded(zero_point), low, high, factor)
 
@@ -323,10 +369,14 @@ def _backward_per_tensor(
 def _backward_per_channel(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: int, high: int, factor: float = 1
 ) -> Any:
-    if not _learnable(x, scale, zero_point, low, high):
+    if not _learns(grad, x, scale, zero_point, low, high):
         return NotImplemented
     views = channel_views(x, axis, scale, fake_quantize.rounded(zero_point))
     return _learned(grad, x, *views, low, high, factor)
+
+
+def _learns(grad: Tensor, x: Tensor, *args: Any) -> bool:
+    return grad.dtype == x.dtype and grad.shape == x.shape and _beside(x, grad) and _learnable(x, *args)
 
 
 def _learned(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic, observe_fake_quantize, range_of_bits
+from ..ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_dynamic,
+    observe_fake_quantize,
+    range_of_bits,
+    transformed,
+)
 from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
 from ..ops.statistics import mse_range
+from ..reference.fake_quantize import check_dense
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 
@@ -95,7 +102,7 @@ class FakeQuantize(nn.Module):
         self.quantizer = quantizer
         self.feature_dims = feature_dims
         if straight_through is None:
-            straight_through = "lsq" if quantizer == "lsq" and "lsq" in VARIANTS else "clip"
+            straight_through = "lsq" if quantizer == "lsq" else "clip"
         self.straight_through = straight_through
         self.name = ""  # in the model, for errors
         self._set_width(bits)
@@ -179,6 +186,7 @@ class FakeQuantize(nn.Module):
         2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 44.0, 20.2, 14.6, 8.8. In QAT the range wins at 8
         bits over LSQ's formula: its steps are six times finer.
         """
+        check_dense(self.name or "x", x)
         low, high = block_range(x, self._scale.shape)
         if not bool(low.isfinite().all() & high.isfinite().all()):
             raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
@@ -489,7 +497,7 @@ def _learned(
         # The class's docstring says why this is the gradient. The value of the added term is zero.
         moved = log_scale.float() * (2 * steps**-0.5) / start
         scale = scale + (moved - moved.detach())
-    if zero_point is not None and zero_point.requires_grad and not torch._C._are_functorch_transforms_active():
+    if zero_point is not None and zero_point.requires_grad and not transformed():
         # Through .data: another call of this module in the same step may have saved it for the backward pass.
         zero_point.data.clamp_(quant_min, quant_max)
     if numel is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
 from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
+from ..reference.fake_quantize import check_dense
 from ..reference.int8_gemm import check
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken
@@ -299,6 +300,7 @@ class QuantizedInputLayer(QuantizedLayer):
         return torch.get_autocast_dtype(device)
 
     def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        check_dense("x", x)
         if self.input_scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
             return self.input_scale, self.input_zero_point
         low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import aten_fake_quantize as reference
-from .fake_quantize import _again, _constant, _entered, _is_kept, _mask_like, _through_mask, fake_quantize
+from .fake_quantize import _again, _constant, _entered, _is_kept, _mask_like, _through_mask, fake_quantize, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
@@ -98,7 +98,7 @@ def fake_quantize_per_channel_affine(
     to even; NaN stays NaN and infinities saturate.
     """
     scale, zero_point = _constant(scale), _constant(zero_point)
-    if not input.is_cpu:  # only the CPU has kernels with an axis
+    if not input.is_cpu or transformed():  # only the CPU has kernels with an axis
         scale, zero_point = reference.channel_views(input, axis, scale, zero_point)
         return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     if torch.is_grad_enabled() and input.requires_grad:

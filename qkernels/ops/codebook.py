@@ -11,7 +11,8 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import codebook as reference
-from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
+from ..reference import transforms
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -137,6 +138,8 @@ def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_f
     Raises:
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
     """
+    if transformed():
+        return transforms.fake_quantize_codebook(x, scale, codebook, grad_factor)
     if torch.is_grad_enabled():
         if scale.requires_grad or codebook.requires_grad:
             return _learnable(x, scale, codebook, grad_factor)
@@ -159,7 +162,9 @@ def dequantize_codebook(
 ) -> Tensor:
     """codebook[codes]·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    codes is uint8; scale and codebook are as in ``fake_quantize_codebook``. A code beyond the last level gives NaN. Not
-    differentiable.
+    codes is uint8; scale and codebook are as in ``fake_quantize_codebook``, and differentiable. A code beyond the last
+    level gives NaN.
     """
+    if transformed() or (torch.is_grad_enabled() and (scale.requires_grad or codebook.requires_grad)):
+        return transforms.dequantize_codebook(codes, scale, codebook, dtype)
     return _dequantize(codes, scale.detach(), codebook.detach(), dtype)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import Function, forward_ad
 
 from .. import library
 from ..reference import fake_quantize as reference
+from ..reference import transforms
 from ..reference.aten_fake_quantize import channel_views
 from ..reference.straight_through import VARIANTS, check_variant
 from .straight_through import straight_through_backward as _variant_backward
@@ -47,15 +49,17 @@ _forward = _define(
 )
 _forward_mask = _define(
     "fake_quantize_forward_mask",
-    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, bool lsq=False) "
+    "-> (Tensor, Tensor)",
     reference.fake_quantize_forward_mask,
-    lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), _mask_like(x)),
+    lambda x, *_: (torch.empty_like(x), _mask_like(x)),
 )
 _backward = _define(
     "fake_quantize_backward",
-    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, bool lsq=False) "
+    "-> Tensor",
     reference.fake_quantize_backward,
-    lambda grad, x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+    lambda grad, x, *_: torch.empty_like(x),
 )
 _forward_scalar = _define(
     "fake_quantize_forward.scalar",
@@ -83,10 +87,10 @@ _backward_mask = _define(
 )
 _learnable_backward = _define(
     "fake_quantize_learnable_backward",
-    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, float grad_factor) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, float grad_factor, "
+    "bool lsq=False) -> (Tensor, Tensor, Tensor)",
     reference.fake_quantize_learnable_backward,
-    lambda grad, x, scale, zero_point, quant_min, quant_max, grad_factor: (
+    lambda grad, x, scale, *_: (
         torch.empty_like(x),
         scale.new_empty(scale.shape),
         scale.new_empty(scale.shape),
@@ -118,7 +122,7 @@ _observe = _define(
     "observe_fake_quantize",
     "(Tensor x, Tensor observer_on, Tensor fake_quant_on, Tensor(a!) running_min, Tensor(b!) running_max, "
     "Tensor(c!) scale, Tensor(d!) zero_point, float averaging_const, SymInt quant_min, SymInt quant_max, "
-    "float symmetric_steps) -> (Tensor, Tensor)",
+    "float symmetric_steps, SymInt symmetric_zero_point) -> (Tensor, Tensor)",
     reference.observe_fake_quantize,
     lambda x, *_: (torch.empty_like(x), _mask_like(x)),
 )
@@ -139,14 +143,23 @@ def _as_output(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
+_in_torch_func = torch._C._are_functorch_transforms_active
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward mode are at work, for which an op is in ``reference.transforms``."""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
 def _entered(function: type[Function]) -> Any:
-    """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call."""
+    """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call.
+
+    For calls that are not ``transformed``.
+    """
     direct = super(Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        return direct(*args)
+        return function.apply(*args) if torch.compiler.is_compiling() else direct(*args)
 
     return apply
 
@@ -160,10 +173,10 @@ class _FakeQuantizeKept(Function):
     """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, lsq: bool) -> Tensor:
         if isinstance(scale, Tensor):
             ctx.save_for_backward(x, scale, zero_point)
-            ctx.rest = (quant_min, quant_max)
+            ctx.rest = (quant_min, quant_max, lsq)
             return _forward(x, scale, zero_point, quant_min, quant_max)
         ctx.save_for_backward(x)
         ctx.rest = (scale, zero_point, quant_min, quant_max)
@@ -175,9 +188,9 @@ class _FakeQuantizeKept(Function):
         if _again(grad):
             inside = reference.inside_range if len(saved) > 1 else _scalar(reference.inside_range)
             dx = torch.where(inside(*saved, *ctx.rest), grad, 0)
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         dx = (_backward_scalar if len(saved) == 1 else _backward)(grad, *saved, *ctx.rest)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 def _through_mask(ctx: Any, grad: Tensor) -> Tensor:
@@ -192,16 +205,18 @@ class _FakeQuantizeMask(Function):
     """x alone needs a gradient: one bit per element is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
-        op = _forward_mask if isinstance(scale, Tensor) else _forward_mask_scalar
-        y, mask = op(x, scale, zero_point, quant_min, quant_max)
+    def forward(ctx: Any, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, lsq: bool) -> Tensor:
+        if isinstance(scale, Tensor):
+            y, mask = _forward_mask(x, scale, zero_point, quant_min, quant_max, lsq)
+        else:
+            y, mask = _forward_mask_scalar(x, scale, zero_point, quant_min, quant_max)
         ctx.stride = y.stride()
         ctx.save_for_backward(mask)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _through_mask(ctx, grad), None, None, None, None
+        return _through_mask(ctx, grad), None, None, None, None, None
 
 
 def gradient_of(zero_point: Tensor, dzp: Tensor) -> Tensor:
@@ -216,15 +231,17 @@ class _FakeQuantizeLearnable(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, factor: float
-    ) -> Tensor:
-        ctx.range = (quant_min, quant_max, factor)
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, factor: float,
+        lsq: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.range = (quant_min, quant_max, factor, lsq)
         ctx.save_for_backward(x, scale, zero_point)
         return _forward(x, scale, zero_point, quant_min, quant_max)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range), None, None, None
+        gradients = _learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range)
+        return *gradients, None, None, None, None
 
 
 def _learned_gradients(
@@ -322,17 +339,22 @@ def fake_quantize(
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
-        straight_through: what the backward pass makes of rounding and clipping, with v = x/scale.
-            "clip": dx = dy where the rounded value lies in the range. Scale and zero_point are learned as in LSQ
-            (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
+        straight_through: what the backward pass makes of rounding and clipping, with v = x/scale. The conventions
+            differ first of all in the half steps between an end of the range and the last value that rounds to it.
+            "clip": torch's. dx = dy where round(v) + zero_point lies in the range, bounds included: the half steps are
+            inside. dscale = grad_factor·Σ dy·(quant_min − zero_point below | quant_max − zero_point above |
+            round(v) − v inside); dzero_point = −grad_factor·Σ dy·scale outside.
+            "lsq": LSQ (arXiv 1902.08153, equations 3 and 5) and LSQ+ (arXiv 2004.09576): the same sums, but inside is
+            quant_min < v + zero_point < quant_max before rounding, bounds excluded: the half steps are outside.
             "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
-            "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min − zero_point <= v < quant_max −
-            zero_point, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point |
+            "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min <= v + zero_point < quant_max before
+            rounding, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point |
             quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
             alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then gives
             it PACT's own Σ dy over x >= alpha.
-            "ewgs": EWGS (arXiv 2104.00903): dx = dy·(1 + ewgs_delta·sign(dy)·(v − round(v))) where "clip" passes dy;
-            scale and zero_point by the chain rule through that.
+            "ewgs": EWGS (arXiv 2104.00903), which clips before it rounds: dx = dy·(1 + ewgs_delta·sign(dy)·(v −
+            round(v))) where quant_min <= v + zero_point <= quant_max before rounding, bounds included as in the clamp
+            of the authors' code; scale and zero_point by the chain rule through that.
         ewgs_delta: EWGS's factor per step of rounding error, at least 0. The paper measures the error in a range of
             length 1: its delta divided by quant_max − quant_min is this one. The default is the fixed delta of the
             authors' code, for 1 bit, where the two agree.
@@ -346,25 +368,32 @@ def fake_quantize(
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
-    if straight_through != "clip":
+    lsq = straight_through == "lsq"
+    if straight_through != "clip" and not lsq:
         return _by_variant(x, scale, zero_point, quant_min, quant_max, straight_through, ewgs_delta, grad_factor)
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
-        return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
+        if not lsq:
+            return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
+        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)  # no copy from the host
+    if transformed():
+        return transforms.fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
-            return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)
+            return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor, lsq)
         if x.requires_grad:
-            return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
+            return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max, lsq)
     return _forward(x, scale, zero_point, quant_min, quant_max)
 
 
 def _by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+    if transformed():
+        return _scalar(transforms.fake_quantize)(x, scale, zero_point, quant_min, quant_max)
     if torch.is_grad_enabled() and x.requires_grad:
-        return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
+        return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max, False)
     return _forward_scalar(x, scale, zero_point, quant_min, quant_max)
 
 
@@ -383,6 +412,10 @@ def _by_variant(
         scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if transformed():
+        return transforms.fake_quantize_straight_through(
+            x, scale, zero_point, quant_min, quant_max, variant, delta, factor
+        )
     if torch.is_grad_enabled():
         learns = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
         if learns or (x.requires_grad and variant != "pass"):
@@ -422,11 +455,12 @@ def fake_quantize_dynamic(
         y, or (y, scale, zero_point). The range is a constant for the gradient: dx is dy where nothing was clipped,
         which with symmetric=True is everywhere.
     """
-    quant_min, quant_max = range_of_bits(bits)
+    args = (group_size_argument(group_size), *range_of_bits(bits), symmetric)
+    if transformed():
+        result = transforms.fake_quantize_dynamic(x, *args)
+        return result if return_qparams else result[0]
     # Raw ops have no gradient formula, so they never see a tensor that wants one.
-    y, scale, zero_point, mask = _dynamic_forward(
-        x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric
-    )
+    y, scale, zero_point, mask = _dynamic_forward(x.detach(), *args)
     if torch.is_grad_enabled() and x.requires_grad:
         y = _straight_through(x, y) if symmetric else _already_masked(x, y, mask)
     return (y, scale, zero_point) if return_qparams else y
@@ -463,15 +497,37 @@ def observe_fake_quantize(
     steps = float((quant_max - quant_min) // 2) if symmetric else 0.0
     return _observed(
         x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point,
-        averaging_const, quant_min, quant_max, steps,
+        averaging_const, quant_min, quant_max, steps, (quant_min + quant_max + 1) // 2,
     )  # fmt: skip
 
 
 def _observed(x: Tensor, *args: Any) -> Tensor:
+    if transformed():
+        return _observed_in_transforms(x, *args)
     y, mask = _observe(x.detach(), *args)
     if torch.is_grad_enabled() and x.requires_grad:
         return _already_masked(x, y, mask)
     return y
+
+
+def _observed_in_transforms(x: Tensor, *args: Any) -> Tensor:
+    """Statistics are updated from the values themselves, whatever is differentiated; one batch at a time."""
+    _, fake_quant_on, _, _, scale, zero_point, _, quant_min, quant_max, _ = args
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        _observe(*(_plain(t).detach() for t in (x, *args[:6])), *args[6:])
+    return transforms.observe_fake_quantize(x, fake_quant_on, scale, zero_point, quant_min, quant_max)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            raise RuntimeError(
+                "x: got a batch of vmap where moving averages are updated in place; accepted: other transforms, or "
+                "vmap with the observer off the path (eval mode, or another quantizer)"
+            )
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 # The drop-ins: torch's signatures.
@@ -536,8 +592,12 @@ def fused_moving_avg_obs_fake_quant(
     """As ``torch.fused_moving_avg_obs_fake_quant``, in every floating dtype.
 
     It trains with the scale and zero point that torch.ao's observer computes at convert time from the same
-    statistics (torch's own op trains with others: up to 2× in scale on ReLU data). Statistics stay fp32. As in
-    torch, statistics of no or one element are resized to the number of channels when per_row_fake_quant is set.
+    statistics, where torch's own op trains with others: up to 2× in scale on ReLU data, and up to 0.4 % for symmetric
+    weights in −128 … 127, of which 99.5 % then differ (the observer takes max(−min, max) / 127.5, torch's op the larger
+    of −min / 128 and max / 127). A signed symmetric range has the zero point 0, an unsigned one its lower middle, all
+    of uint16 2**15; scales are floored at fp32's epsilon, as an observer's other eps is not told to its op. The range
+    is within ±2**24 and statistics stay fp32. As in torch, statistics of no or one element are resized to the number
+    of channels when per_row_fake_quant is set.
     """
     return _observed(
         *observed_arguments(
@@ -571,4 +631,14 @@ def observed_arguments(
                 stat.resize_(channels).fill_(start)
         stats = tuple(channel_views(x, axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric else 0.0
-    return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps
+    middle = observers_middle(quant_min, quant_max)
+    return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps, middle
+
+
+def observers_middle(quant_min: int, quant_max: int) -> int:
+    """The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes."""
+    if quant_min < 0:
+        return min(0, quant_max)
+    if (quant_min, quant_max) == (0, 2**16 - 1):
+        return 2**15  # uint16
+    return (quant_min + quant_max) // 2

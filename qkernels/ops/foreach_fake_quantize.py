@@ -17,7 +17,9 @@ from torch.autograd import Function
 from .. import library
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
-from .fake_quantize import _again, _entered, gradient_of
+from ..reference import transforms
+from ..reference.straight_through import check_clip_or_lsq
+from .fake_quantize import _again, _entered, gradient_of, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
@@ -29,15 +31,15 @@ _forward = _define(
 )
 _backward = _define(
     "foreach_fake_quantize_backward",
-    "(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs) "
-    "-> Tensor[]",
+    "(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs, "
+    "bool lsq=False) -> Tensor[]",
     reference.foreach_fake_quantize_backward,
     lambda grads, xs, *_: [torch.empty_like(x) for x in xs],
 )
 _learnable_backward = _define(
     "foreach_fake_quantize_learnable_backward",
     "(Tensor[] grads, Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs, "
-    "float[] grad_factors) -> (Tensor[], Tensor[], Tensor[])",
+    "float[] grad_factors, bool lsq=False) -> (Tensor[], Tensor[], Tensor[])",
     reference.foreach_fake_quantize_learnable_backward,
     lambda grads, xs, scales, *_: (
         [torch.empty_like(x) for x in xs],
@@ -51,9 +53,11 @@ class _ForeachFakeQuantize(Function):
     """Every x is kept: a model's weights live until the backward pass anyway."""
 
     @staticmethod
-    def forward(ctx: Any, quant_mins: list[int], quant_maxs: list[int], factors: list[float], *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, quant_mins: list[int], quant_maxs: list[int], factors: list[float], lsq: bool, *tensors: Any
+    ) -> Any:
         count = len(quant_mins)
-        ctx.rest = (quant_mins, quant_maxs, factors)
+        ctx.rest = (quant_mins, quant_maxs, factors, lsq)
         ctx.save_for_backward(*tensors)
         ys = _forward(tensors[:count], tensors[count : 2 * count], tensors[2 * count :], quant_mins, quant_maxs)
         return tuple(ys)
@@ -62,26 +66,27 @@ class _ForeachFakeQuantize(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         count, saved = len(grads), ctx.saved_tensors
         xs, scales, zero_points = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        quant_mins, quant_maxs, factors = ctx.rest
-        wanted = ctx.needs_input_grad[3:]
+        quant_mins, quant_maxs, factors, lsq = ctx.rest
+        wanted = ctx.needs_input_grad[4:]
         learned = any(wanted[count:])
         if any(_again(grad) for grad in grads):
             if learned:
                 raise RuntimeError(
                     "foreach_fake_quantize: learned scales have no second derivative; detach scales and zero_points"
                 )
-            inside = map(single.inside_range, xs, scales, zero_points, quant_mins, quant_maxs)
+            calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
+            inside = [single.inside_range(*call, lsq) for call in calls]
             dx = [torch.where(mask, grad, 0) for mask, grad in zip(inside, grads, strict=True)]
-            return None, None, None, *dx, *[None] * (2 * count)
+            return None, None, None, None, *dx, *[None] * (2 * count)
         args = (grads, xs, scales, zero_points, quant_mins, quant_maxs)
         if not learned:
-            return None, None, None, *_backward(*args), *[None] * (2 * count)
-        dx, dscale, dzp = _learnable_backward(*args, factors)
+            return None, None, None, None, *_backward(*args, lsq), *[None] * (2 * count)
+        dx, dscale, dzp = _learnable_backward(*args, factors, lsq)
         dzp = [
             gradient_of(zero_point, total) if wanted[2 * count + at] else None
             for at, (zero_point, total) in enumerate(zip(zero_points, dzp, strict=True))
         ]
-        return None, None, None, *dx, *dscale, *dzp
+        return None, None, None, None, *dx, *dscale, *dzp
 
 
 _differentiable = _entered(_ForeachFakeQuantize)
@@ -104,6 +109,7 @@ def foreach_fake_quantize(
     quant_min: int | Sequence[int],
     quant_max: int | Sequence[int],
     grad_factor: float | Sequence[float] = 1.0,
+    straight_through: str = "clip",
 ) -> list[Tensor]:
     """``fake_quantize`` of every tensor of a list in one call, forward and backward: for the weights of a model.
 
@@ -113,6 +119,7 @@ def foreach_fake_quantize(
         zero_points: None, or one for each of xs: a tensor as in ``fake_quantize``, or None for 0.
         quant_min, quant_max: inclusive integer range: one for all, or one for each (layers of different bits).
         grad_factor: multiplies the gradients of scales and zero points: one for all, or one for each.
+        straight_through: "clip" or "lsq", as in ``fake_quantize``, for all.
 
     Returns:
         A list of tensors: bit for bit, gradients included, what ``fake_quantize`` gives for each.
@@ -124,6 +131,7 @@ def foreach_fake_quantize(
     Raises:
         RuntimeError: lists of different lengths, tensors on different devices, or what ``fake_quantize`` refuses.
     """
+    check_clip_or_lsq(straight_through)
     count = len(xs)
     xs = list(xs)
     scales = _one_each("scales", list(scales), count)
@@ -133,6 +141,11 @@ def foreach_fake_quantize(
     factors = _one_each("grad_factor", grad_factor, count)
     if not count:
         return []
+    if transformed():
+        reference.check(xs)
+        args: Any = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, strict=True)
+        return [transforms.fake_quantize(*each, straight_through) for each in args]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*xs, *scales, *zero_points)):
-        return list(_differentiable(quant_mins, quant_maxs, factors, *xs, *scales, *zero_points))
+        lsq = straight_through == "lsq"
+        return list(_differentiable(quant_mins, quant_maxs, factors, lsq, *xs, *scales, *zero_points))
     return _forward(xs, scales, zero_points, quant_mins, quant_maxs)

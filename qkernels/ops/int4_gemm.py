@@ -1,17 +1,24 @@
-"""The linear layer on packed int4 weights. An inference op: not differentiable."""
+"""The linear layer on packed int4 weights, which are frozen."""
 
 from __future__ import annotations
 
 import copyreg
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
 
 from .. import library, registry
 from ..reference import int4_gemm as reference
 from ..reference import packing
+from ..reference.fake_quantize import check_dense, stored
+from ..reference.transforms import as_if
+from .fake_quantize import _entered, transformed
+from .frozen import bias_gradient, constant, represented, through_weight, wants_gradient
 from .int8_gemm import _by_row
 from .packing import pack_bits, unpack_bits
 from .quantize import quantize, quantize_dynamic
@@ -107,9 +114,10 @@ def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
+    check_dense("w", w)
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
-    values = w.detach().float()
+    values = w.detach().float().contiguous()
     if not bool(values.isfinite().all()):
         raise ValueError("w: got NaN or infinite values; accepted: finite weights")
     packing.check_bits(bits)
@@ -118,7 +126,7 @@ def quantize_groups(
     reference.check_group_size(size, k)
     low, high = packing.code_range(bits)
     q, scale, zero_point = quantize_dynamic(
-        values.contiguous(), bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
+        values, bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
     )
     scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
     zero_point = zero_point.reshape(n, -1).expand_as(scale)
@@ -127,10 +135,14 @@ def quantize_groups(
             raise RuntimeError(
                 f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
             )
-        rounded = scale.to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
+        rounded = stored(scale, scale_dtype)
         if not bool(rounded.isfinite().all()):
             raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
         scale = rounded
+        if not symmetric and k:  # a subnormal scale may be half as large again as what was rounded
+            least = values.view(n, -1, size).amin(2).clamp(max=0)
+            own = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
+            zero_point = torch.where(scale < torch.finfo(scale_dtype).tiny, own, zero_point)
         q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
     return q, scale, None if symmetric else zero_point.to(torch.int8)
 
@@ -141,6 +153,7 @@ class PackedInt:
     A weight is code·scale of its group of ``group_size`` along K; (code − zero_point)·scale; or (code + 8)·scale +
     minimum. The layout belongs to the device and to this version of the kernels and never leaves the
     process: ``unpack`` and pickling give and take the logical tensors, ``to`` packs anew where a device has another.
+    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
 
     Attributes:
         data: packed codes, uint8. scale, zero_point, minimum: of each group, in the kernel's order; see ``unpack``.
@@ -184,10 +197,12 @@ class PackedInt:
             bits: 2, 3 or 4.
             group_size: along K: a multiple of 8, from 16 on, that divides K; or −1 or K, one group for each row.
             symmetric: scale = amax/7 and codes −7…7 (of 4 bits); else scale = range/15 and an integer zero point.
-            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale.
+            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale, which
+                in fp16 is at least 2⁻²⁴, the smallest; so are the zero points of a subnormal one.
 
         Raises:
-            ValueError: w is not a finite floating matrix. RuntimeError: group_size, bits or scale_dtype.
+            ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold. RuntimeError:
+                group_size, bits or scale_dtype.
         """
         q, scale, zero_point = quantize_groups(w, bits, group_size, symmetric, scale_dtype)
         return cls.from_quantized(q, scale, zero_point, bits=bits)
@@ -362,6 +377,89 @@ def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) ->
     return t
 
 
+def _rows_of(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    group_size: int,
+    k: int,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight's rows start…stop, start a multiple of PANEL, of packed tensors."""
+    n, panels = stop - start, slice(start // reference.PANEL, -(-stop // reference.PANEL))
+    scale_rows, zero_point_rows, minimum_rows = (
+        None if t is None else reference.by_group(t[panels] if t.dim() == 3 else t[:, start:stop], n)[..., None]
+        for t in (scale, zero_point, minimum)
+    )
+    assert scale_rows is not None
+    if data.dim() == 4:
+        q = _int4_unpack(data[panels], n, k)
+    else:
+        q = reference.unpack(data[start:stop], n, k, group_size)
+    w = q.view(n, scale_rows.shape[1], group_size).float()
+    if zero_point_rows is not None:
+        w = w.sub_(zero_point_rows)
+    if minimum_rows is not None:
+        w = w.add_(8)
+    w = w.mul_(scale_rows)
+    return (w if minimum_rows is None else w.add_(minimum_rows)).view(n, k).to(dtype)
+
+
+class _Int4Linear(Function):
+    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, bias: Tensor | None, x: Tensor, data: Tensor, scale: Tensor,
+        zero_point: Tensor | None, minimum: Tensor | None, weight_sum: Tensor, group_size: int, *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(data, scale, zero_point, minimum)
+        ctx.shape, ctx.dtypes = (weight_sum.shape[0], x.shape[-1]), (values.dtype, None if bias is None else bias.dtype)
+        ctx.group_size = group_size
+        return _int4_linear(x, data, scale, zero_point, minimum, weight_sum, bias, group_size, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        n, k = ctx.shape
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            data, scale, zero_point, minimum = ctx.saved_tensors
+            rows = partial(_rows_of, data, scale, zero_point, minimum, ctx.group_size, k)
+            dx = through_weight(grad, n, k, rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dbias = bias_gradient(grad, tuple(range(grad.dim() - 1)), ctx.dtypes[1])
+        return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+_linear = _entered(_Int4Linear)
+
+
+def _differentiable_linear(
+    x: Tensor,
+    packed: PackedInt,
+    bias: Tensor | None,
+    act_bits: int,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    weight = packed.data, packed.scale, packed.zero_point, packed.minimum
+    rest: Any = (
+        packed.group_size, act_bits, constant(input_scale), input_zero_point, quant_min, quant_max, out_dtype
+    )  # fmt: skip
+    values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
+    if transformed():
+        y = reference.int4_linear(x.detach(), *weight, packed.weight_sum, constant(bias), *rest)
+        w = packed.dequantize()
+        return as_if(y, F.linear(values.float(), w, None if bias is None else bias.float()))
+    return _linear(values, bias, x.detach(), *weight, packed.weight_sum, *rest)
+
+
 def int4_linear(
     x: Tensor,
     packed: PackedInt,
@@ -393,11 +491,15 @@ def int4_linear(
         out_dtype: torch.float32, torch.bfloat16 or torch.float16; by default x's, of codes torch.bfloat16.
 
     Returns:
-        [..., N] of out_dtype. A NaN in x makes its row NaN. Not differentiable.
+        [..., N] of out_dtype. A NaN in x makes its row NaN.
+
+    Differentiable as ``int8_linear`` is, in x, bias and input_scale: dx = dy @ the dequantized weight.
 
     Raises:
         RuntimeError: a shape, dtype or range other than these.
     """
+    if x.is_nested:
+        check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:
@@ -405,6 +507,10 @@ def int4_linear(
         input_zero_point = _by_row("input_zero_point", input_zero_point, x)
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+    if transformed() or wants_gradient(x, bias, input_scale):
+        return _differentiable_linear(
+            x, packed, bias, act_bits, input_scale, input_zero_point, quant_min, quant_max, out_dtype
+        )
     return _int4_linear(
         x, packed.data, packed.scale, packed.zero_point, packed.minimum, packed.weight_sum, bias, packed.group_size,
         act_bits, input_scale, input_zero_point, quant_min, quant_max, out_dtype,

@@ -1,14 +1,22 @@
-"""2-D convolution on packed int8 weights with a statically quantized input. An inference op: not differentiable."""
+"""2-D convolution on packed int8 weights, which are frozen, with a statically quantized input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from .. import library
 from ..reference import int8_conv2d as reference
+from ..reference.fake_quantize import check_dense
+from ..reference.transforms import as_if
+from .fake_quantize import _entered, transformed
+from .frozen import bias_gradient, constant, represented, wants_gradient
 from .int8_gemm import _int8_pack, _int8_unpack
 
 
@@ -45,6 +53,8 @@ _int8_conv2d = library.define(
 
 class PackedInt8Conv2d:
     """A convolution's weight [C_out, C_in/groups, kh, kw] as packed int8 codes with its scales.
+
+    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
 
     Attributes:
         data: packed codes, int8: for each group the layout of ``PackedInt8`` over K = (kh, kw, C_in/groups).
@@ -83,15 +93,75 @@ class PackedInt8Conv2d:
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(q [C_out, C_in/groups, kh, kw] int8, scale [C_out] fp32), exactly what was packed."""
-        n, c, kh, kw = self.shape
-        rows = torch.cat([_int8_unpack(group, n // self.groups, c * kh * kw) for group in self.data])
-        return rows.view(n, kh, kw, c).permute(0, 3, 1, 2).contiguous(), self.scale
+        return _codes_of(self.data, self.shape), self.scale
 
     def __repr__(self) -> str:
         return f"PackedInt8Conv2d(shape={self.shape}, groups={self.groups})"
 
 
 torch.serialization.add_safe_globals([PackedInt8Conv2d])  # torch.load(weights_only=True)
+
+
+def _codes_of(data: Tensor, shape: Sequence[int]) -> Tensor:
+    n, c, kh, kw = shape
+    rows = torch.cat([_int8_unpack(group, n // data.shape[0], c * kh * kw) for group in data.unbind(0)])
+    return rows.view(n, kh, kw, c).permute(0, 3, 1, 2).contiguous()
+
+
+def _weight_of(data: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return (_codes_of(data, shape).float() * scale.reshape(-1, 1, 1, 1)).to(dtype)
+
+
+class _Int8Conv2d(Function):
+    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, bias: Tensor | None, x: Tensor, data: Tensor, colsum: Tensor, scale: Tensor,
+        input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int, *geometry: Any,
+    ) -> Tensor:  # fmt: skip
+        kernel_size, *ctx.rest = geometry
+        ctx.save_for_backward(data, scale)
+        ctx.input = tuple(x.shape)
+        ctx.shape = (colsum.shape[0], x.shape[1] // geometry[-1], *kernel_size)
+        ctx.dtypes = values.dtype, None if bias is None else bias.dtype
+        return _int8_conv2d(
+            x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, *geometry
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            data, scale = ctx.saved_tensors
+            weight = _weight_of(data, scale, ctx.shape, grad.dtype)
+            dx = conv2d_input(ctx.input, weight, grad, *ctx.rest).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dbias = bias_gradient(grad, (0, 2, 3), ctx.dtypes[1])
+        return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+_convolution = _entered(_Int8Conv2d)
+
+
+def _differentiable_conv2d(
+    x: Tensor,
+    packed: PackedInt8Conv2d,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *geometry: Any,
+) -> Tensor:
+    weight = packed.data, packed.colsum, packed.scale
+    rest: Any = (input_scale.detach(), input_zero_point, quant_min, quant_max, list(packed.shape[2:]), *geometry)
+    values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
+    if transformed():
+        y = reference.int8_conv2d(x.detach(), *weight, constant(bias), *rest)
+        w = _weight_of(packed.data, packed.scale, packed.shape, torch.float32)
+        return as_if(y, F.conv2d(values.float(), w, None if bias is None else bias.float(), *geometry))
+    return _convolution(values, bias, x.detach(), *weight, *rest)
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -127,14 +197,24 @@ def int8_conv2d(
 
     Returns:
         [N, C_out, H_out, W_out] of x's dtype in channels_last memory. Infinities saturate; a NaN of x makes the outputs
-        NaN that see it. Not differentiable.
+        NaN that see it.
+
+    Differentiable in x, bias and input_scale as the float convolution by the dequantized weight behind
+    ``fake_quantize`` of x.
 
     Raises:
         RuntimeError: a shape, dtype or range other than these, or C·kh·kw/groups > 131071.
     """
+    if x.is_nested:
+        check_dense("x", x)
     channels = packed.shape[1] * packed.groups
     if x.dim() != 4 or x.shape[1] != channels:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [N, {channels}, H, W]")
+    if transformed() or wants_gradient(x, bias, input_scale):
+        return _differentiable_conv2d(
+            x, packed, bias, input_scale, input_zero_point, quant_min, quant_max,
+            _pair(stride), _pair(padding), _pair(dilation), packed.groups,
+        )  # fmt: skip
     return _int8_conv2d(
         x,
         packed.data,

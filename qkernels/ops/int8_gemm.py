@@ -1,14 +1,22 @@
-"""int8 matrix multiplication, and the linear layer on packed int8 weights. Inference ops: not differentiable."""
+"""int8 matrix multiplication, and the linear layer on packed int8 weights, which are frozen."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
 
 from .. import library
 from ..reference import int8_gemm as reference
+from ..reference.activation import check_activation
+from ..reference.fake_quantize import check_dense
+from ..reference.transforms import as_if
+from .fake_quantize import _entered, transformed
+from .frozen import activated, bias_gradient, constant, represented, through_weight, wants_gradient
 
 _define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
 
@@ -143,17 +151,49 @@ def int8_scaled_mm(
         out_zero_point: one integer within −128…127; None: 0.
 
     Returns:
-        [M, N] of out_dtype. Not differentiable.
+        [M, N] of out_dtype. Differentiable in scale_a, scale_b and bias; codes carry no gradient.
 
     Raises:
         RuntimeError: a shape or dtype other than these.
     """
     output = _output(activation, out_dtype, torch.bfloat16, out_scale)
+    if transformed() or wants_gradient(scale_a, scale_b, bias):
+        if out_scale is None:
+            return _differentiable_scaled_mm(
+                a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation, output[1], out_zero_point
+            )
+        scale_a, scale_b, bias = scale_a.detach(), scale_b.detach(), constant(bias)
     return _int8_scaled_mm(a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, *output, out_scale, out_zero_point)
+
+
+def _differentiable_scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    zero_point_a: Tensor | None,
+    colsum_b: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_zero_point: Tensor | None,
+) -> Tensor:
+    """``reference.epilogue`` on the exact product, in what autograd sees through."""
+    reference.check_scaled(
+        a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation or "none", out_dtype, None, out_zero_point
+    )
+    acc = _int8_mm(a, b)
+    if zero_point_a is not None:
+        colsum = b.sum(0, dtype=torch.int64) if colsum_b is None else colsum_b
+        acc = acc.long() - zero_point_a.long().reshape(-1, 1) * colsum
+    z = acc.float() * scale_b.float().reshape(-1) * scale_a.float().reshape(-1, 1)
+    return activated(z if bias is None else z + bias.float(), activation, out_dtype)
 
 
 class PackedInt8:
     """A linear layer's weight [N, K] as int8 codes in the layout that the int8 kernels stream, with its scales.
+
+    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
 
     Attributes:
         data: packed codes, int8: for the CPU in panels (csrc/cpu/int8_gemm.h), on a GPU [N, K] with K padded to 16.
@@ -175,6 +215,7 @@ class PackedInt8:
         Raises:
             ValueError: w is not a finite floating matrix.
         """
+        check_dense("w", w)
         if w.dim() != 2 or not w.is_floating_point():
             raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
         values = w.detach().float()
@@ -214,6 +255,67 @@ class PackedInt8:
 
 
 torch.serialization.add_safe_globals([PackedInt8])  # torch.load(weights_only=True)
+
+
+def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The weight's rows start…stop, start a multiple of PANEL, of packed data."""
+    if data.dim() == 2:
+        q = data[start:stop, :k]
+    else:
+        q = _int8_unpack(data[start // reference.PANEL : -(-stop // reference.PANEL)], stop - start, k)
+    return q.float().mul_(scale[start:stop, None]).to(dtype)
+
+
+class _Int8Linear(Function):
+    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, bias: Tensor | None, x: Tensor, data: Tensor, colsum: Tensor, scale: Tensor,
+        *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(data, scale)
+        ctx.shape, ctx.dtypes = (colsum.shape[0], x.shape[-1]), (values.dtype, None if bias is None else bias.dtype)
+        return _int8_linear(x, data, colsum, scale, bias, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        data, scale = ctx.saved_tensors
+        n, k = ctx.shape
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = through_weight(grad, n, k, partial(_rows_of, data, scale, k)).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dbias = bias_gradient(grad, tuple(range(grad.dim() - 1)), ctx.dtypes[1])
+        return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+_linear = _entered(_Int8Linear)
+
+
+def _differentiable_linear(
+    x: Tensor,
+    packed: PackedInt8,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    check_activation(activation or "none")
+    sum_dtype = out_dtype if activation is None else torch.float32
+    weight = packed.data, packed.colsum, packed.scale
+    rest: Any = constant(input_scale), input_zero_point, quant_min, quant_max, "none", sum_dtype, None, None
+    values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
+    if transformed():
+        y = reference.int8_linear(x.detach(), *weight, constant(bias), *rest)
+        w = _rows_of(packed.data, packed.scale, packed.shape[1], 0, packed.shape[0], torch.float32)
+        z = as_if(y, F.linear(values.float(), w, None if bias is None else bias.float()))
+    else:
+        z = _linear(values, bias, x.detach(), *weight, *rest)
+    return activated(z, activation, out_dtype)
 
 
 def _by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
@@ -262,17 +364,30 @@ def int8_linear(
 
     Returns:
         [..., N] of x's dtype, of out_dtype, or with out_scale int8. A NaN in x makes its row NaN; an infinity saturates
-        with a static scale and makes its row NaN with a dynamic one. Not differentiable.
+        with a static scale and makes its row NaN with a dynamic one.
+
+    Differentiable, but for the weight, as the float layer behind ``fake_quantize`` of its input: dx = dy @ the
+    dequantized weight, straight through with a dynamic scale and 0 where a static one clips; bias and a floating
+    input_scale get theirs. Kept for the backward pass are the packed codes (with "gelu" and "silu" also fp32 sums).
+    int8 codes, in or out, carry no gradient.
 
     Raises:
         RuntimeError: a shape, dtype or range other than these.
     """
+    if x.is_nested:
+        check_dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:
         input_scale = _by_row("input_scale", input_scale, x)
         input_zero_point = _by_row("input_zero_point", input_zero_point, x)
     output = _output(activation, out_dtype, torch.bfloat16 if x.dtype == torch.int8 else x.dtype, out_scale)
+    if transformed() or wants_gradient(x, bias, input_scale):
+        if out_scale is None and out_zero_point is None:
+            return _differentiable_linear(
+                x, packed, bias, input_scale, input_zero_point, quant_min, quant_max, activation, output[1]
+            )
+        x, bias, input_scale = x.detach(), constant(bias), constant(input_scale)
     return _int8_linear(
         x, packed.data, packed.colsum, packed.scale, bias, input_scale, input_zero_point, quant_min, quant_max,
         *output, out_scale, out_zero_point,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from ..reference.fake_quantize import check_dense
 from ..reference.int8_gemm import MAX_K
 from .fake_quantize import _entered
 from .int8_gemm import int8_mm, int8_scaled_mm
@@ -202,6 +203,8 @@ def _check(
 ) -> None:  # fmt: skip
     floating = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
     for name, t in (("x", x), ("w", w), ("bias", bias)):
+        if t is not None:
+            check_dense(name, t)
         if t is not None and not t.is_floating_point():
             raise RuntimeError(f"{name}: got {t.dtype}; accepted: {floating}")
         if t is not None and t.device != x.device:

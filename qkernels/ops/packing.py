@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import library
 from ..reference import packing as reference
+from ..reference.fake_quantize import check_dense
 
 
 def _fake_pack(q: Tensor, bits: int) -> Tensor:
@@ -66,5 +67,6 @@ def pack_int4(q: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, k: int | None = None) -> Tensor:
     """The codes −8…7, int8 [..., k], of ``pack_int4``; k is by default twice packed's last dim, and else one less."""
     if k is None:
+        check_dense("packed", packed)
         k = 2 * packed.shape[-1]
     return _unpack_bits(packed, 4, k)

@@ -1,4 +1,4 @@
-"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams`` (not differentiable)."""
+"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits
+from ..reference import transforms
+from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
 from .statistics import mse_range, percentile_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
@@ -58,7 +59,8 @@ def quantize(
 
     Returns:
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
-        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN.
+        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
+        carry no gradient; ``fake_quantize`` does.
     """
     return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
 
@@ -78,17 +80,25 @@ def dequantize(
 ) -> Tensor:
     """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``.
+    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``. Differentiable in scale, and straight
+    through the rounding of a float zero_point.
     """
+    if transformed() or (
+        torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
+    ):
+        return transforms.dequantize(q, scale, zero_point, dtype)
     return _dequantize(q, scale, zero_point, dtype)
 
 
 def quantize_dynamic(
     x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``."""
+    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``.
+
+    Not differentiable: the range, and so scale, is a constant for the gradient.
+    """
     quant_min, quant_max = range_of_bits(bits)
-    return _quantize_dynamic(x, group_size_argument(group_size), quant_min, quant_max, symmetric)
+    return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)
 
 
 def choose_qparams(
@@ -107,7 +117,8 @@ def choose_qparams(
 
     Symmetric: scale = max(|min|, |max|) / ((quant_max − quant_min) // 2), which never clips an extreme. Asymmetric:
     scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). Scales are floored at eps
-    and at the smallest normal fp32.
+    and at the smallest normal fp32; of fp16 and bf16 ranges they are computed in fp32, rounded to the nearest that the
+    dtype holds and is above zero.
 
     Args:
         min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
@@ -117,6 +128,11 @@ def choose_qparams(
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
     """
+    for name, t in (("min_val", min_val), ("max_val", max_val)):
+        reference_qparams.check_dense(name, t)
+        if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            accepted = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
+            raise RuntimeError(f"{name}: got {t.dtype}; accepted: {accepted}")
     if min_val.shape != max_val.shape:
         raise RuntimeError(f"max_val: got shape {list(max_val.shape)}; accepted: min_val's, {list(min_val.shape)}")
     if quant_min >= quant_max:
@@ -130,4 +146,15 @@ def choose_qparams(
             min_val, max_val = percentile_range(x, min_val, max_val, percentile, symmetric)
         else:
             min_val, max_val = mse_range(x, min_val, max_val, quant_min, quant_max, symmetric, eps)
-    return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+    dtype = min_val.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+    # fp32 holds every range and step of these; the zero point is that of the rounded scale.
+    scale, zero_point = reference_qparams.qparams_of_range(
+        min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps
+    )
+    scale = reference_qparams.stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
+    if not symmetric:
+        low = min_val.detach().float().clamp(max=0)
+        zero_point = (quant_min - (low / scale.detach().float()).round()).clamp(quant_min, quant_max)
+    return scale, zero_point.nan_to_num(quant_min).to(torch.int32)

@@ -11,8 +11,10 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import relu_fake_quantize as reference
+from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
-from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask
+from ..reference.straight_through import check_clip_or_lsq
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -26,19 +28,19 @@ _forward = _define(
 )
 _forward_mask = _define(
     "relu_fake_quantize_forward_mask",
-    f"(Tensor x, {_PARAMS}) -> (Tensor, Tensor)",
+    f"(Tensor x, {_PARAMS}, bool lsq=False) -> (Tensor, Tensor)",
     reference.relu_fake_quantize_forward_mask,
     lambda x, *_: (torch.empty_like(x), _mask_like(x)),
 )
 _backward = _define(
     "relu_fake_quantize_backward",
-    f"(Tensor grad, Tensor x, {_PARAMS}) -> Tensor",
+    f"(Tensor grad, Tensor x, {_PARAMS}, bool lsq=False) -> Tensor",
     reference.relu_fake_quantize_backward,
     lambda grad, x, *_: torch.empty_like(x),
 )
 _learnable_backward = _define(
     "relu_fake_quantize_learnable_backward",
-    f"(Tensor grad, Tensor x, {_PARAMS}, float grad_factor) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, {_PARAMS}, float grad_factor, bool lsq=False) -> (Tensor, Tensor, Tensor)",
     reference.relu_fake_quantize_learnable_backward,
     lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
 )
@@ -48,8 +50,10 @@ class _ReluKept(Function):
     """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
-        ctx.range = (low, high)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, lsq: bool
+    ) -> Tensor:
+        ctx.range = (low, high, lsq)
         ctx.save_for_backward(x, scale, zero_point)
         return _forward(x, scale, zero_point, low, high)
 
@@ -59,22 +63,24 @@ class _ReluKept(Function):
             dx = torch.where(reference.inside_range(*ctx.saved_tensors, *ctx.range), grad, 0)
         else:
             dx = _backward(grad, *ctx.saved_tensors, *ctx.range)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class _ReluMask(Function):
     """x alone needs a gradient: one bit per element is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
-        y, mask = _forward_mask(x, scale, zero_point, low, high)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, lsq: bool
+    ) -> Tensor:
+        y, mask = _forward_mask(x, scale, zero_point, low, high, lsq)
         ctx.stride = y.stride()
         ctx.save_for_backward(mask)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _through_mask(ctx, grad), None, None, None, None
+        return _through_mask(ctx, grad), None, None, None, None, None
 
 
 class _ReluLearnable(Function):
@@ -82,9 +88,9 @@ class _ReluLearnable(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, factor: float
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, factor: float, lsq: bool
     ) -> Tensor:
-        ctx.range = (low, high, factor)
+        ctx.range = (low, high, factor, lsq)
         ctx.save_for_backward(x, scale, zero_point)
         return _forward(x, scale, zero_point, low, high)
 
@@ -98,7 +104,7 @@ class _ReluLearnable(Function):
         dx, dscale, dzp = _learnable_backward(grad, x, scale, zero_point, *ctx.range)
         if ctx.needs_input_grad[2]:
             dzp = (dzp.sum() if zero_point.numel() == 1 else dzp).reshape(zero_point.shape).to(zero_point.dtype)
-        return dx, dscale, dzp if ctx.needs_input_grad[2] else None, None, None, None
+        return dx, dscale, dzp if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
 _kept = _entered(_ReluKept)
@@ -114,23 +120,28 @@ def relu_fake_quantize(
     quant_min: int,
     quant_max: int,
     grad_factor: float = 1.0,
+    straight_through: str = "clip",
 ) -> Tensor:
     """``fake_quantize(torch.relu(x), …)`` in one pass, bit for bit, and its gradients too.
 
     Arguments, result and errors are those of ``fake_quantize``; numbers for scale and zero_point become one-element
-    tensors. The gradient of x passes where x is positive and its rounded value lies in the range. For the backward
-    pass x is kept where it lives anyway or a scale is learned, else one bit per element: torch.relu alone would keep
-    its whole output.
+    tensors, straight_through is "clip" or "lsq". The gradient of x passes where x is positive and inside the range. For
+    the backward pass x is kept where it lives anyway or a scale is learned, else one bit per element: torch.relu alone
+    would keep its whole output.
     """
+    check_clip_or_lsq(straight_through)
+    lsq = straight_through == "lsq"
     if not isinstance(scale, Tensor):
         if isinstance(zero_point, Tensor):
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         scale = torch.full((1,), scale, dtype=compute_dtype(x), device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if transformed():
+        return transforms.relu_fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
-            return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor)
+            return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor, lsq)
         if x.requires_grad:
-            return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max)
+            return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max, lsq)
     return _forward(x, scale, zero_point, quant_min, quant_max)

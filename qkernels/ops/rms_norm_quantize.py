@@ -11,8 +11,9 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import rms_norm_quantize as reference
+from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
-from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
+from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -118,6 +119,8 @@ def rms_norm_fake_quantize_dynamic(
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: bits.
     """
     args = _arguments(x, weight, eps, bits, group_size, symmetric)
+    if transformed():
+        return transforms.rms_norm_fake_quantize_dynamic(*args)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _fused(*args)
     return _forward(*args)[0]

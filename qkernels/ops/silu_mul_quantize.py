@@ -11,8 +11,9 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import silu_mul_quantize as reference
+from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype, inside_range
-from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits
+from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -97,6 +98,8 @@ def silu_mul_fake_quantize_dynamic(
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: bits.
     """
     args = (gate, up, group_size_argument(group_size), *range_of_bits(bits), symmetric)
+    if transformed():
+        return transforms.silu_mul_fake_quantize_dynamic(*args)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _fused(*args)
     return _forward(*args)[0]

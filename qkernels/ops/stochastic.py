@@ -11,7 +11,8 @@ from torch.autograd import Function
 
 from .. import library
 from ..reference import stochastic as reference
-from .fake_quantize import _already_masked, _entered, _learned_gradients, _mask_like
+from ..reference import transforms
+from .fake_quantize import _already_masked, _entered, _learned_gradients, _mask_like, transformed
 from .quantize import range_of_codes
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
@@ -97,6 +98,8 @@ def fake_quantize_stochastic(
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     numbers = _numbers(seed, offset)
+    if transformed():
+        return transforms.fake_quantize_stochastic(x, scale, zero_point, quant_min, quant_max, *numbers, grad_factor)
     if not torch.is_grad_enabled():
         return _forward(x, scale, zero_point, quant_min, quant_max, *numbers)[0]
     if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..nn.fake_quantize import FakeQuantize
 from .convert import bake_weights, check_calibrated, replace_layers
 from .fold import Folds, find_folds
 from .prepare import copy_of
@@ -29,8 +29,10 @@ class Exact(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_calibrated(self.model)
-        # The modules are copied, tensors are not: what stays in float is shared with the model.
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        # The modules are copied, tensors are not but for quantizers', which may start a scale: what stays in float is
+        # shared with the model.
+        modules = [module for module in self.model.modules() if not isinstance(module, FakeQuantize)]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         shadow = copy_of(self.model, {id(t): t for t in tensors}).eval()
         bake_weights(shadow)
         layout = [(name, id(module)) for name, module in self.model.named_modules()]

@@ -17,6 +17,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    """Raises RuntimeError where t is not plain values in strided memory."""
+    if not isinstance(t, Tensor):  # what stands for one, where a graph is traced
+        return
+    if t.is_nested:
+        got, way = "a nested tensor", "as its unbind() gives"
+    elif t.is_quantized:
+        got, way = f"a quantized tensor of {t.dtype}", "as dequantize() and int_repr() give"
+    elif t.layout is not torch.strided:
+        got, way = f"a tensor of layout {t.layout}", "as to_dense() gives"
+    else:
+        return
+    raise RuntimeError(f"{name}: got {got}; accepted: a dense tensor of layout torch.strided, {way}")
+
+
 def check_input(x: Tensor, quant_min: int, quant_max: int) -> None:
     """Raises RuntimeError where x or the range is not one that can be quantized."""
     if not x.is_floating_point():
@@ -47,8 +62,9 @@ def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, q
                 f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
                 f"{list(scale.shape)}"
             )
-        # Values are looked at only where that costs no synchronisation.
-        if x.device.type == "cpu" and not zero_point.is_floating_point() and zero_point.numel():
+        # Values are looked at only where that costs no synchronisation, and where there is one of each.
+        seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
+        if seen and not zero_point.is_floating_point() and zero_point.numel():
             check_zero_point(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
 
 
@@ -128,26 +144,44 @@ def fake_quantize_forward(
     return torch.empty_like(x).copy_((q.clamp(quant_min, quant_max) - z) * s)
 
 
-def inside_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    """Where x is quantized without clipping (bounds inclusive): a bool tensor, False for NaN."""
+def inside_range(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
+) -> Tensor:
+    """Where the gradient of x passes: a bool tensor, False for NaN.
+
+    The rounded code lies in the range, bounds included: nothing is clipped. Or, with lsq, x/scale + zero_point lies in
+    it before rounding, bounds excluded.
+    """
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
-    q = (x.to(s.dtype) * inv).round() + z
+    return counts_inside(x.to(s.dtype) * inv, z, quant_min, quant_max, lsq)
+
+
+def counts_inside(steps: Tensor, z: Tensor, quant_min: int, quant_max: int, lsq: bool) -> Tensor:
+    if lsq:
+        return (steps > quant_min - z) & (steps < quant_max - z)
+    q = steps.round() + z
     return (q >= quant_min) & (q <= quant_max)
 
 
 def fake_quantize_forward_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     y = fake_quantize_forward(x, scale, zero_point, quant_min, quant_max)
-    return y, pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max), y)
+    return y, pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max, lsq), y)
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    lsq: bool = False,
 ) -> Tensor:
     check(x, scale, zero_point, quant_min, quant_max)
     check_grad(grad, x)
-    inside = inside_range(x, scale, zero_point, quant_min, quant_max)
+    inside = inside_range(x, scale, zero_point, quant_min, quant_max, lsq)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
 
@@ -171,18 +205,20 @@ def fake_quantize_learnable_backward(
     quant_min: int,
     quant_max: int,
     grad_factor: float,
+    lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scale and zero point (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
 
     dscale sums dy·{quant_min − zp | quant_max − zp | (q − zp) − x/scale} (below, above, inside the range), dzp sums
-    −dy·scale over what is clipped; both times grad_factor.
+    −dy·scale over what is outside; both times grad_factor. With lsq the range is asked of x/scale + zp before rounding,
+    bounds excluded, as in both papers; else of q, bounds included, as torch does.
     """
     check(x, scale, zero_point, quant_min, quant_max)
     check_grad(grad, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.to(s.dtype) * inv
     q = steps.round() + z
-    inside = (q >= quant_min) & (q <= quant_max)
+    inside = counts_inside(steps, z, quant_min, quant_max, lsq)
     dy = grad.to(s.dtype)
     dscale = dy * ((q.clamp(quant_min, quant_max) - z) - torch.where(inside, steps, 0))
     dzp = torch.where(inside, 0, -dy * s)
@@ -238,8 +274,9 @@ def qparams_of_range(
     """Scale and int32 zero point that cover [low, high] and zero.
 
     Symmetric: scale = max(|low|, |high|) / ((quant_max − quant_min) // 2), so that neither end is ever clipped, and
-    the zero point is the middle code. Asymmetric: scale = (high − low) / (quant_max − quant_min), zero point
-    quant_min − round(low / scale). Scales are floored at eps and at the smallest normal fp32.
+    the zero point is the middle code. Asymmetric: scale = (high − low) / (quant_max − quant_min), also where high − low
+    is beyond the dtype; zero point quant_min − round(low / scale). Scales are floored at eps and at the smallest normal
+    fp32.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     floor = max(eps, torch.finfo(torch.float32).tiny)
@@ -247,9 +284,20 @@ def qparams_of_range(
         half = (quant_max - quant_min) // 2
         scale = (torch.maximum(-low, high) / half).clamp(min=floor)
         return scale, torch.full_like(scale, quant_max - half, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=floor)
+    scale = step_of(low, high, quant_max - quant_min).clamp(min=floor)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
+
+
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A positive scale as the nearest that dtype holds and quantizers take: at least fp16's smallest subnormal."""
+    info = torch.finfo(dtype)
+    return scale.to(dtype).clamp(min=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny))
+
+
+def step_of(low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """(high − low) / steps, as half the range over half the steps: the same bits, and no range overflows."""
+    return (high * 0.5 - low * 0.5) / (steps * 0.5)
 
 
 def storage_flat(t: Tensor) -> Tensor:
@@ -285,25 +333,34 @@ def observe_fake_quantize(
     quant_min: int,
     quant_max: int,
     symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     """Moving-average observer and fake quantization in one: updates the four statistics in place, returns y and mask.
 
     running += averaging_const · (batch − running), from the first batch on where running is infinite. Statistics are
-    fp32 and have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|); 0 means
-    asymmetric. A batch that is empty or whose range is not finite leaves the statistics as they are.
+    fp32 and have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|), with the
+    zero point symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite leaves the
+    statistics as they are.
     """
     check_granularity("running_min", running_min, x)
     low, high = range_of(x, running_min)
     learn = observer_on.bool() & low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):
-        moved = torch.where(running.isinf(), batch, running + averaging_const * (batch - running))
-        running.copy_(torch.where(learn, moved, running))
-    s, z = observed_qparams(running_min, running_max, quant_min, quant_max, symmetric_steps)
+        running.copy_(torch.where(learn, moving_average(running, batch, averaging_const), running))
+    s, z = observed_qparams(running_min, running_max, quant_min, quant_max, symmetric_steps, symmetric_zero_point)
     scale.copy_(torch.where(learn, s, scale))
     zero_point.copy_(torch.where(learn, z, zero_point))
     y, mask = fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
     on = fake_quant_on.bool().reshape(())
     return torch.where(on, y, x, out=torch.empty_like(x)), torch.where(on, mask, 255)
+
+
+def moving_average(running: Tensor, batch: Tensor, averaging_const: float) -> Tensor:
+    """running + averaging_const · (batch − running), also where that difference is beyond fp32."""
+    momentum = torch.full_like(running, averaging_const)
+    distance = batch - running
+    near, far = running + momentum * distance, (1 - momentum) * running + momentum * batch
+    return torch.where(running.isinf(), batch, torch.where(distance.isinf(), far, near))
 
 
 def range_of(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,13 +377,18 @@ def range_of(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def observed_qparams(
-    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric_steps: float
+    low: Tensor,
+    high: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """As torch.ao's observers: scale floored at fp32 epsilon, and the zero point of the middle code when symmetric."""
+    """As torch.ao's observers by default: the scale is floored at fp32's epsilon."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     eps = torch.finfo(torch.float32).eps
     if symmetric_steps:
         scale = (torch.maximum(-low, high) / symmetric_steps).clamp(min=eps)
-        return scale, torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=eps)
+        return scale, torch.full_like(scale, symmetric_zero_point, dtype=torch.int32)
+    scale = step_of(low, high, quant_max - quant_min).clamp(min=eps)
     return scale, (quant_min - (low / scale).round()).clamp(quant_min, quant_max).to(torch.int32)

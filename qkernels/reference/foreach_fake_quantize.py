@@ -42,10 +42,11 @@ def foreach_fake_quantize_backward(
     zero_points: ZeroPoints,
     quant_mins: Sequence[int],
     quant_maxs: Sequence[int],
+    lsq: bool = False,
 ) -> list[Tensor]:
     check(xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
     calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
-    return [single.fake_quantize_backward(*call) for call in calls]
+    return [single.fake_quantize_backward(*call, lsq) for call in calls]
 
 
 def foreach_fake_quantize_learnable_backward(
@@ -56,6 +57,7 @@ def foreach_fake_quantize_learnable_backward(
     quant_mins: Sequence[int],
     quant_maxs: Sequence[int],
     grad_factors: Sequence[float],
+    lsq: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the tensors, of the scales and of the zero points (these in scale's shape)."""
     check(
@@ -63,6 +65,6 @@ def foreach_fake_quantize_learnable_backward(
         grad_factor=grad_factors,
     )  # fmt: skip
     calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, grad_factors, strict=True)
-    results = [single.fake_quantize_learnable_backward(*call) for call in calls]
+    results = [single.fake_quantize_learnable_backward(*call, lsq) for call in calls]
     dx, dscale, dzero_point = ([result[part] for result in results] for part in range(3))
     return dx, dscale, dzero_point

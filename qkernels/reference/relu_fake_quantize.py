@@ -19,24 +19,32 @@ def relu_fake_quantize_forward(
     return plain.fake_quantize_forward(rectified(x), scale, zero_point, quant_min, quant_max)
 
 
-def inside_range(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    """Where the gradient passes: x is positive and is quantized without clipping."""
-    return plain.inside_range(x.relu(), scale, zero_point, quant_min, quant_max) & (x > 0)
+def inside_range(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
+) -> Tensor:
+    """Where the gradient passes: x is positive and lies in the range."""
+    return plain.inside_range(x.relu(), scale, zero_point, quant_min, quant_max, lsq) & (x > 0)
 
 
 def relu_fake_quantize_forward_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     y = relu_fake_quantize_forward(x, scale, zero_point, quant_min, quant_max)
-    return y, plain.pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max), y)
+    return y, plain.pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max, lsq), y)
 
 
 def relu_fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    lsq: bool = False,
 ) -> Tensor:
     plain.check(x, scale, zero_point, quant_min, quant_max)
     plain.check_grad(grad, x)
-    inside = inside_range(x, scale, zero_point, quant_min, quant_max)
+    inside = inside_range(x, scale, zero_point, quant_min, quant_max, lsq)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
 
@@ -48,9 +56,10 @@ def relu_fake_quantize_learnable_backward(
     quant_min: int,
     quant_max: int,
     grad_factor: float,
+    lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plain.check(x, scale, zero_point, quant_min, quant_max)
     dx, dscale, dzp = plain.fake_quantize_learnable_backward(
-        grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor
+        grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor, lsq
     )
     return torch.empty_like(x).copy_(torch.where(x > 0, dx, 0)), dscale, dzp

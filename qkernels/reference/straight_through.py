@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .fake_quantize import check, check_grad, qparams, sum_to
 
-VARIANTS = ("pass", "pact", "ewgs")
+# Those with terms of their own; "lsq" is an argument of the ops of "clip".
+WITH_TERMS = ("pass", "pact", "ewgs")
+VARIANTS = ("lsq", *WITH_TERMS)
 
 
 def check_variant(straight_through: str, ewgs_delta: float, accepted: tuple[str, ...]) -> None:
@@ -17,6 +19,10 @@ def check_variant(straight_through: str, ewgs_delta: float, accepted: tuple[str,
         raise RuntimeError(f"straight_through: got '{straight_through}'; accepted: {', '.join(accepted)}")
     if not 0 <= ewgs_delta < math.inf:
         raise RuntimeError(f"ewgs_delta: got {ewgs_delta}; accepted: finite, at least 0")
+
+
+def check_clip_or_lsq(straight_through: str) -> None:
+    check_variant(straight_through, 0.0, ("clip", "lsq"))
 
 
 def fake_quantize_straight_through_backward(
@@ -35,17 +41,20 @@ def fake_quantize_straight_through_backward(
     pass: dx = dy, the sums as clip's.
     pact: dx = dy where quant_min − zp <= v < quant_max − zp, and only what lies outside counts for the sums
     (arXiv 1805.06085, whose alpha is scale·(quant_max − zp)).
-    ewgs: dx = dy·(1 + d·(v − round(v))) where clip passes dy, with d = ewgs_delta·sign(dy) (arXiv 2104.00903). By the
-    chain rule the scale's term dy·(round(v) − v) becomes dy·(round(v) − v)·(1 + d·v).
+    ewgs: dx = dy·(1 + d·(v − round(v))) where quant_min − zp <= v <= quant_max − zp, with d = ewgs_delta·sign(dy)
+    (arXiv 2104.00903, which clips before it rounds). By the chain rule the scale's term dy·(round(v) − v) becomes
+    dy·(round(v) − v)·(1 + d·v).
     """
     check(x, scale, zero_point, quant_min, quant_max)
     check_grad(grad, x)
-    check_variant(straight_through, ewgs_delta, VARIANTS)
+    check_variant(straight_through, ewgs_delta, WITH_TERMS)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     dy, steps = grad.to(s.dtype), x.to(s.dtype) * inv
     q = steps.round() + z
     end = q.clamp(quant_min, quant_max) - z
     inside = (q >= quant_min) & (q <= quant_max)
+    if straight_through == "ewgs":
+        inside = (steps >= quant_min - z) & (steps <= quant_max - z)
     if straight_through == "pact":
         inside = (steps >= quant_min - z) & (steps < quant_max - z)
         dx, dscale = torch.where(inside, dy, 0), torch.where(inside, 0, dy * end)

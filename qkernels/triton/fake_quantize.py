@@ -18,6 +18,7 @@ from .launch import launch
 from .numerics import (
     choose_qparams,
     clamp,
+    counts_inside,
     highest,
     is_inside,
     lowest,
@@ -74,7 +75,7 @@ def zero_point_kind(scale: Tensor, zero_point: Tensor | None) -> int:
 def forward_kernel(
     x_ptr, y_ptr, mask_ptr, on_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     MASK: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr, LSQ: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = block_index(MODE, BLOCK, INNER)
@@ -87,9 +88,10 @@ def forward_kernel(
     s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
-    q = rint(x * inv) + z
+    steps = x * inv
+    q = rint(steps) + z
     y = narrow((clamp(q, low, high) - z) * s, y_ptr.dtype.element_ty)
-    inside = is_inside(q, low, high) & here
+    inside = counts_inside(steps, q, z, low, high, LSQ) & here
     if RELU:
         inside = inside & (x > 0)
     if on_ptr is not None:
@@ -127,6 +129,7 @@ def forward(
     mask: Tensor | None = None,
     on: Tensor | None = None,
     rectify: bool = False,
+    lsq: bool = False,
 ) -> None:
     """Fills y and mask; x is dense, its scale a tensor or a number. Where ``on`` holds 0, y is x, every bit is set."""
     numel = x.numel()
@@ -135,7 +138,8 @@ def forward(
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
         forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, **constexprs, maxnreg=configs.UNSPILLED,
+        float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, LSQ=lsq, **constexprs,
+        maxnreg=configs.UNSPILLED,
     )  # fmt: skip
 
 
@@ -149,12 +153,12 @@ def fake_quantize_forward(
 
 
 def fake_quantize_forward_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
-    forward(x, scale, zero_point, quant_min, quant_max, y, mask)
+    forward(x, scale, zero_point, quant_min, quant_max, y, mask, lsq=lsq)
     return y, mask
 
 
@@ -162,7 +166,7 @@ def fake_quantize_forward_mask(
 def backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr, LSQ: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = block_index(MODE, BLOCK, INNER)
@@ -173,14 +177,22 @@ def backward_kernel(
     _s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
-    inside = is_inside(rint(x * inv) + z, low, high)
+    steps = x * inv
+    inside = counts_inside(steps, rint(steps) + z, z, low, high, LSQ)
     if RELU:  # what is not positive must not count; the rest is what relu leaves alone
         inside = inside & (x > 0)
     tl.store(dx_ptr + start + index, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
 
 
 def backward(
-    grad: Tensor, x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, rectify: bool = False
+    grad: Tensor,
+    x: Tensor,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    rectify: bool = False,
+    lsq: bool = False,
 ) -> Tensor:
     x, dx = dense_and_like(x)
     numel = x.numel()
@@ -190,17 +202,23 @@ def backward(
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
         backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, RELU=rectify, **constexprs,
+        float(quant_max), numel, view, RELU=rectify, LSQ=lsq, **constexprs,
     )  # fmt: skip
     return dx
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    lsq: bool = False,
 ) -> Tensor:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
-    return backward(grad, x, scale, zero_point, quant_min, quant_max)
+    return backward(grad, x, scale, zero_point, quant_min, quant_max, lsq=lsq)
 
 
 # Scale and zero point as numbers: fp32 arguments of the kernels. fp64 gets tensors, filled on the device.
@@ -265,7 +283,7 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 @triton.jit
-def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr):
+def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr, LSQ: tl.constexpr):
     """What each element adds to the gradients of scale and zero point, and whether its own gradient passes.
 
     Select, never multiply, so that an infinite gradient outside the range does not become NaN.
@@ -275,7 +293,7 @@ def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr):
         x = relu(x)
     steps = x * inv
     q = rint(steps) + z
-    inside = is_inside(q, low, high)
+    inside = counts_inside(steps, q, z, low, high, LSQ)
     ds = dy * ((clamp(q, low, high) - z) - tl.where(inside, steps, 0.0))
     dz = tl.where(inside, 0.0, (0.0 - dy) * s)
     if RELU:
@@ -287,7 +305,7 @@ def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr):
 def learnable_rows_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, runs, inner, pieces,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    RELU: tl.constexpr,
+    RELU: tl.constexpr, LSQ: tl.constexpr,
 ):  # fmt: skip
     run, col = row_tile(ROWS, COLS)
     first = tl.program_id(1).to(tl.int64) * (steps * COLS)
@@ -304,7 +322,7 @@ def learnable_rows_kernel(
         at = run * inner + at
         x = widen(tl.load(x_ptr + at, mask=here, other=0.0))
         grad = tl.load(grad_ptr + at, mask=here, other=0.0)
-        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU)
+        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU, LSQ)
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
@@ -319,7 +337,7 @@ def learnable_rows_kernel(
 def learnable_columns_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, outer, width,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    RELU: tl.constexpr,
+    RELU: tl.constexpr, LSQ: tl.constexpr,
 ):  # fmt: skip
     col = column_tile(COLS)
     first = tl.program_id(1).to(tl.int64) * (steps * ROWS)
@@ -337,7 +355,7 @@ def learnable_columns_kernel(
         at = at * width + col
         x = widen(tl.load(x_ptr + at, mask=here, other=0.0))
         grad = tl.load(grad_ptr + at, mask=here, other=0.0)
-        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU)
+        ds, dz, inside = _learnable_terms(grad, x, s, inv, z, low, high, RELU, LSQ)
         tl.store(dx_ptr + at, tl.where(inside, grad, tl.zeros_like(grad)), mask=here)
         dscale += ds
         dzero_point += dz
@@ -381,6 +399,7 @@ def learnable_backward(
     quant_max: int,
     grad_factor: float,
     rectify: bool = False,
+    lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
@@ -403,7 +422,7 @@ def learnable_backward(
         kernel, sizes = learnable_columns_kernel, (cut.height, cut.width, cut.steps)
     launch(
         kernel, cut.grid, *arguments, *sizes, walk.view, ZERO_POINT=zero_point_kind(scale, zero_point),
-        DIGITS=walk.digits, ROWS=cut.rows, COLS=cut.cols, RELU=rectify,
+        DIGITS=walk.digits, ROWS=cut.rows, COLS=cut.cols, RELU=rectify, LSQ=lsq,
     )  # fmt: skip
     partial, (outer, period, inner) = regroup(
         partial, cut, walk, lambda part, dims: part.double().sum([d + 1 for d in dims])
@@ -426,8 +445,9 @@ def fake_quantize_learnable_backward(
     quant_min: int,
     quant_max: int,
     grad_factor: float,
+    lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor)
+    return learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, lsq=lsq)
 
 
 # Ranges taken from x itself.
@@ -557,6 +577,14 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
 
 
 @triton.jit
+def moving_average(running, batch, momentum):
+    distance = batch - running
+    far = (1.0 - momentum) * running + momentum * batch  # two finite values may lie further apart than fp32 goes
+    moved = tl.where(tl.abs(distance) == float("inf"), far, running + momentum * distance)
+    return tl.where(tl.abs(running) == float("inf"), batch, moved)
+
+
+@triton.jit
 def observe_kernel(
     low_ptr, high_ptr, observer_on, running_min, running_max, scale_ptr, zero_point_ptr, outer, period, inner,
     averaging_const, quant_min, quant_max, steps, middle, floor,
@@ -570,10 +598,8 @@ def observe_kernel(
     finite = (low - low == 0) & (high - high == 0)
     learn = here & finite & (tl.load(observer_on) != 0)
     momentum = tl.cast(averaging_const, tl.float32)
-    before = tl.load(running_min + channel, mask=here, other=0.0)
-    low = tl.where(tl.abs(before) == float("inf"), low, before + momentum * (low - before))
-    before = tl.load(running_max + channel, mask=here, other=0.0)
-    high = tl.where(tl.abs(before) == float("inf"), high, before + momentum * (high - before))
+    low = moving_average(tl.load(running_min + channel, mask=here, other=0.0), low, momentum)
+    high = moving_average(tl.load(running_max + channel, mask=here, other=0.0), high, momentum)
     scale, zero_point = choose_qparams(low, high, quant_min, quant_max, steps, middle, floor, SYMMETRIC)
     tl.store(running_min + channel, low, mask=learn)
     tl.store(running_max + channel, high, mask=learn)
@@ -593,6 +619,7 @@ def observe_fake_quantize(
     quant_min: int,
     quant_max: int,
     symmetric_steps: float,
+    symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     reference.check_input(x, quant_min, quant_max)
     for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
@@ -617,7 +644,7 @@ def observe_fake_quantize(
     launch(
         observe_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
         running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min), float(quant_max),
-        symmetric_steps, float((quant_min + quant_max + 1) // 2), torch.finfo(torch.float32).eps,
+        symmetric_steps, float(symmetric_zero_point), torch.finfo(torch.float32).eps,
         SYMMETRIC=symmetric_steps != 0, **tile,
     )  # fmt: skip
     forward(x, scale, zero_point, quant_min, quant_max, y, mask, fake_quant_on)

@@ -121,6 +121,15 @@ def is_inside(q, low, high):
 
 
 @triton.jit
+def counts_inside(steps, q, z, low, high, LSQ: tl.constexpr):
+    """Where the gradient passes: the code q is in the range, or x/scale is before rounding, bounds excluded."""
+    if LSQ:
+        return (steps > low - z) & (steps < high - z)
+    else:
+        return is_inside(q, low, high)
+
+
+@triton.jit
 def store_bits(mask_ptr, inside, first, count, BLOCK: tl.constexpr):
     """Stores BLOCK truth values (any shape) as bits, low bit first: those of elements ``first`` and on, ``count`` all.
 
@@ -178,7 +187,8 @@ def choose_qparams(low, high, quant_min, quant_max, steps, middle, floor, SYMMET
         scale = divide(amax, tl.zeros_like(amax) + steps)
         zero_point = tl.zeros_like(scale) + middle
     else:
-        scale = divide(high - low, tl.zeros_like(low) + (quant_max - quant_min))
+        # Half the range over half the steps: the same bits, and no range overflows.
+        scale = divide(high * 0.5 - low * 0.5, tl.zeros_like(low) + (quant_max - quant_min) * 0.5)
     scale = tl.maximum(scale, floor, propagate_nan=tl.PropagateNan.ALL)
     if not SYMMETRIC:
         zero_point = clamp(quant_min - rint(divide(low, scale)), quant_min, quant_max)

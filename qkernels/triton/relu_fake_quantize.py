@@ -26,21 +26,27 @@ def relu_fake_quantize_forward(
 
 
 def relu_fake_quantize_forward_mask(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     x, y = plain.dense_and_like(x)
     mask = plain.empty_mask(x)
-    plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True)
+    plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True, lsq=lsq)
     return y, mask
 
 
 def relu_fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    lsq: bool = False,
 ) -> Tensor:
     reference.check(x, scale, zero_point, quant_min, quant_max)
     reference.check_grad(grad, x)
-    return plain.backward(grad, x, scale, zero_point, quant_min, quant_max, rectify=True)
+    return plain.backward(grad, x, scale, zero_point, quant_min, quant_max, rectify=True, lsq=lsq)
 
 
 def relu_fake_quantize_learnable_backward(
@@ -51,5 +57,6 @@ def relu_fake_quantize_learnable_backward(
     quant_min: int,
     quant_max: int,
     grad_factor: float,
+    lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return plain.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, rectify=True)
+    return plain.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, True, lsq)

@@ -27,6 +27,8 @@ def terms(dy, steps, q, s, z, low, high, delta, VARIANT: tl.constexpr):
     """What elements add to dx, dscale and dzero_point; see the references of the variants."""
     end = clamp(q, low, high) - z
     inside = is_inside(q, low, high)
+    if VARIANT == "ewgs":  # the paper clips before it rounds
+        inside = (steps >= low - z) & (steps <= high - z)
     if VARIANT == "pact":
         inside = (steps >= low - z) & (steps < high - z)
         dscale = tl.where(inside, 0.0, dy * end)

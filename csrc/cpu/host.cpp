@@ -1,46 +1,18 @@
-// qkernels._host: what this machine's CPU can do, which path the CPU kernels take, and how they were built.
-// Free of torch, so that it loads and reports even where the op library does not.
-#include <pybind11/pybind11.h>
+// What this machine's CPU can do, which path the kernels take, and how the library was built: plain C functions, which
+// qkernels/host.py calls, so that one library serves every version of Python.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include <chrono>
-#include <stdexcept>
-#include <string>
+#include <iterator>
 
-#include "cpu/isa.h"
+#include "isa.h"
 
-namespace py = pybind11;
-using namespace qkernels;
+#define QK_EXPORT extern "C" __attribute__((visibility("default")))
 
+namespace qkernels {
 namespace {
-
-std::string name(int isa) { return kIsaNames[isa]; }
-
-void set_isa(const std::string& wanted) {
-  std::string accepted;
-  for (int i = 0; i <= static_cast<int>(supported_isa()); ++i) {
-    if (wanted == kIsaNames[i]) {
-      own_isa_state.active = i;
-      return;
-    }
-    accepted += (i ? ", " : "") + name(i);
-  }
-  throw std::invalid_argument("isa: got '" + wanted + "'; this CPU runs " + accepted);
-}
-
-py::dict build_info() {
-  py::dict info;
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#else
-  info["compiler"] = "gcc " __VERSION__;
-#endif
-  info["torch"] = QKERNELS_BUILD_TORCH;
-  info["torch_target"] = "2.10";
-  return info;
-}
 
 // What a benchmark divides by: int8 dot products that touch registers only, by the instructions that the int8 GEMM
 // takes on this path, and memory read end to end. In assembly, since a compiler may spill the sums or take the products
@@ -104,15 +76,35 @@ double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-double dot_ceiling(double seconds) {
-  py::gil_scoped_release release;
-  const int isa = own_isa_state.active;
+}  // namespace
+}  // namespace qkernels
+
+using namespace qkernels;
+
+// A path's name; null beyond the last.
+QK_EXPORT const char* qkernels_isa_name(int isa) {
+  return isa < static_cast<int>(std::size(kIsaNames)) ? kIsaNames[isa] : nullptr;
+}
+QK_EXPORT int qkernels_supported_isa() { return static_cast<int>(supported_isa()); }
+QK_EXPORT int qkernels_active_isa() { return isa_state.active; }
+QK_EXPORT void qkernels_set_active_isa(int isa) { isa_state.active = isa; }
+QK_EXPORT int qkernels_last_isa() { return isa_state.last; }
+QK_EXPORT void qkernels_clear_last_isa() { isa_state.last = -1; }
+
+QK_EXPORT const char* qkernels_compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+QK_EXPORT double qkernels_dot_ceiling(double seconds) {
+  const Isa isa = active_isa();
   double ops = 0, start = seconds_now(), now = start;
   while (now < start + seconds) {
 #if defined(__x86_64__)
-    ops += isa >= static_cast<int>(Isa::avx512vnni) ? dots_avx512vnni()
-           : isa >= static_cast<int>(Isa::avx2)     ? dots_avx2()
-                                                    : dots_scalar();
+    ops += isa >= Isa::avx512vnni ? dots_avx512vnni() : isa >= Isa::avx2 ? dots_avx2() : dots_scalar();
 #else
     (void)isa;
     ops += dots_scalar();
@@ -122,9 +114,7 @@ double dot_ceiling(double seconds) {
   return ops / (now - start);
 }
 
-double read_ceiling(uintptr_t address, int64_t bytes) {
-  py::gil_scoped_release release;
-  const char* data = reinterpret_cast<const char*>(address);
+QK_EXPORT double qkernels_read_ceiling(const char* data, int64_t bytes) {
   const double start = seconds_now();
   int64_t sum = 0;
 #if defined(__x86_64__)
@@ -133,42 +123,10 @@ double read_ceiling(uintptr_t address, int64_t bytes) {
   } else
 #endif
   {
-    const int64_t* words = reinterpret_cast<const int64_t*>(address);
+    const int64_t* words = reinterpret_cast<const int64_t*>(data);
     for (int64_t i = 0; i < bytes / 8; ++i) sum ^= words[i];
   }
   volatile int64_t kept = sum;
   (void)kept;
-  (void)data;
   return static_cast<double>(bytes) / (seconds_now() - start);
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_host, m) {
-  m.doc() = "CPU features, the CPU path in use, and build information (no torch needed).";
-  m.def("isa_names", [] {
-    py::list names;
-    for (const char* isa : kIsaNames) names.append(isa);
-    return names;
-  });
-  m.def("supported_isa", [] { return name(static_cast<int>(supported_isa())); });
-  m.def("active_isa", [] { return name(own_isa_state.active); });
-  m.def("set_isa", &set_isa, py::arg("isa"),
-        "Caps the path that CPU kernels take: scalar, avx2, avx512 or avx512vnni.");
-  m.def(
-      "last_isa",
-      []() -> py::object {
-        const int last = own_isa_state.last;
-        return last < 0 ? py::object(py::none()) : py::object(py::str(name(last)));
-      },
-      "The path that the last CPU kernel took; None since clear_last_isa().");
-  m.def("clear_last_isa", [] { own_isa_state.last = -1; });
-  m.def(
-      "isa_state", [] { return reinterpret_cast<uintptr_t>(&own_isa_state); },
-      "Address of the shared state, for qkernels_bind_isa() of the op library.");
-  m.def("build_info", &build_info);
-  m.def("dot_ceiling", &dot_ceiling, py::arg("seconds"),
-        "Operations per second of int8 dot products in registers, by the active path's instructions, on this thread.");
-  m.def("read_ceiling", &read_ceiling, py::arg("address"), py::arg("bytes"),
-        "Bytes per second of reading memory end to end on this thread.");
 }
