@@ -295,7 +295,7 @@ def test_int8_training_linear(modes, seed):
     with pytest.raises(RuntimeError, match="got forward mode; accepted: reverse mode"):
         jvp(lambda x: loss(w, bias, x), (x[0],), (x[0],))
     for second in (jacrev(grad(loss)), jacfwd(grad(loss)), jacrev(grad(loss, 2))):
-        with pytest.raises(RuntimeError, match="accepted: (first derivatives|reverse mode)"):
+        with pytest.raises(RuntimeError, match=r"accepted: (first derivatives|reverse mode)"):
             second(w, bias, x[0])
 
 
