@@ -262,7 +262,7 @@ def qparams_of_range(
     is beyond the dtype; zero point quant_min − round(low / scale). Scales are floored at eps and at the smallest normal
     fp32.
     """
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = within_reach(low.clamp(max=0)), within_reach(high.clamp(min=0))
     floor = max(eps, torch.finfo(torch.float32).tiny)
     if symmetric:
         half = (quant_max - quant_min) // 2
@@ -271,6 +271,15 @@ def qparams_of_range(
     scale = step_of(low, high, quant_max - quant_min).clamp(min=floor)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
+
+
+def within_reach(end: Tensor) -> Tensor:
+    """The end of a range; a finite one less than four roundings below the dtype's largest number, as it is there.
+
+    Without that, the multiple of a scale that was rounded up would be infinite where the end is not.
+    """
+    top = torch.finfo(end.dtype).max * (1 - 2.0**-22)
+    return torch.where(end.isinf(), end, end.clamp(-top, top))
 
 
 def step_of(low: Tensor, high: Tensor, steps: int) -> Tensor:
@@ -356,7 +365,7 @@ def observed_qparams(
     low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric_steps: float
 ) -> tuple[Tensor, Tensor]:
     """As torch.ao's observers: scale floored at fp32 epsilon, and the zero point of the middle code when symmetric."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = within_reach(low.clamp(max=0)), within_reach(high.clamp(min=0))
     eps = torch.finfo(torch.float32).eps
     if symmetric_steps:
         scale = (torch.maximum(-low, high) / symmetric_steps).clamp(min=eps)
