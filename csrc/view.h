@@ -221,6 +221,14 @@ QK_HOST_DEVICE inline float moving_average(float running, float batch, float mom
   return running + momentum * distance;
 }
 
+// The end of a range; a finite one less than four roundings below the largest number, as it is there: else the multiple
+// of a scale that was rounded up would be infinite where the end is not.
+template <typename T>
+struct Reach {
+  static constexpr T last = static_cast<T>(std::is_same_v<T, double> ? DBL_MAX : FLT_MAX);
+  static constexpr T top = last - last * static_cast<T>(0x1p-22);
+};
+
 template <typename T>
 struct ChosenQparams {
   T scale, zero_point;
@@ -231,6 +239,9 @@ QK_HOST_DEVICE ChosenQparams<T> choose_qparams(T low, T high, const QparamsRule&
   const T floor = static_cast<T>(rule.floor);
   low = low > 0 ? 0 : low;  // NaN stays
   high = high < 0 ? 0 : high;
+  constexpr T top = Reach<T>::top, last = Reach<T>::last;
+  if (low < -top && low >= -last) low = -top;
+  if (high > top && high <= last) high = top;
   if (rule.symmetric) {
     const T amax = -low > high || low != low ? -low : high;
     const T scale = amax / static_cast<T>(rule.steps);

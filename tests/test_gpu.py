@@ -77,20 +77,21 @@ def test_every_granularity(case: str, shape: tuple[int, ...], dtype: torch.dtype
     for zero_point in (None, torch.randint(-8, 8, shape, dtype=torch.int32), torch.randn(shape) * 6):
         params = (scale, zero_point, -8, 7)
         gpu_params = selfcheck.on("cuda", params)
-        y, mask = reference.fake_quantize_forward_mask(x, *params)
-        dx, dscale, dzp = reference.fake_quantize_learnable_backward(grad, x, *params, 0.5)
+        lsq = zero_point is None or zero_point.is_floating_point()
+        y, mask = reference.fake_quantize_forward_mask(x, *params, lsq)
+        dx, dscale, dzp = reference.fake_quantize_learnable_backward(grad, x, *params, 0.5, lsq)
         magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         for name in NAMES:
             if name == "triton" and dtype not in (torch.float32, torch.bfloat16):
                 continue  # each of these compiles for half a second
             with qk.use_kernel(name):
                 same(ops._forward(on_gpu, *gpu_params), y)
-                got_y, got_mask = ops._forward_mask(on_gpu, *gpu_params)
+                got_y, got_mask = ops._forward_mask(on_gpu, *gpu_params, lsq)
                 same(got_y, y)
                 if case != "expanded":
                     same(got_mask, mask)
-                same(ops._backward(grad.cuda(), on_gpu, *gpu_params), dx)
-                got = ops._learnable_backward(grad.cuda(), on_gpu, *gpu_params, 0.5)
+                same(ops._backward(grad.cuda(), on_gpu, *gpu_params, lsq), dx)
+                got = ops._learnable_backward(grad.cuda(), on_gpu, *gpu_params, 0.5, lsq)
             same(got[0], dx)
             if case != "special values":
                 for a, b in zip(got[1:], (dscale, dzp), strict=True):

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from cases import FLOATS
 from conftest import kernels_of
 from test_fake_quantize import same
 from torch import Tensor
@@ -72,6 +73,37 @@ def test_dynamic(kernel: str, dtype: torch.dtype, bits: int, columns: int, symme
         for a, b in zip(qparams, (scale, zero_point), strict=True):
             same(a, b)
         same(q, qk.quantize(x, scale, zero_point, quant_min=low, quant_max=high))
+
+
+@pytest.mark.parametrize("kernel", kernels_of("fake_quantize_dynamic_forward"))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_largest_numbers(kernel: str, dtype: torch.dtype) -> None:
+    """A scale that is rounded up must not make the largest number infinite; an infinity still is one."""
+    top = torch.finfo(dtype).max
+    rows = ([top, -top, top / 2, 0], [-top, 1, 0, -top / 2], [math.inf, 1, 0, -2])
+    both, below, infinite = (torch.tensor([row] * 3, dtype=torch.float64).to(dtype) for row in rows)
+    with qk.use_kernel(kernel):
+        for bits in (2, 3, 6, 8):
+            for x, symmetric in ((both, True), (below, True), (below, False), (infinite, True)):
+                for group in (-1, 0):
+                    args = (x, group, *ops.range_of_bits(bits), symmetric)
+                    got = ops._dynamic_forward(*args)
+                    for a, b in zip(got, reference.fake_quantize_dynamic_forward(*args), strict=True):
+                        same(a, b)
+                    if x is infinite:
+                        assert got[1].isinf().all()
+                    else:
+                        assert got[0].isfinite().all()
+                        ends = x.double().abs().amax(1) / 2, got[0].double().abs().amax(1) / 2
+                        torch.testing.assert_close(*ends, rtol=2**-8 if dtype == torch.bfloat16 else 2**-10, atol=0)
+
+
+@pytest.mark.parametrize("kernel", kernels_of("quantize_dynamic_transposed"), indirect=True)
+def test_the_largest_number_transposed(kernel: str) -> None:
+    x = torch.tensor([[FLOAT_MAX, 1, 0]] * 3)
+    scale, _, scale_t = qk.quantize_dynamic_transposed(x)[1:]
+    same(scale, reference.dynamic_qparams(x, -1, -127, 127, True)[0])
+    same(scale_t, reference.dynamic_qparams(x.t(), -1, -127, 127, True)[0])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 15, 255, 65535, 2**25 - 1])

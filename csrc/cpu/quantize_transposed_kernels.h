@@ -10,7 +10,7 @@ void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& 
   using V = typename VecOf<T>::type;
   const V floor = V::set1(static_cast<T>(rule.floor)), steps = V::set1(static_cast<T>(rule.steps));
   for (size_t i = 0; i < values.size(); i += 16) {
-    const V scale = max(floor, V::load(&values[i]) / steps);  // keeps a NaN
+    const V scale = max(floor, within_reach(V::load(&values[i])) / steps);  // keeps a NaN
     scale.store(&values[i]);
     (V::set1(1) / scale).store(&inverse[i]);
   }

@@ -61,6 +61,13 @@ void range(const View& view, int64_t numel, const S* x, Arithmetic<S>* low, Arit
   reduce_channels(view, numel, RangeOp<S>{x, low, high});
 }
 
+// High ends of ranges, as Reach has them.
+template <typename V>
+inline V within_reach(V high) {
+  const V top = V::set1(Reach<typename V::Scalar>::top), last = V::set1(Reach<typename V::Scalar>::last);
+  return select(inside(high, top, last), top, high);
+}
+
 // Scale, its reciprocal and zero point that up to 16 rows of `length` elements give themselves. Rows by the 16, because
 // a division for one costs as much as for all: with groups of 32 it is three times the price of the rest.
 template <typename T>
@@ -91,11 +98,12 @@ RowParams<Arithmetic<S>> row_params(const S* x, int64_t rows, int64_t length, co
   const V floor = V::set1(static_cast<T>(rule.floor));
   V scale, zero_point;
   if (rule.symmetric) {
-    scale = max(floor, V::load(high) / V::set1(static_cast<T>(rule.steps)));
+    scale = max(floor, within_reach(V::load(high)) / V::set1(static_cast<T>(rule.steps)));
     zero_point = V::set1(static_cast<T>(rule.middle));
   } else {
     const V quant_min = V::set1(static_cast<T>(rule.quant_min)), quant_max = V::set1(static_cast<T>(rule.quant_max));
-    const V lo = min(zero<V>(), V::load(low)), hi = max(zero<V>(), V::load(high));
+    const V bottom = min(zero<V>(), V::load(low)), hi = within_reach(max(zero<V>(), V::load(high)));
+    const V lo = zero<V>() - within_reach(zero<V>() - bottom);
     const V half = V::set1(static_cast<T>(0.5));
     scale = max(floor, (hi * half - lo * half) / ((quant_max - quant_min) * half));
     zero_point = min(quant_max, max(quant_min - round(lo / scale), quant_min));

@@ -278,7 +278,7 @@ def qparams_of_range(
     is beyond the dtype; zero point quant_min − round(low / scale). Scales are floored at eps and at the smallest normal
     fp32.
     """
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = within_reach(low.clamp(max=0)), within_reach(high.clamp(min=0))
     floor = max(eps, torch.finfo(torch.float32).tiny)
     if symmetric:
         half = (quant_max - quant_min) // 2
@@ -293,6 +293,15 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A positive scale as the nearest that dtype holds and quantizers take: at least fp16's smallest subnormal."""
     info = torch.finfo(dtype)
     return scale.to(dtype).clamp(min=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny))
+
+
+def within_reach(end: Tensor) -> Tensor:
+    """The end of a range; a finite one less than four roundings below the dtype's largest number, as it is there.
+
+    Without that, the multiple of a scale that was rounded up would be infinite where the end is not.
+    """
+    top = torch.finfo(end.dtype).max * (1 - 2.0**-22)
+    return torch.where(end.isinf(), end, end.clamp(-top, top))
 
 
 def step_of(low: Tensor, high: Tensor, steps: int) -> Tensor:
@@ -385,7 +394,7 @@ def observed_qparams(
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     """As torch.ao's observers by default: the scale is floored at fp32's epsilon."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = within_reach(low.clamp(max=0)), within_reach(high.clamp(min=0))
     eps = torch.finfo(torch.float32).eps
     if symmetric_steps:
         scale = (torch.maximum(-low, high) / symmetric_steps).clamp(min=eps)

@@ -11,6 +11,9 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
+# The largest numbers less four of their roundings.
+TOP: tl.constexpr = tl.constexpr(3.4028226550889045e38)
+TOP64: tl.constexpr = tl.constexpr(1.7976927062588728e308)
 
 
 @triton.jit
@@ -178,10 +181,20 @@ def highest(x, axis: tl.constexpr):
 
 
 @triton.jit
+def within_reach(high):
+    """High ends of ranges, finite ones at most four roundings below the largest number: see the reference."""
+    if high.dtype == tl.float64:
+        return tl.where((high > TOP64) & (high < float("inf")), TOP64, high)
+    else:
+        return tl.where((high > TOP) & (high < float("inf")), TOP, high)
+
+
+@triton.jit
 def choose_qparams(low, high, quant_min, quant_max, steps, middle, floor, SYMMETRIC: tl.constexpr):
     """Scale and zero point (a float that holds an integer) that cover [low, high] and zero; NaN gives a NaN scale."""
     low = tl.minimum(low, 0.0, propagate_nan=tl.PropagateNan.ALL)
     high = tl.maximum(high, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    low, high = -within_reach(-low), within_reach(high)
     if SYMMETRIC:
         amax = tl.maximum(-low, high, propagate_nan=tl.PropagateNan.ALL)
         scale = divide(amax, tl.zeros_like(amax) + steps)

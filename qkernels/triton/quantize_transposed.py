@@ -14,7 +14,7 @@ from ..reference.fake_quantize import compute_dtype
 from ..reference.stochastic import check_offset
 from . import configs
 from .launch import launch
-from .numerics import TINY, clamp, divide, reciprocal, rint, widen
+from .numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
 from .philox import round_stochastically, uniforms, uniforms_of_blocks
 
 
@@ -46,7 +46,7 @@ def magnitudes_kernel(
 def scales(largest_ptr, index, here, quant_max, dtype: tl.constexpr):
     """Scale and its reciprocal."""
     amax = tl.load(largest_ptr + index, mask=here, other=0).to(dtype, bitcast=True)
-    scale = divide(amax, tl.zeros_like(amax) + quant_max)
+    scale = divide(within_reach(amax), tl.zeros_like(amax) + quant_max)
     scale = tl.maximum(scale, TINY, propagate_nan=tl.PropagateNan.ALL)
     return scale, reciprocal(scale)
 
