@@ -71,7 +71,8 @@ class Int8Linear(_Int8Layer):
         weight_bits: what the codes hold, 2 to 8; they are stored as int8.
         input: how the input is quantized; by default per token from its own range, 8 bits.
 
-    x [..., in_features] fp32, bf16 or fp16 → [..., out_features] of x's dtype. Not differentiable.
+    x [..., in_features] fp32, bf16 or fp16 → [..., out_features] of x's dtype. Differentiable in x and bias (see
+    ``int8_linear``); the weight is frozen.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Int8Conv2d(_Int8Layer):
     """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
 
     x [B, C, H, W] or [C, H, W], fp32, bf16 or fp16 → x's dtype. By default the input is quantized per tensor from its
-    own range; ``convert`` fixes the range that was trained. Not differentiable.
+    own range; ``convert`` fixes the range that was trained. Differentiable in x and bias; the weight is frozen.
     """
 
     def __init__(
