@@ -61,7 +61,8 @@ class Int4Linear(QuantizedInputLayer):
     [N, K/group_size], ``zero_point`` (int8) or ``minimum`` of scale's shape, and what ``QuantizedInputLayer`` adds. The
     packed layout belongs to the device: it is made anew where the layer moves to a GPU.
 
-    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype.
+    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype. Differentiable in x and bias (see
+    ``int8_linear``): adapters train through it; the weight is frozen.
     """
 
     data: Tensor

@@ -150,7 +150,8 @@ class Int8Linear(_Int8Layer):
         input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
         dtype: of the ``weight`` that the layer shows.
 
-    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype.
+    x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype. Differentiable in x and bias (see
+    ``int8_linear``): adapters train through it; the weight is frozen.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class Int8Conv2d(_Int8Layer):
 
     x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory where
     nn.Conv2d's is: where x or the weight suggests it. ``channels_last``: whether the weight does.
+    Differentiable in x and bias; the weight is frozen.
     """
 
     def __init__(
