@@ -239,6 +239,43 @@ def test_scales_and_zero_points_of_a_tensor() -> None:
     assert_same(packed.unpack(), (q, torch.full((3,), 0.5)))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_zero_points_beside_an_int8_weight(dtype: torch.dtype, bits: int) -> None:
+    """They are not packed, whatever their dtype is."""
+    q, scale = codes(9, 32, bits), torch.rand(9, 1)
+    zero_point = torch.arange(9).remainder(8)[:, None] * (bits == 4)
+    args = {"num_bits": bits, "symmetric": False, "strategy": "channel"}
+    config = {"config_groups": {"g": {"targets": ["a"], "weights": args}}}
+
+    def load(zero_point: torch.Tensor, scale: torch.Tensor = scale) -> object:
+        parts = {"a.weight": q, "a.weight_scale": scale, "a.weight_zero_point": zero_point}
+        return ct.load(parts, config)["a.weight"]
+
+    packed = load(zero_point.to(dtype))
+    assert_same(packed.unpack()[:3], (q, scale[:, 0]) if bits == 8 else (q, scale, zero_point.to(torch.int8)))
+    one = torch.rand(1)
+    assert load(torch.tensor(0, dtype=dtype), one).unpack()[1].unique() == one
+    beside = (
+        r"^a\.weight_zero_point: got torch\.int32 of shape \[{}\]; accepted beside an int8 weight: integers in the "
+    )
+    for shape in ((2, 1), (9, 2)):
+        with pytest.raises(
+            ValueError, match=beside.format(", ".join(map(str, shape))) + r"shape of the scales, \[9, 1\]"
+        ):
+            load(torch.zeros(shape, dtype=torch.int32))
+    with pytest.raises(
+        ValueError, match=r"^a\.weight_zero_point: got torch\.float32 of shape \[9, 1\]; accepted beside an"
+    ):
+        load(zero_point.float())
+    if dtype not in (torch.int8, torch.uint8):
+        with pytest.raises(ValueError, match=rf"^a\.weight_zero_point: got 200; accepted: what {bits} bits hold"):
+            load((zero_point + 200).to(dtype))
+    if bits == 8:
+        with pytest.raises(ValueError, match=r"^a\.weight_zero_point: got zero points of int8 codes; accepted with 8"):
+            load((zero_point + 1).to(dtype))
+
+
 def test_int8_with_zero_points_of_0_is_symmetric() -> None:
     parts = {"weight": codes(3, 4, 8), "weight_scale": torch.ones(3, 1), "weight_zero_point": torch.zeros(3, 1).char()}
     assert_same(ct.load(parts)["weight"].unpack(), (parts["weight"], torch.ones(3)))

@@ -271,3 +271,40 @@ def test_moving_averages_of_a_model():
         assert torch.equal(buffer, after[name])
     with pytest.raises(RuntimeError, match="x: got a batch of vmap where moving averages"):
         vmap(grad(loss), in_dims=(None, 0))(params, x[:, None])
+
+
+MODES = [("int8", "int8", "int8"), ("int8", "float", "float"), ("float", "int8", "int8"), ("float", "float", "int8")]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("modes", MODES)
+def test_int8_training_linear(modes, seed):
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(3, 2, 4, 32), torch.randn(8, 32), torch.randn(8)
+    names = dict(zip(("output", "grad_input", "grad_weight"), modes, strict=True))
+
+    def loss(w, bias, x):
+        return qk.int8_training_linear(x, w, bias, **names, seed=seed, offset=2).square().sum()
+
+    every = (0, 1, 2)
+    got = vmap(grad(loss, every), (None, None, 0))(w, bias, x)
+    for i in range(3):
+        leaves = [t.clone().requires_grad_() for t in (w, bias, x[i])]
+        for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+            same(a[i], b)
+    with pytest.raises(RuntimeError, match="got forward mode; accepted: reverse mode"):
+        jvp(lambda x: loss(w, bias, x), (x[0],), (x[0],))
+    for second in (jacrev(grad(loss)), jacfwd(grad(loss)), jacrev(grad(loss, 2))):
+        with pytest.raises(RuntimeError, match=r"accepted: (first derivatives|reverse mode)"):
+            second(w, bias, x[0])
+
+
+def test_int8_training_module():
+    torch.manual_seed(0)
+    layer = qk.nn.Int8TrainingLinear.from_float(torch.nn.Linear(32, 8)).train()
+    params, x = dict(layer.named_parameters()), torch.randn(3, 32)
+    got = vmap(grad(lambda p, x: functional_call(layer, p, (x,)).square().sum()), (None, 0))(params, x)
+    for i in range(3):
+        want = torch.autograd.grad(layer(x[i]).square().sum(), list(params.values()))
+        for a, b in zip(got.values(), want, strict=True):
+            same(a[i], b)

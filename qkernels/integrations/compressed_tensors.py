@@ -6,7 +6,7 @@ Of a layer with a weight [N, K], b bits and G groups along K the files hold, low
                     weight_shape       int64 [2]: N, K
                     weight_zero_point  int32 [⌈N·b/32⌉, G]: zero points + 2**(b−1), one after the other along N
     int-quantized   weight             int8 [N, K]
-                    weight_zero_point  int8 [N, G]
+                    weight_zero_point  integers of any dtype (its own writer: int8) [N, G]
     both            weight_scale       floating [N, G], G = 1 per channel; or [1] per tensor
 
 and config.json says of which layers, under "quantization_config".
@@ -358,7 +358,7 @@ def _pack(prefix: str, layer: str, tensors: dict[str, Tensor], schemes: list[_Sc
     if zero_point is None and not symmetric:
         raise ValueError(f"{prefix}weight_zero_point: missing; accepted: zero points, as the config says asymmetric")
     if zero_point is not None:
-        zero_point = _zero_points(f"{prefix}weight_zero_point", zero_point, bits, n, scale)
+        zero_point = _zero_points(f"{prefix}weight_zero_point", zero_point, bits, n, scale, packed is not None)
     q = own["weight"] if packed is None else _codes(packed, bits, k)
     if bits == 8:
         if _groups(scale) != 1:
@@ -430,19 +430,31 @@ def _in_words(q: Tensor, bits: int) -> Tensor:
     return padded.flatten().view(torch.int32).view(q.shape[0], padded.shape[1] // 4)
 
 
-def _zero_points(name: str, zero_point: Tensor, bits: int, n: int, scale: Tensor) -> Tensor:
-    """In scale's shape: from int32 packed along N, or as they are."""
-    if zero_point.dtype == torch.int8:
-        if zero_point.shape != scale.shape:
-            raise ValueError(f"{name}: got shape {list(zero_point.shape)}; accepted: the scales', {list(scale.shape)}")
-        return zero_point
-    expected = (_words(n, bits), _groups(scale))
-    if zero_point.dtype != torch.int32 or zero_point.shape != expected:
+def _zero_points(name: str, zero_point: Tensor, bits: int, n: int, scale: Tensor, packed: bool) -> Tensor:
+    """int8 in scale's shape: beside weight_packed from int32 packed along N, else as they are, of any integer dtype."""
+    got, one_each = f"{name}: got {zero_point.dtype} of shape {list(zero_point.shape)}", zero_point.shape == scale.shape
+    if not packed and scale.numel() == zero_point.numel() == 1:
+        zero_point, one_each = zero_point.view(scale.shape), True
+    if zero_point.dtype == torch.int8 and not one_each:
+        raise ValueError(f"{name}: got shape {list(zero_point.shape)}; accepted: the scales', {list(scale.shape)}")
+    if packed and zero_point.dtype != torch.int8:
+        expected = (_words(n, bits), _groups(scale))
+        if zero_point.dtype != torch.int32 or zero_point.shape != expected:
+            raise ValueError(
+                f"{got}; accepted beside weight_packed: torch.int32 {list(expected)}, packed along N, or torch.int8 "
+                f"{list(scale.shape)}"
+            )
+        return _codes(zero_point.t(), bits, n).t()
+    if not one_each or zero_point.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
         raise ValueError(
-            f"{name}: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: torch.int32 "
-            f"{list(expected)}, packed along N, or torch.int8 {list(scale.shape)}"
+            f"{got}; accepted beside an int8 weight: integers in the shape of the scales, {list(scale.shape)}"
         )
-    return _codes(zero_point.t(), bits, n).t()
+    narrow = zero_point.to(torch.int8)
+    changed = zero_point[narrow.long() != zero_point.long()]
+    if changed.numel():
+        accepted = f"what {bits} bits hold, {-(1 << bits - 1)} to {(1 << bits - 1) - 1}"
+        raise ValueError(f"{name}: got {int(changed[0])}; accepted: {accepted}")
+    return narrow
 
 
 def _prefix(name: str, packed: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import int8_training
+from ..ops.fake_quantize import transformed
 from ..ops.int8_training import Codes, int8_training_linear
 from .replacing import take_hooks
 from .tracing import call_as_leaf
@@ -110,7 +111,9 @@ class Int8TrainingLinear(nn.Linear):
         w = self.weight
         if "int8" not in (self.output, self.grad_input):
             return None
-        if type(w) not in (Tensor, nn.Parameter) or w.is_inference():  # neither need have memory, or count versions
+        if (
+            transformed() or type(w) not in (Tensor, nn.Parameter) or w.is_inference()
+        ):  # none need have memory, or count versions
             return None
         _count_optimizer_steps()
         key = (w._version, w.data_ptr(), w.dtype, _optimizer_steps, self.output, self.grad_input)

@@ -6,7 +6,6 @@ forward pads its input, calls ``super().forward`` or ``self._conv_forward`` or t
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,11 +49,22 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass
+class Trial:
+    """What one call of a float layer's own forward showed."""
+
+    reason: str | None = None  # why its product is not quantized unasked; None: it uses its weight there alone
+    refused: bool = False  # nor when asked
+    returns_product: bool = False  # as it is: what follows the layer follows the product
+    derives_weight: bool = False  # the product's weight is computed from the layer's
+
+
 class _OwnForward(nn.Module):
     """The first base of a layer that runs the forward of ``own_class``, with ``_product`` in place of its product."""
 
     own_class: ClassVar[type[nn.Module]]
     base_class: ClassVar[type[nn.Module]]
+    trial: Trial = Trial("it was not tried")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Products(self._shape(), self._product):
@@ -72,7 +82,7 @@ class _OwnForward(nn.Module):
 
 class QATForward(_OwnForward):
     def _shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
+        return tuple(self.weight.shape)  # type: ignore[arg-type]
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         if self.input_fake_quant is not None:
@@ -86,7 +96,7 @@ class ConvertedForward(_OwnForward):
     """The product is that of ``base_class``, an int8 or int4 layer.
 
     While the forward runs, ``weight`` is a tensor of the right shape, device and dtype that holds NaN without taking
-    memory: ``prepare`` made sure that nothing but the product reads it.
+    memory, where the trial showed that nothing but the product reads it.
     """
 
     _stand_in: Tensor | None = None
@@ -96,6 +106,8 @@ class ConvertedForward(_OwnForward):
         return self.base_class.weight.fget(self) if self._stand_in is None else self._stand_in  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.trial.reason is not None:
+            return super().forward(*args, **kwargs)
         x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
         self.__dict__["_stand_in"] = x.new_full((), torch.nan).expand(self._shape())
         try:
@@ -113,9 +125,14 @@ class ConvertedForward(_OwnForward):
         return self._convolve(arguments["input"], stride, padding, dilation)  # type: ignore[operator]
 
 
-@functools.cache
+_made: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
+
+
 def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """A subclass ``own`` of Linear or Conv2d on top of ``base``, a QAT, int8 or int4 layer class."""
+    key = (mixin, own, base)
+    if key in _made:
+        return _made[key]
     attributes: dict[str, Any] = {"own_class": own, "base_class": base, "__module__": own.__module__}
     bases: tuple[type, ...] = (mixin, own, base)
     if not has_own_forward(own):
@@ -127,7 +144,7 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
     if mixin is ConvertedForward:
         attributes["extra_repr"] = base.extra_repr
     prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")
-    made = type(prefix + own.__name__, bases, attributes)
+    made = _made[key] = type(prefix + own.__name__, bases, attributes)
     if mixin is ConvertedForward:  # as the integer layers do
         ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
     return made
@@ -151,24 +168,12 @@ def with_forward_of(layer: nn.Module, qat: nn.Module) -> nn.Module:
     return layer
 
 
-@dataclass
-class Trial:
-    """What one call of a float layer's own forward showed; ``reason``: why its product cannot be quantized."""
-
-    reason: str | None = None
-    returns_product: bool = False  # as it is: what follows the layer follows the product
-
-
 @torch.no_grad()
 def try_forward(twin: Any) -> Trial:
     """Runs a layer that nothing else uses, on the meta device, where it costs nothing."""
     name = type(twin).__name__
     weight, bias = twin.weight, twin.bias
-    if isinstance(twin, nn.Linear):
-        shape: tuple[int, ...] = (2, twin.in_features)
-    else:
-        side = max(32, *(2 * d * k for d, k in zip(twin.dilation, twin.kernel_size, strict=True)))
-        shape = (1, twin.in_channels, side, side)
+    x = _example_input(twin)
     products: list[tuple[Arguments, Tensor]] = []
     uses: list[str] = []
 
@@ -176,22 +181,52 @@ def try_forward(twin: Any) -> Trial:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             result = func(*args, **kwargs)
-            if func in PRODUCTS:
-                products.append(({**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}, result))
+            given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs if func in PRODUCTS else {}
+            if given and given["weight"].shape == weight.shape:
+                products.append((given, result))
             elif isinstance(result, Tensor) and any(t is weight and t is not result for t in (*args, *kwargs.values())):
                 uses.append(getattr(func, "__name__", str(func)))
             return result
 
     try:
         with Watch():
-            y = type(twin).forward(twin, torch.empty(shape, device="meta", dtype=weight.dtype))
+            y = type(twin).forward(twin, x)
     except Exception as error:  # a forward of the user's may raise anything; the reason passes on what it was
         message = (str(error).splitlines() or [""])[0][:100]
-        return Trial(f"the forward of {name} could not be tried on an input of shape {list(shape)} "
+        return Trial(f"the forward of {name} could not be tried on an input of shape {list(x.shape)} "
                      f"({type(error).__name__}: {message})")  # fmt: skip
-    if len(products) != 1 or products[0][0]["weight"] is not weight or uses:
-        return Trial(f"the forward of {name} does not use its weight in one F.linear or F.conv2d alone")
+    if len(products) != 1:
+        return Trial(f"the forward of {name} does not use its weight in one F.linear or F.conv2d", refused=True)
     arguments, product = products[0]
     if arguments.get("bias") is not bias or arguments.get("groups", 1) != getattr(twin, "groups", 1):
-        return Trial(f"the forward of {name} computes its product with another bias or groups than its own")
-    return Trial(returns_product=y is product)
+        return Trial(f"the forward of {name} computes its product with another bias or groups than its own", True)
+    derives = arguments["weight"] is not weight
+    reason = None
+    if derives:
+        reason = f"the forward of {name} computes another weight from its own"
+    elif uses:
+        reason = f"the forward of {name} uses its weight elsewhere too, in {', '.join(dict.fromkeys(uses))}"
+    return Trial(reason, returns_product=y is product, derives_weight=derives)
+
+
+def _example_input(layer: Any) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (2, layer.in_features)
+    else:
+        side = max(32, *(2 * d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True)))
+        shape = (1, layer.in_channels, side, side)
+    return torch.zeros(shape, device=layer.weight.device, dtype=layer.weight.dtype)
+
+
+def product_weight(layer: nn.Module) -> Tensor:
+    """The weight that the layer's own forward hands to its product, now."""
+    found: list[Tensor] = []
+
+    def watch(func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+        found.append(arguments["weight"])
+        return func(**arguments)
+
+    kind = layer.own_class if isinstance(layer, _OwnForward) else type(layer)
+    with _Products(tuple(layer.weight.shape), watch):  # type: ignore[arg-type]
+        kind.forward(layer, _example_input(layer))
+    return found[0]

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
-from .own_forward import QATForward, own_forward_class
+from .own_forward import QATForward, own_forward_class, product_weight
 from .replacing import take_hooks
 from .tracing import call_as_leaf
 
@@ -127,7 +127,7 @@ def _float_class(cls: type[nn.Module]) -> type[nn.Linear] | type[nn.Conv2d]:
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """The weight that the next forward uses, where torch computes it anew in each: weight_norm, spectral_norm, pruning.
+    """The weight that the next product takes, where each forward computes it anew: weight_norm, spectral_norm, pruning.
 
     Their old forms leave the one of the last forward in ``layer.weight``.
     """
@@ -138,6 +138,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
             return hook.compute_weight(layer, do_power_iteration=False)
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
             return hook.apply_mask(layer)
+    if isinstance(layer, QATForward) and layer.trial.derives_weight:
+        return product_weight(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight
 
@@ -171,6 +173,8 @@ def bake_weight(layer: nn.Module) -> None:
             layer._parameters.pop(name + part, None)
             layer._buffers.pop(name + part, None)
         layer.register_parameter(name, nn.Parameter(value.detach().clone()))
+    if isinstance(layer, QATForward) and layer.trial.derives_weight:
+        layer.weight = nn.Parameter(product_weight(layer).detach().clone())
 
 
 def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:

@@ -143,8 +143,9 @@ def foreach_fake_quantize(
         return []
     if transformed():
         reference.check(xs)
-        args: Any = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, strict=True)
-        return [transforms.fake_quantize(*each, straight_through) for each in args]
+        conventions = [straight_through] * count
+        args = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, conventions, strict=True)
+        return [transforms.fake_quantize(*each) for each in args]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*xs, *scales, *zero_points)):
         lsq = straight_through == "lsq"
         return list(_differentiable(quant_mins, quant_maxs, factors, lsq, *xs, *scales, *zero_points))

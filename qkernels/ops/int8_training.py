@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..reference.fake_quantize import check_dense
 from ..reference.int8_gemm import MAX_K
-from .fake_quantize import _entered
+from .fake_quantize import _entered, transformed
 from .int8_gemm import int8_mm, int8_scaled_mm
 from .quantize import _dequantize, _quantize_dynamic
 from .quantize_transposed import _quantize_transposed
@@ -67,6 +67,59 @@ def _output(x: Tensor, w: Tensor, bias: Tensor | None, codes: Codes, x_codes: Co
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+Numbers = tuple[int | None, int, Tensor | None]
+
+
+def _kept(
+    x: Tensor, w: Tensor, codes: Codes, x_codes: Codes, int8: tuple[bool, bool, bool], keep_x: bool, keep_w: bool
+) -> Codes:
+    """Weight and x as their gradients' products take them: codes of columns, codes of rows, or floats."""
+    output, grad_input, grad_weight = int8
+    weight: tuple[Tensor | None, ...] = (None, None)
+    if keep_w:
+        weight = codes[2:] if grad_input else codes[:2] if output else (w, None)
+    activation: tuple[Tensor | None, ...] = (None, None)
+    if keep_x:
+        activation = x_codes[2:] if grad_weight else x_codes[:2] if output else (x, None)
+    return (*weight, *activation)  # type: ignore[return-value]
+
+
+def _codes_of_input(x: Tensor, int8: tuple[bool, bool, bool], keep_x: bool) -> Codes:
+    if int8[2] and keep_x:
+        return _both(x)
+    return _rows(x) if int8[0] else NONE
+
+
+def _gradients(
+    grad: Tensor,
+    kept: Any,
+    int8: tuple[bool, bool, bool],
+    numbers: Numbers,
+    needs: tuple[bool, ...],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    w, w_scale, x, x_scale = kept
+    needs_x, needs_w, needs_bias = needs
+    _, grad_input, grad_weight = int8
+    q = scale = q_t = scale_t = dx = dw = dbias = None
+    if (needs_w and grad_weight) or (needs_x and grad_input and numbers[0] is not None):
+        q, scale, q_t, scale_t = _quantize_transposed(grad, QUANT_MAX, *numbers)
+    elif needs_x and grad_input:
+        q, scale, _, _ = _rows(grad)
+    if needs_x and grad_input:
+        dx = _product(q, w, scale, w_scale, None, grad.dtype)
+    elif needs_x:
+        dx = (grad @ _floats(w, w_scale, grad.dtype)).to(grad.dtype)
+    if needs_w and grad_weight:
+        dw = _product(q_t, x, scale_t, x_scale, None, dtypes[0])
+    elif needs_w:
+        dw = (grad.t() @ _floats(x, x_scale, grad.dtype)).to(dtypes[0])
+    if needs_bias:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        dbias = grad.sum(0, dtype=wide).to(dtypes[1])
+    return dx, dw, dbias
+
+
 class _Int8TrainingLinear(Function):
     """Keeps one byte for each element of x where either product that involves x is int8."""
 
@@ -76,50 +129,76 @@ class _Int8TrainingLinear(Function):
         q_t: Tensor | None, scale_t: Tensor | None, int8: tuple[bool, bool, bool], keep_x: bool, keep_w: bool,
         seed: int | None, offset: int, offset_tensor: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        output, grad_input, grad_weight = int8
-        x_codes = NONE
-        if grad_weight and keep_x:
-            x_codes = _both(x)
-        elif output:
-            x_codes = _rows(x)
-        y = _output(x, w, bias, (q, scale, q_t, scale_t) if output else NONE, x_codes)
-        # Weight and x as their gradients' products take them: codes of columns, codes of rows, or floats.
-        weight: tuple[Tensor | None, ...] = (None, None)
-        if keep_w:
-            weight = (q_t, scale_t) if grad_input else (q, scale) if output else (w, None)
-        activation: tuple[Tensor | None, ...] = (None, None)
-        if keep_x:
-            activation = x_codes[2:] if grad_weight else x_codes[:2] if output else (x, None)
-        ctx.save_for_backward(*weight, *activation, offset_tensor)
+        codes, x_codes = (q, scale, q_t, scale_t), _codes_of_input(x, int8, keep_x)
+        ctx.save_for_backward(*_kept(x, w, codes, x_codes, int8, keep_x, keep_w), offset_tensor)
         ctx.int8, ctx.numbers = int8, (seed, offset)
         ctx.dtypes = w.dtype, None if bias is None else bias.dtype
-        return y
+        return _output(x, w, bias, codes if int8[0] else NONE, x_codes if int8[0] else NONE)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("int8_training_linear: got create_graph=True; accepted: first derivatives")
-        w, w_scale, x, x_scale, offset_tensor = ctx.saved_tensors
-        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        _, grad_input, grad_weight = ctx.int8
-        seed, offset = ctx.numbers
-        q = scale = q_t = scale_t = dx = dw = dbias = None
-        if (needs_w and grad_weight) or (needs_x and grad_input and seed is not None):
-            q, scale, q_t, scale_t = _quantize_transposed(grad, QUANT_MAX, seed, offset, offset_tensor)
-        elif needs_x and grad_input:
-            q, scale, _, _ = _rows(grad)
-        if needs_x and grad_input:
-            dx = _product(q, w, scale, w_scale, None, grad.dtype)
-        elif needs_x:
-            dx = (grad @ _floats(w, w_scale, grad.dtype)).to(grad.dtype)
-        if needs_w and grad_weight:
-            dw = _product(q_t, x, scale_t, x_scale, None, ctx.dtypes[0])
-        elif needs_w:
-            dw = (grad.t() @ _floats(x, x_scale, grad.dtype)).to(ctx.dtypes[0])
-        if needs_bias:
-            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            dbias = grad.sum(0, dtype=wide).to(ctx.dtypes[1])
-        return dx, dw, dbias, None, None, None, None, None, None, None, None, None, None
+        *kept, offset_tensor = ctx.saved_tensors
+        numbers = (*ctx.numbers, offset_tensor)
+        gradients = _gradients(grad, kept, ctx.int8, numbers, ctx.needs_input_grad[:3], ctx.dtypes)
+        return *gradients, None, None, None, None, None, None, None, None, None, None
+
+
+class _FirstDerivatives(Function):
+    """The identity; what it gives has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("int8_training_linear: got a second derivative; accepted: first derivatives")
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any) -> Any:
+        raise RuntimeError("int8_training_linear: got a second derivative; accepted: first derivatives")
+
+
+class _InTransforms(Function):
+    """As _Int8TrainingLinear for torch.func's transforms, which see what is saved: all codes are made anew."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, int8: tuple[bool, bool, bool], seed: int | None, offset: int,
+        offset_tensor: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return _output(x, w, bias, weight_codes(w, int8[0], False), _rows(x) if int8[0] else NONE)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w, bias, ctx.int8, *ctx.numbers, offset_tensor = inputs
+        ctx.save_for_backward(x, w, offset_tensor)
+        ctx.dtypes = w.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *values, offset_tensor = ctx.saved_tensors
+        grad, x, w = (_FirstDerivatives.apply(t) for t in (grad, *values))
+        codes, x_codes = weight_codes(w, *ctx.int8[:2]), _codes_of_input(x, ctx.int8, True)
+        kept, numbers = _kept(x, w, codes, x_codes, ctx.int8, True, True), (*ctx.numbers, offset_tensor)
+        gradients = _gradients(grad, kept, ctx.int8, numbers, ctx.needs_input_grad[:3], ctx.dtypes)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "int8_training_linear: got forward mode; accepted: reverse mode, in which the gradient is quantized"
+        )
 
 
 def _floats(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -167,7 +246,8 @@ def int8_training_linear(
 
     Kept for the backward pass: one byte for each element of x (x itself only with output="float" and
     grad_weight="float"), and the weight's codes. A NaN or an infinity in a row of an operand makes the product's row
-    NaN. Sums longer than 131071 are cut into exact pieces, added in fp32. First derivatives only.
+    NaN. Sums longer than 131071 are cut into exact pieces, added in fp32. First derivatives in reverse mode only, also
+    under torch.func's transforms, where ``codes`` are made anew.
 
     Raises:
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: output,
@@ -180,6 +260,9 @@ def int8_training_linear(
         x = x.to(torch.get_autocast_dtype(device))
     shape = x.shape
     x = x.reshape(math.prod(shape[:-1]), shape[-1])
+    if transformed():
+        numbers = (None, 0, None) if seed is None else _numbers(seed, offset)
+        return _InTransforms.apply(x, w, bias, int8, *numbers).reshape(*shape[:-1], w.shape[0])
     grad = torch.is_grad_enabled()
     keep_x, keep_w = grad and w.requires_grad, grad and x.requires_grad
     w_codes: Codes = codes or weight_codes(w, int8[0], int8[1] and keep_w)

@@ -72,7 +72,7 @@ def find_folds(model: nn.Module) -> Folds:
             folds.kept[name] = f"it is called {len(nodes)} times"
         elif not isinstance(conv, nn.Conv2d | Int8Conv2d) or producer is None:
             folds.kept[name] = "its input does not come straight from a Conv2d"
-        elif not getattr(conv, "returns_product", True):
+        elif hasattr(conv, "trial") and not conv.trial.returns_product:  # type: ignore[union-attr]
             folds.kept[name] = f"the forward of {producer} does more than convolve"
         elif len(calls[producer]) != 1 or len(source.users) != 1:  # type: ignore[union-attr]
             folds.kept[name] = f"the output of {producer} is used elsewhere too"

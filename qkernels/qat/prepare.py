@@ -6,13 +6,15 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat import QATConv2d, QATLinear, effective_weight
 from .config import QUANTIZABLE, QConfig, QSpec
-from .selection import check_convertible, float_reason, trial_of, unsupported
+from .selection import check_convertible, float_reason, unsupported
 from .weight_readers import find_weight_readers
 
 NAMED = 5  # layers that a warning names; report lists all
@@ -25,9 +27,10 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     need ``calibrate`` before the first forward pass. ``model`` itself is never changed.
 
     A subclass of Linear or Conv2d keeps its class as a base. One with a forward of its own (that pads its input, say)
-    is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone, or
-    where a rule names its type; the quantizers then sit at that product. Weights under ``weight_norm``,
-    ``spectral_norm``, pruning or another parametrization are quantized as these make them.
+    is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone; the
+    quantizers then sit at that product. A rule that names its type also takes one that cannot be tried, or whose
+    product has a weight that the forward computes from its own (standardizes it, say): that is then quantized. Weights
+    under ``weight_norm``, ``spectral_norm``, pruning or another parametrization are quantized as these make them.
 
     A layer whose parent reads its weight instead of calling it stays in float, as ``out_proj`` of
     nn.MultiheadAttention does. nn.TransformerEncoderLayer and nn.TransformerEncoder call their layers: their fused
@@ -52,6 +55,7 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     config.warn_of_idle_rules(layers)
     readers = find_weight_readers(model)
     chosen: dict[str, tuple[QSpec | None, QSpec | None]] = {}
+    trials: dict[str, Trial] = {}
     floats: dict[str, str] = {}
     excluded = set()
     for name, module in layers.items():
@@ -59,9 +63,10 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         if not any(specs):
             excluded.add(name)
             continue
-        reason = float_reason(name, module, readers, asked_by_type=config.names_type_of(name, module))
-        if reason is None:
-            chosen[name] = specs
+        reason, trial = float_reason(name, module, readers)
+        asked = trial.reason is not None and not trial.refused and config.names_type_of(name, module)
+        if reason is None or asked:
+            chosen[name], trials[name] = specs, trial
         else:
             floats[name] = reason
     if not chosen:
@@ -73,7 +78,9 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}
     for name, (weight_spec, input_spec) in chosen.items():
         layer = prepared.get_submodule(name)
-        effective = effective_weight(layer).detach()
+        trial = trials[name]
+        with torch.no_grad():
+            effective = product_weight(layer) if trial.derives_weight else effective_weight(layer)
         if not effective.is_meta and not bool(effective.isfinite().all()):
             raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         try:
@@ -87,7 +94,8 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
             if quantizer is not None:
                 quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
         qat = (QATLinear if isinstance(layer, nn.Linear) else QATConv2d).from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
-        qat.returns_product = trial_of(layer).returns_product
+        if isinstance(qat, QATForward):
+            qat.trial = trial
         check_convertible(name, qat)
         made[layer] = qat
     prepared = replace_modules(prepared, made.get)

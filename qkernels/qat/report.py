@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.qat import QATConv2d, QATLinear
-from ..reference.packing import BITS, packed_length
+from ..nn.qat import QATConv2d, QATLinear, effective_weight
 from .calibrate import call, quantizers_replaced
 from .config import QUANTIZABLE
+from .convert import convert
 from .fold import eval_mode, factor_and_bias, find_folds
-from .selection import to_int4
+from .prepare import copy_of
+from .selection import float_reason, unsupported
+from .weight_readers import WeightReaders, find_weight_readers
 
-SCALE_BYTES = 4
 QAT_LAYERS = (QATLinear, QATConv2d)
-INT8_LAYERS = (Int8Linear, Int8Conv2d)
-INT4_LAYERS = (Int4Linear, Int4Embedding)
-CONVERTED_LAYERS = INT8_LAYERS + INT4_LAYERS
+CONVERTED_LAYERS = (Int8Linear, Int8Conv2d, Int4Linear, Int4Embedding)
 
 
 @dataclass
 class LayerRow:
-    """One Linear or Conv2d layer, or an Int4Embedding.
+    """A layer with weights: quantized, or float like an Embedding, an LSTM or the projections of an attention.
 
-    Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known.
+    Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known, or not comparable. Bytes are
+    those of the tensors that the layer adds to the model's: a weight that an earlier row holds counts there.
     """
 
     name: str
@@ -49,10 +50,11 @@ class LayerRow:
 
 @dataclass
 class Report:
-    """Rows per layer, totals for the model, and notes: layers and BatchNorms that stay as they are, with the reason.
+    """Rows per layer, totals for the model, and notes: why layers and BatchNorms stay float, and what else is to know.
 
-    quantized_bytes counts what the state_dict of the converted model holds. float_bytes counts the float model that it
-    came from.
+    quantized_bytes counts the tensors that the state_dict of the converted model holds, once per storage: what a file
+    of it takes, up to its header. float_bytes counts so the float model that it came from. Both include what no row
+    does: norms, and parameters and buffers of less than two dims.
     """
 
     layers: list[LayerRow]
@@ -118,52 +120,68 @@ def report(
 ) -> Report:
     """Says what quantization does to ``model`` (prepared or converted), layer by layer and in total.
 
+    Every layer with weights has a row; those that stay float have a note with the reason. The sizes of a prepared model
+    are those of the model that it converts to, which is made for that and dropped.
+
     Args:
         model: from ``prepare`` or ``convert``; it is run in eval mode and left as it was.
         example: one batch as for ``calibrate``. Gives the inputs' clipped share and, against float_model, the SQNR
-            of each layer's output; a prepared model without float_model is compared with itself unquantized.
+            of each layer's output, both of the layer's first call; a prepared model without float_model is compared
+            with itself unquantized. Quantized layers that nothing called are named in the notes.
         float_model: the model before ``prepare``. A converted model needs it for its weights' SQNR.
         accuracy: any number measured elsewhere, to be shown with the rest.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QAT_LAYERS + CONVERTED_LAYERS + QUANTIZABLE)
-    }
-    quantized = QAT_LAYERS + CONVERTED_LAYERS
-    if not any(isinstance(module, quantized) or hasattr(module, "weight_bits") for module in layers.values()):
+    layers = dict(_layers(model))
+    if not any(_is_quantized(layer) for layer in layers.values()):
         raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
     folds = find_folds(model)
     float_folds = {} if float_model is None else find_folds(float_model).batch_norm_of
     # In a converted model the folded BatchNorm is gone; the float model still tells where it was.
     folded = {
         conv: norm
-        for conv, norm in (float_folds if float_model is not None else {}).items()
+        for conv, norm in float_folds.items()
         if isinstance(layers.get(conv), Int8Conv2d) and not isinstance(_submodule(model, norm), nn.BatchNorm2d)
     }
+    readers = find_weight_readers(model)
     rows, notes = [], {}
     for name, layer in layers.items():
-        source = None if float_model is None else _submodule(float_model, name)
-        norm = folds.batch_norm_of.get(name)
-        row, note = _row(name, layer, None if norm is None else model.get_submodule(norm))  # type: ignore[arg-type]
-        if isinstance(layer, CONVERTED_LAYERS) and source is not None:
-            weight = source.weight.detach().float()  # type: ignore[union-attr, operator]
-            if name in folded:
-                factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)  # type: ignore[union-attr, arg-type]
-                weight = weight * factor.reshape(-1, 1, 1, 1)
-            row.weight_sqnr = sqnr(weight, layer.dequantize())
+        row, note = _row(name, layer), _note(name, layer, readers)
+        if isinstance(layer, CONVERTED_LAYERS) and float_model is not None:
+            source = _submodule(float_model, name)
+            if isinstance(getattr(source, "weight", None), Tensor):
+                weight = effective_weight(source).detach().float()  # type: ignore[arg-type]
+                if name in folded:
+                    factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)  # type: ignore[arg-type]
+                    weight = weight * factor.reshape(-1, 1, 1, 1)
+                row.weight_sqnr = sqnr(weight, layer.dequantize())
         rows.append(row)
         if note:
             notes[name] = note
     notes.update({name: f"BatchNorm stays a float layer: {reason}" for name, reason in folds.kept.items()})
     if example is not None:
-        _run_example(model, example, float_model, layers, folded, rows)
-    float_bytes, quantized_bytes = _totals(model, float_model, rows, folds.batch_norm_of)
+        _run_example(model, example, float_model, layers, folded, rows, notes)
+    prepared = any(isinstance(module, FakeQuantize) for module in model.modules())
+    stored = model
+    if prepared:
+        try:
+            stored = _converted(model)
+        except ValueError as error:  # layers changed after prepare
+            notes[""] = f"sizes are those of the float model, as this one does not convert: {error}"
+    quantized_bytes = _weigh(stored, rows, "quantized_bytes", _names_of_quantizers(model) if stored is model else ())
+    source = model if float_model is None else float_model
+    float_bytes = _weigh(source, rows, "float_bytes", _names_of_quantizers(source))
+    if float_model is None:
+        float_bytes += sum(_as_float(row, layers[row.name]) for row in rows)
     return Report(rows, float_bytes, quantized_bytes, notes, accuracy)
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
-    """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf where equal, None for a reference of zeros."""
+    """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf where equal, None for a reference of zeros.
+
+    None too where the shapes differ, as behind a routing that went another way.
+    """
+    if reference.shape != approximation.shape:
+        return None
     reference, approximation = reference.detach().double(), approximation.detach().double()
     signal, noise = float(reference.square().sum()), float((reference - approximation).square().sum())
     if signal == 0:
@@ -184,67 +202,110 @@ def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
     return float(((q < quant_min) | (q > quant_max)).float().mean())
 
 
-def _row(name: str, layer: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[LayerRow, str | None]:
-    bias: Tensor | None = getattr(layer, "bias", None)
-    if isinstance(layer, CONVERTED_LAYERS):
-        input_bits = None if isinstance(layer, Int4Embedding) else layer.input_bits
-        row = LayerRow(name, type(layer).__name__, layer.weight_bits, input_bits)
-        row.float_bytes = 4 * (math.prod(layer.weight_shape) + (0 if bias is None else bias.numel()))
-        row.quantized_bytes = _bytes(list(layer.state_dict().values()))
-        return row, None
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    outputs = weight.shape[0]
-    weight_quant: FakeQuantize | None = getattr(layer, "weight_fake_quant", None)
-    input_quant: FakeQuantize | None = getattr(layer, "input_fake_quant", None)
-    row = LayerRow(
-        name,
-        type(layer).__name__,
-        getattr(layer, "weight_bits", None) if weight_quant is None else weight_quant.bits,
-        None if input_quant is None else input_quant.bits,
-    )
-    row.float_bytes = row.quantized_bytes = _bytes([weight, *([] if bias is None else [bias])])
-    note = None
-    if row.weight_bits is None:
-        note = "weight stays float" if row.input_bits is None else "not convertible: its weight is not quantized"
-    if weight_quant is not None and weight_quant.is_calibrated:
-        codes, scale, zero_point = weight_quant.quantize(weight)
-        row.weight_sqnr = sqnr(weight, _eval(weight_quant, weight))
-        row.weight_clipped = clipped_share(weight, scale, zero_point, weight_quant.quant_min, weight_quant.quant_max)
-        static = 0
-        if input_quant is not None and input_quant.quantizer != "dynamic":
-            static = 1 if input_quant.symmetric else 2
-        scales = max(scale.numel(), outputs)
-        if to_int4(layer):
-            packed = outputs * packed_length(codes.shape[1], weight_quant.bits)
-        else:
-            packed = packed_length(codes.numel(), weight_quant.bits if weight_quant.bits in BITS else 8)
-        packed += 0 if zero_point is None else scales  # int8
-        row.quantized_bytes = (
-            packed + SCALE_BYTES * (scales + static) + (0 if bias is None and norm is None else 4 * outputs)
-        )
-    return row, note
-
-
-def _totals(
-    model: nn.Module, float_model: nn.Module | None, rows: list[LayerRow], folds: dict[str, str]
-) -> tuple[int, int]:
-    counted = {row.name for row in rows}
-    rest = folded = 0
+def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Quantized layers, Linear and Conv2d, and modules that hold another float parameter of two or more dims."""
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name in counted or isinstance(module, FakeQuantize):
+        if isinstance(module, FakeQuantize) or name.startswith(inside):
             continue
-        own = _bytes([*module.parameters(recurse=False), *module.buffers(recurse=False)])
-        rest += own
-        folded += own if name in folds.values() and _converts(model, folds, name) else 0
-    quantized_bytes = sum(row.quantized_bytes for row in rows) + rest - folded
-    if float_model is not None:
-        return _bytes([*float_model.parameters(), *float_model.buffers()]), quantized_bytes
-    return sum(row.float_bytes for row in rows) + rest, quantized_bytes
+        parametrized = parametrize.is_parametrized(module)
+        if parametrized or isinstance(module, QAT_LAYERS):  # what they hold is theirs
+            prefix = f"{name}." if name else ""
+            inside += (f"{prefix}parametrizations.",)
+        if (
+            _is_quantized(module)
+            or isinstance(module, QUANTIZABLE)
+            or parametrized
+            or any(p is not None and p.dim() > 1 and p.is_floating_point() for p in module._parameters.values())
+        ):
+            yield name, module
 
 
-def _converts(model: nn.Module, folds: dict[str, str], norm: str) -> bool:
-    conv = model.get_submodule(next(conv for conv, name in folds.items() if name == norm))
-    return isinstance(conv, QATConv2d) and conv.weight_fake_quant is not None and conv.input_fake_quant is not None
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, QAT_LAYERS + CONVERTED_LAYERS)
+
+
+def _row(name: str, layer: nn.Module) -> LayerRow:
+    kind = type(layer).__name__
+    if isinstance(layer, CONVERTED_LAYERS):
+        return LayerRow(name, kind, layer.weight_bits, getattr(layer, "input_bits", None))
+    if not isinstance(layer, QAT_LAYERS):
+        return LayerRow(name, kind, None, None)
+    quantizer, input = layer.weight_fake_quant, layer.input_fake_quant
+    row = LayerRow(name, kind, None if quantizer is None else quantizer.bits, None if input is None else input.bits)
+    weight = effective_weight(layer).detach()
+    if quantizer is not None and quantizer.is_calibrated and not weight.is_meta:
+        _, scale, zero_point = quantizer.quantize(weight)
+        row.weight_sqnr = sqnr(weight, _eval(quantizer, weight))
+        row.weight_clipped = clipped_share(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+    return row
+
+
+def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
+    if name in readers.too and _is_quantized(layer):
+        return f"{readers.too[name]} also reads its weight, and gets it in float"
+    if isinstance(layer, QAT_LAYERS) and layer.weight_fake_quant is None:
+        return "not convertible: its weight is not quantized"
+    if _is_quantized(layer):
+        return None
+    if isinstance(layer, QUANTIZABLE):
+        reason = float_reason(name, layer, readers)[0] or "no rule or default of the config selects it"
+        return f"weight stays float: {reason}"
+    return f"weight stays float: {unsupported(layer)}"
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    """The converted model, for its sizes: quantizers that are not calibrated take any range."""
+    if not all(module.is_calibrated for module in model.modules() if isinstance(module, FakeQuantize)):
+        model = copy_of(model)
+        for module in model.modules():
+            if isinstance(module, FakeQuantize) and not module.is_calibrated:
+                ones = torch.ones_like(module.scale)
+                module.set_range(-ones, ones)
+    return convert(model)
+
+
+def _names_of_quantizers(model: nn.Module) -> tuple[str, ...]:
+    named = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, module in named if isinstance(module, FakeQuantize))
+
+
+def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[str, ...]) -> int:
+    """Bytes of the tensors in the state_dict, once per storage; each row gets those that its layer is first to hold.
+
+    ``without``: prefixes of what does not count.
+    """
+    owners = {row.name: row for row in rows}
+    seen: dict[int, int] = {}
+    for key, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or key.startswith(without):
+            continue
+        storage = tensor.untyped_storage()
+        if storage._cdata in seen:
+            continue
+        seen[storage._cdata] = storage.nbytes()
+        owner = key
+        while owner and owner not in owners:
+            owner = owner.rpartition(".")[0]
+        if owner in owners and _holds(model, owner, key):
+            setattr(owners[owner], field, getattr(owners[owner], field) + storage.nbytes())
+    return sum(seen.values())
+
+
+def _holds(model: nn.Module, owner: str, key: str) -> bool:
+    """Whether the tensor is the layer's own, and not that of a module within it."""
+    rest = key.removeprefix(f"{owner}." if owner else "")
+    return "." not in rest or rest.startswith("parametrizations.")
+
+
+def _as_float(row: LayerRow, layer: nn.Module) -> int:
+    """Sets the float bytes of a converted layer, whose float layer is not at hand; returns what they are larger."""
+    before = row.float_bytes
+    if isinstance(layer, CONVERTED_LAYERS):
+        bias: Tensor | None = getattr(layer, "bias", None)
+        elements = math.prod(layer.weight_shape) + (0 if bias is None else bias.numel())
+        row.float_bytes = layer.dtype.itemsize * elements
+    return row.float_bytes - before
 
 
 def _run_example(
@@ -254,27 +315,35 @@ def _run_example(
     layers: Mapping[str, nn.Module],
     folded: dict[str, str],
     rows: list[LayerRow],
+    notes: dict[str, str],
 ) -> None:
     with eval_mode(model):
-        inputs, outputs = _record(model, example, {name: name for name in layers})
+        inputs, outputs, called = _record(model, example, {name: name for name in layers})
         references: dict[str, Tensor] = {}
         if float_model is not None:
             with eval_mode(float_model):
-                _, references = _record(float_model, example, {name: folded.get(name, name) for name in layers})
+                _, references, _ = _record(float_model, example, {name: folded.get(name, name) for name in layers})
         elif any(isinstance(layer, QAT_LAYERS) for layer in layers.values()):
             with quantizers_replaced(model, lambda quantizer, x: x):
-                _, references = _record(model, example, {name: name for name in layers})
+                _, references, _ = _record(model, example, {name: name for name in layers})
     for row in rows:
         layer = layers[row.name]
         if row.name in references and row.name in outputs:
             row.output_sqnr = sqnr(references[row.name], outputs[row.name])
+        if row.name not in called and _is_quantized(layer):
+            notes.setdefault(row.name, "nothing called it on the example: what reads its weight gets it in float")
         if row.name not in inputs:
             continue
         x = inputs[row.name]
-        if isinstance(layer, (*INT8_LAYERS, Int4Linear)):
-            if layer.input_scale is not None:
+        if isinstance(layer, CONVERTED_LAYERS):
+            scale = getattr(layer, "input_scale", None)
+            if scale is not None:
                 row.input_clipped = clipped_share(
-                    x, layer.input_scale, layer.input_zero_point, layer.quant_min, layer.quant_max
+                    x,
+                    scale,
+                    layer.input_zero_point,  # type: ignore[arg-type, union-attr]
+                    layer.quant_min,  # type: ignore[arg-type, union-attr]
+                    layer.quant_max,  # type: ignore[arg-type, union-attr]
                 )
         elif isinstance(layer, QAT_LAYERS) and layer.input_fake_quant is not None:
             quantizer = layer.input_fake_quant
@@ -282,16 +351,23 @@ def _run_example(
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
 
 
-def _record(model: nn.Module, example: Any, modules: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """First input and output of the modules (given as row name -> module name) while the model runs on the example."""
+def _record(
+    model: nn.Module, example: Any, modules: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """First floating input and output of the modules (given as row name -> module name), and which were called."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    called: set[str] = set()
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if args:
-                inputs.setdefault(name, args[0].detach())
-            outputs.setdefault(name, output.detach())
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if name in called:
+                return
+            called.add(name)
+            for values, found in (((args, kwargs), inputs), (output, outputs)):
+                tensor = _first_tensor(values)
+                if tensor is not None:
+                    found[name] = tensor.detach()
 
         return hook
 
@@ -299,14 +375,25 @@ def _record(model: nn.Module, example: Any, modules: dict[str, str]) -> tuple[di
     for name, target in modules.items():
         module = _submodule(model, target)
         if module is not None:
-            handles.append(module.register_forward_hook(hook_of(name)))
+            handles.append(module.register_forward_hook(hook_of(name), with_kwargs=True))
     try:
         with torch.no_grad():
             call(model, example)
     finally:
         for handle in handles:
             handle.remove()
-    return inputs, outputs
+    return inputs, outputs, called
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first tensor of floats within tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return None
+    return next((tensor for item in value if (tensor := _first_tensor(item)) is not None), None)
 
 
 def _eval(quantizer: FakeQuantize, x: Tensor) -> Tensor:
@@ -316,10 +403,6 @@ def _eval(quantizer: FakeQuantize, x: Tensor) -> Tensor:
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     return dict(model.named_modules(remove_duplicate=False)).get(name)
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _cell(value: float | None, spec: str, missing: str = "–") -> str:

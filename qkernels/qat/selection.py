@@ -58,8 +58,16 @@ def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
         )
 
 
-def float_reason(name: str, layer: nn.Module, readers: WeightReaders, asked_by_type: bool = False) -> str | None:
-    """Why a Linear or Conv2d layer cannot be quantized; None: it can."""
+def float_reason(name: str, layer: nn.Module, readers: WeightReaders) -> tuple[str | None, Trial]:
+    """Why a Linear or Conv2d layer cannot be quantized, None: it can; and what its own forward does, if it has one."""
+    reason, trial = _outer_reason(name, layer, readers), Trial(returns_product=True)
+    if reason is None and has_own_forward(_class_without_parametrizations(layer)):
+        trial = try_forward(_twin_on_meta(layer))
+        reason = trial.reason
+    return reason, trial
+
+
+def _outer_reason(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
     if name in readers.instead:
         return f"{readers.instead[name]} reads its weight instead of calling it"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
@@ -76,22 +84,17 @@ def float_reason(name: str, layer: nn.Module, readers: WeightReaders, asked_by_t
         taken = _taken_names(layer, kind)
         if taken:
             return f"its attribute {taken[0]!r} is also one of the quantized layer's"
-        if not asked_by_type:
-            return trial_of(layer).reason
     return None
 
 
-def trial_of(layer: nn.Module) -> Trial:
-    """What the layer's own forward does; a layer without one does what its parent does."""
-    if not has_own_forward(_class_without_parametrizations(layer)):
-        return Trial(returns_product=True)
+def _twin_on_meta(layer: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for t in (*layer.parameters(), *layer.buffers(), *(t for t in vars(layer).values() if isinstance(t, Tensor))):
         meta = torch.empty_like(t, device="meta")
         memo[id(t)] = nn.Parameter(meta, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else meta
     twin = copy.deepcopy(layer, memo).eval()
     bake_weight(twin)
-    return try_forward(twin)
+    return twin
 
 
 def unsupported(module: nn.Module) -> str:

@@ -69,7 +69,7 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
     done = set(wanted)
     while wanted:
         module, method = wanted.pop()
-        functions = _functions(type(module), method)
+        functions = _functions(type(module), method)  # type: ignore[arg-type]
         if functions is None:  # it may call any of them
             used |= set(module.modules()) - {module}
             continue
