@@ -755,6 +755,7 @@ def test_a_weight_shared_with_a_float_layer_is_stored_once():
     assert converted.head.weight is converted.table.weight
     assert type(converted.body) is Int8Linear
     assert stored(converted) < stored(Tied())
+    assert qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes == stored(converted)
     file = io.BytesIO()
     torch.save(converted.state_dict(), file)
     plain = io.BytesIO()
