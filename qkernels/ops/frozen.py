@@ -37,7 +37,8 @@ def represented(
     if scale is None:
         return x
     if x.dtype != torch.int8:
-        check_static("input", scale, zero_point, quant_min, quant_max)
+        if not torch.compiler.is_compiling():  # it looks at values; the kernel looks again when it runs
+            check_static("input", scale, zero_point, quant_min, quant_max)
         return fake_quantize(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     rows = x.reshape(-1, x.shape[-1])
     scale, zero_point = (None if t is None else t.reshape(-1, 1) for t in (scale, zero_point))
