@@ -505,6 +505,23 @@ def test_gradients_of_what_is_torchs() -> None:
         same(*both_routes(call))
 
 
+def test_first_derivative_of_the_learnable_ops_with_a_graph() -> None:
+    """As in torch, only the second one is refused."""
+    leaves = [torch.randn(4, 10), torch.tensor([0.1]), torch.tensor([1.0])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call() -> list[Tensor]:
+        y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, -8, 7)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grads[0].sum(), leaves[0])
+        return [g.detach() for g in grads]
+
+    torch.testing.assert_close(*both(call))
+    torch.testing.assert_close(*both_routes(call))
+
+
 def test_statistics_beyond_their_end_are_refused() -> None:
     """torch writes there."""
     for stats, options in ((statistics(shape=(0,)), {}), (statistics(shape=(2,)), {"per_row": True})):

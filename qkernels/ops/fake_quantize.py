@@ -227,16 +227,24 @@ class _FakeQuantizeLearnable(Function):
         return *_learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
+# Raised where the gradients are themselves differentiated, as by torch's own ops, and not where they are only computed.
+_NO_SECOND_DERIVATIVE = torch._C._functions.DelayedError(  # type: ignore[attr-defined]
+    b'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
+    b"detach scale and zero_point",
+    3,
+)
+
+
 def _learned_gradients(
     ctx: Any, grad: Tensor, op: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx, dscale and dzp from an op that takes (grad, x, scale, zero_point, …), dzp as zero_point is."""
     if _again(grad):
-        raise RuntimeError(
-            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
-            "detach scale and zero_point"
-        )
-    dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
+        with torch.no_grad():
+            gradients = op(grad, x, scale, zero_point, *rest)
+        dx, dscale, dzp = _NO_SECOND_DERIVATIVE(*(t.requires_grad_() for t in gradients))
+    else:
+        dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
     if zero_point is None or not ctx.needs_input_grad[2]:
         return dx, dscale, None
     return dx, dscale, gradient_of(zero_point, dzp)
