@@ -399,7 +399,7 @@ def trained_and_converted(module: tq.FusedMovingAvgObsFakeQuantize, data: str) -
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_fused_module_trains_with_what_it_converts_with(observer: str, scheme: str) -> None:
     with contextlib.suppress(RuntimeError):  # where it trains at all, torch trains with others
-        assert not all([trained_and_converted(fused_module(observer, scheme), data) for data in SEEN])
+        assert not all(trained_and_converted(fused_module(observer, scheme), data) for data in SEEN)
     with qk.override_torch():
         assert all(trained_and_converted(fused_module(observer, scheme), data) for data in SEEN)
     with python_routes():

@@ -227,12 +227,19 @@ class _FakeQuantizeLearnable(Function):
         return *_learned_gradients(ctx, grad, _learnable_backward, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
-# Raised where the gradients are themselves differentiated, as by torch's own ops, and not where they are only computed.
-_NO_SECOND_DERIVATIVE = torch._C._functions.DelayedError(  # type: ignore[attr-defined]
-    b'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
-    b"detach scale and zero_point",
-    3,
-)
+class _NoSecondDerivative(Function):
+    """Gradients that may be computed with a graph (create_graph), as torch's own may, but not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, dscale: Tensor, dzp: Tensor, *sources: Tensor | None) -> tuple[Tensor, ...]:
+        return dx.view_as(dx), dscale.view_as(dscale), dzp.view_as(dzp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
+            "detach scale and zero_point"
+        )
 
 
 def _learned_gradients(
@@ -242,7 +249,7 @@ def _learned_gradients(
     if _again(grad):
         with torch.no_grad():
             gradients = op(grad, x, scale, zero_point, *rest)
-        dx, dscale, dzp = _NO_SECOND_DERIVATIVE(*(t.requires_grad_() for t in gradients))
+        dx, dscale, dzp = _NoSecondDerivative.apply(*gradients, grad, x, scale, zero_point)
     else:
         dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
     if zero_point is None or not ctx.needs_input_grad[2]:
