@@ -14,7 +14,7 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test pytest lint portable asan cuda bench gpu clean
+.PHONY: build demo test pytest lint portable asan cuda bench gpu upstream clean
 
 build: $(VENV)/built
 
@@ -60,6 +60,11 @@ bench: $(VENV)/built $(VENV)/bench
 # On a machine with a GPU, with the torch that its own python3 has: no set-up, no network, below ten minutes.
 gpu:
 	@$(or $(GPU_PYTHON),python3) bench/gpu/run.py $(if $(OUT),--out "$(OUT)")
+
+# The suites of torch.ao and of compressed-tensors with torch's kernels and with ours; not part of test, as it fetches
+# them from the package indices. ONLY="fx pt2e" runs the files with these in their paths.
+upstream: $(VENV)/built $(VENV)/dev
+	$(PYTHON) tests/upstream/run.py $(ONLY)
 
 clean:
 	rm -rf build .venv *.egg-info qkernels/*.so

@@ -399,7 +399,7 @@ def trained_and_converted(module: tq.FusedMovingAvgObsFakeQuantize, data: str) -
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_fused_module_trains_with_what_it_converts_with(observer: str, scheme: str) -> None:
     with contextlib.suppress(RuntimeError):  # where it trains at all, torch trains with others
-        assert not all([trained_and_converted(fused_module(observer, scheme), data) for data in SEEN])
+        assert not all(trained_and_converted(fused_module(observer, scheme), data) for data in SEEN)
     with qk.override_torch():
         assert all(trained_and_converted(fused_module(observer, scheme), data) for data in SEEN)
     with python_routes():
@@ -503,6 +503,23 @@ def test_gradients_of_what_is_torchs() -> None:
 
         same(*both(call))
         same(*both_routes(call))
+
+
+def test_first_derivative_of_the_learnable_ops_with_a_graph() -> None:
+    """As in torch, only the second one is refused."""
+    leaves = [torch.randn(4, 10), torch.tensor([0.1]), torch.tensor([1.0])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call() -> list[Tensor]:
+        y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, -8, 7)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grads[0].sum(), leaves[0])
+        return [g.detach() for g in grads]
+
+    torch.testing.assert_close(*both(call))
+    torch.testing.assert_close(*both_routes(call))
 
 
 def test_statistics_beyond_their_end_are_refused() -> None:

@@ -244,16 +244,31 @@ class _FakeQuantizeLearnable(Function):
         return *gradients, None, None, None, None
 
 
+class _NoSecondDerivative(Function):
+    """Gradients that may be computed with a graph (create_graph), as torch's own may, but not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dx: Tensor, dscale: Tensor, dzp: Tensor, *sources: Tensor | None) -> tuple[Tensor, ...]:
+        return dx.view_as(dx), dscale.view_as(dscale), dzp.view_as(dzp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
+            "detach scale and zero_point"
+        )
+
+
 def _learned_gradients(
     ctx: Any, grad: Tensor, op: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx, dscale and dzp from an op that takes (grad, x, scale, zero_point, …), dzp as zero_point is."""
     if _again(grad):
-        raise RuntimeError(
-            'fake_quantize: learned scales have no second derivative, nor has straight_through="pact" or "ewgs"; '
-            "detach scale and zero_point"
-        )
-    dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
+        with torch.no_grad():
+            gradients = op(grad, x, scale, zero_point, *rest)
+        dx, dscale, dzp = _NoSecondDerivative.apply(*gradients, grad, x, scale, zero_point)
+    else:
+        dx, dscale, dzp = op(grad, x, scale, zero_point, *rest)
     if zero_point is None or not ctx.needs_input_grad[2]:
         return dx, dscale, None
     return dx, dscale, gradient_of(zero_point, dzp)

@@ -43,7 +43,6 @@ SUITES = (
     ("torch", "quantization/fx/test_quantize_fx.py", "qat or QAT or fake or train"),
     ("torch", "quantization/fx/test_model_report_fx.py", ""),
     ("torch", "quantization/fx/test_equalize_fx.py", ""),
-    ("torch", "quantization/pt2e/test_quantize_pt2e_qat.py", ""),
     ("torch", "quantization/bc/test_backward_compatibility.py", ""),
     ("compressed-tensors", "test_quantization", ""),
     ("compressed-tensors", "test_compressors", "not distributed and not transformers"),
