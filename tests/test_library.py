@@ -139,7 +139,7 @@ import torch, qkernels as qk
 qk.library.define("missing_op", "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like, cpu=("scalar",))
 qk.library.load()
 print(qk.which("missing_op")[0][1])
-print(torch.ops.qkernels.missing_op(torch.zeros(1)).item(), qk.which("fake_quantize_forward")[0][1])
+print(torch.ops.qkernels.missing_op(torch.zeros(1)).item(), dict(qk.which("fake_quantize_forward"))["cpu_scalar"])
 """)
     assert done.stdout.startswith("the C++ kernels hold no missing_op; rebuild them with: "), done.stderr
     assert done.stdout.endswith("\n1.0 None\n")
@@ -147,11 +147,13 @@ print(torch.ops.qkernels.missing_op(torch.zeros(1)).item(), qk.which("fake_quant
 
 
 def test_cpu_isa_from_the_environment() -> None:
-    code = "import qkernels as qk; print(qk.library.host.active_isa(), qk.which('fake_quantize_forward')[0][1])"
-    best = qk.library.host.supported_isa()
-    assert run_python(code, QKERNELS_CPU_ISA=best).stdout == f"{best} None\n"
-    scalar = run_python(code, QKERNELS_CPU_ISA="scalar")
-    assert scalar.stdout in ("scalar the CPU path is capped at scalar\n", "scalar None\n"), scalar.stderr
+    code = """
+import qkernels as qk
+print(qk.library.host.active_isa(), *(name for name, reason in qk.which("int8_mm") if reason is None))
+"""
+    for isa in ("scalar", qk.library.host.supported_isa()):
+        done = run_python(code, QKERNELS_CPU_ISA=isa)
+        assert done.stdout.startswith(f"{isa} cpu_{'avx2' if isa == 'avx512' else isa} "), done.stderr
 
 
 @pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx", "avx512vnni2"])
