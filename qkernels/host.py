@@ -50,7 +50,10 @@ class Host:
 
     def build_info(self) -> dict[str, str]:
         """The compiler, and the torch whose headers it was given."""
-        return {"compiler": self._c.qkernels_compiler().decode(), "torch": self._c.qkernels_build_torch().decode()}
+        return {
+            "compiler": self._c.qkernels_compiler().decode().strip(),
+            "torch": self._c.qkernels_build_torch().decode(),
+        }
 
     def dot_ceiling(self, seconds: float) -> float:
         """Operations per second of int8 dot products in registers on the active path, on this thread."""

@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels, read from a library or a cubin without a GPU: for the gates on them.
 
-python tests/sass.py qkernels/_cuda.abi3.so sm_90a      # one line per kernel
+python tests/sass.py qkernels/_cuda.so sm_90a      # one line per kernel
 """
 
 from __future__ import annotations
