@@ -52,11 +52,12 @@ class override_torch:
     - The fused observer trains with the scale and zero point that torch.ao's observers compute for convert from the
       same statistics, where torch's op trains with others. Symmetric scales so differ from torch's by up to 0.4 % in
       −128 … 127, and with them 99.5 % of the weights under torch.ao's default configs: the observers, and this, take
-      max(−min, max) / 127.5, torch's op the larger of −min / 128 and max / 127. Where all values have one sign, or a
-      scale is below 6.1e-5, torch's op is up to 2× or any factor away. It keeps its averages in fp32 and skips a batch
-      whose range is not finite. What an observer is told and its op is not cannot be followed: an ``eps`` other than
-      fp32's (2**-12 in torch.ao's symmetric qnnpack configs, which convert scales below it to it), quint8 without a
-      range of its own (zero point 128, here as with one: 127), a signed dtype with a range that starts at 0 (0, here
+      max(−min, max) / 127.5, torch's op the larger of −min / 128 and max / 127. Where all values have one sign
+      torch's op is up to 2× away, and below its smallest scale, 6.1e-5, further. It keeps its averages in fp32, skips
+      a batch whose range is not finite, and with the observer off leaves scale and zero point as they are (torch takes
+      them from the statistics again). What an observer is told and its op is not cannot be followed: an ``eps`` other
+      than fp32's (2**-12 in torch.ao's symmetric qnnpack configs, which convert scales below it to it), quint8 without
+      a range of its own (zero point 128, here as with one: 127), a signed dtype with a range that starts at 0 (0, here
       the middle), uint16 in part of its range (2**15).
     - Against torch up to 2.11, 2 of 108,000 bf16 elements with fp16 zero points per channel differ by a step: later
       versions agree bit for bit.
