@@ -17,7 +17,7 @@ FORMS = {
     "a nested tensor": torch.nested.nested_tensor([DENSE, DENSE[:2]]),
     "a nested tensor ": torch.nested.nested_tensor([DENSE, DENSE[:2]], layout=torch.jagged),
 }
-SCALE, CODES, SEEN = torch.tensor(0.1), torch.ones(4, 32, dtype=torch.int8), torch.ones(1)
+SCALE, CODES, SEEN = torch.tensor(0.1), torch.ones(4, 32, dtype=torch.int8), torch.ones(1, dtype=torch.uint8)
 PACKED8, PACKED4 = qk.PackedInt8.from_float(torch.ones(8, 32)), qk.PackedInt4.from_float(torch.ones(8, 32))
 RANGE = {"quant_min": -8, "quant_max": 7}
 STATISTICS = torch.zeros(1), torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int32)
