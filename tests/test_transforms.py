@@ -17,7 +17,7 @@ STEP, ROWS = torch.tensor(0.3), torch.tensor([[0.3], [0.7]])
 POINT, POINTS = torch.tensor(0.6), torch.tensor([[0.6], [-1.4]])
 RANGE = {"quant_min": -4, "quant_max": 3}
 CHANNELS = torch.tensor([0.3, 0.7]), torch.tensor([0.6, -1.4])
-SEEN = [torch.ones(1), torch.ones(1)]
+SEEN = [torch.ones(1, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)]
 
 
 def variant(name):
