@@ -527,7 +527,7 @@ def _observed(x: Tensor, *args: Any) -> Tensor:
 
 def _observed_in_transforms(x: Tensor, *args: Any) -> Tensor:
     """Statistics are updated from the values themselves, whatever is differentiated; one batch at a time."""
-    _, fake_quant_on, _, _, scale, zero_point, _, quant_min, quant_max, _ = args
+    _, fake_quant_on, _, _, scale, zero_point, _, quant_min, quant_max, *_ = args
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         _observe(*(_plain(t).detach() for t in (x, *args[:6])), *args[6:])
     return transforms.observe_fake_quantize(x, fake_quant_on, scale, zero_point, quant_min, quant_max)
