@@ -130,20 +130,39 @@ class FakeQuantize(nn.Module):
         if shape is not None:
             self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
             self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
-        self.register_buffer("_scale", torch.full(scale_shape, torch.nan), persistent=False)
+        self.register_buffer("_scale", torch.empty(scale_shape), persistent=False)
         if quantizer == "lsq":
-            self.log_scale = nn.Parameter(torch.zeros(scale_shape))
-            self.zero_point = None if symmetric else nn.Parameter(torch.zeros(scale_shape))
+            self.log_scale = nn.Parameter(torch.empty(scale_shape))
+            self.zero_point = None if symmetric else nn.Parameter(torch.empty(scale_shape))
         else:
-            zero_point = torch.zeros(scale_shape, dtype=torch.int32)
+            zero_point = torch.empty(scale_shape, dtype=torch.int32)
             self.register_buffer("zero_point", None if symmetric and quantizer == "minmax" else zero_point)
         if quantizer == "ema":
-            self.register_buffer("running_min", torch.full(scale_shape, torch.inf))
-            self.register_buffer("running_max", torch.full(scale_shape, -torch.inf))
-            self.register_buffer("observer_on", torch.ones(1, dtype=torch.uint8))
-            self.register_buffer("fake_quant_on", torch.ones(1, dtype=torch.uint8))
+            self.register_buffer("running_min", torch.empty(scale_shape))
+            self.register_buffer("running_max", torch.empty(scale_shape))
+            self.register_buffer("observer_on", torch.empty(1, dtype=torch.uint8))
+            self.register_buffer("fake_quant_on", torch.empty(1, dtype=torch.uint8))
         else:
-            self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
+            self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets all that was calibrated or learned; what torch calls after ``to_empty``."""
+        if self.quantizer == "dynamic":
+            return
+        self._scale.fill_(torch.nan)
+        if self.zero_point is not None:
+            self.zero_point.zero_()
+        if self.quantizer == "lsq":
+            self.log_scale.zero_()
+        if self.quantizer == "ema":
+            self.running_min.fill_(torch.inf)
+            self.running_max.fill_(-torch.inf)
+            self.observer_on.fill_(self._observes)
+            self.fake_quant_on.fill_(self._quantizes)
+        else:
+            self.calibrated.fill_(False)
             self._ready = False
 
     def _set_width(self, bits: int) -> None:
@@ -384,7 +403,11 @@ class FakeQuantize(nn.Module):
         def apply(t: Tensor) -> Tensor:
             return fn(t) if isinstance(t, nn.Parameter) else apply_keeping_dtype(fn, t)
 
-        return super()._apply(apply, recurse)
+        was_empty = any(t.is_meta for t in self.buffers(recurse=False))
+        super()._apply(apply, recurse)
+        if was_empty and not self._scale.is_meta:  # to_empty leaves memory as it was
+            self.reset_parameters()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
