@@ -64,8 +64,8 @@ def test_one_step_moves_the_prepared_model_as_the_float_one(optimizer, lr, bits)
 def test_sgd_moves_a_scale_as_lsq_does_from_its_own_start_but_slower():
     torch.manual_seed(0)
     w, dy = torch.randn(1, 512), torch.randn(1, 512)
-    quantizer = FakeQuantize(bits=8, granularity=PerChannel(), shape=w.shape)
-    quantizer.set_range(w.amin(1, keepdim=True), w.amax(1, keepdim=True))  # of its own, so it is not followed
+    quantizer = FakeQuantize(bits=8)
+    quantizer.set_range(w.amin().reshape(1), w.amax().reshape(1))
     start = quantizer.scale.clone()
     scale = start.clone().requires_grad_()
     y = qk.fake_quantize(

@@ -24,8 +24,9 @@ from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
-SCALE_FLOOR = 1e-30  # of scales that are not torch.ao's: small enough for any tensor, large enough to be divided by
+SCALE_FLOOR = 1e-30  # of scales that are not torch.ao's: far below any model's, and large enough to be divided by
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
+GROWTH = 0.1  # of the way to a larger range, at each training step
 MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
 LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 
@@ -60,7 +61,9 @@ class FakeQuantize(nn.Module):
     start is, but sqrt(steps) times slower: the gradient of log_scale is 2·dscale/(start·sqrt(steps)). Weight decay
     pulls it towards its start, and it stays within 1/1024 to 1024 of that. The start of a weight of more than 4 bits
     is its range as it is at each training step, and the scale once to twice that: nothing is clipped, since at these
-    widths no clipping is worth its error (LSQ's gradient does ask for it).
+    widths no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits
+    grows with its range, a tenth of the way at each training step, unless it was set by hand or by a method of
+    ``calibrate`` that clips.
 
     ``scale`` and ``zero_point`` are what the next forward pass uses; ``quantizer.scale = t`` sets a new start. A
     state_dict holds them in fp32, beside what a learned scale needs to go on exactly (``log_scale``, ``start``), and
@@ -140,10 +143,10 @@ class FakeQuantize(nn.Module):
         if quantizer == "ema":
             self.register_buffer("running_min", torch.empty(scale_shape))
             self.register_buffer("running_max", torch.empty(scale_shape))
-            self.register_buffer("observer_on", torch.empty(1, dtype=torch.uint8))
-            self.register_buffer("fake_quant_on", torch.empty(1, dtype=torch.uint8))
         else:
             self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool))
+        self.register_buffer("observer_on", torch.empty(1, dtype=torch.uint8))
+        self.register_buffer("fake_quant_on", torch.empty(1, dtype=torch.uint8))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -159,11 +162,11 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "ema":
             self.running_min.fill_(torch.inf)
             self.running_max.fill_(-torch.inf)
-            self.observer_on.fill_(self._observes)
-            self.fake_quant_on.fill_(self._quantizes)
         else:
             self.calibrated.fill_(False)
-            self._ready = False
+        self.observer_on.fill_(self._observes)
+        self.fake_quant_on.fill_(self._quantizes)
+        self._ready = self.quantizer == "ema" and not self._scale.is_meta
 
     def _set_width(self, bits: int) -> None:
         quant_min, self.quant_max = range_of_bits(bits)
@@ -175,6 +178,11 @@ class FakeQuantize(nn.Module):
     def bits(self) -> int:
         """The width; ``set_bits`` changes it."""
         return self._bits
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the forward pass quantizes; ``enable_fake_quant`` switches it."""
+        return self._quantizes
 
     @property
     def scale(self) -> Tensor:
@@ -193,7 +201,7 @@ class FakeQuantize(nn.Module):
     def is_calibrated(self) -> bool:
         """Whether the scale is known, or can be had from the weight (reads the device)."""
         if self.quantizer == "ema":
-            return not bool(self.running_min.isinf().any())
+            return self._ready and not bool(self.running_min.isinf().any())
         return self._ready or self.is_weight
 
     @torch.no_grad()
@@ -213,7 +221,7 @@ class FakeQuantize(nn.Module):
             values = x.detach().float() if x.dtype == torch.float64 else x.detach()
             low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, SCALE_FLOOR)
         self.set_range(low, high)
-        self._observes = True
+        self.enable_observer()
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
@@ -223,6 +231,7 @@ class FakeQuantize(nn.Module):
         With the mean magnitude a learned scale of at most 4 bits takes LSQ's own start, 2·mean_abs/sqrt(steps), where
         that covers less than the range.
         """
+        self._materialize(low.device)
         if mean_abs is not None and self.quantizer == "lsq" and self.bits <= MSE_BITS:
             span = torch.maximum(-low, high) if self.symmetric else high.clamp(min=0) - low.clamp(max=0)
             part = (2 * math.sqrt(self.steps) * mean_abs / span).clamp(max=1).nan_to_num(1.0)
@@ -236,14 +245,15 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "ema":
             self.running_min.copy_(low)
             self.running_max.copy_(high)
+            self._ready = True
         else:
             self._started()
 
     def _started(self) -> None:
         if self.quantizer == "lsq":
             self.log_scale.zero_()
-        if self.is_weight and self.quantizer in ("lsq", "minmax"):
-            self._observes = False
+        if self.quantizer == "lsq" or (self.is_weight and self.quantizer == "minmax"):
+            self.disable_observer()
         if self.quantizer != "ema":
             self.calibrated.fill_(True)
             self._ready = True
@@ -276,7 +286,7 @@ class FakeQuantize(nn.Module):
     def enable_observer(self, enabled: bool = True) -> None:
         """Whether training moves the range of "ema" and of weights that are followed, and starts a scale."""
         self._observes = enabled
-        if self.quantizer == "ema":
+        if self.quantizer != "dynamic":
             self.observer_on.fill_(enabled)
 
     def disable_observer(self) -> None:
@@ -285,7 +295,7 @@ class FakeQuantize(nn.Module):
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Whether the forward pass quantizes; where not, x passes as it is and observers go on."""
         self._quantizes = enabled
-        if self.quantizer == "ema":
+        if self.quantizer != "dynamic":
             self.fake_quant_on.fill_(enabled)
 
     def disable_fake_quant(self) -> None:
@@ -315,9 +325,11 @@ class FakeQuantize(nn.Module):
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._quantizes and not self.training:
+            return x
         if not self._ready:
             self._meet(x)
-        if not self._quantizes and not (self.quantizer == "ema" and self.training):
+        if not self._quantizes and self.quantizer != "ema":
             return x
         if self.quantizer == "dynamic":
             return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
@@ -335,16 +347,20 @@ class FakeQuantize(nn.Module):
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
-        followed = self._follows()
+        scale, zero_point, followed = self._scale, self.zero_point, self._follows()
         if followed and self.training:
-            _follow(x, self._scale, self.zero_point, self.quant_min, self.quant_max, self.symmetric, self._span)
+            scale, zero_point = _follow(
+                x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, self._span
+            )  # fmt: skip
+        elif self._grows():
+            _grow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric)
         if self.quantizer == "lsq":
             return _learned(
                 x,
-                self._scale,
+                scale,
                 self.log_scale,
                 self._log_limits(),
-                self.zero_point,
+                zero_point,
                 self.quant_min,
                 self.quant_max,
                 self.steps,
@@ -355,8 +371,8 @@ class FakeQuantize(nn.Module):
             )
         return fake_quantize(
             x,
-            self._scale,
-            self.zero_point,
+            scale,
+            zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
             straight_through=self.straight_through,
@@ -367,15 +383,24 @@ class FakeQuantize(nn.Module):
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
         return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
 
+    def _grows(self) -> bool:
+        """Whether the range of a learned input grows with what it is given."""
+        wide = self.quantizer == "lsq" and not self.is_weight and self.bits > MSE_BITS
+        return wide and self.training and self._observes and not transformed()
+
     def _log_limits(self) -> tuple[float, float]:
-        return (0.0, math.log(2)) if self._follows() else (-LOG_LIMIT, LOG_LIMIT)
+        return (0.0, math.log(2)) if self.is_weight and self.bits > MSE_BITS else (-LOG_LIMIT, LOG_LIMIT)
 
     def extra_repr(self) -> str:
         parts = (f"{name}={getattr(self, name)!r}" for name in ("bits", "granularity", "symmetric", "quantizer"))
         return ", ".join(parts)
 
     def _meet(self, x: Tensor) -> None:
-        """The first tensor of a quantizer without a scale."""
+        """The first tensor of a quantizer without a scale, or on the meta device."""
+        if not x.is_meta:
+            self._materialize(x.device)
+        if self.quantizer == "ema" and not self.is_weight:
+            return
         if not self.is_weight and not (self.training and self._observes):
             raise RuntimeError(
                 f'{self.name or "quantizer"}: this "{self.quantizer}" quantizer has no scale yet; before the first '
@@ -385,11 +410,18 @@ class FakeQuantize(nn.Module):
         if x.numel() and not x.is_meta:
             self.start(x)
 
+    def _materialize(self, device: torch.device) -> None:
+        """Leaves the meta device, where ``load_state_dict(float_state, assign=True)`` leaves a quantizer."""
+        if self._scale.is_meta:
+            self.to_empty(device=device)
+
     def forget(self) -> None:
         """Drops the scale: the next tensor starts it anew, of an input in training mode."""
-        if self.quantizer in ("lsq", "minmax"):
+        if self.quantizer == "dynamic":
+            return
+        if self.quantizer != "ema":
             self.calibrated.fill_(False)
-            self._ready = False
+        self._ready = False
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
@@ -411,19 +443,16 @@ class FakeQuantize(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
         if self.quantizer == "dynamic":
             return
         scale = self._scale.detach()
-        destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
         destination[prefix + "scale"] = scale
         if self.quantizer == "lsq":
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
             for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
                 destination[prefix + name] = destination[prefix + name].float()
-        if self.quantizer != "ema":
-            for key, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
-                destination[prefix + key] = torch.tensor([value], dtype=torch.uint8)
 
     def _load_from_state_dict(
         self,
@@ -436,9 +465,6 @@ class FakeQuantize(nn.Module):
         error_msgs: list[str],
     ) -> None:
         rest = strict, missing_keys, unexpected_keys, error_msgs
-        if self.quantizer == "dynamic":
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-            return
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
         if bits is not None and int(bits) != self.bits:
@@ -446,6 +472,9 @@ class FakeQuantize(nn.Module):
                 f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
                 "(qk.set_bits changes it)"
             )
+            return
+        if self.quantizer == "dynamic":
+            super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
             return
         if scale is None:
             missing_keys.append(prefix + "scale")
@@ -455,10 +484,10 @@ class FakeQuantize(nn.Module):
                 "quantizer"
             )
             return
-        if self.quantizer != "ema":
-            self._observes = bool(state.pop("observer_on", True))
-            self._quantizes = bool(state.pop("fake_quant_on", True))
         if scale is not None:
+            for name, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
+                state.setdefault(name, torch.tensor([value], dtype=torch.uint8))
+            self._observes = bool(state["observer_on"])
             if self.quantizer == "lsq":
                 log_scale = state.get("log_scale")
                 # A scale that was edited, or stands alone, is a new start.
@@ -476,9 +505,12 @@ class FakeQuantize(nn.Module):
                 self._scale.copy_(scale)
         loaded = {prefix + key: value for key, value in state.items()}
         super()._load_from_state_dict(loaded, prefix, local_metadata, *rest)
+        if self._scale.is_meta:
+            return
+        self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
         if self.quantizer == "ema":
-            self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
-        elif scale is not None and not self.calibrated.is_meta:
+            self._ready = True
+        elif scale is not None:
             self._ready = bool(self.calibrated)
 
 
@@ -492,6 +524,7 @@ def _whole(t: Tensor) -> Tensor:
 
 
 def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
+    check_dense("x", x)
     rows = x.flatten(1) if per_channel and x.dim() > 2 else x
     return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
 
@@ -515,12 +548,13 @@ def _learned(
     straight_through: str,
 ) -> Tensor:
     """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
+    check_dense("x", x)
     scale = _learned_scale(start, log_scale, log_limits, steps)
-    if torch.is_grad_enabled() and log_scale.requires_grad:
+    if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
         # The class's docstring says why this is the gradient. The value of the added term is zero.
         moved = log_scale.float() * (2 * steps**-0.5) / start
         scale = scale + (moved - moved.detach())
-    if zero_point is not None and zero_point.requires_grad and not transformed():
+    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
         # Through .data: another call of this module in the same step may have saved it for the backward pass.
         zero_point.data.clamp_(quant_min, quant_max)
     if numel is None:
@@ -545,10 +579,31 @@ def _follow(
     quant_max: int,
     symmetric: bool,
     zeros_span: float,
-) -> None:
-    """Sets scale and zero point to x's range."""
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of x's range, also left in the two given; not under torch.func, which takes no change."""
     low, high = block_range(x, scale.shape)
+    if transformed():
+        scale = torch.empty_like(low)
+        zero_point = None if zero_point is None else torch.empty_like(low).to(zero_point.dtype)
     _set_qparams(scale, zero_point, low, high, quant_min, quant_max, symmetric, SCALE_FLOOR, zeros_span)
+    return scale, zero_point
+
+
+@torch.no_grad()
+def _grow(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, symmetric: bool) -> None:
+    """Moves scale and zero point GROWTH of the way to x's range where that needs a larger scale; no wait for the
+    device."""
+    if not x.numel():
+        return
+    low, high = block_range(x, scale.shape)
+    s, z = choose_qparams(
+        low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=SCALE_FLOOR
+    )  # fmt: skip
+    part = torch.where((s > scale) & s.isfinite(), GROWTH, 0.0)
+    scale.add_(part * (s.nan_to_num(0.0, 0.0) - scale))
+    if zero_point is not None:
+        # Through .data: another call of this module in the same step may have saved it for the backward pass.
+        zero_point.data.add_(part * (z - zero_point.data))
 
 
 def _set_qparams(

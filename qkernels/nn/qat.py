@@ -28,8 +28,11 @@ class _StartsAnew(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        quantizer, scale = self.weight_fake_quant, f"{prefix}weight_fake_quant.scale"
-        if quantizer is not None and f"{prefix}weight" in state_dict and scale not in state_dict:
+        quantizer, own = self.weight_fake_quant, f"{prefix}weight_fake_quant."
+        # Under weight_norm, pruning and the like the weight is several tensors, of these names.
+        weight = (f"{prefix}weight", f"{prefix}parametrizations.weight.")
+        loaded = any(key.startswith(weight) and not key.startswith(own) for key in state_dict)
+        if quantizer is not None and loaded and f"{own}scale" not in state_dict:
             quantizer.forget()
 
 

@@ -328,7 +328,6 @@ class QuantizedInputLayer(QuantizedLayer):
             self.input_zero_point,
             quant_min=self.quant_min,
             quant_max=self.quant_max,
-            straight_through="pass",
         )
 
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:

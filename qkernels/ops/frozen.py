@@ -64,7 +64,8 @@ def through_weight(grad: Tensor, n: int, k: int, rows: Callable[[int, int, torch
 
 def bias_gradient(grad: Tensor, dims: tuple[int, ...], bias: torch.dtype) -> Tensor:
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.sum(dims, dtype=wide).to(bias)
+    # No dims would be all dims.
+    return (grad.sum(dims, dtype=wide) if dims else grad).to(bias)
 
 
 class _Activation(Function):

@@ -15,27 +15,31 @@ from torch import Tensor, nn
 
 from ..nn.fake_quantize import MSE_BITS, SCALE_FLOOR, FakeQuantize, block_statistics
 from ..ops import statistics as ops
+from ..reference.fake_quantize import check_dense
 from .fold import eval_mode
 from .histogram import RangeHistogram
 
 METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "lsq")
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they pass all that they are given on
 MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would keep to the first one
 
 
 class _Statistics:
     """Minimum, maximum and mean magnitude of all that one quantizer was given; its distribution where that counts."""
 
-    def __init__(self, name: str, quantizer: FakeQuantize, method: str) -> None:
-        self.name, self.quantizer, self.method = name, quantizer, method
+    def __init__(self, name: str, quantizer: FakeQuantize, method: str, percentile: float) -> None:
+        self.name, self.quantizer, self.method, self.percentile = name, quantizer, method, percentile
         if method == "auto":
             self.method = "mse" if quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS else "minmax"
         self.scale_shape = quantizer.scale.shape
-        self.weight: Tensor | None = None
+        self.chosen: tuple[Tensor, ...] | None = None
         self.histogram = RangeHistogram(self.scale_shape)
         self.values: tuple[Tensor, Tensor, Tensor] | None = None
         self.count = 0
 
     def update(self, x: Tensor) -> None:
+        check_dense(self.name, x)
         if x.numel() == 0:
             return
         low, high, mean = block_statistics(x, self.scale_shape)
@@ -45,8 +49,9 @@ class _Statistics:
             what = "weight" if self.quantizer.is_weight else "input"
             raise ValueError(f"batches: the {what} of layer {layer!r} holds NaN or infinity; accepted: finite values")
         self.count += 1
-        if self.quantizer.is_weight:  # the same in every batch
-            self.weight = x
+        if self.quantizer.is_weight:  # the same in every batch, and gone after it under FSDP
+            if self.chosen is None:
+                self.chosen = self._choose(x, low, high, mean)
         elif self.method in ("percentile", "mse"):
             self.histogram.update(x, amax)
         if self.values is None:
@@ -61,22 +66,24 @@ class _Statistics:
             low, high = old_low + share * (low - old_low), old_high + share * (high - old_high)
         self.values = (low, high, old_mean + share * (mean - old_mean))
 
-    def apply(self, percentile: float) -> None:
+    def _choose(self, weight: Tensor | None, low: Tensor, high: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        """What ``set_range`` is to take."""
+        quantizer, histogram = self.quantizer, self.histogram
+        if self.method == "percentile":
+            tails = low, high, self.percentile, quantizer.symmetric
+            return ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
+        if self.method == "mse":
+            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR
+            return ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
+        return (low, high, mean) if self.method == "lsq" else (low, high)
+
+    def apply(self) -> None:
         """Sets the quantizer's range, if it was given anything."""
         if self.values is None:
             return
-        low, high, mean = self.values
-        quantizer, weight, histogram = self.quantizer, self.weight, self.histogram
-        chosen: tuple[Tensor, ...] = (low, high, mean) if self.method == "lsq" else (low, high)
-        if self.method == "percentile":
-            tails = low, high, percentile, quantizer.symmetric
-            chosen = ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
-        elif self.method == "mse":
-            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR
-            chosen = ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
-        quantizer.set_range(*chosen)
-        if weight is not None and self.method in ("minmax", "lsq"):
-            quantizer.enable_observer()  # a "minmax" weight is followed
+        self.quantizer.set_range(*(self.chosen or self._choose(None, *self.values)))
+        if self.quantizer.quantizer != "ema" and self.method in ("minmax", "lsq"):
+            self.quantizer.enable_observer()  # nothing was clipped on purpose: the range may follow what comes
 
 
 def calibrate(
@@ -122,7 +129,7 @@ def calibrate(
     ops.check_percentile(percentile)
     quantizers = quantizers_of(model)
     statistics = {
-        quantizer: _Statistics(name, quantizer, method)
+        quantizer: _Statistics(name, quantizer, method, percentile)
         for name, quantizer in quantizers.items()
         if quantizer.quantizer != "dynamic"
     }
@@ -141,7 +148,7 @@ def calibrate(
         raise ValueError("batches: got none; accepted: at least one batch of inputs")
     with torch.no_grad():
         for observed in _progress(statistics.values(), "calibrate: scales"):
-            observed.apply(percentile)
+            observed.apply()
     unreached = [observed.name for observed in statistics.values() if observed.values is None]
     if unreached:
         warnings.warn(
@@ -166,8 +173,15 @@ def _as_it_will_train(model: nn.Module) -> Iterator[None]:
     fresh = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and _has_seen_nothing(module)
+        if isinstance(module, BATCH_NORMS) and module.training and _has_seen_nothing(module)
     ]
+    idle = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and not m.training and _has_seen_nothing(m)]
+    if idle:
+        warnings.warn(
+            f"qk.calibrate: {len(idle)} BatchNorm layers are in eval mode and have seen no batch, so that they change "
+            "nothing; if they are to train, call model.train() before calibrate",
+            stacklevel=4,
+        )
     before = [(norm, norm.momentum) for norm in fresh]
     try:
         with eval_mode(model):
@@ -222,7 +236,10 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def _positional(model: nn.Module) -> float:
     """How many arguments the model takes by position."""
-    parameters = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters.values()
+    inside: Any = getattr(model, "_orig_mod", model)
+    while isinstance(inside, WRAPPERS):
+        inside = inside.module
+    parameters = inspect.signature(inside.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -54,6 +54,12 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def check_calibrated(model: nn.Module) -> None:
+    off = [name for name, quantizer in quantizers_of(model).items() if not quantizer.quantizes]
+    if off:
+        raise ValueError(
+            f"model: fake quantization is switched off in {', '.join(off)}; call qk.enable_fake_quant(model) before "
+            "convert"
+        )
     unknown = [repr(name) for name, quantizer in quantizers_of(model).items() if not quantizer.is_calibrated]
     if unknown:
         raise ValueError(
@@ -82,6 +88,8 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     shared = _float_weights(model, {layer for _, layer in layers})
     for name, layer in layers:
         check_convertible(name, layer)
+        if not bool(layer.weight.isfinite().all()):  # integers have no NaN to show
+            raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         if to_int4(layer):
             made[layer] = _int4_layer(layer)  # type: ignore[arg-type]
         elif layer.input_fake_quant is None:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.qat import QATConv2d, QATLinear
 from .calibrate import quantizers_of
+from .selection import check_convertible
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -53,11 +55,20 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
         The names of the quantizers.
 
     Raises:
-        ValueError: bits, or no quantizer has such a name.
+        ValueError: bits, no quantizer has such a name, or a weight that ``convert`` does not take at this width.
     """
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
-    for quantizer in dict.fromkeys(chosen.values()):
-        quantizer.set_bits(bits)
+    before = {quantizer: quantizer.bits for quantizer in chosen.values()}
+    try:
+        for quantizer in before:
+            quantizer.set_bits(bits)
+        for name, layer in model.named_modules():
+            if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant in before:
+                check_convertible(name, layer)
+    except ValueError:
+        for quantizer, width in before.items():
+            quantizer.set_bits(width)
+        raise
     return list(chosen)
