@@ -1108,8 +1108,8 @@ def test_python_routes_ask_every_kernel_with_the_arguments_of_the_call(monkeypat
 
         def unsupported(*args: Any) -> str | None:
             asked[op] = asked.get(op, 0) + 1
-            assert len(args) == len(schema.arguments)
-            for arg, declared in zip(args, schema.arguments, strict=True):
+            assert all(declared.has_default_value() for declared in schema.arguments[len(args) :])
+            for arg, declared in zip(args, schema.arguments, strict=False):
                 assert isinstance(arg, Tensor) == ("Tensor" in str(declared.type)), (op, declared)
             return None
 

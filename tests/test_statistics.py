@@ -274,14 +274,14 @@ def test_calibrate_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method", ["percentile", "mse"])
 def test_calibrate_in_every_dtype_and_granularity(dtype: torch.dtype, method: str) -> None:
-    for granularity in (qk.PerTensor(), qk.PerChannel(), qk.PerGroup(8)):
+    for granularity in (qk.PerTensor(), qk.PerChannel(), qk.PerGroup(16)):
         config = qk.QConfig(qk.QSpec(4, granularity, False), qk.QSpec(8, symmetric=False))
-        prepared = qk.prepare(nn.Linear(16, 6).to(dtype), config)
-        qk.calibrate(prepared, [torch.randn(5, 16).to(dtype), torch.zeros(2, 16).to(dtype)], method=method)
+        prepared = qk.prepare(nn.Linear(32, 6).to(dtype), config)
+        qk.calibrate(prepared, [torch.randn(5, 32).to(dtype), torch.zeros(2, 32).to(dtype)], method=method)
         for quantizer in (prepared.weight_fake_quant, prepared.input_fake_quant):
             assert isinstance(quantizer, FakeQuantize)
             assert (quantizer.scale > 0).all()
-        assert prepared(torch.randn(3, 16).to(dtype)).isfinite().all()
+        assert prepared(torch.randn(3, 32).to(dtype)).isfinite().all()
 
 
 def test_opcheck() -> None:

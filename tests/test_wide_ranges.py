@@ -136,7 +136,7 @@ def test_observer(kernel: str, dtype: torch.dtype, shape: tuple[int, ...], momen
         results = []
         with qk.use_kernel(name):
             for batch in batches:
-                results += ops._observe(batch, on, on, *stats, momentum, -128, 127, 0.0)
+                results += ops._observe(batch, on, on, *stats, momentum, -128, 127, 0.0, 0)
                 results += [stat.clone() for stat in stats]
         return results
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -129,6 +129,11 @@ def _float_class(cls: type[nn.Module]) -> type[nn.Linear] | type[nn.Conv2d]:
     return nn.Linear if issubclass(cls, nn.Linear) else nn.Conv2d
 
 
+def _is_pruning(hook: Any) -> Any:
+    prune = sys.modules.get("torch.nn.utils.prune")  # not imported for its own sake: only who prunes has it
+    return prune is not None and isinstance(hook, prune.BasePruningMethod)
+
+
 def effective_weight(layer: nn.Module) -> Tensor:
     """The weight that the next product takes, where each forward computes it anew: weight_norm, spectral_norm, pruning.
 
@@ -139,7 +144,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
             return hook.compute_weight(layer)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             return hook.compute_weight(layer, do_power_iteration=False)
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+        if _is_pruning(hook) and hook._tensor_name == "weight":
             return hook.apply_mask(layer)
     if isinstance(layer, QATForward) and layer.trial.derives_weight:
         return product_weight(layer)
@@ -165,7 +170,7 @@ def bake_weight(layer: nn.Module) -> None:
             for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
                 for index in [index for index, other in hooks.items() if _is_of_spectral_norm(other, hook)]:
                     del hooks[index]
-        elif isinstance(hook, BasePruningMethod):
+        elif _is_pruning(hook):
             made[hook._tensor_name] = hook.apply_mask(layer)
         else:
             continue

@@ -289,6 +289,7 @@ class QuantizedInputLayer(QuantizedLayer):
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         """What the float layer returns for x."""
+        check_dense("input", x)
         if not x.is_floating_point():
             raise RuntimeError(
                 f"input: got {x.dtype}; accepted: a floating dtype (integer codes go, with their scale, through "
