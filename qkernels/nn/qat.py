@@ -139,7 +139,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
     Their old forms leave the one of the last forward in ``layer.weight``.
     """
-    for hook in layer._forward_pre_hooks.values():
+    hooks: dict[int, Any] = dict(layer._forward_pre_hooks)
+    for hook in hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return hook.compute_weight(layer)
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
@@ -162,7 +163,8 @@ def bake_weight(layer: nn.Module) -> None:
         made = {name: getattr(layer, name) for name in layer.parametrizations}  # type: ignore[union-attr]
         del layer._modules["parametrizations"]
         layer.__class__ = type(layer).__bases__[0]
-    for key, hook in list(layer._forward_pre_hooks.items()):
+    before: dict[int, Any] = dict(layer._forward_pre_hooks)
+    for key, hook in before.items():
         if isinstance(hook, WeightNorm):
             made[hook.name] = hook.compute_weight(layer)
         elif isinstance(hook, SpectralNorm):
