@@ -147,7 +147,8 @@ struct Sums {
 };
 
 template <typename S, bool kLsq>
-__global__ void __launch_bounds__(kThreads) foreach_pieces_kernel(const __grid_constant__ Table<Sums<S, kLsq>> table) {
+__global__ void __launch_bounds__(kThreads, 2)
+    foreach_pieces_kernel(const __grid_constant__ Table<Sums<S, kLsq>> table) {
   int64_t block = blockIdx.x, blocks;
   const Sums<S, kLsq>& item = table.find(block, blocks);
   add_pieces(item.op, item.q, item.channels, item.pieces, item.partial, block, blocks);

@@ -55,6 +55,11 @@ struct LearnableOp {
   }
 };
 
+template <>
+inline constexpr int kPieceBlocks<LearnableOp<BFloat16, true>> = 2;  // 80 registers spill from sm_100 on
+template <>
+inline constexpr int kPieceBlocks<LearnableOp<Half, true>> = 2;
+
 // Calls f with `lsq` as a constant.
 template <typename F>
 void with_convention(bool lsq, F f) {

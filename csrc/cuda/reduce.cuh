@@ -131,8 +131,12 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
   }
 }
 
+// Blocks of an op that a multiprocessor is to hold, which bounds its registers: at 3 it has 80.
 template <typename Op>
-__global__ void __launch_bounds__(kThreads, 3)
+inline constexpr int kPieceBlocks = 3;
+
+template <typename Op>
+__global__ void __launch_bounds__(kThreads, kPieceBlocks<Op>)
     pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
   if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
 }

@@ -207,8 +207,9 @@ struct Sweep {
 enum Mode { kOneChannel, kChannelPerVector, kChannelPerElement };
 
 // Op: kWidth elements per vector, Loaded, begin(), load<kWhole>(at, n), run<kWhole>(at, n, loaded, parameters of k).
+// Where each element looks for its parameters, ptxas spills to stay within 64 registers unless it is told otherwise.
 template <typename Op, int kMode>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMode == kChannelPerElement ? 3 : 1)
     sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Sweep s) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth;
