@@ -403,7 +403,7 @@ def table(results: dict[str, Any]) -> str:
         "First and last layer at 8 bits in every quantized row, as is usual. Accuracy is the converted int8 model's.",
         f"Latency: batch {steps['batch']}, int8 kernels at every width; fp32 with BatchNorm folded. Step: batch "
         f"{steps['batch']}, forward, backward, SGD.",
-        "* computed: codes packed at their bits, scales, biases; a convolution still holds one byte per code.",
+        "* computed: codes packed at their bits, scales, biases; in memory a convolution holds a byte per code.",
     ]
     return "\n".join(text)
 
