@@ -40,7 +40,7 @@ GIVEN = {
     "rms_norm_fake_quantize_dynamic_forward": rms_norm_quantize.given_rstd,
     "rms_norm_quantize_dynamic": rms_norm_quantize.given_rstd_quantized,
 }
-CHANGES_ARGUMENTS = {"observe_fake_quantize"}
+CHANGES_ARGUMENTS = {"follow_range", "observe_fake_quantize"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,13 @@ def observe_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
             low, high = -torch.rand(shape), torch.rand(shape)
             zero_point = torch.zeros(shape, dtype=torch.int32)
             yield x, on, on, low, high, torch.ones(shape), zero_point, 0.1, *INT8, *symmetric
+
+
+def follow_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
+        yield x, torch.rand(shape), None, *INT8, True, 0.1, 0.0
+        yield x, torch.rand(shape), torch.rand(shape).bfloat16(), *INT4, False, 0.5, 0.25
+        yield x, torch.rand(shape), torch.zeros(shape, dtype=torch.int32), *INT8, False, 1.0, 1.0
 
 
 def codebook_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -388,6 +395,7 @@ ARGS: dict[str, Callable[[Tensor], Iterator[tuple[Any, ...]]]] = {
     "fake_quantize_stochastic_backward": stochastic_backward_args,
     "fake_quantize_stochastic_forward": stochastic_args,
     "fake_quantize_straight_through_backward": straight_through_args,
+    "follow_range": follow_args,
     "foreach_fake_quantize_backward": with_lsq(foreach_args(backward(fake_quantize_args))),
     "foreach_fake_quantize_forward": foreach_args(fake_quantize_args),
     "foreach_fake_quantize_learnable_backward": with_lsq(foreach_args(learnable_backward_args)),
@@ -451,10 +459,10 @@ def held_on(device: str, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def tensors_in(values: Any) -> tuple[Tensor, ...]:
-    """All tensors among values, which may be one tensor, or hold lists of them."""
+    """All tensors among values, which may be one tensor, None, or hold lists of them."""
     if isinstance(values, Tensor):
         return (values,)
-    return tuple(t for value in values if isinstance(value, Tensor | list | tuple) for t in tensors_in(value))
+    return tuple(t for value in values or () if isinstance(value, Tensor | list | tuple) for t in tensors_in(value))
 
 
 def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

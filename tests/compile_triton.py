@@ -84,6 +84,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         steps = (0.0, 127.0)[number % 2]
         observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps, 0)
         yield "fake_quantize", "observe_fake_quantize", observed
+        yield "follow_range", "follow_range", (x, scale, zero_point, *int8, number % 2 == 0, 1.0, 1.0)
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
         yield "quantize", "dequantize", (meta(shape, code), scale, zero_point, dtype)

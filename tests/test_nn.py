@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qkernels.nn import FakeQuantize, Int8Conv2d, Int8Linear, PerChannel, PerGroup, PerTensor, PerToken, QATLinear
-from qkernels.nn.fake_quantize import block_statistics
+from qkernels.nn.ranges import block_statistics
 
 KINDS = ("lsq", "minmax", "ema", "dynamic")
 

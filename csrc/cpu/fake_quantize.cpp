@@ -197,6 +197,24 @@ bool is_set(const Tensor& flag) {
   return set;
 }
 
+// Minimum and maximum in fp32 of the elements that share each scale, NaN where they hold one. x is not empty.
+struct Ranges {
+  std::vector<float> low, high;
+
+  Ranges(const Tensor& x, const Tensor& scale) : low(scale.numel()), high(scale.numel()) {
+    const Tensor dense = to_dense(x);
+    const View view = view_of(dense, scale);
+    dispatch_floating("x", dense, [&](auto tag) {
+      using S = decltype(tag);
+      std::vector<Arithmetic<S>> lo(low.size()), hi(high.size());
+      const S* in = static_cast<const S*>(dense.const_data_ptr());
+      QK_DISPATCH_ISA(range(view, dense.numel(), in, lo.data(), hi.data()));
+      std::copy(lo.begin(), lo.end(), low.begin());
+      std::copy(hi.begin(), hi.end(), high.begin());
+    });
+  }
+};
+
 std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& observer_on,
                                                  const Tensor& fake_quant_on, const Tensor& running_min,
                                                  const Tensor& running_max, const Tensor& scale,
@@ -208,27 +226,71 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   check_statistics(running_min, running_max, scale, zero_point, x);
   check_flag("observer_on", observer_on, x);
   check_flag("fake_quant_on", fake_quant_on, x);
-  const Tensor dense = to_dense(x);
-  const int64_t channels = scale.numel(), numel = x.numel();
+  const int64_t numel = x.numel();
   if (is_set(observer_on) && numel) {
     const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
-    const View view = view_of(dense, scale);
-    std::vector<float> low(channels), high(channels);
-    dispatch_floating("x", dense, [&](auto tag) {
-      using S = decltype(tag);
-      std::vector<Arithmetic<S>> lo(channels), hi(channels);
-      const S* in = static_cast<const S*>(dense.const_data_ptr());
-      QK_DISPATCH_ISA(range(view, numel, in, lo.data(), hi.data()));
-      std::copy(lo.begin(), lo.end(), low.begin());
-      std::copy(hi.begin(), hi.end(), high.begin());
-    });
-    observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
+    const Ranges ranges(x, scale);
+    observe(ranges.low, ranges.high, static_cast<float>(averaging_const), rule, running_min, running_max, scale,
+            zero_point);
   }
   if (is_set(fake_quant_on)) return fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max, false);
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);
   torch::stable::copy_(y, x);
   if (numel) std::memset(mask.mutable_data_ptr(), 0xff, mask.numel());
   return {y, mask};
+}
+
+void check_followed(const Tensor& scale, const std::optional<Tensor>& zero_point, double up, double down,
+                    const Tensor& x) {
+  check_scale(scale, zero_point, x);
+  QK_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous(), "scale: got ",
+           dtype_name(scale.scalar_type()), " of shape ", shape_of(scale), "; accepted: contiguous torch.float32");
+  const std::pair<const char*, double> parts[] = {{"up", up}, {"down", down}};
+  for (const auto& [name, part] : parts) QK_CHECK(0 <= part && part <= 1, name, ": got ", part, "; accepted: 0 to 1");
+  if (!zero_point) return;
+  const ScalarType dtype = zero_point->scalar_type();
+  const bool whole = (up == 0 || up == 1) && (down == 0 || down == 1);
+  QK_CHECK((is_floating(dtype) || (dtype == ScalarType::Int && whole)) && zero_point->is_contiguous() &&
+               zero_point->numel() == scale.numel(),
+           "zero_point: got ", dtype_name(dtype), " of shape ", shape_of(*zero_point), " with up ", up, " and down ",
+           down, "; accepted: contiguous, of scale's shape ", shape_of(scale),
+           " and a floating dtype, or torch.int32 where up and down are 0 or 1");
+}
+
+// As the reference: a channel of zeros alone, or whose range is not finite, keeps what it has.
+void follow_range(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
+                  int64_t quant_max, bool symmetric, double up, double down) {
+  check_floating("x", x);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
+  check_followed(scale, zero_point, up, down, x);
+  if (x.numel() == 0) return;
+  const Ranges ranges(x, scale);
+  const int64_t channels = scale.numel();
+  float* scales = static_cast<float*>(scale.mutable_data_ptr());
+  std::vector<float> parts(channels), zero_points(channels);
+  const auto moved = [](float from, float to, float part) { return part == 1 ? to : from + part * (to - from); };
+  for (int64_t c = 0; c < channels; ++c) {
+    const float low = ranges.low[c], high = ranges.high[c];
+    if (!std::isfinite(low) || !std::isfinite(high) || (low == 0 && high == 0)) continue;
+    const auto chosen = choose_qparams<float>(low, high, rule);
+    parts[c] = static_cast<float>(chosen.scale > scales[c] ? up : down);
+    zero_points[c] = chosen.zero_point;
+    if (parts[c] != 0) scales[c] = moved(scales[c], chosen.scale, parts[c]);
+  }
+  if (!zero_point) return;
+  const auto move_all = [&](auto* to) {
+    using Z = std::remove_pointer_t<decltype(to)>;
+    for (int64_t c = 0; c < channels; ++c) {
+      if (parts[c] == 0) continue;
+      to[c] = from_float<Z>(moved(static_cast<float>(to_float(to[c])), zero_points[c], parts[c]));
+    }
+  };
+  if (zero_point->scalar_type() == ScalarType::Int) {
+    move_all(static_cast<int32_t*>(zero_point->mutable_data_ptr()));
+  } else {
+    dispatch_floating("zero_point", *zero_point,
+                      [&](auto tag) { move_all(static_cast<decltype(tag)*>(zero_point->mutable_data_ptr())); });
+  }
 }
 
 }  // namespace
@@ -244,6 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("fake_quantize_learnable_backward", TORCH_BOX(&fake_quantize_learnable_backward));
   m.impl("fake_quantize_dynamic_forward", TORCH_BOX(&fake_quantize_dynamic_forward));
   m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize));
+  m.impl("follow_range", TORCH_BOX(&follow_range));
 }
 
 }  // namespace qkernels

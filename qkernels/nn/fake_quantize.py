@@ -17,14 +17,16 @@ from ..ops.fake_quantize import (
     range_of_bits,
     transformed,
 )
-from ..ops.quantize import choose_qparams, quantize, quantize_dynamic
+from ..ops.follow_range import follow_range
+from ..ops.quantize import quantize, quantize_dynamic
 from ..ops.statistics import mse_range
 from ..reference.fake_quantize import check_dense
+from ..reference.follow_range import followed
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
+from .ranges import block_range, set_qparams
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
-SCALE_FLOOR = 1e-30  # of scales that are not torch.ao's: far below any model's, and large enough to be divided by
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
 GROWTH = 0.1  # of the way to a larger range, at each training step
 MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
@@ -45,7 +47,7 @@ class FakeQuantize(nn.Module):
             own mirror image, so a sign flip of a channel is exact. Else all 2**bits codes, with a zero point.
         quantizer: where the scale comes from.
             "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
-            "minmax": the range of a weight as it is at each training step; of an input what ``calibrate`` saw.
+            "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
             "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
             "dynamic": the tensor's own range at every call.
         shape: shape of the tensor, where it is always the same (a weight).
@@ -60,12 +62,13 @@ class FakeQuantize(nn.Module):
     1e-3, is all of it. Under SGD it moves as LSQ's own would from LSQ's start, 2·mean|x|/sqrt(steps), whatever its own
     start is, but sqrt(steps) times slower: the gradient of log_scale is 2·dscale/(start·sqrt(steps)). Weight decay
     pulls it towards its start, and it stays within 1/1024 to 1024 of that. The start of a weight of more than 4 bits
-    is its range as it is at each training step, and the scale once to twice that: nothing is clipped, since at these
-    widths no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits
-    grows with its range, a tenth of the way at each training step, unless it was set by hand or by a method of
-    ``calibrate`` that clips.
+    is its range as it is, in eval mode too, and the scale once to twice that: nothing is clipped, since at these widths
+    no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits grows
+    with its range, a tenth of the way at each training step, unless it was set by hand or by a method of ``calibrate``
+    that clips.
 
-    ``scale`` and ``zero_point`` are what the next forward pass uses; ``quantizer.scale = t`` sets a new start. A
+    ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
+    one in training mode used; ``quantizer.scale = t`` sets a new start. A
     state_dict holds them in fp32, beside what a learned scale needs to go on exactly (``log_scale``, ``start``), and
     ``bits``: one of another width is refused.
 
@@ -219,7 +222,7 @@ class FakeQuantize(nn.Module):
             raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
         if self.quantizer == "lsq" and self.bits <= MSE_BITS:
             values = x.detach().float() if x.dtype == torch.float64 else x.detach()
-            low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, SCALE_FLOOR)
+            low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, 0.0)
         self.set_range(low, high)
         self.enable_observer()
 
@@ -236,11 +239,9 @@ class FakeQuantize(nn.Module):
             span = torch.maximum(-low, high) if self.symmetric else high.clamp(min=0) - low.clamp(max=0)
             part = (2 * math.sqrt(self.steps) * mean_abs / span).clamp(max=1).nan_to_num(1.0)
             low, high = low * part, high * part
-        eps, zeros_span = (
-            (torch.finfo(torch.float32).eps, 0.0) if self.quantizer == "ema" else (SCALE_FLOOR, self._span)
-        )
-        _set_qparams(
-            self._scale, self.zero_point, low, high, self.quant_min, self.quant_max, self.symmetric, eps, zeros_span
+        floor, zeros_span = (torch.finfo(torch.float32).eps, 0.0) if self.quantizer == "ema" else (0.0, self._span)
+        set_qparams(
+            self._scale, self.zero_point, low, high, self.quant_min, self.quant_max, self.symmetric, floor, zeros_span
         )
         if self.quantizer == "ema":
             self.running_min.copy_(low)
@@ -301,9 +302,17 @@ class FakeQuantize(nn.Module):
     def disable_fake_quant(self) -> None:
         self.enable_fake_quant(False)
 
-    def qparams(self) -> tuple[Tensor, Tensor | None]:
-        """Scale (positive) and int32 zero point (None where symmetric), as the next forward uses them."""
-        scale, zero_point = self.scale.detach(), self.zero_point
+    @torch.no_grad()
+    def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scale (positive) and int32 zero point (None where symmetric), as a forward pass of x in eval mode uses them.
+
+        x: a weight, where its range is followed; None: those of the last forward pass.
+        """
+        scale, zero_point = self._scale, self.zero_point
+        if x is not None and self._follows():
+            scale, zero_point = self._range(x, in_place=False)
+        if self.quantizer == "lsq":
+            scale = _learned_scale(scale, _whole(self.log_scale), self._log_limits(), self.steps)
         if self.symmetric or zero_point is None:
             return scale, None
         return scale, zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
@@ -321,7 +330,7 @@ class FakeQuantize(nn.Module):
             return q.view(x.shape), scale, None if self.symmetric else zero_point
         if not self._ready:
             self._meet(x)
-        s, z = self.qparams()
+        s, z = self.qparams(x)
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,13 +356,7 @@ class FakeQuantize(nn.Module):
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
-        scale, zero_point, followed = self._scale, self.zero_point, self._follows()
-        if followed and self.training:
-            scale, zero_point = _follow(
-                x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, self._span
-            )  # fmt: skip
-        elif self._grows():
-            _grow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric)
+        scale, zero_point = self._range(x, in_place=self.training)
         if self.quantizer == "lsq":
             return _learned(
                 x,
@@ -367,7 +370,7 @@ class FakeQuantize(nn.Module):
                 self.feature_dims if self._numel is None else None,
                 self._numel,
                 # Nothing of a weight that is followed is clipped; LSQ's mask would take its largest value for it.
-                "clip" if followed and self.straight_through == "lsq" else self.straight_through,
+                "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
             )
         return fake_quantize(
             x,
@@ -378,8 +381,19 @@ class FakeQuantize(nn.Module):
             straight_through=self.straight_through,
         )
 
+    def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
+        """What x is quantized with: scale, of a learned one its start, and zero point."""
+        scale, zero_point = self._scale, self.zero_point
+        if self._follows():
+            up, down = 1.0, 1.0
+        elif self._grows():
+            up, down = GROWTH, 0.0
+        else:
+            return scale, zero_point
+        return _follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
+
     def _follows(self) -> bool:
-        """Whether the range is that of the weight at each training step."""
+        """Whether the range is that of the weight as it is."""
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
         return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
 
@@ -552,8 +566,7 @@ def _learned(
     scale = _learned_scale(start, log_scale, log_limits, steps)
     if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
         # The class's docstring says why this is the gradient. The value of the added term is zero.
-        moved = log_scale.float() * (2 * steps**-0.5) / start
-        scale = scale + (moved - moved.detach())
+        scale = scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
     if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
         # Through .data: another call of this module in the same step may have saved it for the backward pass.
         zero_point.data.clamp_(quant_min, quant_max)
@@ -578,82 +591,32 @@ def _follow(
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-    zeros_span: float,
+    up: float,
+    down: float,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of x's range, also left in the two given; not under torch.func, which takes no change."""
-    low, high = block_range(x, scale.shape)
+    """``follow_range`` in the tensors given, or in new ones: under torch.func always, which takes no change."""
     if transformed():
-        scale = torch.empty_like(low)
-        zero_point = None if zero_point is None else torch.empty_like(low).to(zero_point.dtype)
-    _set_qparams(scale, zero_point, low, high, quant_min, quant_max, symmetric, SCALE_FLOOR, zeros_span)
+        if x.numel():
+            scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
+        return scale, zero_point
+    if not in_place:
+        scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
+    # Through .data: another call of this module in the same step may have saved them for the backward pass.
+    follow_range(
+        x,
+        scale.data,
+        None if zero_point is None else zero_point.data,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        symmetric=symmetric,
+        up=up,
+        down=down,
+    )
     return scale, zero_point
-
-
-@torch.no_grad()
-def _grow(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, symmetric: bool) -> None:
-    """Moves scale and zero point GROWTH of the way to x's range where that needs a larger scale; no wait for the
-    device."""
-    if not x.numel():
-        return
-    low, high = block_range(x, scale.shape)
-    s, z = choose_qparams(
-        low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=SCALE_FLOOR
-    )  # fmt: skip
-    part = torch.where((s > scale) & s.isfinite(), GROWTH, 0.0)
-    scale.add_(part * (s.nan_to_num(0.0, 0.0) - scale))
-    if zero_point is not None:
-        # Through .data: another call of this module in the same step may have saved it for the backward pass.
-        zero_point.data.add_(part * (z - zero_point.data))
-
-
-def _set_qparams(
-    scale: Tensor,
-    zero_point: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
-    eps: float,
-    zeros_span: float,
-) -> None:
-    """Fills scale and zero point to cover [low, high]; where that is zeros alone the mean of the other ranges, or
-    zeros_span where there is none."""
-    low, high = low.float(), high.float()
-    if zeros_span:
-        amax = torch.maximum(-low, high)
-        alive = amax > 0
-        span = (torch.where(alive, amax, 0) / alive.sum().clamp(min=1)).sum()
-        span = torch.where(alive.any(), span, zeros_span)
-        low, high = torch.where(alive, low, -span), torch.where(alive, high, span)
-    s, z = choose_qparams(low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=eps)
-    scale.copy_(s)
-    if zero_point is not None:
-        zero_point.copy_(z)
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """What ``fn`` (of Module._apply) does to t, less a change of dtype."""
     moved = fn(t)
     return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-
-def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum (fp32) of each block of x that one element of scale speaks for."""
-    blocks, inner = _blocks(x, scale_shape)
-    shape = tuple(scale_shape)
-    return blocks.amin(inner).float().reshape(shape), blocks.amax(inner).float().reshape(shape)
-
-
-def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """``block_range``, and the mean magnitude (fp32) of each block."""
-    blocks, inner = _blocks(x, scale_shape)
-    return *block_range(x, scale_shape), blocks.float().abs().mean(inner).reshape(tuple(scale_shape))
-
-
-def _blocks(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-    x = x.detach()
-    if math.prod(scale_shape) == 1:
-        return x.reshape(-1), (0,)
-    split = [n for p, size in zip(scale_shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
-    return x.reshape(split), tuple(range(1, len(split), 2))

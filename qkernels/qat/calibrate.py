@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.fake_quantize import MSE_BITS, SCALE_FLOOR, FakeQuantize, block_statistics
+from ..nn.fake_quantize import MSE_BITS, FakeQuantize
+from ..nn.ranges import block_statistics
 from ..ops import statistics as ops
 from ..reference.fake_quantize import check_dense
 from .fold import eval_mode
@@ -73,7 +74,7 @@ class _Statistics:
             tails = low, high, self.percentile, quantizer.symmetric
             return ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
         if self.method == "mse":
-            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, SCALE_FLOOR
+            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, 0.0
             return ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
         return (low, high, mean) if self.method == "lsq" else (low, high)
 

@@ -1,0 +1,58 @@
+"""From the values of a tensor to the range, scale and zero point that a quantizer starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.quantize import choose_qparams
+
+
+def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum (fp32) of each block of x that one element of scale speaks for."""
+    blocks, inner = _blocks(x, scale_shape)
+    shape = tuple(scale_shape)
+    return blocks.amin(inner).float().reshape(shape), blocks.amax(inner).float().reshape(shape)
+
+
+def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """``block_range``, and the mean magnitude (fp32) of each block."""
+    blocks, inner = _blocks(x, scale_shape)
+    return *block_range(x, scale_shape), blocks.float().abs().mean(inner).reshape(tuple(scale_shape))
+
+
+def _blocks(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    x = x.detach()
+    if math.prod(scale_shape) == 1:
+        return x.reshape(-1), (0,)
+    split = [n for p, size in zip(scale_shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
+    return x.reshape(split), tuple(range(1, len(split), 2))
+
+
+def set_qparams(
+    scale: Tensor,
+    zero_point: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    eps: float,
+    zeros_span: float,
+) -> None:
+    """Fills scale and zero point to cover [low, high]; where that is zeros alone the mean of the other ranges, or
+    zeros_span where there is none."""
+    low, high = low.float(), high.float()
+    if zeros_span:
+        amax = torch.maximum(-low, high)
+        alive = amax > 0
+        span = (torch.where(alive, amax, 0) / alive.sum().clamp(min=1)).sum()
+        span = torch.where(alive.any(), span, zeros_span)
+        low, high = torch.where(alive, low, -span), torch.where(alive, high, span)
+    s, z = choose_qparams(low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=eps)
+    scale.copy_(s)
+    if zero_point is not None:
+        zero_point.copy_(z)

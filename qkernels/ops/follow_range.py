@@ -1,0 +1,49 @@
+"""Scales that follow the range of what they quantize: ``follow_range``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import library
+from ..reference import follow_range as reference
+
+_follow_range = library.define(
+    "follow_range",
+    "(Tensor x, Tensor(a!) scale, Tensor(b!)? zero_point, SymInt quant_min, SymInt quant_max, bool symmetric, "
+    "float up, float down) -> ()",
+    reference.follow_range,
+    lambda *args: None,
+    cpu=("avx512", "avx2", "scalar"),
+    triton=True,
+)
+
+
+def follow_range(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool = True,
+    up: float = 1.0,
+    down: float = 1.0,
+) -> None:
+    """Moves scale and zero point, in place, towards those of x's own range; nothing synchronises.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16.
+        scale: fp32, contiguous; its shape is the granularity, as in ``fake_quantize``.
+        zero_point: None, or contiguous and of scale's shape: a floating dtype, or int32 where up and down are 0 or 1.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+        symmetric: as in ``choose_qparams``, which says what scale and zero point a range has.
+        up, down: 0 to 1, how far to go where the scale of the range is larger, and where it is smaller. 1 and 1 follow
+            the range; 0.1 and 0 let it grow.
+
+    What is zeros alone, or holds NaN or infinity, leaves its scale and zero point as they are, as does an empty x.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or value does not fit; the message names it.
+    """
+    _follow_range(x.detach(), scale.detach(), zero_point if zero_point is None else zero_point.detach(),
+                  quant_min, quant_max, symmetric, up, down)  # fmt: skip

@@ -1,0 +1,85 @@
+"""Scales that follow the range of what they quantize, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fake_quantize import check_granularity, check_input, qparams_of_range, range_of
+
+
+def follow_range(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    up: float,
+    down: float,
+) -> None:
+    """Moves scale and zero point, in place, towards those of the range of the elements that share them.
+
+    They go ``up`` of the way where that is the larger scale, else ``down`` of it; of zeros alone, of a range that is
+    not finite and of an empty x they stay.
+    """
+    check(x, scale, zero_point, quant_min, quant_max, up, down)
+    if x.numel() == 0:
+        return
+    new_scale, new_zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
+    scale.copy_(new_scale)
+    if zero_point is not None and new_zero_point is not None:
+        zero_point.copy_(new_zero_point)
+
+
+def followed(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    up: float,
+    down: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``follow_range`` makes of scale and zero point, of an x that is not empty."""
+    low, high = range_of(x, scale)
+    s, z = qparams_of_range(low, high, quant_min, quant_max, symmetric, 0.0)
+    known = low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))
+    part = torch.where(known, torch.where(s > scale, up, down), 0.0)
+    return _moved(scale, s, part), None if zero_point is None else _moved(zero_point, z, part)
+
+
+def _moved(old: Tensor, new: Tensor, part: Tensor) -> Tensor:
+    start = old.float()
+    between = torch.where(part == 1, new, start + part * (new - start))
+    return torch.where(part == 0, old, between.to(old.dtype))
+
+
+def check(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    up: float,
+    down: float,
+) -> None:
+    check_input(x, quant_min, quant_max)
+    check_granularity("scale", scale, x)
+    if scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise RuntimeError(f"scale: got {scale.dtype} of shape {list(scale.shape)}; accepted: contiguous torch.float32")
+    for name, part in (("up", up), ("down", down)):
+        if not 0 <= part <= 1:
+            raise RuntimeError(f"{name}: got {part}; accepted: 0 to 1")
+    if zero_point is None:
+        return
+    whole = up in (0, 1) and down in (0, 1)
+    dtype = zero_point.dtype
+    fits = dtype.is_floating_point or (dtype == torch.int32 and whole)
+    if not fits or not zero_point.is_contiguous() or zero_point.shape != scale.shape:
+        raise RuntimeError(
+            f"zero_point: got {dtype} of shape {list(zero_point.shape)} with up {up:g} and down {down:g}; accepted: "
+            f"contiguous, of scale's shape {list(scale.shape)} and a floating dtype, or torch.int32 where up and down "
+            "are 0 or 1"
+        )
