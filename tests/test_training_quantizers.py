@@ -284,6 +284,19 @@ def test_a_weight_of_zeros_trains(quantizer, granularity):
     assert loss < first * (2e-3 if weight.bits == 8 else 0.05)
 
 
+def test_moving_averages_of_a_weight_start_after_its_zeros():
+    """Else the range of 300 steps later were 95 % of the weight's, and what lies outside would have no gradient."""
+    weight = nn.Parameter(torch.zeros(2, 8))
+    quantizer = FakeQuantize(quantizer="ema", granularity=PerChannel(), shape=(2, 8))
+    assert torch.equal(quantizer(weight), torch.zeros(2, 8))
+    with torch.no_grad():
+        weight[0] = torch.linspace(-1, 1, 8)
+    y = quantizer(weight)
+    torch.testing.assert_close(y, weight, rtol=0, atol=1 / 127)
+    y.sum().backward()
+    assert torch.equal(weight.grad, torch.ones(2, 8))
+
+
 def test_a_dead_channel_among_live_ones_trains():
     torch.manual_seed(0)
     model = nn.Linear(16, 4)
@@ -363,6 +376,9 @@ def test_switches(quantizer):
     assert not torch.equal(off(x), model(x))
     qk.enable_fake_quant(off, False)
     assert torch.equal(off(x), model(x))
+    loaded = qk.prepare(model, config(4, quantizer))
+    loaded.load_state_dict(off.state_dict())
+    assert torch.equal(loaded(x), model(x))
     off.apply(torch.ao.quantization.enable_fake_quant)
     assert not torch.equal(off(x), model(x))
     off.train()

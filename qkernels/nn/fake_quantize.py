@@ -33,7 +33,7 @@ MSE_BITS = 4  # up to here a learned scale starts from the smallest squared erro
 LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 
 # These take tensors and numbers and decide by them, so that torch.fx must not look inside.
-for _function in ("fake_quantize", "observe_fake_quantize", "_dynamic", "_learned", "_follow"):
+for _function in ("fake_quantize", "observe_fake_quantize", "_dynamic", "_learned", "_follow", "_forget_zeros"):
     torch.fx.wrap(_function)
 
 
@@ -343,6 +343,8 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "dynamic":
             return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
+            if self.is_weight:
+                _forget_zeros(self.running_min, self.running_max)
             return observe_fake_quantize(
                 x,
                 self.observer_on,
@@ -459,6 +461,7 @@ class FakeQuantize(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
         if self.quantizer == "dynamic":
+            destination[prefix + "fake_quant_on"] = torch.tensor([self._quantizes], dtype=torch.uint8)
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
@@ -488,6 +491,7 @@ class FakeQuantize(nn.Module):
             )
             return
         if self.quantizer == "dynamic":
+            self._quantizes = bool(state.pop("fake_quant_on", self._quantizes))
             super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
             return
         if scale is None:
@@ -614,6 +618,14 @@ def _follow(
         down=down,
     )
     return scale, zero_point
+
+
+@torch.no_grad()
+def _forget_zeros(running_min: Tensor, running_max: Tensor) -> None:
+    """Of channels that were zeros so far the average starts anew: it would clip what grows faster than it follows."""
+    zeros = (running_min == 0) & (running_max == 0)
+    running_min.masked_fill_(zeros, torch.inf)
+    running_max.masked_fill_(zeros, -torch.inf)
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
