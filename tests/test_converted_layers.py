@@ -89,7 +89,7 @@ def test_weight_is_the_float_layers(kind, dtype):
     torch.testing.assert_close(layer.weight, layer.dequantize().to(dtype))
     assert layer.codes.dtype == torch.int8
     assert layer.codes.shape == source.weight.shape
-    assert not hasattr(layer, "bias") or layer.bias.dtype == torch.float32
+    assert not hasattr(layer, "bias") or layer.bias.dtype == dtype
     if dtype == torch.float32:  # a cast of the model shows, scales and codes stay
         before = layer.weight
         cast = copy.deepcopy(layer).bfloat16()
@@ -209,14 +209,92 @@ def test_distributed_data_parallel(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+CASTS = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64, "float": torch.float32}
+
+
+@pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_casts_keep_scales_and_bias(kind, cast):
+def test_casts_keep_scales(kind, cast):
     _, layer, _ = layers()[kind]
     moved = getattr(copy.deepcopy(layer), cast)()
     for (name, p), (_, q) in zip(moved.named_parameters(), layer.named_parameters(), strict=True):
-        assert p.dtype == torch.float32, name
-        assert torch.equal(p, q)
+        assert p.dtype == (CASTS[cast] if name in ("bias", "weight_dtype") else torch.float32), name
+        assert torch.equal(p, q.to(p.dtype))
+    for (name, b), (_, c) in zip(moved.named_buffers(), layer.named_buffers(), strict=True):
+        assert b.dtype == c.dtype, name
+
+
+class Normed(Net):
+    """Casts what it is fed to the dtype that the model says it has."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__(bias)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x):
+        return self.norm(super().forward(x.to(next(self.parameters()).dtype)))
+
+
+def ready(model: nn.Module, config: str) -> nn.Module:
+    """Prepared, with some range where only a calibration would tell."""
+    prepared = prepare(model, CONFIGS[config])
+    for quantizer in prepared.modules():
+        if isinstance(quantizer, qk.nn.FakeQuantize) and not quantizer.is_calibrated:
+            quantizer.set_range(-torch.ones_like(quantizer.scale), torch.ones_like(quantizer.scale))
+    return prepared
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_is_asked_for_its_dtype(config, bias, dtype):
+    """As by those who cast what they feed it to that: of the float model, converted, cast later, loaded, copied."""
+
+    converted, later = convert(ready(Normed(bias).to(dtype), config)), convert(ready(Normed(bias), config)).to(dtype)
+    file = io.BytesIO()
+    torch.save(converted.state_dict(), file)
+    file.seek(0)
+    with torch.device("meta"):
+        empty = convert(ready(Normed(bias), config)).to(dtype)
+    assigned = copy.deepcopy(empty)
+    assigned.load_state_dict(torch.load(file), assign=True)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(converted.state_dict())
+    for model in (converted, later, assigned, filled, pickle.loads(pickle.dumps(converted)), copy.deepcopy(converted)):
+        for layer in (model, model.conv, model.fc):
+            first = next(layer.parameters())
+            assert (first.dtype, first.device) == (dtype, torch.device("cpu"))
+            assert first.isfinite().all()
+        assert {p.dtype for p in (model.conv.bias, model.fc.bias) if p is not None} <= {dtype}
+        with torch.no_grad():
+            y = model(batch())
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+    x = batch()
+    with torch.no_grad():
+        assert all(torch.equal(model(x), converted(x)) for model in (assigned, filled))
+
+
+def test_what_a_user_sets_on_a_layer_follows_casts():
+    linear = nn.Linear(32, 4)
+    linear.gain, linear.adapter = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+    linear.register_buffer("shift", torch.zeros(4))
+    for layer in (Int8Linear.from_float(linear), Int4Linear.from_float(linear)):
+        layer.half()
+        assert {t.dtype for t in (layer.gain, layer.shift, layer.adapter.weight)} == {torch.float16}
+        assert layer.scale.dtype == torch.float32
+
+
+def test_states_with_a_bias_in_fp32_load():
+    """As earlier files of 16-bit models hold them; and a bias in 16 bits loads into a model in fp32."""
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        layer = Int8Linear.from_float(nn.Linear(32, 4).to(dtype))
+        state = {**layer.state_dict(), "bias": torch.randn(4).to(other)}
+        for assign in (False, True):
+            fresh = copy.deepcopy(layer)
+            fresh.load_state_dict(state, assign=assign)
+            assert fresh.bias.dtype == dtype
+            assert torch.equal(fresh.bias, state["bias"].to(dtype))
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -225,6 +303,7 @@ def test_layers_are_made_alike_under_any_default_dtype(default):
     try:
         for layer in (Int8Linear(32, 4), Int4Linear(32, 4), Int8Conv2d(2, 2, 1), Int4Embedding(3, 32)):
             assert {t.dtype for t in layer.state_dict().values() if t.is_floating_point()} == {torch.float32}
+            assert layer.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -669,7 +748,8 @@ def test_convolutions_are_stored_at_their_bits(input, bits):
     converted = convert(prepared)
     numel = conv.weight.numel()
     codes = -(-numel * bits // 8) if bits <= 4 else numel
-    assert stored(converted) == codes + 4 * 10 + (4 if input else 0)
+    form = 4 * 5 + (4 * 2 if input else 0)
+    assert stored(converted) == codes + 4 * 10 + form + (4 if input else 0)
     assert qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes == stored(converted)
     assert torch.equal(converted.codes, prepared.weight_fake_quant.quantize(conv.weight)[0])
     fresh = copy.deepcopy(converted)
@@ -698,7 +778,9 @@ def test_weight_only_holds_codes(dtype, bits, symmetric, granularity):
     x = torch.randn(5, 16).to(dtype)
     assert torch.equal(converted(x), prepared(x))
     held = sum(t.numel() * t.element_size() for t in (*converted.parameters(), *converted.buffers()))
-    assert held == stored(converted) == qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes
+    forms, dtypes = sum(4 * layer.codes_form.numel() for layer in converted), 2 * dtype.itemsize
+    assert held - dtypes == stored(converted) - forms
+    assert stored(converted) == qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes
     assert held < 0.6 * 4 * sum(p.numel() for p in model.parameters())
     assert type(converted[0]) is Int8Linear
     assert "input in float" in repr(converted[0])
@@ -738,9 +820,9 @@ def test_gradients_are_those_of_the_dequantized_weight(kind):
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(64, 32)
-        self.body = nn.Linear(32, 32)
-        self.head = nn.Linear(32, 64, bias=False)
+        self.table = nn.Embedding(64, 64)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, ids):
@@ -778,6 +860,101 @@ def test_a_layer_with_two_names_is_stored_once():
         held.zero_()
         assert not torch.equal(model.state_dict()["first.codes"], held)  # what was changed is not handed out again
         assert torch.equal(state["again.codes"], held)
+
+
+# States of other layers
+
+OTHERS = {  # pairs of layers whose states have the same names, dtypes and shapes
+    "K of Int4Linear": (lambda: nn.Linear(33, 5), lambda: nn.Linear(34, 5), QSpec(4), QSpec(4), QSpec(8)),
+    "K, 2 bits": (lambda: nn.Linear(37, 5), lambda: nn.Linear(40, 5), QSpec(2), QSpec(2), None),
+    "bits of Int4Linear": (lambda: nn.Linear(48, 5), lambda: nn.Linear(64, 5), QSpec(4), QSpec(3), QSpec(8)),
+    "bits, with groups": (
+        lambda: nn.Linear(48, 5),
+        lambda: nn.Linear(96, 5),
+        QSpec(4, PerGroup(16), symmetric=False),
+        QSpec(2, PerGroup(32), symmetric=False),
+        None,
+    ),
+    "kernel of a convolution": (
+        lambda: nn.Conv2d(2, 4, (3, 1)),
+        lambda: nn.Conv2d(2, 4, (1, 3)),
+        QSpec(4),
+        QSpec(4),
+        QSpec(8),
+    ),
+    "groups of a convolution": (
+        lambda: nn.Conv2d(4, 4, 2, groups=2),
+        lambda: nn.Conv2d(2, 4, (1, 4)),
+        QSpec(3),
+        QSpec(3),
+        None,
+    ),
+    "channels of a convolution": (lambda: nn.Conv2d(4, 4, 1), lambda: nn.Conv2d(1, 4, 2), QSpec(2), QSpec(2), QSpec(8)),
+    "padded channels": (lambda: nn.Conv2d(1, 1, 3), lambda: nn.Conv2d(5, 1, (1, 2)), QSpec(4), QSpec(4), QSpec(8)),
+    "width of the input": (
+        lambda: nn.Linear(32, 5),
+        lambda: nn.Linear(32, 5),
+        QSpec(8),
+        QSpec(8),
+        (QSpec(8), QSpec(4)),
+    ),
+    "width of int8 codes": (lambda: nn.Linear(32, 5), lambda: nn.Linear(32, 5), QSpec(8), QSpec(6), QSpec(8)),
+    "input of a convolution": (
+        lambda: nn.Conv2d(2, 4, 3),
+        lambda: nn.Conv2d(2, 4, 3),
+        QSpec(8),
+        QSpec(8),
+        (QSpec(7, symmetric=False), QSpec(8, symmetric=False)),
+    ),
+}
+
+
+def without_form(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As earlier files hold them."""
+    return {key: value for key, value in state.items() if not key.endswith("codes_form")}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_another_layer_is_refused(name, assign):
+    *makes, first, second, inputs = OTHERS[name]
+    inputs = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+    models = []
+    for make, weight, input in zip(makes, (first, second), inputs, strict=True):
+        prepared = prepare(nn.Sequential(make()), QConfig(weight, input))
+        for quantizer in prepared.modules():
+            if isinstance(quantizer, qk.nn.FakeQuantize) and not quantizer.is_calibrated:
+                quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+        models.append(convert(prepared))
+    for source, model in (models, models[::-1]):
+        state, before = dict(source.state_dict()), copy.deepcopy(model.state_dict())
+        forms = [(value.dtype, value.shape) for value in without_form(before).values()]
+        assert forms == [(value.dtype, value.shape) for value in without_form(state).values()]  # nothing else tells
+        own, other = (str(list(layer[0].weight_shape)) for layer in (model, source))
+        with pytest.raises(RuntimeError) as refused:
+            model.load_state_dict(state, strict=False, assign=assign)
+        text = str(refused.value)
+        assert f"0.codes_form: got codes of {source[0].weight_bits} bits for a weight {other}" in text
+        assert f"accepted: codes of {model[0].weight_bits} bits for a weight {own}" in text
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        for kept in (before, without_form(before)):
+            model.load_state_dict(kept, assign=assign)
+        with pytest.raises(RuntimeError, match=r"0.codes_form: got torch.int32 of shape \[1\]; accepted: codes of"):
+            model.load_state_dict({**before, "0.codes_form": torch.zeros(1, dtype=torch.int32)})
+
+
+def test_the_state_of_another_embedding_is_refused():
+    tables = [
+        Int4Embedding.from_float(nn.Embedding(9, k), -1, weight_bits=bits) for k, bits in ((33, 4), (34, 4), (44, 3))
+    ]
+    for table in tables:
+        for other in tables:
+            if other is table:
+                continue
+            before = copy.deepcopy(table.state_dict())
+            with pytest.raises(RuntimeError, match=r"codes_form: got codes of \d bits for a weight"):
+                table.load_state_dict(other.state_dict())
+            assert all(torch.equal(value, before[key]) for key, value in table.state_dict().items())
 
 
 # exact

@@ -310,14 +310,13 @@ class Int4Embedding(QuantizedLayer):
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__((num_embeddings, embedding_dim), dtype)
+        super().__init__((num_embeddings, embedding_dim), weight_bits, dtype)
         # nn.Embedding checks padding_idx and resolves a negative one.
         table = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
         self.padding_idx = table.padding_idx
         self.max_norm, self.norm_type = table.max_norm, table.norm_type
         self.scale_grad_by_freq, self.sparse = table.scale_grad_by_freq, table.sparse
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight_bits = weight_bits
         self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
         groups = (num_embeddings, groups_of(embedding_dim, self.group_size))
         self.scale = frozen(torch.zeros(groups, dtype=scale_dtype))
