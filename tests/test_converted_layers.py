@@ -661,6 +661,17 @@ def test_symbolic_trace_of_the_other_layers():
     assert torch.equal(traced(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_symbolic_trace_of_a_layer_itself(kind):
+    _, layer, x = layers()[kind]
+    traced = torch.fx.symbolic_trace(layer)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), torch.fx.symbolic_trace(traced)):
+        assert torch.equal(graph(x), layer(x))
+    assert layer.itself is layer
+    assert [name for name, _ in layer.named_modules()] == [""]
+
+
 def test_hooks_run_when_the_graph_does():
     _, converted = made("int8")
     calls: list[type] = []
@@ -684,6 +695,32 @@ def test_converted_models_trace_export_and_compile(config):
         torch.testing.assert_close(exported(x), expected)
         compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_converted_models_trace_and_export_with_gradients_enabled(config, dtype):
+    """Another batch size than traced with; a graph of torch.jit holds no gradient of a kernel, and says so."""
+    torch.manual_seed(0)
+    _, converted = made(config, dtype)
+    x, other = batch(dtype), torch.randn(7, 4, 4, 4).to(dtype)
+    file = io.BytesIO()
+    for example in (x, x.clone().requires_grad_()):
+        traced = torch.jit.trace(converted, (example,))
+        assert torch.equal(traced(other), converted(other))
+        torch.jit.save(traced, file)
+        file.seek(0)
+        assert torch.equal(torch.jit.load(file)(other), converted(other))
+        file.seek(0)
+    leaf = other.clone().requires_grad_()
+    if "weight only" not in config and dtype != torch.float64:
+        assert not traced(leaf).requires_grad
+    for strict in (True, False):
+        exported = torch.export.export(
+            converted, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
+        ).module()
+        assert torch.equal(exported(other), converted(other))
 
 
 # Other dtypes
@@ -843,6 +880,86 @@ def test_a_weight_shared_with_a_float_layer_is_stored_once():
     plain = io.BytesIO()
     torch.save(Tied().state_dict(), plain)
     assert len(file.getvalue()) < len(plain.getvalue())
+
+
+class TiedLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64, bias=i < 2) for i in range(3))
+        self.second.weight = self.third.weight = self.first.weight
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes that it takes, once for each storage."""
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tied_layers_share_their_codes(config, trained):
+    torch.manual_seed(0)
+    prepared = prepare(TiedLinears(), CONFIGS[config])
+    assert prepared.second.weight_fake_quant is prepared.first.weight_fake_quant
+    x = torch.randn(5, 64)
+    calibrate(prepared, [x])
+    if trained:
+        optimizer = torch.optim.Adam(qk.parameter_groups(prepared, 1e-2))
+        for _ in range(3):
+            optimizer.zero_grad()
+            prepared(x).square().mean().backward()
+            optimizer.step()
+    converted, alone = convert(prepared), convert(ready(nn.Linear(64, 64), config))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0.05, atol=0.05)
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(converted, file)
+    torch.save(alone, plain)
+    file.seek(0)
+    copies = {
+        "as converted": converted,
+        "deep copy": copy.deepcopy(converted),
+        "pickle": pickle.loads(pickle.dumps(converted)),
+        "file": torch.load(file, weights_only=False),
+        "loaded": convert(ready(TiedLinears(), config)),
+        "cast": copy.deepcopy(converted).bfloat16().float(),
+    }
+    copies["loaded"].load_state_dict(converted.state_dict())
+    small = 4 * 64 * 3 + 3 * 64 + 500  # biases, and what little each layer has beside its weight
+    for name, model in copies.items():
+        assert model.second.data is model.third.data is model.first.data, name
+        assert stored(model) < stored(alone) + small, name
+        assert memory(model) < memory(alone) + small, name
+        if name != "cast":
+            with torch.no_grad():
+                assert torch.equal(model(x), converted(x)), name
+    assert len(file.getvalue()) < len(plain.getvalue()) + 64 * 64 // 2 + 12000
+    assert qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes == stored(converted)
+    assert qk.report(converted).float_bytes == 4 * (64 * 64 + 2 * 64)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tied_layers_load_codes_that_differ(config, assign):
+    """As a model holds them whose layers were tied by hand; no layer writes into another one's memory."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 64)
+    converted, other = convert(ready(TiedLinears(), config)), convert(ready(TiedLinears(), config))
+    source = convert(ready(nn.Linear(64, 64, bias=False), config)).state_dict()
+    state = {**other.state_dict(), **{f"third.{key}": value for key, value in source.items()}}
+    converted.load_state_dict(state, assign=assign)
+    for key, value in converted.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    with torch.no_grad():
+        assert torch.equal(converted.second(x), other.second(x))
+        assert not torch.equal(converted.third(x), other.third(x))
+    converted.load_state_dict(other.state_dict(), assign=assign)
+    assert converted.third.data is converted.first.data
 
 
 def test_a_layer_with_two_names_is_stored_once():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
+from ..ops.frozen import as_torch_jit_takes_them
 from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
 from ..reference.fake_quantize import check_dense
@@ -52,6 +53,8 @@ class QuantizedLayer(nn.Module):
     private_buffers: tuple[str, ...] = ()
     private_parameters: tuple[str, ...] = ()
     kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point")  # and what is private
+    tied_to: tuple[QuantizedLayer, ...] = ()  # the layer of the same float weight whose tensors this one shares
+    weight_elsewhere = False  # whether the float model holds the weight under an earlier name too
 
     __call__ = call_as_leaf
 
@@ -64,6 +67,11 @@ class QuantizedLayer(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         ForkingPickler.register(cls, reduce_for_a_process)
+
+    @property
+    def itself(self: Self) -> Self:
+        """The layer, for a graph of torch.fx that was traced from it (see ``root_as_leaf``)."""
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +153,44 @@ class QuantizedLayer(nn.Module):
         super()._apply(lambda t: apply_keeping_dtype(flat, t) if any(t is other for other in kept) else fn(t), recurse)
         if not (self.weight_dtype.is_meta or self.weight_dtype.is_inference()):
             self.weight_dtype.detach().zero_()  # to_empty leaves memory as it was
+        self._share()
         return self
+
+    def tie(self, other: QuantizedLayer) -> None:
+        """Shares the tensors of a layer that was made of the same float weight, as long as both hold the same values.
+
+        What is loaded, moved or unpickled is shared again if it is still the same.
+        """
+        self.tied_to = (other,)
+        self._share()
+
+    def _share(self) -> None:
+        for own, others, name in self._tied_names():
+            a, b = own[name], others[name]
+            if a is not b and _form(a) == _form(b) and not a.is_meta and torch.equal(a, b):
+                own[name] = b
+
+    def _unshare(self) -> None:
+        """Before other values are written, which need not be those of the other layer."""
+        for own, others, name in self._tied_names():
+            if own[name] is others[name]:
+                t = own[name].detach().clone()
+                own[name] = frozen(t) if own is self._parameters else t
+
+    def _tied_names(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+        for other in self.tied_to:
+            for own, others in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
+                for name in ("scale", "zero_point", *self.private_buffers, *self.private_parameters):
+                    if own.get(name) is not None and others.get(name) is not None:
+                        yield own, others, name
+
+    def _unpack_tied(self) -> dict[str, Tensor]:
+        """``_unpack``, or the same tensors as the layer gives whose private ones these are."""
+        private = (*self.private_buffers, *self.private_parameters)
+        for other in self.tied_to:
+            if all(getattr(self, name) is getattr(other, name, None) for name in private):
+                return {name: t for name, t in other._unpack_once().items() if name != "codes_form"}
+        return self._unpack()
 
     def _scale_of(self, name: str) -> Tensor:
         """A frozen parameter as a tensor that wants no gradient, whatever requires_grad_ was told."""
@@ -170,7 +215,7 @@ class QuantizedLayer(nn.Module):
         """``_unpack`` and ``codes_form``, or what it gave last where all of that is alive and nothing was changed."""
 
         def unpack() -> dict[str, Tensor]:
-            return {**self._unpack(), "codes_form": self.codes_form}
+            return {**self._unpack_tied(), "codes_form": self.codes_form}
 
         held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
         if any(t.is_inference() for t in held):  # they count no versions
@@ -235,6 +280,7 @@ class QuantizedLayer(nn.Module):
             try:
                 with torch.no_grad():
                     private = self._pack({name: given[name].to(device) for name in logical if logical[name]})
+                    self._unshare()
                     self._hold(private, in_place=not assign)
             except RuntimeError as error:  # values out of range
                 error_msgs.append(f"{prefix}{error}")
@@ -249,6 +295,7 @@ class QuantizedLayer(nn.Module):
             super()._load_from_state_dict(others, prefix, *arguments)
         finally:
             self._load_state_dict_pre_hooks = hooks
+        self._share()
 
     def _errors_of_form(self, prefix: str, form: Any) -> list[str]:
         """Of a state's ``codes_form``, where it has one: codes of another weight may take as many bytes."""
@@ -276,7 +323,7 @@ class QuantizedLayer(nn.Module):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_unpacked": self._unpack()}
+        state = {**self.__dict__, "_unpacked": self._unpack_once()}
         for kind, private in (("_buffers", self.private_buffers), ("_parameters", self.private_parameters)):
             state[kind] = {name: None if name in private else t for name, t in state[kind].items()}
         return state
@@ -286,6 +333,7 @@ class QuantizedLayer(nn.Module):
         super().__setstate__(state)
         if logical is not None:  # None: from a parent process, with the private tensors
             self._hold(self._pack(logical))
+            self._share()
 
 
 def _reference(t: Tensor) -> Reference:
@@ -386,6 +434,7 @@ class QuantizedInputLayer(QuantizedLayer):
         """What the codes of x stand for, in x's dtype; gradients pass, as through the kernels."""
         if self.input_bits is None:
             return x
+        (x,) = as_torch_jit_takes_them(x)
         if self.input_scale is None:
             group_size = -1 if isinstance(self.input_granularity, PerToken) else None
             return fake_quantize_dynamic(
