@@ -33,13 +33,14 @@ def root_as_leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def traced(self: nn.Module, input: Any) -> Any:
-        return _node_of(self, input) if isinstance(input, Proxy) else forward(self, input)
+        return node_of(self, input) if isinstance(input, Proxy) else forward(self, input)
 
     traced.__annotations__ = {}  # which the graph's code would repeat
     return traced
 
 
-def _node_of(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
+def node_of(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
+    """The call of a layer in the graph that its arguments belong to."""
     tracer: Any = next(value.tracer for value in (*args, *kwargs.values()) if isinstance(value, Proxy))
     name = "itself" if tracer.root is layer else tracer.path_of_module(layer)
     return tracer.create_proxy("call_module", name, args, kwargs)

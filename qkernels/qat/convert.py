@@ -11,7 +11,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.own_forward import with_forward_of
+from ..nn.own_forward import QATForward, with_forward_of
 from ..nn.qat import QATConv2d, QATLinear, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
@@ -105,6 +105,8 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
                 norm = model.get_submodule(folds.batch_norm_of[name])
                 made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
             made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
+            if isinstance(layer, QATForward):
+                made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, shared)
     for source, new in made.items():
         if isinstance(source, QATLinear | QATConv2d):
