@@ -615,6 +615,45 @@ def test_a_deep_copy_keeps_what_is_shared():
     assert first.data is second.data
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode(kind):
+    _, layer, x = layers()[kind]
+    expected, state = layer(x), copy.deepcopy(layer.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            other.load_state_dict(layer.state_dict())
+            assert torch.equal(other(x), expected)
+            assert other.half().dtype == torch.float16
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_libraries_ask_of_a_model(config, dtype):
+    """A converted model that is cast later answers as the float model does, computes in that dtype and trains there."""
+    torch.manual_seed(0)
+    _, converted = made(config)
+    x = batch()
+    expected = converted(x)
+    for cast in (lambda m: m.to(dtype), lambda m: m.type(dtype), lambda m: m.to(torch.empty(1, dtype=dtype))):
+        model, plain = cast(copy.deepcopy(converted)), cast(Net())
+        for name in ("conv", "fc"):
+            layer, other = getattr(model, name), getattr(plain, name)
+            for probe in (lambda m: m.weight, lambda m: m.bias, lambda m: next(m.parameters())):
+                assert (probe(layer).dtype, probe(layer).device) == (probe(other).dtype, probe(other).device)
+            assert (layer.weight.shape, layer.bias.shape) == (other.weight.shape, other.bias.shape)
+        y = model(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+        y.sum().backward()
+        assert model.fc.bias.grad.dtype == dtype
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(x.to(dtype)), y)
+            assert next(again.parameters()).dtype == dtype
+
+
 def test_loading_writes_in_place():
     """Whoever shares the memory of a layer, as a CUDA graph or another process, sees what was loaded."""
     for _, layer, _ in layers().values():

@@ -218,7 +218,7 @@ class QuantizedLayer(nn.Module):
             return {**self._unpack_tied(), "codes_form": self.codes_form}
 
         held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        if any(t.is_inference() for t in held):  # they count no versions
+        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in held):  # they count no versions
             return unpack()
         sources, made = _saved.get(self, ([], {}))
         tensors = {
