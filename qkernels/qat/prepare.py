@@ -30,7 +30,8 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
 
     A subclass of Linear or Conv2d keeps its class as a base. One with a forward of its own (that pads its input, say)
     is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone; the
-    quantizers then sit at that product. A rule that names its type also takes one that cannot be tried, or whose
+    quantizers then sit at each such product, and what else it does with its weight for another input sees its quantized
+    values. A rule that names its type also takes one that cannot be tried, or whose
     product has a weight that the forward computes from its own (standardizes it, say): that is then quantized. Weights
     under ``weight_norm``, ``spectral_norm``, pruning or another parametrization are quantized as these make them.
 
