@@ -89,7 +89,7 @@ def test_weight_is_the_float_layers(kind, dtype):
     torch.testing.assert_close(layer.weight, layer.dequantize().to(dtype))
     assert layer.codes.dtype == torch.int8
     assert layer.codes.shape == source.weight.shape
-    assert not hasattr(layer, "bias") or layer.bias.dtype == torch.float32
+    assert not hasattr(layer, "bias") or layer.bias.dtype == dtype
     if dtype == torch.float32:  # a cast of the model shows, scales and codes stay
         before = layer.weight
         cast = copy.deepcopy(layer).bfloat16()
@@ -209,14 +209,92 @@ def test_distributed_data_parallel(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+CASTS = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64, "float": torch.float32}
+
+
+@pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_casts_keep_scales_and_bias(kind, cast):
+def test_casts_keep_scales(kind, cast):
     _, layer, _ = layers()[kind]
     moved = getattr(copy.deepcopy(layer), cast)()
     for (name, p), (_, q) in zip(moved.named_parameters(), layer.named_parameters(), strict=True):
-        assert p.dtype == torch.float32, name
-        assert torch.equal(p, q)
+        assert p.dtype == (CASTS[cast] if name in ("bias", "weight_dtype") else torch.float32), name
+        assert torch.equal(p, q.to(p.dtype))
+    for (name, b), (_, c) in zip(moved.named_buffers(), layer.named_buffers(), strict=True):
+        assert b.dtype == c.dtype, name
+
+
+class Normed(Net):
+    """Casts what it is fed to the dtype that the model says it has."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__(bias)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x):
+        return self.norm(super().forward(x.to(next(self.parameters()).dtype)))
+
+
+def ready(model: nn.Module, config: str) -> nn.Module:
+    """Prepared, with some range where only a calibration would tell."""
+    prepared = prepare(model, CONFIGS[config])
+    for quantizer in prepared.modules():
+        if isinstance(quantizer, qk.nn.FakeQuantize) and not quantizer.is_calibrated:
+            quantizer.set_range(-torch.ones_like(quantizer.scale), torch.ones_like(quantizer.scale))
+    return prepared
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_is_asked_for_its_dtype(config, bias, dtype):
+    """As by those who cast what they feed it to that: of the float model, converted, cast later, loaded, copied."""
+
+    converted, later = convert(ready(Normed(bias).to(dtype), config)), convert(ready(Normed(bias), config)).to(dtype)
+    file = io.BytesIO()
+    torch.save(converted.state_dict(), file)
+    file.seek(0)
+    with torch.device("meta"):
+        empty = convert(ready(Normed(bias), config)).to(dtype)
+    assigned = copy.deepcopy(empty)
+    assigned.load_state_dict(torch.load(file), assign=True)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(converted.state_dict())
+    for model in (converted, later, assigned, filled, pickle.loads(pickle.dumps(converted)), copy.deepcopy(converted)):
+        for layer in (model, model.conv, model.fc):
+            first = next(layer.parameters())
+            assert (first.dtype, first.device) == (dtype, torch.device("cpu"))
+            assert first.isfinite().all()
+        assert {p.dtype for p in (model.conv.bias, model.fc.bias) if p is not None} <= {dtype}
+        with torch.no_grad():
+            y = model(batch())
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+    x = batch()
+    with torch.no_grad():
+        assert all(torch.equal(model(x), converted(x)) for model in (assigned, filled))
+
+
+def test_what_a_user_sets_on_a_layer_follows_casts():
+    linear = nn.Linear(32, 4)
+    linear.gain, linear.adapter = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+    linear.register_buffer("shift", torch.zeros(4))
+    for layer in (Int8Linear.from_float(linear), Int4Linear.from_float(linear)):
+        layer.half()
+        assert {t.dtype for t in (layer.gain, layer.shift, layer.adapter.weight)} == {torch.float16}
+        assert layer.scale.dtype == torch.float32
+
+
+def test_states_with_a_bias_in_fp32_load():
+    """As earlier files of 16-bit models hold them; and a bias in 16 bits loads into a model in fp32."""
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        layer = Int8Linear.from_float(nn.Linear(32, 4).to(dtype))
+        state = {**layer.state_dict(), "bias": torch.randn(4).to(other)}
+        for assign in (False, True):
+            fresh = copy.deepcopy(layer)
+            fresh.load_state_dict(state, assign=assign)
+            assert fresh.bias.dtype == dtype
+            assert torch.equal(fresh.bias, state["bias"].to(dtype))
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -225,6 +303,7 @@ def test_layers_are_made_alike_under_any_default_dtype(default):
     try:
         for layer in (Int8Linear(32, 4), Int4Linear(32, 4), Int8Conv2d(2, 2, 1), Int4Embedding(3, 32)):
             assert {t.dtype for t in layer.state_dict().values() if t.is_floating_point()} == {torch.float32}
+            assert layer.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -536,6 +615,45 @@ def test_a_deep_copy_keeps_what_is_shared():
     assert first.data is second.data
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode(kind):
+    _, layer, x = layers()[kind]
+    expected, state = layer(x), copy.deepcopy(layer.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            other.load_state_dict(layer.state_dict())
+            assert torch.equal(other(x), expected)
+            assert other.half().dtype == torch.float16
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_libraries_ask_of_a_model(config, dtype):
+    """A converted model that is cast later answers as the float model does, computes in that dtype and trains there."""
+    torch.manual_seed(0)
+    _, converted = made(config)
+    x = batch()
+    expected = converted(x)
+    for cast in (lambda m: m.to(dtype), lambda m: m.type(dtype), lambda m: m.to(torch.empty(1, dtype=dtype))):
+        model, plain = cast(copy.deepcopy(converted)), cast(Net())
+        for name in ("conv", "fc"):
+            layer, other = getattr(model, name), getattr(plain, name)
+            for probe in (lambda m: m.weight, lambda m: m.bias, lambda m: next(m.parameters())):
+                assert (probe(layer).dtype, probe(layer).device) == (probe(other).dtype, probe(other).device)
+            assert (layer.weight.shape, layer.bias.shape) == (other.weight.shape, other.bias.shape)
+        y = model(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+        y.sum().backward()
+        assert model.fc.bias.grad.dtype == dtype
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(x.to(dtype)), y)
+            assert next(again.parameters()).dtype == dtype
+
+
 def test_loading_writes_in_place():
     """Whoever shares the memory of a layer, as a CUDA graph or another process, sees what was loaded."""
     for _, layer, _ in layers().values():
@@ -582,6 +700,17 @@ def test_symbolic_trace_of_the_other_layers():
     assert torch.equal(traced(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_symbolic_trace_of_a_layer_itself(kind):
+    _, layer, x = layers()[kind]
+    traced = torch.fx.symbolic_trace(layer)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    for graph in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), torch.fx.symbolic_trace(traced)):
+        assert torch.equal(graph(x), layer(x))
+    assert layer.itself is layer
+    assert [name for name, _ in layer.named_modules()] == [""]
+
+
 def test_hooks_run_when_the_graph_does():
     _, converted = made("int8")
     calls: list[type] = []
@@ -605,6 +734,32 @@ def test_converted_models_trace_export_and_compile(config):
         torch.testing.assert_close(exported(x), expected)
         compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_converted_models_trace_and_export_with_gradients_enabled(config, dtype):
+    """Another batch size than traced with; a graph of torch.jit holds no gradient of a kernel, and says so."""
+    torch.manual_seed(0)
+    _, converted = made(config, dtype)
+    x, other = batch(dtype), torch.randn(7, 4, 4, 4).to(dtype)
+    file = io.BytesIO()
+    for example in (x, x.clone().requires_grad_()):
+        traced = torch.jit.trace(converted, (example,))
+        assert torch.equal(traced(other), converted(other))
+        torch.jit.save(traced, file)
+        file.seek(0)
+        assert torch.equal(torch.jit.load(file)(other), converted(other))
+        file.seek(0)
+    leaf = other.clone().requires_grad_()
+    if "weight only" not in config and dtype != torch.float64:
+        assert not traced(leaf).requires_grad
+    for strict in (True, False):
+        exported = torch.export.export(
+            converted, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
+        ).module()
+        assert torch.equal(exported(other), converted(other))
 
 
 # Other dtypes
@@ -669,7 +824,8 @@ def test_convolutions_are_stored_at_their_bits(input, bits):
     converted = convert(prepared)
     numel = conv.weight.numel()
     codes = -(-numel * bits // 8) if bits <= 4 else numel
-    assert stored(converted) == codes + 4 * 10 + (4 if input else 0)
+    form = 4 * 5 + (4 * 2 if input else 0)
+    assert stored(converted) == codes + 4 * 10 + form + (4 if input else 0)
     assert qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes == stored(converted)
     assert torch.equal(converted.codes, prepared.weight_fake_quant.quantize(conv.weight)[0])
     fresh = copy.deepcopy(converted)
@@ -698,7 +854,9 @@ def test_weight_only_holds_codes(dtype, bits, symmetric, granularity):
     x = torch.randn(5, 16).to(dtype)
     assert torch.equal(converted(x), prepared(x))
     held = sum(t.numel() * t.element_size() for t in (*converted.parameters(), *converted.buffers()))
-    assert held == stored(converted) == qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes
+    forms, dtypes = sum(4 * layer.codes_form.numel() for layer in converted), 2 * dtype.itemsize
+    assert held - dtypes == stored(converted) - forms
+    assert stored(converted) == qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes
     assert held < 0.6 * 4 * sum(p.numel() for p in model.parameters())
     assert type(converted[0]) is Int8Linear
     assert "input in float" in repr(converted[0])
@@ -738,9 +896,9 @@ def test_gradients_are_those_of_the_dequantized_weight(kind):
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(64, 32)
-        self.body = nn.Linear(32, 32)
-        self.head = nn.Linear(32, 64, bias=False)
+        self.table = nn.Embedding(64, 64)
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 64, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, ids):
@@ -763,6 +921,86 @@ def test_a_weight_shared_with_a_float_layer_is_stored_once():
     assert len(file.getvalue()) < len(plain.getvalue())
 
 
+class TiedLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64, bias=i < 2) for i in range(3))
+        self.second.weight = self.third.weight = self.first.weight
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes that it takes, once for each storage."""
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tied_layers_share_their_codes(config, trained):
+    torch.manual_seed(0)
+    prepared = prepare(TiedLinears(), CONFIGS[config])
+    assert prepared.second.weight_fake_quant is prepared.first.weight_fake_quant
+    x = torch.randn(5, 64)
+    calibrate(prepared, [x])
+    if trained:
+        optimizer = torch.optim.Adam(qk.parameter_groups(prepared, 1e-2))
+        for _ in range(3):
+            optimizer.zero_grad()
+            prepared(x).square().mean().backward()
+            optimizer.step()
+    converted, alone = convert(prepared), convert(ready(nn.Linear(64, 64), config))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0.05, atol=0.05)
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(converted, file)
+    torch.save(alone, plain)
+    file.seek(0)
+    copies = {
+        "as converted": converted,
+        "deep copy": copy.deepcopy(converted),
+        "pickle": pickle.loads(pickle.dumps(converted)),
+        "file": torch.load(file, weights_only=False),
+        "loaded": convert(ready(TiedLinears(), config)),
+        "cast": copy.deepcopy(converted).bfloat16().float(),
+    }
+    copies["loaded"].load_state_dict(converted.state_dict())
+    small = 4 * 64 * 3 + 3 * 64 + 500  # biases, and what little each layer has beside its weight
+    for name, model in copies.items():
+        assert model.second.data is model.third.data is model.first.data, name
+        assert stored(model) < stored(alone) + small, name
+        assert memory(model) < memory(alone) + small, name
+        if name != "cast":
+            with torch.no_grad():
+                assert torch.equal(model(x), converted(x)), name
+    assert len(file.getvalue()) < len(plain.getvalue()) + 64 * 64 // 2 + 12000
+    assert qk.report(converted).quantized_bytes == qk.report(prepared).quantized_bytes == stored(converted)
+    assert qk.report(converted).float_bytes == 4 * (64 * 64 + 2 * 64)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_tied_layers_load_codes_that_differ(config, assign):
+    """As a model holds them whose layers were tied by hand; no layer writes into another one's memory."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 64)
+    converted, other = convert(ready(TiedLinears(), config)), convert(ready(TiedLinears(), config))
+    source = convert(ready(nn.Linear(64, 64, bias=False), config)).state_dict()
+    state = {**other.state_dict(), **{f"third.{key}": value for key, value in source.items()}}
+    converted.load_state_dict(state, assign=assign)
+    for key, value in converted.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    with torch.no_grad():
+        assert torch.equal(converted.second(x), other.second(x))
+        assert not torch.equal(converted.third(x), other.third(x))
+    converted.load_state_dict(other.state_dict(), assign=assign)
+    assert converted.third.data is converted.first.data
+
+
 def test_a_layer_with_two_names_is_stored_once():
     model = nn.Module()
     model.first = nn.Linear(64, 64)
@@ -778,6 +1016,101 @@ def test_a_layer_with_two_names_is_stored_once():
         held.zero_()
         assert not torch.equal(model.state_dict()["first.codes"], held)  # what was changed is not handed out again
         assert torch.equal(state["again.codes"], held)
+
+
+# States of other layers
+
+OTHERS = {  # pairs of layers whose states have the same names, dtypes and shapes
+    "K of Int4Linear": (lambda: nn.Linear(33, 5), lambda: nn.Linear(34, 5), QSpec(4), QSpec(4), QSpec(8)),
+    "K, 2 bits": (lambda: nn.Linear(37, 5), lambda: nn.Linear(40, 5), QSpec(2), QSpec(2), None),
+    "bits of Int4Linear": (lambda: nn.Linear(48, 5), lambda: nn.Linear(64, 5), QSpec(4), QSpec(3), QSpec(8)),
+    "bits, with groups": (
+        lambda: nn.Linear(48, 5),
+        lambda: nn.Linear(96, 5),
+        QSpec(4, PerGroup(16), symmetric=False),
+        QSpec(2, PerGroup(32), symmetric=False),
+        None,
+    ),
+    "kernel of a convolution": (
+        lambda: nn.Conv2d(2, 4, (3, 1)),
+        lambda: nn.Conv2d(2, 4, (1, 3)),
+        QSpec(4),
+        QSpec(4),
+        QSpec(8),
+    ),
+    "groups of a convolution": (
+        lambda: nn.Conv2d(4, 4, 2, groups=2),
+        lambda: nn.Conv2d(2, 4, (1, 4)),
+        QSpec(3),
+        QSpec(3),
+        None,
+    ),
+    "channels of a convolution": (lambda: nn.Conv2d(4, 4, 1), lambda: nn.Conv2d(1, 4, 2), QSpec(2), QSpec(2), QSpec(8)),
+    "padded channels": (lambda: nn.Conv2d(1, 1, 3), lambda: nn.Conv2d(5, 1, (1, 2)), QSpec(4), QSpec(4), QSpec(8)),
+    "width of the input": (
+        lambda: nn.Linear(32, 5),
+        lambda: nn.Linear(32, 5),
+        QSpec(8),
+        QSpec(8),
+        (QSpec(8), QSpec(4)),
+    ),
+    "width of int8 codes": (lambda: nn.Linear(32, 5), lambda: nn.Linear(32, 5), QSpec(8), QSpec(6), QSpec(8)),
+    "input of a convolution": (
+        lambda: nn.Conv2d(2, 4, 3),
+        lambda: nn.Conv2d(2, 4, 3),
+        QSpec(8),
+        QSpec(8),
+        (QSpec(7, symmetric=False), QSpec(8, symmetric=False)),
+    ),
+}
+
+
+def without_form(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As earlier files hold them."""
+    return {key: value for key, value in state.items() if not key.endswith("codes_form")}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_another_layer_is_refused(name, assign):
+    *makes, first, second, inputs = OTHERS[name]
+    inputs = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+    models = []
+    for make, weight, input in zip(makes, (first, second), inputs, strict=True):
+        prepared = prepare(nn.Sequential(make()), QConfig(weight, input))
+        for quantizer in prepared.modules():
+            if isinstance(quantizer, qk.nn.FakeQuantize) and not quantizer.is_calibrated:
+                quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+        models.append(convert(prepared))
+    for source, model in (models, models[::-1]):
+        state, before = dict(source.state_dict()), copy.deepcopy(model.state_dict())
+        forms = [(value.dtype, value.shape) for value in without_form(before).values()]
+        assert forms == [(value.dtype, value.shape) for value in without_form(state).values()]  # nothing else tells
+        own, other = (str(list(layer[0].weight_shape)) for layer in (model, source))
+        with pytest.raises(RuntimeError) as refused:
+            model.load_state_dict(state, strict=False, assign=assign)
+        text = str(refused.value)
+        assert f"0.codes_form: got codes of {source[0].weight_bits} bits for a weight {other}" in text
+        assert f"accepted: codes of {model[0].weight_bits} bits for a weight {own}" in text
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        for kept in (before, without_form(before)):
+            model.load_state_dict(kept, assign=assign)
+        with pytest.raises(RuntimeError, match=r"0.codes_form: got torch.int32 of shape \[1\]; accepted: codes of"):
+            model.load_state_dict({**before, "0.codes_form": torch.zeros(1, dtype=torch.int32)})
+
+
+def test_the_state_of_another_embedding_is_refused():
+    tables = [
+        Int4Embedding.from_float(nn.Embedding(9, k), -1, weight_bits=bits) for k, bits in ((33, 4), (34, 4), (44, 3))
+    ]
+    for table in tables:
+        for other in tables:
+            if other is table:
+                continue
+            before = copy.deepcopy(table.state_dict())
+            with pytest.raises(RuntimeError, match=r"codes_form: got codes of \d bits for a weight"):
+                table.load_state_dict(other.state_dict())
+            assert all(torch.equal(value, before[key]) for key, value in table.state_dict().items())
 
 
 # exact

@@ -419,7 +419,7 @@ def test_int8_state_dict_is_logical(layer):
     layer.set_weight(codes, torch.rand(n), torch.randn(n))
     state = layer.state_dict()
     static = {"input_scale", "input_zero_point"} if isinstance(layer, Int8Conv2d) else set()
-    assert set(state) == {"codes", "scale", "bias"} | static
+    assert set(state) == {"codes", "codes_form", "scale", "bias"} | static
     assert torch.equal(state["codes"], codes)
     fresh = copy.deepcopy(layer)
     fresh.set_weight(torch.zeros_like(codes), torch.ones(n), torch.zeros(n))
@@ -438,6 +438,8 @@ def test_int8_state_dict_is_logical(layer):
         fresh.load_state_dict({**state, "scale": torch.rand(n + 1)})
     half = copy.deepcopy(layer).bfloat16()
     assert half.scale.dtype == torch.float32
+    with torch.no_grad():
+        layer.bias.copy_(half.bias)
     assert torch.equal(half(x), layer(x))
 
 

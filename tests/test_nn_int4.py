@@ -179,7 +179,7 @@ def blank(layer: nn.Module) -> nn.Module:
     zeros = {name: torch.zeros(form[1], dtype=form[0]) for name, form in other._logical().items() if form}
     other._hold(other._pack(zeros))
     for name, t in (*other.named_parameters(), *other.named_buffers()):
-        if name not in (*other.private_buffers, *other.private_parameters):
+        if name not in (*other.private_buffers, *other.private_parameters, "weight_dtype"):
             t.detach().fill_(1)
     return other
 
@@ -250,9 +250,9 @@ def test_casts_and_moves_keep_the_state(name, cast):
     moved = getattr(copy.deepcopy(layer), cast)()
     state = layer.state_dict()
     for key, value in moved.state_dict().items():
-        assert value.dtype == state[key].dtype
-        assert torch.equal(value, state[key])
-    if not isinstance(layer, Int4Embedding):
+        assert value.dtype == (moved.dtype if key == "bias" else state[key].dtype)
+        assert torch.equal(value, state[key].to(value.dtype))
+    if not isinstance(layer, Int4Embedding) and cast in ("cpu", "share_memory"):
         assert_same(moved, layer)
 
 
@@ -270,6 +270,8 @@ def test_bad_state_names_the_tensor_and_changes_nothing(name):
         assert_same(other, before)
 
     for key, value in good.items():
+        if key == "codes_form":  # files of earlier versions have none
+            continue
         without = {k: v for k, v in good.items() if k != key}
         refused(without, rf'Missing key\(s\).*"layer\.{key}"')
         assert model.load_state_dict({f"layer.{k}": v for k, v in without.items()}, strict=False).missing_keys == [

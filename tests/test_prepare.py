@@ -1,5 +1,6 @@
 """Which layers prepare takes, and what it says of those it leaves: parents that read weights, subclasses, specs."""
 
+import concurrent.futures
 import copy
 import pickle
 import re
@@ -740,3 +741,130 @@ def test_compile_and_export_of_a_subclass():
     prepared.zero_grad()
     prepared(x).sum().backward()
     torch.testing.assert_close(got, prepared[0].weight.grad)
+
+
+# Forwards that take another way for another input.
+
+
+class Branching(nn.Linear):
+    """Does with its weight, for few rows, what no trial on two rows shows."""
+
+    way = "plain"
+
+    def forward(self, x):
+        if x.shape[0] < 3:
+            return super().forward(x)
+        return {
+            "plain": lambda: F.linear(x, self.weight, self.bias),
+            "scaled": lambda: F.linear(x, 0.5 * self.weight, self.bias),
+            "nested": lambda: F.linear(x, torch.cat([self.weight, self.weight])[: self.out_features], self.bias),
+            "transposed": lambda: x @ self.weight.T + self.bias,
+            "twice": lambda: super(Branching, self).forward(super(Branching, self).forward(x)),
+            "without bias": lambda: F.linear(x, self.weight),
+            "other bias": lambda: F.linear(x, self.weight, 2 * self.bias),
+            "other weight": lambda: F.linear(x, self.other, self.bias),
+            "normed": lambda: F.linear(x, self.weight, self.bias) / self.weight.norm(),
+            "cast": lambda: F.linear(x, self.weight.to(x.dtype).contiguous(), self.bias),
+            "row": lambda: F.linear(x, self.weight, self.bias) + self.weight[0],
+            "in place": lambda: F.linear(x, self.weight.clone().mul_(2), self.bias),
+        }[self.way]()
+
+    def __init__(self, n: int, way: str) -> None:
+        super().__init__(n, n)
+        self.way, self.other = way, nn.Parameter(torch.randn(n, n))
+
+
+WAYS = [
+    "plain",
+    "scaled",
+    "nested",
+    "transposed",
+    "twice",
+    "without bias",
+    "other bias",
+    "other weight",
+    "normed",
+    "cast",
+]
+
+
+@pytest.mark.parametrize("config", [QConfig(), QConfig(QSpec(4)), QConfig(QSpec(4), None), QConfig(QSpec(8), None)])
+@pytest.mark.parametrize("way", [*WAYS, "row", "in place"])
+def test_a_forward_that_branches_on_the_shape_computes_the_same_converted(way, config):
+    torch.manual_seed(0)
+    model, many, few = Branching(32, way), torch.randn(6, 32), torch.randn(2, 32)
+    prepared = prepare(model, config).eval()
+    calibrate(prepared, [2 * many, few])
+    assert isinstance(prepared, QATLinear)
+    converted = convert(prepared)
+    assert isinstance(converted, Int4Linear | Int8Linear)
+    for x in (many, few):
+        with torch.no_grad():
+            y, expected, plain = converted(x), prepared(x), model(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert (y - plain).abs().max() < 0.5 * plain.abs().max() + 1e-6
+        if x is many and way not in ("other weight",):
+            assert not torch.equal(y, plain)
+    prepared.train()(many).square().mean().backward()
+    if way != "other weight":
+        assert prepared.weight.grad.abs().max() > 0
+    assert converted.weight.isfinite().all()
+    assert torch.equal(pickle.loads(pickle.dumps(converted))(many), converted(many))
+
+
+def test_a_batch_norm_is_not_folded_into_what_a_forward_does_not_return():
+    """Which shows only for inputs of another size than the trial's."""
+
+    class Growing(nn.Conv2d):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if x.shape[-1] > 8 else 2 * y
+
+    torch.manual_seed(0)
+    model, large, small = (
+        nn.Sequential(Growing(3, 4, 3), nn.BatchNorm2d(4)),
+        torch.randn(2, 3, 9, 9),
+        torch.randn(2, 3, 8, 8),
+    )
+    prepared = prepare_and_calibrate(model, large)
+    converted = assert_converts(prepared, large, tolerance=1e-2)
+    assert isinstance(converted[1], nn.Identity)
+    with pytest.raises(RuntimeError, match="Growing: its forward does more than convolve for this input"):
+        converted(small)
+
+
+def test_a_weight_that_a_forward_computes_is_computed_for_every_input():
+    class Sometimes(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight - self.weight.mean() if x.shape[0] < 3 else self.weight, self.bias)
+
+    torch.manual_seed(0)
+    prepared = prepare(Sometimes(32, 8), QConfig(rules=[(Sometimes, {"weight": {}})]))
+    calibrate(prepared, [torch.randn(2, 32)])
+    converted = assert_converts(prepared, torch.randn(2, 32))
+    for model in (prepared, converted):
+        with pytest.raises(RuntimeError, match=r"Sometimes: got an input of shape \[5, 32\], for which its forward"):
+            model(torch.randn(5, 32))
+
+
+def test_threads_may_call_a_subclass_at_the_same_time():
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    converted = convert(prepare_and_calibrate(SuperLinear(32, 16), x))
+    expected = converted(x)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(y, expected) for y in threads.map(lambda _: converted(x), range(200)))
+
+
+def test_subclasses_trace_and_export_for_other_batches():
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 4, 9, 9), torch.randn(5, 4, 9, 9)
+    model = nn.Sequential(SameConv(4, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), ScaledLinear(100, 3))
+    converted = convert(prepare_and_calibrate(model, x))
+    expected = converted(other)
+    exported = torch.export.export(converted, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(exported(other), expected)
+    torch.testing.assert_close(torch.jit.trace(converted, (x,))(other), expected)
+    assert torch.equal(torch.fx.symbolic_trace(converted)(other), expected)
+    assert torch.equal(torch.fx.symbolic_trace(converted[0])(other), converted[0](other))
+    assert torch.equal(converted(other), expected)  # nothing of a trace is left behind

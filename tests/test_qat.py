@@ -439,8 +439,9 @@ def test_report_of_int4_layers():
     converted = convert(prepared)
     made, before = report(converted, 2 * x, float_model=model), report(prepared, 2 * x, float_model=model)
     assert made.notes == before.notes == {}
-    # 10 rows of 18 bytes with 3 scales and int8 zero points each; 7 rows of 5 bytes, 7 scales, the input's scale.
-    assert [row.quantized_bytes for row in made.layers] == [180 + 4 * 30 + 30 + 4 * 10, 35 + 4 * 7 + 4]
+    # 10 rows of 18 bytes with 3 scales and int8 zero points each; 7 rows of 5 bytes, 7 scales, the input's scale; and
+    # what the codes stand for, of the second layer with the input's range.
+    assert [row.quantized_bytes for row in made.layers] == [180 + 4 * 30 + 30 + 4 * 10 + 4 * 3, 35 + 4 * 7 + 4 + 4 * 5]
     assert [(row.weight_bits, row.input_bits) for row in made.layers] == [(3, None), (4, 8)]
     assert [row.kind for row in made.layers] == ["Int4Linear", "Int4Linear"]
     assert made.quantized_bytes == sum(t.numel() * t.element_size() for t in converted.state_dict().values())
@@ -462,7 +463,7 @@ def test_report_counts_an_int4_embedding():
     made = report(quantized, torch.arange(5), float_model=model)
     row = made.layers[0]
     assert (row.kind, row.weight_bits, row.input_bits) == ("Int4Embedding", 4, None)
-    assert (row.float_bytes, row.quantized_bytes) == (4 * 11 * 32, 11 * (16 + 2 * 4 + 2))
+    assert (row.float_bytes, row.quantized_bytes) == (4 * 11 * 32, 11 * (16 + 2 * 4 + 2) + 4 * 3)
     weight = model[0].weight.detach()
     error = weight - quantized[0].dequantize()
     assert row.weight_sqnr == pytest.approx(10 * math.log10(weight.square().sum() / error.square().sum()))
@@ -670,9 +671,10 @@ def test_report_by_hand():
     assert rows["conv1"].output_sqnr == pytest.approx(expected, abs=1e-3)
     assert (rows["fc"].weight_bits, rows["fc"].input_bits) == (None, None)
     assert made.float_bytes == sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    # conv1: 216 4-bit codes, 8 scales, 8 biases (folded), scale and zero point of the input; conv2: 216 and 12.
-    fc = 4 * (12 * 16 * 5 + 5)
-    assert made.quantized_bytes == (108 + 4 * 8 + 4 * 8 + 8) + (108 + 4 * 12 + 4 * 12 + 8) + fc
+    # conv1: 216 4-bit codes, 8 scales, 8 biases (folded), scale and zero point of the input; conv2: 216 and 12; and of
+    # both what the codes stand for: bits, four dims and the input's range.
+    fc, form = 4 * (12 * 16 * 5 + 5), 4 * 7
+    assert made.quantized_bytes == (108 + 4 * 8 + 4 * 8 + 8 + form) + (108 + 4 * 12 + 4 * 12 + 8 + form) + fc
     converted = convert(prepared)
     again = report(converted, 2 * x, float_model=model)
     assert again.quantized_bytes == made.quantized_bytes

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qkernels.nn import Int4Embedding, PerGroup, PerToken
-from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare, report
+from qkernels.qat import QConfig, QSpec, calibrate, convert, exact, prepare, report
 
 pytestmark = pytest.mark.filterwarnings("ignore:prepare. ", "ignore:.*weight_norm")
 
@@ -333,3 +333,57 @@ def test_report_on_the_meta_device():
 
 def stored_on_meta(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("config", ["8 bits", "4 bits", "weight-only 8"])
+def test_a_sharded_model_is_reported_and_converts(config, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    torch.manual_seed(0)
+    model, x = ConvNet(), torch.randn(4, 3, 8, 8)
+    prepared = prepare(model, CONFIGS[config])
+    calibrate(prepared, [x])
+    expected, converted = report(prepared, x, float_model=model), convert(prepared)
+    sharded, sharded_float = copy.deepcopy(prepared), copy.deepcopy(model)
+    seen: list[int] = []
+    sharded.fc.register_forward_hook(lambda m, args, y: seen.append(len(y)))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for net in (sharded, sharded_float):
+            for layer in (net.conv1, net.fc):
+                fully_shard(layer)
+            fully_shard(net)
+        for stage in ("new", "after a forward pass"):
+            assert report(sharded, x, float_model=sharded_float) == expected, stage
+            assert report(sharded).quantized_bytes == expected.quantized_bytes
+            made = convert(sharded)
+            assert not any(isinstance(module, FSDPModule) for module in made.modules())
+            assert [type(module) for module in made.modules()] == [type(module) for module in converted.modules()]
+            seen.clear()
+            with torch.no_grad():
+                assert torch.equal(made(x), converted(x))
+                assert seen == [4]  # hooks of a user's stay
+                assert torch.equal(exact(sharded)(x), converted(x))
+            sharded.eval()(x).sum().backward()
+        assert isinstance(sharded, FSDPModule)
+        fully_shard(converted)
+        assert report(converted, x, float_model=model).quantized_bytes == expected.quantized_bytes
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", ["8 bits", "4 bits", "weight-only 8", "weight-only 4"])
+@pytest.mark.parametrize("make", [Tied, TiedLinears])
+def test_tied_weights_count_once_without_the_float_model(make, config):
+    torch.manual_seed(0)
+    model, x = make(), torch.arange(12).reshape(2, 6) if make is Tied else torch.randn(3, 16)
+    prepared = prepare(model, CONFIGS[config])
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    for made in (converted, copy.deepcopy(converted)):
+        alone, beside = report(made), report(made, float_model=model)
+        assert alone.float_bytes == beside.float_bytes == stored(model)
+        assert [row.float_bytes for row in alone.layers] == [row.float_bytes for row in beside.layers]
+        assert alone.quantized_bytes == beside.quantized_bytes == stored(made)

@@ -17,6 +17,7 @@ from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen
 from .replacing import take_over
+from .tracing import root_as_leaf
 
 
 def _logical_weight(
@@ -190,6 +191,7 @@ class Int4Linear(QuantizedInputLayer):
         self._hold(_private_of(packed))
         self._set_bias(bias)
 
+    @root_as_leaf
     def forward(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
         if input.dtype == torch.float64:
@@ -310,14 +312,13 @@ class Int4Embedding(QuantizedLayer):
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__((num_embeddings, embedding_dim), dtype)
+        super().__init__((num_embeddings, embedding_dim), weight_bits, dtype)
         # nn.Embedding checks padding_idx and resolves a negative one.
         table = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
         self.padding_idx = table.padding_idx
         self.max_norm, self.norm_type = table.max_norm, table.norm_type
         self.scale_grad_by_freq, self.sparse = table.scale_grad_by_freq, table.sparse
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight_bits = weight_bits
         self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
         groups = (num_embeddings, groups_of(embedding_dim, self.group_size))
         self.scale = frozen(torch.zeros(groups, dtype=scale_dtype))
@@ -376,6 +377,7 @@ class Int4Embedding(QuantizedLayer):
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         return self._rows(self.data, self._scale_of("scale"), self.zero_point, dtype)
 
+    @root_as_leaf
     def forward(self, input: Tensor) -> Tensor:
         codes, scale = F.embedding(input, self.data), F.embedding(input, self._scale_of("scale"))
         zero_point = None if self.zero_point is None else F.embedding(input, self.zero_point)

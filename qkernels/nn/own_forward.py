@@ -1,11 +1,14 @@
-"""Subclasses of Linear and Conv2d: their own forward runs, and its product is the quantized one.
+"""Subclasses of Linear and Conv2d: their own forward runs at every call, and its product is the quantized one.
 
-The product is found where it happens, at the call of F.linear or F.conv2d with a weight of the layer's shape: whether a
+The product is found where it happens, at the call of F.linear or F.conv2d with the layer's own weight: whether a
 forward pads its input, calls ``super().forward`` or ``self._conv_forward`` or the function itself makes no difference.
+All else that it does with its weight is done with the quantized values in float, so that the prepared and the converted
+layer compute the same, whichever way a forward takes for the input at hand.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +17,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .int8 import Int8Conv2d
+from .tracing import node_of
 
 PRODUCTS = (F.linear, torch.conv2d)  # F.conv2d is torch.conv2d
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -32,21 +39,55 @@ def has_own_forward(kind: type[nn.Module]) -> bool:
     return any(inspect.getattr_static(kind, n, None) is not inspect.getattr_static(parent, n, None) for n in names)
 
 
-class _Products(TorchFunctionMode):
-    """Hands every product with a weight of this shape to ``product``, which runs outside the mode."""
+# What a forward may ask its weight besides its values, and casts, which leave it the layer's own weight.
+METADATA = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+    ]
+    + [getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "is_floating_point", "get_device")]
+    + [getattr(Tensor, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")]
+)
+CASTS = frozenset((Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double))
 
-    def __init__(self, shape: tuple[int, ...], product: Callable[[Callable[..., Tensor], Arguments], Tensor]) -> None:
+
+class _Products(TorchFunctionMode):
+    """Hands every product with the weight ``own`` to ``product``, and ``value()`` to whatever else takes that weight.
+
+    own None: every product with a weight of this shape. What is called runs outside the mode.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        own: Tensor | None,
+        product: Callable[[Callable[..., Tensor], Arguments], Tensor],
+        value: Callable[[], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.shape, self.product = shape, product
+        self.shape, self.own, self.product, self.value = shape, [] if own is None else [own], product, value
+        self.by_shape = own is None
+
+    def is_own(self, t: Any) -> bool:
+        return any(t is own for own in self.own)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Arguments | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in PRODUCTS:
-            arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
-            if tuple(arguments["weight"].shape) == self.shape:
+            arguments = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+            weight = arguments["weight"]
+            if self.is_own(weight) or (self.by_shape and tuple(weight.shape) == self.shape):
                 return self.product(func, arguments)
-        return func(*args, **(kwargs or {}))
+        if self.value is None or func in METADATA or not any(self.is_own(t) for t in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func in CASTS and self.is_own(args[0]) and not any(self.is_own(t) for t in args[1:]):
+            self.own.append(func(*args, **kwargs))
+            return self.own[-1]
+        value = self.value()
+        args, kwargs = tree_map(lambda t: value if self.is_own(t) else t, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 @dataclass
@@ -66,23 +107,40 @@ class _OwnForward(nn.Module):
     base_class: ClassVar[type[nn.Module]]
     trial: Trial = Trial("it was not tried")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Products(self._shape(), self._product):
-            return self.own_class.forward(self, *args, **kwargs)
-
-    def _shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         raise NotImplementedError
+
+    def _derived(self, own: Tensor, arguments: Arguments) -> None:
+        """Refuses a product with the layer's weight itself where its codes stand for what is computed from it."""
+        if arguments["weight"] is own:
+            raise RuntimeError(
+                f"{self.own_class.__name__}: got an input of shape {list(arguments['input'].shape)}, for which its "
+                "forward takes its weight as it is; accepted: inputs for which it computes another weight from it, as "
+                "it did when it was prepared"
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _made_at_run_time(self, self.__getstate__())  # type: ignore[attr-defined]
 
 
 class QATForward(_OwnForward):
-    def _shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)  # type: ignore[arg-type]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = self.weight
+        shape = tuple(own.shape)
+        if parametrize.is_parametrized(self, "weight"):
+            own = None  # it is another tensor at each access
+        value = None if self.weight_fake_quant is None else lambda: self.weight_fake_quant(own)  # type: ignore[operator]
+        mode = _Products(shape, own, self._product, value)  # type: ignore[arg-type]
+        if self.trial.derives_weight:
+
+            def derived(func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+                if own is not None:
+                    self._derived(own, arguments)  # type: ignore[arg-type]
+                return self._product(func, arguments)
+
+            mode = _Products(shape, None, derived)
+        with mode:
+            return self.own_class.forward(self, *args, **kwargs)
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         if self.input_fake_quant is not None:
@@ -95,10 +153,12 @@ class QATForward(_OwnForward):
 class ConvertedForward(_OwnForward):
     """The product is that of ``base_class``, an int8 or int4 layer.
 
-    While the forward runs, ``weight`` is a tensor of the right shape, device and dtype that holds NaN without taking
-    memory, where the trial showed that nothing but the product reads it.
+    While the forward runs ``weight`` is a tensor of the right shape, device and dtype that takes no memory and stands
+    for the weight: whatever but a product asks for its values gets them, dequantized.
     """
 
+    folded = False  # whether a BatchNorm is folded into the product, so that nothing may come between it and the result
+    _running = 0
     _stand_in: Tensor | None = None
 
     @property
@@ -106,23 +166,54 @@ class ConvertedForward(_OwnForward):
         return self.base_class.weight.fget(self) if self._stand_in is None else self._stand_in  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.trial.reason is not None:
-            return super().forward(*args, **kwargs)
-        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        self.__dict__["_stand_in"] = x.new_full((), torch.nan).expand(self._shape())
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.__dict__["_stand_in"] = None
+        for t in (*args, *kwargs.values()):
+            if isinstance(t, Proxy):
+                return node_of(self, *args, **kwargs)
+        made: list[Tensor] = []
+        held: Tensor | None = self._stand_in  # of another thread that runs it, or of a call that this one is within
+        if held is None:
+            nan = torch.full((), torch.nan, dtype=self.dtype, device=self._device())  # type: ignore[operator, call-overload]
+            held = self.__dict__["_stand_in"] = nan.expand(self.weight_shape)  # type: ignore[arg-type]
 
-    def _shape(self) -> tuple[int, ...]:
-        return self.weight_shape  # type: ignore[return-value]
+        def product(func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+            if self.trial.derives_weight:
+                self._derived(held, arguments)
+            made.append(self._product(func, arguments))
+            return made[-1]
+
+        values: list[Tensor] = []
+
+        def value() -> Tensor:
+            if not values:
+                values.append(self.base_class.weight.fget(self))  # type: ignore[attr-defined]
+            return values[0]
+
+        mode = _Products(self.weight_shape, held, product, value)  # type: ignore[arg-type]
+        mode.by_shape = self.trial.derives_weight
+        self.__dict__["_running"] = self._running + 1
+        try:
+            with mode:
+                y = self.own_class.forward(self, *args, **kwargs)
+        finally:
+            self.__dict__["_running"] = self._running - 1
+            if not self._running:
+                self.__dict__["_stand_in"] = None
+        if self.folded and not (len(made) == 1 and y is made[0]):
+            raise RuntimeError(
+                f"{self.own_class.__name__}: its forward does more than convolve for this input, which it did not when "
+                "the BatchNorm behind it was folded; accepted: inputs for which it returns its convolution"
+            )
+        return y
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+        x = arguments["input"]
+        if arguments.get("bias") is not self.bias or arguments.get("groups", 1) != getattr(self, "groups", 1):
+            values = self._input_values(x)  # type: ignore[operator]
+            return func(**{**arguments, "input": values, "weight": self._weight_in(values.dtype)})  # type: ignore[operator]
         if not issubclass(self.base_class, Int8Conv2d):
-            return self.base_class.forward(self, arguments["input"])
+            return self.base_class.forward(self, x)
         stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
-        return self._convolve(arguments["input"], stride, padding, dilation)  # type: ignore[operator]
+        return self._convolve(x, stride, padding, dilation)  # type: ignore[operator]
 
 
 _made: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
@@ -137,7 +228,9 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
     bases: tuple[type, ...] = (mixin, own, base)
     if not has_own_forward(own):
         attributes["forward"] = base.forward
-    elif mixin is QATForward:
+    else:
+        attributes["forward"] = _with_signature_of(own.forward, mixin.forward)
+    if has_own_forward(own) and mixin is QATForward:
         # super().forward of ``own`` is the float one, so that nothing is quantized twice.
         parent = nn.Linear if issubclass(base, nn.Linear) else nn.Conv2d
         bases = (mixin, own, type(base.__name__, (base,), {"forward": parent.forward}))
@@ -148,6 +241,16 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
     if mixin is ConvertedForward:  # as the integer layers do
         ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
     return made
+
+
+def _with_signature_of(own: Callable[..., Any], mixin: Callable[..., Any]) -> Callable[..., Any]:
+    """The mixin's forward, with the arguments that the user's takes for whoever asks: torch.fx, calibrate."""
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return mixin(self, *args, **kwargs)
+
+    return forward
 
 
 def _made_at_run_time(layer: nn.Module, state: dict[str, Any]) -> tuple[Any, ...]:
@@ -227,6 +330,6 @@ def product_weight(layer: nn.Module) -> Tensor:
         return func(**arguments)
 
     kind = layer.own_class if isinstance(layer, _OwnForward) else type(layer)
-    with _Products(tuple(layer.weight.shape), watch):  # type: ignore[arg-type]
+    with _Products(tuple(layer.weight.shape), None, watch):  # type: ignore[arg-type]
         kind.forward(layer, _example_input(layer))
     return found[0]

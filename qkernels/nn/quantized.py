@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
+from ..ops.frozen import as_torch_jit_takes_them
 from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
 from ..reference.fake_quantize import check_dense
@@ -38,25 +39,56 @@ class QuantizedLayer(nn.Module):
     ``_pack`` makes the private ones anew, in the order of whatever device they are on; only a process started by this
     one gets them as they are, in shared memory. Loading takes all of them or none, and only of their own dtypes and
     shapes: an error names the tensor and leaves the layer as it was, also where strict=False lets one be missing.
-    Dtypes of scales and bias stay when the model is cast, because the kernels compute in fp32 whatever x is. Scales
-    are Parameters that want no gradient (and get none), so that a model always tells a dtype and a device.
+    ``codes_form``, int32: the bits of a code, the weight's shape and the range of the codes of an input with a fixed
+    scale. It tells states apart that have the same shapes; files without it, of version 0.1.0, load as those allow.
+
+    Scales and ranges keep their dtypes when the model is cast, because the kernels compute in fp32 whatever x is. They
+    are Parameters that want no gradient (and get none). The first Parameter, ``weight_dtype``, stands for the weight
+    where a model is asked for its dtype and device: one zero of ``dtype``, which no state_dict holds.
     """
 
-    dtype: torch.dtype
+    weight_dtype: nn.Parameter
+    weight_bits: int
     weight_shape: tuple[int, ...]
     private_buffers: tuple[str, ...] = ()
     private_parameters: tuple[str, ...] = ()
+    kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point")  # and what is private
+    tied_to: tuple[QuantizedLayer, ...] = ()  # the layer of the same float weight whose tensors this one shares
+    weight_elsewhere = False  # whether the float model holds the weight under an earlier name too
 
     __call__ = call_as_leaf
 
-    def __init__(self, weight_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight_shape: Sequence[int], weight_bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
-        self.weight_shape, self.dtype = tuple(weight_shape), dtype
+        self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
+        self.weight_dtype = frozen(torch.zeros(1, dtype=dtype))
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         ForkingPickler.register(cls, reduce_for_a_process)
+
+    @property
+    def itself(self: Self) -> Self:
+        """The layer, for a graph of torch.fx that was traced from it (see ``root_as_leaf``)."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of ``weight``."""
+        return self._parameters["weight_dtype"].dtype  # type: ignore[union-attr]
+
+    @property
+    def codes_form(self) -> Tensor:
+        """What a state's tensors stand for, beyond their shapes."""
+        return torch.tensor(self._form_of_codes(), dtype=torch.int32, device="cpu")
+
+    def _form_of_codes(self) -> list[int]:
+        return [self.weight_bits, *self.weight_shape]
+
+    def _describe_form(self, form: list[int]) -> str:
+        bits, *shape = form[: 1 + len(self.weight_shape)]
+        return f"codes of {bits} bits for a weight {shape}"
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +131,9 @@ class QuantizedLayer(nn.Module):
 
     def _hold(self, private: dict[str, Tensor | None], in_place: bool = False) -> None:
         """Takes the private tensors; in_place: writes them into those it has, which others may share, where it can."""
+        device = next(t.device for t in private.values() if t is not None)
+        if self.weight_dtype.device != device:
+            self.weight_dtype = frozen(torch.zeros(1, dtype=self.dtype, device=device))
         for name, t in private.items():
             held = (self._parameters if name in self.private_parameters else self._buffers)[name]
             same = held is not None and t is not None and _form(held) == _form(t)
@@ -113,8 +148,49 @@ class QuantizedLayer(nn.Module):
         def flat(t: Tensor) -> Tensor:  # a memory format is for images, and of the float layer's weight
             return fn(t.reshape(-1)).view(t.shape) if t.dim() >= 4 else fn(t)
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self._device())).dtype
-        return super()._apply(lambda t: apply_keeping_dtype(flat, t), recurse)
+        names = {*self.kept_dtypes, *self.private_buffers, *self.private_parameters}
+        kept = [t for held in (self._parameters, self._buffers) for name, t in held.items() if name in names]
+        super()._apply(lambda t: apply_keeping_dtype(flat, t) if any(t is other for other in kept) else fn(t), recurse)
+        if not (self.weight_dtype.is_meta or self.weight_dtype.is_inference()):
+            self.weight_dtype.detach().zero_()  # to_empty leaves memory as it was
+        self._share()
+        return self
+
+    def tie(self, other: QuantizedLayer) -> None:
+        """Shares the tensors of a layer that was made of the same float weight, as long as both hold the same values.
+
+        What is loaded, moved or unpickled is shared again if it is still the same.
+        """
+        self.tied_to = (other,)
+        self._share()
+
+    def _share(self) -> None:
+        for own, others, name in self._tied_names():
+            a, b = own[name], others[name]
+            if a is not b and _form(a) == _form(b) and not a.is_meta and torch.equal(a, b):
+                own[name] = b
+
+    def _unshare(self) -> None:
+        """Before other values are written, which need not be those of the other layer."""
+        for own, others, name in self._tied_names():
+            if own[name] is others[name]:
+                t = own[name].detach().clone()
+                own[name] = frozen(t) if own is self._parameters else t
+
+    def _tied_names(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+        for other in self.tied_to:
+            for own, others in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
+                for name in ("scale", "zero_point", *self.private_buffers, *self.private_parameters):
+                    if own.get(name) is not None and others.get(name) is not None:
+                        yield own, others, name
+
+    def _unpack_tied(self) -> dict[str, Tensor]:
+        """``_unpack``, or the same tensors as the layer gives whose private ones these are."""
+        private = (*self.private_buffers, *self.private_parameters)
+        for other in self.tied_to:
+            if all(getattr(self, name) is getattr(other, name, None) for name in private):
+                return {name: t for name, t in other._unpack_once().items() if name != "codes_form"}
+        return self._unpack()
 
     def _scale_of(self, name: str) -> Tensor:
         """A frozen parameter as a tensor that wants no gradient, whatever requires_grad_ was told."""
@@ -127,22 +203,30 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.private_parameters:
+        for name in self._unsaved():
             destination.pop(prefix + name, None)
         destination.update({prefix + name: t for name, t in self._unpack_once().items()})
 
+    def _unsaved(self) -> tuple[str, ...]:
+        """Parameters that no state_dict holds."""
+        return "weight_dtype", *self.private_parameters
+
     def _unpack_once(self) -> dict[str, Tensor]:
-        """``_unpack``, or what it gave last where all of that is alive and nothing was changed."""
+        """``_unpack`` and ``codes_form``, or what it gave last where all of that is alive and nothing was changed."""
+
+        def unpack() -> dict[str, Tensor]:
+            return {**self._unpack_tied(), "codes_form": self.codes_form}
+
         held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        if any(t.is_inference() for t in held):  # they count no versions
-            return self._unpack()
+        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in held):  # they count no versions
+            return unpack()
         sources, made = _saved.get(self, ([], {}))
         tensors = {
             name: t for name, (reference, version) in made.items() if (t := _alive(reference, version)) is not None
         }
         unchanged = len(sources) == len(held) and all(_alive(*old) is t for old, t in zip(sources, held, strict=True))
         if not unchanged or len(tensors) < len(made):
-            tensors = self._unpack()
+            tensors = unpack()
             _saved[self] = [_reference(t) for t in held], {name: _reference(t) for name, t in tensors.items()}
         return tensors
 
@@ -162,10 +246,10 @@ class QuantizedLayer(nn.Module):
         logical = self._logical()
         expected = dict(logical)
         for name, t in (*self._parameters.items(), *self._buffers.items()):
-            if name not in self._non_persistent_buffers_set and name not in self.private_parameters:
+            if name not in self._non_persistent_buffers_set and name not in self._unsaved():
                 expected[name] = None if t is None else (t.dtype, tuple(t.shape))
         given: dict[str, Any] = {}
-        missing, errors = [], []
+        missing, errors = [], self._errors_of_form(prefix, state_dict.get(prefix + "codes_form"))
         for name, form in expected.items():
             key = prefix + name
             if name in OLD_NAME and key not in state_dict and prefix + OLD_NAME[name] in state_dict:
@@ -181,7 +265,9 @@ class QuantizedLayer(nn.Module):
                 missing += [] if form is None else [key]
             elif form is None:
                 errors.append(f"{key}: got {_describe(value)}; accepted: none, as this layer has none")
-            elif not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != form:
+            elif (
+                not isinstance(value, Tensor) or tuple(value.shape) != form[1] or not self._takes(name, value, form[0])
+            ):
                 accepted = f"{form[0]} of shape {list(form[1])}"
                 errors.append(f"{key}: got {_describe(value)}; accepted: {accepted}")
         if missing or errors:
@@ -194,18 +280,37 @@ class QuantizedLayer(nn.Module):
             try:
                 with torch.no_grad():
                     private = self._pack({name: given[name].to(device) for name in logical if logical[name]})
+                    self._unshare()
                     self._hold(private, in_place=not assign)
             except RuntimeError as error:  # values out of range
                 error_msgs.append(f"{prefix}{error}")
                 return
-        taken = {*logical, *(old for name, old in OLD_NAME.items() if name in logical)}
+        taken = {"codes_form", *logical, *(old for name, old in OLD_NAME.items() if name in logical)}
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in taken}
-        others.update({prefix + name: self._parameters[name] for name in self.private_parameters})  # as it is
+        others.update({prefix + name: self._parameters[name] for name in self._unsaved()})  # as it is
+        if isinstance(given.get("bias"), Tensor):
+            others[prefix + "bias"] = given["bias"].to(self.dtype)  # of another one where assigned
         hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, {}  # they ran
         try:
             super()._load_from_state_dict(others, prefix, *arguments)
         finally:
             self._load_state_dict_pre_hooks = hooks
+        self._share()
+
+    def _errors_of_form(self, prefix: str, form: Any) -> list[str]:
+        """Of a state's ``codes_form``, where it has one: codes of another weight may take as many bytes."""
+        own = self._form_of_codes()
+        if form is None or (isinstance(form, Tensor) and (form.is_meta or form.tolist() == own)):
+            return []
+        readable = isinstance(form, Tensor) and form.dim() == 1 and form.numel() == len(own)
+        got = self._describe_form(form.tolist()) if readable else _describe(form)
+        return [f"{prefix}codes_form: got {got}; accepted: {self._describe_form(own)}"]
+
+    def _takes(self, name: str, value: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a tensor may be cast to the dtype that it is held in: not what the kernels compute with."""
+        if name in self._logical() or name in self.kept_dtypes:
+            return value.dtype == dtype
+        return value.is_floating_point() == dtype.is_floating_point
 
     def __copy__(self: Self) -> Self:
         other = type(self).__new__(type(self))
@@ -218,7 +323,7 @@ class QuantizedLayer(nn.Module):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_unpacked": self._unpack()}
+        state = {**self.__dict__, "_unpacked": self._unpack_once()}
         for kind, private in (("_buffers", self.private_buffers), ("_parameters", self.private_parameters)):
             state[kind] = {name: None if name in private else t for name, t in state[kind].items()}
         return state
@@ -228,6 +333,7 @@ class QuantizedLayer(nn.Module):
         super().__setstate__(state)
         if logical is not None:  # None: from a parent process, with the private tensors
             self._hold(self._pack(logical))
+            self._share()
 
 
 def _reference(t: Tensor) -> Reference:
@@ -244,13 +350,16 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 
 
 class QuantizedInputLayer(QuantizedLayer):
-    """A layer that quantizes its input on the way in (input None: takes it as it is), with a bias in fp32.
+    """A layer that quantizes its input on the way in (input None: takes it as it is).
+
+    The bias has the float layer's dtype and follows casts of the model, as there; the kernels add it in fp32.
 
     The result has the input's dtype, under autocast that of autocast. An fp64 input is computed in fp64, from the same
     integers, without the integer kernels. Integers are refused: whoever has codes gives them, with their scale, to the
     functions.
 
-    state_dict: ``bias`` [N], and where the input's scale is fixed ``input_scale`` [1] and ``input_zero_point`` [1].
+    state_dict: ``bias`` [N] (of any floating dtype when it is loaded), and where the input's scale is fixed
+    ``input_scale`` [1] and ``input_zero_point`` [1].
     """
 
     bias: nn.Parameter | None
@@ -265,18 +374,25 @@ class QuantizedInputLayer(QuantizedLayer):
         input: FakeQuantize | None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(weight_shape, dtype)
-        self.weight_bits = weight_bits
+        super().__init__(weight_shape, weight_bits, dtype)
         self.input_bits = None if input is None else input.bits
         self.input_granularity = None if input is None else input.granularity
         self.input_symmetric = input is None or input.symmetric
         self.quant_min, self.quant_max = (-128, 127) if input is None else (input.quant_min, input.quant_max)
         static = input is not None and input.quantizer != "dynamic"
         n, fp32 = weight_shape[0], torch.float32
-        self.register_parameter("bias", nn.Parameter(torch.zeros(n, dtype=fp32)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(n, dtype=dtype)) if bias else None)
         self.register_buffer("input_scale", torch.ones(1, dtype=fp32) if static else None)
         asymmetric = static and not self.input_symmetric
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32) if asymmetric else None)
+
+    def _form_of_codes(self) -> list[int]:
+        """And the range of the input's codes, where the state holds a scale that belongs to one."""
+        return super()._form_of_codes() + ([] if self.input_scale is None else [self.quant_min, self.quant_max])
+
+    def _describe_form(self, form: list[int]) -> str:
+        input = form[1 + len(self.weight_shape) :]
+        return super()._describe_form(form) + (f" and an input in {input[0]}…{input[1]}" if input else "")
 
     def set_input(self, input: FakeQuantize) -> None:
         """Takes the scale and zero point of the quantizer that the layer was made with, where they are fixed."""
@@ -318,6 +434,7 @@ class QuantizedInputLayer(QuantizedLayer):
         """What the codes of x stand for, in x's dtype; gradients pass, as through the kernels."""
         if self.input_bits is None:
             return x
+        (x,) = as_torch_jit_takes_them(x)
         if self.input_scale is None:
             group_size = -1 if isinstance(self.input_granularity, PerToken) else None
             return fake_quantize_dynamic(
@@ -336,7 +453,7 @@ class QuantizedInputLayer(QuantizedLayer):
 
     def _set_bias(self, bias: Tensor | None) -> None:
         wanted = bias.requires_grad if isinstance(bias, nn.Parameter) else True
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=wanted)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(self.dtype, copy=True), wanted)
 
     def _repr_of_codes(self) -> str:
         if self.input_bits is None:

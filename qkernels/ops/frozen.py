@@ -26,6 +26,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def as_torch_jit_takes_them(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Without gradient while torch.jit traces: its graphs hold kernels, but no autograd.Function."""
+    return tuple(map(constant, tensors)) if torch.jit.is_tracing() else tensors
+
+
 def constant(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 

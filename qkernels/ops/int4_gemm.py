@@ -18,7 +18,7 @@ from ..reference import packing
 from ..reference.fake_quantize import check_dense, stored
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
-from .frozen import bias_gradient, constant, represented, through_weight, wants_gradient
+from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, through_weight, wants_gradient
 from .int8_gemm import _by_row
 from .packing import pack_bits, unpack_bits
 from .quantize import quantize, quantize_dynamic
@@ -507,6 +507,7 @@ def int4_linear(
         input_zero_point = _by_row("input_zero_point", input_zero_point, x)
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
+    x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)
     if transformed() or wants_gradient(x, bias, input_scale):
         return _differentiable_linear(
             x, packed, bias, act_bits, input_scale, input_zero_point, quant_min, quant_max, out_dtype

@@ -16,7 +16,7 @@ from ..reference import int8_conv2d as reference
 from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
-from .frozen import bias_gradient, constant, represented, wants_gradient
+from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
 from .int8_gemm import _int8_pack, _int8_unpack
 
 
@@ -210,6 +210,7 @@ def int8_conv2d(
     channels = packed.shape[1] * packed.groups
     if x.dim() != 4 or x.shape[1] != channels:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [N, {channels}, H, W]")
+    x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)
     if transformed() or wants_gradient(x, bias, input_scale):
         return _differentiable_conv2d(
             x, packed, bias, input_scale, input_zero_point, quant_min, quant_max,

@@ -16,7 +16,15 @@ from ..reference.activation import check_activation
 from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .fake_quantize import _entered, transformed
-from .frozen import activated, bias_gradient, constant, represented, through_weight, wants_gradient
+from .frozen import (
+    activated,
+    as_torch_jit_takes_them,
+    bias_gradient,
+    constant,
+    represented,
+    through_weight,
+    wants_gradient,
+)
 
 _define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
 
@@ -157,6 +165,7 @@ def int8_scaled_mm(
         RuntimeError: a shape or dtype other than these.
     """
     output = _output(activation, out_dtype, torch.bfloat16, out_scale)
+    scale_a, scale_b, bias = as_torch_jit_takes_them(scale_a, scale_b, bias)
     if transformed() or wants_gradient(scale_a, scale_b, bias):
         if out_scale is None:
             return _differentiable_scaled_mm(
@@ -382,6 +391,7 @@ def int8_linear(
         input_scale = _by_row("input_scale", input_scale, x)
         input_zero_point = _by_row("input_zero_point", input_zero_point, x)
     output = _output(activation, out_dtype, torch.bfloat16 if x.dtype == torch.int8 else x.dtype, out_scale)
+    x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)
     if transformed() or wants_gradient(x, bias, input_scale):
         if out_scale is None and out_zero_point is None:
             return _differentiable_linear(

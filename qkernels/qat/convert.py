@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,9 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.own_forward import with_forward_of
+from ..nn.own_forward import QATForward, with_forward_of
 from ..nn.qat import QATConv2d, QATLinear, bake_weight
+from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .fold import Folds, factor_and_bias, find_folds
@@ -35,8 +38,9 @@ def convert(model: nn.Module) -> nn.Module:
     5 to 8 bits and Conv2d of 2 to 8, as ``Int8Linear`` and ``Int8Conv2d``; where the input is not quantized with
     act_bits 16, a float product with the weight as its codes say. Such a layer whose weight is shared with one that
     stays in float (a language model's embedding) keeps the shared weight and quantizes it at each call, so that the
-    file holds it once. A layer whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that
-    alone follows a convolution is folded into its scale and bias (see ``QATConv2d``).
+    file holds it once. Layers of one weight that become the same codes share them, in memory and in the file. A layer
+    whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that alone follows a convolution is
+    folded into its scale and bias (see ``QATConv2d``).
 
     Layers keep their names, hooks and what else was set on them. Where a BatchNorm2d is folded an Identity takes over
     its hooks, which see its output as before, and as their input that output too: a hook of the convolution sees the
@@ -101,10 +105,26 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
                 norm = model.get_submodule(folds.batch_norm_of[name])
                 made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
             made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
+            if isinstance(layer, QATForward):
+                made[layer].__dict__["folded"] = norm is not None
+    _tie(layers, made, shared)
     for source, new in made.items():
         if isinstance(source, QATLinear | QATConv2d):
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
     return replace_modules(model, made.get)
+
+
+def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
+    """Layers of one float weight share what they hold of it, if that is the same; ``shared``: of float layers too."""
+    first: dict[int, QuantizedLayer] = {}
+    for _, source in layers:
+        new = made.get(source)
+        if isinstance(new, QuantizedLayer):
+            key = id(source.weight)
+            new.weight_elsewhere = key in shared or key in first
+            if key in first:
+                new.tie(first[key])
+            first.setdefault(key, new)
 
 
 def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
 
     A subclass of Linear or Conv2d keeps its class as a base. One with a forward of its own (that pads its input, say)
     is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone; the
-    quantizers then sit at that product. A rule that names its type also takes one that cannot be tried, or whose
+    quantizers then sit at each such product, and what else it does with its weight for another input sees its quantized
+    values. A rule that names its type also takes one that cannot be tried, or whose
     product has a weight that the forward computes from its own (standardizes it, say): that is then quantized. Weights
     under ``weight_norm``, ``spectral_norm``, pruning or another parametrization are quantized as these make them.
 
@@ -76,6 +79,7 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         )
     prepared = copy_of(model)
     made: dict[nn.Module, nn.Module] = {}
+    tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter: one weight has one scale
     for name, (weight_spec, input_spec) in chosen.items():
         layer = prepared.get_submodule(name)
         trial = trials[name]
@@ -88,10 +92,13 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
             input = None if input_spec is None else input_spec.for_input(layer)
         except ValueError as error:
             raise ValueError(f"config, layer {name!r}: {error}") from None
-        if weight is not None and weight.quantizer != "dynamic" and not effective.is_meta:
+        if weight is not None and weight_spec is not None and effective is layer.weight:
+            weight = tied.setdefault((id(effective), weight_spec), weight)
+        new = weight is not None and not weight.name
+        if weight is not None and new and weight.quantizer != "dynamic" and not effective.is_meta:
             weight.to(effective.device).start(effective)
         for quantizer, kind in ((weight, "weight"), (input, "input")):
-            if quantizer is not None:
+            if quantizer is not None and not quantizer.name:
                 quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
         qat = (QATLinear if isinstance(layer, nn.Linear) else QATConv2d).from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
         if isinstance(qat, QATForward):
@@ -108,14 +115,48 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
 def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
     """A deep copy; tensors that a forward pass left on a module are copied without their graph.
 
+    What ``fully_shard`` has sharded is whole again in the copy, and no longer gathered at each call: every process that
+    holds a shard has to take part.
+
     ``memo``: tensors, by id, and what takes their place.
     """
-    memo = {} if memo is None else memo
+    copies: dict[int, Any] = {} if memo is None else memo  # type: ignore[assignment]
+    sharded = [module for module in model.modules() if _is_sharded(module)]
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
+                copies.setdefault(id(value), value.detach().clone())
+        for t in module._parameters.values():
+            if t is not None and hasattr(t, "full_tensor"):
+                copies[id(t)] = nn.Parameter(t.detach().full_tensor().clone(), t.requires_grad)  # type: ignore[attr-defined]
+    for module in sharded:
+        kind: Any = type(module).__bases__[1]
+        copies[id(module)] = kind.__new__(kind)
+    for module in sharded:
+        state = {k: _without_gathering(k, v) for k, v in vars(module).items() if not k.startswith("__composable_api")}
+        copies[id(module)].__dict__.update(copy.deepcopy(state, copies))
+    return copy.deepcopy(model, copies)
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """The model, or where something of it is sharded a copy of it that is not (see ``copy_of``)."""
+    parts = any(hasattr(t, "full_tensor") for t in model.parameters()) or any(map(_is_sharded, model.modules()))
+    return copy_of(model) if parts else model
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` gave it a class that has its own as the second base."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for its own sake
+    return fsdp is not None and hasattr(fsdp, "FSDPModule") and isinstance(module, fsdp.FSDPModule)
+
+
+def _without_gathering(name: str, value: Any) -> Any:
+    """An attribute of a sharded module; of its hooks those that torch.distributed has not set."""
+    if "hook" not in name or not isinstance(value, dict):
+        return value
+    makers = {key: getattr(getattr(hook, "hook", hook), "__module__", None) or "" for key, hook in value.items()}
+    kept = [(key, hook) for key, hook in value.items() if not makers[key].startswith("torch.distributed")]
+    return type(value)(kept)
 
 
 def leave_fused_paths(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from .calibrate import call, quantizers_replaced
 from .config import QUANTIZABLE
 from .convert import convert
 from .fold import eval_mode, factor_and_bias, find_folds
-from .prepare import copy_of
+from .prepare import copy_of, whole
 from .selection import float_reason, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
@@ -131,6 +131,7 @@ def report(
         float_model: the model before ``prepare``. A converted model needs it for its weights' SQNR.
         accuracy: any number measured elsewhere, to be shown with the rest.
     """
+    model, float_model = whole(model), None if float_model is None else whole(float_model)
     layers = dict(_layers(model))
     if not any(_is_quantized(layer) for layer in layers.values()):
         raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
@@ -303,7 +304,8 @@ def _as_float(row: LayerRow, layer: nn.Module) -> int:
     before = row.float_bytes
     if isinstance(layer, CONVERTED_LAYERS):
         bias: Tensor | None = getattr(layer, "bias", None)
-        elements = math.prod(layer.weight_shape) + (0 if bias is None else bias.numel())
+        weight = 0 if layer.weight_elsewhere else math.prod(layer.weight_shape)
+        elements = weight + (0 if bias is None else bias.numel())
         row.float_bytes = layer.dtype.itemsize * elements
     return row.float_bytes - before
 
