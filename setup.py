@@ -62,10 +62,13 @@ class BuildInParallel(build_ext):
             objects = [[pool.submit(self.compile, ext, source) for source in ext.sources] for ext in self.extensions]
         for extension, futures in zip(self.extensions, objects, strict=True):
             library = Path(self.get_ext_fullpath(extension.name))
-            library.unlink(missing_ok=True)
+            # Whoever has the old one open keeps it whole, and none is ever half written.
+            unfinished = library.with_suffix(f".{os.getpid()}.so")
             try:
-                self.link(extension, [future.result() for future in futures], str(library))
+                self.link(extension, [future.result() for future in futures], str(unfinished))
+                unfinished.replace(library)
             except (CompileError, LinkError) as error:
+                library.unlink(missing_ok=True)
                 if not extension.optional:
                     raise
                 say(
@@ -117,7 +120,7 @@ class BuildInParallel(build_ext):
             return str(built)
         if is_cuda:
             built.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = built.with_suffix(".part")
+            unfinished = built.with_suffix(f".{os.getpid()}.part")
             run([nvcc(), "-c", source, "-o", str(unfinished), *flags])
             unfinished.rename(built)
         else:
