@@ -56,7 +56,8 @@ def test_one_step_moves_the_prepared_model_as_the_float_one(optimizer, lr, bits)
     if bits == 8:
         assert sqnr(prepared.weight, prepared.weight_fake_quant(prepared.weight)) > 36
     else:
-        ratio = prepared.weight_fake_quant.scale / scale
+        grown = prepared.weight.detach().abs().mean(1, keepdim=True) / weight.abs().mean(1, keepdim=True)
+        ratio = prepared.weight_fake_quant.scale / scale / grown
         assert ratio.min() > 0.9
         assert ratio.max() < 1.1
 
@@ -295,6 +296,56 @@ def test_moving_averages_of_a_weight_start_after_its_zeros():
     torch.testing.assert_close(y, weight, rtol=0, atol=1 / 127)
     y.sum().backward()
     assert torch.equal(weight.grad, torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_few_bits_keep_pace_with_a_network_trained_from_scratch(bits):
+    """Without BatchNorm weights and activations grow by far more than a learned scale moves meanwhile."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    target = 30 * torch.tanh(x @ torch.randn(16, 4) / 4)
+
+    def layers():
+        return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+    model = layers()
+    prepared = qk.prepare(copy.deepcopy(model), config(bits))
+    qk.calibrate(prepared, [x])
+    losses = []
+    for trained in (model, prepared):
+        optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = F.mse_loss(trained(x), target)
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss))
+    variance = float(target.var())
+    assert losses[0] < 0.05 * variance
+    assert losses[1] < (0.05 if bits == 4 else 0.25) * variance
+    state = copy.deepcopy(prepared.state_dict())
+    resumed = qk.prepare(layers(), config(bits))
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed(x), prepared(x))
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in prepared.state_dict().items())
+
+
+def test_a_weight_of_few_bits_changed_in_place_keeps_its_share():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64)
+    quantizer = FakeQuantize(bits=4, granularity=PerChannel(), shape=(8, 64))
+    before = quantizer(weight).detach()
+    for mode in (False, True):
+        quantizer.train(mode)
+        torch.testing.assert_close(quantizer(100 * weight), 100 * before, rtol=1e-5, atol=0)
+    quantizer(weight)
+    held = quantizer.scale
+    quantizer.scale = held
+    torch.testing.assert_close(quantizer(100 * weight).abs().amax(1), held.flatten() * 7)
+    quantizer.forget()
+    quantizer(weight)
+    quantizer.disable_observer()
+    torch.testing.assert_close(quantizer(100 * weight).abs().amax(1), held.flatten() * 7)
 
 
 def test_a_dead_channel_among_live_ones_trains():
@@ -576,7 +627,8 @@ def test_prepared_models_can_be_traced():
             expected = copy.deepcopy(prepared)(x)
             traced = torch.fx.symbolic_trace(prepared)
             assert torch.equal(traced(x), expected), (quantizer, mode)
-            assert quantizer == "ema" or torch.equal(traced(x[:2]), prepared(x[:2])), (quantizer, mode)
+            expected = copy.deepcopy(prepared)(x[:2])
+            assert torch.equal(traced(x[:2]), expected), (quantizer, mode)
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema", "dynamic"])

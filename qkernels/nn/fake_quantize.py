@@ -24,16 +24,24 @@ from ..reference.fake_quantize import check_dense
 from ..reference.follow_range import followed
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
-from .ranges import block_range, set_qparams
+from .ranges import block_magnitude, block_range, set_qparams
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
-GROWTH = 0.1  # of the way to a larger range, at each training step
+GROWTH = 0.1  # of the way to what a training step's input has, a larger range or another mean magnitude
 MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
 LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 
 # These take tensors and numbers and decide by them, so that torch.fx must not look inside.
-for _function in ("fake_quantize", "observe_fake_quantize", "_dynamic", "_learned", "_follow", "_forget_zeros"):
+for _function in (
+    "fake_quantize",
+    "observe_fake_quantize",
+    "_dynamic",
+    "_learned",
+    "_follow",
+    "_pace",
+    "_forget_zeros",
+):
     torch.fx.wrap(_function)
 
 
@@ -65,7 +73,8 @@ class FakeQuantize(nn.Module):
     is its range as it is, in eval mode too, and the scale once to twice that: nothing is clipped, since at these widths
     no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits grows
     with its range, a tenth of the way at each training step, unless it was set by hand or by a method of ``calibrate``
-    that clips.
+    that clips. At 4 bits or less the start moves as the mean magnitude does: of a weight at once, of an input a tenth
+    of the way at each training step. Learned alone it could not keep pace with a network trained from scratch.
 
     ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
     one in training mode used; ``quantizer.scale = t`` sets a new start. A
@@ -90,6 +99,7 @@ class FakeQuantize(nn.Module):
     fake_quant_on: Tensor
     calibrated: Tensor
     _scale: Tensor  # of a learned scale its start
+    _magnitude: Tensor  # what mean |x| the start of a learned scale is for; NaN: not known
 
     def __init__(
         self,
@@ -138,6 +148,7 @@ class FakeQuantize(nn.Module):
             self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
         self.register_buffer("_scale", torch.empty(scale_shape), persistent=False)
         if quantizer == "lsq":
+            self.register_buffer("_magnitude", torch.empty(scale_shape), persistent=False)
             self.log_scale = nn.Parameter(torch.empty(scale_shape))
             self.zero_point = None if symmetric else nn.Parameter(torch.empty(scale_shape))
         else:
@@ -162,6 +173,7 @@ class FakeQuantize(nn.Module):
             self.zero_point.zero_()
         if self.quantizer == "lsq":
             self.log_scale.zero_()
+            self._magnitude.fill_(torch.nan)
         if self.quantizer == "ema":
             self.running_min.fill_(torch.inf)
             self.running_max.fill_(-torch.inf)
@@ -224,6 +236,13 @@ class FakeQuantize(nn.Module):
             values = x.detach().float() if x.dtype == torch.float64 else x.detach()
             low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, 0.0)
         self.set_range(low, high)
+        self.observe_from(block_magnitude(x, self._scale.shape))
+
+    @torch.no_grad()
+    def observe_from(self, mean_abs: Tensor) -> None:
+        """Lets training move the range from where it was set on, for values of this mean magnitude."""
+        if self.quantizer == "lsq":
+            self._magnitude.copy_(mean_abs)
         self.enable_observer()
 
     @torch.no_grad()
@@ -253,6 +272,7 @@ class FakeQuantize(nn.Module):
     def _started(self) -> None:
         if self.quantizer == "lsq":
             self.log_scale.zero_()
+            self._magnitude.fill_(torch.nan)
         if self.quantizer == "lsq" or (self.is_weight and self.quantizer == "minmax"):
             self.disable_observer()
         if self.quantizer != "ema":
@@ -278,6 +298,7 @@ class FakeQuantize(nn.Module):
         scale *= before / self.steps
         if self.quantizer == "lsq":
             scale /= _learned_scale(torch.ones_like(scale), self.log_scale, self._log_limits(), self.steps)
+            self._magnitude.fill_(torch.nan)
         self._scale.copy_(scale)
         if not self.symmetric:
             zero_point: Tensor = self.zero_point  # type: ignore[assignment]
@@ -309,7 +330,7 @@ class FakeQuantize(nn.Module):
         x: a weight, where its range is followed; None: those of the last forward pass.
         """
         scale, zero_point = self._scale, self.zero_point
-        if x is not None and self._follows():
+        if x is not None and self.is_weight:
             scale, zero_point = self._range(x, in_place=False)
         if self.quantizer == "lsq":
             scale = _learned_scale(scale, _whole(self.log_scale), self._log_limits(), self.steps)
@@ -386,6 +407,9 @@ class FakeQuantize(nn.Module):
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
         """What x is quantized with: scale, of a learned one its start, and zero point."""
         scale, zero_point = self._scale, self.zero_point
+        if self._paces():
+            share = 1.0 if self.is_weight else GROWTH
+            return _pace(x, scale, self._magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
         if self._follows():
             up, down = 1.0, 1.0
         elif self._grows():
@@ -398,6 +422,11 @@ class FakeQuantize(nn.Module):
         """Whether the range is that of the weight as it is."""
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
         return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
+
+    def _paces(self) -> bool:
+        """Whether the start of a scale learned at few bits moves with the mean magnitude of what it quantizes."""
+        learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
+        return learned_at_few_bits and self._observes and (self.is_weight or self.training) and not transformed()
 
     def _grows(self) -> bool:
         """Whether the range of a learned input grows with what it is given."""
@@ -468,6 +497,7 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "lsq":
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
+            destination[prefix + "magnitude"] = self._magnitude.detach()
             for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
                 destination[prefix + name] = destination[prefix + name].float()
 
@@ -484,6 +514,7 @@ class FakeQuantize(nn.Module):
         rest = strict, missing_keys, unexpected_keys, error_msgs
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
+        magnitude = state.pop("magnitude", None)
         if bits is not None and int(bits) != self.bits:
             error_msgs.append(
                 f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
@@ -516,11 +547,16 @@ class FakeQuantize(nn.Module):
                 ):
                     scale = start
                 else:
+                    magnitude = None
                     state["log_scale"] = torch.zeros_like(scale)
-            if self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                self._scale = scale.detach().clone()
-            else:
-                self._scale.copy_(scale)
+                if magnitude is None or magnitude.shape != scale.shape:
+                    magnitude = torch.full_like(scale, torch.nan)
+            held = [("_scale", scale)] + ([("_magnitude", magnitude)] if self.quantizer == "lsq" else [])
+            for name, value in held:
+                if self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False):
+                    setattr(self, name, value.detach().clone())
+                else:
+                    getattr(self, name).copy_(value)
         loaded = {prefix + key: value for key, value in state.items()}
         super()._load_from_state_dict(loaded, prefix, local_metadata, *rest)
         if self._scale.is_meta:
@@ -618,6 +654,28 @@ def _follow(
         down=down,
     )
     return scale, zero_point
+
+
+@torch.no_grad()
+def _pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: float, in_place: bool) -> Tensor:
+    """The start of a learned scale, moved as x's mean magnitude has moved since, ``share`` of the way.
+
+    What was zeros so far starts by LSQ's formula. in_place: start and magnitude are changed too.
+    """
+    if x.numel() == 0:
+        return start
+    now = block_magnitude(x, start.shape)
+    if share < 1:
+        now = torch.where(magnitude.isnan(), now, magnitude + share * (now - magnitude))
+    ratio = now / magnitude
+    # Sums differ in their last bits with the number of threads, which is no move.
+    counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
+    moved = torch.where(magnitude > 0, start * ratio, torch.where(magnitude == 0, now * formula, start))
+    moved = torch.where(counts, moved, start)
+    if in_place:
+        start.copy_(moved)
+        magnitude.copy_(torch.where(counts | magnitude.isnan(), now, magnitude))
+    return moved
 
 
 @torch.no_grad()

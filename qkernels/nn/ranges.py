@@ -24,6 +24,14 @@ def block_statistics(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Ten
     return *block_range(x, scale_shape), blocks.float().abs().mean(inner).reshape(tuple(scale_shape))
 
 
+def block_magnitude(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
+    """Mean magnitude (fp32) of each block of x, in one pass over it."""
+    blocks, inner = _blocks(x, scale_shape)
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    total = torch.linalg.vector_norm(blocks, 1, inner, dtype=dtype).float().reshape(tuple(scale_shape))
+    return total * (total.numel() / max(x.numel(), 1))
+
+
 def _blocks(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
     x = x.detach()
     if math.prod(scale_shape) == 1:

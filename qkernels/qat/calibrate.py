@@ -82,9 +82,12 @@ class _Statistics:
         """Sets the quantizer's range, if it was given anything."""
         if self.values is None:
             return
-        self.quantizer.set_range(*(self.chosen or self._choose(None, *self.values)))
-        if self.quantizer.quantizer != "ema" and self.method in ("minmax", "lsq"):
-            self.quantizer.enable_observer()  # nothing was clipped on purpose: the range may follow what comes
+        quantizer = self.quantizer
+        quantizer.set_range(*(self.chosen or self._choose(None, *self.values)))
+        # What was clipped on purpose stays so, but where the scale moves with the mean magnitude: the share is kept.
+        few_bits = quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS
+        if quantizer.quantizer != "ema" and (few_bits or self.method in ("minmax", "lsq")):
+            quantizer.observe_from(self.values[2])
 
 
 def calibrate(
