@@ -295,7 +295,8 @@ class FakeQuantize(nn.Module):
             write(self.zero_point, moved if zero_point.is_floating_point() else moved.round())  # type: ignore[arg-type]
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Whether training moves the range of "ema" and of weights that are followed, and starts a scale."""
+        """Whether training moves the range of "ema", of weights that are followed and of learned inputs that grow, and
+        starts a scale."""
         self._observes = enabled
         if self.quantizer != "dynamic":
             self.observer_on.fill_(enabled)
