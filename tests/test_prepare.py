@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import pickle
 import re
+import sys
 import warnings
 
 import pytest
@@ -849,11 +850,16 @@ def test_a_weight_that_a_forward_computes_is_computed_for_every_input():
 
 def test_threads_may_call_a_subclass_at_the_same_time():
     torch.manual_seed(0)
-    x = torch.randn(64, 32)
-    converted = convert(prepare_and_calibrate(SuperLinear(32, 16), x))
+    x = torch.randn(2, 4, 9, 9)
+    converted = convert(prepare_and_calibrate(nn.Sequential(SameConv(4, 8, 3), nn.ReLU(), SameConv(8, 8, 3)), x))
     expected = converted(x)
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
-        assert all(torch.equal(y, expected) for y in threads.map(lambda _: converted(x), range(200)))
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)  # seconds: between any two lines
+        with concurrent.futures.ThreadPoolExecutor(6) as threads:
+            assert all(torch.equal(y, expected) for y in threads.map(lambda _: converted(x), range(1000)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_subclasses_trace_and_export_for_other_batches():

@@ -576,6 +576,148 @@ def test_fully_shard_takes_a_prepared_bf16_model(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_changes_a_quantizer_reaches_a_sharded_model(symmetric, dtype, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 32, dtype=dtype)
+    spec = qk.QSpec(4, PerGroup(16), symmetric=symmetric)
+    prepared = qk.prepare(nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype), qk.QConfig(spec))
+    qk.calibrate(prepared, [x])
+    with torch.no_grad():
+        for quantizer in quantizers(prepared).values():
+            quantizer.log_scale += 0.01
+    plain = copy.deepcopy(prepared)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/rendezvous")
+    try:
+        for layer in (prepared[0], prepared[2]):
+            fully_shard(layer)
+        sharded = fully_shard(prepared)
+
+        def assert_same():
+            for quantizer, expected in zip(quantizers(sharded).values(), quantizers(plain).values(), strict=True):
+                for got, wanted in zip(quantizer.qparams(), expected.qparams(), strict=True):
+                    assert (got is None and wanted is None) or torch.equal(got, wanted)
+
+        for model in (plain, sharded):
+            qk.set_bits(model, 3, "*weight_fake_quant")
+            qk.set_bits(model, 6, "*input_fake_quant")
+        assert_same()
+        for model in (plain, sharded):
+            state = model.state_dict()
+            model.load_state_dict({key: t for key, t in state.items() if not key.endswith(("start", "log_scale"))})
+        assert_same()
+        for model in (plain, sharded):
+            qk.calibrate(model, [3 * x])
+        assert_same()
+        for model in (plain, sharded):
+            qk.freeze_observers(model)
+        assert torch.equal(sharded.eval()(x), plain.eval()(x))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(4, 8), None])
+def test_a_quantizer_called_twice_keeps_what_the_first_call_used(quantizer, symmetric, shape):
+    torch.manual_seed(0)
+    granularity = PerTensor() if shape is None else PerChannel(0)
+    fake_quant = FakeQuantize(quantizer=quantizer, symmetric=symmetric, granularity=granularity, shape=shape)
+    x = torch.randn(4, 8, requires_grad=True)
+    fake_quant(x)
+    y = fake_quant(x)
+    wanted = [x, *fake_quant.parameters()]
+    expected = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    fake_quant(9 * x + 5 if shape is None else x / 100)
+    for got, gradient in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
+        assert torch.equal(got, gradient)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_prepared_models_export(quantizer, symmetric, training):
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    weight_only = qk.QConfig(qk.QSpec(8, quantizer=quantizer, symmetric=symmetric), None)
+    prepared = qk.prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), weight_only)
+    with torch.no_grad():
+        prepared[0].weight *= 3
+    prepared.train(training)
+    expected = copy.deepcopy(prepared)(x)
+    exported = torch.export.export(prepared, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema"])
+def test_an_average_made_before_the_first_batch_is_calibrated_with_the_model(quantizer):
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    prepared = qk.prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), config(8, quantizer))
+    called, unused = (torch.optim.swa_utils.AveragedModel(prepared) for _ in range(2))
+    prepared(x)
+    for averaged in (called, unused):
+        averaged.update_parameters(prepared)
+    y = prepared.eval()(x)
+    assert torch.equal(called.eval()(x), y)
+    torch.testing.assert_close(qk.convert(unused.module)(x), y)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.utils.parametrizations.weight_norm])
+def test_frozen_ranges_are_those_of_the_weights_as_they_are(quantizer, wrap):
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    model = nn.Sequential(wrap(nn.Linear(16, 8)), nn.ReLU(), nn.Linear(8, 4))
+    prepared = qk.prepare(model, config(8, quantizer))
+    qk.calibrate(prepared, [x])
+    prepared.eval()
+    for parameter in prepared.parameters():
+        if parameter.dim() == 2 and parameter.shape[1] > 1:
+            parameter.data.mul_(4)
+    prepared[2].weight.data.div_(9)
+    y = prepared(x)
+    narrow = copy.deepcopy(prepared)
+    qk.freeze_observers(prepared)
+    assert torch.equal(prepared(x), y)
+    prepared.train()(x)
+    assert torch.equal(prepared.eval()(x), y)
+    qk.set_bits(narrow, 5)
+    for layer in (narrow[0], narrow[2]):
+        assert sqnr(layer.weight, layer.weight_fake_quant(layer.weight)) > 20
+
+
+def test_frozen_weights_stay_frozen_where_a_float_checkpoint_came_before():
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    prepared = qk.prepare(nn.Linear(16, 8))
+    qk.calibrate(prepared, [x])
+    prepared.load_state_dict(nn.Linear(16, 8).state_dict(), strict=False)
+    qk.freeze_observers(prepared)
+    prepared(x)
+    assert not prepared.weight_fake_quant.observer_on
+    scale = prepared.weight_fake_quant.scale.clone()
+    with torch.no_grad():
+        prepared.weight *= 2
+    prepared(x)
+    assert torch.equal(prepared.weight_fake_quant.scale, scale)
+
+
+def test_moving_averages_of_weights_take_transforms_in_training():
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    prepared = qk.prepare(nn.Linear(16, 8), config(8, "ema"))
+    qk.calibrate(prepared, [x])
+    parameters = dict(prepared.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(prepared, p, (x,)).square().sum())(parameters)
+    prepared(x).square().sum().backward()
+    torch.testing.assert_close(gradients["weight"], prepared.weight.grad, rtol=1e-4, atol=1e-4)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()

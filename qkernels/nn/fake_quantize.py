@@ -24,7 +24,7 @@ from ..reference.fake_quantize import check_dense
 from ..reference.follow_range import followed
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
-from .ranges import block_magnitude, block_range, set_qparams
+from .ranges import block_magnitude, block_range, is_sharded, set_qparams, whole, write
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
@@ -203,7 +203,7 @@ class FakeQuantize(nn.Module):
     def scale(self) -> Tensor:
         """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
         if self.quantizer == "lsq":
-            return _learned_scale(self._scale, _whole(self.log_scale), self._log_limits(), self.steps)
+            return _learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
         return self._scale
 
     @scale.setter
@@ -217,7 +217,17 @@ class FakeQuantize(nn.Module):
         """Whether the scale is known, or can be had from the weight (reads the device)."""
         if self.quantizer == "ema":
             return self._ready and not bool(self.running_min.isinf().any())
-        return self._ready or self.is_weight
+        return self._ready or self.is_weight or self._was_calibrated()
+
+    def _was_calibrated(self) -> bool:
+        """Whether its tensors say so, into which another quantizer's may have been copied: averages of a model."""
+        return self.quantizer != "ema" and not self.calibrated.is_meta and bool(self.calibrated)
+
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> None:
+        """Takes the range of a weight that is followed, as a forward pass in training mode does."""
+        if self._ready and (self._follows() or (self.is_weight and self._paces())) and not x.is_meta:
+            self._range(whole(x), in_place=True)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
@@ -297,16 +307,17 @@ class FakeQuantize(nn.Module):
             return
         scale *= before / self.steps
         if self.quantizer == "lsq":
-            scale /= _learned_scale(torch.ones_like(scale), self.log_scale, self._log_limits(), self.steps)
+            scale /= _learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
             self._magnitude.fill_(torch.nan)
         self._scale.copy_(scale)
         if not self.symmetric:
-            zero_point: Tensor = self.zero_point  # type: ignore[assignment]
+            zero_point = whole(self.zero_point)  # type: ignore[arg-type]
             moved = self.quant_min + (zero_point - lowest) * (self.steps / before)
-            zero_point.copy_(moved if zero_point.is_floating_point() else moved.round())
+            write(self.zero_point, moved if zero_point.is_floating_point() else moved.round())  # type: ignore[arg-type]
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Whether training moves the range of "ema" and of weights that are followed, and starts a scale."""
+        """Whether training moves the range of "ema", of weights that are followed and of learned inputs that grow, and
+        starts a scale."""
         self._observes = enabled
         if self.quantizer != "dynamic":
             self.observer_on.fill_(enabled)
@@ -333,10 +344,10 @@ class FakeQuantize(nn.Module):
         if x is not None and self.is_weight:
             scale, zero_point = self._range(x, in_place=False)
         if self.quantizer == "lsq":
-            scale = _learned_scale(scale, _whole(self.log_scale), self._log_limits(), self.steps)
+            scale = _learned_scale(scale, whole(self.log_scale), self._log_limits(), self.steps)
         if self.symmetric or zero_point is None:
             return scale, None
-        return scale, zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
+        return scale, whole(zero_point.detach()).round().clamp(self.quant_min, self.quant_max).to(torch.int32)
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -364,7 +375,7 @@ class FakeQuantize(nn.Module):
         if self.quantizer == "dynamic":
             return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
-            if self.is_weight:
+            if self.is_weight and not transformed():
                 _forget_zeros(self.running_min, self.running_max)
             return observe_fake_quantize(
                 x,
@@ -421,7 +432,8 @@ class FakeQuantize(nn.Module):
     def _follows(self) -> bool:
         """Whether the range is that of the weight as it is."""
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
-        return self.is_weight and self._observes and self.quantizer != "ema" and not learned_at_few_bits
+        fits = self.quantizer in ("lsq", "minmax") and not learned_at_few_bits
+        return fits and self.is_weight and self._observes
 
     def _paces(self) -> bool:
         """Whether the start of a scale learned at few bits moves with the mean magnitude of what it quantizes."""
@@ -446,6 +458,9 @@ class FakeQuantize(nn.Module):
             self._materialize(x.device)
         if self.quantizer == "ema" and not self.is_weight:
             return
+        if self._was_calibrated():
+            self._ready = True
+            return
         if not self.is_weight and not (self.training and self._observes):
             raise RuntimeError(
                 f'{self.name or "quantizer"}: this "{self.quantizer}" quantizer has no scale yet; before the first '
@@ -453,7 +468,9 @@ class FakeQuantize(nn.Module):
                 "or load a state_dict of a calibrated model"
             )
         if x.numel() and not x.is_meta:
+            observes = self._observes
             self.start(x)
+            self.enable_observer(observes)
 
     def _materialize(self, device: torch.device) -> None:
         """Leaves the meta device, where ``load_state_dict(float_state, assign=True)`` leaves a quantizer."""
@@ -467,6 +484,7 @@ class FakeQuantize(nn.Module):
         if self.quantizer != "ema":
             self.calibrated.fill_(False)
         self._ready = False
+        self.enable_observer()
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
@@ -543,19 +561,19 @@ class FakeQuantize(nn.Module):
                 if (
                     start is not None
                     and log_scale is not None
-                    and torch.equal(_learned_scale(start, _whole(log_scale), self._log_limits(), self.steps), scale)
+                    and torch.equal(_learned_scale(start, whole(log_scale), self._log_limits(), self.steps), scale)
                 ):
                     scale = start
                 else:
                     magnitude = None
-                    state["log_scale"] = torch.zeros_like(scale)
+                    state["log_scale"] = torch.zeros_like(self.log_scale if is_sharded(self.log_scale) else scale)
                 if magnitude is None or magnitude.shape != scale.shape:
                     magnitude = torch.full_like(scale, torch.nan)
-            held = [("_scale", scale)] + ([("_magnitude", magnitude)] if self.quantizer == "lsq" else [])
-            for name, value in held:
-                if self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False):
+            assign = self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False)
+            for name, value in (("_scale", scale), ("_magnitude", magnitude)):
+                if name in self._buffers and assign:
                     setattr(self, name, value.detach().clone())
-                else:
+                elif name in self._buffers:
                     getattr(self, name).copy_(value)
         loaded = {prefix + key: value for key, value in state.items()}
         super()._load_from_state_dict(loaded, prefix, local_metadata, *rest)
@@ -570,11 +588,6 @@ class FakeQuantize(nn.Module):
 
 with contextlib.suppress(AttributeError):  # torch.ao's switches (model.apply(disable_observer), …) then find it
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
-
-
-def _whole(t: Tensor) -> Tensor:
-    """t, gathered where FSDP has sharded it."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
@@ -623,7 +636,6 @@ def _learned(
     )
 
 
-@torch.no_grad()
 def _follow(
     x: Tensor,
     scale: Tensor,
@@ -635,24 +647,28 @@ def _follow(
     down: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``follow_range`` in the tensors given, or in new ones: under torch.func always, which takes no change."""
+    """What ``follow_range`` makes of scale and zero point; in_place: there too, but under torch.func, which forbids it.
+
+    The result is new tensors, since a backward pass may save them: another call of this module in the same step may
+    follow another range.
+    """
     if transformed():
         if x.numel():
-            scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
+            with torch.no_grad():
+                scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
         return scale, zero_point
+    rule: dict[str, Any] = {
+        "quant_min": quant_min,
+        "quant_max": quant_max,
+        "symmetric": symmetric,
+        "up": up,
+        "down": down,
+    }
+    if in_place:
+        follow_range(x, scale, zero_point, **rule)
+    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
     if not in_place:
-        scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
-    # Through .data: another call of this module in the same step may have saved them for the backward pass.
-    follow_range(
-        x,
-        scale.data,
-        None if zero_point is None else zero_point.data,
-        quant_min=quant_min,
-        quant_max=quant_max,
-        symmetric=symmetric,
-        up=up,
-        down=down,
-    )
+        follow_range(x, scale, zero_point, **rule)
     return scale, zero_point
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -150,6 +151,16 @@ class QATForward(_OwnForward):
         return func(**arguments)
 
 
+class _Here(threading.local):
+    """What this thread alone sees: of a layer whose forward runs in it, what stands for its weight."""
+
+    def __init__(self) -> None:
+        self.stand_ins: dict[nn.Module, Tensor] = {}
+
+
+_here = _Here()
+
+
 class ConvertedForward(_OwnForward):
     """The product is that of ``base_class``, an int8 or int4 layer.
 
@@ -158,22 +169,23 @@ class ConvertedForward(_OwnForward):
     """
 
     folded = False  # whether a BatchNorm is folded into the product, so that nothing may come between it and the result
-    _running = 0
-    _stand_in: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.base_class.weight.fget(self) if self._stand_in is None else self._stand_in  # type: ignore[attr-defined]
+        held = _here.stand_ins.get(self)
+        return self.base_class.weight.fget(self) if held is None else held  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for t in (*args, *kwargs.values()):
             if isinstance(t, Proxy):
                 return node_of(self, *args, **kwargs)
         made: list[Tensor] = []
-        held: Tensor | None = self._stand_in  # of another thread that runs it, or of a call that this one is within
-        if held is None:
+        stand_ins = _here.stand_ins
+        outermost = self not in stand_ins  # else a forward that calls its own layer
+        if outermost:
             nan = torch.full((), torch.nan, dtype=self.dtype, device=self._device())  # type: ignore[operator, call-overload]
-            held = self.__dict__["_stand_in"] = nan.expand(self.weight_shape)  # type: ignore[arg-type]
+            stand_ins[self] = nan.expand(self.weight_shape)  # type: ignore[arg-type]
+        held = stand_ins[self]
 
         def product(func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
             if self.trial.derives_weight:
@@ -190,14 +202,12 @@ class ConvertedForward(_OwnForward):
 
         mode = _Products(self.weight_shape, held, product, value)  # type: ignore[arg-type]
         mode.by_shape = self.trial.derives_weight
-        self.__dict__["_running"] = self._running + 1
         try:
             with mode:
                 y = self.own_class.forward(self, *args, **kwargs)
         finally:
-            self.__dict__["_running"] = self._running - 1
-            if not self._running:
-                self.__dict__["_stand_in"] = None
+            if outermost:
+                del stand_ins[self]
         if self.folded and not (len(made) == 1 and y is made[0]):
             raise RuntimeError(
                 f"{self.own_class.__name__}: its forward does more than convolve for this input, which it did not when "

@@ -107,7 +107,7 @@ def _with_quantizers(
     layer.input_fake_quant = input
     for child in (weight, input):
         if child is not None:
-            child.to(layer.weight.device).train(module.training)
+            child.to(layer.weight.device, layer.weight.dtype).train(module.training)
     return layer
 
 

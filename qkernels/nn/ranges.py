@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,4 +64,24 @@ def set_qparams(
     s, z = choose_qparams(low, high, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, eps=eps)
     scale.copy_(s)
     if zero_point is not None:
-        zero_point.copy_(z)
+        write(zero_point, z)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether t is what ``fully_shard`` has made of a Parameter, outside of a forward pass."""
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """t, gathered where it is sharded: every process has to take part."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def write(t: Tensor, value: Tensor) -> None:
+    """Copies a whole value, the same in every process, into t, which may be sharded."""
+    if is_sharded(t):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = t
+        value = distribute_tensor(value.to(t.dtype), sharded.device_mesh, sharded.placements)
+    t.copy_(value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.qat import QATConv2d, QATLinear
+from ..nn.qat import QATConv2d, QATLinear, effective_weight
 from .calibrate import quantizers_of
+from .fold import eval_mode
 from .selection import check_convertible
 
 
@@ -29,13 +31,25 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
 
 
 def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
-    """Stops what moves ranges in training: of "ema" quantizers, of "minmax" weights, and starts from a first batch.
+    """Stops what moves ranges in training: of "ema" quantizers, of weights that are followed, of learned inputs that
+    grow, and starts from a first batch.
 
-    Learned scales go on learning: ``requires_grad_(False)`` on them stops that. A state_dict holds it, frozen=False
-    undoes it.
+    A weight that was followed keeps the range that it has now, so that the model in eval mode stays as it is. Learned
+    scales go on learning: ``requires_grad_(False)`` on them stops that. A state_dict holds it, frozen=False undoes it.
     """
+    if frozen:
+        _follow_weights(model)
     for quantizer in quantizers_of(model).values():
         quantizer.enable_observer(not frozen)
+
+
+@torch.no_grad()
+def _follow_weights(model: nn.Module) -> None:
+    """Weights may have changed since the last forward pass in training mode, or been trained in eval mode."""
+    with eval_mode(model):
+        for layer in model.modules():
+            if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant is not None:
+                layer.weight_fake_quant.follow(effective_weight(layer))
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
@@ -60,6 +74,7 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
+    _follow_weights(model)
     before = {quantizer: quantizer.bits for quantizer in chosen.values()}
     try:
         for quantizer in before:
