@@ -99,7 +99,7 @@ class FakeQuantize(nn.Module):
     fake_quant_on: Tensor
     calibrated: Tensor
     _scale: Tensor  # of a learned scale its start
-    _magnitude: Tensor  # what mean |x| the start of a learned scale is for; NaN: not known
+    _magnitude: Tensor  # what mean |x| the start of a learned scale is for; -1: not known
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class FakeQuantize(nn.Module):
             self.zero_point.zero_()
         if self.quantizer == "lsq":
             self.log_scale.zero_()
-            self._magnitude.fill_(torch.nan)
+            self._magnitude.fill_(-1)
         if self.quantizer == "ema":
             self.running_min.fill_(torch.inf)
             self.running_max.fill_(-torch.inf)
@@ -282,7 +282,7 @@ class FakeQuantize(nn.Module):
     def _started(self) -> None:
         if self.quantizer == "lsq":
             self.log_scale.zero_()
-            self._magnitude.fill_(torch.nan)
+            self._magnitude.fill_(-1)
         if self.quantizer == "lsq" or (self.is_weight and self.quantizer == "minmax"):
             self.disable_observer()
         if self.quantizer != "ema":
@@ -308,7 +308,7 @@ class FakeQuantize(nn.Module):
         scale *= before / self.steps
         if self.quantizer == "lsq":
             scale /= _learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
-            self._magnitude.fill_(torch.nan)
+            self._magnitude.fill_(-1)
         self._scale.copy_(scale)
         if not self.symmetric:
             zero_point = whole(self.zero_point)  # type: ignore[arg-type]
@@ -568,7 +568,7 @@ class FakeQuantize(nn.Module):
                     magnitude = None
                     state["log_scale"] = torch.zeros_like(self.log_scale if is_sharded(self.log_scale) else scale)
                 if magnitude is None or magnitude.shape != scale.shape:
-                    magnitude = torch.full_like(scale, torch.nan)
+                    magnitude = torch.full_like(scale, -1)
             assign = self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False)
             for name, value in (("_scale", scale), ("_magnitude", magnitude)):
                 if name in self._buffers and assign:
@@ -682,7 +682,7 @@ def _pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: fl
         return start
     now = block_magnitude(x, start.shape)
     if share < 1:
-        now = torch.where(magnitude.isnan(), now, magnitude + share * (now - magnitude))
+        now = torch.where(magnitude < 0, now, magnitude + share * (now - magnitude))
     ratio = now / magnitude
     # Sums differ in their last bits with the number of threads, which is no move.
     counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
@@ -690,7 +690,7 @@ def _pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: fl
     moved = torch.where(counts, moved, start)
     if in_place:
         start.copy_(moved)
-        magnitude.copy_(torch.where(counts | magnitude.isnan(), now, magnitude))
+        magnitude.copy_(torch.where(counts | ((magnitude < 0) & now.isfinite()), now, magnitude))
     return moved
 
 
