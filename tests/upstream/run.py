@@ -151,7 +151,7 @@ def main() -> None:
     folders = {"torch": fetch_torch(), "compressed-tensors": fetch_compressed_tensors()}
     known = known_faults()
     differing: dict[str, tuple[str, str]] = {}
-    failing: dict[str, str] = {}  # either way, and with what
+    failing: Counter[str] = Counter()  # either way: a known test, or a file and its tests' error
     total: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
     lines = []
     for suite, path, selected in SUITES:
@@ -170,13 +170,14 @@ def main() -> None:
             if without != under:
                 differing[f"{suite}/{test}"] = without, under
             elif without == "failed":
-                failing[f"{suite}/{test}"] = error
+                name = f"{suite}/{test}"
+                failing[f"{name}: {known[name]}" if name in known else f"{name.partition('::')[0]}: {error}"] += 1
         lines.append(f"{suite} {path}: {said(counts[0])}; override_torch {said(counts[1])}; "
                      f"{len(differing) - before} differ")  # fmt: skip
         print(f"{lines[-1]}; {time.time() - started:.0f} s", flush=True)
     files = len(lines)
     lines += [f"torch's kernels: {said(total[False])}", f"override_torch: {said(total[True])}"]
-    lines += [f"{test}: failed either way: {known.get(test, error)}" for test, error in failing.items()]
+    lines += [f"{number} failed either way: {name}" for name, number in failing.items()]
     for test, (without, under) in differing.items():
         lines.append(f"{test}: {without} -> {under}: {known.get(test, 'NOT KNOWN')}")
     new = len(differing.keys() - known.keys())
