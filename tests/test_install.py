@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, run_python
 
 SETUP = "import runpy, sys; sys.argv[:] = ['setup.py', *sys.argv[1:]]; runpy.run_path('setup.py', run_name='__main__')"
+CPU_ONLY = {"QKERNELS_BUILD": "cpu"}  # a torch built with CUDA and an nvcc would compile for minutes, and well
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def libraries(root: Path) -> list[str]:
 def test_wheel_holds_the_libraries(built_before: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", "dist", "."],
-        cwd=built_before, env={**os.environ, "QKERNELS_STRICT_BUILD": "1"}, capture_output=True, text=True,
+        cwd=built_before, env={**os.environ, "QKERNELS_STRICT_BUILD": "1", **CPU_ONLY}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -73,11 +74,11 @@ def test_wheel_holds_the_libraries(built_before: Path) -> None:
 
 def test_only_what_changed_is_compiled(built_before: Path) -> None:
     before = set((built_before / "build").rglob("*.o"))
-    assert setup(built_before, "-q", "build_ext", "--inplace").returncode == 0
+    assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
     assert set((built_before / "build").rglob("*.o")) == before
     changed = built_before / "csrc" / "cpu" / "host.cpp"
     changed.write_text(changed.read_text() + "// changed\n")
-    assert setup(built_before, "-q", "build_ext", "--inplace").returncode == 0
+    assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
     new = {path.name for path in set((built_before / "build").rglob("*.o")) - before}
     assert new == {"host.o", "build_id.o"}
     done = run_python("import qkernels as qk; print(qk.library.cpu_missing)", root=built_before)
@@ -214,8 +215,9 @@ def test_torch_too_old_to_build_for(source: Path) -> None:
 def test_no_compiler(source: Path, strict: bool) -> None:
     missing = "/no/such/compiler"
     done = setup(
-        source, "-q", "build_ext", "--inplace", CC=missing, CXX=missing, QKERNELS_STRICT_BUILD=str(int(strict))
-    )
+        source, "-q", "build_ext", "--inplace",
+        CC=missing, CXX=missing, QKERNELS_STRICT_BUILD=str(int(strict)), **CPU_ONLY,
+    )  # fmt: skip
     assert libraries(source) == []
     if strict:
         assert done.returncode != 0
@@ -230,7 +232,7 @@ def test_no_compiler(source: Path, strict: bool) -> None:
 def test_source_that_does_not_compile(source: Path) -> None:
     for path in (source / "csrc" / "cpu").glob("*.cpp"):
         path.write_text("#error broken\n")
-    done = setup(source, "-q", "build_ext", "--inplace")
+    done = setup(source, "-q", "build_ext", "--inplace", **CPU_ONLY)
     assert done.returncode == 0
     assert "qkernels._cpu did not compile (" in done.stderr
     assert libraries(source) == []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from qkernels.nn import Int4Embedding, PerGroup, PerToken
 from qkernels.qat import QConfig, QSpec, calibrate, convert, exact, prepare, report
@@ -96,7 +97,7 @@ MODELS = {
         lambda: torch.randn(2, 5, 32),
     ),
     "pruned": (
-        lambda: nn.Sequential(nn.utils.prune.l1_unstructured(nn.Linear(32, 16), "weight", 0.5), nn.Linear(16, 4)),
+        lambda: nn.Sequential(prune.l1_unstructured(nn.Linear(32, 16), "weight", 0.5), nn.Linear(16, 4)),
         lambda: torch.randn(2, 32),
     ),
     "bf16": (lambda: ConvNet().bfloat16(), lambda: torch.randn(4, 3, 8, 8).bfloat16()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = Path(os.environ["QKERNELS_OUTCOMES"])
-ended: dict[str, str] = {}
+ended: dict[str, tuple[str, str]] = {}
 
 
 def pytest_configure() -> None:
@@ -21,9 +21,9 @@ def pytest_configure() -> None:
         assert torch.fake_quantize_per_tensor_affine(torch.tensor([float("nan")]), 1.0, 0, 0, 1).isnan().all()
 
 
-def write(test: str, outcome: str) -> None:
+def write(test: str, outcome: str, error: str = "") -> None:
     with OUTCOMES.open("a") as out:
-        out.write(json.dumps([test, outcome]) + "\n")
+        out.write(json.dumps([test, outcome, error]) + "\n")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -33,10 +33,11 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: Any) -> None:
     """The first phase that did not pass says how the test ended; of a test in parts, the parts count as one."""
     outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-    if ended.get(report.nodeid, "passed") == "passed":
-        ended[report.nodeid] = outcome
+    if ended.get(report.nodeid, ("passed",))[0] == "passed":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        ended[report.nodeid] = outcome, crash.message.partition("\n")[0] if crash else ""
     if report.when == "teardown":
-        write(report.nodeid, ended[report.nodeid])
+        write(report.nodeid, *ended[report.nodeid])
 
 
 def pytest_collectreport(report: Any) -> None:

@@ -2,16 +2,18 @@
 
 `make upstream`. Sources come from the package indices that this machine is set up for: torch.ao's tests of torch 2.6 by
 apt-get (Debian's source package; pip's has none), compressed-tensors' by pip. What runs on the torch at hand runs; a
-test that fails either way says nothing here. Every test whose outcome differs is listed, and only those of known.txt
-may: torch's own faults, each with its reason.
+test that fails either way says nothing here, but is listed. So is every test whose outcome differs, and only those of
+known.txt may: torch's own faults, each with its reason. A run of all files writes outcomes.txt, which is committed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
+import platform
 import shutil
 import site
 import subprocess
@@ -22,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+OUTCOMES = HERE / "outcomes.txt"
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "upstream"
 PYTHON = BUILD / "venv" / "bin" / "python"
@@ -36,11 +39,12 @@ SUITES = (
     ("torch", "quantization/core/test_workflow_module.py", ""),
     ("torch", "quantization/core/test_workflow_ops.py", ""),
     ("torch", "quantization/core/test_utils.py", ""),
-    ("torch", "quantization/core/test_quantized_module.py", "qat or QAT"),
+    ("torch", "quantization/core/test_top_level_apis.py", ""),
     ("torch", "quantization/eager/test_quantize_eager_qat.py", ""),
     ("torch", "quantization/eager/test_fuse_eager.py", "qat or train"),
     ("torch", "quantization/eager/test_model_numerics.py", ""),
     ("torch", "quantization/fx/test_quantize_fx.py", "qat or QAT or fake or train"),
+    ("torch", "quantization/fx/test_numeric_suite_fx.py", "qat"),
     ("torch", "quantization/fx/test_model_report_fx.py", ""),
     ("torch", "quantization/fx/test_equalize_fx.py", ""),
     ("torch", "quantization/bc/test_backward_compatibility.py", ""),
@@ -48,7 +52,9 @@ SUITES = (
     ("compressed-tensors", "test_compressors", "not distributed and not transformers"),
     ("compressed-tensors", "test_configs", ""),
 )
-Outcomes = dict[str, str]
+HELPERS = "test_only_"  # functions so named are no tests: the files import them
+Outcomes = dict[str, tuple[str, str]]  # of a test: how it ended, the first line of its error
+NOT_RUN = ("not run", "")
 
 
 def run(*command: object, **rest: object) -> None:
@@ -115,16 +121,17 @@ def outcomes(folder: Path, path: str, only: str, override: bool) -> Outcomes:
     log.unlink(missing_ok=True)
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": f"{ROOT}:{HERE}:{folder}",
+        "HF_HUB_OFFLINE": "1",  # tests that want a model of the hub fail at once, not after minutes
         "QKERNELS_OUTCOMES": str(log), "QKERNELS_OVERRIDE": "1" if override else "",
     }  # fmt: skip
     command = [
         str(PYTHON), "-m", "pytest", "-q", "-p", "record", "-p", "no:cacheprovider", "--hypothesis-seed=0",
-        "--rootdir", str(folder), "-c", os.devnull, "-k", only, path,
+        "--rootdir", str(folder), "-c", os.devnull, "-k", f"({only or 'test'}) and not {HELPERS}", path,
     ]  # fmt: skip
     with (BUILD / "pytest.log").open("a") as out, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=folder, env=environment, stdout=out, stderr=out, timeout=TIMEOUT)
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return dict(lines)
+    return {test: (outcome, error) for test, outcome, error in lines}
 
 
 def known_faults() -> dict[str, str]:
@@ -142,28 +149,56 @@ def main() -> None:
     if shutil.which("apt-get") is None:
         raise SystemExit("needs apt-get: torch's tests are taken from Debian's source package")
     folders = {"torch": fetch_torch(), "compressed-tensors": fetch_compressed_tensors()}
-    known, differing, total = known_faults(), {}, {False: Counter(), True: Counter()}  # type: ignore[var-annotated]
+    known = known_faults()
+    differing: dict[str, tuple[str, str]] = {}
+    failing: Counter[str] = Counter()  # either way: a known test, or a file and its tests' error
+    total: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+    lines = []
     for suite, path, selected in SUITES:
         if only and not any(part in path for part in only):
             continue
         started = time.time()
         own = outcomes(folders[suite], path, selected, override=False)
         ours = outcomes(folders[suite], path, selected, override=True)
+        counts = []
         for override, found in ((False, own), (True, ours)):
-            total[override].update(found.values())
+            counts.append(Counter(outcome for outcome, _ in found.values()))
+            total[override].update(counts[-1])
+        before = len(differing)
         for test in own | ours:
-            pair = own.get(test, "not run"), ours.get(test, "not run")
-            if pair[0] != pair[1]:
-                differing[f"{suite}/{test}"] = pair
-        print(f"{suite} {path}: {said(Counter(own.values()))}; override {said(Counter(ours.values()))}; "
-              f"{time.time() - started:.0f} s", flush=True)  # fmt: skip
-    print(f"torch's kernels: {said(total[False])}\noverride_torch:  {said(total[True])}")
-    new = 0
-    for test, (before, after) in differing.items():
-        new += test not in known
-        print(f"{test}: {before} -> {after}: {known.get(test, 'NOT KNOWN')}")
-    print(f"{len(differing)} tests differ, {new} of them not known")
+            (without, error), (under, _) = own.get(test, NOT_RUN), ours.get(test, NOT_RUN)
+            if without != under:
+                differing[f"{suite}/{test}"] = without, under
+            elif without == "failed":
+                name = f"{suite}/{test}"
+                failing[f"{name}: {known[name]}" if name in known else f"{name.partition('::')[0]}: {error}"] += 1
+        lines.append(f"{suite} {path}: {said(counts[0])}; override_torch {said(counts[1])}; "
+                     f"{len(differing) - before} differ")  # fmt: skip
+        print(f"{lines[-1]}; {time.time() - started:.0f} s", flush=True)
+    files = len(lines)
+    lines += [f"torch's kernels: {said(total[False])}", f"override_torch: {said(total[True])}"]
+    lines += [f"{number} failed either way: {name}" for name, number in failing.items()]
+    for test, (without, under) in differing.items():
+        lines.append(f"{test}: {without} -> {under}: {known.get(test, 'NOT KNOWN')}")
+    new = len(differing.keys() - known.keys())
+    lines.append(f"{len(differing)} tests differ, {new} of them not known")
+    print("\n".join(lines[files:]))
+    if not only:
+        OUTCOMES.write_text("\n".join((*versions(), *lines, "")))
     sys.exit(1 if new or not total[True] else 0)
+
+
+def versions() -> tuple[str, ...]:
+    """What ran, and when."""
+    command = "import torch; from importlib.metadata import version; print(torch.__version__, version('{}'))"
+    torch, compressed = subprocess.run([PYTHON, "-c", command.format("compressed-tensors")], text=True, check=True,
+                                       capture_output=True).stdout.split()  # fmt: skip
+    return (
+        "# Written by `make upstream` when it runs every file: how the tests ended with torch's kernels and under",
+        "# override_torch, and which ended in another way.",
+        f"{datetime.date.today()}, torch {torch}, Python {platform.python_version()}, {platform.machine()}; "
+        f"tests of torch {VERSION} and compressed-tensors {compressed}",
+    )
 
 
 def said(counts: Counter[str]) -> str:
