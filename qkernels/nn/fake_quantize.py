@@ -28,7 +28,7 @@ from .ranges import block_magnitude, block_range, is_sharded, set_qparams, whole
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
-GROWTH = 0.1  # of the way to what a training step's input has, a larger range or another mean magnitude
+GROWTH = 0.1  # of the way to a larger range or mean magnitude of an input, at each training step
 MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
 LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 
@@ -73,8 +73,9 @@ class FakeQuantize(nn.Module):
     is its range as it is, in eval mode too, and the scale once to twice that: nothing is clipped, since at these widths
     no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits grows
     with its range, a tenth of the way at each training step, unless it was set by hand or by a method of ``calibrate``
-    that clips. At 4 bits or less the start moves as the mean magnitude does: of a weight at once, of an input a tenth
-    of the way at each training step. Learned alone it could not keep pace with a network trained from scratch.
+    that clips. At 4 bits or less the start of a weight moves as its mean magnitude does, and that of an input where it
+    grows, a tenth of the way at each training step: learned alone it could not keep pace with a network that is trained
+    from scratch.
 
     ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
     one in training mode used; ``quantizer.scale = t`` sets a new start. A
@@ -674,15 +675,16 @@ def _follow(
 
 @torch.no_grad()
 def _pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: float, in_place: bool) -> Tensor:
-    """The start of a learned scale, moved as x's mean magnitude has moved since, ``share`` of the way.
+    """The start of a learned scale, moved as x's mean magnitude has moved since.
 
-    What was zeros so far starts by LSQ's formula. in_place: start and magnitude are changed too.
+    share: 1, or less: it moves that share of the way, and only up. What was zeros so far starts by LSQ's formula.
+    in_place: start and magnitude are changed too.
     """
     if x.numel() == 0:
         return start
     now = block_magnitude(x, start.shape)
     if share < 1:
-        now = torch.where(magnitude < 0, now, magnitude + share * (now - magnitude))
+        now = torch.where(magnitude < 0, now, magnitude + share * (now - magnitude).clamp(min=0))
     ratio = now / magnitude
     # Sums differ in their last bits with the number of threads, which is no move.
     counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
