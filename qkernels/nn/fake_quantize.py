@@ -17,14 +17,13 @@ from ..ops.fake_quantize import (
     range_of_bits,
     transformed,
 )
-from ..ops.follow_range import follow_range
 from ..ops.quantize import quantize, quantize_dynamic
 from ..ops.statistics import mse_range
 from ..reference.fake_quantize import check_dense
-from ..reference.follow_range import followed
 from ..reference.straight_through import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
-from .ranges import block_magnitude, block_range, is_sharded, set_qparams, whole, write
+from .learned_scale import learned, learned_scale, pace
+from .ranges import block_magnitude, block_range, follow, forget_zeros, is_sharded, set_qparams, whole, write
 
 QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
 AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
@@ -37,10 +36,10 @@ for _function in (
     "fake_quantize",
     "observe_fake_quantize",
     "_dynamic",
-    "_learned",
-    "_follow",
-    "_pace",
-    "_forget_zeros",
+    "learned",
+    "follow",
+    "pace",
+    "forget_zeros",
 ):
     torch.fx.wrap(_function)
 
@@ -204,7 +203,7 @@ class FakeQuantize(nn.Module):
     def scale(self) -> Tensor:
         """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
         if self.quantizer == "lsq":
-            return _learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
+            return learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
         return self._scale
 
     @scale.setter
@@ -308,7 +307,7 @@ class FakeQuantize(nn.Module):
             return
         scale *= before / self.steps
         if self.quantizer == "lsq":
-            scale /= _learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
+            scale /= learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
             self._magnitude.fill_(-1)
         self._scale.copy_(scale)
         if not self.symmetric:
@@ -345,7 +344,7 @@ class FakeQuantize(nn.Module):
         if x is not None and self.is_weight:
             scale, zero_point = self._range(x, in_place=False)
         if self.quantizer == "lsq":
-            scale = _learned_scale(scale, whole(self.log_scale), self._log_limits(), self.steps)
+            scale = learned_scale(scale, whole(self.log_scale), self._log_limits(), self.steps)
         if self.symmetric or zero_point is None:
             return scale, None
         return scale, whole(zero_point.detach()).round().clamp(self.quant_min, self.quant_max).to(torch.int32)
@@ -377,7 +376,7 @@ class FakeQuantize(nn.Module):
             return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
             if self.is_weight and not transformed():
-                _forget_zeros(self.running_min, self.running_max)
+                forget_zeros(self.running_min, self.running_max)
             return observe_fake_quantize(
                 x,
                 self.observer_on,
@@ -393,7 +392,7 @@ class FakeQuantize(nn.Module):
             )
         scale, zero_point = self._range(x, in_place=self.training)
         if self.quantizer == "lsq":
-            return _learned(
+            return learned(
                 x,
                 scale,
                 self.log_scale,
@@ -421,14 +420,14 @@ class FakeQuantize(nn.Module):
         scale, zero_point = self._scale, self.zero_point
         if self._paces():
             share = 1.0 if self.is_weight else GROWTH
-            return _pace(x, scale, self._magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
+            return pace(x, scale, self._magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
         if self._follows():
             up, down = 1.0, 1.0
         elif self._grows():
             up, down = GROWTH, 0.0
         else:
             return scale, zero_point
-        return _follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
+        return follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
 
     def _follows(self) -> bool:
         """Whether the range is that of the weight as it is."""
@@ -562,7 +561,7 @@ class FakeQuantize(nn.Module):
                 if (
                     start is not None
                     and log_scale is not None
-                    and torch.equal(_learned_scale(start, whole(log_scale), self._log_limits(), self.steps), scale)
+                    and torch.equal(learned_scale(start, whole(log_scale), self._log_limits(), self.steps), scale)
                 ):
                     scale = start
                 else:
@@ -595,113 +594,6 @@ def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_
     check_dense("x", x)
     rows = x.flatten(1) if per_channel and x.dim() > 2 else x
     return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
-
-
-def _learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
-    """start·exp(log_scale/sqrt(steps)), without a gradient."""
-    return start * (log_scale.detach().float() * steps**-0.5).clamp(*limits).exp()
-
-
-def _learned(
-    x: Tensor,
-    start: Tensor,
-    log_scale: Tensor,
-    log_limits: tuple[float, float],
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    steps: int,
-    feature_dims: int | None,
-    numel: int | None,
-    straight_through: str,
-) -> Tensor:
-    """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
-    check_dense("x", x)
-    scale = _learned_scale(start, log_scale, log_limits, steps)
-    if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
-        # The class's docstring says why this is the gradient. The value of the added term is zero.
-        scale = scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
-    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
-        # Through .data: another call of this module in the same step may have saved it for the backward pass.
-        zero_point.data.clamp_(quant_min, quant_max)
-    if numel is None:
-        numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
-    return fake_quantize(
-        x,
-        scale,
-        zero_point,
-        quant_min=quant_min,
-        quant_max=quant_max,
-        grad_factor=(numel * steps) ** -0.5 if numel else 1.0,
-        straight_through=straight_through,
-    )
-
-
-def _follow(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
-    up: float,
-    down: float,
-    in_place: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """What ``follow_range`` makes of scale and zero point; in_place: there too, but under torch.func, which forbids it.
-
-    The result is new tensors, since a backward pass may save them: another call of this module in the same step may
-    follow another range.
-    """
-    if transformed():
-        if x.numel():
-            with torch.no_grad():
-                scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
-        return scale, zero_point
-    rule: dict[str, Any] = {
-        "quant_min": quant_min,
-        "quant_max": quant_max,
-        "symmetric": symmetric,
-        "up": up,
-        "down": down,
-    }
-    if in_place:
-        follow_range(x, scale, zero_point, **rule)
-    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
-    if not in_place:
-        follow_range(x, scale, zero_point, **rule)
-    return scale, zero_point
-
-
-@torch.no_grad()
-def _pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: float, in_place: bool) -> Tensor:
-    """The start of a learned scale, moved as x's mean magnitude has moved since.
-
-    share: 1, or less: it moves that share of the way, and only up. What was zeros so far starts by LSQ's formula.
-    in_place: start and magnitude are changed too.
-    """
-    if x.numel() == 0:
-        return start
-    now = block_magnitude(x, start.shape)
-    if share < 1:
-        now = torch.where(magnitude < 0, now, magnitude + share * (now - magnitude).clamp(min=0))
-    ratio = now / magnitude
-    # Sums differ in their last bits with the number of threads, which is no move.
-    counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
-    moved = torch.where(magnitude > 0, start * ratio, torch.where(magnitude == 0, now * formula, start))
-    moved = torch.where(counts, moved, start)
-    if in_place:
-        start.copy_(moved)
-        magnitude.copy_(torch.where(counts | ((magnitude < 0) & now.isfinite()), now, magnitude))
-    return moved
-
-
-@torch.no_grad()
-def _forget_zeros(running_min: Tensor, running_max: Tensor) -> None:
-    """Of channels that were zeros so far the average starts anew: it would clip what grows faster than it follows."""
-    zeros = (running_min == 0) & (running_max == 0)
-    running_min.masked_fill_(zeros, torch.inf)
-    running_max.masked_fill_(zeros, -torch.inf)
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

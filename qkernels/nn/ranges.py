@@ -1,4 +1,4 @@
-"""From the values of a tensor to the range, scale and zero point that a quantizer starts from."""
+"""From the values of a tensor to the range, scale and zero point of a quantizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.fake_quantize import transformed
+from ..ops.follow_range import follow_range
 from ..ops.quantize import choose_qparams
+from ..reference.follow_range import followed
 
 
 def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -85,3 +88,47 @@ def write(t: Tensor, value: Tensor) -> None:
         sharded: Any = t
         value = distribute_tensor(value.to(t.dtype), sharded.device_mesh, sharded.placements)
     t.copy_(value)
+
+
+def follow(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    up: float,
+    down: float,
+    in_place: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``follow_range`` makes of scale and zero point; in_place: there too, but under torch.func, which forbids it.
+
+    The result is new tensors, since a backward pass may save them: another call of this module in the same step may
+    follow another range.
+    """
+    if transformed():
+        if x.numel():
+            with torch.no_grad():
+                scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
+        return scale, zero_point
+    rule: dict[str, Any] = {
+        "quant_min": quant_min,
+        "quant_max": quant_max,
+        "symmetric": symmetric,
+        "up": up,
+        "down": down,
+    }
+    if in_place:
+        follow_range(x, scale, zero_point, **rule)
+    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
+    if not in_place:
+        follow_range(x, scale, zero_point, **rule)
+    return scale, zero_point
+
+
+@torch.no_grad()
+def forget_zeros(running_min: Tensor, running_max: Tensor) -> None:
+    """Of channels that were zeros so far the average starts anew: it would clip what grows faster than it follows."""
+    zeros = (running_min == 0) & (running_max == 0)
+    running_min.masked_fill_(zeros, torch.inf)
+    running_max.masked_fill_(zeros, -torch.inf)
