@@ -237,6 +237,8 @@ def test_gradients_per_sample(config, training):
     prepared = qk.prepare(model(), CONFIGS[config])
     qk.calibrate(prepared, [x])
     prepared.train(training)
+    if config == "lsq, 4 bits, zero points":
+        qk.freeze_observers(prepared)  # inputs grow with one sample's magnitude, but not under torch.func
     params = dict(prepared.named_parameters())
 
     def loss(params, x, target):

@@ -72,9 +72,9 @@ class FakeQuantize(nn.Module):
     is its range as it is, in eval mode too, and the scale once to twice that: nothing is clipped, since at these widths
     no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits grows
     with its range, a tenth of the way at each training step, unless it was set by hand or by a method of ``calibrate``
-    that clips. At 4 bits or less the start of a weight moves as its mean magnitude does, and that of an input where it
-    grows, a tenth of the way at each training step: learned alone it could not keep pace with a network that is trained
-    from scratch.
+    that clips. At 4 bits or less the start of a weight moves as its mean magnitude does, and that of an input where a
+    batch has more than one and a half times the magnitude so far, a tenth of the way beyond: learned alone it could not
+    keep pace with a network that is trained from scratch. torch.func's transforms move none of these.
 
     ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
     one in training mode used; ``quantizer.scale = t`` sets a new start. A

@@ -9,6 +9,8 @@ from ..ops.fake_quantize import fake_quantize, transformed
 from ..reference.fake_quantize import check_dense
 from .ranges import block_magnitude
 
+NOISE = 1.5  # times the mean magnitude so far: what a batch may have by chance, as the smallest ones do
+
 
 def learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
     """start·exp(log_scale/sqrt(steps)), without a gradient."""
@@ -54,14 +56,14 @@ def learned(
 def pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: float, in_place: bool) -> Tensor:
     """The start of a learned scale, moved as x's mean magnitude has moved since.
 
-    share: 1, or less: it moves that share of the way, and only up. What was zeros so far starts by LSQ's formula.
-    in_place: start and magnitude are changed too.
+    share: 1, or less: it moves that share of what the magnitude of a batch is above its noise. What was zeros so far
+    starts by LSQ's formula. in_place: start and magnitude are changed too.
     """
     if x.numel() == 0:
         return start
     now = block_magnitude(x, start.shape)
     if share < 1:
-        now = torch.where(magnitude < 0, now, magnitude + share * (now - magnitude).clamp(min=0))
+        now = torch.where(magnitude < 0, now, magnitude + share * (now - NOISE * magnitude).clamp(min=0))
     ratio = now / magnitude
     # Sums differ in their last bits with the number of threads, which is no move.
     counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
