@@ -78,8 +78,10 @@ def exp(x: Tensor) -> Tensor:
     p = torch.full_like(r, c.coefficients[0])
     for coefficient in c.coefficients[1:]:
         p = p * r + coefficient
-    power = ((n.nan_to_num().to(c.integer) + c.exponent_bias) << c.mantissa_bits).view(x.dtype)
-    return p * power
+    # Powers of two by their bits, in a table: up to torch 2.11 vmap takes no view in another dtype, of n's bits here.
+    exponents = torch.arange(2 * c.exponent_bias + 2, dtype=c.integer, device=x.device)
+    powers = (exponents << c.mantissa_bits).view(x.dtype)
+    return p * powers[n.nan_to_num().to(c.integer) + c.exponent_bias]
 
 
 def sigmoid(x: Tensor) -> Tensor:
