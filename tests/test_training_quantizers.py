@@ -330,6 +330,15 @@ def test_few_bits_keep_pace_with_a_network_trained_from_scratch(bits):
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in prepared.state_dict().items())
 
 
+def test_an_input_of_few_bits_that_was_zeros_starts_by_what_comes():
+    """As behind a residual branch that starts at zero: at once, not a tenth of the way at each step."""
+    torch.manual_seed(0)
+    quantizer, x = FakeQuantize(bits=4), torch.randn(64, 32)
+    quantizer(torch.zeros(64, 32))
+    quantizer(x)
+    torch.testing.assert_close(quantizer.scale, 2 * x.abs().mean().reshape(1) / math.sqrt(7))
+
+
 def test_a_weight_of_few_bits_changed_in_place_keeps_its_share():
     torch.manual_seed(0)
     weight = torch.randn(8, 64)

@@ -77,9 +77,9 @@ class FakeQuantize(nn.Module):
     keep pace with a network that is trained from scratch. torch.func's transforms move none of these.
 
     ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
-    one in training mode used; ``quantizer.scale = t`` sets a new start. A
-    state_dict holds them in fp32, beside what a learned scale needs to go on exactly (``log_scale``, ``start``), and
-    ``bits``: one of another width is refused.
+    one in training mode used; ``quantizer.scale = t`` sets a new start. A state_dict holds them in fp32, beside what a
+    learned scale needs to go on exactly (``log_scale``, ``start``, ``magnitude``), and ``bits``: one of another width
+    is refused.
 
     "lsq" and "minmax" take a scale from the first tensor that they meet where ``calibrate`` has not set one: of a
     weight always, of an input in training mode only (one wait for the device), else they raise RuntimeError; "ema"

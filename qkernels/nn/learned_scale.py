@@ -63,7 +63,7 @@ def pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: flo
         return start
     now = block_magnitude(x, start.shape)
     if share < 1:
-        now = torch.where(magnitude < 0, now, magnitude + share * (now - NOISE * magnitude).clamp(min=0))
+        now = torch.where(magnitude <= 0, now, magnitude + share * (now - NOISE * magnitude).clamp(min=0))
     ratio = now / magnitude
     # Sums differ in their last bits with the number of threads, which is no move.
     counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
