@@ -207,7 +207,28 @@ def cuda_missing() -> str | None:
         with _cuda_lock:
             if not _cuda_state:
                 _cuda_state.append(_load_cuda())
+                _serve_triton()
     return _cuda_state[0]
+
+
+def _serve_triton() -> None:
+    """Puts Triton's functions where torch's dispatcher finds them, for the ops that csrc/cuda leaves to them."""
+    if _triton_missing(None) is not None:
+        return
+    for op in {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}:
+        name = f"{NAMESPACE}::{op}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, GPU_KEY):
+            torch.library.impl(name, GPU_KEY, _remembered_else_selected(op))
+
+
+def _remembered_else_selected(op: str) -> Callable[..., Any]:
+    """A call that Triton's function remembers goes to it at once; any other is a choice between all kernels."""
+    function, select = _triton_functions[op], _selected(op)
+
+    def call(*args: Any) -> Any:
+        return function().replayed(args, select)
+
+    return call
 
 
 # Ops are defined before their kernels are loaded: see load().
@@ -360,6 +381,9 @@ def _cuda_unusable() -> str | None:
     return cuda_missing()
 
 
+_triton_functions: dict[str, Callable[[], Any]] = {}  # each imports Triton at its first call
+
+
 def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str | None]]:
     """The function of qkernels.triton.<stem> that computes ``op``, imported at its first call, and why it cannot."""
 
@@ -368,8 +392,12 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
         return importlib.import_module(f".triton.{stem}", __package__)
 
     @functools.cache
-    def function() -> Callable[..., Any]:
-        return getattr(module(), op.replace(".", "_"))
+    def function() -> Any:
+        from .triton.replay import Remembered
+
+        return Remembered(getattr(module(), op.replace(".", "_")))
+
+    _triton_functions[op] = function
 
     def unsupported(*args: Any) -> str | None:
         device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None)

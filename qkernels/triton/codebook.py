@@ -44,7 +44,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 # between them (infinity beyond the last), and the levels as given; and their order in int32.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def prepare_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
     dtype: tl.constexpr = tables.dtype.element_ty
     i = tl.arange(0, SIZE)
@@ -89,7 +89,7 @@ def nearest(v, tables, SIZE: tl.constexpr, STEPS: tl.constexpr):
     return index
 
 
-@triton.jit(do_not_specialize=["view"])
+@triton.jit(do_not_specialize=["view", "count"])
 def forward_kernel(
     x_ptr, y_ptr, mask_ptr, scale, tables, count, numel, view,
     MASK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr,
@@ -137,7 +137,7 @@ def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tens
     return y, mask
 
 
-@triton.jit(do_not_specialize=["view"])
+@triton.jit(do_not_specialize=["view", "count"])
 def backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, count, numel, view,
     MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
@@ -169,7 +169,7 @@ def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, code
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "runs", "pieces"])
 def learnable_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, of_runs, of_levels, count, runs, inner, pieces,
     CODEBOOK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -257,7 +257,7 @@ def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
-@triton.jit(do_not_specialize=["view"])
+@triton.jit(do_not_specialize=["view", "count"])
 def dequantize_kernel(
     codes_ptr, y_ptr, scale, tables, count, numel, view,
     SIZE: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr, BLOCK: tl.constexpr,

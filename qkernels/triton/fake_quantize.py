@@ -301,7 +301,7 @@ def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr, LSQ: tl.
     return ds, dz, inside
 
 
-@triton.jit(do_not_specialize=["view"])
+@triton.jit(do_not_specialize=["view", "runs", "pieces", "steps"])
 def learnable_rows_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, runs, inner, pieces,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -333,7 +333,7 @@ def learnable_rows_kernel(
     tl.store(dzero_point_ptr + at, tl.sum(dzero_point, 1), mask=out < runs)
 
 
-@triton.jit(do_not_specialize=["view"])
+@triton.jit(do_not_specialize=["view", "outer", "steps"])
 def learnable_columns_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, outer, width,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -366,7 +366,7 @@ def learnable_columns_kernel(
     tl.store(dzero_point_ptr + at, tl.sum(dzero_point, 0), mask=out < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "period", "inner"])
 def learnable_join_kernel(
     dscale_ptr, dzero_point_ptr, out_scale_ptr, out_zero_point_ptr, outer, period, inner, factor, factor_rest,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
@@ -453,7 +453,7 @@ def fake_quantize_learnable_backward(
 # Ranges taken from x itself.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dynamic_rows_kernel(
     x_ptr, y_ptr, scale_ptr, zero_point_ptr, mask_ptr, rows, length, quant_min, quant_max, steps, middle, floor,
     SYMMETRIC: tl.constexpr, MASK: tl.constexpr, INTEGER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -557,7 +557,7 @@ def quantize_kernel(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
     q = clamp(rint(x * inv) + z, low, high)
-    q = tl.where(q != q, z, q)
+    q = tl.where(q != q, tl.where(z != z, low, z), q)
     tl.store(q_ptr + start + index, q.to(tl.int32).to(q_ptr.dtype.element_ty), mask=here)
 
 
@@ -584,7 +584,7 @@ def moving_average(running, batch, momentum):
     return tl.where(tl.abs(running) == float("inf"), batch, moved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "period", "inner"])
 def observe_kernel(
     low_ptr, high_ptr, observer_on, running_min, running_max, scale_ptr, zero_point_ptr, outer, period, inner,
     averaging_const, quant_min, quant_max, steps, middle, floor,

@@ -177,7 +177,7 @@ def finished(
     return narrow(y, dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end", "n_groups", "steps", "share", "total"])
 def int4_mm_kernel(
     out_ptr, x_ptr, data_ptr, groups, epilogue, m_end, n_end, k_end, length, stride_x, n_groups, group_size, span_size,
     steps, share, total, ADD: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
@@ -261,7 +261,7 @@ def int4_mm_kernel(
     tl.store(out_ptr + m.to(tl.int64) * n_end + n, y, mask=(m < m_end) & (n < n_end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end"])
 def int4_join_kernel(
     out_ptr, parts_ptr, groups, epilogue, m_end, n_end, ADD: tl.constexpr, PARTS: tl.constexpr, STEP_X: tl.constexpr,
     STEP_Z: tl.constexpr, BLOCK: tl.constexpr,
@@ -277,7 +277,7 @@ def int4_join_kernel(
     tl.store(out_ptr + at, y, mask=n < n_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end", "spans"])
 def x_sums_kernel(
     sums_ptr, x_ptr, m_end, stride_x, group_size, span_size, spans, SPANS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip

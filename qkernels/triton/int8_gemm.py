@@ -132,7 +132,7 @@ def put_halves(out_ptr, acc, m, first, m_end, n_end, epilogue, HOW: tl.constexpr
     put(out_ptr, right, m, n + HALF, m_end, n_end, epilogue, HOW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end", "share"])
 def mm_kernel(
     out_ptr, a_ptr, b_ptr, epilogue, m_end, n_end, k_end, stride_a, stride_b, share, HOW: tl.constexpr,
     PARTS: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -165,7 +165,7 @@ def mm_kernel(
         a_ptr += BLOCK_K
         b_ptr += BLOCK_K
     m, n = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
-    out_ptr += part * m_end.to(tl.int64) * n_end
+    out_ptr += part.to(tl.int64) * m_end * n_end
     if PARTS == 1:
         put(out_ptr, acc, m, n, m_end, n_end, epilogue, HOW)
     elif PARTS == 2:
@@ -176,7 +176,7 @@ def mm_kernel(
         put_halves(out_ptr, right, m, tile_n * BLOCK_N + BLOCK_N // 2, m_end, n_end, epilogue, HOW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end"])
 def persistent_mm_kernel(
     out, a, b, epilogue, m_end, n_end, k_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -206,7 +206,7 @@ def persistent_mm_kernel(
             out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + HALF], y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_end"])
 def join_kernel(
     out_ptr, parts_ptr, epilogue, m_end, n_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -216,7 +216,7 @@ def join_kernel(
     at = m.to(tl.int64) * n_end + n
     acc = tl.zeros([BLOCK], tl.int32)
     for part in tl.static_range(PARTS):
-        acc += tl.load(parts_ptr + part * (m_end.to(tl.int64) * n_end) + at, mask=n < n_end, other=0)
+        acc += tl.load(parts_ptr + part * (tl.cast(m_end, tl.int64) * n_end) + at, mask=n < n_end, other=0)
     y = scaled(acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, epilogue, HOW)
     tl.store(out_ptr + at, y, mask=n < n_end)
 

@@ -20,7 +20,7 @@ def place(EIGHTS: tl.constexpr, eights, length):
     return at // eights, at % eights, at < length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def pack_kernel(
     packed_ptr, q_ptr, total, eights, k_end, row_bytes, BITS: tl.constexpr, EIGHTS: tl.constexpr
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def pack_kernel(
     tl.store(packed_ptr + row * row_bytes + byte, octet, mask=there & (j < BITS) & (byte < row_bytes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def unpack_kernel(
     q_ptr, packed_ptr, total, eights, k_end, row_bytes, BITS: tl.constexpr, EIGHTS: tl.constexpr
 ):  # fmt: skip

@@ -38,7 +38,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 @triton.jit
 def rstd_of(total, length, eps):
     """1/sqrt(total / length + eps), rounded at each step."""
-    return reciprocal(tl.sqrt_rn(divide(total, length.to(tl.float32)) + eps))
+    return reciprocal(tl.sqrt_rn(divide(total, tl.cast(length, tl.float32)) + eps))
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def load_terms(
     return n, dy, u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "share"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, dx_ptr, partial_ptr, quant_min, quant_max, rows,
     length, groups, group_size, share, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -199,7 +199,7 @@ def backward_kernel(
             grad_ptr, x_ptr, weight_ptr, scale_ptr, zero_point_ptr, rstd, row, column, length, groups, group_size,
             quant_min, quant_max, CLIPS,
         )  # fmt: skip
-        mean = divide(tl.sum(u * n, 0), length.to(tl.float32))
+        mean = divide(tl.sum(u * n, 0), tl.cast(length, tl.float32))
         dx = narrow((u - n * mean) * rstd, dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + row * length + column, dx, mask=here)
         if partial_ptr is not None:
@@ -208,7 +208,7 @@ def backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * length + column, dweight, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def long_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, dx_ptr, quant_min, quant_max, length, groups,
     group_size, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -223,7 +223,7 @@ def long_backward_kernel(
             groups, group_size, quant_min, quant_max, CLIPS,
         )  # fmt: skip
         total += u * n
-    mean = divide(tl.sum(total, 0), length.to(tl.float32))
+    mean = divide(tl.sum(total, 0), tl.cast(length, tl.float32))
     for start in range(0, bound(length), BLOCK):
         column = start + tl.arange(0, BLOCK)
         n, _, u = load_terms(
@@ -234,7 +234,7 @@ def long_backward_kernel(
         tl.store(dx_ptr + row * length + column, dx, mask=column < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "share"])
 def long_weight_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, partial_ptr, quant_min, quant_max, rows, length,
     groups, group_size, share, CLIPS: tl.constexpr, BLOCK: tl.constexpr,

@@ -101,7 +101,7 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, 
     return slots[..., 1:-2].contiguous(), torch.cat((slots[..., :1], slots[..., -2:]), -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "pieces"])
 def errors_kernel(
     x_ptr, scale_ptr, zero_point_ptr, partial_ptr, quant_min, quant_max, channels, length, pieces,
     CANDIDATES: tl.constexpr, ZERO_POINT: tl.constexpr, BLOCK: tl.constexpr,

@@ -45,7 +45,7 @@ def forward_kernel(
     q = round_stochastically(x * inv, tl.reshape(u, x.shape)) + z
     clamped = clamp(q, low, high)
     if CODES:
-        code = tl.where(clamped == clamped, clamped, z)
+        code = tl.where(clamped == clamped, clamped, tl.where(z == z, z, low))
         tl.store(y_ptr + start + index, code.to(y_ptr.dtype.element_ty), mask=here)
     else:
         y = (clamped - z) * s

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import configs
+from . import configs, replay
 
 Measured = dict[tuple[int, int, int], tuple[configs.Tile, int]]  # (class of M, N, K): tile and parts of K
 
@@ -72,4 +72,5 @@ def save(gpu: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> Path:
     content = {"gpu": gpu, **about, "int8_mm": [row for row in old if key(row) not in new] + rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     load.cache_clear()
+    replay.forget()
     return path
