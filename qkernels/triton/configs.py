@@ -105,9 +105,12 @@ def cut(granularity: Granularity, numel: int) -> Cut:
 
 
 def join(outer: int, period: int, inner: int) -> dict[str, int]:
-    """Tile of the kernels that join partial results: channels by parts. Registers: see UNSPILLED."""
-    parts = min(power_of_two(outer * inner), 1024)
-    return {"CHANNELS": min(1024 // parts, power_of_two(period)), "PARTS": parts, "maxnreg": UNSPILLED}
+    """Tile of the kernels that join partial results: channels by parts, few of each as each tile is compiled anew.
+
+    Registers: see UNSPILLED.
+    """
+    parts = next(parts for parts in (16, 128, 1024) if outer * inner <= parts or parts == 1024)
+    return {"CHANNELS": 1024 // parts, "PARTS": parts, "maxnreg": UNSPILLED}
 
 
 def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:

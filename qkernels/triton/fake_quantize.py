@@ -301,7 +301,7 @@ def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr, LSQ: tl.
     return ds, dz, inside
 
 
-@triton.jit(do_not_specialize=["view", "runs", "pieces", "steps"])
+@triton.jit(do_not_specialize=["view", "runs", "pieces", "steps", "dscale_ptr", "dzero_point_ptr"])
 def learnable_rows_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, runs, inner, pieces,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -333,7 +333,7 @@ def learnable_rows_kernel(
     tl.store(dzero_point_ptr + at, tl.sum(dzero_point, 1), mask=out < runs)
 
 
-@triton.jit(do_not_specialize=["view", "outer", "steps"])
+@triton.jit(do_not_specialize=["view", "outer", "steps", "dscale_ptr", "dzero_point_ptr"])
 def learnable_columns_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, outer, width,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -366,7 +366,7 @@ def learnable_columns_kernel(
     tl.store(dzero_point_ptr + at, tl.sum(dzero_point, 0), mask=out < width)
 
 
-@triton.jit(do_not_specialize=["outer", "period", "inner"])
+@triton.jit(do_not_specialize=["outer", "period", "inner", "dscale_ptr", "dzero_point_ptr"])
 def learnable_join_kernel(
     dscale_ptr, dzero_point_ptr, out_scale_ptr, out_zero_point_ptr, outer, period, inner, factor, factor_rest,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
@@ -584,7 +584,7 @@ def moving_average(running, batch, momentum):
     return tl.where(tl.abs(running) == float("inf"), batch, moved)
 
 
-@triton.jit(do_not_specialize=["outer", "period", "inner"])
+@triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
 def observe_kernel(
     low_ptr, high_ptr, observer_on, running_min, running_max, scale_ptr, zero_point_ptr, outer, period, inner,
     averaging_const, quant_min, quant_max, steps, middle, floor,

@@ -29,7 +29,7 @@ def moved(old, new, part):
     return tl.where(part == 1, new, old + part * (new - old))
 
 
-@triton.jit(do_not_specialize=["outer", "period", "inner"])
+@triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
 def follow_kernel(
     low_ptr, high_ptr, scale_ptr, zero_point_ptr, outer, period, inner, up, down, quant_min, quant_max, steps, middle,
     floor, SYMMETRIC: tl.constexpr, ZERO_POINT: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,

@@ -35,7 +35,7 @@ def column_tile(COLS: tl.constexpr):
     return tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
 
 
-@triton.jit(do_not_specialize=["runs", "pieces", "steps"])
+@triton.jit(do_not_specialize=["runs", "pieces", "steps", "low_ptr", "high_ptr"])
 def range_rows_kernel(
     x_ptr, low_ptr, high_ptr, runs, inner, pieces, steps,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -60,7 +60,7 @@ def range_rows_kernel(
     tl.store(high_ptr + at, highest(high, 1), mask=out < runs)
 
 
-@triton.jit(do_not_specialize=["outer", "steps"])
+@triton.jit(do_not_specialize=["outer", "steps", "low_ptr", "high_ptr"])
 def range_columns_kernel(
     x_ptr, low_ptr, high_ptr, outer, width, steps,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -132,7 +132,7 @@ def join_ranges(low_ptr, high_ptr, channel, outer, period, inner, CHANNELS: tl.c
     return lowest(low, 1), highest(high, 1)
 
 
-@triton.jit(do_not_specialize=["outer", "period", "inner"])
+@triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
 def dynamic_qparams_kernel(
     low_ptr, high_ptr, scale_ptr, zero_point_ptr, outer, period, inner, quant_min, quant_max, steps, middle, floor,
     SYMMETRIC: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,

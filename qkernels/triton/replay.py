@@ -24,7 +24,7 @@ from .launch import Launch, local
 from .numerics import INTERPRETED
 
 MOST = 4096  # kinds of calls of an op that are remembered; then all are forgotten
-ALLOCATIONS = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+HARMLESS = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 
 _memories: list[dict[Any, Any]] = []
 
@@ -42,7 +42,7 @@ class _Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.").removesuffix(".default")
-        self.only = self.only and (func.is_view or name in ALLOCATIONS)
+        self.only = self.only and (func.is_view or name in HARMLESS)
         return func(*args, **(kwargs or {}))
 
 

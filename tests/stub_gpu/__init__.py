@@ -45,7 +45,7 @@ def _compile(name: str, source: str, folder: str, library_dirs: Any, include_dir
     out = str(Path(folder, name + sysconfig.get_config_var("EXT_SUFFIX")))
     include = [f"-I{folder}" for folder in (*include_dirs, folder, sysconfig.get_paths()["include"])]
     linked = [*(f"-L{folder}" for folder in library_dirs), *(f"-l:{library}" for library in libraries)]
-    subprocess.run(["gcc", source, "-O0", "-w", "-shared", "-fPIC", "-o", out, *include, *linked], check=True)
+    subprocess.run(["gcc", source, "-O0", "-w", "-Wno-psabi", "-shared", "-fPIC", "-o", out, *include, *linked], check=True)
     return out
 
 
@@ -77,7 +77,7 @@ def _count(**said: Any) -> None:
 
 def install(parsed_only: bool = False) -> ctypes.CDLL:
     """Makes the driver Triton's own, and returns it. ``parsed_only``: with nothing compiled beyond the front end."""
-    from qkernels.triton import int4_gemm, int8_gemm
+    from qkernels.triton import int4_gemm, int8_gemm, replay
 
     folder = Path(tempfile.mkdtemp(prefix="stub_gpu_"))
     library = folder / "libcuda.so.1"
@@ -91,6 +91,7 @@ def install(parsed_only: bool = False) -> ctypes.CDLL:
     if parsed_only:
         knobs.runtime.add_stages_inspection_hook = _parsed_only
     triton.runtime.driver.set_active(StubDriver())
+    replay.HARMLESS |= {"min", "max", "_local_scalar_dense"}  # checks look at values on the CPU alone
     for module in (int8_gemm, int4_gemm):
         module.gpu = lambda device: H200
     return driver

@@ -1,0 +1,214 @@
+"""Sends every Triton op's calls through Triton's own launch over a driver that does nothing; run by test_triton_launch.py.
+
+    python tests/launch_triton.py calls | loop
+
+calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included. Each call is made three times:
+by the long way, watched, and as it was remembered; both ways must start the same kernels on the same arguments.
+loop: a model's ops over batches of changing size, as a training loop or a server makes them.
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import compile_triton
+import stub_gpu
+import torch
+from torch import Tensor
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qkernels import registry, selfcheck
+from qkernels.reference import int4_gemm
+from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+quick: Counter[str] = Counter()  # compilations of the quick self-check
+started: list[tuple[Any, ...]] = []  # launcher and arguments of every launch, while it is listened to
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same values, the first of them on no boundary of 16 bytes."""
+    storage = x.new_empty(x.numel() + 8)
+    return storage[1 : 1 + x.numel()].view(x.shape).copy_(x)
+
+
+def edges() -> Iterator[Tensor]:
+    """What the quick self-check leaves out."""
+    for dtype in FLOATS:
+        yield misaligned(torch.randn(3, 40).to(dtype))
+        yield torch.randn(1, 1).to(dtype)
+    for shape in ((40, 1), (1, 40), (37, 129)):
+        yield torch.randn(shape)
+    yield torch.randn(3, 80)[:, ::2]
+    yield torch.randn(40, 3).t()
+
+
+def self_check(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(op, arguments) of whatever Triton does not refuse."""
+    for op in sorted({kernel.op for kernel in registry.kernels() if kernel.name == "triton"}):
+        refuse = getattr(module_of(op), "unsupported", lambda op, *args: None)
+        for x in inputs:
+            for args in selfcheck.ARGS[op](x):
+                given = selfcheck.held_on("cuda", op, args)
+                if refuse(op, *given) is None:
+                    yield op, given
+
+
+def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield from self_check(list(selfcheck.inputs(quick=True)))
+    quick.update(stub_gpu.compilations)
+    yield from self_check(list(edges()))
+    compile_triton.meta = lambda shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)
+    yield from compile_triton.gemm_calls(90, False)
+    yield from compile_triton.int4_calls(90, False)
+    yield from small_products()
+
+
+def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """M, N and K of 1 in all combinations, and one of each alone beside sizes that take every kind of tile."""
+    for m, n, k in (*((m, n, k) for m in (1, 70) for n in (1, 33) for k in (1, 96)), (1, 4096, 4096), (300, 1, 4096)):
+        a, w = selfcheck.codes(m, k), selfcheck.codes(n, k)
+        yield "int8_mm", (a, w.t())
+        plain = "none", torch.bfloat16, None, None
+        yield "int8_scaled_mm", (a, w.t(), torch.rand(m, 1), torch.rand(n), None, None, None, *plain)
+        padded = torch.nn.functional.pad(w, (0, -k % 16))
+        layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
+        yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
+        packed = int4_gemm.to_halves(w.clamp(-8, 7), int4_gemm.half_of(k, k))
+        for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
+            of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
+            yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)
+
+
+def module_of(op: str) -> Any:
+    stem = registry.kernels(op)[-1].fn.__module__.rpartition(".")[2]
+    return importlib.import_module(f"qkernels.triton.{stem}")
+
+
+def listen() -> None:
+    launch = CudaLauncher.__call__
+
+    def heard(self: Any, *args: Any) -> None:
+        started.append((self, *args[:3], *args[9:]))
+        launch(self, *args)
+
+    CudaLauncher.__call__ = heard
+
+
+def place_of(arg: Any, pointer: bool, known: dict[int, str]) -> Any:
+    """An argument as it can be compared between two calls: addresses by what lies there."""
+    if isinstance(arg, TensorDescriptor | _Map):
+        return place_of(arg.base.data_ptr(), True, known), list(arg.shape), list(arg.strides)
+    if isinstance(arg, Tensor):
+        arg, pointer = arg.data_ptr(), True
+    if pointer:
+        return known.setdefault(arg, f"own {len(known)}")
+    return arg
+
+
+def described(launches: list[tuple[Any, ...]], like: list[tuple[Any, ...]], args: Any, results: Any) -> list[Any]:
+    """The launches of one call; an argument is an address where that of ``like`` is a tensor."""
+    known = {t.data_ptr(): f"argument {at}" for at, t in enumerate(selfcheck.tensors_in(args))}
+    known |= {t.data_ptr(): f"result {at}" for at, t in enumerate(selfcheck.tensors_in(results)) if t.numel()}
+
+    def one(arg: Any, as_in: Any) -> Any:
+        if isinstance(as_in, tuple):
+            return [one(*pair) for pair in zip(arg, as_in, strict=True)]
+        return place_of(arg, isinstance(as_in, Tensor), known)
+
+    return [[id(own[0]), *map(one, own[1:], other[1:])] for own, other in zip(launches, like, strict=True)]
+
+
+def check_calls() -> dict[str, Any]:
+    listen()
+    functions: dict[str, Remembered] = {}
+    faults: Counter[str] = Counter()
+    ways: dict[str, Counter[str]] = {}
+    for op, args in calls():
+        function = functions.setdefault(op, Remembered(getattr(module_of(op), op.replace(".", "_"))))
+        way = ways.setdefault(op, Counter())
+        kind, seen = kind_of(args)[0], []
+        if kind in function.memory:
+            continue
+        try:
+            for _ in range(3):
+                started.clear()
+                result = function(*args)
+                seen.append((list(started), result))
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[-1][:160]
+            if "out of bounds for dimension" not in text:  # nothing was computed: an index read from a result is noise
+                faults[f"{op}: {type(error).__name__}: {text} on ({selfcheck.describe(args)})"] += 1
+            continue
+        (plain, first), _, (last, third) = seen
+        way["replayed" if isinstance(function.memory.get(kind), Replay) else "not"] += 1
+        shapes = [[(t.shape, t.stride(), t.dtype) for t in selfcheck.tensors_in(r)] for r in (first, third)]
+        if shapes[0] != shapes[1]:
+            faults[f"{op}: returns {shapes[1]} when replayed, not {shapes[0]}"] += 1
+        elif described(plain, plain, args, first) != described(last, plain, args, third):
+            faults[f"{op}: starts something else when replayed, on ({selfcheck.describe(args)})"] += 1
+    return {"faults": dict(faults), "ways": ways, "quick": dict(quick)}
+
+
+def layers(dtype: torch.dtype = torch.bfloat16, width: int = 768) -> list[Callable[[int], Any]]:
+    """What the layers of a model call, as functions of the number of rows in a batch."""
+    scale, zero_point, row_scale = torch.ones(1), torch.zeros(1), torch.ones(width, 1)
+    w, colsum = torch.zeros(width, width, dtype=torch.int8), torch.zeros(width, dtype=torch.int32)
+    halves, groups = torch.zeros(width, width // 2, dtype=torch.uint8), torch.ones(width // 128, width)
+
+    def x(rows: int) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype)
+
+    def op(name: str, *args: Any) -> Any:
+        return getattr(module_of(name), name.replace(".", "_"))(*args)
+
+    int8, plain = (-128, 127), ("none", dtype, None, None)
+    weight = torch.empty(width, width, dtype=dtype)
+    stats = torch.ones(1, dtype=torch.int64), -torch.ones(1), torch.ones(1), torch.ones(1)
+    return [
+        lambda rows: op("fake_quantize_forward", x(rows), scale, zero_point, *int8),
+        lambda rows: op("fake_quantize_forward_mask", x(rows), scale, None, *int8),
+        lambda rows: op("fake_quantize_backward_mask", x(rows), torch.empty(rows * width // 8, dtype=torch.uint8)),
+        lambda rows: op("fake_quantize_learnable_backward", x(rows), x(rows), scale, None, *int8, 1.0, True),
+        lambda rows: op("fake_quantize_learnable_backward", weight, weight, row_scale, None, *int8, 1.0, True),
+        lambda rows: op("fake_quantize_dynamic_forward", x(rows), -1, *int8, True),
+        lambda rows: op("quantize_dynamic", x(rows), -1, *int8, True),
+        lambda rows: op("observe_fake_quantize", x(rows), stats[0], *stats, torch.zeros(1, dtype=torch.int32), 0.01, *int8, 127.0, 0),
+        lambda rows: op("rms_norm_quantize_dynamic", x(rows), scale.expand(width), 1e-6, -1, *int8, True),
+        lambda rows: op("silu_mul_quantize_dynamic", x(rows), x(rows), -1, *int8, True),
+        lambda rows: op("int8_linear", x(rows), w, colsum, torch.ones(width), None, None, None, *int8, *plain),
+        lambda rows: op("int4_linear", x(rows), halves, groups, None, None, torch.ones(width), None, 128, 16, None, None, *int8, dtype),
+    ]  # fmt: skip
+
+
+def check_loop() -> dict[str, Any]:
+    """Compilations by kernel in the first batches of a loop, and in all that follow."""
+    every = layers()
+    for rows in (1, 16, 24, 32, 64, 128, 256, 512, 1024, 4096):
+        for call in every:
+            call(rows)
+    first = Counter(stub_gpu.compilations)
+    for rows in (2, 3, 5, 7, 8, 17, 31, 33, 48, 63, 65, 100, 127, 129, 200, 333, 513, 777, 1000, 1023, 1025, 2048, 3000, 5000):
+        for call in every:
+            call(rows)
+    later = Counter(stub_gpu.compilations) - first
+    return {"first": dict(first), "later": dict(later)}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    driver = stub_gpu.install(parsed_only=True)
+    result = {"calls": check_calls, "loop": check_loop}[sys.argv[1]]()
+    print(json.dumps({**result, "launches": stub_gpu.launches(driver), "compilations": dict(stub_gpu.compilations)}))
+
+
+if __name__ == "__main__":
+    main()
