@@ -1,4 +1,4 @@
-"""Sends every Triton op's calls through Triton's own launch over a driver that does nothing; run by test_triton_launch.py.
+"""Sends every Triton op's calls through Triton's own launch, over a driver that does nothing: for test_triton_launch.py.
 
     python tests/launch_triton.py calls | loop
 
@@ -172,7 +172,9 @@ def layers(dtype: torch.dtype = torch.bfloat16, width: int = 768) -> list[Callab
 
     int8, plain = (-128, 127), ("none", dtype, None, None)
     weight = torch.empty(width, width, dtype=dtype)
-    stats = torch.ones(1, dtype=torch.int64), -torch.ones(1), torch.ones(1), torch.ones(1)
+    stats = -torch.ones(1), torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    on = [torch.ones(1, dtype=torch.int64) for _ in range(2)]
+    per_column, no_static = torch.ones(width), (None, None)
     return [
         lambda rows: op("fake_quantize_forward", x(rows), scale, zero_point, *int8),
         lambda rows: op("fake_quantize_forward_mask", x(rows), scale, None, *int8),
@@ -181,12 +183,14 @@ def layers(dtype: torch.dtype = torch.bfloat16, width: int = 768) -> list[Callab
         lambda rows: op("fake_quantize_learnable_backward", weight, weight, row_scale, None, *int8, 1.0, True),
         lambda rows: op("fake_quantize_dynamic_forward", x(rows), -1, *int8, True),
         lambda rows: op("quantize_dynamic", x(rows), -1, *int8, True),
-        lambda rows: op("observe_fake_quantize", x(rows), stats[0], *stats, torch.zeros(1, dtype=torch.int32), 0.01, *int8, 127.0, 0),
-        lambda rows: op("rms_norm_quantize_dynamic", x(rows), scale.expand(width), 1e-6, -1, *int8, True),
+        lambda rows: op("observe_fake_quantize", x(rows), *on, *stats, 0.01, *int8, 127.0, 0),
+        lambda rows: op("rms_norm_quantize_dynamic", x(rows), per_column, 1e-6, -1, *int8, True),
         lambda rows: op("silu_mul_quantize_dynamic", x(rows), x(rows), -1, *int8, True),
-        lambda rows: op("int8_linear", x(rows), w, colsum, torch.ones(width), None, None, None, *int8, *plain),
-        lambda rows: op("int4_linear", x(rows), halves, groups, None, None, torch.ones(width), None, 128, 16, None, None, *int8, dtype),
-    ]  # fmt: skip
+        lambda rows: op("int8_linear", x(rows), w, colsum, per_column, None, *no_static, *int8, *plain),
+        lambda rows: op(
+            "int4_linear", x(rows), halves, groups, *no_static, per_column, None, 128, 16, *no_static, *int8, dtype
+        ),
+    ]
 
 
 def check_loop() -> dict[str, Any]:
@@ -196,7 +200,32 @@ def check_loop() -> dict[str, Any]:
         for call in every:
             call(rows)
     first = Counter(stub_gpu.compilations)
-    for rows in (2, 3, 5, 7, 8, 17, 31, 33, 48, 63, 65, 100, 127, 129, 200, 333, 513, 777, 1000, 1023, 1025, 2048, 3000, 5000):
+    for rows in (
+        2,
+        3,
+        5,
+        7,
+        8,
+        17,
+        31,
+        33,
+        48,
+        63,
+        65,
+        100,
+        127,
+        129,
+        200,
+        333,
+        513,
+        777,
+        1000,
+        1023,
+        1025,
+        2048,
+        3000,
+        5000,
+    ):
         for call in every:
             call(rows)
     later = Counter(stub_gpu.compilations) - first

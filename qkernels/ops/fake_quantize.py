@@ -391,9 +391,7 @@ def fake_quantize(
             raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         if not lsq:
             return _by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
-        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)  # no copy from the host
+    scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
     if torch.is_grad_enabled():
@@ -402,6 +400,20 @@ def fake_quantize(
         if x.requires_grad:
             return (_kept if _is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max, lsq)
     return _forward(x, scale, zero_point, quant_min, quant_max)
+
+
+def as_tensors(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point as the ops take them. No number is copied to a GPU, and a zero point of 0 is none."""
+    if not isinstance(scale, Tensor):
+        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
+    if zero_point is None or isinstance(zero_point, Tensor):
+        return scale, zero_point
+    reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
+    if zero_point == 0:
+        return scale, None
+    return scale, torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
 
 
 def _by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
@@ -423,10 +435,7 @@ def _by_variant(
     factor: float,
 ) -> Tensor:
     check_variant(variant, delta, ("clip", *VARIANTS))
-    if not isinstance(scale, Tensor):
-        scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.fake_quantize_straight_through(
             x, scale, zero_point, quant_min, quant_max, variant, delta, factor

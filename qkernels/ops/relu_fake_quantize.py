@@ -12,9 +12,8 @@ from torch.autograd import Function
 from .. import library
 from ..reference import relu_fake_quantize as reference
 from ..reference import transforms
-from ..reference.fake_quantize import compute_dtype
 from ..reference.straight_through import check_clip_or_lsq
-from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, transformed
+from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, as_tensors, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -131,12 +130,9 @@ def relu_fake_quantize(
     """
     check_clip_or_lsq(straight_through)
     lsq = straight_through == "lsq"
-    if not isinstance(scale, Tensor):
-        if isinstance(zero_point, Tensor):
-            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
-        scale = torch.full((1,), scale, dtype=compute_dtype(x), device=x.device)
-    if zero_point is not None and not isinstance(zero_point, Tensor):
-        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if not isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
+    scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.relu_fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
     if torch.is_grad_enabled():

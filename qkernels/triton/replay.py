@@ -115,7 +115,8 @@ def _argument(arg: Any, places: Places) -> tuple[str, list[Any]]:
 
 def _start(launch: Launch, places: Places) -> Callable[[int, list[int]], None]:
     """A function of stream and addresses that starts the kernel, as triton.runtime.jit does after it has found it."""
-    texts, constants = [], []
+    texts: list[str] = []
+    constants: list[Any] = []
     for arg in launch.arguments:
         text, own = _argument(arg, places)
         for constant in own:
@@ -143,7 +144,9 @@ class Replay(NamedTuple):
 
     def __call__(self, addresses: list[int]) -> Any:
         device = self.device
-        fresh = [torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.allocations]
+        fresh = [
+            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype in self.allocations
+        ]
         addresses += [t.data_ptr() for t in fresh]
         stream = triton.runtime.driver.active.get_current_stream(device.index or 0)
         for start in self.starts:

@@ -45,7 +45,9 @@ def _compile(name: str, source: str, folder: str, library_dirs: Any, include_dir
     out = str(Path(folder, name + sysconfig.get_config_var("EXT_SUFFIX")))
     include = [f"-I{folder}" for folder in (*include_dirs, folder, sysconfig.get_paths()["include"])]
     linked = [*(f"-L{folder}" for folder in library_dirs), *(f"-l:{library}" for library in libraries)]
-    subprocess.run(["gcc", source, "-O0", "-w", "-Wno-psabi", "-shared", "-fPIC", "-o", out, *include, *linked], check=True)
+    subprocess.run(
+        ["gcc", source, "-O0", "-w", "-Wno-psabi", "-shared", "-fPIC", "-o", out, *include, *linked], check=True
+    )
     return out
 
 
