@@ -1,10 +1,11 @@
-"""Sends every Triton op's calls through Triton's own launch, over a driver that does nothing: for test_triton_launch.py.
+"""Sends every Triton op's calls through Triton's own launch, over a driver that does nothing.
 
-    python tests/launch_triton.py calls | loop
+    python tests/launch_triton.py calls | loop | choices
 
 calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included. Each call is made three times:
 by the long way, watched, and as it was remembered; both ways must start the same kernels on the same arguments.
 loop: a model's ops over batches of changing size, as a training loop or a server makes them.
+choices: what is remembered never outlives a change of what it was remembered for.
 Prints one JSON object.
 """
 
@@ -22,11 +23,14 @@ import compile_triton
 import stub_gpu
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import qkernels as qk
 from qkernels import registry, selfcheck
 from qkernels.reference import int4_gemm
+from qkernels.triton import replay
 from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -232,10 +236,73 @@ def check_loop() -> dict[str, Any]:
     return {"first": dict(first), "later": dict(later)}
 
 
+def check_choices() -> dict[str, Any]:
+    served = stub_gpu.serve()
+    listen()
+    x, grad, scale = torch.randn(8, 64), torch.randn(8, 64), torch.ones(1)
+
+    def started_by(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
+        started.clear()
+        call()
+        return list(started)
+
+    def quantize() -> Tensor:
+        return qk.fake_quantize(x, scale, quant_min=-8, quant_max=7)
+
+    def moved(t: Tensor) -> list[tuple[Any, ...]]:
+        return started_by(lambda: qk.fake_quantize(t, scale, quant_min=-8, quant_max=7))
+
+    for _ in range(3):
+        assert len(started_by(quantize)) == 1
+    remembered = started_by(quantize)
+    assert all(isinstance(arg, int) for arg in remembered[0][4:6]), "addresses, not tensors"
+    with qk.use_kernel("reference"):
+        assert started_by(quantize) == []
+        assert torch.equal(quantize(), qk.reference.fake_quantize.fake_quantize_forward(x, scale, None, -8, 7))
+    with qk.use_kernel("triton"):
+        assert len(started_by(quantize)) == 1
+    assert started_by(quantize)[0][0] is remembered[0][0]
+    compiled = torch.compile(quantize, backend="aot_eager", fullgraph=True)
+    assert [len(started_by(compiled)) for _ in range(3)] == [1, 1, 1]
+
+    # Another kind of tensor is another kernel, or the same one on other numbers.
+    assert moved(misaligned(x))[0][0] is not remembered[0][0]
+    assert moved(x.bfloat16())[0][0] is not remembered[0][0]
+    assert 16 * 64 in [arg for arg in moved(torch.randn(16, 64))[0] if isinstance(arg, int)]
+    assert len(moved(torch.randn(64, 8).t())) == 1
+    assert qk.fake_quantize(torch.randn(64, 8).t(), scale, quant_min=-8, quant_max=7).stride() == (1, 8)
+
+    # Tensors that share memory say nothing of those that do not.
+    backward = torch.ops.qkernels.fake_quantize_backward.default
+    for _ in range(3):
+        started_by(lambda: backward(x, x, scale, None, -8, 7))
+    for _ in range(3):
+        (launch,) = started_by(lambda: backward(grad, x, scale, None, -8, 7))
+    assert launch[4:6] == (grad.data_ptr(), x.data_ptr())
+    (launch,) = started_by(lambda: backward(x, x, scale, None, -8, 7))
+    assert launch[4] is x or launch[4] == x.data_ptr()
+
+    # A profiler hears of every launch; measured tiles are taken from the next call on; the device is looked at.
+    heard: list[Any] = []
+    knobs.runtime.launch_enter_hook.add(heard.append)
+    quantize()
+    knobs.runtime.launch_enter_hook.remove(heard.append)
+    assert len(heard) == 1
+    replay.forget()
+    assert isinstance(started_by(quantize)[0][4], Tensor)
+    elsewhere = replay.Replay(torch.device("cuda", 1), [], [], 0)
+    torch.cuda.current_device = lambda: 0
+    assert not elsewhere.is_here()
+    torch.cuda.current_device = lambda: 1
+    assert elsewhere.is_here()
+    del served
+    return {}
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     driver = stub_gpu.install(parsed_only=True)
-    result = {"calls": check_calls, "loop": check_loop}[sys.argv[1]]()
+    result = {"calls": check_calls, "loop": check_loop, "choices": check_choices}[sys.argv[1]]()
     print(json.dumps({**result, "launches": stub_gpu.launches(driver), "compilations": dict(stub_gpu.compilations)}))
 
 

@@ -64,3 +64,7 @@ def test_batches_of_other_sizes_compile_nothing_new(tmp_path: Path) -> None:
     print(f"{first} compilations in the first ten batches, then {result['later']}")
     assert first <= MOST["first batches"]
     assert later <= MOST["later batches"], result["later"]
+
+
+def test_what_is_remembered_is_never_the_wrong_choice(tmp_path: Path) -> None:
+    launched("choices", tmp_path)

@@ -101,6 +101,8 @@ class Places:
 
 def _argument(arg: Any, places: Places) -> tuple[str, list[Any]]:
     """An argument of a launcher as an expression in ``a``, the addresses, and ``c``, the constants that it needs."""
+    if arg is None or isinstance(arg, int):
+        return repr(arg), []
     if isinstance(arg, TensorDescriptor):
         number, beyond = places.of(arg.base)
         return f"_Map(a[{number}] + {beyond}, c[@])", [arg]
@@ -110,6 +112,8 @@ def _argument(arg: Any, places: Places) -> tuple[str, list[Any]]:
     if isinstance(arg, tuple) and any(isinstance(part, Tensor) for part in arg):
         parts = [_argument(part, places) for part in arg]
         return f"({', '.join(text for text, _ in parts)},)", [constant for _, own in parts for constant in own]
+    if isinstance(arg, tuple) and all(isinstance(part, int) for part in arg):
+        return repr(tuple(arg)), []
     return "c[@]", [arg]
 
 
@@ -228,6 +232,7 @@ def kind_of(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int]]:
             kind += (arg.dtype, arg.shape, arg.stride(), arg.device, address & 15)
         else:
             kind.append(arg)
+    kind.append(len(set(addresses)))  # x twice is not grad and x
     return tuple(kind), addresses
 
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sysconfig
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
+
+from qkernels import library, registry
 
 H200 = (90, 132, "")  # as int8_gemm.gpu gives it
 
@@ -40,8 +45,6 @@ class StubDriver(nvidia.CudaDriver):
 
 def _compile(name: str, source: str, folder: str, library_dirs: Any, include_dirs: Any, libraries: Any) -> str:
     """As triton.runtime.build does, but without optimization: half of the time is gcc's."""
-    import sysconfig
-
     out = str(Path(folder, name + sysconfig.get_config_var("EXT_SUFFIX")))
     include = [f"-I{folder}" for folder in (*include_dirs, folder, sysconfig.get_paths()["include"])]
     linked = [*(f"-L{folder}" for folder in library_dirs), *(f"-l:{library}" for library in libraries)]
@@ -97,6 +100,22 @@ def install(parsed_only: bool = False) -> ctypes.CDLL:
     for module in (int8_gemm, int4_gemm):
         module.gpu = lambda device: H200
     return driver
+
+
+def serve() -> torch.library.Library:
+    """Puts Triton where torch's dispatcher finds it for CPU tensors, as qkernels does on a GPU's for the GPU's.
+
+    Lasts as long as what it returns.
+    """
+    library._triton_missing = lambda device: None
+    library._isa_missing = lambda isa: "it is covered"
+    library.gpu, library.GPU_KEY = "cpu", "CPU"
+    served = torch.library.Library("qkernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}:
+            served.impl(op, library._remembered_else_selected(op), "CPU", allow_override=True)
+    return served
 
 
 def launches(driver: ctypes.CDLL) -> int:
