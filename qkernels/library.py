@@ -155,6 +155,8 @@ def _load_cuda() -> str | None:
     try:
         if fault := _fault_of(file):
             raise OSError(fault)
+        if reason := _driver_too_old(file):
+            return reason
         arches = arches_of(file)
         for index in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(index)
@@ -176,6 +178,22 @@ def _load_cuda() -> str | None:
             command = build_command("QKERNELS_BUILD=cuda")
             _op_missing_cuda[op] = Mendable(f"the CUDA kernels hold no {op}; rebuild them with: {command}")
     return None
+
+
+def _driver_too_old(cuda_library: Path) -> str | None:
+    """Why the machine's driver runs no code of the library's CUDA, or None: each serves its own major version."""
+    found = re.search(rb"qkernels-cuda-version:(\d+)", cuda_library.read_bytes())
+    if found is None:
+        return None
+    built, driver = int(found[1]), torch._C._cuda_getDriverVersion()
+    if built // 1000 <= driver // 1000:
+        return None
+    command = build_command("QKERNELS_BUILD=cuda CUDA_HOME=/path/to/cuda")
+    return Mendable(
+        f"the CUDA kernels are built by CUDA {built // 1000}.{built % 1000 // 10}, and the NVIDIA driver is for CUDA "
+        f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or build them by a CUDA of its version with: "
+        f"{command}"
+    )
 
 
 def arches_of(cuda_library: Path) -> str:
@@ -377,8 +395,17 @@ def _cuda_unsupported(op: str, unsuited: bool | Callable[..., str | None]) -> Ca
 def _cuda_unusable() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None where they can."""
     if gpu == "cuda" and torch.version.cuda is not None and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return _no_gpu()
     return cuda_missing()
+
+
+def _no_gpu() -> str:
+    """Why torch can use no GPU, in its own words where it has some: a driver that is too old is the common case."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"there is no GPU that torch can use ({str(error).splitlines()[0]})"
+    return "there is no GPU that torch can use"
 
 
 _triton_functions: dict[str, Callable[[], Any]] = {}  # each imports Triton at its first call
@@ -421,7 +448,7 @@ def _triton_missing(device: torch.device | None) -> str | None:
     if interpreted:
         return None
     if not torch.cuda.is_available():
-        return "there is no GPU that torch can use"
+        return _no_gpu()
     if torch.version.hip is not None:
         return "takes NVIDIA GPUs, this torch is built for AMD"
     major, minor = torch.cuda.get_device_capability(device)

@@ -139,6 +139,18 @@ def test_built_for_another_gpu(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 'TORCH_CUDA_ARCH_LIST="9.0"' in reason
 
 
+def test_built_by_a_newer_cuda_than_the_driver_is_for(gpu: pytest.MonkeyPatch, tmp_path: Path, compiled: Path) -> None:
+    file = tmp_path / "_cuda.so"
+    gpu.setattr(library, "_fault_of", lambda path: None)
+    gpu.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    file.write_bytes(b"\x7fELF qkernels-cuda-arches:9.0\0qkernels-cuda-version:13000\0")
+    reason = missing(gpu, file)
+    assert reason.startswith("the CUDA kernels are built by CUDA 13.0, and the NVIDIA driver is for CUDA 12.8; update")
+    assert b"qkernels-cuda-version:13" in compiled.read_bytes()
+    file.write_bytes(b"\x7fELF qkernels-cuda-arches:8.0\0qkernels-cuda-version:12080\0")
+    assert missing(gpu, file).startswith("the CUDA kernels are built for 8.0")
+
+
 def test_truncated(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "_cuda.so"
     file.write_bytes(b"\x7fELF")
@@ -165,7 +177,15 @@ def test_use_kernel_without_a_gpu_fails_on_entry(gpu: pytest.MonkeyPatch) -> Non
     """Where torch has CUDA, and the library is there and loads."""
     gpu.setattr(library, "_cuda_state", [None])
     gpu.setattr(torch.cuda, "is_available", lambda: False)
-    for name, reason in (("cuda", "torch sees no CUDA device"), ("triton", "there is no GPU that torch can use")):
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it.")
+
+    gpu.setattr(torch.cuda, "init", too_old)
+    reason = (
+        r"there is no GPU that torch can use \(The NVIDIA driver on your system is too old \(found version 11040\).\)"
+    )
+    for name in ("cuda", "triton"):
         gpu.delenv("TRITON_INTERPRET", raising=False)
         library._triton_missing.cache_clear()
         with pytest.raises(RuntimeError, match=f"use_kernel: cannot run {name}: {reason}"), qk.use_kernel(name):

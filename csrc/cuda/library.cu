@@ -1,3 +1,7 @@
-// What this library was compiled for: qkernels.library searches the file for it before loading.
+// What this library was compiled for and by: qkernels.library searches the file for both before loading.
+#define QKERNELS_TEXT(value) #value
+#define QKERNELS_TEXT_OF(macro) QKERNELS_TEXT(macro)
 extern "C" __attribute__((visibility("default"), used)) const char qkernels_cuda_arches[] =
     "qkernels-cuda-arches:" QKERNELS_CUDA_ARCHES;
+extern "C" __attribute__((visibility("default"), used)) const char qkernels_cuda_version[] =
+    "qkernels-cuda-version:" QKERNELS_TEXT_OF(CUDART_VERSION);
