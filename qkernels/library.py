@@ -185,7 +185,7 @@ def _driver_too_old(cuda_library: Path) -> str | None:
     found = re.search(rb"qkernels-cuda-version:(\d+)", cuda_library.read_bytes())
     if found is None:
         return None
-    built, driver = int(found[1]), torch._C._cuda_getDriverVersion()
+    built, driver = int(found[1]), torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     if built // 1000 <= driver // 1000:
         return None
     command = build_command("QKERNELS_BUILD=cuda CUDA_HOME=/path/to/cuda")
