@@ -351,9 +351,8 @@ def _pinned(op: str, isa: str) -> Callable[..., Any]:
 
 def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
-        for arg in registry.flat(args):
-            if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
-                return f"takes CPU tensors, got one on {arg.device}"
+        if reason := _elsewhere("cpu", args):
+            return reason
         if reason := _isa_missing(isa) or _op_missing.get(op):
             return reason
         assert host is not None
@@ -363,6 +362,22 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
         return None
 
     return unsupported
+
+
+def _elsewhere(kind: str, args: tuple[Any, ...]) -> str | None:
+    """That a tensor is on another kind of device, or None: asked of every kernel at every choice."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.device.type != kind:
+                return _takes(kind, arg.device)
+        elif isinstance(arg, list) and (reason := _elsewhere(kind, tuple(arg))):
+            return reason
+    return None
+
+
+@functools.cache
+def _takes(kind: str, device: torch.device) -> str:
+    return f"takes {kind.upper()} tensors, got one on {device}"
 
 
 def _isa_missing(isa: str) -> str | None:
@@ -383,9 +398,8 @@ def cuda_op(op: str) -> str:
 
 def _cuda_unsupported(op: str, unsuited: bool | Callable[..., str | None]) -> Callable[..., str | None]:
     def unsupported(*args: Any) -> str | None:
-        for arg in registry.flat(args):
-            if isinstance(arg, torch.Tensor) and arg.device.type != gpu:
-                return f"takes {gpu.upper()} tensors, got one on {arg.device}"
+        if reason := _elsewhere(gpu, args):
+            return reason
         missing = _cuda_unusable() or _op_missing_cuda.get(op)
         return unsuited(*args) if missing is None and args and callable(unsuited) else missing
 
