@@ -200,7 +200,7 @@ def layers(dtype: torch.dtype = torch.bfloat16, width: int = 768) -> list[Callab
 def check_loop() -> dict[str, Any]:
     """Compilations by kernel in the first batches of a loop, and in all that follow."""
     every = layers()
-    for rows in (1, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+    for rows in (1, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4500, 8192):
         for call in every:
             call(rows)
     first = Counter(stub_gpu.compilations)
