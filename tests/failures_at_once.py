@@ -12,7 +12,7 @@ class FailuresAtOnce:
     def say(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
         if report.failed and terminal is not None:  # the workers of xdist have none
-            terminal.ensure_newline()
+            terminal.line("")
             terminal.write_line(f"FAILED {report.nodeid}")
             terminal.write_line(report.longreprtext)
             terminal.flush()

@@ -3,7 +3,7 @@
 Everything said to be on "cuda" lives on the CPU; Triton kernels run in its interpreter, CUDA kernels are the reference.
 It shows that the code that waits for a GPU is free of slips; it shows nothing about a GPU. A pytest plugin; and a
 program that runs another script of this checkout so: `python tests/pretend_gpu.py [-m MODULE | SCRIPT] arguments…`.
-Variables of the environment make it behave as a GPU run must survive: see ``Injected``.
+Variables of the environment say what goes wrong, which a GPU run must survive, and how much is run: see ``Asked``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,27 +24,39 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
-import torch
-from torch.overrides import TorchFunctionMode
-
 ROOT = Path(__file__).parent.parent
 
 
-class Injected:
-    """What goes wrong, by the environment: a build, a kernel's values, a step that hangs, a peer in a capture."""
+class Asked:
+    """By the environment."""
 
+    few = "PRETEND_FEW" in os.environ  # of everything a little, for a whole run within a minute
     build = "PRETEND_BUILD_FAILS" in os.environ
-    wrong = os.environ.get("PRETEND_WRONG")  # an op
-    hangs = os.environ.get("PRETEND_HANGS")  # the end of a command
-    uncapturable = os.environ.get("PRETEND_UNCAPTURABLE")  # a function of torch
+    wrong = os.environ.get("PRETEND_WRONG")  # an op whose kernels' values are
+    hangs = os.environ.get("PRETEND_HANGS")  # a part of a command
+    uncapturable = os.environ.get("PRETEND_UNCAPTURABLE")  # a function of torch that waits for the GPU
 
+
+if __name__ == "__main__":  # what needs no torch
+    if sys.argv[1] == "setup.py":  # nothing is built here
+        sys.exit(1 if Asked.build and os.environ["QKERNELS_BUILD"] == "cuda" else 0)
+    if sys.argv[1].endswith("touch.py"):
+        sys.exit(0)
+    if Asked.hangs and Asked.hangs in " ".join(sys.argv):
+        child = subprocess.Popen(["sleep", "600"])
+        Path(os.environ["PRETEND_HANGS_IN"]).write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(600)
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 # torch's ops that read a value on the host.
 WAITING = {
     "fake_quantize_per_channel_affine",
     "_fake_quantize_learnable_per_tensor_affine",
     "_fake_quantize_learnable_per_channel_affine",
-    Injected.uncapturable,
+    Asked.uncapturable,
 }
 
 
@@ -124,17 +138,20 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+kept: list[Any] = []
+
+
 def kernels() -> None:
     """Those of a GPU: the CUDA kernels are there and compute as the reference does, and there are no CPU kernels."""
     from qkernels import library, registry, selfcheck
     from qkernels.ops import int4_gemm
 
     int4_gemm._takes_halves = lambda device: True
-    library.gpu, library._cuda_state[:] = "cpu", ["the build failed"] if Injected.build else [None]
+    library.gpu, library._cuda_state[:] = "cpu", ["the build failed"] if Asked.build else [None]
 
     def pretended(kernel: registry.Kernel, reference: Any) -> registry.Kernel:
         fn = reference if kernel.name == "cuda" else kernel.fn
-        is_wrong = kernel.op == Injected.wrong and kernel.name != "reference"
+        is_wrong = kernel.op == Asked.wrong and kernel.name != "reference"
 
         def call(*args: Any) -> Any:
             graph, Graph.capturing = Graph.capturing, None
@@ -153,6 +170,15 @@ def kernels() -> None:
     for op, of_op in registry._kernels.items():
         gpu_kernels = [kernel for kernel in of_op if not kernel.name.startswith("cpu_")]
         registry._kernels[op] = [pretended(kernel, of_op[-1].fn) for kernel in gpu_kernels]
+    # The compiled CPU kernels lie at the key of the tensors: on a GPU torch would not find them.
+    library._route = nothing
+    route = torch.library.Library(library.NAMESPACE, "IMPL")
+    kept.append(route)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+        for op in registry._kernels:
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"{library.NAMESPACE}::{op}", "CPU"):
+                route.impl(op, library._selected(op), "CPU", allow_override=True)
 
 
 def pretend() -> None:
@@ -179,6 +205,7 @@ def pretend() -> None:
         "stream": contextlib.nullcontext,
     }.items():
         setattr(torch.cuda, name, value)
+    torch.compile = lambda function, **options: function
     kernels()
     OnCpu().__enter__()
 
@@ -188,12 +215,56 @@ def few_inputs() -> None:
     from qkernels import selfcheck
 
     every = selfcheck.inputs
-    selfcheck.inputs = lambda quick, dtypes=selfcheck.DTYPES: list(every(True, dtypes))[:2]
+
+    def inputs(quick: bool, dtypes: Any = selfcheck.DTYPES) -> Iterator[torch.Tensor]:
+        least = (x for x in every(True, dtypes) if x.shape == selfcheck.SHAPES[0])
+        yield from itertools.islice(least, 1) if Asked.few else least
+
+    selfcheck.inputs = inputs
 
 
 def pytest_configure() -> None:
     pretend()
     few_inputs()
+
+
+# By words of their names. They need layouts that a device's name decides, values that a GPU does not look at, tensors of
+# two devices, or assembly; the others take minutes in the interpreter.
+IMPOSSIBLE = (
+    "layers_on_the_gpu", "weights_on_the_gpu", "give_nan", "bad_arguments", "assembly_is_its_twin",
+    "large_in_fp32 triton", "every_granularity triton bfloat16",
+)  # fmt: skip
+LEAST = {"n": (1000, 1024), "k": (1040,), "m": (1,), "group_size": (32, -1)}  # of the tests of every tile
+
+
+def possible(item: Any) -> bool:
+    if any(all(word in item.name for word in words.split()) for words in IMPOSSIBLE):
+        return False
+    params = params_of(item)
+    if "by_every_tile" in item.name:
+        return all(params[name] in LEAST[name] for name in LEAST.keys() & params.keys())
+    _, n, k, _ = params["shape"] if "int4_cuda" in item.name and "shape" in params else (0, 0, 0, 0)
+    return n * k < 1 << 20
+
+
+def params_of(item: Any) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    chosen = [item for item in items if possible(item)]
+    for item in chosen:
+        for name, value in (("INT4_K", 256), ("MANY", (9, 72)), ("REPEATS", 2)):
+            if hasattr(item.module, name):
+                setattr(item.module, name, value)
+    if Asked.few:  # one of each test and each of the kernels' names
+        one: dict[Any, Any] = {}
+        for item in chosen:
+            kernel = params_of(item).get("kernel")
+            one.setdefault((item.originalname, kernel.name if kernel else params_of(item).get("name")), item)
+        chosen = list(one.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 # What is small enough for the interpreter, of the modules that hold what is timed.
@@ -204,6 +275,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "timing": {"ROUNDS": 2, "SECONDS_PER_CONTESTANT": 0.001, "COPY_ELEMENTS": 1 << 10, "HOST_CALLS": 5},
 }
 SMALL_ROWS = ["1", "20"]
+FEW_CASES = (
+    "forward, per tensor",
+    "forward, per channel",
+    "forward+backward, per tensor",
+    "LSQ forward+backward, per tensor",
+    "quantize int8 per token",
+)
 
 
 def run_script(path: Path) -> Any:
@@ -214,13 +292,18 @@ def run_script(path: Path) -> Any:
         if name in sys.modules:
             for key, value in values.items():
                 setattr(sys.modules[name], key, value)
+    if Asked.few and "cases" in sys.modules:
+        module_of_cases = sys.modules["cases"]
+        module_of_cases.CASES[:] = [case for case in module_of_cases.CASES if case.name in FEW_CASES]
+    if Asked.few and path.stem == "gpu_sanitize":
+        every = module.registry.kernels
+        module.registry.kernels = lambda op=None: every(op) if op else every()[:9]
     if path.stem == "run":
         module.PYTHON = [sys.executable, str(Path(__file__).resolve())]
         module.INT8_ROWS = module.INT8[-7:] = module.INT4_ROWS = module.INT4[-7:] = SMALL_ROWS
         return module.main(sys.argv[1:])
     if path.stem == "gemm":
         module.compiled_rescale = module.rescale
-    torch.compile = lambda function, **options: function
     if path.stem == "machine":
         print(module.json.dumps(module.about()))
         return 0
@@ -228,19 +311,8 @@ def run_script(path: Path) -> Any:
 
 
 def main() -> Any:
-    command = " ".join(sys.argv[1:])
-    if Injected.hangs and Injected.hangs in command:
-        child = subprocess.Popen(["sleep", "600"])
-        Path(os.environ["PRETEND_HANGS_IN"]).write_text(f"{os.getpid()} {child.pid}")
-        time.sleep(600)
     sys.argv = sys.argv[1:]
-    if sys.argv[0] == "setup.py":  # nothing is built here
-        return 1 if Injected.build and os.environ["QKERNELS_BUILD"] == "cuda" else 0
-    if sys.argv[0].endswith("touch.py"):
-        return 0
     if sys.argv[0] == "-m":
-        import pytest
-
         return pytest.main([*sys.argv[2:], "-p", "pretend_gpu"])
     pretend()
     few_inputs()

@@ -159,12 +159,15 @@ def test_int4_cuda_has_no_host_sync() -> None:
         run_int4_cuda(args)
 
 
+INT4_K = 5120
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128, 512, 40, -1])
 @pytest.mark.parametrize("n", [1000, 4096, 14336])
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 200])
 def test_int4_linear_by_every_tile(m: int, n: int, group_size: int) -> None:
     """On int8 activations the reference's bits where K is not cut, on floating ones its bound, with every kind of x."""
-    k = 5120
+    k = INT4_K
     w, x = torch.randn(n, k, device="cuda"), torch.randn(m, k, device="cuda")
     for symmetric in (True, False):
         packed = qk.PackedInt4.from_float(w, group_size, symmetric)

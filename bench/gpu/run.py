@@ -32,7 +32,7 @@ MINUTES = {"check": 4.5, "bench": 5.5}  # on an H200 machine of 16 cores
 GPU_TESTS = ["tests/test_gpu.py", "tests/test_gpu_gemm.py"]
 # What the interpreter cannot show of Triton beside the GPU's own tests.
 ASSEMBLY = "tests/test_triton_int4_gemm.py::test_the_assembly_is_its_twin"
-CUDA = "-cuda or [cuda or int4_cuda"  # by the names of kernels and tests
+CUDA = "int4_cuda or -cuda or [cuda"  # by the names of tests and kernels
 TILES = "by_every_tile"
 TRITON = "equals_the_reference and triton"
 INT8_ROWS = ["1", "16", "1024", "8192", "64", "256", "4096"]
