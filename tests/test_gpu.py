@@ -24,6 +24,7 @@ GPU_KERNELS = [
     for kernel in registry.kernels()
     if selfcheck.device_of(kernel) == "cuda" and kernel.unsupported() is None and kernel.op in selfcheck.ARGS
 ]
+ODD = (37, 1029)
 MANY, REPEATS = (300, 1040), 20  # of a sum that must come out the same every time
 NAMES = sorted({kernel.name for kernel in GPU_KERNELS})
 kernels = pytest.mark.parametrize("kernel", GPU_KERNELS, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
@@ -43,8 +44,9 @@ def same(a: Tensor, b: Tensor) -> None:
 def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
     """Arguments of one call on the GPU that the kernel takes; without ``size`` of one that is no multiple of anything."""
     torch.manual_seed(0)
-    x = torch.randn(size or (37, 1032 if "dynamic" in kernel.op else 1029))
-    half = x[:, :1024].bfloat16()  # what a kernel for half types alone takes
+    rows, columns = size or ODD
+    x = torch.randn(rows, columns + (-columns % 8 if "dynamic" in kernel.op else 0))
+    half = x[:, : columns // 8 * 8].bfloat16()  # what a kernel for half types alone takes
     for values in (x, half, x[:, :8], torch.randn(2, 8, 5, 6)):
         for args in selfcheck.ARGS[kernel.op](values):
             on_gpu = selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
