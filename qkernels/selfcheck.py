@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from .registry import Kernel
 INT4 = (-8, 7)
 INT8 = (-128, 127)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+QUICK_DTYPES = (torch.float32, torch.bfloat16)
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (0, 4), (), (70, 1030))
+
+ALIGNMENT = 16  # bytes: the widest access of a kernel
 
 # Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
 SUM_TOLERANCE = 1e-4
@@ -45,7 +48,7 @@ CHANGES_ARGUMENTS = {"follow_range", "observe_fake_quantize"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one kernel did on all its cases; fault is the first disagreement with the reference."""
+    """What one kernel did on all its cases; fault is the first disagreement with the reference, or what it raised."""
 
     op: str
     kernel: str
@@ -53,12 +56,19 @@ class Outcome:
     fault: str | None
 
 
-def inputs(quick: bool) -> Iterator[Tensor]:
+def misaligned(x: Tensor) -> Tensor:
+    """A copy of a contiguous x that begins one element into its storage."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def inputs(quick: bool, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    for shape in SHAPES[:3] if quick else SHAPES:
-        for dtype in (torch.float32, torch.bfloat16) if quick else DTYPES:
+    for at, shape in enumerate(SHAPES[:3] if quick else SHAPES):
+        for dtype in (dtype for dtype in (QUICK_DTYPES if quick else DTYPES) if dtype in dtypes):
             x = torch.randn(shape, generator=generator).to(dtype)
             yield x
+            if at == 0:  # an address that allows no access of 16 bytes
+                yield misaligned(x)
             if not quick and x.dim() >= 2:
                 yield x.transpose(0, 1)
                 yield x[..., ::2]
@@ -437,11 +447,14 @@ def device_of(kernel: Kernel) -> str:
 
 
 def on(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the arguments on ``device``, strides as they were."""
+    """Copies of the arguments on ``device``, strides and misalignment as they were."""
 
     def copied(arg: Any) -> Any:
         if isinstance(arg, Tensor):
-            return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=device).copy_(arg)
+            skip = arg.storage_offset() % (ALIGNMENT // arg.element_size())
+            held = sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride(), strict=True)) + 1
+            storage = torch.empty(skip + max(held, 0), dtype=arg.dtype, device=device)
+            return storage.as_strided(arg.shape, arg.stride(), skip).copy_(arg)
         return [copied(part) for part in arg] if isinstance(arg, list) else arg
 
     return tuple(copied(arg) for arg in args)
@@ -509,11 +522,14 @@ def describe(args: tuple[Any, ...]) -> str:
     return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in registry.flat(args))
 
 
-def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:
+def check_op(
+    op: str, kernels: list[Kernel], quick: bool, dtypes: Sequence[torch.dtype] = DTYPES
+) -> Iterator[Outcome]:
+    """Every kernel on every input of these dtypes; one that raises is at fault, and the others go on."""
     counts = dict.fromkeys((kernel.name for kernel in kernels), 0)
     faults: dict[str, str] = {}
     reference = registry.kernels(op)[-1]
-    for x in inputs(quick):
+    for x in inputs(quick, dtypes):
         for args in ARGS[op](x):
             expected: dict[str, tuple[Tensor, ...]] = {}
             for kernel in kernels:
@@ -524,7 +540,10 @@ def check_op(op: str, kernels: list[Kernel], quick: bool) -> Iterator[Outcome]:
                 if device not in expected:
                     expected[device] = outputs_of(reference, given)
                 counts[kernel.name] += 1
-                fault = disagreement(kernel, expected[device], given)
+                try:
+                    fault = disagreement(kernel, expected[device], given)
+                except Exception as error:  # a compiler's own errors too: they are of any class
+                    fault = f"raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 if fault is not None:
                     faults.setdefault(kernel.name, f"{fault}, on ({describe(given)})")
     for name, count in counts.items():

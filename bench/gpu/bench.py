@@ -1,45 +1,28 @@
-"""Times every case of cases.py on this GPU; writes <OUT>/<date>-fake_quantize.json. A process of its own, by run.py."""
+"""Times the cases of cases.py on this GPU, each kernel checked against the reference first. A step of run.py.
+
+Writes <date>-fake_quantize.json; --compiled: <date>-fake_quantize-compiled.json, of what has to be compiled first.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import time
 from collections.abc import Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cases
+import machine
 import torch
-from cases import CASES, DTYPES, SHAPES, Case
-from timing import compare, copy_bandwidth, error_of, host_seconds, input_sets
+from cases import DTYPES, Case
+from ours import KERNELS, able, forced
+from results import Results, Row, blame, reason_of
+from timing import compare, copy_bandwidth, error_of, input_sets
 
 import qkernels as qk
 
-OURS = ("cuda", "triton")
 TOLERANCE = 5e-4  # against the reference, whose sums (dscale, RMSNorm's mean) are in another order: rare codes differ
-HOST_SHAPE = (64, 64)
-# torch.compile takes seconds for each shape and dtype, Triton half of one, and fp16 code is bf16 code.
-COMPILED = [(shape, dtype) for shape in ((16384, 8192), (4096, 4096)) for dtype in ("fp32", "bf16")]
-
-
-def machine(bandwidth: float) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(None)
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "copy_bytes_per_second": bandwidth,
-        "torch": torch.__version__,
-        "qkernels": qk.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def forced(name: str) -> contextlib.AbstractContextManager[None]:
-    return qk.use_kernel(name) if name in OURS else contextlib.nullcontext()
 
 
 def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -49,82 +32,81 @@ def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def contestants(case: Case, inputs: tuple[Any, ...], compiles: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The calls that give what the reference gives, and why the others were left out."""
+def contestants(case: Case, inputs: tuple[Any, ...], compiled: bool, row: Row) -> dict[str, Any]:
+    """The calls that give what the reference gives; the row says which is ours, what is left out and what is wrong."""
     with qk.use_kernel("reference"):
         expected = case.ours(*fresh(inputs))
-    reasons = dict(qk.which(case.op))
-    calls, left_out = {}, {}
-    for name in OURS if compiles or reasons.get("cuda", "none") is not None else OURS[:1]:
-        if reasons.get(name, f"{case.op} has no such kernel") is not None:
-            left_out[name] = str(reasons.get(name, "no such kernel"))
+    names, row["left_out"] = able(case.op, case.ours, fresh(inputs), compiled)
+    row["ours"] = names[0] if names else None
+    calls = {}
+    for name in names:
+        try:
+            with forced(name):
+                error = error_of(case.ours(*fresh(inputs)), expected)
+        except Exception as fault:  # the others are timed all the same
+            blame(row, f"{name}: {type(fault).__name__}: {reason_of(fault)}")
+            torch.cuda.synchronize()
             continue
-        with forced(name):
-            error = error_of(case.ours(*fresh(inputs)), expected)
-        assert error <= TOLERANCE, f"{case.name}: {name} is off by {error:.2g} of the norm on {inputs[0].shape}"
-        calls[name] = case.ours
+        if error <= TOLERANCE:
+            calls[name] = case.ours
+        else:
+            blame(row, f"{name} is off by {error:.2g} of the norm")
     peers = {"aten": case.aten, "eager": case.formula}
-    if case.formula is not None and compiles:
+    if compiled:
         torch._dynamo.reset()
-        peers["compile"] = torch.compile(case.formula, fullgraph=True, dynamic=False)
+        peers = {"compile": torch.compile(case.formula, fullgraph=True, dynamic=False)} if case.formula else {}
     for name, call in peers.items():
         if call is None:
             continue
         try:
             error = error_of(call(*fresh(inputs)), expected)
-        except Exception as fault:  # a peer that fails on this case is a finding, not an end
-            left_out[name] = (str(fault).splitlines() or [type(fault).__name__])[0][:200]
+        except Exception as fault:  # a peer that fails on this case is a finding, not a fault
+            row["left_out"][name] = reason_of(fault)
             continue
         if error <= case.tolerance:
             calls[name] = call
         else:
-            left_out[name] = f"gives something else: off by {error:.2g} of the norm"
-    return calls, left_out
+            row["left_out"][name] = f"gives something else: off by {error:.2g} of the norm"
+    return calls
 
 
-def rows(deadline: float, bandwidth: float) -> Iterator[dict[str, Any]]:
-    # The sizes that decide come first, so that a short run has them.
-    for shape in sorted(SHAPES, key=lambda s: -torch.Size(s).numel()):
-        for dtype_name, dtype in DTYPES.items():
-            for case in CASES:
-                row: dict[str, Any] = {"case": case.name, "shape": list(shape), "dtype": dtype_name}
-                if time.monotonic() > deadline:
-                    yield {**row, "left_out": {"all": "out of time"}}
-                    continue
-                torch.manual_seed(0)
-                numel = torch.Size(shape).numel()
-                moved = case.moved(dtype.itemsize) * numel
-                sets = input_sets(partial(case.make, shape, dtype), moved)
-                calls, left_out = contestants(case, sets[0], (shape, dtype_name) in COMPILED)
-                row["left_out"] = left_out
-                row["seconds"] = compare(calls, sets, forced)
-                for name in set(calls) & set(OURS):
-                    assert row["seconds"][name]["by"] == "graph", f"{case.name}: {name} cannot be captured"
-                row["bytes"] = moved
-                row["share_of_copy"] = {
-                    name: moved / times["median"] / bandwidth for name, times in row["seconds"].items()
-                }
-                if shape == HOST_SHAPE:
-                    on_host = {"qkernels": case.ours, **{name: c for name, c in calls.items() if name not in OURS}}
-                    row["host_seconds"] = host_seconds(on_host, sets[0])
-                yield row
+def time_row(case: Case, shape: tuple[int, ...], dtype_name: str, compiled: bool, bandwidth: float, row: Row) -> None:
+    dtype = DTYPES[dtype_name]
+    moved = case.moved(dtype.itemsize) * torch.Size(shape).numel()
+    sets = input_sets(partial(case.make, shape, dtype), moved)
+    calls = contestants(case, sets[0], compiled, row)
+    row["seconds"] = compare(calls, sets, forced, ["aten"] if case.aten_waits else [])
+    for name in calls:
+        if name in KERNELS and row["seconds"][name]["by"] != "graph":
+            blame(row, f"{name} cannot be captured: {row['seconds'][name]['capture']}")
+    row["bytes"] = moved
+    row["share_of_copy"] = {name: moved / times["median"] / bandwidth for name, times in row["seconds"].items()}
 
 
-def main() -> None:
+def planned(compiled: bool) -> Iterator[tuple[Row, Case]]:
+    for shape, dtype_name in cases.DECISIVE if compiled else cases.DECISIVE + cases.OTHERS:
+        for case in cases.CASES:
+            yield {"case": case.name, "shape": list(shape), "dtype": dtype_name}, case
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="rows not begun by then are left out and say so")
+    parser.add_argument("--seconds", type=float, required=True, help="rows not begun by then are left out")
+    parser.add_argument("--resume", action="store_true", help="go on with the rows that --out does not have yet")
+    parser.add_argument("--compiled", action="store_true", help="ours against torch.compile, and Triton beside CUDA")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
     bandwidth = copy_bandwidth()
-    result: dict[str, Any] = {"machine": machine(bandwidth), "rows": []}
-    path = options.out / f"{result['machine']['date']}-fake_quantize.json"
-    for row in rows(deadline, bandwidth):
-        result["rows"].append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n")  # what is done stays, whatever happens next
-    done = [row for row in result["rows"] if "seconds" in row]
-    print(f"{len(done)} of {len(result['rows'])} rows timed; copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    here = machine.about() | {"copy_bytes_per_second": bandwidth, "qkernels": qk.__version__}
+    name = "fake_quantize-compiled" if options.compiled else "fake_quantize"
+    results = Results(options.out / f"{here['date']}-{name}.json", here, end, options.resume)
+    for row, case in planned(options.compiled):
+        shape, dtype_name = tuple(row["shape"]), row["dtype"]
+        results.measure(row, partial(time_row, case, shape, dtype_name, options.compiled, bandwidth))
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    return results.finish()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,15 +1,12 @@
 """int8 and int4 GEMM throughput on this GPU against its peers: `python -m qkernels bench gemm --gpu`.
 
-Two steps of run.py. Every contestant is checked before it is timed: ours in int8 bit for bit against float64 sums and
+Also steps of run.py. Every contestant is checked before it is timed: ours in int8 bit for bit against float64 sums and
 the fixed order of float operations, in int4 against the reference, peers against what they claim to compute. Operands
 rotate through several times the L2 cache.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine
 import torch
+from ours import KERNELS, able, forced
+from results import Results, Row, blame, reason_of, tried
 from timing import compare, copy_bandwidth, error_of, input_sets
 from torch import Tensor
 
 import qkernels as qk
-from bench import OURS, forced, machine
 from qkernels.ops.int8_gemm import PackedInt8
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -134,18 +133,6 @@ def torchao_call(x: Tensor, w_bf16: Tensor, group_size: int) -> Callable[[], Ten
     return torchao_linear(x, w_bf16, config)
 
 
-def reason_of(fault: Exception) -> str:
-    return (str(fault).splitlines() or [type(fault).__name__])[0][:200]
-
-
-def tried(build: Callable[..., Any], *args: Any) -> Any:
-    """What it builds, or why it cannot: libraries refuse sizes, GPUs and versions in ways of their own."""
-    try:
-        return build(*args)
-    except Exception as fault:
-        return reason_of(fault)
-
-
 def int4_operands(m: int, n: int, k: int, group_size: int) -> Int4Operands:
     q, scale = int4_weight(n, k, group_size, "cuda")
     x = torch.randn(m, k, device="cuda").bfloat16()
@@ -200,7 +187,6 @@ SCHEMES = {
         int8_scaled_mm,
         {
             "_int_mm": raw,
-            "_int_mm + compiled rescale": raw_and_rescale,
             "bf16 linear": bf16_linear,
             "fp8 _scaled_mm": fp8_scaled_mm,
         },
@@ -209,6 +195,9 @@ SCHEMES = {
     "w4a8": Scheme("int4_linear", partial(int4_linear, act_bits=8), INT4_PEERS),
     "w4a16": Scheme("int4_linear", partial(int4_linear, act_bits=16), INT4_PEERS),
 }
+
+
+COMPILED = {"scaled": {"_int_mm + compiled rescale": raw_and_rescale}}
 
 
 def moved(case: Case) -> int:
@@ -253,34 +242,36 @@ def expected_int4(case: Case, o: Int4Operands) -> Expected:
     return Expected(ours, INT4_TOLERANCE, dict.fromkeys(INT4_PEERS, product), ends)
 
 
-def contestants(case: Case, o: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The calls that compute what they should, and why the others were left out."""
+def contestants(case: Case, o: Any, compiled: bool, row: Row) -> dict[str, Any]:
+    """The calls that compute what they should; the row says which is ours, what is left out and what is wrong."""
     op, ours, peers = SCHEMES[case.scheme]
     expected = expected_int4(case, o) if case.scheme in INT4 else expected_int8(case, o)
-    reasons = dict(qk.which(op))
+    names, row["left_out"] = able(op, ours, (o,), compiled)
+    row["ours"] = names[0] if names else None
     calls: dict[str, Any] = {}
-    left_out = {}
-    for name in filter(reasons.__contains__, OURS):
-        if reason := reasons[name]:
-            left_out[name] = reason
+    for name in names:
+        try:
+            with forced(name):
+                error = error_of(expected.rows(ours(o)), expected.ours)
+        except Exception as fault:  # the others are timed all the same
+            blame(row, f"{name}: {type(fault).__name__}: {reason_of(fault)}")
+            torch.cuda.synchronize()
             continue
-        with forced(name):
-            error = error_of(expected.rows(ours(o)), expected.ours)
-        assert error <= expected.tolerance, f"{case}: {name} is off by {error:.2g} of the norm"
-        calls[name] = ours
-    if not calls:
-        left_out.setdefault("triton", f"{op} has no kernel for a GPU")
-    for name, peer in peers.items():
+        if error <= expected.tolerance:
+            calls[name] = ours
+        else:
+            blame(row, f"{name} is off by {error:.2g} of the norm")
+    for name, peer in (COMPILED[case.scheme] if compiled else peers).items():
         try:
             error = error_of(expected.rows(peer(o)), expected.peers[name])
         except Exception as fault:  # torch._int_mm refuses 16 rows and fewer, libraries what they will
-            left_out[name] = reason_of(fault)
+            row["left_out"][name] = reason_of(fault)
             continue
         if error < (FP8_TOLERANCE if peer is fp8_scaled_mm else BF16_TOLERANCE):
             calls[name] = peer
         else:
-            left_out[name] = f"gives something else: off by {error:.2g} of the norm"
-    return calls, left_out
+            row["left_out"][name] = f"gives something else: off by {error:.2g} of the norm"
+    return calls
 
 
 def inputs_of(case: Case) -> tuple[Any]:
@@ -289,56 +280,40 @@ def inputs_of(case: Case) -> tuple[Any]:
     return (int4_operands(*case.shape, case.group_size),)
 
 
-def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the clocks and the power now; nothing where it is not installed."""
-    names = ["clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return dict(zip(names, map(str.strip, said.split(",")), strict=False))
+def label(case: Case) -> Row:
+    op = SCHEMES[case.scheme].op
+    row: Row = {"case": op, "shape": list(case.shape), "dtype": "int8"}
+    if case.group_size is not None:
+        weight = "int4-row" if case.group_size == -1 else f"int4-g{case.group_size}"
+        row |= {"case": f"{op} {case.scheme}", "dtype": weight, "group_size": case.group_size}
+    return row
 
 
-def rows(cases: list[Case], deadline: float, bandwidth: float) -> Iterator[dict[str, Any]]:
+def time_row(case: Case, compiled: bool, bandwidth: float, row: Row) -> None:
+    shape = case.shape
+    size, operations = moved(case), 2 * shape.m * shape.n * shape.k
+    sets = input_sets(partial(inputs_of, case), size)
+    calls = contestants(case, sets[0][0], compiled, row)
+    row["seconds"] = compare(calls, sets, forced)
+    for name in calls:
+        if name in KERNELS and row["seconds"][name]["by"] != "graph":
+            blame(row, f"{name} cannot be captured: {row['seconds'][name]['capture']}")
+    row["bytes"], row["operations"] = size, operations
+    row["share_of_copy"] = {name: size / times["median"] / bandwidth for name, times in row["seconds"].items()}
     gpu = torch.cuda.get_device_properties(None).name
     datasheet = next((figures for name, figures in DATASHEET.items() if name in gpu), None)
-    for case in cases:
-        op, shape = SCHEMES[case.scheme].op, case.shape
-        row: dict[str, Any] = {"case": op, "shape": list(shape), "dtype": "int8"}
-        if case.group_size is not None:
-            weight = "int4-row" if case.group_size == -1 else f"int4-g{case.group_size}"
-            row |= {"case": f"{op} {case.scheme}", "dtype": weight, "group_size": case.group_size}
-        if time.monotonic() > deadline:
-            yield {**row, "left_out": {"all": "out of time"}}
-            continue
-        torch.manual_seed(0)
-        size, operations = moved(case), 2 * shape.m * shape.n * shape.k
-        sets = input_sets(partial(inputs_of, case), size)
-        calls, row["left_out"] = contestants(case, sets[0][0])
-        row["seconds"] = compare(calls, sets, forced)
-        for name in set(calls) & set(OURS):
-            assert row["seconds"][name]["by"] == "graph", f"{case}: {name} cannot be captured"
-        row["bytes"], row["operations"], row["clocks"] = size, operations, clocks()
-        row["share_of_copy"] = {name: size / times["median"] / bandwidth for name, times in row["seconds"].items()}
-        best = ours_in(row)
-        if datasheet and best and case.scheme != "w4a16":
-            least = max(operations / datasheet[0], size / datasheet[1])
-            row["share_of_datasheet"] = least / row["seconds"][best]["median"]
-        yield row
+    if datasheet and row["ours"] in row["seconds"] and case.scheme != "w4a16":
+        least = max(operations / datasheet[0], size / datasheet[1])
+        row["share_of_datasheet"] = least / row["seconds"][row["ours"]]["median"]
 
 
-def ours_in(row: dict[str, Any]) -> str | None:
-    """The kernel of ours that others are compared with: the one that a call takes by itself."""
-    return next((name for name in OURS if name in row.get("seconds", {})), None)
-
-
-def lines_of(row: dict[str, Any]) -> Iterator[str]:
+def lines_of(row: Row) -> Iterator[str]:
     """A line for each contestant: HEADER's columns; bytes are those of our product, whoever computes it."""
     where = f"{row['case']:<18}{row['dtype']:<10}{'×'.join(map(str, row['shape'])):<18}"
-    for name, reason in row["left_out"].items():
+    for name, reason in row.get("left_out", {}).items():
         yield f"{where}{name:<28}left out: {reason}"
     seconds = row.get("seconds", {})
-    ours, bf16 = (seconds.get(name, {}).get("median", float("nan")) for name in (ours_in(row), "bf16 linear"))
+    ours, bf16 = (seconds.get(name, {}).get("median", float("nan")) for name in (row.get("ours"), "bf16 linear"))
     for name, times in seconds.items():
         low, middle, high = (1e6 * times[key] for key in ("p20", "median", "p80"))
         yield (
@@ -354,10 +329,18 @@ HEADER = (
 )
 
 
+def ordered(cases: list[Case]) -> list[Case]:
+    """By group size, then by rows, both as they were given: a short run has what comes first there."""
+    groups, rows = (list(dict.fromkeys(part)) for part in zip(*((c.group_size, c.shape.m) for c in cases), strict=True))
+    return sorted(cases, key=lambda case: (groups.index(case.group_size), rows.index(case.shape.m)))
+
+
 def main() -> int:
     parser = arguments("python -m qkernels bench gemm --gpu", __doc__, list(SCHEMES), ROWS)
-    parser.add_argument("--seconds", type=float, default=600.0, help="rows not begun by then are left out and say so")
+    parser.add_argument("--seconds", type=float, default=600.0, help="rows not begun by then are left out")
     parser.add_argument("--out", type=Path, help="a folder for <date>-int8_gemm.json and <date>-int4_gemm.json")
+    parser.add_argument("--resume", action="store_true", help="go on with the rows that --out does not have yet")
+    parser.add_argument("--compiled", action="store_true", help="ours against what torch.compile makes, of scaled alone")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench gemm --gpu: no GPU that torch can use", file=sys.stderr)
@@ -368,28 +351,33 @@ def main() -> int:
         print(f"bench gemm: {error}", file=sys.stderr)
         return 2
     cases, left_out = cases_of(flat(options.schemes), flat(options.group_sizes), shapes)
+    cases = [case for case in cases if not options.compiled or case.scheme in COMPILED]
     if not cases:
         print("bench gemm: nothing to time:", *left_out, sep="\n", file=sys.stderr)
         return 2
-    order = list(dict.fromkeys(shape.m for shape in shapes))
-    cases.sort(key=lambda case: order.index(case.shape.m))
-    deadline = time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
     bandwidth = copy_bandwidth()
-    here = machine(bandwidth)
-    results: dict[str, list[dict[str, Any]]] = {}
+    here = machine.about() | {"copy_bytes_per_second": bandwidth, "qkernels": qk.__version__}
     print(f"{here['gpu']}; copy bandwidth {bandwidth / 1e12:.2f} TB/s, of which copy is a share")
     for reason in left_out:
         print(f"left out: {reason}")
     print(HEADER)
-    for number, (case, row) in enumerate(zip(cases, rows(cases, deadline, bandwidth), strict=True), 1):
-        stem = "int4_gemm" if case.scheme in INT4 else "int8_gemm"
-        results.setdefault(stem, []).append(row)
-        print(f"{number} of {len(cases)}", *lines_of(row), sep="\n", flush=True)
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            path = options.out / f"{here['date']}-{stem}.json"
-            path.write_text(json.dumps({"machine": here, "rows": results[stem]}, indent=1) + "\n")
-    return 0
+    code = 0
+    for stem, part in (
+        ("int8_gemm", [case for case in cases if case.scheme not in INT4]),
+        ("int4_gemm", [case for case in cases if case.scheme in INT4]),
+    ):
+        if not part:
+            continue
+        name = f"{here['date']}-{stem}{'-compiled' * options.compiled}.json"
+        path = options.out / name if options.out else None
+        results = Results(path, here, end, options.resume)
+        for case in ordered(part):
+            row = results.measure(label(case), partial(time_row, case, options.compiled, bandwidth))
+            if row is not None:
+                print(*lines_of(row), sep="\n", flush=True)
+        code |= results.finish()
+    return code
 
 
 if __name__ == "__main__":

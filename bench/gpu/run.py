@@ -1,136 +1,186 @@
-"""`make gpu`: builds in place, then tests, sanitizes and times the GPU kernels with this machine's own torch.
+"""The GPU run, with this machine's own torch: `make gpu-check`, `make gpu-bench`, or both by `make gpu`.
 
-Writes a log per step, raw JSON, a table and plots to bench/results/<gpu>/ or --out. Exit code 0: a GPU was there and
-every step that ran passed; 1: a step failed; 2: there is no GPU that torch can use, so nothing was shown. What the
-machine lacks (compute-sanitizer, matplotlib, a second GPU) is skipped and named.
+check: build, CUDA tests, every tile of the GEMMs, Triton's self-check, compute-sanitizer, the other tests.
+bench: build, host times, what decides against ATen and cuBLAS, the rest while time is left, torch.compile last.
+
+After every step --out holds results.tar.gz (logs and raw results), table.md and steps.json, and nothing else of this
+run; an earlier run's are replaced. Exit code 0: a GPU was there and every step passed; 1: a step failed; 2: torch finds
+no GPU, so nothing was shown. What the machine lacks (nvcc, compute-sanitizer) is skipped and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from datetime import date
 from pathlib import Path
+from typing import Any
 
-import summary
+import machine
+from results import GPU_LOST
+from steps import ROOT, Run
 
-ROOT = Path(__file__).parent.parent.parent
-MINUTES = 9.5  # the whole run: below ten minutes on an H200 machine
-# Beside the GPU's own tests, what the interpreter cannot show.
-TESTS = ["tests/test_gpu.py", "tests/test_triton_int4_gemm.py::test_the_assembly_is_its_twin"]
+PYTHON = [sys.executable]  # runs every step
+MINUTES = {"check": 4.5, "bench": 5.5}  # on an H200 machine of 16 cores
+GPU_TESTS = ["tests/test_gpu.py", "tests/test_gpu_gemm.py"]
+# What the interpreter cannot show of Triton beside the GPU's own tests.
+ASSEMBLY = "tests/test_triton_int4_gemm.py::test_the_assembly_is_its_twin"
+CUDA = "int4_cuda or -cuda or [cuda"  # by the names of tests and kernels
+TILES = "by_every_tile"
+TRITON = "equals_the_reference and triton"
+INT8_ROWS = ["1", "16", "1024", "8192", "64", "256", "4096"]
 INT4_ROWS = ["1", "16", "64", "1024", "256", "8192", "4096"]  # few rows, where int4 pays, come first
-BENCH_RESERVE = 10.0  # seconds left for the table and the plots
+GRACE = 20.0  # seconds in which a benchmark may finish the row that it has begun
 
 
-class Run:
-    def __init__(self, out: Path) -> None:
-        self.out, self.end = out, time.monotonic() + 60 * MINUTES
-        self.steps: list[dict[str, object]] = []
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def step(self, name: str, command: list[str], *, seconds: float | None = None, **env: str) -> bool:
-        """Runs a command for at most ``seconds`` (None: all that are left); its output goes to <out>/<name>.log."""
-        start = time.monotonic()
-        log = self.out / f"{name}.log"
-        with log.open("w") as sink:
-            try:
-                code: int | str = subprocess.call(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-                    stdout=sink,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(1.0, self.left() if seconds is None else seconds),
-                )
-            except subprocess.TimeoutExpired:
-                code = "out of time"
-        self.note(name, "passed" if code == 0 else f"FAILED ({code})", seconds=time.monotonic() - start)
-        lines = log.read_text(errors="replace").splitlines()
-        print("\n".join(f"    {line}" for line in lines[-3 if code == 0 else -40 :]), flush=True)
-        return code == 0
-
-    def note(self, name: str, outcome: str, seconds: float = 0.0) -> None:
-        self.steps.append({"step": name, "outcome": outcome, "seconds": round(seconds, 1)})
-        print(f"{name}: {outcome} ({seconds:.0f} s)", flush=True)
-
-    @property
-    def failed(self) -> bool:
-        return any(str(step["outcome"]).startswith("FAILED") for step in self.steps)
-
-
-def sanitize(run: Run) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        if sanitizer is None:
-            run.note(tool, "skipped: compute-sanitizer is not installed")
-            continue
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0"]
-        seconds = 0.2 * run.left()
-        small = [sys.executable, str(ROOT / "tests" / "gpu_sanitize.py"), str(0.6 * seconds)]
-        # Without caching every tensor has an allocation of its own, so that an access beyond its end is seen.
-        run.step(tool, command + small, seconds=seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>")
-    options = parser.parse_args()
-    try:
-        import torch
-    except ImportError:
-        print("gpu: no torch for this python3; nothing was run")
-        return 2
-    if not torch.cuda.is_available():
-        print(f"gpu: torch {torch.__version__} finds no GPU; nothing was run")
-        return 2
-    gpu = torch.cuda.get_device_name().lower()
-    major, minor = torch.cuda.get_device_capability()
+def build(run: Run) -> bool:
+    """For this GPU; where that fails for the CPU alone, as Triton needs no build. Whether there are CUDA kernels."""
+    command = [*PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
+    major, minor = run.machine["capability"]
     arch = f"{major}.{minor}{'a' if major in (9, 10) else ''}"
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.removeprefix("nvidia")).strip("-")
+    if machine.tool("nvcc") is None and "CUDA_HOME" not in os.environ:
+        run.note("build", "skipped for CUDA: nvcc is not installed; Triton serves in its place")
+    else:
+        env = {"QKERNELS_STRICT_BUILD": "1", "QKERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": arch}
+        if run.step("build", command, 0.5 * run.left(), **env) == 0:
+            return True
+    run.step("build-cpu", command, 0.3 * run.left(), QKERNELS_STRICT_BUILD="1", QKERNELS_BUILD="cpu")
+    return False
+
+
+def tests(run: Run, name: str, chosen: str, seconds: float, *files: str, optional: bool = False) -> None:
+    seconds = min(seconds, run.left())
+    # Triton compiles on the CPU: its kernels are many, so the tests share the cores.
+    options = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    if not optional and importlib.util.find_spec("pytest_timeout"):
+        major, minor, *_ = map(int, re.findall(r"\d+", importlib.metadata.version("pytest-timeout")))
+        if (major, minor) >= (2, 3):  # ends in good order what would be killed
+            options.append(f"--session-timeout={max(1, int(seconds - 10))}")
+    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures_at_once", "--no-summary"]
+    command += [*options, "-k", chosen, *(files or GPU_TESTS)]
+    run.step(name, command, seconds, optional=optional, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+
+
+def sanitizer(run: Run) -> str | None:
+    """compute-sanitizer, tried once: on some virtual machines it is there and refuses the GPU."""
+    path = machine.tool("compute-sanitizer")
+    if path is None:
+        run.note("sanitizer", "skipped: compute-sanitizer is not installed")
+        return None
+    command = [path, "--error-exitcode", "9", *PYTHON, "bench/gpu/touch.py"]
+    code, said = machine.answer(command, cwd=ROOT)
+    if code != 0:
+        run.note("sanitizer", f"skipped: compute-sanitizer cannot run here: {said[-300:]}")
+        return None
+    return path
+
+
+def sanitize(run: Run, path: str, tool: str, seconds: float, optional: bool) -> None:
+    command = [path, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "0"]
+    seconds = min(seconds, run.left())
+    small = [*PYTHON, str(ROOT / "tests" / "gpu_sanitize.py"), str(0.5 * seconds)]
+    # Without caching every tensor has an allocation of its own, so that an access beyond its end is seen.
+    run.step(tool, command + small, seconds, optional=optional, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def check(run: Run, cuda: bool) -> None:
+    if cuda:
+        tests(run, "cuda", CUDA, 0.4 * run.left())
+    else:
+        run.note("cuda", "skipped: the CUDA library was not built")
+    tests(run, "tiles", TILES, 0.5 * run.left())
+    tests(run, "triton", TRITON, 0.6 * run.left())
+    watcher = sanitizer(run)
+    if watcher is not None:
+        sanitize(run, watcher, "memcheck", 0.6 * run.left(), optional=False)
+    rest = f"not ({CUDA} or {TILES} or ({TRITON}))"
+    tests(run, "others", rest, (0.7 if watcher else 1.0) * run.left(), *GPU_TESTS, ASSEMBLY, optional=True)
+    if watcher is not None:
+        sanitize(run, watcher, "racecheck", run.left(), optional=True)
+
+
+def timed(run: Run, name: str, script: str, *options: str, share: float, optional: bool = False) -> None:
+    """A benchmark, which begins no row after ``share`` of the time left; anew after a row that the GPU did not survive."""
+    command = [*PYTHON, f"bench/gpu/{script}.py", "--out", str(run.work), "--resume", *options]
+    end = time.monotonic() + share * (run.left() - GRACE)
+    while (seconds := end - time.monotonic()) > 0:
+        if run.step(name, [*command, "--seconds", f"{seconds:.1f}"], seconds + GRACE) != GPU_LOST:
+            return
+    if all(step["step"] != name for step in run.steps):
+        run.note(name, f"{'skipped' if optional else 'FAILED'}: no time left to begin it")
+
+
+INT8 = ["--schemes", "scaled", "dynamic", "raw", "--rows", *INT8_ROWS]
+INT4 = ["--schemes", "w4a16", "w4a8", "--group-sizes", "128", "32", "-1", "--rows", *INT4_ROWS]
+
+
+def bench(run: Run) -> None:
+    timed(run, "host", "host", share=0.12)
+    timed(run, "fake_quantize", "bench", share=0.32)
+    timed(run, "int8_gemm", "gemm", *INT8, share=0.5)
+    timed(run, "int4_gemm", "gemm", *INT4, share=0.45)
+    # The rows that are left; then what torch.compile has to make first.
+    timed(run, "fake_quantize-rest", "bench", share=0.3, optional=True)
+    timed(run, "gemm-rest", "gemm", *INT8, share=0.4, optional=True)
+    timed(run, "gemm-compiled", "gemm", *INT8, "--compiled", share=0.4, optional=True)
+    timed(run, "fake_quantize-compiled", "bench", "--compiled", share=1.0, optional=True)
+
+
+def find_gpu() -> tuple[dict[str, Any] | None, str]:
+    """What machine.py says of this machine, and the sentence for where that is no GPU."""
+    done = subprocess.run([*PYTHON, str(Path(machine.__file__))], capture_output=True, text=True, cwd=ROOT, check=False)
+    try:
+        about = json.loads(done.stdout)
+    except ValueError:
+        return None, f"gpu: this machine cannot be looked at; nothing was run\n{done.stdout}{done.stderr}"
+    if about["torch"] is None:
+        return None, "gpu: no torch for this python3, so no GPU; nothing was run"
+    if about["gpu"] is None:
+        return None, f"gpu: torch {about['torch']} finds no GPU; nothing was run"
+    return about, ""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("halves", nargs="+", choices=list(MINUTES), help="in the order given")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>")
+    parser.add_argument("--minutes", type=float, help="of the whole run; default: 4.5 for check, 5.5 for bench")
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+    about, missing = find_gpu()
+    if about is None:
+        print(missing)
+        return 2
+    name = re.sub(r"[^a-z0-9]+", "-", str(about["gpu"]).lower().removeprefix("nvidia")).strip("-")
     out = (options.out or ROOT / "bench" / "results" / name).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    print(f"gpu: {gpu}, sm_{major}{minor}, torch {torch.__version__}; results in {out}", flush=True)
-
-    run = Run(out)
-    python = sys.executable
-    build = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
-        run.note("build", "skipped for CUDA: nvcc is not installed; Triton serves in its place")
-        run.step("build", build, QKERNELS_STRICT_BUILD="1", QKERNELS_BUILD="cpu")
-    else:
-        run.step("build", build, QKERNELS_STRICT_BUILD="1", QKERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST=arch)
-    if not run.failed:
-        run.step("info", [python, "-m", "qkernels", "info"])
-        # Triton compiles on the CPU: its kernels are many, so the tests share the cores.
-        workers = ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-        tests = [python, "-m", "pytest", "-q", "--maxfail=20", *workers, *TESTS]
-        run.step("tests", tests, seconds=0.45 * run.left())
-        sanitize(run)
-        gemm = [python, "bench/gpu/gemm.py", "--out", str(out), "--schemes"]
-        for name, command, share in (
-            ("bench", [python, "bench/gpu/bench.py", "--out", str(out)], 0.35),
-            ("int8_gemm", [*gemm, "raw", "scaled", "dynamic"], 0.45),
-            ("int4_gemm", [*gemm, "w4a16", "w4a8", "--group-sizes", "128", "32", "-1", "--rows", *INT4_ROWS], 0.85),
-        ):
-            # They start nothing new after that many seconds; what has begun comes on top.
-            run.step(name, [*command, "--seconds", str(share * (run.left() - BENCH_RESERVE))])
-        for path in out.glob(f"{date.today().isoformat()}-*.json"):
-            for reason in summary.write(path):
-                run.note("summary", f"skipped: {reason}")
-    (out / "steps.json").write_text(json.dumps(run.steps, indent=1) + "\n")
-    print("\n".join(f"{step['step']:<10} {step['outcome']} ({step['seconds']} s)" for step in run.steps))
+    usual = sum(MINUTES[half] for half in options.halves)
+    minutes = options.minutes or usual
+    print(f"gpu: {about['gpu']}, torch {about['torch']}; {minutes:g} minutes; results in {out}", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        run = Run(Path(work), out, about)
+        (run.work / "machine.json").write_text(json.dumps(about, indent=1) + "\n")
+        run.note("machine", "passed", time.monotonic() - start)
+        run.end = start
+        for half in options.halves:
+            run.end += 60 * minutes * MINUTES[half] / usual
+            if half == options.halves[0]:
+                cuda = build(run)
+            if half == "check":
+                check(run, cuda)
+            else:
+                bench(run)
+    print("\n".join(f"{step['step']:<24}{step['outcome']} ({step['seconds']} s)" for step in run.steps))
     print("gpu: FAILED" if run.failed else "gpu: passed")
     return 1 if run.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

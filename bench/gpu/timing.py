@@ -1,7 +1,7 @@
 """Times on a GPU: first checked, then replayed as CUDA graphs over rotating buffers, the contestants in turn.
 
 A graph holds one call on each of the rotating input sets, whose inputs and outputs together are several times the
-L2 cache: what is timed is memory, and no host time. A peer that synchronises cannot be captured; it is timed with
+L2 cache: what is timed is memory, and no host time. A peer that waits for the GPU cannot be captured; it is timed with
 events around the same calls made one by one, and its row says so.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -47,8 +47,13 @@ def error_of(got: Any, expected: Any) -> float:
     return max(errors, key=lambda error: (error != error, error))
 
 
-def lap_of(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], str]:
-    """A function that makes one call on each of the sets, and how: "graph", or "events" where that is impossible."""
+# Of captures that failed. Before torch 2.12 the allocator keeps a pointer to such a graph and follows it at each later
+# capture (pytorch#180395).
+_broken: list[Any] = []
+
+
+def lap_of(call: Call, sets: Sequence[Inputs], capture: bool) -> tuple[Callable[[], None], dict[str, str]]:
+    """A function that makes one call on each of the sets, and how: by "graph" or "events", and why not by a graph."""
 
     def eager() -> None:
         for inputs in sets:
@@ -57,25 +62,41 @@ def lap_of(call: Call, sets: Sequence[Inputs]) -> tuple[Callable[[], None], str]
     for _ in range(3):
         eager()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    if not capture:
+        return eager, {"by": "events"}
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     kept = []  # outputs live until the end of the capture, so that they rotate as the inputs do
     try:
         with torch.cuda.graph(graph):
             for inputs in sets:
                 kept.append(call(*inputs))
-    except RuntimeError:
+    except RuntimeError as error:
+        # torch 2.11 leaves the capture's stream current where a capture fails.
+        torch.cuda.set_stream(stream)
+        _broken.append(graph)
         torch.cuda.synchronize()
-        return eager, "events"
+        return eager, {"by": "events", "capture": f"failed: {(str(error).splitlines() or ['RuntimeError'])[0][:200]}"}
     del kept
-    return graph.replay, "graph"
+    return graph.replay, {"by": "graph"}
 
 
-def seconds_of(lap: Callable[[], None], repeats: int) -> float:
+def sm_clock() -> int | None:
+    """MHz at this moment; None where NVML's Python module is missing or refuses."""
+    try:
+        return int(torch.cuda.clock_rate())
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+
+
+def seconds_of(lap: Callable[[], None], repeats: int, clock: list[int | None] | None = None) -> float:
+    """Of one lap. ``clock`` is given the GPU's clock while it is at work."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         lap()
     end.record()
+    if clock is not None:
+        clock.append(sm_clock())
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
 
@@ -89,24 +110,30 @@ def compare(
     calls: dict[str, Call],
     sets: Sequence[Inputs],
     forced: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    waiting: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Seconds per call of every contestant: median, p20 and p80 over rounds in which each takes its turn.
 
-    ``forced(name)`` is entered while the contestant is captured: a graph then replays the kernels it chose.
+    ``forced(name)`` is entered while the contestant is captured: a graph then replays the kernels it chose. Those
+    named in ``waiting`` wait for the GPU, which no capture allows: they are timed with events.
     """
     laps = {}
     for name, call in calls.items():
         with forced(name):
-            laps[name] = lap_of(call, sets)
+            laps[name] = lap_of(call, sets, name not in waiting)
     repeats = {
         name: max(1, int(SECONDS_PER_CONTESTANT / ROUNDS / max(seconds_of(lap, 1), 1e-6)))
         for name, (lap, _) in laps.items()
     }
     times: dict[str, list[float]] = {name: [] for name in laps}
-    for _ in range(ROUNDS):
+    clocks: dict[str, list[int | None]] = {name: [] for name in laps}
+    for number in range(ROUNDS):
         for name, (lap, _) in laps.items():
-            times[name].append(seconds_of(lap, repeats[name]) / len(sets))
-    result = {name: {**spread(values), "by": laps[name][1]} for name, values in times.items()}
+            clock = clocks[name] if number == ROUNDS - 1 else None
+            times[name].append(seconds_of(lap, repeats[name], clock) / len(sets))
+    result = {
+        name: {**spread(values), **laps[name][1], "sm_mhz": clocks[name][0]} for name, values in times.items()
+    }
     del laps
     gc.collect()
     torch.cuda.empty_cache()
@@ -130,7 +157,13 @@ def host_seconds(calls: dict[str, Call], inputs: Inputs) -> dict[str, dict[str, 
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of the largest copy: the ceiling that shares are given of."""
+    """Bytes per second, read plus written, of the largest copy: the ceiling that shares are given of.
+
+    By a copy, which the driver may leave to a copy engine, or by a kernel that negates: whichever is faster.
+    """
     sets = [tuple(torch.randn(COPY_ELEMENTS, device="cuda") for _ in range(2)) for _ in range(2)]
-    times = compare({"copy": lambda source, target: target.copy_(source)}, sets)
-    return 2 * 4 * COPY_ELEMENTS / times["copy"]["median"]
+    copies = {
+        "copy": lambda source, target: target.copy_(source),
+        "negation": lambda source, target: torch.neg(source, out=target),
+    }
+    return 2 * 4 * COPY_ELEMENTS / min(times["median"] for times in compare(copies, sets).values())
