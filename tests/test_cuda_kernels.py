@@ -49,6 +49,12 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((1, 270000), (1, 1)),
     ((700, 5), (700, 1)),
     ((50, 14), (50, 7)),
+    ((5, 5504), (5, 1)),  # blocks of one row each, of fewer threads, with lanes beyond its end
+    ((40, 1536), (40, 1)),
+    ((3, 4100), (3, 1)),  # whole vectors, but masks whose bytes have bits of two rows
+    ((2, 3, 40, 40), (1, 3, 1, 1)),
+    ((32, 4096), (32, 4)),
+    ((256, 384), (2, 3)),
 ]
 
 

@@ -62,14 +62,30 @@ __device__ __forceinline__ void store_word(W* p, W word) {
   *p = word;
 }
 
+// The compiler unpacks halves where they are loaded, into twice the registers, unless a look at them comes between.
+template <typename T>
+__device__ __forceinline__ void keep_packed(T& loaded) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) % 4 == 0) {
+    unsigned words[sizeof(T) / 4];
+    memcpy(words, &loaded, sizeof loaded);
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(T) / 4; ++i) asm volatile("" : "+r"(words[i]));
+    memcpy(&loaded, words, sizeof loaded);
+  }
+#endif
+}
+
 // Whole vectors, from and to addresses that are multiples of their size (of 16 bytes where they are larger).
 template <int N, typename T>
-__device__ __forceinline__ Vec<T, N> load_vector(const T* p) {
+__device__ __forceinline__ Vec<T, N> load_vector(const T* p, bool there = true) {
   constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
   using W = typename Word<kWord>::type;
-  W words[kBytes / kWord];
+  W words[kBytes / kWord] = {};
 #pragma unroll
-  for (int i = 0; i < kBytes / kWord; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
+  for (int i = 0; i < kBytes / kWord; ++i)
+    if (there) words[i] = reinterpret_cast<const W*>(p)[i];
+  keep_packed(words);
   Vec<T, N> out;
   memcpy(&out, words, sizeof out);
   return out;
@@ -107,16 +123,19 @@ __device__ __forceinline__ bool is_vector(const T* p, int first, int last) {
   return first == 0 && last == N && reinterpret_cast<uintptr_t>(p) % kWord == 0;
 }
 
-// Elements [first, last) of a vector; kWhole: known to be all of them, at an aligned address.
+// Elements [first, last) of a vector; kWhole: known to be all of them, at an aligned address, or none (last is 0).
 template <bool kWhole, int N, typename T>
 __device__ __forceinline__ Vec<T, N> load(const T* p, int first, int last) {
-  if (kWhole || is_vector<T, N>(p, first, last)) return load_vector<N>(p);
+  if (kWhole) return load_vector<N>(p, last > 0);
+  if (is_vector<T, N>(p, first, last)) return load_vector<N>(p);
   return load_some<N>(p, first, last);
 }
 
 template <bool kWhole, typename T, int N>
 __device__ __forceinline__ void store(T* p, const Vec<T, N>& value, int first, int last) {
-  if (kWhole || is_vector<T, N>(p, first, last)) {
+  if (kWhole) {
+    if (last > 0) store_vector(p, value);
+  } else if (is_vector<T, N>(p, first, last)) {
     store_vector(p, value);
   } else {
     store_some(p, value, first, last);
@@ -140,6 +159,21 @@ __device__ __forceinline__ Arithmetic<S> widen(S value) {
 #endif
   } else {
     return static_cast<Arithmetic<S>>(value);
+  }
+}
+
+// Element k; of bf16 from the word that holds two, by one instruction and not by two.
+template <typename S, int N>
+__device__ __forceinline__ Arithmetic<S> widen(const Vec<S, N>& in, int k) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    unsigned word;
+    memcpy(&word, &in.v[k / 2 * 2], sizeof word);
+    word = k % 2 ? word & 0xffff0000 : word << 16;
+    float wide;
+    memcpy(&wide, &word, sizeof wide);
+    return wide;
+  } else {
+    return widen(in.v[k]);
   }
 }
 
@@ -192,6 +226,48 @@ __device__ __forceinline__ T nan_max(T a, T b) {
   }
 #endif
   return a > b || a != a ? a : b;
+}
+
+// f of each half of two words, rounded once: what instructions on pairs of halves mean.
+template <typename S, typename F>
+unsigned by_halves(unsigned a, unsigned b, F f) {
+  unsigned out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto part = [&](unsigned word) { return to_float(S{static_cast<uint16_t>(word >> shift)}); };
+    out |= static_cast<unsigned>(from_float<S>(f(part(a), part(b))).bits) << shift;
+  }
+  return out;
+}
+
+// The same of two numbers of a half type at once.
+template <typename S>
+__device__ __forceinline__ unsigned min_pair(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+  unsigned out;
+  if constexpr (std::is_same_v<S, Half>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  }
+  return out;
+#else
+  return by_halves<S>(a, b, [](float p, float q) { return nan_min(p, q); });
+#endif
+}
+
+template <typename S>
+__device__ __forceinline__ unsigned max_pair(unsigned a, unsigned b) {
+#ifdef __CUDA_ARCH__
+  unsigned out;
+  if constexpr (std::is_same_v<S, Half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  }
+  return out;
+#else
+  return by_halves<S>(a, b, [](float p, float q) { return nan_max(p, q); });
+#endif
 }
 
 template <typename T>
@@ -344,14 +420,23 @@ struct Pair {
   T a, b;
 };
 
+template <typename T>
+__device__ __forceinline__ T from_lane(T value, int step) {
+  return __shfl_xor_sync(kAllLanes, value, step);
+}
+template <typename T>
+__device__ __forceinline__ Pair<T> from_lane(Pair<T> value, int step) {
+  return {from_lane(value.a, step), from_lane(value.b, step)};
+}
+
 // The merged values of `lanes` neighbouring threads (a power of two up to a warp, or a whole block), in a fixed order;
 // every one of them gets the result.
-template <typename T, typename Merge>
-__device__ __forceinline__ Pair<T> merge_lanes(Pair<T> value, int lanes, Merge merge) {
+template <typename V, typename Merge>
+__device__ __forceinline__ V merge_lanes(V value, int lanes, Merge merge) {
   for (int step = lanes < kWarp ? lanes / 2 : kWarp / 2; step > 0; step /= 2)
-    value = merge(value, Pair<T>{__shfl_xor_sync(kAllLanes, value.a, step), __shfl_xor_sync(kAllLanes, value.b, step)});
+    value = merge(value, from_lane(value, step));
   if (lanes > kWarp) {
-    __shared__ Pair<T> of_warp[32];
+    __shared__ V of_warp[32];
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     __syncthreads();  // the values of the call before have been read
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
@@ -387,20 +472,22 @@ struct Divider {
 
 // A one-element tensor of any dtype, read on the device: whether it is not zero.
 struct Flag {
-  const uint8_t* bytes = nullptr;
-  int size = 0;
-  bool floating = false;
+  const void* data = nullptr;
+  int size = 0;           // bytes
+  uint64_t counted = ~0;  // bits: not the sign of a floating zero
 
   Flag() = default;
-  explicit Flag(const Tensor& t)
-      : bytes(static_cast<const uint8_t*>(t.const_data_ptr())),
-        size(static_cast<int>(t.element_size())),
-        floating(is_floating(t.scalar_type())) {}
-  __device__ bool is_set() const {
-    unsigned any = 0;
-#pragma unroll 1
-    for (int i = 0; i < size; ++i) any |= floating && i == size - 1 ? bytes[i] & 0x7f : bytes[i];
-    return any != 0;
+  explicit Flag(const Tensor& t) : data(t.const_data_ptr()), size(static_cast<int>(t.element_size())) {
+    QK_CHECK(size <= 8, "flag: got ", dtype_name(t.scalar_type()), "; accepted: a dtype of up to 8 bytes");
+    if (is_floating(t.scalar_type())) counted = ~(uint64_t{1} << (8 * size - 1));
+  }
+  __device__ __forceinline__ bool is_set() const {
+    uint64_t bits = 0;
+    if (size == 1) bits = *static_cast<const uint8_t*>(data);
+    if (size == 2) bits = *static_cast<const uint16_t*>(data);
+    if (size == 4) bits = *static_cast<const uint32_t*>(data);
+    if (size == 8) bits = *static_cast<const uint64_t*>(data);
+    return (bits & counted) != 0;
   }
 };
 

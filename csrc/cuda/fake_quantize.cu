@@ -20,7 +20,7 @@ struct ForwardOp {
   bool through = false;
 
   __device__ __forceinline__ void begin() {
-    if constexpr (kMask) through = on.bytes && !on.is_set();
+    if constexpr (kMask) through = on.data && !on.is_set();
   }
   template <bool kWhole>
   __device__ __forceinline__ Loaded load(int64_t at, int n) const {
@@ -33,8 +33,9 @@ struct ForwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T unrounded = widen(in.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
-      if constexpr (kMask) bits |= (k < n && counts_inside(unrounded, q, p.zero_point, low, high, lsq)) ? 1u << k : 0;
+      const T unrounded = widen(in, k) * p.inv, q = round_even(unrounded) + p.zero_point;
+      if constexpr (kMask)
+        bits |= ((kWhole || k < n) && counts_inside(unrounded, q, p.zero_point, low, high, lsq)) ? 1u << k : 0;
       out[k] = fake_quantized(q, p, low, high);
     }
     if (kMask && through) {
@@ -101,7 +102,7 @@ struct BackwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T unrounded = widen(in.x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+      const T unrounded = widen(in.x, k) * p.inv, q = round_even(unrounded) + p.zero_point;
       out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, lsq) ? in.grad.v[k] : S{};
     }
     store<kWhole>(dx + at, out, 0, n);

@@ -94,14 +94,14 @@ __global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const Params<T>& p = params(k);
-        const T unrounded = widen(x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+        const T unrounded = widen(x, k) * p.inv, q = round_even(unrounded) + p.zero_point;
         out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, item.lsq) ? grad.v[k] : S{};
       }
       store<kWhole>(item.out + at, out, 0, n);
     } else {
       T out[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] = fake_quantized(steps_of(widen(x.v[k]), params(k)), params(k), low, high);
+      for (int k = 0; k < N; ++k) out[k] = fake_quantized(steps_of(widen(x, k), params(k)), params(k), low, high);
       store<kWhole>(item.out + at, narrow<S>(out), 0, n);
     }
   };

@@ -39,7 +39,7 @@ struct LearnableOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T dy = widen(in.grad.v[k]), steps = widen(in.x.v[k]) * p.inv;
+      const T dy = widen(in.grad, k), steps = widen(in.x, k) * p.inv;
       const T q = round_even(steps) + p.zero_point;
       const bool inside = counts_inside(steps, q, p.zero_point, low, high, kLsq);
       d.v[k] = inside ? in.grad.v[k] : S{};

@@ -23,7 +23,7 @@ struct QuantizeOp {
   __device__ __forceinline__ void run(int64_t at, int n, const Loaded& in, P params) const {
     Vec<I, kWidth> out;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.v[k] = code_of<I>(widen(in.v[k]), params(k), low, high);
+    for (int k = 0; k < kWidth; ++k) out.v[k] = code_of<I>(widen(in, k), params(k), low, high);
     store<kWhole>(q + at, out, 0, n);
   }
 };

@@ -99,6 +99,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
   return out;
 }
+inline int __ffs(int value) { return __builtin_ffs(value); }
 #define __shfl_xor_sync(lanes, value, lane_mask) emulator::exchange_as(value, lane_mask)
 
 using cudaError_t = int;
