@@ -43,7 +43,7 @@ void fake_quantize_learnable_backward_into(const Gpu& gpu, const Tensor& grad, c
                                                      grad_factor,
                                                      RealOutput(dscale),
                                                      RealOutput(dzero_point)};
-      reduce_channels(gpu, op, q, runs_of(x, scale), x, is_aligned({op.grad, op.x, op.dx}));
+      reduce_channels(gpu, op, q, runs_of(x, scale), x.numel(), is_aligned({op.grad, op.x, op.dx}));
     });
   });
 }

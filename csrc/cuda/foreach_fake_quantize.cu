@@ -36,7 +36,8 @@ struct Table {
 template <typename Item>
 class Batch {
  public:
-  Batch(const Gpu& gpu, void (*kernel)(Table<Item>)) : gpu_(gpu), kernel_(kernel) {}
+  // early: the kernel begins with wait_for_previous().
+  Batch(const Gpu& gpu, void (*kernel)(Table<Item>), bool early = false) : gpu_(gpu), kernel_(kernel), early_(early) {}
   void add(const Item& item, int64_t blocks) {
     blocks = std::min(blocks, kGrid);  // kernels loop
     if (count_ == Table<Item>::kMost || (count_ && end_[count_ - 1] + blocks > kGrid)) flush();
@@ -51,7 +52,11 @@ class Batch {
     std::copy(items_.begin(), items_.end(), table->items);
     std::copy(end_, end_ + count_, table->end);
     table->count = count_;
-    gpu_.launch(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    if (early_) {
+      gpu_.launch_early(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    } else {
+      gpu_.launch(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    }
     items_.clear();
     count_ = 0;
   }
@@ -60,6 +65,7 @@ class Batch {
   static constexpr int64_t kGrid = 0x7fffffff;
   const Gpu& gpu_;
   void (*kernel_)(Table<Item>);
+  bool early_;
   std::vector<Item> items_;
   int64_t end_[Table<Item>::kMost];
   int count_ = 0;
@@ -81,7 +87,8 @@ struct Elements {
 };
 
 template <typename S, bool kBackward>
-__global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant__ Table<Elements<S>> table) {
+__global__ void __launch_bounds__(kThreads, kFrugal ? 4 : 3)
+    foreach_kernel(const __grid_constant__ Table<Elements<S>> table) {
   using T = Arithmetic<S>;
   constexpr int N = kVector<S>;
   int64_t block = blockIdx.x, blocks;
@@ -149,6 +156,7 @@ struct Sums {
 template <typename S, bool kLsq>
 __global__ void __launch_bounds__(kThreads, 2)
     foreach_pieces_kernel(const __grid_constant__ Table<Sums<S, kLsq>> table) {
+  let_next_start();
   int64_t block = blockIdx.x, blocks;
   const Sums<S, kLsq>& item = table.find(block, blocks);
   add_pieces(item.op, item.q, item.channels, item.pieces, item.partial, block, blocks);
@@ -165,6 +173,7 @@ struct Totals {
 template <typename S, bool kLsq>
 __global__ void __launch_bounds__(kThreads)
     foreach_combine_kernel(const __grid_constant__ Table<Totals<S, kLsq>> table) {
+  wait_for_previous();
   int64_t block = blockIdx.x, blocks;
   const Totals<S, kLsq>& item = table.find(block, blocks);
   add_partials(item.op, item.channels, item.combine, item.partial, block, blocks);
@@ -346,10 +355,10 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
       runs.push_back(&job.runs);
       if (!pieces.direct) pairs += pieces.count;
     }
-    const Tensor workspace = empty({pairs * static_cast<int64_t>(sizeof(Pair<T>))}, ScalarType::Byte, device);
-    auto* partial = static_cast<Pair<T>*>(workspace.mutable_data_ptr());
+    const Workspace<Pair<T>> workspace(pairs, device);
+    Pair<T>* partial = workspace.data();
     Batch<Sums<S, kLsq>> sums(gpu, foreach_pieces_kernel<S, kLsq>);
-    Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>);
+    Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>, true);
     for (Sums<S, kLsq>& item : all) {
       if (!item.pieces.direct) {
         item.partial = partial;

@@ -34,7 +34,8 @@ struct Linear {
   int m, n, k, length;
   int steps;             // tiles along k
   int halves_per_group;  // half blocks
-  int64_t tiles, per_block;
+  int64_t tiles;
+  Divider per_column, per_block;  // tiles
 };
 
 // A tile in shared memory. Rows of x are padded so that the 16 bytes that eight threads read at once are in different
@@ -87,7 +88,7 @@ struct Cursor {
   int column, step, group, left;  // left: half blocks of the group from here on
 
   __device__ __forceinline__ Cursor(const Linear& a, int64_t tile)
-      : column(static_cast<int>(tile / a.steps)), step(static_cast<int>(tile % a.steps)) {}
+      : column(static_cast<int>(a.per_column.divide(tile))), step(static_cast<int>(tile) - column * a.steps) {}
   __device__ __forceinline__ void find_group(const Linear& a, int halves) {
     group = step * halves / a.halves_per_group;
     left = (group + 1) * a.halves_per_group - step * halves;
@@ -290,11 +291,12 @@ class Stripe {
 template <typename S, int kHalf, int kRows, bool kMinimum>
 __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
     int4_linear_kernel(const __grid_constant__ Linear a) {
+  let_next_start();
   using Work = Stripe<S, kHalf, kRows, kMinimum>;
   constexpr int kFlight = kStages<kRows>;
   auto* stages = reinterpret_cast<typename Work::Tile*>(dynamic_shared());
-  const int64_t first = blockIdx.x * a.per_block;
-  const int count = static_cast<int>(a.per_block < a.tiles - first ? a.per_block : a.tiles - first);
+  const int64_t length = a.per_block.divisor, first = blockIdx.x * length;
+  const int count = static_cast<int>(length < a.tiles - first ? length : a.tiles - first);
   Work work(a, first);
   Cursor at(a, first);
 
@@ -331,9 +333,10 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
 // y of a row and a column of tiles, from what each block that had a part in the column has
 // left.
 __global__ void __launch_bounds__(kBlock) int4_sum_kernel(const __grid_constant__ Linear a) {
-  const int64_t column = blockIdx.x, row = blockIdx.y, n = column * kBlock + threadIdx.x;
+  const int64_t column = blockIdx.x, row = blockIdx.y, n = column * kBlock + threadIdx.x, first = column * a.steps;
+  const int64_t begin = a.per_block.divide(first), end = a.per_block.divide(first + a.steps - 1);
+  wait_for_previous();
   if (n >= a.n) return;
-  const int64_t first = column * a.steps, begin = first / a.per_block, end = (first + a.steps - 1) / a.per_block;
   float sum = 0;
 #pragma unroll 4
   for (int64_t block = begin; block <= end; ++block)
@@ -347,16 +350,18 @@ void run(const Gpu& gpu, Linear a, Device device) {
   static_assert(kShared <= kMostShared);
   const int64_t columns = ceil_div(a.n, kBlock);
   a.tiles = columns * a.steps;
-  // The runtime keeps 1 KiB of each block's shared memory. A stripe is no shorter than what is
-  // in flight of it.
+  // The runtime keeps 1 KiB of each block's shared memory. A stripe is no shorter than what is in flight of it, unless
+  // multiprocessors would have none.
   const int resident = std::clamp(gpu.shared_of_processor() / (kShared + 1024), 1, kBlocks<kRows>);
-  a.per_block = std::max<int64_t>(ceil_div(a.tiles, int64_t{gpu.processors()} * resident), kStages<kRows>);
-  const int64_t blocks = ceil_div(a.tiles, a.per_block);
+  a.per_column = Divider(a.steps);
+  a.per_block = Divider(std::max(ceil_div(a.tiles, int64_t{gpu.processors()} * resident),
+                                 std::min<int64_t>(kStages<kRows>, ceil_div(a.tiles, gpu.processors()))));
+  const int64_t blocks = ceil_div(a.tiles, a.per_block.divisor);
   const Tensor partial = empty({blocks + columns, kRows, kBlock}, ScalarType::Float, device);
   a.partial = static_cast<float*>(partial.mutable_data_ptr());
   a.rows = kRows;
   gpu.launch_shared(int4_linear_kernel<S, kHalf, kRows, kMinimum>, blocks, 1, kThreadsOf<kRows>, kShared, a);
-  gpu.launch(int4_sum_kernel, columns, a.m, kBlock, a);
+  gpu.launch_early(int4_sum_kernel, columns, a.m, kBlock, a);
 }
 
 template <typename S, int kHalf, int kRows>

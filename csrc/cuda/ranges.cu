@@ -35,6 +35,8 @@ struct RangeOp {
   float *running_min = nullptr, *running_max = nullptr, *observed_scale = nullptr;
   float momentum = 0;
 
+  RangeOp of_columns() const { return *this; }
+
   static __device__ __forceinline__ Pair<T> identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
   template <typename U>
   static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
@@ -255,7 +257,7 @@ void dynamic_qparams(const Gpu& gpu, const Tensor& x, const QparamsRule& rule, c
     using T = Arithmetic<S>;
     const RangeOp<S> op{static_cast<const S*>(x.const_data_ptr()), rule, static_cast<T*>(scale.mutable_data_ptr()),
                         IntOutput{zero_point.mutable_data_ptr(), false}, Flag()};
-    reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x, is_aligned({op.x}));
+    reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x.numel(), is_aligned({op.x}));
   });
 }
 
@@ -338,7 +340,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                         static_cast<float*>(running_max.mutable_data_ptr()),
                         static_cast<float*>(scale.mutable_data_ptr()),
                         static_cast<float>(averaging_const)};
-    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense, is_aligned({op.x}));
+    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense.numel(), is_aligned({op.x}));
   });
   fake_quantize_into(gpu, dense, scale, zero_point, quant_min, quant_max, y, &mask, Flag(fake_quant_on));
   return {y, mask};

@@ -233,16 +233,11 @@ struct Stretches {
 };
 
 // Blocks that a multiprocessor is to hold, which bounds their registers at 80, 64 and 48: more where a thread has fewer
-// bytes in flight. Halves fit 48 on sm_90 only.
+// bytes in flight.
 template <typename Op, bool kShortRuns>
 constexpr int sweep_blocks() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  constexpr int kMost = 5;
-#else
-  constexpr int kMost = Op::kWidth > 4 ? 4 : 5;
-#endif
   if (kShortRuns) return 3;
-  return sizeof(typename Op::Loaded) > 16 ? 4 : kMost;
+  return sizeof(typename Op::Loaded) == 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
 // What takes long is asked for first: x, then the parameters, and only then is either used.
