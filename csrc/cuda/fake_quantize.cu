@@ -53,9 +53,9 @@ struct TensorParams {
   const std::optional<Tensor>& zero_point;
 
   Runs runs(const Tensor& x) const { return runs_of(x, scale); }
-  void check(const Tensor& x, int64_t quant_min, int64_t quant_max) const {
+  void check(const Tensor& x, int64_t quant_min, int64_t quant_max, Device device) const {
     check_range(quant_min, quant_max);
-    check_scale(scale, zero_point, x);
+    check_scale(scale, zero_point, x, device);
   }
   template <typename T>
   OwnedQparams<T> make(int64_t quant_min, int64_t quant_max) const {
@@ -68,7 +68,7 @@ struct ScalarParams {
   int64_t zero_point;
 
   Runs runs(const Tensor& x) const { return one_run(x); }
-  void check(const Tensor&, int64_t quant_min, int64_t quant_max) const {
+  void check(const Tensor&, int64_t quant_min, int64_t quant_max, Device) const {
     check_range(quant_min, quant_max);
     check_zero_point(zero_point, quant_min, quant_max);
   }
@@ -136,11 +136,10 @@ struct BackwardMaskOp {
   }
 };
 
-// mask: null where none is wanted.
+// All checked; mask: null where none is wanted.
 template <typename P>
 void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                  const Tensor& y, const Tensor* mask, Flag on, bool lsq = false) {
-  params.check(x_any, quant_min, quant_max);
   if (x_any.numel() == 0) return;
   const Tensor x = in_layout_of(x_any, y);
   dispatch_floating("x", x, [&](auto tag) {
@@ -165,7 +164,8 @@ template <typename P>
 Tensor forward_with(const Tensor& x, const P& params, int64_t quant_min, int64_t quant_max) {
   check_floating("x", x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x);
+  params.check(x, quant_min, quant_max, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device());
   run_forward(gpu, x, params, quant_min, quant_max, y, nullptr, Flag());
   return y;
 }
@@ -175,7 +175,8 @@ std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, i
                                              bool lsq = false) {
   check_floating("x", x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
+  params.check(x, quant_min, quant_max, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(x.numel(), gpu.device());
   run_forward(gpu, x, params, quant_min, quant_max, y, &mask, Flag(), lsq);
   return {y, mask};
 }
@@ -202,12 +203,12 @@ template <typename P>
 Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                      bool lsq = false) {
   check_floating("x", x_any);
-  check_grad(grad_any, x_any);
-  params.check(x_any, quant_min, quant_max);
   const Gpu gpu(x_any);
+  check_grad(grad_any, x_any, gpu.device());
+  params.check(x_any, quant_min, quant_max, gpu.device());
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
-  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device_of(x));
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), gpu.device());
   run_backward(gpu, grad, x, params, quant_min, quant_max, dx, lsq);
   return dx;
 }
@@ -245,10 +246,10 @@ Tensor fake_quantize_backward_scalar(const Tensor& grad, const Tensor& x, double
 
 Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
   check_floating("grad", grad_any);
-  check_mask(mask, grad_any);
   const Gpu gpu(grad_any);
+  check_mask(mask, grad_any, gpu.device());
   const Tensor grad = to_dense(grad_any);
-  Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type(), device_of(grad));
+  Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type(), gpu.device());
   if (grad.numel() == 0) return dx;
   dispatch_floating("grad", grad, [&](auto tag) {
     using S = decltype(tag);

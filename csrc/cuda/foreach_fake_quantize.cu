@@ -219,15 +219,15 @@ struct Lists {
     check("quant_max", quant_maxs.size());
   }
   // What can fail fails here, before the first launch.
-  std::vector<Job> jobs() const {
+  std::vector<Job> jobs(Device device) const {
     for (size_t i = 0; i < xs.size(); ++i) {
-      const Device got = device_of(xs[i]), accepted = device_of(xs[0]);
-      QK_CHECK(got == accepted, "xs[", i, "]: got a tensor on ", device_name(got),
-               "; accepted: the first one's device, ", device_name(accepted));
+      const Device got = device_of(xs[i]);
+      QK_CHECK(got == device, "xs[", i, "]: got a tensor on ", device_name(got), "; accepted: the first one's device, ",
+               device_name(device));
       check_floating("x", xs[i]);
       check_range(quant_mins[i], quant_maxs[i]);
-      check_scale(scales[i], zero_points[i], xs[i]);
-      if (grads) check_grad((*grads)[i], xs[i]);
+      check_scale(scales[i], zero_points[i], xs[i], device);
+      if (grads) check_grad((*grads)[i], xs[i], device);
     }
     std::vector<Job> jobs;
     jobs.reserve(xs.size());
@@ -236,9 +236,9 @@ struct Lists {
       if (grads) {
         job.x = to_dense(xs[i]);
         job.grad = in_layout_of((*grads)[i], job.x);
-        job.out = empty_strided(job.x.sizes(), job.x.strides(), job.x.scalar_type(), device_of(job.x));
+        job.out = empty_strided(job.x.sizes(), job.x.strides(), job.x.scalar_type(), device);
       } else {
-        job.out = empty_dense_like(xs[i]);
+        job.out = empty_dense_like(xs[i], device);
         job.x = in_layout_of(xs[i], job.out);
       }
       job.runs = runs_of(job.x, job.scale);
@@ -268,7 +268,7 @@ Tensors elementwise(const Lists& lists, bool lsq = false) {
   lists.check_lengths();
   if (lists.xs.empty()) return {};
   const Gpu gpu(lists.xs[0]);
-  const std::vector<Job> jobs = lists.jobs();
+  const std::vector<Job> jobs = lists.jobs(gpu.device());
   for_each_dtype(jobs, [&](auto tag, ScalarType dtype) {
     using S = decltype(tag);
     std::vector<OwnedQparams<Arithmetic<S>>> held;  // until their last launch
@@ -316,12 +316,11 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
   lists.check_lengths();
   if (xs.empty()) return {};
   const Gpu gpu(xs[0]);
-  const Device device = device_of(xs[0]);
-  const std::vector<Job> jobs = lists.jobs();
+  const std::vector<Job> jobs = lists.jobs(gpu.device());
   Tensors dscales, dzero_points;
   for (const Tensor& scale : scales)
     for (Tensors* list : {&dscales, &dzero_points})
-      list->push_back(empty(to_vector(scale.sizes()), scale.scalar_type(), device));
+      list->push_back(empty(to_vector(scale.sizes()), scale.scalar_type(), gpu.device()));
   const auto run = [&](auto tag, ScalarType dtype, auto open) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
@@ -355,7 +354,7 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
       runs.push_back(&job.runs);
       if (!pieces.direct) pairs += pieces.count;
     }
-    const Workspace<Pair<T>> workspace(pairs, device);
+    const Workspace<Pair<T>> workspace(pairs, gpu.device());
     Pair<T>* partial = workspace.data();
     Batch<Sums<S, kLsq>> sums(gpu, foreach_pieces_kernel<S, kLsq>);
     Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>, true);

@@ -387,10 +387,10 @@ void run_half(const Gpu& gpu, const Linear& a, Device device, int half) {
   run_rows<S, 32>(gpu, a, device);
 }
 
-void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, Device device) {
   QK_CHECK(t.dim() == 2 && t.sizes()[0] == rows && t.sizes()[1] == columns && t.is_contiguous(), name, ": got shape ",
            shape_of(t), "; accepted: contiguous [", rows, ", ", columns, "]");
-  check_device(name, t, x);
+  check_device(name, t, device);
 }
 
 bool is_half_or_float(ScalarType dtype) { return is_floating(dtype) && dtype != ScalarType::Double; }
@@ -426,26 +426,27 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   const int64_t groups = k / group_size, length = ceil_div(k, 2 * half) * half;
   QK_CHECK(data_any.scalar_type() == ScalarType::Byte, "data: got ", dtype_name(data_any.scalar_type()),
            "; accepted: torch.uint8");
-  check_matrix("data", data_any, n, length, x_any);
-  check_matrix("scale", scale, groups, n, x_any);
+  const Gpu gpu(x_any);
+  const Device device = gpu.device();
+  check_matrix("data", data_any, n, length, device);
+  check_matrix("scale", scale, groups, n, device);
   QK_CHECK(is_half_or_float(scale.scalar_type()), "scale: got ", dtype_name(scale.scalar_type()),
            "; accepted: torch.float32, torch.bfloat16, torch.float16");
   QK_CHECK(!zero_point || !minimum, "minimum: got a tensor beside zero_point; accepted: one of them");
 
-  const Gpu gpu(x_any);
   const Tensor x = to_aligned(x_any), data = to_aligned(data_any);
   Linear a{};
   a.x = x.const_data_ptr();
   a.data = static_cast<const uint8_t*>(data.const_data_ptr());
   a.scale = RealInput(scale);
   if (zero_point) {
-    check_matrix("zero_point", *zero_point, groups, n, x_any);
+    check_matrix("zero_point", *zero_point, groups, n, device);
     QK_CHECK(zero_point->scalar_type() == ScalarType::Char, "zero_point: got ", dtype_name(zero_point->scalar_type()),
              "; accepted: torch.int8");
     a.zero_point = static_cast<const int8_t*>(zero_point->const_data_ptr());
   }
   if (minimum) {
-    check_matrix("minimum", *minimum, groups, n, x_any);
+    check_matrix("minimum", *minimum, groups, n, device);
     QK_CHECK(minimum->scalar_type() == scale.scalar_type(), "minimum: got ", dtype_name(minimum->scalar_type()),
              "; accepted: scale's dtype, ", dtype_name(scale.scalar_type()));
     a.minimum = RealInput(*minimum);
@@ -454,13 +455,13 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   if (bias) {
     check_floating("bias", *bias);
     QK_CHECK(bias->dim() == 1 && bias->numel() == n, "bias: got shape ", shape_of(*bias), "; accepted: [", n, "]");
-    check_device("bias", *bias, x_any);
+    check_device("bias", *bias, device);
     bias_dense = to_contiguous(*bias);
     a.bias = RealInput(bias_dense);
   }
   std::vector<int64_t> sizes = to_vector(x_any.sizes());
   sizes.back() = n;
-  Tensor y = empty(sizes, out_dtype, device_of(x_any));
+  Tensor y = empty(sizes, out_dtype, device);
   if (y.numel() == 0) return y;
   a.y = RealOutput(y);
   a.m = static_cast<int>(m);
@@ -470,7 +471,6 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   a.steps = static_cast<int>(ceil_div(k, kDepth));
   a.halves_per_group = static_cast<int>(ceil_div(group_size, half));
   if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // with those beyond K
-  const Device device = device_of(x_any);
   if (dtype == ScalarType::Half) {
     run_half<Half>(gpu, a, device, half);
   } else {

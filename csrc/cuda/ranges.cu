@@ -267,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
   check_group_size(x, group_size);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   const Gpu gpu(x);
-  auto [scale, zero_point] = empty_qparams(x, group_size);
-  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : x.numel(), x);
+  auto [scale, zero_point] = empty_qparams(x, group_size, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(symmetric ? 0 : x.numel(), gpu.device());
   bool done = false;
   if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
     dispatch_floating("x", x, [&](auto tag) {
@@ -294,9 +294,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
   const Gpu gpu(x_any);
-  auto [scale, zero_point] = empty_qparams(x_any, group_size);
+  auto [scale, zero_point] = empty_qparams(x_any, group_size, gpu.device());
   const Tensor x = to_dense(x_any);
-  Tensor q = empty_strided(x.sizes(), x.strides(), ScalarType::Char, device_of(x));
+  Tensor q = empty_strided(x.sizes(), x.strides(), ScalarType::Char, gpu.device());
   bool done = false;
   if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
     dispatch_floating("x", x, [&](auto tag) {
@@ -322,11 +322,11 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  int64_t symmetric_zero_point) {
   check_floating("x", x);
   const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
-  check_statistics(running_min, running_max, scale, zero_point, x);
-  check_flag("observer_on", observer_on, x);
-  check_flag("fake_quant_on", fake_quant_on, x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
+  check_statistics(running_min, running_max, scale, zero_point, x, gpu.device());
+  check_flag("observer_on", observer_on, gpu.device());
+  check_flag("fake_quant_on", fake_quant_on, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(x.numel(), gpu.device());
   if (x.numel() == 0) return {y, mask};
   const Tensor dense = in_layout_of(x, y);
   dispatch_floating("x", dense, [&](auto tag) {
