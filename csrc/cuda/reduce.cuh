@@ -69,7 +69,8 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
                                            int64_t blocks) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth;
-  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  const int shift = __ffs(s.lanes) - 1;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x >> shift, groups = kThreads >> shift;
   for (int64_t begin = block * groups; begin < s.count; begin += blocks * groups) {
     const int64_t item = begin + group;
     const bool valid = item < s.count;
@@ -212,15 +213,23 @@ template <typename Op, typename C>
 __device__ __forceinline__ void add_partials(const Op& op, const C& channels, const Combine& s,
                                              const Pair<typename Op::T>* partial, int64_t block, int64_t blocks) {
   using Total = typename Op::Total;
-  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  constexpr int kReads = 4;  // under way at once: each takes as long as all else here
+  const int shift = __ffs(s.lanes) - 1;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x >> shift, groups = kThreads >> shift;
   for (int64_t begin = block * groups; begin < s.channels; begin += blocks * groups) {
     const int64_t c = begin + group;
     const bool valid = c < s.channels;
     Pair<Total> sum = cast_pair<Total>(Op::identity());
-    for (int64_t slot = lane; valid && slot < s.slots; slot += s.lanes) {
-      const int64_t k = s.per_run.divide(slot);
-      const int64_t at = channels.run_of(c, k) * s.per_run.divisor + (slot - k * s.per_run.divisor);
-      sum = Op::merge(sum, cast_pair<Total>(partial[at]));
+    for (int64_t first = lane; valid && first < s.slots; first += kReads * s.lanes) {
+      Pair<typename Op::T> read[kReads];
+#pragma unroll
+      for (int u = 0; u < kReads; ++u) {
+        const int64_t slot = first + u * s.lanes, k = s.per_run.divide(slot);
+        const int64_t at = channels.run_of(c, k) * s.per_run.divisor + (slot - k * s.per_run.divisor);
+        read[u] = slot < s.slots ? partial[at] : Op::identity();
+      }
+#pragma unroll
+      for (int u = 0; u < kReads; ++u) sum = Op::merge(sum, cast_pair<Total>(read[u]));
     }
     sum = merge_lanes(sum, s.lanes, [](Pair<Total> a, Pair<Total> b) { return Op::merge(a, b); });
     if (lane == 0 && valid) op.result(c, sum);

@@ -175,6 +175,7 @@ struct Channels {
   // The run where channel c occurs for the k-th time.
   __device__ int64_t run_of(int64_t c, int64_t k) const {
     int64_t run = 0, step = 1;
+#pragma unroll 1
     for (int f = count - 1; f >= 0; --f) {
       const int64_t n = size[f].divisor;
       int64_t digit;
