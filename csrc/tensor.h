@@ -93,8 +93,9 @@ inline std::string device_name(Device device) {
   return text.str();
 }
 
-inline void check_device(const char* name, const Tensor& t, const Tensor& x) {
-  const Device got = device_of(t), accepted = device_of(x);
+// That t is where x is, whose device is asked for once: each question is two calls into torch.
+inline void check_device(const char* name, const Tensor& t, Device accepted) {
+  const Device got = device_of(t);
   if (got == accepted) return;
   fail(name, ": got a tensor on ", device_name(got), "; accepted: x's device, ", device_name(accepted));
 }
@@ -161,10 +162,14 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 // As torch.empty_like: the strides of a dense tensor, else those of its dense counterpart.
-inline Tensor empty_dense_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
-  if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()), device_of(t));
+inline Tensor empty_dense_like(const Tensor& t, Device device, std::optional<ScalarType> dtype = std::nullopt) {
+  if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()), device);
   const Tensor dense = torch::stable::empty_like(t);
-  return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype, device_of(t)) : dense;
+  return dtype ? empty_strided(dense.sizes(), dense.strides(), *dtype, device) : dense;
+}
+
+inline Tensor empty_dense_like(const Tensor& t, std::optional<ScalarType> dtype = std::nullopt) {
+  return empty_dense_like(t, device_of(t), dtype);
 }
 
 // `t` itself where it is laid out as `like` (a dense tensor of the same shape), else a copy that is.

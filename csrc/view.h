@@ -108,19 +108,24 @@ inline void check_range(int64_t quant_min, int64_t quant_max) {
            "; accepted: ", -exact, " to ", exact, ", the integers that fp32 holds exactly");
 }
 
-inline void check_param(const char* name, const Tensor& param, const Tensor& x) {
-  check_device(name, param, x);
+// Here and below: `device` is that of x.
+inline void check_param(const char* name, const Tensor& param, const Tensor& x, Device device) {
+  check_device(name, param, device);
   check_granularity(name, param, x);
 }
 
-inline void check_scale(const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& x) {
-  check_param("scale", scale, x);
+inline void check_scale(const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& x, Device device) {
+  check_param("scale", scale, x, device);
   QK_CHECK(is_floating(scale.scalar_type()), "scale: got ", dtype_name(scale.scalar_type()),
            "; accepted: a floating dtype");
   if (!zero_point) return;
-  check_param("zero_point", *zero_point, x);
+  check_param("zero_point", *zero_point, x, device);
   QK_CHECK(zero_point->numel() == 1 || zero_point->numel() == scale.numel(), "zero_point: got shape ",
            shape_of(*zero_point), "; accepted: one element or scale's shape ", shape_of(scale));
+}
+
+inline void check_scale(const Tensor& scale, const std::optional<Tensor>& zero_point, const Tensor& x) {
+  check_scale(scale, zero_point, x, device_of(x));
 }
 
 inline void check_zero_point(int64_t zero_point, int64_t quant_min, int64_t quant_max) {
@@ -128,8 +133,8 @@ inline void check_zero_point(int64_t zero_point, int64_t quant_min, int64_t quan
            "; accepted: quant_min to quant_max, ", quant_min, " to ", quant_max);
 }
 
-inline void check_grad(const Tensor& grad, const Tensor& x) {
-  check_device("grad", grad, x);
+inline void check_grad(const Tensor& grad, const Tensor& x, Device device) {
+  check_device("grad", grad, device);
   QK_CHECK(grad.scalar_type() == x.scalar_type(), "grad: got ", dtype_name(grad.scalar_type()),
            "; accepted: x's dtype, ", dtype_name(x.scalar_type()));
   bool same = grad.dim() == x.dim();
@@ -137,16 +142,21 @@ inline void check_grad(const Tensor& grad, const Tensor& x) {
   QK_CHECK(same, "grad: got shape ", shape_of(grad), "; accepted: x's shape ", shape_of(x));
 }
 
-inline Tensor empty_mask(int64_t numel, const Tensor& x) {
-  return empty({(numel + 7) / 8}, ScalarType::Byte, device_of(x));
-}
+inline void check_grad(const Tensor& grad, const Tensor& x) { check_grad(grad, x, device_of(x)); }
 
-inline void check_mask(const Tensor& mask, const Tensor& grad) {
-  check_device("mask", mask, grad);
+inline Tensor empty_mask(int64_t numel, Device device) { return empty({(numel + 7) / 8}, ScalarType::Byte, device); }
+
+inline Tensor empty_mask(int64_t numel, const Tensor& x) { return empty_mask(numel, device_of(x)); }
+
+// device: of grad.
+inline void check_mask(const Tensor& mask, const Tensor& grad, Device device) {
+  check_device("mask", mask, device);
   QK_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.numel() == (grad.numel() + 7) / 8,
            "mask: got ", dtype_name(mask.scalar_type()), " of shape ", shape_of(mask),
            "; accepted: contiguous torch.uint8, one bit for each of grad's ", grad.numel(), " elements");
 }
+
+inline void check_mask(const Tensor& mask, const Tensor& grad) { check_mask(mask, grad, device_of(grad)); }
 
 inline void check_group_size(const Tensor& x, int64_t group_size) {
   check_floating("x", x);
@@ -158,28 +168,31 @@ inline void check_group_size(const Tensor& x, int64_t group_size) {
 }
 
 // Scale and zero point tensors of x's groups, empty as yet.
-inline std::tuple<Tensor, Tensor> empty_qparams(const Tensor& x, int64_t group_size) {
+inline std::tuple<Tensor, Tensor> empty_qparams(const Tensor& x, int64_t group_size, Device device) {
   auto shape = to_vector(x.sizes());
   if (group_size == 0) std::fill(shape.begin(), shape.end(), 1);
   if (group_size == -1) shape.back() = 1;
   if (group_size > 0) shape.back() /= group_size;
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Device device = device_of(x);
   return {empty(shape, dtype, device), empty(shape, ScalarType::Int, device)};
+}
+
+inline std::tuple<Tensor, Tensor> empty_qparams(const Tensor& x, int64_t group_size) {
+  return empty_qparams(x, group_size, device_of(x));
 }
 
 // The statistics that an observer keeps and changes in place.
 inline void check_statistics(const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
-                             const Tensor& zero_point, const Tensor& x) {
+                             const Tensor& zero_point, const Tensor& x, Device device) {
   const std::pair<const char*, const Tensor*> stats[] = {
       {"running_min", &running_min}, {"running_max", &running_max}, {"scale", &scale}};
   for (const auto& [name, stat] : stats) {
-    check_param(name, *stat, x);
+    check_param(name, *stat, x, device);
     QK_CHECK(stat->scalar_type() == ScalarType::Float && stat->is_contiguous() && stat->numel() == scale.numel(), name,
              ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
              "; accepted: contiguous torch.float32 of one shape for all statistics");
   }
-  check_device("zero_point", zero_point, x);
+  check_device("zero_point", zero_point, device);
   const ScalarType dtype = zero_point.scalar_type();
   QK_CHECK((dtype == ScalarType::Int || dtype == ScalarType::Long) && zero_point.is_contiguous() &&
                zero_point.numel() == scale.numel(),
@@ -187,8 +200,8 @@ inline void check_statistics(const Tensor& running_min, const Tensor& running_ma
            "; accepted: contiguous torch.int32 or torch.int64 of scale's shape ", shape_of(scale));
 }
 
-inline void check_flag(const char* name, const Tensor& flag, const Tensor& x) {
-  check_device(name, flag, x);
+inline void check_flag(const char* name, const Tensor& flag, Device device) {
+  check_device(name, flag, device);
   QK_CHECK(flag.numel() == 1, name, ": got shape ", shape_of(flag), "; accepted: one element, on x's device");
 }
 

@@ -25,14 +25,57 @@ class Kernel:
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)  # widest access in bits by kind: LDG, STG, LDL, STL, …
     counts: Counter[str] = field(default_factory=Counter)  # FFMA, HMMA.16816.F32, …; LOP3 by its table, 0x6a, …
+    code: list[tuple[int, str]] = field(default_factory=list)  # address and text of what is read here, in order
 
     @property
     def spills(self) -> bool:
         return self.stack > 0 or self.local > 0 or "LDL" in self.widths or "STL" in self.widths
 
+    def path(self, last: str) -> list[str]:
+        """What is executed at least before an instruction that matches `last`: the shortest way there, it included."""
+        at = {address: index for index, (address, _) in enumerate(self.code)}
+        came_from: dict[int, int] = {0: -1}
+        for index in (queue := [0]):
+            text = self.code[index][1]
+            if re.match(last, text):
+                way = []
+                while index >= 0:
+                    way.append(self.code[index][1])
+                    index = came_from[index]
+                return way[::-1]
+            kind = text.split()[0].partition(".")[0]
+            to = []
+            if kind == "BRA" and (target := re.search(r"\b0x[0-9a-f]+", text)):
+                to.append(next(at[a] for a in sorted(at) if a >= int(target[0], 16)))
+            if kind not in ("BRA", "EXIT") or CONDITIONAL.search(text):
+                to.append(index + 1)
+            for following in to:
+                if following < len(self.code) and following not in came_from:
+                    came_from[following] = index
+                    queue.append(following)
+        raise AssertionError(f"{self.name}: nothing matches {last}")
+
+    def in_loops(self, wanted: str) -> list[str]:
+        """The instructions that match and lie between a branch backwards and its target."""
+        loops = [
+            (int(target[0], 16), address)
+            for address, text in self.code
+            if text.startswith("BRA") and (target := re.search(r"\b0x[0-9a-f]+", text))
+        ]
+        return [
+            text
+            for address, text in self.code
+            if re.match(wanted, text) and any(start <= address <= end for start, end in loops)
+        ]
+
 
 ACCESSES = "LDG|STG|LDL|STL|LDS|STS|LDGSTS"
-ARITHMETIC = "FFMA|HMMA|LOP3|PRMT|SHF|I2F|I2FP|HADD2|HFMA2"
+ARITHMETIC = "FFMA|HMMA|LOP3|PRMT|SHF|I2F|I2FP|HADD2|HFMA2|MUFU|SHFL|FMNMX|CALL|IMAD\\.WIDE\\.U32\\.X"
+FLOW = "BRA|EXIT|ACQBULK|PREEXIT"  # the last two: wait for the kernel before, let the next one start
+LINE = re.compile(
+    rf"/\*([0-9a-f]{{4,}})\*/\s+(@!?U?P\w+)?\s*((?:{ACCESSES}|{ARITHMETIC}|{FLOW})(?!\w).*?)\s*(?:;|/\*|$)"
+)
+CONDITIONAL = re.compile(r"^BRA[.\w]* !?U?P\d| if @")
 WIDTHS = {"256": 256, "128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
 
 
@@ -65,11 +108,15 @@ def kernels(path: Path, arch: str | None = None) -> dict[str, Kernel]:
         usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
         found[name] = Kernel(name, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
     kernel = None
-    for line in _cuobjdump(path, arch, "-sass", only=f"Function : |{ACCESSES}|{ARITHMETIC}").splitlines():
+    for line in _cuobjdump(path, arch, "-sass", only=f"Function : |{ACCESSES}|{ARITHMETIC}|{FLOW}").splitlines():
         if "Function : " in line:
             name = line.split("Function : ")[1].strip()
             kernel = found.setdefault(name, Kernel(name))
-        elif kernel is not None and (match := re.search(rf"\b({ACCESSES}|{ARITHMETIC})((?:\.\w+)*) ", line)):
+        elif kernel is not None and (listed := LINE.search(line)):
+            address, guard, text = listed.groups()
+            kernel.code.append((int(address, 16), text + (f" if {guard}" if guard else "")))
+            if (match := re.match(rf"({ACCESSES}|{ARITHMETIC})((?:\.\w+)*) ", text)) is None:
+                continue
             kind, modifiers = match.groups()
             parts = modifiers.split(".")
             if kind not in ACCESSES.split("|"):

@@ -49,6 +49,12 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((1, 270000), (1, 1)),
     ((700, 5), (700, 1)),
     ((50, 14), (50, 7)),
+    ((5, 5504), (5, 1)),  # blocks of one row each, of fewer threads, with lanes beyond its end
+    ((40, 1536), (40, 1)),
+    ((3, 4100), (3, 1)),  # whole vectors, but masks whose bytes have bits of two rows
+    ((2, 3, 40, 40), (1, 3, 1, 1)),
+    ((32, 4096), (32, 4)),
+    ((256, 384), (2, 3)),
 ]
 
 
@@ -166,10 +172,39 @@ def test_foreach(dtype: torch.dtype, lsq: bool) -> None:
             same(learned[part][at], want[part])
 
 
+def emulated(counter: str) -> ctypes.c_ulong:
+    (library,) = (path for path in torch.ops.loaded_libraries if "emulated" in path)
+    return ctypes.c_ulong.in_dll(ctypes.CDLL(library), counter)
+
+
+def test_each_tensor_is_asked_for_its_device_once() -> None:
+    """Type and index, a call into torch each; in eager mode such calls are much of a small tensor's time."""
+    asked = emulated("emulated_device_questions")
+    x, grad, scale, zero_point = torch.randn(64, 64), torch.randn(64, 64), torch.ones(64, 1), torch.zeros(64)[:, None]
+    flag, statistics = torch.ones(1), [torch.zeros(1), torch.zeros(1), torch.ones(1)]
+    args = (scale, zero_point, -8, 7)
+    mask = ops._forward_mask(x, *args, False)[1]
+    for tensors, op, given in (
+        (3, ops._forward, (x, *args)),
+        (3, ops._forward_mask, (x, *args, False)),
+        (4, ops._backward, (grad, x, *args, False)),
+        (2, ops._backward_mask, (grad, mask)),
+        (4, ops._learnable_backward, (grad, x, *args, 1.0, False)),
+        (1, ops._dynamic_forward, (x, -1, -8, 7, True)),
+        (
+            7,
+            torch.ops.qkernels.observe_fake_quantize,
+            (x, flag, flag, *statistics, torch.zeros(1).int(), 0.1, -8, 7, 0, 0),
+        ),
+    ):
+        before = asked.value
+        op(*given)
+        assert asked.value - before <= 2 * tensors, op
+
+
 def test_foreach_launches() -> None:
     """A launch for some 30 tensors, 18 where sums are taken; none for each."""
-    (library,) = (path for path in torch.ops.loaded_libraries if "emulated" in path)
-    launches = ctypes.c_ulong.in_dll(ctypes.CDLL(library), "emulated_launches")
+    launches = emulated("emulated_launches")
 
     def launched(op: Any, *args: Any) -> int:
         before = launches.value

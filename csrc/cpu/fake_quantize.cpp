@@ -223,9 +223,10 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  int64_t symmetric_zero_point) {
   check_floating("x", x);
   check_range(quant_min, quant_max);
-  check_statistics(running_min, running_max, scale, zero_point, x);
-  check_flag("observer_on", observer_on, x);
-  check_flag("fake_quant_on", fake_quant_on, x);
+  const Device device = device_of(x);
+  check_statistics(running_min, running_max, scale, zero_point, x, device);
+  check_flag("observer_on", observer_on, device);
+  check_flag("fake_quant_on", fake_quant_on, device);
   const int64_t numel = x.numel();
   if (is_set(observer_on) && numel) {
     const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);

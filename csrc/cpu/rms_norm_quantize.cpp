@@ -25,7 +25,7 @@ void check(const Tensor& x, const std::optional<Tensor>& weight, int64_t group_s
   check_floating("weight", *weight);
   QK_CHECK(weight->dim() == 1 && weight->numel() == length, "weight: got shape ", shape_of(*weight),
            "; accepted: x's last dim, [", length, "]");
-  check_device("weight", *weight, x);
+  check_device("weight", *weight, device_of(x));
 }
 
 // Without a weight all are 1, which changes no bit.
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> rms_norm_fake_quantize_dynamic_backward(const Tensor&
                (rstd.numel() == rows || !length),
            "rstd: got ", dtype_name(rstd.scalar_type()), " of shape ", shape_of(rstd),
            "; accepted: what the forward op gave, one for each of x's ", rows, " rows");
-  check_device("rstd", rstd, x);
+  check_device("rstd", rstd, device_of(x));
   weight_grad = weight_grad && weight;
   Tensor dx = empty(to_vector(x.sizes()), x.scalar_type());
   std::vector<double> dweight(weight_grad ? length : 0);

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> histogram(const Tensor& x_any, const Tensor& low, con
   QK_CHECK(1 <= bins && bins <= most, "bins: got ", bins, "; accepted: 1 to ", most);
   const std::pair<const char*, const Tensor*> ends[] = {{"low", &low}, {"high", &high}};
   for (const auto& [name, end] : ends) {
-    check_param(name, *end, x_any);
+    check_param(name, *end, x_any, device_of(x_any));
     QK_CHECK(is_floating(end->scalar_type()), name, ": got ", dtype_name(end->scalar_type()),
              "; accepted: a floating dtype");
   }

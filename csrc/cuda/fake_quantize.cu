@@ -20,7 +20,7 @@ struct ForwardOp {
   bool through = false;
 
   __device__ __forceinline__ void begin() {
-    if constexpr (kMask) through = on.bytes && !on.is_set();
+    if constexpr (kMask) through = on.data && !on.is_set();
   }
   template <bool kWhole>
   __device__ __forceinline__ Loaded load(int64_t at, int n) const {
@@ -33,8 +33,9 @@ struct ForwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T unrounded = widen(in.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
-      if constexpr (kMask) bits |= (k < n && counts_inside(unrounded, q, p.zero_point, low, high, lsq)) ? 1u << k : 0;
+      const T unrounded = widen(in, k) * p.inv, q = round_even(unrounded) + p.zero_point;
+      if constexpr (kMask)
+        bits |= ((kWhole || k < n) && counts_inside(unrounded, q, p.zero_point, low, high, lsq)) ? 1u << k : 0;
       out[k] = fake_quantized(q, p, low, high);
     }
     if (kMask && through) {
@@ -52,9 +53,9 @@ struct TensorParams {
   const std::optional<Tensor>& zero_point;
 
   Runs runs(const Tensor& x) const { return runs_of(x, scale); }
-  void check(const Tensor& x, int64_t quant_min, int64_t quant_max) const {
+  void check(const Tensor& x, int64_t quant_min, int64_t quant_max, Device device) const {
     check_range(quant_min, quant_max);
-    check_scale(scale, zero_point, x);
+    check_scale(scale, zero_point, x, device);
   }
   template <typename T>
   OwnedQparams<T> make(int64_t quant_min, int64_t quant_max) const {
@@ -67,7 +68,7 @@ struct ScalarParams {
   int64_t zero_point;
 
   Runs runs(const Tensor& x) const { return one_run(x); }
-  void check(const Tensor&, int64_t quant_min, int64_t quant_max) const {
+  void check(const Tensor&, int64_t quant_min, int64_t quant_max, Device) const {
     check_range(quant_min, quant_max);
     check_zero_point(zero_point, quant_min, quant_max);
   }
@@ -101,7 +102,7 @@ struct BackwardOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T unrounded = widen(in.x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+      const T unrounded = widen(in.x, k) * p.inv, q = round_even(unrounded) + p.zero_point;
       out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, lsq) ? in.grad.v[k] : S{};
     }
     store<kWhole>(dx + at, out, 0, n);
@@ -135,11 +136,10 @@ struct BackwardMaskOp {
   }
 };
 
-// mask: null where none is wanted.
+// All checked; mask: null where none is wanted.
 template <typename P>
 void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                  const Tensor& y, const Tensor* mask, Flag on, bool lsq = false) {
-  params.check(x_any, quant_min, quant_max);
   if (x_any.numel() == 0) return;
   const Tensor x = in_layout_of(x_any, y);
   dispatch_floating("x", x, [&](auto tag) {
@@ -164,7 +164,8 @@ template <typename P>
 Tensor forward_with(const Tensor& x, const P& params, int64_t quant_min, int64_t quant_max) {
   check_floating("x", x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x);
+  params.check(x, quant_min, quant_max, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device());
   run_forward(gpu, x, params, quant_min, quant_max, y, nullptr, Flag());
   return y;
 }
@@ -174,7 +175,8 @@ std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, i
                                              bool lsq = false) {
   check_floating("x", x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
+  params.check(x, quant_min, quant_max, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(x.numel(), gpu.device());
   run_forward(gpu, x, params, quant_min, quant_max, y, &mask, Flag(), lsq);
   return {y, mask};
 }
@@ -201,12 +203,12 @@ template <typename P>
 Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                      bool lsq = false) {
   check_floating("x", x_any);
-  check_grad(grad_any, x_any);
-  params.check(x_any, quant_min, quant_max);
   const Gpu gpu(x_any);
+  check_grad(grad_any, x_any, gpu.device());
+  params.check(x_any, quant_min, quant_max, gpu.device());
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
-  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device_of(x));
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), gpu.device());
   run_backward(gpu, grad, x, params, quant_min, quant_max, dx, lsq);
   return dx;
 }
@@ -244,10 +246,10 @@ Tensor fake_quantize_backward_scalar(const Tensor& grad, const Tensor& x, double
 
 Tensor fake_quantize_backward_mask(const Tensor& grad_any, const Tensor& mask) {
   check_floating("grad", grad_any);
-  check_mask(mask, grad_any);
   const Gpu gpu(grad_any);
+  check_mask(mask, grad_any, gpu.device());
   const Tensor grad = to_dense(grad_any);
-  Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type(), device_of(grad));
+  Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type(), gpu.device());
   if (grad.numel() == 0) return dx;
   dispatch_floating("grad", grad, [&](auto tag) {
     using S = decltype(tag);

@@ -10,11 +10,11 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
                                                                     std::optional<Tensor> zero_point, int64_t quant_min,
                                                                     int64_t quant_max, double grad_factor, bool lsq) {
   check_floating("x", x_any);
-  check_grad(grad_any, x_any);
-  check_range(quant_min, quant_max);
-  check_scale(scale, zero_point, x_any);
   const Gpu gpu(x_any);
-  const Device device = device_of(x_any);
+  const Device device = gpu.device();
+  check_grad(grad_any, x_any, device);
+  check_range(quant_min, quant_max);
+  check_scale(scale, zero_point, x_any, device);
   const Tensor x = to_dense(x_any);
   const Tensor grad = in_layout_of(grad_any, x);
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type(), device);
@@ -43,7 +43,7 @@ void fake_quantize_learnable_backward_into(const Gpu& gpu, const Tensor& grad, c
                                                      grad_factor,
                                                      RealOutput(dscale),
                                                      RealOutput(dzero_point)};
-      reduce_channels(gpu, op, q, runs_of(x, scale), x, is_aligned({op.grad, op.x, op.dx}));
+      reduce_channels(gpu, op, q, runs_of(x, scale), x.numel(), is_aligned({op.grad, op.x, op.dx}));
     });
   });
 }

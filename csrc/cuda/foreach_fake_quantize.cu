@@ -36,7 +36,8 @@ struct Table {
 template <typename Item>
 class Batch {
  public:
-  Batch(const Gpu& gpu, void (*kernel)(Table<Item>)) : gpu_(gpu), kernel_(kernel) {}
+  // early: the kernel begins with wait_for_previous().
+  Batch(const Gpu& gpu, void (*kernel)(Table<Item>), bool early = false) : gpu_(gpu), kernel_(kernel), early_(early) {}
   void add(const Item& item, int64_t blocks) {
     blocks = std::min(blocks, kGrid);  // kernels loop
     if (count_ == Table<Item>::kMost || (count_ && end_[count_ - 1] + blocks > kGrid)) flush();
@@ -51,7 +52,11 @@ class Batch {
     std::copy(items_.begin(), items_.end(), table->items);
     std::copy(end_, end_ + count_, table->end);
     table->count = count_;
-    gpu_.launch(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    if (early_) {
+      gpu_.launch_early(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    } else {
+      gpu_.launch(kernel_, end_[count_ - 1], 1, kThreads, *table);
+    }
     items_.clear();
     count_ = 0;
   }
@@ -60,6 +65,7 @@ class Batch {
   static constexpr int64_t kGrid = 0x7fffffff;
   const Gpu& gpu_;
   void (*kernel_)(Table<Item>);
+  bool early_;
   std::vector<Item> items_;
   int64_t end_[Table<Item>::kMost];
   int count_ = 0;
@@ -81,7 +87,8 @@ struct Elements {
 };
 
 template <typename S, bool kBackward>
-__global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant__ Table<Elements<S>> table) {
+__global__ void __launch_bounds__(kThreads, kFrugal ? 4 : 3)
+    foreach_kernel(const __grid_constant__ Table<Elements<S>> table) {
   using T = Arithmetic<S>;
   constexpr int N = kVector<S>;
   int64_t block = blockIdx.x, blocks;
@@ -94,14 +101,14 @@ __global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const Params<T>& p = params(k);
-        const T unrounded = widen(x.v[k]) * p.inv, q = round_even(unrounded) + p.zero_point;
+        const T unrounded = widen(x, k) * p.inv, q = round_even(unrounded) + p.zero_point;
         out.v[k] = counts_inside(unrounded, q, p.zero_point, low, high, item.lsq) ? grad.v[k] : S{};
       }
       store<kWhole>(item.out + at, out, 0, n);
     } else {
       T out[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] = fake_quantized(steps_of(widen(x.v[k]), params(k)), params(k), low, high);
+      for (int k = 0; k < N; ++k) out[k] = fake_quantized(steps_of(widen(x, k), params(k)), params(k), low, high);
       store<kWhole>(item.out + at, narrow<S>(out), 0, n);
     }
   };
@@ -149,6 +156,7 @@ struct Sums {
 template <typename S, bool kLsq>
 __global__ void __launch_bounds__(kThreads, 2)
     foreach_pieces_kernel(const __grid_constant__ Table<Sums<S, kLsq>> table) {
+  let_next_start();
   int64_t block = blockIdx.x, blocks;
   const Sums<S, kLsq>& item = table.find(block, blocks);
   add_pieces(item.op, item.q, item.channels, item.pieces, item.partial, block, blocks);
@@ -165,6 +173,7 @@ struct Totals {
 template <typename S, bool kLsq>
 __global__ void __launch_bounds__(kThreads)
     foreach_combine_kernel(const __grid_constant__ Table<Totals<S, kLsq>> table) {
+  wait_for_previous();
   int64_t block = blockIdx.x, blocks;
   const Totals<S, kLsq>& item = table.find(block, blocks);
   add_partials(item.op, item.channels, item.combine, item.partial, block, blocks);
@@ -210,15 +219,15 @@ struct Lists {
     check("quant_max", quant_maxs.size());
   }
   // What can fail fails here, before the first launch.
-  std::vector<Job> jobs() const {
+  std::vector<Job> jobs(Device device) const {
     for (size_t i = 0; i < xs.size(); ++i) {
-      const Device got = device_of(xs[i]), accepted = device_of(xs[0]);
-      QK_CHECK(got == accepted, "xs[", i, "]: got a tensor on ", device_name(got),
-               "; accepted: the first one's device, ", device_name(accepted));
+      const Device got = device_of(xs[i]);
+      QK_CHECK(got == device, "xs[", i, "]: got a tensor on ", device_name(got), "; accepted: the first one's device, ",
+               device_name(device));
       check_floating("x", xs[i]);
       check_range(quant_mins[i], quant_maxs[i]);
-      check_scale(scales[i], zero_points[i], xs[i]);
-      if (grads) check_grad((*grads)[i], xs[i]);
+      check_scale(scales[i], zero_points[i], xs[i], device);
+      if (grads) check_grad((*grads)[i], xs[i], device);
     }
     std::vector<Job> jobs;
     jobs.reserve(xs.size());
@@ -227,9 +236,9 @@ struct Lists {
       if (grads) {
         job.x = to_dense(xs[i]);
         job.grad = in_layout_of((*grads)[i], job.x);
-        job.out = empty_strided(job.x.sizes(), job.x.strides(), job.x.scalar_type(), device_of(job.x));
+        job.out = empty_strided(job.x.sizes(), job.x.strides(), job.x.scalar_type(), device);
       } else {
-        job.out = empty_dense_like(xs[i]);
+        job.out = empty_dense_like(xs[i], device);
         job.x = in_layout_of(xs[i], job.out);
       }
       job.runs = runs_of(job.x, job.scale);
@@ -259,7 +268,7 @@ Tensors elementwise(const Lists& lists, bool lsq = false) {
   lists.check_lengths();
   if (lists.xs.empty()) return {};
   const Gpu gpu(lists.xs[0]);
-  const std::vector<Job> jobs = lists.jobs();
+  const std::vector<Job> jobs = lists.jobs(gpu.device());
   for_each_dtype(jobs, [&](auto tag, ScalarType dtype) {
     using S = decltype(tag);
     std::vector<OwnedQparams<Arithmetic<S>>> held;  // until their last launch
@@ -307,12 +316,11 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
   lists.check_lengths();
   if (xs.empty()) return {};
   const Gpu gpu(xs[0]);
-  const Device device = device_of(xs[0]);
-  const std::vector<Job> jobs = lists.jobs();
+  const std::vector<Job> jobs = lists.jobs(gpu.device());
   Tensors dscales, dzero_points;
   for (const Tensor& scale : scales)
     for (Tensors* list : {&dscales, &dzero_points})
-      list->push_back(empty(to_vector(scale.sizes()), scale.scalar_type(), device));
+      list->push_back(empty(to_vector(scale.sizes()), scale.scalar_type(), gpu.device()));
   const auto run = [&](auto tag, ScalarType dtype, auto open) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
@@ -346,10 +354,10 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
       runs.push_back(&job.runs);
       if (!pieces.direct) pairs += pieces.count;
     }
-    const Tensor workspace = empty({pairs * static_cast<int64_t>(sizeof(Pair<T>))}, ScalarType::Byte, device);
-    auto* partial = static_cast<Pair<T>*>(workspace.mutable_data_ptr());
+    const Workspace<Pair<T>> workspace(pairs, gpu.device());
+    Pair<T>* partial = workspace.data();
     Batch<Sums<S, kLsq>> sums(gpu, foreach_pieces_kernel<S, kLsq>);
-    Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>);
+    Batch<Totals<S, kLsq>> totals(gpu, foreach_combine_kernel<S, kLsq>, true);
     for (Sums<S, kLsq>& item : all) {
       if (!item.pieces.direct) {
         item.partial = partial;

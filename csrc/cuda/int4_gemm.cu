@@ -34,7 +34,8 @@ struct Linear {
   int m, n, k, length;
   int steps;             // tiles along k
   int halves_per_group;  // half blocks
-  int64_t tiles, per_block;
+  int64_t tiles;
+  Divider per_column, per_block;  // tiles
 };
 
 // A tile in shared memory. Rows of x are padded so that the 16 bytes that eight threads read at once are in different
@@ -87,7 +88,7 @@ struct Cursor {
   int column, step, group, left;  // left: half blocks of the group from here on
 
   __device__ __forceinline__ Cursor(const Linear& a, int64_t tile)
-      : column(static_cast<int>(tile / a.steps)), step(static_cast<int>(tile % a.steps)) {}
+      : column(static_cast<int>(a.per_column.divide(tile))), step(static_cast<int>(tile) - column * a.steps) {}
   __device__ __forceinline__ void find_group(const Linear& a, int halves) {
     group = step * halves / a.halves_per_group;
     left = (group + 1) * a.halves_per_group - step * halves;
@@ -290,11 +291,12 @@ class Stripe {
 template <typename S, int kHalf, int kRows, bool kMinimum>
 __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
     int4_linear_kernel(const __grid_constant__ Linear a) {
+  let_next_start();
   using Work = Stripe<S, kHalf, kRows, kMinimum>;
   constexpr int kFlight = kStages<kRows>;
   auto* stages = reinterpret_cast<typename Work::Tile*>(dynamic_shared());
-  const int64_t first = blockIdx.x * a.per_block;
-  const int count = static_cast<int>(a.per_block < a.tiles - first ? a.per_block : a.tiles - first);
+  const int64_t length = a.per_block.divisor, first = blockIdx.x * length;
+  const int count = static_cast<int>(length < a.tiles - first ? length : a.tiles - first);
   Work work(a, first);
   Cursor at(a, first);
 
@@ -331,9 +333,10 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
 // y of a row and a column of tiles, from what each block that had a part in the column has
 // left.
 __global__ void __launch_bounds__(kBlock) int4_sum_kernel(const __grid_constant__ Linear a) {
-  const int64_t column = blockIdx.x, row = blockIdx.y, n = column * kBlock + threadIdx.x;
+  const int64_t column = blockIdx.x, row = blockIdx.y, n = column * kBlock + threadIdx.x, first = column * a.steps;
+  const int64_t begin = a.per_block.divide(first), end = a.per_block.divide(first + a.steps - 1);
+  wait_for_previous();
   if (n >= a.n) return;
-  const int64_t first = column * a.steps, begin = first / a.per_block, end = (first + a.steps - 1) / a.per_block;
   float sum = 0;
 #pragma unroll 4
   for (int64_t block = begin; block <= end; ++block)
@@ -347,16 +350,18 @@ void run(const Gpu& gpu, Linear a, Device device) {
   static_assert(kShared <= kMostShared);
   const int64_t columns = ceil_div(a.n, kBlock);
   a.tiles = columns * a.steps;
-  // The runtime keeps 1 KiB of each block's shared memory. A stripe is no shorter than what is
-  // in flight of it.
+  // The runtime keeps 1 KiB of each block's shared memory. A stripe is no shorter than what is in flight of it, unless
+  // multiprocessors would have none.
   const int resident = std::clamp(gpu.shared_of_processor() / (kShared + 1024), 1, kBlocks<kRows>);
-  a.per_block = std::max<int64_t>(ceil_div(a.tiles, int64_t{gpu.processors()} * resident), kStages<kRows>);
-  const int64_t blocks = ceil_div(a.tiles, a.per_block);
+  a.per_column = Divider(a.steps);
+  a.per_block = Divider(std::max(ceil_div(a.tiles, int64_t{gpu.processors()} * resident),
+                                 std::min<int64_t>(kStages<kRows>, ceil_div(a.tiles, gpu.processors()))));
+  const int64_t blocks = ceil_div(a.tiles, a.per_block.divisor);
   const Tensor partial = empty({blocks + columns, kRows, kBlock}, ScalarType::Float, device);
   a.partial = static_cast<float*>(partial.mutable_data_ptr());
   a.rows = kRows;
   gpu.launch_shared(int4_linear_kernel<S, kHalf, kRows, kMinimum>, blocks, 1, kThreadsOf<kRows>, kShared, a);
-  gpu.launch(int4_sum_kernel, columns, a.m, kBlock, a);
+  gpu.launch_early(int4_sum_kernel, columns, a.m, kBlock, a);
 }
 
 template <typename S, int kHalf, int kRows>
@@ -382,10 +387,10 @@ void run_half(const Gpu& gpu, const Linear& a, Device device, int half) {
   run_rows<S, 32>(gpu, a, device);
 }
 
-void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, Device device) {
   QK_CHECK(t.dim() == 2 && t.sizes()[0] == rows && t.sizes()[1] == columns && t.is_contiguous(), name, ": got shape ",
            shape_of(t), "; accepted: contiguous [", rows, ", ", columns, "]");
-  check_device(name, t, x);
+  check_device(name, t, device);
 }
 
 bool is_half_or_float(ScalarType dtype) { return is_floating(dtype) && dtype != ScalarType::Double; }
@@ -421,26 +426,27 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   const int64_t groups = k / group_size, length = ceil_div(k, 2 * half) * half;
   QK_CHECK(data_any.scalar_type() == ScalarType::Byte, "data: got ", dtype_name(data_any.scalar_type()),
            "; accepted: torch.uint8");
-  check_matrix("data", data_any, n, length, x_any);
-  check_matrix("scale", scale, groups, n, x_any);
+  const Gpu gpu(x_any);
+  const Device device = gpu.device();
+  check_matrix("data", data_any, n, length, device);
+  check_matrix("scale", scale, groups, n, device);
   QK_CHECK(is_half_or_float(scale.scalar_type()), "scale: got ", dtype_name(scale.scalar_type()),
            "; accepted: torch.float32, torch.bfloat16, torch.float16");
   QK_CHECK(!zero_point || !minimum, "minimum: got a tensor beside zero_point; accepted: one of them");
 
-  const Gpu gpu(x_any);
   const Tensor x = to_aligned(x_any), data = to_aligned(data_any);
   Linear a{};
   a.x = x.const_data_ptr();
   a.data = static_cast<const uint8_t*>(data.const_data_ptr());
   a.scale = RealInput(scale);
   if (zero_point) {
-    check_matrix("zero_point", *zero_point, groups, n, x_any);
+    check_matrix("zero_point", *zero_point, groups, n, device);
     QK_CHECK(zero_point->scalar_type() == ScalarType::Char, "zero_point: got ", dtype_name(zero_point->scalar_type()),
              "; accepted: torch.int8");
     a.zero_point = static_cast<const int8_t*>(zero_point->const_data_ptr());
   }
   if (minimum) {
-    check_matrix("minimum", *minimum, groups, n, x_any);
+    check_matrix("minimum", *minimum, groups, n, device);
     QK_CHECK(minimum->scalar_type() == scale.scalar_type(), "minimum: got ", dtype_name(minimum->scalar_type()),
              "; accepted: scale's dtype, ", dtype_name(scale.scalar_type()));
     a.minimum = RealInput(*minimum);
@@ -449,13 +455,13 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   if (bias) {
     check_floating("bias", *bias);
     QK_CHECK(bias->dim() == 1 && bias->numel() == n, "bias: got shape ", shape_of(*bias), "; accepted: [", n, "]");
-    check_device("bias", *bias, x_any);
+    check_device("bias", *bias, device);
     bias_dense = to_contiguous(*bias);
     a.bias = RealInput(bias_dense);
   }
   std::vector<int64_t> sizes = to_vector(x_any.sizes());
   sizes.back() = n;
-  Tensor y = empty(sizes, out_dtype, device_of(x_any));
+  Tensor y = empty(sizes, out_dtype, device);
   if (y.numel() == 0) return y;
   a.y = RealOutput(y);
   a.m = static_cast<int>(m);
@@ -465,7 +471,6 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   a.steps = static_cast<int>(ceil_div(k, kDepth));
   a.halves_per_group = static_cast<int>(ceil_div(group_size, half));
   if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // with those beyond K
-  const Device device = device_of(x_any);
   if (dtype == ScalarType::Half) {
     run_half<Half>(gpu, a, device, half);
   } else {

@@ -5,11 +5,11 @@
 
 namespace qkernels {
 
-template <typename S, bool kLsq>
+template <typename S, bool kLsq, int kElements = kVector<S>>
 struct LearnableOp {
   using T = Arithmetic<S>;
   using Total = double;
-  static constexpr int kWidth = kVector<S>;
+  static constexpr int kWidth = kElements;
   static constexpr bool kQuantizes = true;
   struct Loaded {
     Vec<S, kWidth> grad, x;
@@ -19,6 +19,12 @@ struct LearnableOp {
   T low, high;
   double grad_factor;
   RealOutput dscale, dzero_point;
+
+  // By columns each element of a vector has sums and parameters of its own, five registers: halves go by four.
+  auto of_columns() const {
+    constexpr int kNarrow = std::min(kElements, 4);
+    return LearnableOp<S, kLsq, kNarrow>{grad, x, dx, low, high, grad_factor, dscale, dzero_point};
+  }
 
   static __device__ __forceinline__ Pair<T> identity() { return {0, 0}; }
   template <typename U>
@@ -39,7 +45,7 @@ struct LearnableOp {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Params<T>& p = params(k);
-      const T dy = widen(in.grad.v[k]), steps = widen(in.x.v[k]) * p.inv;
+      const T dy = widen(in.grad, k), steps = widen(in.x, k) * p.inv;
       const T q = round_even(steps) + p.zero_point;
       const bool inside = counts_inside(steps, q, p.zero_point, low, high, kLsq);
       d.v[k] = inside ? in.grad.v[k] : S{};
@@ -54,11 +60,6 @@ struct LearnableOp {
     dzero_point.set(channel, sum.b * grad_factor);
   }
 };
-
-template <>
-inline constexpr int kPieceBlocks<LearnableOp<BFloat16, true>> = 2;  // 80 registers spill from sm_100 on
-template <>
-inline constexpr int kPieceBlocks<LearnableOp<Half, true>> = 2;
 
 // Calls f with `lsq` as a constant.
 template <typename F>

@@ -5,6 +5,8 @@
 
 namespace qkernels {
 
+// All of these trust what they are given.
+
 // y (laid out as a dense x) and the packed mask, where one is wanted. Where `on` is given and not set, y = x.
 void fake_quantize_into(const Gpu& gpu, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point,
                         int64_t quant_min, int64_t quant_max, const Tensor& y, const Tensor* mask, Flag on);

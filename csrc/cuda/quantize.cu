@@ -23,7 +23,7 @@ struct QuantizeOp {
   __device__ __forceinline__ void run(int64_t at, int n, const Loaded& in, P params) const {
     Vec<I, kWidth> out;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.v[k] = code_of<I>(widen(in.v[k]), params(k), low, high);
+    for (int k = 0; k < kWidth; ++k) out.v[k] = code_of<I>(widen(in, k), params(k), low, high);
     store<kWhole>(q + at, out, 0, n);
   }
 };
@@ -55,23 +55,23 @@ Tensor quantize(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> 
   check_floating("x", x_any);
   dispatch_integer("dtype", dtype, [&](auto code) { check_codes_hold<decltype(code)>(dtype, quant_min, quant_max); });
   check_range(quant_min, quant_max);
-  check_scale(scale, zero_point, x_any);
   const Gpu gpu(x_any);
+  check_scale(scale, zero_point, x_any, gpu.device());
   const Tensor x = to_dense(x_any);
-  Tensor q = empty_strided(x.sizes(), x.strides(), dtype, device_of(x));
+  Tensor q = empty_strided(x.sizes(), x.strides(), dtype, gpu.device());
   quantize_into(gpu, x, scale, zero_point, quant_min, quant_max, q);
   return q;
 }
 
 Tensor dequantize(const Tensor& q_any, const Tensor& scale, std::optional<Tensor> zero_point, ScalarType dtype) {
   QK_CHECK(is_floating(dtype), "dtype: got ", dtype_name(dtype), "; accepted: a floating dtype");
-  check_scale(scale, zero_point, q_any);
   const Gpu gpu(q_any);
+  check_scale(scale, zero_point, q_any, gpu.device());
   Tensor y;
   dispatch_integer("q", q_any.scalar_type(), [&](auto code) {
     using I = decltype(code);
     const Tensor q = to_dense(q_any);
-    y = empty_strided(q.sizes(), q.strides(), dtype, device_of(q));
+    y = empty_strided(q.sizes(), q.strides(), dtype, gpu.device());
     if (q.numel() == 0) return;
     dispatch_floating("dtype", dtype, [&](auto tag) {
       using S = decltype(tag);

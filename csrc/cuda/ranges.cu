@@ -35,12 +35,14 @@ struct RangeOp {
   float *running_min = nullptr, *running_max = nullptr, *observed_scale = nullptr;
   float momentum = 0;
 
+  RangeOp of_columns() const { return *this; }
+
   static __device__ __forceinline__ Pair<T> identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
   template <typename U>
   static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
     return {nan_min(p.a, q.a), nan_max(p.b, q.b)};
   }
-  __device__ __forceinline__ bool wanted() const { return !observer_on.bytes || observer_on.is_set(); }
+  __device__ __forceinline__ bool wanted() const { return !observer_on.data || observer_on.is_set(); }
   template <bool kWhole>
   __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
     return qkernels::load<kWhole, kWidth>(x + at, first, last);
@@ -50,7 +52,7 @@ struct RangeOp {
                                         Pair<T> (&out)[kWidth]) const {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const T value = widen(in.v[k]);
+      const T value = widen(in, k);
       out[k] = kWhole || (k >= first && k < last) ? Pair<T>{value, value} : identity();
     }
   }
@@ -77,82 +79,139 @@ struct RangeOp {
 // rows at a time.
 struct Rows {
   int64_t count, length;
-  int lanes;  // threads of a row: a power of two up to a warp, or the whole block
+  int vectors, lanes;  // of a row: its vectors, and its threads, a power of two up to a warp or the whole block
 };
 
 constexpr int kRowVectors = 4;
-constexpr int kRowThreads = 768;  // at most for a row: more would leave too few registers to each
 
-template <typename S, typename Out, int kHeld>
-__global__ void __launch_bounds__(kHeld == 1 ? kThreads : kRowThreads)
+// What is known of all rows. kSymmetric and kAsymmetric: they are whole vectors at aligned addresses; of a symmetric
+// range the largest absolute value is all that is asked. kRagged: nothing.
+enum RowKind { kSymmetric, kAsymmetric, kRagged };
+
+// At most for a row. A kernel for 1024 has 64 registers, and a multiprocessor holds two blocks of 512 then, of which
+// one loads while the other computes; of ragged rows it would spill.
+constexpr int row_threads(RowKind kind) { return kind == kRagged ? 768 : 1024; }
+
+// The least and the greatest of elements and 0; kAbsolute: of their absolute values, the greatest only. NaN stays.
+// Halves are compared two at a time, packed as they were loaded.
+template <typename S, bool kAbsolute>
+struct Extent {
+  using T = Arithmetic<S>;
+  static constexpr int N = kVector<S>;
+  static constexpr bool kPacked = sizeof(S) == 2;
+  std::conditional_t<kPacked, unsigned, T> low = 0, high = 0;
+
+  __device__ __forceinline__ void add(const Vec<S, N>& in) {
+    if constexpr (kPacked) {
+      unsigned words[N / 2];
+      memcpy(words, &in, sizeof words);
+#pragma unroll
+      for (unsigned word : words) {
+        if (!kAbsolute) low = min_pair<S>(low, word);
+        high = max_pair<S>(high, kAbsolute ? word & 0x7fff7fff : word);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        if (!kAbsolute) low = nan_min(low, in.v[k]);
+        high = nan_max(high, kAbsolute ? fabs(in.v[k]) : in.v[k]);
+      }
+    }
+  }
+  __device__ __forceinline__ Pair<T> ends() const {
+    if constexpr (kPacked) {
+      Vec<S, 2> lows, highs;
+      memcpy(&lows, &low, sizeof low);
+      memcpy(&highs, &high, sizeof high);
+      return {nan_min(widen(lows, 0), widen(lows, 1)), nan_max(widen(highs, 0), widen(highs, 1))};
+    } else {
+      return {low, high};
+    }
+  }
+};
+
+template <typename S, typename Out, int kHeld, RowKind kKind>
+__global__ void __launch_bounds__(kHeld == 1 ? kThreads : row_threads(kKind), kHeld > 1              ? 1
+                                                                              : kKind == kRagged     ? 2
+                                                                              : kKind == kAsymmetric ? 3
+                                                                                                     : 4)
     rows_kernel(const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point, QparamsRule rule,
                 Rows s) {
   using T = Arithmetic<S>;
   constexpr int N = kVector<S>, kTogether = kRowVectors / kHeld;
-  const T low = static_cast<T>(rule.quant_min), high = static_cast<T>(rule.quant_max);
-  const int lane = static_cast<int>(threadIdx.x) % s.lanes, group = static_cast<int>(threadIdx.x) / s.lanes;
-  const int64_t groups = blockDim.x / s.lanes;
-  const auto ends = [&](int64_t row, int64_t v, int& first, int& last) {  // of the row's part in vector v
-    const int64_t from = row * s.length - v * N, to = from + s.length;
-    first = from > 0 ? (from < N ? static_cast<int>(from) : N) : 0;
-    last = row < s.count && to > 0 ? (to < N ? static_cast<int>(to) : N) : 0;
+  constexpr bool kWhole = kKind != kRagged;
+  if (kWhole) rule.symmetric = kKind == kSymmetric;
+  const int shift = s.lanes > kWarp ? 10 : __ffs(s.lanes) - 1;  // a block has no more threads than 2^10
+  const int group = static_cast<int>(threadIdx.x) >> shift, lane = static_cast<int>(threadIdx.x) - (group << shift);
+  const int groups = s.lanes > kWarp ? 1 : static_cast<int>(blockDim.x) >> shift;
+  // The row's elements [first, last) of this lane's h-th vector, from `at` on.
+  const auto find = [&](int64_t row, int h, int64_t& at, int& first, int& last) {
+    if (kWhole) {
+      at = row * s.length + (lane + h * s.lanes) * N;
+      first = 0;
+      last = row < s.count && lane + h * s.lanes < s.vectors ? N : 0;
+    } else {
+      at = (row * s.length / N + lane + h * s.lanes) * N;
+      const int64_t from = row * s.length - at, to = from + s.length;
+      first = from > 0 ? (from < N ? static_cast<int>(from) : N) : 0;
+      last = row < s.count && to > 0 ? (to < N ? static_cast<int>(to) : N) : 0;
+    }
   };
-  const int64_t step = groups * kTogether;
-  for (int64_t begin = blockIdx.x * step; begin < s.count; begin += gridDim.x * step) {
-    Vec<S, N> held[kTogether][kHeld];
+  const int64_t begin = int64_t{blockIdx.x} * (groups * kTogether) + group;
+  Vec<S, N> held[kTogether][kHeld];
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      const int64_t row = begin + t * groups + group, start = row * s.length / N + lane;
+  for (int t = 0; t < kTogether; ++t)
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        const int64_t v = start + h * s.lanes;
-        int first, last;
-        ends(row, v, first, last);
-        held[t][h] = load<false, N>(x + v * N, first, last);  // zeros beyond the row, which every range includes
-      }
+    for (int h = 0; h < kHeld; ++h) {
+      int64_t at;
+      int first, last;
+      find(begin + t * groups, h, at, first, last);
+      held[t][h] = load<kWhole, N>(x + at, first, last);  // zeros beyond the row, which every range includes
     }
 #pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      const int64_t row = begin + t * groups + group, start = row * s.length / N + lane;
-      Pair<T> range{0, 0};
+  for (int t = 0; t < kTogether; ++t) {
+    const int64_t row = begin + t * groups;
+    Extent<S, kKind == kSymmetric> extent;
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h)
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const T value = widen(held[t][h].v[k]);
-          range = {nan_min(range.a, value), nan_max(range.b, value)};
-        }
+    for (int h = 0; h < kHeld; ++h) extent.add(held[t][h]);
+    Pair<T> range = extent.ends();
+    if constexpr (kKind == kSymmetric) {
+      range.b = merge_lanes(range.b, s.lanes, [](T p, T q) { return nan_max(p, q); });
+    } else {
       range = merge_lanes(range, s.lanes,
                           [](Pair<T> p, Pair<T> q) { return Pair<T>{nan_min(p.a, q.a), nan_max(p.b, q.b)}; });
-      const auto chosen = choose_qparams<T>(range.a, range.b, rule);
-      const Params<T> p{reciprocal(chosen.scale), chosen.scale, chosen.zero_point};
-      if (lane == 0 && row < s.count) {
-        scale[row] = chosen.scale;
-        zero_point[row] = static_cast<int32_t>(chosen.zero_point);
-      }
+    }
+    const auto chosen = choose_qparams<T>(range.a, range.b, rule);
+    const T low = static_cast<T>(rule.quant_min), high = static_cast<T>(rule.quant_max);
+    const Params<T> p{reciprocal(chosen.scale), chosen.scale, chosen.zero_point};
+    if (lane == 0 && row < s.count) {
+      scale[row] = chosen.scale;
+      zero_point[row] = static_cast<int32_t>(chosen.zero_point);
+    }
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        const int64_t at = (start + h * s.lanes) * N;
-        int first, last;
-        ends(row, start + h * s.lanes, first, last);
-        Vec<Out, N> out;
-        unsigned bits = 0;
-        if constexpr (std::is_same_v<Out, int8_t>) {
+    for (int h = 0; h < kHeld; ++h) {
+      int64_t at;
+      int first, last;
+      find(row, h, at, first, last);
+      keep_packed(held[t][h]);
+      Vec<Out, N> out;
+      unsigned bits = 0;
+      if constexpr (std::is_same_v<Out, int8_t>) {
 #pragma unroll
-          for (int k = 0; k < N; ++k) out.v[k] = code_of<int8_t>(widen(held[t][h].v[k]), p, low, high);
-        } else {
-          T values[N];
+        for (int k = 0; k < N; ++k) out.v[k] = code_of<int8_t>(widen(held[t][h], k), p, low, high);
+      } else {
+        T values[N];
 #pragma unroll
-          for (int k = 0; k < N; ++k) {
-            const T q = steps_of(widen(held[t][h].v[k]), p);
-            bits |= k < last && is_inside(q, low, high) ? 1u << k : 0;
-            values[k] = fake_quantized(q, p, low, high);
-          }
-          out = narrow<S>(values);
+        for (int k = 0; k < N; ++k) {
+          const T q = steps_of(widen(held[t][h], k), p);
+          bits |= k < last && is_inside(q, low, high) ? 1u << k : 0;
+          values[k] = fake_quantized(q, p, low, high);
         }
-        store<false>(y + at, out, first, last);
-        if (mask) store_bits<N>(mask, at, last, bits);  // rows of whole bytes only: first is 0
+        out = narrow<S>(values);
       }
+      store<kWhole>(y + at, out, first, last);
+      // A symmetric range clips nothing and leaves no mask. Rows of whole bytes only: first is 0.
+      if (kKind != kSymmetric && mask) store_bits<N>(mask, at, last, bits);
     }
   }
 }
@@ -162,20 +221,31 @@ template <typename S, typename Out>
 bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point,
               const QparamsRule& rule, int64_t count, int64_t length) {
   constexpr int64_t N = kVector<S>;
-  const int64_t vectors = ceil_div(length, N) + (length % N != 0);
-  if (length == 0 || vectors > kRowThreads * kRowVectors || (mask && length % 8 != 0)) return false;
-  Rows s{count, length, 0};
+  constexpr bool kRight = std::is_same_v<S, double>;  // fp64 is here to be right, not fast: one kernel, not three
+  const bool whole = !kRight && length % N == 0 && is_aligned({x, y});
+  const int64_t vectors = whole ? length / N : ceil_div(length, N) + (length % N != 0);
+  if (length == 0 || vectors > row_threads(whole ? kSymmetric : kRagged) * kRowVectors || (mask && length % 8 != 0))
+    return false;
+  const auto launch = [&](auto held, int lanes, int block) {
+    constexpr int kHeld = decltype(held)::value;
+    const int64_t rows = block / lanes * (kRowVectors / kHeld);
+    const auto run = [&](auto kernel) {
+      gpu.launch(kernel, ceil_div(count, rows), 1, block, x, y, mask, scale, zero_point, rule,
+                 Rows{count, length, static_cast<int>(vectors), lanes});
+    };
+    if (!whole) return run(rows_kernel<S, Out, kHeld, kRagged>);
+    if constexpr (!kRight) {
+      if (rule.symmetric) return run(rows_kernel<S, Out, kHeld, kSymmetric>);
+      run(rows_kernel<S, Out, kHeld, kAsymmetric>);
+    }
+  };
   if (vectors <= 16) {
-    s.lanes = power_of_two_from(vectors);
-    const int64_t rows = int64_t{kThreads} / s.lanes * kRowVectors;
-    gpu.launch(rows_kernel<S, Out, 1>, ceil_div(count, rows), 1, kThreads, x, y, mask, scale, zero_point, rule, s);
+    launch(std::integral_constant<int, 1>{}, power_of_two_from(vectors), kThreads);
     return true;
   }
   const int64_t threads = ceil_div(vectors, kRowVectors);
-  s.lanes = threads <= kWarp ? power_of_two_from(threads) : static_cast<int>(ceil_div(threads, kWarp) * kWarp);
-  const int block = std::max(s.lanes, threads <= kWarp ? kThreads : kWarp);
-  gpu.launch(rows_kernel<S, Out, kRowVectors>, ceil_div(count, block / s.lanes), 1, block, x, y, mask, scale,
-             zero_point, rule, s);
+  const int lanes = threads <= kWarp ? power_of_two_from(threads) : static_cast<int>(ceil_div(threads, kWarp) * kWarp);
+  launch(std::integral_constant<int, kRowVectors>{}, lanes, threads <= kWarp ? kThreads : lanes);
   return true;
 }
 
@@ -187,7 +257,7 @@ void dynamic_qparams(const Gpu& gpu, const Tensor& x, const QparamsRule& rule, c
     using T = Arithmetic<S>;
     const RangeOp<S> op{static_cast<const S*>(x.const_data_ptr()), rule, static_cast<T*>(scale.mutable_data_ptr()),
                         IntOutput{zero_point.mutable_data_ptr(), false}, Flag()};
-    reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x, is_aligned({op.x}));
+    reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x.numel(), is_aligned({op.x}));
   });
 }
 
@@ -197,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
   check_group_size(x, group_size);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   const Gpu gpu(x);
-  auto [scale, zero_point] = empty_qparams(x, group_size);
-  Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : x.numel(), x);
+  auto [scale, zero_point] = empty_qparams(x, group_size, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(symmetric ? 0 : x.numel(), gpu.device());
   bool done = false;
   if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
     dispatch_floating("x", x, [&](auto tag) {
@@ -224,9 +294,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
   const Gpu gpu(x_any);
-  auto [scale, zero_point] = empty_qparams(x_any, group_size);
+  auto [scale, zero_point] = empty_qparams(x_any, group_size, gpu.device());
   const Tensor x = to_dense(x_any);
-  Tensor q = empty_strided(x.sizes(), x.strides(), ScalarType::Char, device_of(x));
+  Tensor q = empty_strided(x.sizes(), x.strides(), ScalarType::Char, gpu.device());
   bool done = false;
   if (group_size != 0 && x.is_contiguous() && x.numel() > 0) {
     dispatch_floating("x", x, [&](auto tag) {
@@ -252,11 +322,11 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                                                  int64_t symmetric_zero_point) {
   check_floating("x", x);
   const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
-  check_statistics(running_min, running_max, scale, zero_point, x);
-  check_flag("observer_on", observer_on, x);
-  check_flag("fake_quant_on", fake_quant_on, x);
   const Gpu gpu(x);
-  Tensor y = empty_dense_like(x), mask = empty_mask(x.numel(), x);
+  check_statistics(running_min, running_max, scale, zero_point, x, gpu.device());
+  check_flag("observer_on", observer_on, gpu.device());
+  check_flag("fake_quant_on", fake_quant_on, gpu.device());
+  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(x.numel(), gpu.device());
   if (x.numel() == 0) return {y, mask};
   const Tensor dense = in_layout_of(x, y);
   dispatch_floating("x", dense, [&](auto tag) {
@@ -270,7 +340,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
                         static_cast<float*>(running_max.mutable_data_ptr()),
                         static_cast<float*>(scale.mutable_data_ptr()),
                         static_cast<float>(averaging_const)};
-    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense, is_aligned({op.x}));
+    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense.numel(), is_aligned({op.x}));
   });
   fake_quantize_into(gpu, dense, scale, zero_point, quant_min, quant_max, y, &mask, Flag(fake_quant_on));
   return {y, mask};

@@ -69,7 +69,8 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
                                            int64_t blocks) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth;
-  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  const int shift = __ffs(s.lanes) - 1;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x >> shift, groups = kThreads >> shift;
   for (int64_t begin = block * groups; begin < s.count; begin += blocks * groups) {
     const int64_t item = begin + group;
     const bool valid = item < s.count;
@@ -131,13 +132,14 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
   }
 }
 
-// Blocks of an op that a multiprocessor is to hold, which bounds its registers: at 3 it has 80.
+// Blocks that a multiprocessor is to hold, which bounds their registers: at 3 they have 80.
 template <typename Op>
-inline constexpr int kPieceBlocks = 3;
+constexpr int kPieceBlocks = kFrugal || !Op::kQuantizes || Op::kWidth < 8 ? 3 : 2;
 
 template <typename Op>
 __global__ void __launch_bounds__(kThreads, kPieceBlocks<Op>)
     pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
+  let_next_start();
   if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
 }
 
@@ -147,10 +149,11 @@ struct Columns {
 };
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     columns_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Columns s, Pair<typename Op::T>* partial) {
   using T = typename Op::T;
-  constexpr int N = Op::kWidth, kTogether = 2;
+  constexpr int N = Op::kWidth, kTogether = kFrugal && sizeof(typename Op::Loaded) == 16 ? 6 : 4;  // rows in flight
+  let_next_start();
   if (!op.wanted()) return;
   const int lane = threadIdx.x % kWarp, depth = threadIdx.x / kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane, width = s.vectors * N;
@@ -210,15 +213,23 @@ template <typename Op, typename C>
 __device__ __forceinline__ void add_partials(const Op& op, const C& channels, const Combine& s,
                                              const Pair<typename Op::T>* partial, int64_t block, int64_t blocks) {
   using Total = typename Op::Total;
-  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x / s.lanes, groups = kThreads / s.lanes;
+  constexpr int kReads = 4;  // under way at once: each takes as long as all else here
+  const int shift = __ffs(s.lanes) - 1;
+  const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x >> shift, groups = kThreads >> shift;
   for (int64_t begin = block * groups; begin < s.channels; begin += blocks * groups) {
     const int64_t c = begin + group;
     const bool valid = c < s.channels;
     Pair<Total> sum = cast_pair<Total>(Op::identity());
-    for (int64_t slot = lane; valid && slot < s.slots; slot += s.lanes) {
-      const int64_t k = s.per_run.divide(slot);
-      const int64_t at = channels.run_of(c, k) * s.per_run.divisor + (slot - k * s.per_run.divisor);
-      sum = Op::merge(sum, cast_pair<Total>(partial[at]));
+    for (int64_t first = lane; valid && first < s.slots; first += kReads * s.lanes) {
+      Pair<typename Op::T> read[kReads];
+#pragma unroll
+      for (int u = 0; u < kReads; ++u) {
+        const int64_t slot = first + u * s.lanes, k = s.per_run.divide(slot);
+        const int64_t at = channels.run_of(c, k) * s.per_run.divisor + (slot - k * s.per_run.divisor);
+        read[u] = slot < s.slots ? partial[at] : Op::identity();
+      }
+#pragma unroll
+      for (int u = 0; u < kReads; ++u) sum = Op::merge(sum, cast_pair<Total>(read[u]));
     }
     sum = merge_lanes(sum, s.lanes, [](Pair<Total> a, Pair<Total> b) { return Op::merge(a, b); });
     if (lane == 0 && valid) op.result(c, sum);
@@ -228,12 +239,13 @@ __device__ __forceinline__ void add_partials(const Op& op, const C& channels, co
 template <typename Op>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Op op, Channels channels, Combine s, const Pair<typename Op::T>* partial) {
+  wait_for_previous();
   if (op.wanted()) add_partials(op, channels, s, partial, blockIdx.x, gridDim.x);
 }
 
 template <typename Op>
 void combine(const Gpu& gpu, const Op& op, const Runs& runs, const Combine& s, const Pair<typename Op::T>* partial) {
-  gpu.launch(combine_kernel<Op>, s.blocks(), 1, kThreads, op, Channels(runs), s, partial);
+  gpu.launch_early(combine_kernel<Op>, s.blocks(), 1, kThreads, op, Channels(runs), s, partial);
 }
 
 inline int64_t blocks_wanted(const Gpu& gpu) { return int64_t{gpu.processors()} * 8; }  // enough to fill it
@@ -243,42 +255,52 @@ inline bool in_columns(const Runs& runs, int64_t numel, int64_t N) {
   return runs.channels > 1 && runs.inner < 2 * N && numel / (runs.period * runs.inner) >= 8;
 }
 
-// x: what runs describes; only for the device of the workspace.
+// A place for pairs between the two stages.
+template <typename P>
+class Workspace {
+ public:
+  Workspace(int64_t pairs, Device device) {
+    if (pairs) held_ = empty({pairs * static_cast<int64_t>(sizeof(P))}, ScalarType::Byte, device);
+  }
+  P* data() const { return held_ ? static_cast<P*>(held_->mutable_data_ptr()) : nullptr; }
+
+ private:
+  std::optional<Tensor> held_;
+};
+
 template <typename Op>
-void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, const Tensor& x,
+void reduce_columns(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
+                    bool aligned) {
+  constexpr int64_t N = Op::kWidth;
+  constexpr int64_t kMostDepth = 64;  // rows per thread that are added in fp32
+  const int64_t pattern = runs.period * runs.inner;
+  Columns s{numel, 0, pattern / gcd(pattern, N), aligned, false};
+  // Narrow patterns are repeated side by side, so that few lanes have no column.
+  s.vectors *= std::max<int64_t>(1, std::min(8 * kWarp / s.vectors, numel / N / s.vectors));
+  const int64_t width = s.vectors * N, across = ceil_div(s.vectors, kWarp);
+  s.rows = ceil_div(numel, width);
+  const int64_t full = std::max(ceil_div(blocks_wanted(gpu), across), ceil_div(s.rows, kColumnRows * kMostDepth));
+  const int64_t down = std::min<int64_t>({full, ceil_div(s.rows, kColumnRows), 65535});
+  s.direct = down == 1 && width == runs.channels;
+  const Workspace<Pair<typename Op::T>> partial(s.direct ? 0 : down * width, gpu.device());
+  gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, Channels(runs), s, partial.data());
+  if (!s.direct)
+    combine(gpu, op, runs, Combine(runs.channels, down * width / runs.channels, runs.inner), partial.data());
+}
+
+// numel: of x, which runs describes.
+template <typename Op>
+void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
                      bool aligned) {
   using P = Pair<typename Op::T>;
   constexpr int64_t N = Op::kWidth;
-  constexpr int64_t kMostDepth = 64;  // rows per thread that are added in fp32
-  const int64_t numel = x.numel();
   if (runs.channels == 0) return;
   if (numel == 0) return combine(gpu, op, runs, Combine(runs.channels, 0, 1), static_cast<const P*>(nullptr));
-  const auto workspace = [&](int64_t pairs) {
-    return empty({pairs * static_cast<int64_t>(sizeof(P))}, ScalarType::Byte, device_of(x));
-  };
-  const int64_t wanted = blocks_wanted(gpu);
-  const Channels channels(runs);
-  if (in_columns(runs, numel, N)) {
-    const int64_t pattern = runs.period * runs.inner;
-    Columns s{numel, 0, pattern / gcd(pattern, N), aligned, false};
-    // Narrow patterns are repeated side by side, so that few lanes have no column.
-    s.vectors *= std::max<int64_t>(1, std::min(8 * kWarp / s.vectors, numel / N / s.vectors));
-    const int64_t width = s.vectors * N, across = ceil_div(s.vectors, kWarp);
-    s.rows = ceil_div(numel, width);
-    const int64_t full = std::max(ceil_div(wanted, across), ceil_div(s.rows, kColumnRows * kMostDepth));
-    const int64_t down = std::min<int64_t>({full, ceil_div(s.rows, kColumnRows), 65535});
-    s.direct = down == 1 && width == runs.channels;
-    const Tensor held = workspace(s.direct ? 0 : down * width);
-    P* partial = static_cast<P*>(held.mutable_data_ptr());
-    gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, channels, s, partial);
-    if (!s.direct) combine(gpu, op, runs, Combine(runs.channels, down * width / runs.channels, runs.inner), partial);
-    return;
-  }
-  const Pieces s(runs, N, wanted, aligned);
-  const Tensor held = workspace(s.direct ? 0 : s.count);
-  P* partial = static_cast<P*>(held.mutable_data_ptr());
-  gpu.launch(pieces_kernel<Op>, s.blocks(), 1, kThreads, op, q, channels, s, partial);
-  if (!s.direct) combine(gpu, op, runs, s.combine(runs), partial);
+  if (in_columns(runs, numel, N)) return reduce_columns(gpu, op.of_columns(), q, runs, numel, aligned);
+  const Pieces s(runs, N, blocks_wanted(gpu), aligned);
+  const Workspace<P> partial(s.direct ? 0 : s.count, gpu.device());
+  gpu.launch(pieces_kernel<Op>, s.blocks(), 1, kThreads, op, q, Channels(runs), s, partial.data());
+  if (!s.direct) combine(gpu, op, runs, s.combine(runs), partial.data());
 }
 
 }  // namespace qkernels

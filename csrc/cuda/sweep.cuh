@@ -54,15 +54,37 @@ struct Qparams {
   T quant_min, quant_max;
   T scale_number = 1, zero_point_number = 0;
 
-  __device__ __forceinline__ Params<T> of(int64_t channel) const {
-    const T s = effective_scale(scale ? scale[channel] : scale_number);
-    return {reciprocal(s), s, zero_point_of(shared ? 0 : channel)};
+  // What lies there for one channel, as it was read: loads without a branch or a use between them.
+  struct Raw {
+    T scale;
+    unsigned low, high;  // of the zero point's bits
+  };
+  __device__ __forceinline__ Raw read(int64_t channel) const {
+    Raw raw{scale_number, 0, 0};
+    if (scale) raw.scale = scale[channel];
+    const unsigned* words = static_cast<const unsigned*>(zero_point);
+    const int64_t at = shared ? 0 : channel;
+    if (kind != kNumber) raw.low = words[wide() ? 2 * at : at];
+    if (wide()) raw.high = words[2 * at + 1];
+    return raw;
   }
-  __device__ __forceinline__ T zero_point_of(int64_t at) const {
+  __device__ __forceinline__ Params<T> of(const Raw& raw) const {
+    const T s = effective_scale(raw.scale);
+    return {reciprocal(s), s, zero_point_of(raw)};
+  }
+  __device__ __forceinline__ Params<T> of(int64_t channel) const { return of(read(channel)); }
+
+ private:
+  __device__ __forceinline__ bool wide() const { return kind == kInt64 || (kind == kReal && sizeof(T) == 8); }
+  __device__ __forceinline__ T zero_point_of(const Raw& raw) const {
     if (kind == kNumber) return zero_point_number;
-    if (kind == kReal) return clamp(round_even(static_cast<const T*>(zero_point)[at]), quant_min, quant_max);
-    const T z = kind == kInt32 ? static_cast<T>(static_cast<const int32_t*>(zero_point)[at])
-                               : static_cast<T>(static_cast<const int64_t*>(zero_point)[at]);
+    const int64_t bits = wide() ? static_cast<int64_t>(uint64_t{raw.high} << 32 | raw.low) : static_cast<int>(raw.low);
+    if (kind == kReal) {
+      T real;
+      memcpy(&real, &bits, sizeof real);  // the low bytes
+      return clamp(round_even(real), quant_min, quant_max);
+    }
+    const T z = static_cast<T>(bits);
     return z >= quant_min && z <= quant_max ? z : static_cast<T>(NAN);
   }
 };
@@ -140,6 +162,7 @@ struct Channels {
   __device__ __forceinline__ int64_t of_run(int64_t run) const {
     if (in_order) return run;
     int64_t channel = 0;
+#pragma unroll 1
     for (int f = count - 1; f >= 0; --f) {
       const int64_t rest = size[f].divide(run);
       channel += (run - rest * size[f].divisor) * stride[f];
@@ -152,6 +175,7 @@ struct Channels {
   // The run where channel c occurs for the k-th time.
   __device__ int64_t run_of(int64_t c, int64_t k) const {
     int64_t run = 0, step = 1;
+#pragma unroll 1
     for (int f = count - 1; f >= 0; --f) {
       const int64_t n = size[f].divisor;
       int64_t digit;
@@ -196,74 +220,174 @@ __device__ __forceinline__ void fill(const Divider& inner, const C& channels, co
   }
 }
 
-// Which vectors a thread visits: from blockIdx.x * block_step + threadIdx.x on, kUnroll of them unroll_step apart, then
-// loop_step further. With `hoisted` the steps are multiples of what the channels repeat after: a thread then meets the
-// same channels all the time, and reads their parameters once.
-struct Sweep {
-  int64_t numel, vectors, block_step, unroll_step, loop_step, first_vectors;
+// Op: kWidth elements per vector, Loaded, load<kWhole>(at, n), begin() once these loads are on their way, then
+// run<kWhole>(at, n, loaded, parameters of k). kWhole: n is kWidth, or 0 and nothing is read or written.
+
+// A stretch of vectors for each block: of one run of elements that share a channel, or of all of x where runs are
+// short. A thread visits kUnroll of them, unroll_step apart.
+struct Stretches {
+  int64_t numel, whole, vectors;  // whole: vectors that can be read as such; vectors: of a run, or of x
+  int block_step, unroll_step;
+  bool run_per_x;     // the block's number along x is that of its run, along y that in the run; else there is one run
+  Divider short_run;  // where runs are short: the vectors of one
+  int64_t step_runs = 0, step_rest = 0;  // unroll_step in short runs, and what is left
+};
+
+// Blocks that a multiprocessor is to hold, which bounds their registers at 80, 64 and 48: more where a thread has fewer
+// bytes in flight.
+template <typename Op, bool kShortRuns>
+constexpr int sweep_blocks() {
+  if (kShortRuns) return 3;
+  return sizeof(typename Op::Loaded) == 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
+}
+
+// What takes long is asked for first: x, then the parameters, and only then is either used.
+template <typename Op, bool kShortRuns>
+__global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
+    sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Stretches s) {
+  using Q = Qparams<typename Op::T>;
+  using P = Params<typename Op::T>;
+  constexpr int N = Op::kWidth, kRaw = kShortRuns ? kUnroll : 1;
+  Op op = given;
+  const int64_t run = s.run_per_x ? blockIdx.x : 0, end = (run + 1) * s.vectors;
+  const int64_t v = run * s.vectors + int64_t{s.run_per_x ? blockIdx.y : blockIdx.x} * s.block_step + threadIdx.x;
+  const int left = static_cast<int>(end - v < INT_MAX ? end - v : INT_MAX), lane = threadIdx.x % kWarp;
+  if (left + lane <= 0) return;  // whole warps
+  if (__builtin_expect(end <= s.whole || v - lane + kWarp + (kUnroll - 1) * s.unroll_step <= s.whole, 1)) {
+    typename Op::Loaded loaded[kUnroll];
+    typename Q::Raw raw[kRaw];
+    const auto there = [&](int u) { return u * s.unroll_step < left ? N : 0; };
+    const auto at = [&](int u) { return v * N + u * s.unroll_step * N; };
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) loaded[u] = op.template load<true>(at(u), there(u));
+    if constexpr (kShortRuns) {
+      int64_t in = s.short_run.divide(v), rest = v - in * s.short_run.divisor;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        raw[u] = q.read(there(u) ? channels.of_run(in) : 0);
+        in += s.step_runs;
+        rest += s.step_rest;
+        if (rest >= s.short_run.divisor) {
+          rest -= s.short_run.divisor;
+          ++in;
+        }
+      }
+    } else {
+      raw[0] = q.read(channels.of_run(run));
+    }
+    op.begin();
+    P params;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (u < kRaw) params = q.of(raw[u]);
+      keep_packed(loaded[u]);
+      op.template run<true>(at(u), there(u), loaded[u], [&](int) -> const P& { return params; });
+    }
+    return;
+  }
+  op.begin();
+#pragma unroll 1
+  for (int u = 0; u < kUnroll && u * s.unroll_step < left + lane; ++u) {
+    const int64_t here = v + u * s.unroll_step, at = here * N, rest = s.numel - at;
+    const int n = here >= end ? 0 : rest >= N ? N : static_cast<int>(rest);
+    const P params = q.of(n == 0 ? 0 : channels.of_run(kShortRuns ? s.short_run.divide(here) : run));
+    op.template run<false>(at, n, op.template load<false>(at, n), [&](int) -> const P& { return params; });
+  }
+}
+
+// Vectors with elements of more than one channel: every step-th of them to a thread. With `hoisted` the step is a
+// multiple of what the channels repeat after: a thread then meets the same channels all the time, and reads their
+// parameters once.
+struct Elements {
+  int64_t numel, vectors, step;
   bool hoisted, aligned;
 };
 
-enum Mode { kOneChannel, kChannelPerVector, kChannelPerElement };
-
-// Op: kWidth elements per vector, Loaded, begin(), load<kWhole>(at, n), run<kWhole>(at, n, loaded, parameters of k).
-// Where each element looks for its parameters, ptxas spills to stay within 64 registers unless it is told otherwise.
-template <typename Op, int kMode>
-__global__ void __launch_bounds__(kThreads, kMode == kChannelPerElement ? 3 : 1)
-    sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Sweep s) {
-  using T = typename Op::T;
+// ptxas spills to stay within 64 registers unless it is told that three blocks are enough.
+template <typename Op>
+__global__ void __launch_bounds__(kThreads, 3)
+    elements_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Elements s) {
+  using P = Params<typename Op::T>;
   constexpr int N = Op::kWidth;
   Op op = given;
   op.begin();
-  int64_t v = blockIdx.x * s.block_step + threadIdx.x;
-  if (v >= s.first_vectors) return;  // whole warps
-  Params<T> one, own[kMode == kChannelPerElement ? N : 1];
-  if constexpr (kMode == kOneChannel) one = q.of(0);
-  if constexpr (kMode == kChannelPerElement) {
-    if (s.hoisted) fill(channels.inner, channels, q, v * N, s.numel, own);
-  }
-  const auto run = [&](auto whole, int64_t at, int n, const typename Op::Loaded& loaded, const Params<T>& same) {
-    op.template run<decltype(whole)::value>(at, n, loaded, [&](int k) -> const Params<T>& {
-      return kMode == kChannelPerElement ? own[kMode == kChannelPerElement ? k : 0] : same;
-    });
-  };
+  int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (v >= s.step) return;  // whole warps
+  P own[N];
+  if (s.hoisted) fill(channels.inner, channels, q, v * N, s.numel, own);
+  const auto params = [&](int k) -> const P& { return own[k]; };
   const int64_t lane = threadIdx.x % kWarp;
-  for (; v - lane < s.vectors; v += s.loop_step) {
-    const int64_t last = v - lane + kWarp - 1 + (kUnroll - 1) * s.unroll_step;
-    // For the whole warp alike. Elements with parameters of their own come four vectors at a time only where these are
-    // known already: else the code to find them would be there five times.
-    const bool known = kMode != kChannelPerElement || s.hoisted;
-    if (known && s.aligned && (last + 1) * N <= s.numel) {
+  for (; v - lane < s.vectors; v += kUnroll * s.step) {
+    const int64_t last = v - lane + kWarp - 1 + (kUnroll - 1) * s.step;
+    // For the whole warp alike. Four vectors at a time only where their parameters are known already: else the code to
+    // find them would be there five times.
+    if (s.hoisted && s.aligned && (last + 1) * N <= s.numel) {
       typename Op::Loaded loaded[kUnroll];
-      Params<T> same[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) loaded[u] = op.template load<true>((v + u * s.unroll_step) * N, N);
+      for (int u = 0; u < kUnroll; ++u) loaded[u] = op.template load<true>((v + u * s.step) * N, N);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if constexpr (kMode == kOneChannel) same[u] = one;
-        if constexpr (kMode == kChannelPerVector) same[u] = q.of(channels.of_element((v + u * s.unroll_step) * N));
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) run(std::true_type{}, (v + u * s.unroll_step) * N, N, loaded[u], same[u]);
+      for (int u = 0; u < kUnroll; ++u) op.template run<true>((v + u * s.step) * N, N, loaded[u], params);
     } else {
 #pragma unroll 1
       for (int u = 0; u < kUnroll; ++u) {
-        if (v - lane + u * s.unroll_step >= s.vectors) break;
-        const int64_t at = (v + u * s.unroll_step) * N, rest = s.numel - at;
+        if (v - lane + u * s.step >= s.vectors) break;
+        const int64_t at = (v + u * s.step) * N, rest = s.numel - at;
         const int n = rest >= N ? N : rest > 0 ? static_cast<int>(rest) : 0;
-        if constexpr (kMode == kChannelPerVector) {
-          if (n > 0) one = q.of(channels.of_element(at));
-        }
-        if constexpr (kMode == kChannelPerElement) {
-          if (!s.hoisted && n > 0) fill(channels.inner, channels, q, at, s.numel, own);
-        }
-        run(std::false_type{}, at, n, op.template load<false>(at, n), one);
+        if (!s.hoisted && n > 0) fill(channels.inner, channels, q, at, s.numel, own);
+        op.template run<false>(at, n, op.template load<false>(at, n), params);
       }
     }
   }
 }
 
+constexpr int64_t kLongRun = 4 * kWarp;  // vectors that are worth a block
+
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+// kShortRuns: the stretches are of all of x.
+template <bool kShortRuns, typename Op>
+void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
+                     bool aligned) {
+  constexpr int64_t N = Op::kWidth;
+  const bool many = !kShortRuns && runs.channels > 1;
+  const int64_t count = many ? runs.runs : 1, vectors = ceil_div(numel / count, N);
+  int64_t parts = ceil_div(vectors, kThreads * kUnroll);
+  const int threads = static_cast<int>(ceil_div(ceil_div(vectors, parts * kUnroll), kWarp)) * kWarp;
+  Stretches s{numel, aligned ? numel / N : 0, vectors, threads * kUnroll, threads, many, Divider()};
+  if (count * parts < 2 * gpu.processors()) {  // too few to fill the GPU with kUnroll vectors to a thread
+    parts = ceil_div(vectors, threads);
+    s.block_step = threads;
+    s.unroll_step = static_cast<int>(parts) * threads;
+  }
+  if (kShortRuns) {
+    s.short_run = Divider(runs.inner / N);
+    s.step_runs = s.unroll_step / s.short_run.divisor;
+    s.step_rest = s.unroll_step % s.short_run.divisor;
+  }
+  gpu.launch(sweep_kernel<Op, kShortRuns>, many ? count : parts, many ? parts : 1, threads, op, q, Channels(runs), s);
+}
+
+template <typename Op>
+void sweep_elements(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
+                    bool aligned) {
+  constexpr int64_t N = Op::kWidth;
+  const int64_t vectors = ceil_div(numel, N);
+  int64_t blocks = ceil_div(vectors, kThreads * kUnroll);
+  if (blocks < 2 * gpu.processors()) blocks = ceil_div(vectors, kThreads);
+  Elements s{numel, vectors, blocks * kThreads, false, aligned};
+  if (runs.channels > 1) {
+    const int64_t pattern = runs.period * runs.inner;  // elements that the channels repeat after
+    const int64_t period = pattern / gcd(pattern, N);  // vectors
+    const int64_t step = period / gcd(period, kWarp) * kWarp;
+    const int64_t threads = std::min<int64_t>(vectors, int64_t{gpu.processors()} * 3 * kThreads);
+    if (vectors >= 2 * step && step <= threads) {
+      s.hoisted = true;
+      s.step = threads / step * step;
+      blocks = ceil_div(s.step, kThreads);
+    }
+  }
+  gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, Channels(runs), s);
+}
 
 // kGranular: whether Op has parameters at all.
 template <typename Op, bool kGranular = true>
@@ -271,57 +395,24 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
            bool aligned) {
   constexpr int64_t N = Op::kWidth;
   if (numel == 0) return;
-  const int64_t vectors = ceil_div(numel, N);
-  Sweep s{numel, vectors, kThreads * kUnroll, kThreads, 0, INT64_MAX, false, aligned};
-  int64_t blocks = ceil_div(vectors, s.block_step);
-  if (blocks < 2 * gpu.processors()) {  // too few vectors to fill the GPU with four per thread
-    blocks = ceil_div(vectors, kThreads);
-    s.block_step = kThreads;
-    s.unroll_step = blocks * kThreads;
-  }
-  // fp64 is here to be right, not fast: one kernel instead of three.
-  constexpr bool kAnyMode = kGranular && !std::is_same_v<typename Op::T, double>;
-  Mode mode = kChannelPerElement;
-  if (kAnyMode && runs.channels == 1) {
-    mode = kOneChannel;
-  } else if (kAnyMode && runs.inner % N == 0) {
-    mode = kChannelPerVector;
-  } else if (runs.channels > 1) {
-    const int64_t pattern = runs.period * runs.inner;  // elements that the channels repeat after
-    const int64_t period = pattern / gcd(pattern, N);  // vectors
-    const int64_t step = period / gcd(period, kWarp) * kWarp;
-    const int64_t threads = std::min<int64_t>(vectors, int64_t{gpu.processors()} * 3 * kThreads);
-    if (vectors >= 2 * step && step <= threads) {
-      s.unroll_step = threads / step * step;
-      s.first_vectors = s.unroll_step;
-      s.block_step = kThreads;
-      s.hoisted = true;
-      blocks = ceil_div(s.first_vectors, kThreads);
-      s.loop_step = s.unroll_step * kUnroll;
-    }
-  }
-  if (!s.hoisted)
-    s.loop_step =
-        s.block_step == kThreads ? s.unroll_step * kUnroll : std::min<int64_t>(blocks, 0x7fffffff) * s.block_step;
-  const Channels channels(runs);
-  const auto launch = [&](auto kernel) { gpu.launch(kernel, blocks, 1, kThreads, op, q, channels, s); };
   if constexpr (!kGranular) {
-    launch(sweep_kernel<Op, kOneChannel>);
-  } else if constexpr (!kAnyMode) {
-    launch(sweep_kernel<Op, kChannelPerElement>);
-  } else if (mode == kOneChannel) {
-    launch(sweep_kernel<Op, kOneChannel>);
-  } else if (mode == kChannelPerVector) {
-    launch(sweep_kernel<Op, kChannelPerVector>);
+    sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
+  } else if constexpr (std::is_same_v<typename Op::T, double>) {
+    sweep_elements(gpu, op, q, runs, numel, aligned);  // fp64 is here to be right, not fast: one kernel, not three
+  } else if (runs.channels == 1 || (runs.inner % 8 == 0 && runs.inner >= N * kLongRun)) {  // whole bytes of a mask
+    sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
+  } else if (runs.inner % N == 0) {
+    sweep_stretches<true>(gpu, op, q, runs, numel, aligned);
   } else {
-    launch(sweep_kernel<Op, kChannelPerElement>);
+    sweep_elements(gpu, op, q, runs, numel, aligned);
   }
 }
 
-// Writes the mask bits of the N elements from `at` on; lanes of a warp that share a byte join them.
+// Writes the mask bits of the n of N elements from `at` on; lanes of a warp that share a byte join them.
 template <int N>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t at, int n, unsigned bits) {
   constexpr int kShare = 8 / N;
+  if (n == 0) bits = 0;
   if constexpr (kShare > 1) {
     const unsigned place = threadIdx.x % kShare;
     bits <<= N * place;

@@ -41,7 +41,7 @@ def build(folder: Path) -> Path:
     flags += ["-DUSE_CUDA", '-DQKERNELS_CUDA_ARCHES="none"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{path}" for path in (HERE, ROOT / "csrc", include)]
     flags += os.environ.get("EMULATED_CXXFLAGS", "").split()
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "emulator.cpp", HERE / "stub.cpp"]
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
     read = [*sources, *sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))]
     read.append(HERE / "cuda_runtime.h")
     digest = hashlib.sha256(b"\0".join([repr(flags).encode(), *(path.read_bytes() for path in read)])).hexdigest()[:16]
