@@ -120,6 +120,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--rows", type=numbers, default="16,32,64,128,256,512,1024,4096", help="M,M,…, one of each class of M"
     )
+    parser.add_argument("--minutes", type=float, help="begin no further shape after this time")
+    parser.add_argument("--print", action="store_true", help="print the file in the end")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("tune: torch finds no GPU; nothing was measured")
@@ -135,8 +137,11 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     print(f"{name}, sm_{arch}. Each tile is compiled once, so the first shape takes minutes.", flush=True)
     print("      M      N      K   built-in µs  best µs   TOPS  tile", flush=True)
+    path = tuning.path_of(name)
     for n, k in options.shapes:
         for m in options.rows:
+            if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                continue
             tile, splits, best, before = tune_shape(m, n, k)
             print(
                 f"{m:7}{n:7}{k:7}{before:14.1f}{best:9.1f}{2e-6 * m * n * k / best:7.0f}  "
@@ -155,5 +160,8 @@ def main(argv: list[str]) -> int:
                 }
             )
             path = tuning.save(name, rows, {"arch": arch, "torch": torch.__version__, "triton": triton.__version__})
-    print(f"{path}: {len(rows)} shapes in {time.monotonic() - start:.0f} s")
+    count = f"{len(rows)} of {len(options.shapes) * len(options.rows)} shapes"
+    print(f"{path}: {count} in {time.monotonic() - start:.0f} s")
+    if options.print and rows:
+        print(path.read_text())
     return 0
