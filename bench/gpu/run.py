@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -154,6 +155,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, help="of the whole run; default: 4.5 for check, 5.5 for bench")
     options = parser.parse_args(argv)
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the step under way ends too
     about, missing = find_gpu()
     if about is None:
         print(missing)
