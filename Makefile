@@ -14,7 +14,7 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test pytest lint portable asan cuda bench gpu upstream clean
+.PHONY: build demo test pytest lint portable asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream clean
 
 build: $(VENV)/built
 
@@ -57,9 +57,22 @@ cuda: $(VENV)/built
 bench: $(VENV)/built $(VENV)/bench
 	$(PYTHON) -m qkernels bench
 
-# On a machine with a GPU, with the torch that its own python3 has: no set-up, no network, below ten minutes.
+# On a machine with a GPU, with the torch that its own python3 has: no set-up, no network. MINUTES= scales a run (4.5 for
+# gpu-check, 5.5 for gpu-bench, gpu is both, gpu-tune 9), OUT= is where its three files go.
+GPU_RUN = $(or $(GPU_PYTHON),python3) bench/gpu/run.py $(if $(OUT),--out "$(OUT)") $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-check:
+	@$(GPU_RUN) check
+
+gpu-bench:
+	@$(GPU_RUN) bench
+
 gpu:
-	@$(or $(GPU_PYTHON),python3) bench/gpu/run.py $(if $(OUT),--out "$(OUT)")
+	@$(GPU_RUN) check bench
+
+# Prints the tiles that it measured, to be committed in qkernels/triton/configs.py.
+gpu-tune:
+	@$(or $(GPU_PYTHON),python3) -m qkernels tune --minutes $(or $(MINUTES),9) --print
 
 # The suites of torch.ao and of compressed-tensors with torch's kernels and with ours; not part of test, as it fetches
 # them from the package indices. ONLY="fx pt2e" runs the files with these in their paths.

@@ -522,9 +522,7 @@ def describe(args: tuple[Any, ...]) -> str:
     return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else str(a) for a in registry.flat(args))
 
 
-def check_op(
-    op: str, kernels: list[Kernel], quick: bool, dtypes: Sequence[torch.dtype] = DTYPES
-) -> Iterator[Outcome]:
+def check_op(op: str, kernels: list[Kernel], quick: bool, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Outcome]:
     """Every kernel on every input of these dtypes; one that raises is at fault, and the others go on."""
     counts = dict.fromkeys((kernel.name for kernel in kernels), 0)
     faults: dict[str, str] = {}

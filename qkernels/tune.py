@@ -7,6 +7,7 @@ Nothing else in the package ever measures.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -64,8 +65,8 @@ def microseconds(call: Callable[[int], None], sets: int) -> float:
     return statistics.median(times[1:])
 
 
-def tune_shape(m: int, n: int, k: int) -> tuple[Tile, int, float, float]:
-    """The fastest tile and parts of K, its microseconds, and those of the built-in choice."""
+def tune_shape(m: int, n: int, k: int, end: float) -> tuple[Tile, int, float, float]:
+    """The fastest tile and parts of K, its microseconds, and those of the built-in choice; tries none after ``end``."""
     from .triton import configs, int8_gemm
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -95,6 +96,8 @@ def tune_shape(m: int, n: int, k: int) -> tuple[Tile, int, float, float]:
     for tile, splits in candidates(arch, m, n, padded, multiprocessors):
         if (tile, splits) == built_in:
             continue
+        if time.monotonic() > end:
+            break
         time_taken = times(tile, splits, out)
         if not torch.equal(out, expected):
             raise RuntimeError(f"{tile}, {splits} parts: wrong values at M = {m}, N = {n}, K = {k}; please report this")
@@ -120,6 +123,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--rows", type=numbers, default="16,32,64,128,256,512,1024,4096", help="M,M,…, one of each class of M"
     )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="try no further tile after this time")
+    parser.add_argument("--print", action="store_true", help="print the file in the end")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("tune: torch finds no GPU; nothing was measured")
@@ -135,9 +140,12 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     print(f"{name}, sm_{arch}. Each tile is compiled once, so the first shape takes minutes.", flush=True)
     print("      M      N      K   built-in µs  best µs   TOPS  tile", flush=True)
+    path, end = tuning.path_of(name), start + 60 * options.minutes
     for n, k in options.shapes:
         for m in options.rows:
-            tile, splits, best, before = tune_shape(m, n, k)
+            if time.monotonic() > end:
+                continue
+            tile, splits, best, before = tune_shape(m, n, k, end)
             print(
                 f"{m:7}{n:7}{k:7}{before:14.1f}{best:9.1f}{2e-6 * m * n * k / best:7.0f}  "
                 f"{tuple(tile)}, {splits} parts",
@@ -155,5 +163,8 @@ def main(argv: list[str]) -> int:
                 }
             )
             path = tuning.save(name, rows, {"arch": arch, "torch": torch.__version__, "triton": triton.__version__})
-    print(f"{path}: {len(rows)} shapes in {time.monotonic() - start:.0f} s")
+    count = f"{len(rows)} of {len(options.shapes) * len(options.rows)} shapes"
+    print(f"{path}: {count} in {time.monotonic() - start:.0f} s")
+    if options.print and rows:
+        print(path.read_text())
     return 0

@@ -42,7 +42,7 @@ def same(a: Tensor, b: Tensor) -> None:
 
 
 def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
-    """Arguments of one call on the GPU that the kernel takes; without ``size`` of one that is no multiple of anything."""
+    """Arguments on the GPU that the kernel takes; without ``size`` of one that is no multiple of anything."""
     torch.manual_seed(0)
     rows, columns = size or ODD
     x = torch.randn(rows, columns + (-columns % 8 if "dynamic" in kernel.op else 0))

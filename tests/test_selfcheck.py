@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,12 +38,12 @@ def test_copies_of_small_and_empty_tensors(shape: tuple[int, ...]) -> None:
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def op(monkeypatch: pytest.MonkeyPatch) -> str:
     """An op of one tensor that doubles it."""
     monkeypatch.setitem(registry._kernels, "double", [])
     monkeypatch.setitem(selfcheck.ARGS, "double", lambda x: iter([(x,)]))
     registry.register("double", "reference", lambda x: x * 2, lambda *args: None)
-    yield "double"
+    return "double"
 
 
 def test_what_a_kernel_raises_is_its_fault(op: str) -> None:

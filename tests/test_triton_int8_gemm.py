@@ -310,12 +310,14 @@ from qkernels.triton import tuning
 every = tune.candidates
 tune.candidates = lambda *args: list(every(*args))[::40]
 assert __main__.main(["tune", "--shapes", "48x40,33x64", "--rows", "3,20"]) == 0
+assert __main__.main(["tune", "--shapes", "48x40", "--rows", "3", "--minutes", "0", "--print"]) == 0
 print(len(tuning.load("NVIDIA Pretend", 90)))
 """
     done = run_python(code, str(Path(__file__).parent), QKERNELS_TUNE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "4"
-    assert "4 shapes" in done.stdout
+    assert "4 of 4 shapes" in done.stdout
+    assert "0 of 1 shapes" in done.stdout  # in no time
     done = run_python("import sys; from qkernels.__main__ import main; sys.exit(main(['tune', '--shapes', '48']))")
     assert done.returncode == 2
     assert "--shapes: invalid shapes value: '48'" in done.stderr

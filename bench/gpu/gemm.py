@@ -340,7 +340,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="rows not begun by then are left out")
     parser.add_argument("--out", type=Path, help="a folder for <date>-int8_gemm.json and <date>-int4_gemm.json")
     parser.add_argument("--resume", action="store_true", help="go on with the rows that --out does not have yet")
-    parser.add_argument("--compiled", action="store_true", help="ours against what torch.compile makes, of scaled alone")
+    parser.add_argument("--compiled", action="store_true", help="scaled against what torch.compile makes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench gemm --gpu: no GPU that torch can use", file=sys.stderr)

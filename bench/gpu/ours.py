@@ -1,4 +1,4 @@
-"""Which of our kernels are timed: the one that a call takes by itself, and others that can take it, each by its name."""
+"""Which of our kernels are timed: the one that a call takes by itself, then others that can take it, by their names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def able(op: str, call: Callable[..., Any], inputs: tuple[Any, ...], compiles: bool) -> tuple[list[str], dict[str, str]]:
+def able(
+    op: str, call: Callable[..., Any], inputs: tuple[Any, ...], compiles: bool
+) -> tuple[list[str], dict[str, str]]:
     """Our kernels to time for this call, the one that it takes by itself first; and why the others are left out.
 
     A Triton kernel that it does not take is timed only where ``compiles`` allows the seconds that it costs.

@@ -36,7 +36,7 @@ def blame(row: Row, fault: str) -> None:
 
 
 class Results:
-    """``path`` None: kept in memory alone. ``end``: by time.monotonic(). ``resume``: go on after the rows in the file."""
+    """``path`` None: in memory alone. ``end``: by time.monotonic(). ``resume``: go on after the rows in the file."""
 
     def __init__(self, path: Path | None, machine: dict[str, Any], end: float, resume: bool) -> None:
         self.path, self.machine, self.end = path, machine, end

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def build(run: Run) -> bool:
     return False
 
 
-def tests(run: Run, name: str, chosen: str, seconds: float, *files: str, optional: bool = False) -> None:
+def run_tests(run: Run, name: str, chosen: str, seconds: float, *files: str, optional: bool = False) -> None:
     seconds = min(seconds, run.left())
     # Triton compiles on the CPU: its kernels are many, so the tests share the cores.
     options = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
@@ -92,22 +93,22 @@ def sanitize(run: Run, path: str, tool: str, seconds: float, optional: bool) -> 
 
 def check(run: Run, cuda: bool) -> None:
     if cuda:
-        tests(run, "cuda", CUDA, 0.4 * run.left())
+        run_tests(run, "cuda", CUDA, 0.4 * run.left())
     else:
         run.note("cuda", "skipped: the CUDA library was not built")
-    tests(run, "tiles", TILES, 0.5 * run.left())
-    tests(run, "triton", TRITON, 0.6 * run.left())
+    run_tests(run, "tiles", TILES, 0.5 * run.left())
+    run_tests(run, "triton", TRITON, 0.6 * run.left())
     watcher = sanitizer(run)
     if watcher is not None:
         sanitize(run, watcher, "memcheck", 0.6 * run.left(), optional=False)
     rest = f"not ({CUDA} or {TILES} or ({TRITON}))"
-    tests(run, "others", rest, (0.7 if watcher else 1.0) * run.left(), *GPU_TESTS, ASSEMBLY, optional=True)
+    run_tests(run, "others", rest, (0.7 if watcher else 1.0) * run.left(), *GPU_TESTS, ASSEMBLY, optional=True)
     if watcher is not None:
         sanitize(run, watcher, "racecheck", run.left(), optional=True)
 
 
 def timed(run: Run, name: str, script: str, *options: str, share: float, optional: bool = False) -> None:
-    """A benchmark, which begins no row after ``share`` of the time left; anew after a row that the GPU did not survive."""
+    """A benchmark that begins no row after ``share`` of the time left; anew after a row that cost it the GPU."""
     command = [*PYTHON, f"bench/gpu/{script}.py", "--out", str(run.work), "--resume", *options]
     end = time.monotonic() + share * (run.left() - GRACE)
     while (seconds := end - time.monotonic()) > 0:
@@ -154,6 +155,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, help="of the whole run; default: 4.5 for check, 5.5 for bench")
     options = parser.parse_args(argv)
     start = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the step under way ends too
     about, missing = find_gpu()
     if about is None:
         print(missing)

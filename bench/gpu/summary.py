@@ -12,8 +12,8 @@ TIMES_HEAD = [
     "|---|---|---|---|---|---|---|---|",
 ]
 LEGEND = (
-    "Kernel times from CUDA graphs over rotating buffers (\\*: not captured, timed by events). kernel: what a call takes "
-    "by itself; share: ideal bytes over time over the copy bandwidth; others: their time over ours."
+    "Kernel times from CUDA graphs over rotating buffers (\\*: not captured, timed by events). kernel: what a call "
+    "takes by itself; share: ideal bytes over time over the copy bandwidth; others: their time over ours."
 )
 
 

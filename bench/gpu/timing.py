@@ -131,9 +131,7 @@ def compare(
         for name, (lap, _) in laps.items():
             clock = clocks[name] if number == ROUNDS - 1 else None
             times[name].append(seconds_of(lap, repeats[name], clock) / len(sets))
-    result = {
-        name: {**spread(values), **laps[name][1], "sm_mhz": clocks[name][0]} for name, values in times.items()
-    }
+    result = {name: {**spread(values), **laps[name][1], "sm_mhz": clocks[name][0]} for name, values in times.items()}
     del laps
     gc.collect()
     torch.cuda.empty_cache()

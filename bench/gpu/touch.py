@@ -1,4 +1,4 @@
-"""The least that shows whether a GPU can be used under compute-sanitizer: a context and an allocation, without torch."""
+"""The least that shows whether compute-sanitizer can watch this GPU: a context and an allocation, without torch."""
 
 from __future__ import annotations
 
