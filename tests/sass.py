@@ -70,7 +70,7 @@ class Kernel:
 
 
 ACCESSES = "LDG|STG|LDL|STL|LDS|STS|LDGSTS"
-ARITHMETIC = "FFMA|HMMA|LOP3|PRMT|SHF|I2F|I2FP|HADD2|HFMA2|MUFU|SHFL|FMNMX|CALL|IMAD\\.WIDE\\.U32\\.X"
+ARITHMETIC = "FFMA|DADD|HMMA|HMNMX2|LOP3|PRMT|SHF|I2F|I2FP|HADD2|HFMA2|MUFU|SHFL|FMNMX|CALL|IMAD\\.WIDE\\.U32\\.X"
 FLOW = "BRA|EXIT|ACQBULK|PREEXIT"  # the last two: wait for the kernel before, let the next one start
 LINE = re.compile(
     rf"/\*([0-9a-f]{{4,}})\*/\s+(@!?U?P\w+)?\s*((?:{ACCESSES}|{ARITHMETIC}|{FLOW})(?!\w).*?)\s*(?:;|/\*|$)"

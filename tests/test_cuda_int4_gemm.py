@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -129,6 +130,18 @@ def test_any_number_of_processors(processors: int, monkeypatch: pytest.MonkeyPat
     want = reference.int4_linear(*args)
     monkeypatch.setenv("EMULATED_PROCESSORS", str(processors))
     torch.testing.assert_close(run(args), want, rtol=0, atol=0)
+
+
+@emulated
+def test_narrow_products_are_cut_along_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight tiles, on eight processors of 50; they are not left to two stripes of four."""
+    (built,) = (path for path in torch.ops.loaded_libraries if "emulated" in path)
+    blocks = ctypes.c_ulong.in_dll(ctypes.CDLL(built), "emulated_blocks")
+    monkeypatch.setenv("EMULATED_PROCESSORS", "50")
+    args = arguments(4, 128, 1024, 64)
+    before = blocks.value
+    check(run(args), args)
+    assert blocks.value - before == 8 + 4  # and the sums of four rows
 
 
 @emulated

@@ -202,6 +202,17 @@ def test_each_tensor_is_asked_for_its_device_once() -> None:
         assert asked.value - before <= 2 * tensors, op
 
 
+def test_second_stages_start_early_and_only_they_need_memory() -> None:
+    """A gradient of one scale takes two stages, of one scale for each row one."""
+    early, allocated = emulated("emulated_early"), emulated("emulated_allocations")
+    x, grad = torch.randn(64, 1024), torch.randn(64, 1024)
+    for scale, stages in ((torch.ones(1), 2), (torch.ones(64, 1), 1)):
+        before = early.value, allocated.value
+        ops._learnable_backward(grad, x, scale, None, -8, 7, 1.0, False)
+        assert early.value - before[0] == stages - 1
+        assert allocated.value - before[1] == 3 + stages - 1
+
+
 def test_foreach_launches() -> None:
     """A launch for some 30 tensors, 18 where sums are taken; none for each."""
     launches = emulated("emulated_launches")

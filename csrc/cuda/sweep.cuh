@@ -238,7 +238,7 @@ struct Stretches {
 template <typename Op, bool kShortRuns>
 constexpr int sweep_blocks() {
   if (kShortRuns) return 3;
-  return sizeof(typename Op::Loaded) == 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
+  return sizeof(typename Op::Loaded) <= 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
 // What takes long is asked for first: x, then the parameters, and only then is either used.

@@ -46,8 +46,10 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-// Runs `body` once for each thread of the grid. Aborts where a barrier is not reached by all who must.
-void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body);
+// Runs `body` once for each thread of the grid. Aborts where a barrier is not reached by all who must, and where a
+// thread of a kernel that may start early does not wait for the one before.
+void run(dim3 blocks, dim3 threads, size_t shared, bool early, const std::function<void()>& body);
+void wait_for_previous();
 void block_barrier();
 
 using Given = std::array<uint64_t, 3>;
@@ -118,7 +120,7 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { r
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
-// Kernels run one after the other, so one that may start early changes nothing.
+// Kernels run one after the other; of one that may start early it is only seen that all its threads wait.
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -145,6 +147,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
-  emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, held); });
+  emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->numAttrs > 0,
+                [&] { std::apply(kernel, held); });
   return cudaSuccess;
 }

@@ -14,7 +14,8 @@
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // For tests that count.
-extern "C" __attribute__((visibility("default"))) unsigned long emulated_launches = 0;
+extern "C" __attribute__((visibility("default"))) unsigned long emulated_launches = 0, emulated_early = 0,
+                                                                emulated_blocks = 0;
 
 namespace emulator {
 
@@ -37,7 +38,7 @@ struct Copy {
 struct Fiber {
   jmp_buf here;
   std::unique_ptr<char[]> stack;
-  bool done = true;
+  bool done = true, waited = false;
   std::deque<std::vector<Copy>> copies;  // by group; the last one is open
 };
 
@@ -102,6 +103,8 @@ void block_barrier() { wait(of_block); }
 
 int lane() { return current % kWarp; }
 
+void wait_for_previous() { fibers[current]->waited = true; }
+
 const Given* exchange(const Given& given) {
   const int warp = current / kWarp;
   auto& values = warp_values[warp][warp_barriers[warp].generation & 1];
@@ -135,8 +138,10 @@ void wait_copies(int pending) {
     }
 }
 
-void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body) {
+void run(dim3 blocks, dim3 threads, size_t shared, bool early, const std::function<void()>& body) {
   ++emulated_launches;
+  emulated_early += early;
+  emulated_blocks += blocks.x * blocks.y;
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int count = static_cast<int>(threads.x * threads.y * threads.z);
@@ -158,7 +163,7 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
       dynamic.reset(new unsigned char[shared]);  // aligned to 16 bytes
       memset(dynamic.get(), 0xff, shared);
       for (int t = 0; t < count; ++t) {
-        fibers[t]->done = false;
+        fibers[t]->done = fibers[t]->waited = false;
         fibers[t]->copies.assign(1, {});
       }
       for (bool left = true; left;) {
@@ -172,6 +177,11 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
           fprintf(stderr, "emulator: threads wait at a barrier that others never reach\n");
           abort();
         }
+      }
+      for (int t = 0; early && t < count; ++t) {
+        if (fibers[t]->waited) continue;
+        fprintf(stderr, "emulator: a thread of a kernel that may start early did not wait for the one before\n");
+        abort();
       }
       if (of_block.arrived) {
         fprintf(stderr, "emulator: a thread left while others waited for it\n");
