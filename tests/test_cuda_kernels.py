@@ -202,7 +202,7 @@ def test_each_tensor_is_asked_for_its_device_once() -> None:
         assert asked.value - before <= 2 * tensors, op
 
 
-def test_second_stages_start_early_and_only_they_need_memory() -> None:
+def test_the_latter_of_two_stages_starts_early_and_only_then_is_memory_needed() -> None:
     """A gradient of one scale takes two stages, of one scale for each row one."""
     early, allocated = emulated("emulated_early"), emulated("emulated_allocations")
     x, grad = torch.randn(64, 1024), torch.randn(64, 1024)

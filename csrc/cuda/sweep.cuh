@@ -340,7 +340,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-constexpr int64_t kLongRun = 4 * kWarp;  // vectors that are worth a block
+// Whether a run of so many vectors is worth a block, and has no more blocks than a grid is high.
+constexpr bool is_long(int64_t vectors) {
+  return vectors >= 4 * kWarp && vectors <= int64_t{65535} * kThreads * kUnroll;
+}
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
@@ -399,7 +402,7 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
     sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
   } else if constexpr (std::is_same_v<typename Op::T, double>) {
     sweep_elements(gpu, op, q, runs, numel, aligned);  // fp64 is here to be right, not fast: one kernel, not three
-  } else if (runs.channels == 1 || (runs.inner % 8 == 0 && runs.inner >= N * kLongRun)) {  // whole bytes of a mask
+  } else if (runs.channels == 1 || (runs.inner % 8 == 0 && is_long(runs.inner / N))) {  // whole bytes of a mask
     sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
   } else if (runs.inner % N == 0) {
     sweep_stretches<true>(gpu, op, q, runs, numel, aligned);
