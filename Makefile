@@ -12,7 +12,7 @@ SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
     relu_fake_quantize silu_mul_quantize rms_norm_quantize int8_gemm int8_conv2d int4_gemm packing))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
 .PHONY: build demo test pytest lint portable asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream clean
 

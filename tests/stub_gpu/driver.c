@@ -1,5 +1,6 @@
-// A CUDA driver that accepts every launch and does nothing, so that Triton's JIT, its launchers and its tensor maps run on a
-// machine without a GPU. It refuses of the host's side what sm_90 refuses: grids, blocks, shared memory, tensor maps.
+// A CUDA driver that accepts every launch and does nothing, so that Triton's JIT, its launchers and its tensor maps run
+// on a machine without a GPU. It refuses of the host's side what sm_90 refuses: grids, blocks, shared memory, tensor
+// maps.
 #include <stdint.h>
 #include <string.h>
 
@@ -19,10 +20,10 @@ API int cuDeviceGet(int* device, int index) {
 }
 API int cuDeviceGetAttribute(int* value, int attribute, int device) {
   switch (attribute) {
-    case 10: *value = 32; break;              // lanes of a warp
-    case 12: *value = 65536; break;           // registers of a block
-    case 16: *value = 132; break;             // multiprocessors
-    case 75: *value = 9; break;               // compute capability 9.0
+    case 10: *value = 32; break;     // lanes of a warp
+    case 12: *value = 65536; break;  // registers of a block
+    case 16: *value = 132; break;    // multiprocessors
+    case 75: *value = 9; break;      // compute capability 9.0
     case 76: *value = 0; break;
     case 81: *value = MOST_SHARED + 1024; break;
     case 97: *value = MOST_SHARED; break;
@@ -77,9 +78,9 @@ API int cuLaunchKernelEx(const Config* config, void* function, void** params, vo
          config->shared > MOST_SHARED;
 }
 
-API int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims, const uint64_t* strides,
-                               const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion,
-                               int fill) {
+API int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dims,
+                               const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave,
+                               int swizzle, int promotion, int fill) {
   if ((uintptr_t)base % 16) return BAD;
   for (unsigned i = 0; i < rank; ++i) {
     if (box[i] == 0 || box[i] > BOX || dims[i] == 0 || dims[i] > (1ull << 32)) return BAD;
