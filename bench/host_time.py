@@ -1,4 +1,4 @@
-"""What the host does for each call on a GPU, in microseconds: python bench/host_time.py
+"""What the host does for each call on a GPU, in microseconds: python bench/host_time.py [FILE.json]
 
 Needs no GPU: Triton's launches go to a driver that does nothing (tests/stub_gpu), so that a real one's share of a
 launch, about 2 µs, comes on top, and so does what CUDA's allocator takes beyond the CPU's. Calls go through torch's
@@ -9,15 +9,18 @@ of a kind take.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -102,13 +105,16 @@ def main() -> None:
             times["long"].append(microseconds(call))
             function.able = True
             function.memory.update(memory)
-        low, middle, _, high = (statistics.quantiles(times["remembered"], n=5)[at] for at in (0, 1, 2, 3))
+        low, *_, high = statistics.quantiles(times["remembered"], n=5)
         middle, long = (statistics.median(times[way]) for way in ("remembered", "long"))
         result[name] = {"launches": launches, **times}
         spread = f"{middle:.1f} ({low:.1f}–{high:.1f})"
         print(f"{name:<34}{launches:>9}{spread:>28}{long:>13.1f}{long / middle:>7.1f}", flush=True)
     if sys.argv[1:]:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        about = {"cpu": cpu[1] if cpu else "unknown", "torch": torch.__version__, "triton": triton.__version__}
+        about["date"] = date.today().isoformat()
+        Path(sys.argv[1]).write_text(json.dumps({"machine": about, "microseconds": result}, indent=1) + "\n")
     del served
 
 
