@@ -9,6 +9,7 @@ of a kind take.
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -88,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     driver = stub_gpu.install()
     served = stub_gpu.serve()
-    result = {}
+    rows = []
     print(f"{'call':<34}{'launches':>9}{'remembered µs (p20–p80)':>28}{'long way µs':>13}{'ratio':>7}")
     for name, (op, call) in cases().items():
         function, times = library._triton_functions[op](), {"remembered": [], "long": []}
@@ -107,14 +108,15 @@ def main() -> None:
             function.memory.update(memory)
         low, *_, high = statistics.quantiles(times["remembered"], n=5)
         middle, long = (statistics.median(times[way]) for way in ("remembered", "long"))
-        result[name] = {"launches": launches, **times}
+        figures = {"launches": launches, "remembered µs": round(middle, 1), "long way µs": round(long, 1)}
+        rows.append({"op": "host_time", "case": name, "figures": figures, "microseconds": times})
         spread = f"{middle:.1f} ({low:.1f}–{high:.1f})"
         print(f"{name:<34}{launches:>9}{spread:>28}{long:>13.1f}{long / middle:>7.1f}", flush=True)
     if sys.argv[1:]:
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        about = {"cpu": cpu[1] if cpu else "unknown", "torch": torch.__version__, "triton": triton.__version__}
-        about["date"] = date.today().isoformat()
-        Path(sys.argv[1]).write_text(json.dumps({"machine": about, "microseconds": result}, indent=1) + "\n")
+        machine = {"cpu": cpu[1] if cpu else "unknown", "cores": os.cpu_count(), "path": "stub driver"}
+        machine |= {"torch": torch.__version__, "triton": triton.__version__, "date": date.today().isoformat()}
+        Path(sys.argv[1]).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     del served
 
 

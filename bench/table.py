@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gpu.summary import table as gpu_table
-
 
 def main() -> None:
     for device in sorted((Path(__file__).parent / "results").iterdir()):
+        if (gpu := device / "table.md").exists():
+            print(f"\n{gpu.read_text()}")
+            continue
         newest = {path.stem[len("2026-01-01-") :]: path for path in sorted(device.glob("*.json"))}
         for op, path in newest.items():
             result = json.loads(path.read_text())
             machine = result["machine"]
-            if "gpu" in machine:
-                print(f"\n**{op}** on {gpu_table(result)}")
-                continue
             where = f"{machine['cpu']}, {machine['cores']} cores, {machine['path']}, torch {machine['torch']}"
             print(f"\n**{op}** on {where}, {machine['date']}. Times as long as qkernels:\n")
             print("| case | threads | qkernels | others |\n|---|---|---|---|")
