@@ -240,10 +240,24 @@ def _serve_triton() -> None:
 
 
 def _remembered_else_selected(op: str) -> Callable[..., Any]:
-    """A call that Triton's function remembers goes to it at once; any other is a choice between all kernels."""
-    function, select = _triton_functions[op], _selected(op)
+    """Triton's function for calls that chose it and are remembered; any other is a choice between all kernels.
+
+    It remembers only what was chosen here, so that a kernel that was forced for a while is not the choice ever after.
+    """
+
+    @functools.cache
+    def function() -> Any:
+        from .triton.replay import Remembered
+
+        return Remembered(_triton_functions[op]())
+
+    def select(*args: Any) -> Any:
+        kernel = registry.select(op, *args)
+        return function()(*args) if kernel.name == "triton" else kernel.fn(*args)
 
     def call(*args: Any) -> Any:
+        if registry.forced and registry.forced[-1] is not None:
+            return registry.run(op, *args)
         return function().replayed(args, select)
 
     return call
@@ -433,10 +447,14 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
         return importlib.import_module(f".triton.{stem}", __package__)
 
     @functools.cache
-    def function() -> Any:
+    def function() -> Callable[..., Any]:
+        return getattr(module(), op.replace(".", "_"))
+
+    @functools.cache
+    def remembered() -> Any:
         from .triton.replay import Remembered
 
-        return Remembered(getattr(module(), op.replace(".", "_")))
+        return Remembered(function())
 
     _triton_functions[op] = function
 
@@ -448,7 +466,7 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
         refuse = getattr(module(), "unsupported", None)
         return None if refuse is None else refuse(op, *args)
 
-    return lambda *args: function()(*args), unsupported
+    return lambda *args: remembered()(*args), unsupported
 
 
 @functools.cache

@@ -11,10 +11,14 @@ Prints one JSON object.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import importlib
 import json
 import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,8 +32,9 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import qkernels as qk
-from qkernels import registry, selfcheck
+from qkernels import library, registry, selfcheck
 from qkernels.reference import int4_gemm
+from qkernels.registry import Kernel
 from qkernels.triton import replay
 from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
 
@@ -248,16 +253,60 @@ def check_choices() -> dict[str, Any]:
 
     for _ in range(3):
         assert len(started_by(quantize)) == 1
+    assert "torch._dynamo" not in sys.modules
     remembered = started_by(quantize)
+    product_operands = torch.zeros(8, 64, dtype=torch.int8), torch.zeros(64, 16, dtype=torch.int8)
+    for _ in range(3):
+        qk.int8_mm(*product_operands)
     assert all(isinstance(arg, int) for arg in remembered[0][4:6]), "addresses, not tensors"
     with qk.use_kernel("reference"):
         assert started_by(quantize) == []
         assert torch.equal(quantize(), qk.reference.fake_quantize.fake_quantize_forward(x, scale, None, -8, 7))
     with qk.use_kernel("triton"):
         assert len(started_by(quantize)) == 1
+    # A forced kernel is never another one, and not the choice of the calls after it.
+    cuda, counted = next(k for k in registry.kernels("fake_quantize_forward") if k.name == "cuda"), []
+    own = Kernel(cuda.op, "cuda", lambda *args: counted.append(args) or args[0], lambda *args: None)
+    registry._kernels[cuda.op][registry._kernels[cuda.op].index(cuda)] = own
+    usable, library._cuda_unusable = library._cuda_unusable, lambda: None
+    with qk.use_kernel("cuda"):
+        assert started_by(quantize) == []
+        assert len(counted) == 1
+    with qk.use_kernel("triton"):
+        assert [
+            len(started_by(lambda: qk.fake_quantize(x[:2], scale, quant_min=-8, quant_max=7))) for _ in range(3)
+        ] == [1] * 3
+    assert started_by(lambda: qk.fake_quantize(x[:2], scale, quant_min=-8, quant_max=7)) == []
+    assert len(counted) == 2
+    with qk.use_kernel("cuda"), contextlib.suppress(RuntimeError):
+        qk.int8_mm(*product_operands)
+        raise AssertionError("Triton ran where cuda was asked for, which has no such kernel")
+    registry._kernels[cuda.op][registry._kernels[cuda.op].index(own)] = cuda
+    library._cuda_unusable = usable
     assert started_by(quantize)[0][0] is remembered[0][0]
     compiled = torch.compile(quantize, backend="aot_eager", fullgraph=True)
     assert [len(started_by(compiled)) for _ in range(3)] == [1, 1, 1]
+
+    # What is remembered keeps no tensor; the second call of a process does not import a compiler.
+    a, w = torch.zeros(1024, 4096, dtype=torch.int8), torch.zeros(4096, 4096, dtype=torch.int8)
+    held = weakref.ref(w.untyped_storage())
+    for _ in range(3):
+        (launch,) = started_by(functools.partial(qk.int8_mm, a, w.t()))
+    assert any(isinstance(arg, _Map) for arg in launch)
+    del w, launch
+    started.clear()
+    gc.collect()
+    assert held() is None
+    # Numbers that are equal and not the same; a memory that is full of what never came again; tiles changed meanwhile.
+    assert kind_of((x, 0.0)) != kind_of((x, -0.0))
+    memory = Remembered(lambda t, number: t)
+    memory.memory |= dict.fromkeys(range(replay.MOST - 1), "once") | {"kept": "never"}
+    memory(x, 0.5)
+    assert len(memory.memory) == 2
+    changed = Remembered(lambda t: replay.forget() if changed.memory else None)
+    changed.memory[kind_of((x,))[0]] = "once"
+    changed(x)
+    assert changed.memory == {}
 
     # Another kind of tensor is another kernel, or the same one on other numbers.
     assert moved(selfcheck.misaligned(x))[0][0] is not remembered[0][0]

@@ -112,7 +112,8 @@ def timed(run: Run, name: str, script: str, *options: str, share: float, optiona
     command = [*PYTHON, f"bench/gpu/{script}.py", "--out", str(run.work), "--resume", *options]
     end = time.monotonic() + share * (run.left() - GRACE)
     while (seconds := end - time.monotonic()) > 0:
-        if run.step(name, [*command, "--seconds", f"{seconds:.1f}"], seconds + GRACE) != GPU_LOST:
+        seconds_of = [*command, "--seconds", f"{seconds:.1f}"]
+        if run.step(name, seconds_of, seconds + GRACE, optional=optional) != GPU_LOST:
             return
     if all(step["step"] != name for step in run.steps):
         run.note(name, f"{'skipped' if optional else 'FAILED'}: no time left to begin it")

@@ -410,6 +410,8 @@ def as_tensors(
         scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is None or isinstance(zero_point, Tensor):
         return scale, zero_point
+    if isinstance(zero_point, float):
+        raise RuntimeError(f"zero_point: got {zero_point}; accepted: an int, a tensor or None")
     reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
     if zero_point == 0:
         return scale, None

@@ -23,27 +23,41 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import Launch, local
 from .numerics import INTERPRETED
 
-MOST = 4096  # kinds of calls of an op that are remembered; then all are forgotten
-HARMLESS = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+MOST = 4096  # kinds of calls of an op that are remembered; then those seen once are forgotten, or else all
+ALLOCATIONS = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+HARMLESS = set(ALLOCATIONS)  # of what a watched call may do, beside views
 
 _memories: list[dict[Any, Any]] = []
+_forgotten = 0  # how often
 
 
 def forget() -> None:
     """For what changes the kernels that a call starts: measured tiles."""
+    global _forgotten
+    _forgotten += 1  # what is being watched meanwhile is not written down
     for memory in _memories:
         memory.clear()
 
 
 class _Watched(TorchDispatchMode):
-    """Whether torch did nothing but allocate and view."""
+    """Whether torch did nothing but allocate and view, and what it allocated."""
 
-    only = True
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = True
+        self.allocated: list[Tensor] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler here, half a second for nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.").removesuffix(".default")
         self.only = self.only and (func.is_view or name in HARMLESS)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name in ALLOCATIONS:
+            self.allocated.append(result)
+        return result
 
 
 class _Map:
@@ -51,8 +65,8 @@ class _Map:
 
     __slots__ = ("address", "padding", "shape", "strides")
 
-    def __init__(self, address: int, like: TensorDescriptor) -> None:
-        self.address, self.shape, self.strides, self.padding = address, like.shape, like.strides, like.padding
+    def __init__(self, address: int, shape: list[int], strides: list[int], padding: str) -> None:
+        self.address, self.shape, self.strides, self.padding = address, shape, strides, padding
 
     @property
     def base(self) -> _Map:
@@ -69,9 +83,10 @@ class _Unknown(Exception):
 class Places:
     """Numbers of the addresses that the kernels of a call take: of its arguments first, then of its allocations."""
 
-    def __init__(self, given: list[Tensor], results: list[Tensor]) -> None:
+    def __init__(self, given: list[Tensor], results: list[Tensor], allocated: list[Tensor]) -> None:
         self.given = {t.data_ptr(): number for number, t in enumerate(given)}
         self.storages = {t.untyped_storage()._cdata for t in given}
+        self.allocated = {t.untyped_storage()._cdata for t in allocated}
         self.fresh: dict[int, tuple[int, int]] = {}  # by storage: number, address
         self.allocations: list[tuple[Any, ...]] = []  # arguments of torch.empty_strided
         for t in results:
@@ -83,6 +98,8 @@ class Places:
 
     def _add(self, t: Tensor, *allocation: Any) -> None:
         storage = t.untyped_storage()
+        if storage._cdata not in self.allocated:
+            raise _Unknown
         self.fresh[storage._cdata] = len(self.given) + len(self.fresh), storage.data_ptr()
         self.allocations.append(allocation)
 
@@ -100,20 +117,22 @@ class Places:
 
 
 def _argument(arg: Any, places: Places) -> tuple[str, list[Any]]:
-    """An argument of a launcher as an expression in ``a``, the addresses, and ``c``, the constants that it needs."""
+    """An argument of a launcher as an expression in ``a``, the addresses, and ``c``, the constants that it needs.
+
+    No constant holds a tensor: what is remembered keeps no memory.
+    """
     if arg is None or isinstance(arg, int):
         return repr(arg), []
     if isinstance(arg, TensorDescriptor):
         number, beyond = places.of(arg.base)
-        return f"_Map(a[{number}] + {beyond}, c[@])", [arg]
+        return f"_Map(a[{number}] + {beyond}, *c[@])", [(list(arg.shape), list(arg.strides), arg.padding)]
     if isinstance(arg, Tensor):
         number, beyond = places.of(arg)
         return f"a[{number}] + {beyond}" if beyond else f"a[{number}]", []
-    if isinstance(arg, tuple) and any(isinstance(part, Tensor) for part in arg):
+    if isinstance(arg, tuple):
         parts = [_argument(part, places) for part in arg]
-        return f"({', '.join(text for text, _ in parts)},)", [constant for _, own in parts for constant in own]
-    if isinstance(arg, tuple) and all(isinstance(part, int) for part in arg):
-        return repr(tuple(arg)), []
+        text = "".join(f"{part}, " for part, _ in parts)
+        return f"({text})", [constant for _, own in parts for constant in own]
     return "c[@]", [arg]
 
 
@@ -160,14 +179,15 @@ class Replay(NamedTuple):
         return tuple(fresh[: self.returned]) if self.returned else None
 
 
-def _replay_of(args: tuple[Any, ...], result: Any, launches: list[Launch]) -> Replay | None:
+def _replay_of(args: tuple[Any, ...], result: Any, launches: list[Launch], allocated: list[Tensor]) -> Replay | None:
     given = [arg for arg in args if isinstance(arg, Tensor)]
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
     compiled = all(launch.compiled is not None for launch in launches)
-    if not launches or not compiled or len({t.data_ptr() for t in given}) != len(given):
+    apart = len({t.untyped_storage()._cdata for t in given}) == len(given)
+    if not launches or not compiled or not apart or len({t.data_ptr() for t in given}) != len(given):
         return None
     try:
-        places = Places(given, results)
+        places = Places(given, results, allocated)
         starts = [_start(launch, places) for launch in launches]
     except _Unknown:
         return None
@@ -187,10 +207,11 @@ class Remembered:
 
     def replayed(self, args: tuple[Any, ...], otherwise: Callable[..., Any]) -> Any:
         """The call as it is remembered, else ``otherwise`` of the arguments."""
-        kind, addresses = kind_of(args)
-        replay = self.memory.get(kind)
-        if isinstance(replay, Replay) and replay.is_here() and not hooked():
-            return replay(addresses)
+        if self.able:
+            kind, addresses = kind_of(args)
+            replay = self.memory.get(kind)
+            if isinstance(replay, Replay) and replay.is_here() and not hooked():
+                return replay(addresses)
         return otherwise(*args)
 
     def __call__(self, *args: Any) -> Any:
@@ -204,20 +225,29 @@ class Remembered:
             return self._watch(kind, args)
         if known is None:
             if len(self.memory) >= MOST:
-                self.memory.clear()
+                self._make_room()
             self.memory[kind] = "once"  # what never comes again is not worth a look
         return self.op(*args)
 
+    def _make_room(self) -> None:
+        """Forgets what never came again, as where a number is another one at each call; if there is none of it, all."""
+        kept = {kind: known for kind, known in list(self.memory.items()) if known != "once"}
+        self.memory.clear()
+        if len(kept) < MOST:
+            self.memory.update(kept)
+
     def _watch(self, kind: Any, args: tuple[Any, ...]) -> Any:
         launches: list[Launch] = []
+        before = _forgotten
         local.launches = launches
         try:
             with _Watched() as watched:
                 result = self.op(*args)
         finally:
             local.launches = None
-        replay = _replay_of(args, result, launches) if watched.only else None
-        self.memory[kind] = "never" if replay is None else replay
+        replay = _replay_of(args, result, launches, watched.allocated) if watched.only else None
+        if before == _forgotten:
+            self.memory[kind] = "never" if replay is None else replay
         return result
 
 
@@ -231,7 +261,7 @@ def kind_of(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int]]:
             addresses.append(address)
             kind += (arg.dtype, arg.shape, arg.stride(), arg.device, address & 15)
         else:
-            kind.append(arg)
+            kind.append(repr(arg) if isinstance(arg, float) and arg == 0 else arg)  # 0.0 and -0.0 are equal
     kind.append(len(set(addresses)))  # x twice is not grad and x
     return tuple(kind), addresses
 

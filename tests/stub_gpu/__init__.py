@@ -26,6 +26,7 @@ from qkernels import library, registry
 
 H200 = (90, 132, "")  # as int8_gemm.gpu gives it
 
+_folder = tempfile.TemporaryDirectory(prefix="stub_gpu_")  # until the process ends
 compilations: Counter[str] = Counter()  # by module and kernel
 
 
@@ -84,7 +85,7 @@ def install(parsed_only: bool = False) -> ctypes.CDLL:
     """Makes the driver Triton's own, and returns it. ``parsed_only``: with nothing compiled beyond the front end."""
     from qkernels.triton import int4_gemm, int8_gemm, replay
 
-    folder = Path(tempfile.mkdtemp(prefix="stub_gpu_"))
+    folder = Path(_folder.name)
     library = folder / "libcuda.so.1"
     source = Path(__file__).with_name("driver.c")
     options = ["-O1", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
