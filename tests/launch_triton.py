@@ -308,6 +308,13 @@ def check_choices() -> dict[str, Any]:
     changed(x)
     assert changed.memory == {}
 
+    # A copy that is not seen is not an allocation.
+    blind, spread = Remembered(module_of("fake_quantize_forward").fake_quantize_forward), torch.randn(8, 128)[:, ::2]
+    with torch._C._DisableTorchDispatch():
+        for _ in range(3):
+            blind(spread, scale, None, -8, 7)
+    assert list(blind.memory.values()) == ["never"]
+
     # Another kind of tensor is another kernel, or the same one on other numbers.
     assert moved(selfcheck.misaligned(x))[0][0] is not remembered[0][0]
     assert moved(x.bfloat16())[0][0] is not remembered[0][0]
