@@ -245,7 +245,8 @@ constexpr int sweep_blocks() {
 __host__ __device__ constexpr int left_of(int64_t end, int64_t v) {
   return static_cast<int>(end - v < INT_MAX - kWarp ? end - v : INT_MAX - kWarp);
 }
-static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4, "lanes would overflow");
+static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4,
+              "lanes would overflow");
 
 // What takes long is asked for first: x, then the parameters, and only then is either used.
 template <typename Op, bool kShortRuns>
