@@ -161,7 +161,7 @@ class Gpu {
   int processors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
   int shared_of_processor() const { return attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(); }  // bytes
 
-  // Passes the arguments by value; grid.x is at most 2^31 - 1, so callers' kernels loop.
+  // Passes the arguments by value; grid.x is at most 2^31 - 1, which only kernels that loop may ask for more than.
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
               Arguments&&... arguments) const {

@@ -241,6 +241,13 @@ constexpr int sweep_blocks() {
   return sizeof(typename Op::Loaded) <= 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
+// How many vectors are left before `end`, or as many as a lane's number can be added to.
+__host__ __device__ constexpr int left_of(int64_t end, int64_t v) {
+  return static_cast<int>(end - v < INT_MAX - kWarp ? end - v : INT_MAX - kWarp);
+}
+static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4,
+              "lanes would overflow");
+
 // What takes long is asked for first: x, then the parameters, and only then is either used.
 template <typename Op, bool kShortRuns>
 __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
@@ -251,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
   Op op = given;
   const int64_t run = s.run_per_x ? blockIdx.x : 0, end = (run + 1) * s.vectors;
   const int64_t v = run * s.vectors + int64_t{s.run_per_x ? blockIdx.y : blockIdx.x} * s.block_step + threadIdx.x;
-  const int left = static_cast<int>(end - v < INT_MAX ? end - v : INT_MAX), lane = threadIdx.x % kWarp;
+  const int left = left_of(end, v), lane = threadIdx.x % kWarp;
   if (left + lane <= 0) return;  // whole warps
   if (__builtin_expect(end <= s.whole || v - lane + kWarp + (kUnroll - 1) * s.unroll_step <= s.whole, 1)) {
     typename Op::Loaded loaded[kUnroll];
