@@ -169,7 +169,7 @@ def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, code
     return dx
 
 
-@triton.jit(do_not_specialize=["count", "runs", "pieces"])
+@triton.jit(do_not_specialize=["count", "pieces"])
 def learnable_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, of_runs, of_levels, count, runs, inner, pieces,
     CODEBOOK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr,

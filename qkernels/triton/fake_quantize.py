@@ -301,7 +301,7 @@ def _learnable_terms(grad, x, s, inv, z, low, high, RELU: tl.constexpr, LSQ: tl.
     return ds, dz, inside
 
 
-@triton.jit(do_not_specialize=["view", "runs", "pieces", "steps", "dscale_ptr", "dzero_point_ptr"])
+@triton.jit(do_not_specialize=["view", "pieces", "steps", "dscale_ptr", "dzero_point_ptr"])
 def learnable_rows_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, runs, inner, pieces,
     steps, view, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,

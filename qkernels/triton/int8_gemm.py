@@ -132,7 +132,7 @@ def put_halves(out_ptr, acc, m, first, m_end, n_end, epilogue, HOW: tl.constexpr
     put(out_ptr, right, m, n + HALF, m_end, n_end, epilogue, HOW)
 
 
-@triton.jit(do_not_specialize=["m_end", "share"])
+@triton.jit(do_not_specialize=["m_end"])
 def mm_kernel(
     out_ptr, a_ptr, b_ptr, epilogue, m_end, n_end, k_end, stride_a, stride_b, share, HOW: tl.constexpr,
     PARTS: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -35,7 +35,7 @@ def column_tile(COLS: tl.constexpr):
     return tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
 
 
-@triton.jit(do_not_specialize=["runs", "pieces", "steps", "low_ptr", "high_ptr"])
+@triton.jit(do_not_specialize=["pieces", "steps", "low_ptr", "high_ptr"])
 def range_rows_kernel(
     x_ptr, low_ptr, high_ptr, runs, inner, pieces, steps,
     ROWS: tl.constexpr, COLS: tl.constexpr,

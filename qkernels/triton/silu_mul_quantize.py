@@ -40,7 +40,7 @@ def product(gate_ptr, up_ptr, at, here):
     return (g * sigmoid(g)) * widen(tl.load(up_ptr + at, mask=here, other=0.0))
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit
 def forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -58,7 +58,7 @@ def forward_kernel(
     tl.store(y_ptr + index, y, mask=here)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit
 def long_forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -119,7 +119,7 @@ def silu_mul_quantize_dynamic(
     return _run(*args, gate.new_empty(gate.shape, dtype=torch.int8))
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit
 def backward_kernel(
     grad_ptr, gate_ptr, up_ptr, scale_ptr, zero_point_ptr, dgate_ptr, dup_ptr, quant_min, quant_max, groups, group_size,
     CLIPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
