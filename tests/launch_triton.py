@@ -345,7 +345,17 @@ def check_choices() -> dict[str, Any]:
     assert not elsewhere.is_here()
     torch.cuda.current_device = lambda: 1
     assert elsewhere.is_here()
-    del served
+    # At the key of a device: all ops but those that have a kernel there already.
+    library.GPU_KEY = "MTIA"
+    ops = {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}
+    own = torch.library.Library("qkernels", "IMPL")
+    own.impl("fake_quantize_forward", lambda x, *_: x, "MTIA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is overridden
+        library._serve_triton()
+    for op in ops:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "MTIA"), op
+    del served, own
     return {}
 
 
