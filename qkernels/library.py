@@ -378,13 +378,13 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
     return unsupported
 
 
-def _elsewhere(kind: str, args: tuple[Any, ...]) -> str | None:
+def _elsewhere(kind: str, args: Sequence[Any]) -> str | None:
     """That a tensor is on another kind of device, or None: asked of every kernel at every choice."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             if arg.device.type != kind:
                 return _takes(kind, arg.device)
-        elif isinstance(arg, list) and (reason := _elsewhere(kind, tuple(arg))):
+        elif isinstance(arg, list | tuple) and (reason := _elsewhere(kind, arg)):
             return reason
     return None
 

@@ -19,7 +19,6 @@ from .registry import Kernel
 INT4 = (-8, 7)
 INT8 = (-128, 127)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-QUICK_TRITON = 1
 QUICK_DTYPES = (torch.float32, torch.bfloat16)
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (0, 4), (), (70, 1030))
 
@@ -571,4 +570,4 @@ def run(quick: bool) -> Iterator[Outcome]:
                 yield from check_op(op, able, quick)
                 continue
             for kernel in best.values():
-                yield from check_op(op, [kernel], quick, most=QUICK_TRITON if kernel.name == "triton" else None)
+                yield from check_op(op, [kernel], quick, most=1 if kernel.name == "triton" else None)

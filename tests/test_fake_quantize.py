@@ -704,3 +704,12 @@ def test_bits_out_of_range() -> None:
     for bits in (1, 9):
         with pytest.raises(ValueError, match=f"bits: got {bits}; accepted: 2 to 8"):
             qk.fake_quantize_dynamic(X, bits=bits)
+
+
+def test_a_number_as_zero_point_is_looked_at_on_every_device() -> None:
+    """A kernel on a GPU looks at no value; here a device without any."""
+    x, scale = torch.empty(3, device="meta"), torch.ones(1, device="meta")
+    for zero_point in (-9, 8, 1.5):
+        with pytest.raises(RuntimeError, match=f"zero_point: got {zero_point}; accepted: "):
+            qk.fake_quantize(x, scale, zero_point, quant_min=-8, quant_max=7)  # type: ignore[arg-type]
+    assert qk.fake_quantize(x, scale, 0, quant_min=-8, quant_max=7).shape == x.shape
