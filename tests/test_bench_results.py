@@ -16,6 +16,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "bench" / "gpu")
     spec = importlib.util.spec_from_file_location("gpu_results", ROOT / "bench" / "gpu" / "results.py")
     assert spec is not None
     assert spec.loader is not None

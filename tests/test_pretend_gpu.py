@@ -162,3 +162,14 @@ def test_no_gpu_is_no_success(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "no GPU" in done.stdout
+
+
+def test_no_torch_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('there is none')\n")
+    done = subprocess.run(
+        [sys.executable, "bench/gpu/run.py", "check", "--out", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no torch for this python3" in done.stdout, done.stderr
+    assert not (tmp_path / "out").exists()

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steps import GPU_LOST
 
 Row = dict[str, Any]
-FAULT, GPU_LOST = 1, 3  # exit codes; after the second a new process goes on with the rows that are left
+FAULT = 1  # exit code, beside GPU_LOST
 UNFINISHED = "begun and not finished: the process was killed or died"
 LABELS = ("case", "shape", "dtype", "group_size")
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from results import GPU_LOST
-from steps import ROOT, Run
+from steps import GPU_LOST, ROOT, Run
 
 PYTHON = [sys.executable]  # runs every step
 MINUTES = {"check": 4.5, "bench": 5.5}  # on an H200 machine of 16 cores

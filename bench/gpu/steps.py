@@ -17,6 +17,7 @@ from typing import Any
 import summary
 
 ROOT = Path(__file__).parent.parent.parent
+GPU_LOST = 3  # exit code of a benchmark after which a new process goes on with the rows that are left
 LEAST = 5.0  # seconds below which a step is not begun
 OUTPUTS = ("results.tar.gz", "table.md", "steps.json")
 
