@@ -1,7 +1,5 @@
 """qkernels: fast, exact kernels for quantization-aware training, and the thin QAT layer on top of them."""
 
-__version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
-
 from . import codebooks, library, nn, ops, qat, reference, registry
 from .integrations.aten import override_torch
 from .library import use_kernel
@@ -44,6 +42,7 @@ from .qat import (
     set_bits,
 )
 from .registry import kernels, which
+from .version import __version__ as __version__
 
 __all__ = [
     "PackedInt",

@@ -52,7 +52,7 @@ def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tup
     for values in (x, half, x[:, :8], torch.randn(2, 8, 5, 6)):
         for args in selfcheck.ARGS[kernel.op](values):
             on_gpu = selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
-            if kernel.refuses(*on_gpu) is None:
+            if kernel.unsupported(*on_gpu) is None:
                 return on_gpu
     pytest.skip("takes no such input")
 
@@ -90,7 +90,7 @@ def test_takes_some_case(kernel: registry.Kernel) -> None:
         for x in selfcheck.inputs(kernel.name == "triton", dtypes_of(kernel))
         for args in selfcheck.ARGS[kernel.op](x)
     )
-    assert any(kernel.refuses(*case) is None for case in cases)
+    assert any(kernel.unsupported(*case) is None for case in cases)
 
 
 @names

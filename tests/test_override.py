@@ -1112,7 +1112,7 @@ def test_python_routes_ask_every_kernel_with_the_arguments_of_the_call(monkeypat
     asked: dict[str, int] = {}
 
     def only(op: str) -> list[qk.registry.Kernel]:
-        schema = qk.library._dispatched(op)._schema
+        schema = qk.library.dispatched(op)._schema
 
         def unsupported(*args: Any) -> str | None:
             asked[op] = asked.get(op, 0) + 1

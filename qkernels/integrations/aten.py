@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, registry
+from .. import library, loading, registry
 from ..ops import aten_fake_quantize
 from ..reference.aten_fake_quantize import channel_views
 from ..reference.fake_quantize import EXACT_INT
@@ -134,7 +134,7 @@ def _cpu_kernels(on: bool) -> None:
     if on:
         _say_once_that_kernels_are_overridden()
         _torchs = _keep_torchs("CPU")
-    if ctypes.CDLL(str(library.module_file("_cpu"))).qkernels_override_aten(on):
+    if ctypes.CDLL(str(loading.module_file("_cpu"))).qkernels_override_aten(on):
         raise RuntimeError(f"override_torch: torch {torch.__version__} does not accept the kernels; restart Python")
     if not on and _torchs is not None:
         _torchs._destroy()

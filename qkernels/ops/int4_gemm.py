@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import library, registry
+from .. import library
 from ..reference import int4_gemm as reference
 from ..reference import packing
 from ..reference.fake_quantize import check_dense
@@ -50,12 +50,6 @@ def _fake_linear(
 
 
 MAX_CUDA_ROWS = 64  # of x, that csrc/cuda takes
-# Rows of x up to which csrc/cuda's kernel has been measured to be faster than Triton's, by compute capability.
-CUDA_IS_FASTER: dict[tuple[int, int], int] = {}
-
-
-def cuda_is_faster(capability: tuple[int, int], m: int) -> bool:
-    return m <= CUDA_IS_FASTER.get(capability, 0)
 
 
 def _not_for_cuda(
@@ -84,9 +78,7 @@ def _not_for_cuda(
         return f"takes K that is a multiple of 8, for copies of 16 bytes, got {k}"
     if group_size != k and group_size % 32:
         return f"takes a group_size that is K or a multiple of 32, got {group_size}"
-    if library.gpu == "cuda" and cuda_is_faster(torch.cuda.get_device_capability(x.device), m):
-        return None
-    return registry.Unpreferred("not measured faster than triton on this GPU yet")
+    return None
 
 
 _int4_pack = library.define(
@@ -109,6 +101,7 @@ _int4_linear = library.define(
     cpu=("avx512vnni", "avx2", "scalar"),
     cuda=_not_for_cuda,
     triton=True,
+    triton_first=True,  # until csrc/cuda's kernel has been measured on a GPU
 )
 
 
