@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from .. import library
+from .. import checks, library
 from ..layouts import mask_like
 from ..reference import aten_fake_quantize as reference
 from .autograd import is_kept, kept, masked, transformed
@@ -70,7 +70,7 @@ def fake_quantize_per_channel_affine(
     """
     scale, zero_point = _constant(scale), _constant(zero_point)
     if not input.is_cpu or transformed():  # only the CPU has kernels with an axis
-        scale, zero_point = reference.channel_views(input, axis, scale, zero_point)
+        scale, zero_point = checks.channel_views(input, axis, scale, zero_point)
         return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     if torch.is_grad_enabled() and input.requires_grad:
         return (_kept if is_kept(input) else _masked)(input, scale, zero_point, axis, quant_min, quant_max)
@@ -114,7 +114,7 @@ def fake_quantize_learnable_per_channel_affine(
     grad_factor: float = 1.0,
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    scale, zero_point = reference.channel_views(input, axis, scale, rounded(zero_point))
+    scale, zero_point = checks.channel_views(input, axis, scale, rounded(zero_point))
     return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
@@ -173,7 +173,7 @@ def observed_arguments(
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
             if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(reference.channel_views(x, axis, *stats))
+        stats = tuple(checks.channel_views(x, axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric else 0.0
     middle = observers_middle(quant_min, quant_max)
     return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps, middle

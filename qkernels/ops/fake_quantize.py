@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, library
 from ..layouts import mask_like
 from ..reference import fake_quantize as reference
 from ..reference import transforms
-from ..reference.fake_quantize_learnable import VARIANTS, check_variant
 from .autograd import is_kept, kept, learnable, masked, straight_through, transformed
 from .fake_quantize_learnable import learnable_backward, straight_through_backward
 
@@ -171,7 +170,7 @@ def as_tensors(
         return scale, zero_point
     if isinstance(zero_point, float):
         raise RuntimeError(f"zero_point: got {zero_point}; accepted: an int, a tensor or None")
-    reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
+    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
     if zero_point == 0:
         return scale, None
     return scale, torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
@@ -196,7 +195,7 @@ def _by_variant(
     delta: float,
     factor: float,
 ) -> Tensor:
-    check_variant(variant, delta, ("clip", *VARIANTS))
+    checks.straight_through(variant, delta, ("clip", *checks.VARIANTS))
     scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.fake_quantize_straight_through(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, gemm_checks, layouts, library
 from ..reference import packing as reference
-from ..reference.fake_quantize import check_dense
 
 
 def _fake_pack(q: Tensor, bits: int) -> Tensor:
-    reference.check_pack(q, bits)
-    return q.new_empty((*q.shape[:-1], reference.packed_length(q.shape[-1], bits)), dtype=torch.uint8)
+    gemm_checks.pack_bits(q, bits)
+    return q.new_empty((*q.shape[:-1], layouts.packed_length(q.shape[-1], bits)), dtype=torch.uint8)
 
 
 def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
@@ -67,6 +66,6 @@ def pack_int4(q: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, k: int | None = None) -> Tensor:
     """The codes −8…7, int8 [..., k], of ``pack_int4``; k is by default twice packed's last dim, and else one less."""
     if k is None:
-        check_dense("packed", packed)
+        checks.dense("packed", packed)
         k = 2 * packed.shape[-1]
     return _unpack_bits(packed, 4, k)

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
-from ..reference import fake_quantize as reference_qparams
+from .. import checks, library
 from ..reference import quantize as reference
 from ..reference import transforms
 from ..reference.ranges import qparams_of_range, stored
@@ -59,8 +58,8 @@ def quantize(
 
 def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
     """The range as given, by default all of dtype that fp32 holds exactly."""
-    reference.check_integer_dtype("dtype", dtype)
-    info, bound = torch.iinfo(dtype), reference_qparams.EXACT_INT
+    checks.code_dtype("dtype", dtype)
+    info, bound = torch.iinfo(dtype), checks.EXACT_INT
     return (
         max(info.min, -bound) if quant_min is None else quant_min,
         min(info.max, bound) if quant_max is None else quant_max,
@@ -110,7 +109,7 @@ def choose_qparams(
         percentile: above 50, at most 100.
     """
     for name, t in (("min_val", min_val), ("max_val", max_val)):
-        reference_qparams.check_dense(name, t)
+        checks.dense(name, t)
         if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             accepted = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
             raise RuntimeError(f"{name}: got {t.dtype}; accepted: {accepted}")

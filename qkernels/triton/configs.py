@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from ..reference.int4_gemm import MAX_GROUP, half_of
+from .. import layouts
+from ..reference.int4_gemm import MAX_GROUP
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
@@ -502,7 +503,7 @@ class Walk(NamedTuple):
 
 @functools.lru_cache(4096)
 def int4_walk(group_size: int, k: int, block_k: int, integer: bool) -> Walk:
-    half = half_of(group_size, k)
+    half = layouts.half_of(group_size, k)
     depth = 32 if integer else 16  # of one instruction
     span = min(group_size, MAX_GROUP) if integer else group_size
     if group_size == k:

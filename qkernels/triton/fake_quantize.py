@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import fake_quantize as reference
-from ..reference.dynamic import check_group_size
 from . import configs, granularity
 from .configs import ceil_div
 from .granularity import View, block_index, block_params, channel_of, granularity_of, load_params
@@ -147,7 +147,7 @@ def forward(
 def fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     forward(x, scale, zero_point, quant_min, quant_max, y)
     return y
@@ -156,7 +156,7 @@ def fake_quantize_forward(
 def fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     forward(x, scale, zero_point, quant_min, quant_max, y, mask, lsq=lsq)
@@ -217,8 +217,8 @@ def fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     return backward(grad, x, scale, zero_point, quant_min, quant_max, lsq=lsq)
 
 
@@ -226,8 +226,8 @@ def fake_quantize_backward(
 
 
 def _check_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Any, Any]:
-    reference.check_input(x, quant_min, quant_max)
-    reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)
+    checks.floats_and_range(x, quant_min, quant_max)
+    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)
     if x.dtype == torch.float64:
         return x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
     return float(scale), float(zero_point)
@@ -254,7 +254,7 @@ def fake_quantize_backward_scalar(
     grad: Tensor, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int
 ) -> Tensor:
     params = _check_numbers(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.grad(grad, x)
     return backward(grad, x, *params, quant_min, quant_max)
 
 
@@ -271,7 +271,7 @@ def backward_mask_kernel(grad_ptr, mask_ptr, dx_ptr, numel, BLOCK: tl.constexpr)
 
 
 def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
-    reference.check_mask(mask, grad)
+    checks.mask(mask, grad)
     grad, dx = dense_and_like(grad)
     numel = grad.numel()
     if numel:
@@ -402,8 +402,8 @@ def learnable_backward(
     rectify: bool = False,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     x, dx = dense_and_like(x)
     numel = x.numel()
     if numel == 0:
@@ -497,8 +497,8 @@ def dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fake_quantize_dynamic_forward (dtype None), or quantize_dynamic with codes of ``dtype``."""
-    check_group_size(x, group_size)
-    reference.check_input(x, quant_min, quant_max)
+    checks.dynamic(x, group_size)
+    checks.floats_and_range(x, quant_min, quant_max)
     shape = [1] * x.dim() if group_size == 0 else [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
     compute = reference.compute_dtype(x)
     scale = torch.empty(shape, dtype=compute, device=x.device)
@@ -622,9 +622,9 @@ def observe_fake_quantize(
     symmetric_steps: float,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    reference.check_input(x, quant_min, quant_max)
+    checks.floats_and_range(x, quant_min, quant_max)
     for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
-        reference.check_granularity(name, stat, x)
+        checks.granularity(name, stat, x)
         if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
             raise RuntimeError(
                 f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import fake_quantize as reference_qparams
-from ..reference import quantize as reference
+from .. import checks
 from . import granularity
 from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments, unsupported_rows
 from .fake_quantize import quantize as fill
@@ -27,8 +26,8 @@ def unsupported(op: str, *args: Any) -> str | None:
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    reference_qparams.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_codes(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     x, q = dense_and_like(x, dtype)
     fill(x, scale, zero_point, quant_min, quant_max, q)
     return q
@@ -53,7 +52,7 @@ def dequantize_kernel(
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    reference.check_dequantize(q, scale, zero_point, dtype)
+    checks.dequantize(q, scale, zero_point, dtype)
     q, y = dense_and_like(q, dtype)
     numel = q.numel()
     if numel:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reference import fake_quantize as reference
+from .. import checks
 from . import fake_quantize as plain
 from . import granularity
 
@@ -19,7 +19,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 def relu_fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = plain.dense_and_like(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, rectify=True)
     return y
@@ -28,7 +28,7 @@ def relu_fake_quantize_forward(
 def relu_fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = plain.dense_and_like(x)
     mask = plain.empty_mask(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True, lsq=lsq)
@@ -44,8 +44,8 @@ def relu_fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     return plain.backward(grad, x, scale, zero_point, quant_min, quant_max, rectify=True, lsq=lsq)
 
 

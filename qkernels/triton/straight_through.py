@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reference import fake_quantize_learnable as reference
-from ..reference.fake_quantize import check, check_grad
+from .. import checks
 from . import granularity
 from .sums import backward
 
@@ -28,7 +27,7 @@ def fake_quantize_straight_through_backward(
     ewgs_delta: float,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    reference.check_variant(straight_through, ewgs_delta, reference.WITH_TERMS)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.straight_through(straight_through, ewgs_delta, checks.WITH_TERMS)
     return backward(straight_through, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, delta=ewgs_delta)
