@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import library, registry
 from .reference import int4_gemm, int8_gemm, packing, rms_norm_quantize, silu_mul_quantize
-from .reference.straight_through import WITH_TERMS
+from .reference.fake_quantize_learnable import WITH_TERMS
 from .registry import Kernel
 
 INT4 = (-8, 7)

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from .. import library
 from ..reference import int4_gemm as reference
 from ..reference import packing
-from ..reference.fake_quantize import check_dense, stored
+from ..reference.fake_quantize import check_dense
+from ..reference.ranges import stored
 from ..reference.transforms import as_if
-from .fake_quantize import _entered, transformed
+from .autograd import entered, transformed
+from .dynamic import quantize_dynamic
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, through_weight, wants_gradient
 from .int8_gemm import _by_row
 from .packing import pack_bits, unpack_bits
-from .quantize import quantize, quantize_dynamic
+from .quantize import quantize
 
 
 def _fake_pack(q: Tensor) -> Tensor:
@@ -427,7 +429,7 @@ class _Int4Linear(Function):
         return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_linear = _entered(_Int4Linear)
+_linear = entered(_Int4Linear)
 
 
 def _differentiable_linear(
