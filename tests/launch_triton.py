@@ -2,8 +2,9 @@
 
     python tests/launch_triton.py calls | loop | choices
 
-calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included. Each call is made three times:
-by the long way, watched, and as it was remembered; both ways must start the same kernels on the same arguments.
+calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included; a run makes a sample of them.
+Each call is made three times: by the long way, watched, and as it was remembered; both ways must start the same kernels
+on the same arguments.
 loop: a model's ops over batches of changing size, as a training loop or a server makes them.
 choices: what is remembered never outlives a change of what it was remembered for.
 Prints one JSON object.
@@ -26,6 +27,7 @@ from typing import Any
 import compile_triton
 import stub_gpu
 import torch
+from sampling import drawn
 from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
@@ -64,10 +66,15 @@ def self_check(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """All calls of the quick self-check, and of the others those of this run's sample."""
     first, *others = selfcheck.inputs(quick=True)
     yield from self_check([first])
     quick.update(stub_gpu.compilations)
-    yield from self_check([*others, *edges()])
+    yield from drawn(more_calls([*others, *edges()]), 0.2, "launch_triton")
+
+
+def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield from self_check(inputs)
     compile_triton.meta = lambda shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)
     yield from compile_triton.gemm_calls(90, False)
     yield from compile_triton.int4_calls(90, False)

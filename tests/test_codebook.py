@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
+from compare import same
 from conftest import kernels_of
 from test_fake_quantize import saved_bytes
 from torch import Tensor
@@ -25,17 +26,6 @@ FORWARD = "fake_quantize_codebook_forward"
 LEARNABLE = "fake_quantize_codebook_learnable_backward"
 COMPILED = [name for name in kernels_of(FORWARD) if name.startswith("cpu_")]
 NAN, INF = math.nan, math.inf
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    """Bit for bit (any NaN equals any NaN, and so do the zeros), with one dtype and the strides that matter."""
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    if a.numel():
-        assert [s for s, n in zip(a.stride(), a.shape, strict=True) if n > 1] == [
-            s for s, n in zip(b.stride(), b.shape, strict=True) if n > 1
-        ]
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def some_codebooks(dtype: torch.dtype) -> list[Tensor]:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
+from compare import same
 from conftest import assert_ran, kernels_of
 from torch import Tensor
 
@@ -23,17 +24,6 @@ from qkernels.reference import fake_quantize_learnable as learnable_reference
 
 COMPILED = [name for name in kernels_of("fake_quantize_forward") if name not in ("triton", "reference")]
 FORWARD_OPS = ("fake_quantize_forward", "fake_quantize_backward", "fake_quantize_learnable_backward")
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    """Bit for bit (any NaN equals any NaN, and so do the zeros), with one dtype and the strides that matter."""
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    if a.numel():
-        assert [s for s, n in zip(a.stride(), a.shape, strict=True) if n > 1] == [
-            s for s, n in zip(b.stride(), b.shape, strict=True) if n > 1
-        ]
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def zero_points(shape: tuple[int, ...]) -> list[Tensor | None]:

@@ -27,7 +27,7 @@ def source(tmp_path: Path) -> Path:
     root.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", ".clang-format"):
         shutil.copy(ROOT / name, root)
-    for name in ("csrc", "qkernels", "tests", "bench", ".ci"):
+    for name in ("build_tools", "csrc", "qkernels", "tests", "bench", ".ci"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return root
 

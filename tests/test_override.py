@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.ao.quantization as tq
 from cases import FLOATS, INPUTS, channels_last
+from compare import same
 from conftest import kernels_of, run_python
 from torch import Tensor, nn
 
@@ -37,18 +38,6 @@ def _nothing_leaks() -> Iterator[None]:
     assert not rerouted()
     yield
     assert not rerouted()
-
-
-def same(got: Any, want: Any) -> None:
-    """Bit for bit, signs of zeros too, with dtypes and strides."""
-    if not isinstance(want, Tensor):
-        for g, w in zip(got, want, strict=True):
-            same(g, w)
-        return
-    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    if want.is_floating_point():
-        assert torch.equal(got.signbit(), want.signbit())
 
 
 def both(call: Callable[[], Any]) -> tuple[Any, Any]:

@@ -4,24 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import paths_of
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import layouts, library, registry
+from qkernels import layouts, library
 
-KERNELS = ("cpu_avx512", "cpu_avx2", "cpu_scalar", "reference")
 BITS = (2, 3, 4)
 SHAPES = [(0,), (1,), (7,), (8,), (33,), (3, 0), (0, 5), (1, 1), (5, 37), (3, 64), (2, 3, 129), (7, 1000)]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[*paths_of("pack_bits"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    name = request.param
-    reason = next(k for k in registry.kernels("pack_bits") if k.name == name).unsupported()
-    if reason is not None:
-        pytest.skip(reason)
-    with library.use_kernel(name):
-        yield name
+    with library.use_kernel(request.param):
+        yield request.param
 
 
 def codes(bits: int, *shape: int) -> Tensor:
