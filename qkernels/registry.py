@@ -55,7 +55,11 @@ def register(op: str, name: str, fn: Callable[..., Any], unsupported: Callable[.
 
 
 def kernels(op: str | None = None) -> list[Kernel]:
-    """The kernels of ``op`` in order of preference; of every op when None."""
+    """The kernels of ``op`` in order of preference; of every op when None.
+
+    Raises:
+        ValueError: no op has this name.
+    """
     if op is None:
         return [kernel for name in sorted(_kernels) for kernel in _kernels[name]]
     if op not in _kernels:
@@ -67,6 +71,13 @@ def which(op: str, *args: Any) -> list[tuple[str, str | None]]:
     """Every kernel of ``op`` with the reason why it would not run on these arguments (None: it can).
 
     The first with None is the one that runs. Without arguments the answer speaks of this machine alone.
+
+    Args:
+        op: name of a raw op: "fake_quantize_forward", "int8_linear", … (``kernels`` lists them).
+        args: its arguments, all of them, by position.
+
+    Raises:
+        ValueError: no op has this name.
     """
     reasons = [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
     if next((name for name, reason in reasons if reason is None), REFERENCE) == REFERENCE:

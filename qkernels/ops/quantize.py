@@ -121,12 +121,23 @@ def choose_qparams(
     dtype holds and is above zero.
 
     Args:
-        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
+        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity. fp32,
+            fp64, fp16 or bf16.
+        quant_min, quant_max: inclusive integer range.
+        symmetric: whether the zero point is 0 and the range its own mirror image.
+        eps: the smallest scale.
         method: how much of the range to cover, where clipping a few outliers makes the steps for all others finer.
             "minmax": all. "percentile": what holds ``percentile`` % of |x| (symmetric) or of x counted from either
             end. "mse": the fraction, of 64 down to 1/79, that quantizes x with the smallest squared error.
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
+
+    Returns:
+        scale and zero_point, of min_val's shape.
+
+    Raises:
+        RuntimeError: a dtype, shape or range other than these. ValueError: method, percentile, or no x where the method
+            looks at it.
     """
     for name, t in (("min_val", min_val), ("max_val", max_val)):
         reference_qparams.check_dense(name, t)
