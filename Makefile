@@ -14,19 +14,23 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
-.PHONY: build demo test pytest lint portable asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream clean
+.PHONY: build demo docs test pytest lint portable asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream clean
 
 build: $(VENV)/built
 
 demo: $(VENV)/built $(VENV)/demo
 	$(PYTHON) -m qkernels demo
 
+# The guide and the API reference as HTML, in build/docs.
+docs: $(VENV)/built $(VENV)/docs
+	$(PYTHON) docs/build.py
+
 # pytest runs last: its closing line ends the output.
 test: lint portable asan
 	@$(MAKE) --no-print-directory pytest
 
 # Two workers, a file to a worker; threads of their own would only be in each other's way, but where a test asks for them.
-pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo cuda
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=10
 
 lint: $(VENV)/dev
@@ -102,7 +106,7 @@ $(VENV)/built: $(SOURCES) | $(VENV)/installed
 TRITON := 'triton==3.6.*'
 
 # The extras of pyproject.toml, each when a target first needs it.
-$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
+$(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
 	$(PYTHON) -m pip install -q 'qkernels[$*]'
 	$(if $(filter dev,$*),$(PYTHON) -m pip install -q --no-deps $(TRITON))
 	touch $@
