@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.reference.straight_through import WITH_TERMS
+from qkernels.reference.fake_quantize_learnable import WITH_TERMS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)

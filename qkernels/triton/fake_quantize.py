@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import fake_quantize as reference
+from ..reference.dynamic import check_group_size
 from . import configs, granularity
 from .configs import ceil_div
 from .granularity import View, block_index, block_params, channel_of, granularity_of, load_params
@@ -496,7 +497,7 @@ def dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fake_quantize_dynamic_forward (dtype None), or quantize_dynamic with codes of ``dtype``."""
-    reference.check_group_size(x, group_size)
+    check_group_size(x, group_size)
     reference.check_input(x, quant_min, quant_max)
     shape = [1] * x.dim() if group_size == 0 else [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
     compute = reference.compute_dtype(x)
