@@ -135,3 +135,9 @@ def test_no_formula_is_taken_for_markup(built: dict[Path, Links]) -> None:
     for page, links in built.items():
         wrong = [text for text in links.emphasis if not text.endswith(":") and len(text.split()) > 6]
         assert "qkernels" not in page.parts or not wrong, f"{page.name}: {wrong}"
+
+
+def test_changelog_has_this_version() -> None:
+    versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert qk.__version__ in versions
