@@ -53,6 +53,9 @@ def quantize(
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
         point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
         carry no gradient; ``fake_quantize`` does.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
 
@@ -72,8 +75,17 @@ def dequantize(
 ) -> Tensor:
     """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``. Differentiable in scale, and straight
-    through the rounding of a float zero_point.
+    Args:
+        q: int8, uint8 or int32, any shape.
+        scale, zero_point: as in ``fake_quantize``.
+        dtype: of the result: torch.float32, torch.float64, torch.float16 or torch.bfloat16.
+
+    Returns:
+        A tensor of q's shape and memory layout. Differentiable in scale, and straight through the rounding of a float
+        zero_point.
+
+    Raises:
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
     """
     if transformed() or (
         torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
