@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import re
@@ -16,16 +17,21 @@ from conftest import ROOT
 
 import qkernels as qk
 
-PAGES = [
-    *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
-]
-PUBLIC: dict[str, ModuleType] = {"qk": qk, "qk.nn": qk.nn, "qk.qat": qk.qat}
+PAGES = [page for folder in (".", "docs", "examples") for page in sorted((ROOT / folder).glob("*.md"))]
+PUBLIC = ("qkernels", "qkernels.nn", "qkernels.qat", "qkernels.codebooks", "qkernels.integrations.aten",
+          "qkernels.integrations.compressed_tensors", "qkernels.integrations.gguf")  # fmt: skip
+
+
+def names_of(module: ModuleType) -> list[str]:
+    """What ``__all__`` names, or where there is none what the module defines."""
+    own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
+    return getattr(module, "__all__", [name for name in own if not name.startswith("_")])
 
 
 def documented() -> list[tuple[str, Any]]:
     """Public names that are neither modules nor the same thing again, with what they stand for."""
-    found = {f"{at}.{name}": getattr(module, name) for at, module in PUBLIC.items() for name in module.__all__}
+    modules = [importlib.import_module(name) for name in PUBLIC]
+    found = {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in names_of(m)}
     once = {id(thing): (name, thing) for name, thing in reversed(found.items()) if not inspect.ismodule(thing)}
     return sorted(once.values())
 
@@ -124,10 +130,10 @@ def test_links_of_the_built_pages(built: dict[Path, Links]) -> None:
 
 def test_every_public_name_is_in_the_reference(built: dict[Path, Links]) -> None:
     folder = next(page.parent for page in built if page.name == "qkernels.html")
-    pages = {"qk": "qkernels.html", "qk.nn": "qkernels/nn.html", "qk.qat": "qkernels/qat.html"}
     for name, _ in documented():
-        at, _, last = name.rpartition(".")
-        assert last in built[folder / pages[at]].ids, f"{name} is not in {pages[at]}"
+        module, _, last = name.rpartition(".")
+        page = folder / f"{module.replace('.', '/')}.html"
+        assert last in built[page].ids, f"{name} is not in {page.name}"
 
 
 def test_no_formula_is_taken_for_markup(built: dict[Path, Links]) -> None:
