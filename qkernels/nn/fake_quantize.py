@@ -49,10 +49,10 @@ class FakeQuantize(nn.Module):
         symmetric: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary): the range is its
             own mirror image, so a sign flip of a channel is exact. Else all 2**bits codes, with a zero point.
         quantizer: where the scale comes from.
-            "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
-            "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
-            "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
-            "dynamic": the tensor's own range at every call.
+            - "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
+            - "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
+            - "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
+            - "dynamic": the tensor's own range at every call.
         shape: shape of the tensor, where it is always the same (a weight).
         straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" where the scale is learned, else
             "clip". "ema" and "dynamic" accept "clip" alone.

@@ -314,7 +314,7 @@ def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
 
 
 class PackedInt4(PackedInt):
-    """A ``PackedInt`` of 4 bits: codes −8…7."""
+    """A ``PackedInt`` of 4 bits, codes −8…7; its arguments, errors and methods are as in ``PackedInt``."""
 
     @classmethod
     def from_float(  # type: ignore[override]
