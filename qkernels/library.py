@@ -247,7 +247,7 @@ def _remembered_else_selected(op: str) -> Callable[..., Any]:
 
     @functools.cache
     def function() -> Any:
-        from .triton.replay import Remembered
+        from .triton.common.replay import Remembered
 
         return Remembered(_triton_functions[op]())
 
@@ -452,7 +452,7 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
 
     @functools.cache
     def remembered() -> Any:
-        from .triton.replay import Remembered
+        from .triton.common.replay import Remembered
 
         return Remembered(function())
 

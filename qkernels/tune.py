@@ -1,6 +1,6 @@
 """python -m qkernels tune: times the int8 GEMM's tiles on this machine's GPU and keeps the fastest of each shape.
 
-Writes one JSON file for each kind of GPU (see triton/tuning.py), which later runs read instead of the built-in table.
+Writes one JSON file for each kind of GPU (see triton/common/tuning.py), which later runs read instead of the built-in table.
 Nothing else in the package ever measures.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .triton.configs import Tile
+    from .triton.common.configs import Tile
 
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"  # the linear layers of Llama-8B, N x K
 ROUNDS = 7
@@ -25,7 +25,7 @@ ROUNDS = 7
 
 def candidates(arch: int, m: int, n: int, k: int, multiprocessors: int) -> Iterator[tuple[Tile, int]]:
     """Tiles of every table that an architecture can run, each with a stage more and less, and parts of K."""
-    from .triton import configs
+    from .triton.common import configs
 
     tiles: dict[Tile, None] = {}
     for table in configs.GEMM_TILES.values():
@@ -67,7 +67,8 @@ def microseconds(call: Callable[[int], None], sets: int) -> float:
 
 def tune_shape(m: int, n: int, k: int, end: float) -> tuple[Tile, int, float, float]:
     """The fastest tile and parts of K, its microseconds, and those of the built-in choice; tries none after ``end``."""
-    from .triton import configs, int8_gemm
+    from .triton import int8_gemm
+    from .triton.common import configs
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch, multiprocessors, _ = int8_gemm.gpu(device)
@@ -131,7 +132,8 @@ def main(argv: list[str]) -> int:
         return 2
     import triton
 
-    from .triton import configs, int8_gemm, tuning
+    from .triton import int8_gemm
+    from .triton.common import configs, tuning
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch, _, name = int8_gemm.gpu(device)

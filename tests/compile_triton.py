@@ -33,7 +33,8 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 def modules() -> list[Any]:
     package = importlib.import_module("qkernels.triton")
-    return [importlib.import_module(f"qkernels.triton.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, "qkernels.triton.")]
+    return [importlib.import_module(name) for name in names]
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def kernels() -> dict[str, Any]:
     for module in modules():
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                found[f"{value.module.removeprefix('qkernels.triton.')}.{name}"] = value
+                found[f"{value.module.rpartition('.')[2]}.{name}"] = value
     return found
 
 
@@ -164,7 +165,7 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(op, arguments) that reach every tile of an architecture's table, and on one of each kind every other variant."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     def codes(m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
         return meta((m, k), torch.int8), meta((n, k), torch.int8).t()
@@ -206,7 +207,7 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
 def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(op, arguments) that reach every tile, every walk along K, and every kind of weight and input."""
     from qkernels.reference import int4_gemm as reference
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     def weight(n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32) -> Any:
         groups = (k // group_size, n)

@@ -24,7 +24,8 @@ if "triton" not in kernels_of("int4_linear"):
 import triton
 import triton.language as tl
 
-from qkernels.triton import configs, int4_gemm, int8_gemm
+from qkernels.triton import int4_gemm, int8_gemm
+from qkernels.triton.common import configs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}

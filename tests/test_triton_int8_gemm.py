@@ -22,8 +22,9 @@ from qkernels.reference import int8_gemm as reference
 if "triton" not in kernels_of("int8_mm"):
     pytest.skip(str(dict(qk.which("int8_mm"))["triton"]), allow_module_level=True)
 
-from qkernels.triton import configs, int8_gemm, tuning
-from qkernels.triton.configs import Tile
+from qkernels.triton import int8_gemm
+from qkernels.triton.common import configs, tuning
+from qkernels.triton.common.configs import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARCHITECTURES = tuple(configs.GEMM_TILES)
@@ -306,7 +307,7 @@ sys.path.append(sys.argv[1])
 import pretend_gpu
 pretend_gpu.pretend()
 from qkernels import __main__, tune
-from qkernels.triton import tuning
+from qkernels.triton.common import tuning
 every = tune.candidates
 tune.candidates = lambda *args: list(every(*args))[::40]
 assert __main__.main(["tune", "--shapes", "48x40,33x64", "--rows", "3,20"]) == 0

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..reference import codebook as reference
 from ..reference.fake_quantize import check_grad, compute_dtype
-from . import configs, granularity
+from .common import configs, granularity
+from .common.granularity import block_index, block_params, granularity_of
+from .common.launch import launch
+from .common.numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
 from .fake_quantize import dense_and_like, empty_mask, laid_out
-from .granularity import block_index, block_params, granularity_of
-from .launch import launch
-from .numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:

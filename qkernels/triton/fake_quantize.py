@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import fake_quantize as reference
-from . import configs, granularity
-from .configs import ceil_div
-from .granularity import View, block_index, block_params, channel_of, granularity_of, load_params
-from .launch import launch
-from .numerics import (
+from .common import configs, granularity
+from .common.configs import ceil_div
+from .common.granularity import View, block_index, block_params, channel_of, granularity_of, load_params
+from .common.launch import launch
+from .common.numerics import (
     choose_qparams,
     clamp,
     counts_inside,
@@ -30,7 +30,7 @@ from .numerics import (
     store_bits,
     widen,
 )
-from .ranges import column_tile, dynamic_qparams_kernel, join_ranges, range_partials, regroup, row_tile
+from .common.ranges import column_tile, dynamic_qparams_kernel, join_ranges, range_partials, regroup, row_tile
 
 
 def unsupported(op: str, *args: Any) -> str | None:

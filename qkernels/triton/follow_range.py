@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import follow_range as reference
-from . import configs, granularity
-from .configs import ceil_div
+from .common import configs, granularity
+from .common.configs import ceil_div
+from .common.granularity import granularity_of
+from .common.launch import launch
+from .common.numerics import choose_qparams, narrow, widen
+from .common.ranges import join_ranges, range_partials
 from .fake_quantize import dense_and_like
-from .granularity import granularity_of
-from .launch import launch
-from .numerics import choose_qparams, narrow, widen
-from .ranges import join_ranges, range_partials
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import int4_gemm as reference
-from . import configs
-from .groups import bound
+from .common import configs
+from .common.groups import bound
+from .common.launch import launch
+from .common.numerics import INTERPRETED, narrow, widen
 from .int8_gemm import _padded, _quantize_rows, _say_once, _vector, gpu, tile_at
-from .launch import launch
-from .numerics import INTERPRETED, narrow, widen
 
 
 class Groups(NamedTuple):

@@ -20,11 +20,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import int8_gemm as reference
-from . import configs, tuning
-from .activation import activate
-from .groups import bound
-from .launch import launch
-from .numerics import TINY, clamp, divide, effective_scale, narrow, reciprocal, rint, widen
+from .common import configs, tuning
+from .common.activation import activate
+from .common.groups import bound
+from .common.launch import launch
+from .common.numerics import TINY, clamp, divide, effective_scale, narrow, reciprocal, rint, widen
 
 
 @functools.cache

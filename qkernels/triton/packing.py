@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import packing as reference
-from .launch import launch
+from .common.launch import launch
 
 BLOCK = 512  # times eight codes for each program
 

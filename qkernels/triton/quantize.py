@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from . import granularity
+from .common import granularity
+from .common.granularity import block_index, block_params
+from .common.launch import launch
+from .common.numerics import narrow
 from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments, unsupported_rows
 from .fake_quantize import quantize as fill
-from .granularity import block_index, block_params
-from .launch import launch
-from .numerics import narrow
 
 
 def unsupported(op: str, *args: Any) -> str | None:

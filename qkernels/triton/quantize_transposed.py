@@ -12,10 +12,10 @@ from torch import Tensor
 from ..reference import quantize_transposed as reference
 from ..reference.fake_quantize import compute_dtype
 from ..reference.stochastic import check_offset
-from . import configs
-from .launch import launch
-from .numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
-from .philox import round_stochastically, uniforms, uniforms_of_blocks
+from .common import configs
+from .common.launch import launch
+from .common.numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
+from .common.philox import round_stochastically, uniforms, uniforms_of_blocks
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import fake_quantize as plain
-from . import granularity
+from .common import granularity
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..reference import rms_norm_quantize as reference
 from ..reference.fake_quantize import check_grad
-from . import configs
-from .granularity import load_params
-from .groups import bound, extremes, qparams, quantized, store_qparams
-from .launch import launch
-from .numerics import divide, is_inside, narrow, reciprocal, rint, widen
+from .common import configs
+from .common.granularity import load_params
+from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.launch import launch
+from .common.numerics import divide, is_inside, narrow, reciprocal, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:

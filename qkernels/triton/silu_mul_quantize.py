@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..reference import silu_mul_quantize as reference
 from ..reference.fake_quantize import check_grad
-from . import configs
-from .activation import sigmoid
-from .granularity import load_params
-from .groups import bound, extremes, qparams, quantized, store_qparams
-from .launch import launch
-from .numerics import is_inside, narrow, rint, widen
+from .common import configs
+from .common.activation import sigmoid
+from .common.granularity import load_params
+from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.launch import launch
+from .common.numerics import is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..reference import statistics as reference
 from ..reference.fake_quantize import compute_dtype
-from . import configs, granularity
-from .granularity import COLUMN, LONG, ONE, TILE, channel_of, divide_by_magic, granularity_of, later_position
-from .launch import launch
-from .numerics import clamp, effective_scale, reciprocal, rint, widen
+from .common import configs, granularity
+from .common.granularity import COLUMN, LONG, ONE, TILE, channel_of, divide_by_magic, granularity_of, later_position
+from .common.launch import launch
+from .common.numerics import clamp, effective_scale, reciprocal, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..reference import stochastic as reference
 from ..reference.fake_quantize import check, check_grad
 from ..reference.quantize import check_codes
-from . import granularity
+from .common import granularity
+from .common.granularity import block_index, block_params
+from .common.launch import launch
+from .common.numerics import clamp, is_inside, narrow, store_bits, widen
+from .common.philox import round_stochastically, uniforms_of_blocks
+from .common.sums import backward
 from .fake_quantize import dense_and_like, empty_mask, pointwise_arguments
-from .granularity import block_index, block_params
-from .launch import launch
-from .numerics import clamp, is_inside, narrow, store_bits, widen
-from .philox import round_stochastically, uniforms_of_blocks
-from .sums import backward
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..reference import straight_through as reference
 from ..reference.fake_quantize import check, check_grad
-from . import granularity
-from .sums import backward
+from .common import granularity
+from .common.sums import backward
 
 
 def unsupported(op: str, *args: Any) -> str | None:

@@ -83,7 +83,8 @@ def _count(**said: Any) -> None:
 
 def install(parsed_only: bool = False) -> ctypes.CDLL:
     """Makes the driver Triton's own, and returns it. ``parsed_only``: with nothing compiled beyond the front end."""
-    from qkernels.triton import int4_gemm, int8_gemm, replay
+    from qkernels.triton import int4_gemm, int8_gemm
+    from qkernels.triton.common import replay
 
     folder = Path(_folder.name)
     library = folder / "libcuda.so.1"

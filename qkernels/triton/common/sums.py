@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fake_quantize import dense_and_like, laid_out, zero_point_kind
 from . import configs, granularity
-from .fake_quantize import dense_and_like, laid_out, zero_point_kind
 from .granularity import channel_of, granularity_of, load_params
 from .launch import launch
 from .numerics import clamp, is_inside, narrow, rint, widen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from ..reference.int4_gemm import MAX_GROUP, half_of
+from ...reference.int4_gemm import MAX_GROUP, half_of
 from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
