@@ -11,9 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import fake_quantize as reference
-from .common import configs, granularity
+from .common import configs
 from .common.configs import ceil_div
-from .common.granularity import View, block_index, block_params, channel_of, granularity_of, load_params
+from .common.granularity import (
+    ONE_CHANNEL,
+    block_index,
+    block_params,
+    channel_of,
+    granularity_of,
+    load_params,
+    rows_of,
+    unsupported_granularity,
+)
 from .common.launch import launch
 from .common.numerics import (
     choose_qparams,
@@ -30,17 +39,18 @@ from .common.numerics import (
     store_bits,
     widen,
 )
+from .common.pointwise import blocks, dense_and_like, empty_mask, laid_out, pointwise_arguments, zero_point_kind
 from .common.ranges import column_tile, dynamic_qparams_kernel, join_ranges, range_partials, regroup, row_tile
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
     if op in ("fake_quantize_forward", "fake_quantize_forward_mask"):
-        return granularity.unsupported(args[0], args[1])
+        return unsupported_granularity(args[0], args[1])
     if op in ("fake_quantize_backward", "fake_quantize_learnable_backward"):
-        return granularity.unsupported(args[1], args[2])
+        return unsupported_granularity(args[1], args[2])
     if op == "observe_fake_quantize":
-        return granularity.unsupported(args[0], args[5])
+        return unsupported_granularity(args[0], args[5])
     if op == "fake_quantize_dynamic_forward":
         return unsupported_rows(args[0])
     return None
@@ -51,28 +61,8 @@ def unsupported_rows(x: Tensor) -> str | None:
     return None if contiguous else f"takes at most 5 dims where x is not contiguous, got {x.dim()}"
 
 
-def laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` in the memory layout of ``like``, a dense tensor of its shape."""
-    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
-
-
-def dense_and_like(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """x in a memory layout without gaps and an empty tensor in the same one, which is that of ``empty_like``."""
-    y = torch.empty_like(x, dtype=dtype)
-    return laid_out(x, y), y
-
-
-def empty_mask(x: Tensor) -> Tensor:
-    return torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device)
-
-
-def zero_point_kind(scale: Tensor, zero_point: Tensor | None) -> int:
-    """The kernels' ZERO_POINT: 0 none, 1 one for each scale, 2 one for all."""
-    return 0 if zero_point is None else 1 if zero_point.numel() == scale.numel() else 2
-
-
 @triton.jit(do_not_specialize=["view"])
-def forward_kernel(
+def fake_quantize_forward_kernel(
     x_ptr, y_ptr, mask_ptr, on_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     MASK: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr, LSQ: tl.constexpr,
@@ -103,22 +93,6 @@ def forward_kernel(
         store_bits(mask_ptr, inside, start, numel, BLOCK)
 
 
-def pointwise_arguments(x: Tensor, scale: Any, zero_point: Any) -> tuple[Any, Any, View, dict[str, Any]]:
-    """scale, zero point, view and constexprs of a kernel that takes a dense, non-empty x in blocks."""
-    if not isinstance(scale, Tensor):
-        one = granularity.ONE_CHANNEL
-        return scale, zero_point, one.view, configs.by_numbers(configs.block(one, x.numel()))
-    walk = granularity_of(x, scale)
-    block = configs.block(walk, x.numel())
-    kind = zero_point_kind(scale, zero_point)
-    zero_point = zero_point if zero_point is None else zero_point.contiguous()
-    return scale.contiguous(), zero_point, walk.view, configs.walk(walk, block, kind)
-
-
-def blocks(numel: int, constexprs: dict[str, Any]) -> tuple[int]:
-    return (ceil_div(numel, constexprs["BLOCK"]),)
-
-
 def forward(
     x: Tensor,
     scale: Any,
@@ -137,7 +111,7 @@ def forward(
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
+        fake_quantize_forward_kernel, blocks(numel, constexprs), x, y, mask, on, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, MASK=mask is not None, RELU=rectify, LSQ=lsq, **constexprs,
         maxnreg=configs.UNSPILLED,
     )  # fmt: skip
@@ -163,7 +137,7 @@ def fake_quantize_forward_mask(
 
 
 @triton.jit(do_not_specialize=["view"])
-def backward_kernel(
+def fake_quantize_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, zero_point, quant_min, quant_max, numel, view,
     ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr, RELU: tl.constexpr, LSQ: tl.constexpr,
@@ -201,7 +175,7 @@ def backward(
     grad = laid_out(grad, x)
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
+        fake_quantize_backward_kernel, blocks(numel, constexprs), grad, x, dx, scale, zero_point, float(quant_min),
         float(quant_max), numel, view, RELU=rectify, LSQ=lsq, **constexprs,
     )  # fmt: skip
     return dx
@@ -258,7 +232,7 @@ def fake_quantize_backward_scalar(
 
 
 @triton.jit
-def backward_mask_kernel(grad_ptr, mask_ptr, dx_ptr, numel, BLOCK: tl.constexpr):
+def fake_quantize_backward_mask_kernel(grad_ptr, mask_ptr, dx_ptr, numel, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     byte = tl.arange(0, BLOCK // 8)[:, None]
     bit = tl.arange(0, 8)[None, :]
@@ -274,8 +248,16 @@ def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
     grad, dx = dense_and_like(grad)
     numel = grad.numel()
     if numel:
-        block = configs.block(granularity.ONE_CHANNEL, numel)
-        launch(backward_mask_kernel, (ceil_div(numel, block),), grad, mask.contiguous(), dx, numel, BLOCK=block)
+        block = configs.block(ONE_CHANNEL, numel)
+        launch(
+            fake_quantize_backward_mask_kernel,
+            (ceil_div(numel, block),),
+            grad,
+            mask.contiguous(),
+            dx,
+            numel,
+            BLOCK=block,
+        )
     return dx
 
 
@@ -431,8 +413,8 @@ def learnable_backward(
     factor = ctypes.c_float(grad_factor).value
     tile = configs.join(outer, period, inner)
     launch(
-        learnable_join_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point,
-        outer, period, inner, factor, grad_factor - factor, **tile,
+        learnable_join_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point, outer,
+        period, inner, factor, grad_factor - factor, **tile,
     )  # fmt: skip
     return dx, dscale, dzero_point
 
@@ -522,8 +504,7 @@ def dynamic(
         return y, scale, zero_point, mask
     # Long rows, and those that do not lie one after the other: their ranges first, then all elements in x's own order.
     values = dense if in_order else x.contiguous()
-    walk = granularity.rows_of(rows, length)
-    partial, (outer, period, inner) = range_partials(values, walk)
+    partial, (outer, period, inner) = range_partials(values, rows_of(rows, length))
     tile = configs.join(outer, period, inner)
     launch(
         dynamic_qparams_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), scale, zero_point, outer,
@@ -568,8 +549,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        quantize_kernel, blocks(numel, constexprs), x, q, scale, zero_point, float(quant_min),
-        float(quant_max), numel, view, **constexprs,
+        quantize_kernel, blocks(numel, constexprs), x, q, scale, zero_point, float(quant_min), float(quant_max), numel,
+        view, **constexprs,
     )  # fmt: skip
 
 
@@ -585,7 +566,7 @@ def moving_average(running, batch, momentum):
 
 
 @triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
-def observe_kernel(
+def observe_fake_quantize_kernel(
     low_ptr, high_ptr, observer_on, running_min, running_max, scale_ptr, zero_point_ptr, outer, period, inner,
     averaging_const, quant_min, quant_max, steps, middle, floor,
     SYMMETRIC: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
@@ -642,9 +623,9 @@ def observe_fake_quantize(
     partial, (outer, period, inner) = range_partials(x, granularity_of(x, scale))
     tile = configs.join(outer, period, inner)
     launch(
-        observe_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on, running_min,
-        running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min), float(quant_max),
-        symmetric_steps, float(symmetric_zero_point), torch.finfo(torch.float32).eps,
+        observe_fake_quantize_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), observer_on,
+        running_min, running_max, scale, zero_point, outer, period, inner, averaging_const, float(quant_min),
+        float(quant_max), symmetric_steps, float(symmetric_zero_point), torch.finfo(torch.float32).eps,
         SYMMETRIC=symmetric_steps != 0, **tile,
     )  # fmt: skip
     forward(x, scale, zero_point, quant_min, quant_max, y, mask, fake_quant_on)

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
-from .common import granularity
-from .common.granularity import block_index, block_params
+from .common.granularity import block_index, block_params, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import narrow
-from .fake_quantize import blocks, dense_and_like, dynamic, pointwise_arguments, unsupported_rows
+from .common.pointwise import blocks, dense_and_like, pointwise_arguments
+from .fake_quantize import dynamic, unsupported_rows
 from .fake_quantize import quantize as fill
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
-    return unsupported_rows(args[0]) if op == "quantize_dynamic" else granularity.unsupported(args[0], args[1])
+    return unsupported_rows(args[0]) if op == "quantize_dynamic" else unsupported_granularity(args[0], args[1])
 
 
 def quantize(

@@ -28,7 +28,7 @@ def magnitude(x):
 
 
 @triton.jit
-def magnitudes_kernel(
+def transposed_magnitudes_kernel(
     x_ptr, largest_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The largest magnitude of each row, then of each column; a maximum of integers has no order to depend on."""
@@ -58,7 +58,7 @@ def code(q, quant_max):
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])
-def codes_kernel(
+def transposed_codes_kernel(
     x_ptr, largest_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, quant_max, rows, columns, q_stride, q_t_stride,
     seed, offset, offset_ptr,
     STOCHASTIC: tl.constexpr, QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -109,10 +109,10 @@ def quantize_dynamic_transposed(
     largest = x.new_zeros(rows + columns, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
     tile = configs.transposed_tile(rows, columns)
     grid = (configs.ceil_div(rows, tile["BLOCK_ROWS"]) * configs.ceil_div(columns, tile["BLOCK_COLUMNS"]),)
-    launch(magnitudes_kernel, grid, x, largest, rows, columns, **tile)
+    launch(transposed_magnitudes_kernel, grid, x, largest, rows, columns, **tile)
     numbers: tuple[Any, ...] = (0, 0, None) if seed is None else (seed, offset, offset_tensor)
     launch(
-        codes_kernel, grid, x, largest, q, scale, q_t, scale_t, float(quant_max), rows, columns, q.stride(0),
+        transposed_codes_kernel, grid, x, largest, q, scale, q_t, scale_t, float(quant_max), rows, columns, q.stride(0),
         q_t.stride(0), *numbers, STOCHASTIC=seed is not None, QUADS=columns % 4 == 0, **tile,
     )  # fmt: skip
     return q, scale, q_t, scale_t

@@ -8,19 +8,20 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import fake_quantize as plain
-from .common import granularity
+from .common.granularity import unsupported_granularity
+from .common.pointwise import dense_and_like, empty_mask
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     at = 0 if "forward" in op else 1
-    return granularity.unsupported(args[at], args[at + 1]) if args else None
+    return unsupported_granularity(args[at], args[at + 1]) if args else None
 
 
 def relu_fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
     reference.check(x, scale, zero_point, quant_min, quant_max)
-    x, y = plain.dense_and_like(x)
+    x, y = dense_and_like(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, rectify=True)
     return y
 
@@ -29,8 +30,8 @@ def relu_fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     reference.check(x, scale, zero_point, quant_min, quant_max)
-    x, y = plain.dense_and_like(x)
-    mask = plain.empty_mask(x)
+    x, y = dense_and_like(x)
+    mask = empty_mask(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True, lsq=lsq)
     return y, mask
 

@@ -12,23 +12,22 @@ from torch import Tensor
 from ..reference import stochastic as reference
 from ..reference.fake_quantize import check, check_grad
 from ..reference.quantize import check_codes
-from .common import granularity
-from .common.granularity import block_index, block_params
+from .common.granularity import block_index, block_params, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import clamp, is_inside, narrow, store_bits, widen
 from .common.philox import round_stochastically, uniforms_of_blocks
+from .common.pointwise import blocks, dense_and_like, empty_mask, pointwise_arguments
 from .common.sums import backward
-from .fake_quantize import dense_and_like, empty_mask, pointwise_arguments
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
     x, scale = args[1:3] if op == "fake_quantize_stochastic_backward" else args[:2]
-    return granularity.unsupported(x, scale)
+    return unsupported_granularity(x, scale)
 
 
 @triton.jit(do_not_specialize=["view", "seed", "offset"])
-def forward_kernel(
+def fake_quantize_stochastic_forward_kernel(
     x_ptr, y_ptr, mask_ptr, scale, zero_point, quant_min, quant_max, seed, offset, offset_ptr, numel, view,
     CODES: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr,
@@ -63,8 +62,8 @@ def _forward(
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, scale, zero_point, float(quant_min),
-        float(quant_max), seed, offset, offset_tensor, numel, view, CODES=mask is None, **constexprs,
+        fake_quantize_stochastic_forward_kernel, blocks(numel, constexprs), x, y, mask, scale, zero_point,
+        float(quant_min), float(quant_max), seed, offset, offset_tensor, numel, view, CODES=mask is None, **constexprs,
     )  # fmt: skip
 
 

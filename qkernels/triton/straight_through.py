@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..reference import straight_through as reference
 from ..reference.fake_quantize import check, check_grad
-from .common import granularity
+from .common.granularity import unsupported_granularity
 from .common.sums import backward
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernel does not take a call of ``op``, or None."""
-    return granularity.unsupported(args[1], args[2])
+    return unsupported_granularity(args[1], args[2])
 
 
 def fake_quantize_straight_through_backward(

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fake_quantize import dense_and_like, laid_out, zero_point_kind
 from . import configs, granularity
 from .granularity import channel_of, granularity_of, load_params
 from .launch import launch
 from .numerics import clamp, is_inside, narrow, rint, widen
 from .philox import round_stochastically, uniforms, uniforms_of_blocks
+from .pointwise import dense_and_like, laid_out, zero_point_kind
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def terms(dy, steps, q, s, z, low, high, delta, VARIANT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["view", "seed", "offset"])
-def backward_kernel(
+def sums_kernel(
     grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, delta, seed, offset,
     offset_ptr, kept, reduced, view,
     VARIANT: tl.constexpr, RUNS: tl.constexpr, QUADS: tl.constexpr, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr,
@@ -130,7 +130,7 @@ def backward(
     # A number reaches a kernel in fp32.
     number = x.new_full((), delta) if accumulator == torch.float64 else delta
     launch(
-        backward_kernel, (pieces * triton.cdiv(kept, tile["BLOCK_KEPT"]),), laid_out(grad, dx), x, dx, partial[0],
+        sums_kernel, (pieces * triton.cdiv(kept, tile["BLOCK_KEPT"]),), laid_out(grad, dx), x, dx, partial[0],
         partial[1], scale.contiguous(), zero_point if zero_point is None else zero_point.contiguous(),
         float(quant_min), float(quant_max), number, seed, offset, offset_tensor, kept, reduced, walk.view,
         VARIANT=variant, ZERO_POINT=zero_point_kind(scale, zero_point), DIGITS=walk.digits, **tile,
