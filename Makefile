@@ -8,7 +8,7 @@ PYTHON := $(BIN)/python
 SOURCES := setup.py $(shell find csrc -type f)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
-    fake_quantize follow_range foreach_fake_quantize override statistics quantize codebook stochastic straight_through \
+    fake_quantize follow_range foreach_fake_quantize override statistics quantize codebook stochastic fake_quantize_learnable \
     relu_fake_quantize silu_mul_quantize rms_norm_quantize int8_gemm int8_conv2d int4_gemm packing))
 preload = $(shell gcc -print-file-name=lib$(1).so)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.reference.straight_through import WITH_TERMS
+from qkernels.reference.fake_quantize_learnable import WITH_TERMS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -80,11 +80,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "fake_quantize", "fake_quantize_forward", (x, *params)
         yield "fake_quantize", "fake_quantize_forward_mask", (x, *params, lsq)
         yield "fake_quantize", "fake_quantize_backward", (x, x, *params, lsq)
-        yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
+        yield "fake_quantize_learnable", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
         stats = [meta(scale_shape) for _ in range(3)]
         steps = (0.0, 127.0)[number % 2]
         observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps, 0)
-        yield "fake_quantize", "observe_fake_quantize", observed
+        yield "observe_fake_quantize", "observe_fake_quantize", observed
         yield "follow_range", "follow_range", (x, scale, zero_point, *int8, number % 2 == 0, 1.0, 1.0)
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
@@ -95,7 +95,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
         for variant in WITH_TERMS:
             yield (
-                "straight_through",
+                "fake_quantize_learnable",
                 "fake_quantize_straight_through_backward",
                 (x, x, *params, variant, 1e-3, 0.5),
             )
@@ -128,8 +128,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for length, group in lengths if common else lengths[:2]:
         for symmetric in (True, False):
             args = (meta((8192, length), dtype), group, *int8, symmetric)
-            yield "fake_quantize", "fake_quantize_dynamic_forward", args
-            yield "quantize", "quantize_dynamic", args
+            yield "dynamic", "fake_quantize_dynamic_forward", args
+            yield "dynamic", "quantize_dynamic", args
 
 
 def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:

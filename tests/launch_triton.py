@@ -268,7 +268,7 @@ def check_choices() -> dict[str, Any]:
     cuda, counted = next(k for k in registry.kernels("fake_quantize_forward") if k.name == "cuda"), []
     own = Kernel(cuda.op, "cuda", lambda *args: counted.append(args) or args[0], lambda *args: None)
     registry._kernels[cuda.op][registry._kernels[cuda.op].index(cuda)] = own
-    usable, library._cuda_unusable = library._cuda_unusable, lambda: None
+    usable, library.cuda_unusable = library.cuda_unusable, lambda: None
     with qk.use_kernel("cuda"):
         assert started_by(quantize) == []
         assert len(counted) == 1
@@ -282,7 +282,7 @@ def check_choices() -> dict[str, Any]:
         qk.int8_mm(*product_operands)
         raise AssertionError("Triton ran where cuda was asked for, which has no such kernel")
     registry._kernels[cuda.op][registry._kernels[cuda.op].index(own)] = cuda
-    library._cuda_unusable = usable
+    library.cuda_unusable = usable
     assert started_by(quantize)[0][0] is remembered[0][0]
     compiled = torch.compile(quantize, backend="aot_eager", fullgraph=True)
     assert [len(started_by(compiled)) for _ in range(3)] == [1, 1, 1]
@@ -352,7 +352,7 @@ def check_choices() -> dict[str, Any]:
     own.impl("fake_quantize_forward", lambda x, *_: x, "MTIA")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is overridden
-        library._serve_triton()
+        library.serve_triton()
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "MTIA"), op
     del served, own

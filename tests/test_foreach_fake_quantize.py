@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.ops import fake_quantize as single
+from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.ops import foreach_fake_quantize as ops
 
 KERNELS = kernels_of("foreach_fake_quantize_forward")
@@ -49,7 +50,7 @@ def test_kernels_equal_the_single_op(kernel: str, threads: int) -> None:
             for at, call in enumerate(zip(*lists, strict=True)):
                 same(ys[at], single._forward(*call))
                 same(dxs[at], single._backward(grads[at], *call, lsq))
-                expected = single._learnable_backward(grads[at], *call, factors[at], lsq)
+                expected = learnable.learnable_backward(grads[at], *call, factors[at], lsq)
                 for got, want in zip((part[at] for part in learned), expected, strict=True):
                     same(got, want)
 

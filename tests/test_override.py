@@ -271,7 +271,7 @@ def test_fault_learnable_zero_point(zero_point: float) -> None:
 
     got, theirs = both(call)
     args = torch.linspace(-1, 1, 1000), x, torch.tensor([0.1]), torch.tensor([zero_point]), -8, 7, 1.0
-    right = qk.reference.fake_quantize.fake_quantize_learnable_backward(*args)
+    right = qk.reference.fake_quantize_learnable.fake_quantize_learnable_backward(*args)
     assert (got[1] == right[0]).all()
     torch.testing.assert_close(got[2:], list(right[1:]), rtol=1e-5, atol=1e-5)
     assert (theirs[2] - right[1]).abs() > 1e-2
@@ -1112,7 +1112,7 @@ def test_python_routes_ask_every_kernel_with_the_arguments_of_the_call(monkeypat
     asked: dict[str, int] = {}
 
     def only(op: str) -> list[qk.registry.Kernel]:
-        schema = qk.library._dispatched(op)._schema
+        schema = qk.library.dispatched(op)._schema
 
         def unsupported(*args: Any) -> str | None:
             asked[op] = asked.get(op, 0) + 1

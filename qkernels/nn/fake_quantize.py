@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.fake_quantize import (
-    fake_quantize,
-    fake_quantize_dynamic,
-    observe_fake_quantize,
-    range_of_bits,
-    transformed,
-)
-from ..ops.quantize import quantize, quantize_dynamic
+from ..ops.autograd import transformed
+from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic, range_of_bits
+from ..ops.fake_quantize import fake_quantize
+from ..ops.observe_fake_quantize import observe_fake_quantize
+from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from ..reference.fake_quantize import check_dense
-from ..reference.straight_through import VARIANTS
+from ..reference.fake_quantize_learnable import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 from .learned_scale import learned, learned_scale, pace
 from .ranges import block_magnitude, block_range, follow, forget_zeros, is_sharded, set_qparams, whole, write

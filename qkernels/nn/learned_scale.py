@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.fake_quantize import fake_quantize, transformed
+from ..ops.autograd import transformed
+from ..ops.fake_quantize import fake_quantize
 from ..reference.fake_quantize import check_dense
 from .ranges import block_magnitude
 

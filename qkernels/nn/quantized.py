@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..ops.fake_quantize import fake_quantize, fake_quantize_dynamic
+from ..ops.dynamic import fake_quantize_dynamic
+from ..ops.fake_quantize import fake_quantize
 from ..ops.frozen import as_torch_jit_takes_them
 from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams

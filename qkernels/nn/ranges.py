@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.fake_quantize import transformed
+from ..ops.autograd import transformed
 from ..ops.follow_range import follow_range
 from ..ops.quantize import choose_qparams
 from ..reference.follow_range import followed

@@ -18,8 +18,8 @@ from .. import library
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
 from ..reference import transforms
-from ..reference.straight_through import check_clip_or_lsq
-from .fake_quantize import _again, _entered, gradient_of, transformed
+from ..reference.fake_quantize_learnable import check_clip_or_lsq
+from .autograd import again, entered, gradient_of, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
@@ -69,7 +69,7 @@ class _ForeachFakeQuantize(Function):
         quant_mins, quant_maxs, factors, lsq = ctx.rest
         wanted = ctx.needs_input_grad[4:]
         learned = any(wanted[count:])
-        if any(_again(grad) for grad in grads):
+        if any(again(grad) for grad in grads):
             if learned:
                 raise RuntimeError(
                     "foreach_fake_quantize: learned scales have no second derivative; detach scales and zero_points"
@@ -89,7 +89,7 @@ class _ForeachFakeQuantize(Function):
         return None, None, None, None, *dx, *dscale, *dzp
 
 
-_differentiable = _entered(_ForeachFakeQuantize)
+_differentiable = entered(_ForeachFakeQuantize)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:

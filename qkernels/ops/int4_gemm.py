@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import library, registry
+from .. import library
 from ..reference import int4_gemm as reference
 from ..reference import packing
-from ..reference.fake_quantize import check_dense, stored
+from ..reference.fake_quantize import check_dense
+from ..reference.ranges import stored
 from ..reference.transforms import as_if
-from .fake_quantize import _entered, transformed
+from .autograd import entered, transformed
+from .dynamic import quantize_dynamic
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, through_weight, wants_gradient
 from .int8_gemm import _by_row
 from .packing import pack_bits, unpack_bits
-from .quantize import quantize, quantize_dynamic
+from .quantize import quantize
 
 
 def _fake_pack(q: Tensor) -> Tensor:
@@ -48,12 +50,6 @@ def _fake_linear(
 
 
 MAX_CUDA_ROWS = 64  # of x, that csrc/cuda takes
-# Rows of x up to which csrc/cuda's kernel has been measured to be faster than Triton's, by compute capability.
-CUDA_IS_FASTER: dict[tuple[int, int], int] = {}
-
-
-def cuda_is_faster(capability: tuple[int, int], m: int) -> bool:
-    return m <= CUDA_IS_FASTER.get(capability, 0)
 
 
 def _not_for_cuda(
@@ -82,9 +78,7 @@ def _not_for_cuda(
         return f"takes K that is a multiple of 8, for copies of 16 bytes, got {k}"
     if group_size != k and group_size % 32:
         return f"takes a group_size that is K or a multiple of 32, got {group_size}"
-    if library.gpu == "cuda" and cuda_is_faster(torch.cuda.get_device_capability(x.device), m):
-        return None
-    return registry.Unpreferred("not measured faster than triton on this GPU yet")
+    return None
 
 
 _int4_pack = library.define(
@@ -107,6 +101,7 @@ _int4_linear = library.define(
     cpu=("avx512vnni", "avx2", "scalar"),
     cuda=_not_for_cuda,
     triton=True,
+    triton_first=True,  # until csrc/cuda's kernel has been measured on a GPU
 )
 
 
@@ -434,7 +429,7 @@ class _Int4Linear(Function):
         return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_linear = _entered(_Int4Linear)
+_linear = entered(_Int4Linear)
 
 
 def _differentiable_linear(

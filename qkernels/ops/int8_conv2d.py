@@ -15,7 +15,7 @@ from .. import library
 from ..reference import int8_conv2d as reference
 from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
-from .fake_quantize import _entered, transformed
+from .autograd import entered, transformed
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
 from .int8_gemm import _int8_pack, _int8_unpack
 
@@ -141,7 +141,7 @@ class _Int8Conv2d(Function):
         return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_convolution = _entered(_Int8Conv2d)
+_convolution = entered(_Int8Conv2d)
 
 
 def _differentiable_conv2d(

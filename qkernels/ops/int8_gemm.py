@@ -15,7 +15,7 @@ from ..reference import int8_gemm as reference
 from ..reference.activation import check_activation
 from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
-from .fake_quantize import _entered, transformed
+from .autograd import entered, transformed
 from .frozen import (
     activated,
     as_torch_jit_takes_them,
@@ -299,7 +299,7 @@ class _Int8Linear(Function):
         return dx, dbias, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-_linear = _entered(_Int8Linear)
+_linear = entered(_Int8Linear)
 
 
 def _differentiable_linear(

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ..reference.fake_quantize import check_dense
 from ..reference.int8_gemm import MAX_K
-from .fake_quantize import _entered, transformed
+from .autograd import entered, transformed
+from .dynamic import _quantize_dynamic
 from .int8_gemm import int8_mm, int8_scaled_mm
-from .quantize import _dequantize, _quantize_dynamic
+from .quantize import _dequantize
 from .quantize_transposed import _quantize_transposed
 from .stochastic import _numbers
 
@@ -205,7 +206,7 @@ def _floats(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if scale is None else _dequantize(t, scale, None, dtype)
 
 
-_linear = _entered(_Int8TrainingLinear)
+_linear = entered(_Int8TrainingLinear)
 
 
 def int8_training_linear(

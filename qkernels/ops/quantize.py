@@ -11,7 +11,8 @@ from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import quantize as reference
 from ..reference import transforms
-from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
+from ..reference.ranges import qparams_of_range, stored
+from .autograd import transformed
 from .statistics import mse_range, percentile_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
@@ -28,15 +29,6 @@ _dequantize = _define(
     "(Tensor q, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     reference.dequantize,
     lambda q, scale, zero_point, dtype: torch.empty_like(q, dtype=dtype),
-)
-_quantize_dynamic = _define(
-    "quantize_dynamic",
-    "(Tensor x, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
-    reference.quantize_dynamic,
-    lambda x, group_size, quant_min, quant_max, symmetric: (
-        torch.empty_like(x, dtype=torch.int8),
-        *fake_dynamic_qparams(x, group_size),
-    ),
 )
 
 
@@ -90,17 +82,6 @@ def dequantize(
     return _dequantize(q, scale, zero_point, dtype)
 
 
-def quantize_dynamic(
-    x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``.
-
-    Not differentiable: the range, and so scale, is a constant for the gradient.
-    """
-    quant_min, quant_max = range_of_bits(bits)
-    return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)
-
-
 def choose_qparams(
     min_val: Tensor,
     max_val: Tensor,
@@ -148,12 +129,10 @@ def choose_qparams(
             min_val, max_val = mse_range(x, min_val, max_val, quant_min, quant_max, symmetric, eps)
     dtype = min_val.dtype
     if dtype not in (torch.float16, torch.bfloat16):
-        return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+        return qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
     # fp32 holds every range and step of these; the zero point is that of the rounded scale.
-    scale, zero_point = reference_qparams.qparams_of_range(
-        min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps
-    )
-    scale = reference_qparams.stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
+    scale, zero_point = qparams_of_range(min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps)
+    scale = stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
     if not symmetric:
         low = min_val.detach().float().clamp(max=0)
         zero_point = (quant_min - (low / scale.detach().float()).round()).clamp(quant_min, quant_max)

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import library
 from ..reference import quantize_transposed as reference
 from ..reference.fake_quantize import compute_dtype
-from .fake_quantize import range_of_bits
+from .dynamic import range_of_bits
 from .stochastic import _numbers
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import library
 from ..reference import fake_quantize as reference_qparams
 from ..reference import statistics as reference
+from ..reference.ranges import qparams_of_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
@@ -114,7 +115,7 @@ def candidate_qparams(
     """``fractions_of(low)``, and the scale and zero point of each, ``[K, *low.shape]``."""
     fractions = fractions_of(low)
     ends = low * fractions, high * fractions
-    return fractions, *reference_qparams.qparams_of_range(*ends, quant_min, quant_max, symmetric, eps)
+    return fractions, *qparams_of_range(*ends, quant_min, quant_max, symmetric, eps)
 
 
 def best_of(fractions: Tensor, errors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

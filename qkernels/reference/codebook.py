@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fake_quantize import check_grad, check_granularity, compute_dtype, expand, pack_mask, qparams, sum_to
+from ..layouts import pack_mask
+from .fake_quantize import check_grad, check_granularity, compute_dtype, expand, qparams
+from .fake_quantize_learnable import sum_to
 
 LEVELS = (2, 256)
 

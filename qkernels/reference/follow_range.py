@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import check_granularity, check_input, qparams_of_range, range_of
+from .fake_quantize import check_granularity, check_input
+from .ranges import qparams_of_range, range_of
 
 
 def follow_range(

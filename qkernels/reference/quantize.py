@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import check, check_granularity, dynamic_qparams, expand, qparams
+from .fake_quantize import check, check_granularity, expand, qparams
 
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int32)
 
@@ -49,10 +49,3 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
     s = torch.where(s < 0, torch.nan, s.clamp(min=torch.finfo(torch.float32).tiny))
     z = 0 if zero_point is None else expand(zero_point, q).to(compute).round()
     return torch.empty_like(q, dtype=dtype).copy_((q.to(compute) - z) * s)
-
-
-def quantize_dynamic(
-    x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
-    return quantize(x, scale, zero_point, quant_min, quant_max, torch.int8), scale, zero_point

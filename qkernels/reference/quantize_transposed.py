@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import dynamic_qparams
+from .dynamic import dynamic_qparams
 from .quantize import quantize
 from .stochastic import quantize_stochastic
 

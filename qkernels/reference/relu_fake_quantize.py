@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layouts import pack_mask
 from . import fake_quantize as plain
+from .fake_quantize_learnable import fake_quantize_learnable_backward
 
 
 def rectified(x: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def relu_fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
     y = relu_fake_quantize_forward(x, scale, zero_point, quant_min, quant_max)
-    return y, plain.pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max, lsq), y)
+    return y, pack_mask(inside_range(x, scale, zero_point, quant_min, quant_max, lsq), y)
 
 
 def relu_fake_quantize_backward(
@@ -59,7 +61,7 @@ def relu_fake_quantize_learnable_backward(
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plain.check(x, scale, zero_point, quant_min, quant_max)
-    dx, dscale, dzp = plain.fake_quantize_learnable_backward(
+    dx, dscale, dzp = fake_quantize_learnable_backward(
         grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor, lsq
     )
     return torch.empty_like(x).copy_(torch.where(x > 0, dx, 0)), dscale, dzp

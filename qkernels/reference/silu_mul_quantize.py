@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from .activation import sigmoid
-from .fake_quantize import (
-    check_grad,
-    check_group_size,
-    compute_dtype,
-    dynamic_qparams,
-    fake_quantize_forward,
-    inside_range,
-)
+from .dynamic import check_group_size, dynamic_qparams
+from .fake_quantize import check_grad, compute_dtype, fake_quantize_forward, inside_range
 from .quantize import quantize
 from .rms_norm_quantize import row_major
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import EXACT_INT, check_granularity, compute_dtype, expand, fake_quantize_forward, sum_to
+from .fake_quantize import EXACT_INT, check_granularity, compute_dtype, expand, fake_quantize_forward
+from .fake_quantize_learnable import sum_to
 
 MAX_BINS = 2**20
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import check, check_grad, pack_mask, qparams, storage_flat, sum_to
+from ..layouts import pack_mask, storage_flat
+from .fake_quantize import check, check_grad, qparams
+from .fake_quantize_learnable import sum_to
 from .quantize import check_codes
 
 WORD = 0xFFFFFFFF

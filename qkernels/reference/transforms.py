@@ -15,14 +15,8 @@ from torch import Tensor
 
 from . import codebook as codebooks
 from . import stochastic
-from .fake_quantize import (
-    check,
-    compute_dtype,
-    counts_inside,
-    dynamic_qparams,
-    expand,
-    qparams,
-)
+from .dynamic import dynamic_qparams
+from .fake_quantize import check, compute_dtype, counts_inside, expand, qparams
 from .quantize import check_dequantize
 from .rms_norm_quantize import check as check_rms_norm
 from .silu_mul_quantize import check as check_silu_mul

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import fake_quantize as plain
+from . import fake_quantize_learnable as learnable
 from .common.granularity import unsupported_granularity
 from .common.pointwise import dense_and_like, empty_mask
 
@@ -60,4 +61,4 @@ def relu_fake_quantize_learnable_backward(
     grad_factor: float,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return plain.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, True, lsq)
+    return learnable.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, True, lsq)

@@ -108,14 +108,14 @@ def serve() -> torch.library.Library:
 
     Lasts as long as what it returns.
     """
-    library._triton_missing = lambda device: None
-    library._isa_missing = lambda isa: "it is covered"
+    library.triton_missing = lambda device: None
+    library.isa_missing = lambda isa: "it is covered"
     library.gpu, library.GPU_KEY = "cpu", "CPU"
     served = torch.library.Library("qkernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for op in {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}:
-            served.impl(op, library._remembered_else_selected(op), "CPU", allow_override=True)
+            served.impl(op, library.remembered_else_selected(op), "CPU", allow_override=True)
     return served
 
 

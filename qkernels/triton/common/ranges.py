@@ -17,7 +17,7 @@ from . import configs
 from .configs import Cut
 from .granularity import Granularity, View
 from .launch import launch
-from .numerics import choose_qparams, highest, lowest, widen
+from .numerics import highest, lowest, widen
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
@@ -130,16 +130,3 @@ def join_ranges(low_ptr, high_ptr, channel, outer, period, inner, CHANNELS: tl.c
         high = tl.maximum(high, tl.load(high_ptr + at, mask=here, other=-INF), propagate_nan=tl.PropagateNan.ALL)
         first += PARTS
     return lowest(low, 1), highest(high, 1)
-
-
-@triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
-def dynamic_qparams_kernel(
-    low_ptr, high_ptr, scale_ptr, zero_point_ptr, outer, period, inner, quant_min, quant_max, steps, middle, floor,
-    SYMMETRIC: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    low, high = join_ranges(low_ptr, high_ptr, channel, outer, period, inner, CHANNELS, PARTS)
-    scale, zero_point = choose_qparams(low, high, quant_min, quant_max, steps, middle, floor, SYMMETRIC)
-    here = channel < period
-    tl.store(scale_ptr + channel, scale, mask=here)
-    tl.store(zero_point_ptr + channel, zero_point.to(tl.int32), mask=here)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
-from qkernels.ops.straight_through import straight_through_backward
+from qkernels.ops.fake_quantize_learnable import straight_through_backward
 from qkernels.reference import fake_quantize as clip
-from qkernels.reference import straight_through as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
+from qkernels.reference import fake_quantize_learnable as reference
 
 OP = "fake_quantize_straight_through_backward"
 COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
@@ -35,7 +36,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
         args = (grad, x, scale, zero_point, -8, 7, variant, 0.3, 0.5)
         expected = reference.fake_quantize_straight_through_backward(*args)
         # The terms are at most dy·16, and EWGS's dy·(1 + 0.3·16)/2 inside the range.
-        magnitude = clip.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+        magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         first = None
         for kernel in COMPILED:
             for threads in (1, 2) if kernel == COMPILED[0] else (1,):
@@ -69,7 +70,7 @@ def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant:
     with qk.use_kernel("triton"):
         got = straight_through_backward(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
     same(got[0].cpu(), dx)
-    magnitude = clip.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+    magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
     for a, b in zip(got[1:], sums, strict=True):
         assert a.shape == b.shape
         if x.numel() and "special" not in name:
@@ -135,7 +136,7 @@ def test_lsq(kernel: str, shape: tuple[int, ...], learned: str, low: int, high: 
     grad = torch.randn(6, 40, dtype=torch.float64)
     expanded = [clip.expand(t.detach(), x) for t in (scale, zero_point)]
     dx, *terms = lsq_of_the_paper(grad, x.detach(), *expanded, low, high)
-    expected = [dx, *(clip.sum_to(t, scale).reshape(shape) * 0.25 for t in terms)]
+    expected = [dx, *(learnable_reference.sum_to(t, scale).reshape(shape) * 0.25 for t in terms)]
     scale.requires_grad_(learned != "zero_point")
     zero_point.requires_grad_(learned != "scale")
     leaves = [t for t in (x, scale, zero_point) if t.requires_grad]

@@ -1,4 +1,4 @@
-"""The straight-through variants of fake quantization's backward pass in plain torch."""
+"""The gradients of a learned scale and zero point in plain torch, in every straight-through convention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .fake_quantize import check, check_grad, qparams, sum_to
+from .fake_quantize import check, check_grad, counts_inside, qparams
 
 # Those with terms of their own; "lsq" is an argument of the ops of "clip".
 WITH_TERMS = ("pass", "pact", "ewgs")
@@ -67,6 +67,47 @@ def fake_quantize_straight_through_backward(
     dzp = torch.where(inside, 0, -dy * s)
     return (
         torch.empty_like(x).copy_(dx),
+        (sum_to(dscale, scale) * grad_factor).to(scale.dtype),
+        (sum_to(dzp, scale) * grad_factor).to(scale.dtype),
+    )
+
+
+def sum_to(terms: Tensor, param: Tensor) -> Tensor:
+    """The adjoint of ``expand``: sums over the blocks, in fp64."""
+    terms = terms.double()
+    if param.numel() == 1:
+        return terms.sum().reshape(param.shape)
+    split = [n for p, size in zip(param.shape, terms.shape, strict=True) for n in (p, size // max(p, 1))]
+    return terms.reshape(split).sum(dim=tuple(range(1, len(split), 2)))
+
+
+def fake_quantize_learnable_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    lsq: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero point (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    dscale sums dy·{quant_min − zp | quant_max − zp | (q − zp) − x/scale} (below, above, inside the range), dzp sums
+    −dy·scale over what is outside; both times grad_factor. With lsq the range is asked of x/scale + zp before rounding,
+    bounds excluded, as in both papers; else of q, bounds included, as torch does.
+    """
+    check(x, scale, zero_point, quant_min, quant_max)
+    check_grad(grad, x)
+    s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
+    steps = x.to(s.dtype) * inv
+    q = steps.round() + z
+    inside = counts_inside(steps, z, quant_min, quant_max, lsq)
+    dy = grad.to(s.dtype)
+    dscale = dy * ((q.clamp(quant_min, quant_max) - z) - torch.where(inside, steps, 0))
+    dzp = torch.where(inside, 0, -dy * s)
+    return (
+        torch.empty_like(x).copy_(torch.where(inside, grad, 0)),
         (sum_to(dscale, scale) * grad_factor).to(scale.dtype),
         (sum_to(dzp, scale) * grad_factor).to(scale.dtype),
     )

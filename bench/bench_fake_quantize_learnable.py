@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels.reference import fake_quantize as clip
-from qkernels.reference import straight_through as reference
+from qkernels.reference import fake_quantize_learnable as reference
 
 
 class EwgsRound(torch.autograd.Function):
