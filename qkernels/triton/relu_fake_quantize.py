@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..reference import fake_quantize as reference
 from . import fake_quantize as plain
-from . import fake_quantize_learnable as learnable
 from .common.granularity import unsupported_granularity
 from .common.pointwise import dense_and_like, empty_mask
+from .common.sums import learnable_backward
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -61,4 +61,7 @@ def relu_fake_quantize_learnable_backward(
     grad_factor: float,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return learnable.learnable_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, True, lsq)
+    reference.check(x, scale, zero_point, quant_min, quant_max)
+    reference.check_grad(grad, x)
+    terms = "lsq" if lsq else "clip"
+    return learnable_backward(terms, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, rectify=True)

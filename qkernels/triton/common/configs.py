@@ -44,11 +44,12 @@ def by_numbers(block: int) -> dict[str, Any]:
 
 
 class Cut(NamedTuple):
-    """How a reduction cuts x: tiles, and the partial results [outer, period, inner] that they leave.
+    """How a reduction cuts x: a matrix, the tiles that move over it, and the partial results that they leave.
 
-    Rows: a tile is ``rows`` runs by ``cols`` of their ``length`` elements, and moves ``steps`` times along them; every
-    run leaves ``inner`` pieces. Columns: x is ``height`` rows of one period, ``width`` elements, each; a tile is
-    ``rows`` by ``cols`` and moves ``steps`` times down; every column leaves one result for each of ``outer`` tiles.
+    Where runs are long the matrix is [runs, elements of a run]. A tile of ``rows`` by ``cols`` moves ``steps`` times
+    along its rows, and every run leaves ``inner`` partial results. With ``columns`` the matrix is [repetitions of the
+    period, elements of a period]. A tile moves ``steps`` times down its columns, and every column leaves ``outer`` of
+    them. Either way the partial results are [outer, period, inner].
     """
 
     columns: bool
@@ -59,9 +60,22 @@ class Cut(NamedTuple):
     outer: int
     period: int
     inner: int
-    length: int
     height: int
     width: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The kernels' runs, repetitions, width and steps: the height is one of the first two.
+
+        Kernels are not compiled anew for other repetitions, as of batches. What divides the runs does decide how wide
+        loads are, where a run is one element.
+        """
+        return (1, self.height, self.width, self.steps) if self.columns else (self.height, 1, self.width, self.steps)
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """The kernels' constexprs."""
+        return {"COLUMNS": self.columns, "ROWS": self.rows, "COLS": self.cols}
 
 
 TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
@@ -94,13 +108,13 @@ def cut(granularity: Granularity, numel: int) -> Cut:
         steps = min(most, ceil_div(height, rows))
         outer = ceil_div(height, rows * steps)
         grid = (ceil_div(width, cols), outer)
-        return Cut(True, rows, cols, steps, grid, outer, view.period, view.inner, length, height, width)
+        return Cut(True, rows, cols, steps, grid, outer, view.period, view.inner, height, width)
     cols = min(power_of_two(length), TILE_SIZE)
     rows = min(TILE_SIZE // cols, power_of_two(runs))
     steps = min(most, ceil_div(length, cols))
     pieces = ceil_div(length, cols * steps)
     grid = (ceil_div(runs, rows), pieces)
-    return Cut(False, rows, cols, steps, grid, height, view.period, pieces, length, height, width)
+    return Cut(False, rows, cols, steps, grid, height, view.period, pieces, runs, length)
 
 
 def join(outer: int, period: int, inner: int) -> dict[str, int]:
@@ -121,21 +135,6 @@ def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
 def warps(elements: int) -> int:
     """Threads for at most 16 elements each, as far as a block can have them."""
     return max(1, min(32, elements // 512))
-
-
-def sums(inner: int, period: int, numel: int) -> dict[str, Any]:
-    """The constexprs of the first stage of sums (see sums.py); a tile is 1024 elements, and STEPS of them one program.
-
-    Runs of 16 and more are summed each on its own, shorter ones column by column.
-    """
-    steps = 16 if numel >= 1 << 24 else 4
-    width = inner if inner >= 16 else period * inner
-    block = min(1 << (width - 1).bit_length(), 1024 if inner >= 16 else 64)
-    block = max(block, 4)  # a block of the generator
-    tile = {"QUADS": width % 4 == 0, "STEPS": steps}
-    if inner >= 16:
-        return {"RUNS": True, "BLOCK_KEPT": 1024 // block, "BLOCK_REDUCED": block, **tile}
-    return {"RUNS": False, "BLOCK_KEPT": block, "BLOCK_REDUCED": 1024 // block, **tile}
 
 
 def codebook_sums(inner: int) -> tuple[int, int]:

@@ -1,106 +1,131 @@
-"""dx and the sums for scale and zero point, in two stages and a fixed order.
+"""The backward pass of a learned scale: dx, and in the same pass over x the sums for scale and zero point.
 
-The first stage walks memory as a matrix and keeps one of its dims. Where runs are long the matrix is [runs, inner], and
-each run is summed on its own; where they are short it is [repetitions, period · inner], and each column is. Partial
-sums are fp32 (fp64 for fp64); torch adds them in fp64.
+The sums are fp32 (fp64 for fp64) in the first stage and fp64 in the second.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, granularity
+from . import configs
+from .configs import ceil_div
 from .granularity import channel_of, granularity_of, load_params
 from .launch import launch
-from .numerics import clamp, is_inside, narrow, rint, widen
-from .philox import round_stochastically, uniforms, uniforms_of_blocks
+from .numerics import bits_of, clamp, counts_inside, float_of_bits, narrow, relu, rint, round_to, widen
+from .philox import Philox, round_stochastically, uniforms, uniforms_of_blocks
 from .pointwise import dense_and_like, laid_out, zero_point_kind
+from .reductions import partials_at, regroup, results_at, tile_at
 
 
 @triton.jit
-def terms(dy, steps, q, s, z, low, high, delta, VARIANT: tl.constexpr):
-    """What elements add to dx, dscale and dzero_point; see the references of the variants."""
+def terms_of(dy, steps, q, s, z, low, high, delta, TERMS: tl.constexpr):
+    """Which elements are inside the range, and what each element adds to dscale and dzero_point.
+
+    The references of the variants hold the formulas. Select, never multiply, so that an infinite dy outside the range
+    does not become NaN.
+    """
     end = clamp(q, low, high) - z
-    inside = is_inside(q, low, high)
-    if VARIANT == "ewgs":  # the paper clips before it rounds
-        inside = (steps >= low - z) & (steps <= high - z)
-    if VARIANT == "pact":
+    if TERMS == "pact":
         inside = (steps >= low - z) & (steps < high - z)
         dscale = tl.where(inside, 0.0, dy * end)
     else:
+        if TERMS == "ewgs":  # the paper clips before it rounds
+            inside = (steps >= low - z) & (steps <= high - z)
+        else:
+            inside = counts_inside(steps, q, z, low, high, TERMS == "lsq")
         dscale = dy * (end - tl.where(inside, steps, 0.0))
-    dx = dy if VARIANT == "pass" else tl.where(inside, dy, 0.0)
-    if VARIANT == "ewgs":
-        d = tl.where(dy >= 0, delta, -delta)
-        dx = tl.where(inside, dy * (1 + d * (steps - rint(steps))), 0.0)
-        dscale = tl.where(inside, dscale * (1 + d * steps), dscale)
-    return dx, dscale, tl.where(inside, 0.0, -dy * s)
+    if TERMS == "ewgs":
+        dscale = tl.where(inside, dscale * (1 + delta * steps), dscale)
+    return inside, dscale, tl.where(inside, 0.0, (0.0 - dy) * s)
 
 
-@triton.jit(do_not_specialize=["view", "seed", "offset"])
-def sums_kernel(
-    grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, delta, seed, offset,
-    offset_ptr, kept, reduced, view,
-    VARIANT: tl.constexpr, RUNS: tl.constexpr, QUADS: tl.constexpr, ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr, BLOCK_REDUCED: tl.constexpr, STEPS: tl.constexpr,
+@triton.jit(do_not_specialize=["view", "repetitions", "steps", "dscale_ptr", "dzero_point_ptr", "delta", "philox"])
+def learnable_sums_kernel(
+    grad_ptr, x_ptr, dx_ptr, dscale_ptr, dzero_point_ptr, scale, zero_point, quant_min, quant_max, delta, philox, runs,
+    repetitions, width, steps, view, TERMS: tl.constexpr, RELU: tl.constexpr, QUADS: tl.constexpr,
+    ZERO_POINT: tl.constexpr, DIGITS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(kept, BLOCK_KEPT)
-    piece = tl.program_id(0) // blocks
-    keep = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    position = (keep if RUNS else keep // view.inner) % view.period  # one channel has a period of 1
-    channel = channel_of(tl.where(keep < kept, position, 0), view, DIGITS)
+    """The first stage. delta: the bits of EWGS's. QUADS: rows begin at whole blocks of the generator's four numbers."""
+    height = repetitions if COLUMNS else runs
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     low, high = tl.cast(quant_min, dtype), tl.cast(quant_max, dtype)
-    d = tl.load(delta) if dtype == tl.float64 else delta
-    s, inv, z = load_params(scale, zero_point, channel, low, high, dtype, ZERO_POINT)
-    AXIS: tl.constexpr = 1 if RUNS else 0
-    if RUNS:
-        scale_sum = tl.zeros([BLOCK_KEPT, BLOCK_REDUCED], dtype)
+    row, col = tile_at(0, steps, COLUMNS, ROWS, COLS)
+    if COLUMNS:
+        position = tl.minimum(col, width - 1) // view.inner
     else:
-        scale_sum = tl.zeros([BLOCK_REDUCED, BLOCK_KEPT], dtype)
-    zero_point_sum = scale_sum
-    s, inv, z = tl.expand_dims(s, AXIS), tl.expand_dims(inv, AXIS), tl.expand_dims(z, AXIS)
-    for step in range(STEPS):
-        first = (piece.to(tl.int64) * STEPS + step) * BLOCK_REDUCED
-        over = first + tl.arange(0, BLOCK_REDUCED)
-        if RUNS:
-            element = keep[:, None] * reduced + over[None, :]
-            here = (keep < kept)[:, None] & (over < reduced)[None, :]
-        else:
-            element = over[:, None] * kept + keep[None, :]
-            here = (over < reduced)[:, None] & (keep < kept)[None, :]
-        dy = widen(tl.load(grad_ptr + element, mask=here, other=0))
-        steps = widen(tl.load(x_ptr + element, mask=here, other=0)) * inv
-        if VARIANT == "stochastic":
-            if QUADS:  # rows begin at whole blocks of four elements
-                if RUNS:
-                    quad = first // 4 + tl.arange(0, BLOCK_REDUCED // 4)
-                    block = keep[:, None] * (reduced // 4) + quad[None, :]
-                else:
-                    quad = (tl.program_id(0) % blocks).to(tl.int64) * (BLOCK_KEPT // 4) + tl.arange(0, BLOCK_KEPT // 4)
-                    block = over[:, None] * (kept // 4) + quad[None, :]
-                u = uniforms_of_blocks(block, seed, offset, offset_ptr, dtype)
+        position = tl.minimum(row, height - 1) % view.period
+    s, inv, z = load_params(scale, zero_point, channel_of(position, view, DIGITS), low, high, dtype, ZERO_POINT)
+    dscale_sum = tl.zeros([ROWS, COLS], dtype)
+    dzero_point_sum = tl.zeros([ROWS, COLS], dtype)
+    step = 0
+    while step < steps:
+        row, col = tile_at(step, steps, COLUMNS, ROWS, COLS)
+        # Lanes beyond the end have dy = 0 and x = 0: they add nothing, unless a parameter is not finite.
+        here = (row < height) & (col < width)
+        at = row * width + col
+        x = widen(tl.load(x_ptr + at, mask=here, other=0.0))
+        grad = tl.load(grad_ptr + at, mask=here, other=0.0)
+        dy = widen(grad)
+        v = (relu(x) if RELU else x) * inv
+        if TERMS == "stochastic":
+            if QUADS:
+                row, quad = tile_at(step, steps, COLUMNS, ROWS, COLS // 4)
+                u = uniforms_of_blocks(row * (width // 4) + quad, philox, dtype)
             else:
-                u = uniforms(element, seed, offset, offset_ptr, dtype)
-            q = round_stochastically(steps, u) + z
+                u = uniforms(at, philox, dtype)
+            q = round_stochastically(v, u) + z
         else:
-            q = rint(steps) + z
-        dx, dscale, dzero_point = terms(dy, steps, q, s, z, low, high, d, VARIANT)
-        tl.store(dx_ptr + element, narrow(dx, dx_ptr.dtype.element_ty), mask=here)
-        scale_sum += tl.where(here, dscale, 0.0)
-        zero_point_sum += tl.where(here, dzero_point, 0.0)
-    out = piece.to(tl.int64) * kept + keep
-    tl.store(dscale_ptr + out, tl.sum(scale_sum, AXIS), mask=keep < kept)
-    tl.store(dzero_point_ptr + out, tl.sum(zero_point_sum, AXIS), mask=keep < kept)
+            q = rint(v) + z
+        signed_delta = 0.0
+        if TERMS == "ewgs":
+            signed_delta = float_of_bits(delta, dtype)
+            signed_delta = tl.where(dy >= 0, signed_delta, -signed_delta)
+        inside, dscale, dzero_point = terms_of(dy, v, q, s, z, low, high, signed_delta, TERMS)
+        if TERMS == "pass":
+            dx = grad
+        elif TERMS == "ewgs":
+            dx = narrow(tl.where(inside, dy * (1 + signed_delta * (v - rint(v))), 0.0), dx_ptr.dtype.element_ty)
+        else:
+            if RELU:
+                inside = inside & (x > 0)
+            dx = tl.where(inside, grad, tl.zeros_like(grad))
+        tl.store(dx_ptr + at, dx, mask=here)
+        dscale_sum += dscale
+        dzero_point_sum += dzero_point
+        step += 1
+    at, exists = results_at(height, width, COLUMNS, ROWS, COLS)
+    AXIS: tl.constexpr = 0 if COLUMNS else 1
+    tl.store(dscale_ptr + at, tl.sum(dscale_sum, AXIS), mask=exists)
+    tl.store(dzero_point_ptr + at, tl.sum(dzero_point_sum, AXIS), mask=exists)
 
 
-def backward(
-    variant: str,
+@triton.jit(do_not_specialize=["outer", "period", "inner", "dscale_ptr", "dzero_point_ptr", "grad_factor"])
+def learnable_join_kernel(
+    dscale_ptr, dzero_point_ptr, out_scale_ptr, out_zero_point_ptr, outer, period, inner, grad_factor,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The second stage: sums in fp64, times grad_factor (its bits), rounded once to scale's dtype."""
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    dscale = tl.zeros([CHANNELS, PARTS], tl.float64)
+    dzero_point = tl.zeros([CHANNELS, PARTS], tl.float64)
+    first = 0
+    while first < outer * inner:
+        at, here = partials_at(first, channel, outer, period, inner, PARTS)
+        dscale += tl.load(dscale_ptr + at, mask=here, other=0.0).to(tl.float64)
+        dzero_point += tl.load(dzero_point_ptr + at, mask=here, other=0.0).to(tl.float64)
+        first += PARTS
+    factor = float_of_bits(grad_factor, tl.float64)
+    dtype: tl.constexpr = out_scale_ptr.dtype.element_ty
+    here = channel < period
+    tl.store(out_scale_ptr + channel, round_to(tl.sum(dscale, 1) * factor, dtype), mask=here)
+    tl.store(out_zero_point_ptr + channel, round_to(tl.sum(dzero_point, 1) * factor, dtype), mask=here)
+
+
+def learnable_backward(
+    terms: str,
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -109,47 +134,32 @@ def backward(
     quant_max: int,
     grad_factor: float,
     *,
+    rectify: bool = False,
     delta: float = 0.0,
-    seed: int = 0,
-    offset: int = 0,
-    offset_tensor: Tensor | None = None,
+    philox: Philox | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale and dzero_point of arguments that were checked."""
+    """dx, dscale and dzero_point of arguments that were checked; terms: clip, lsq, pass, pact, ewgs or stochastic."""
     x, dx = dense_and_like(x)
-    numel = x.numel()
-    if numel == 0:
-        return dx, torch.zeros_like(scale), torch.zeros_like(scale)
-    walk = granularity_of(x, scale)
-    assert walk is not None  # see unsupported
-    inner, period = (numel, 1) if walk.channels == 1 else (walk.view.inner, walk.view.period)
-    tile = configs.sums(inner, period, numel)
-    kept, reduced = (numel // inner, inner) if tile["RUNS"] else (period * inner, numel // (period * inner))
-    pieces = triton.cdiv(reduced, tile["BLOCK_REDUCED"] * tile["STEPS"])
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = torch.empty((2, pieces, kept), dtype=accumulator, device=x.device)
-    # A number reaches a kernel in fp32.
-    number = x.new_full((), delta) if accumulator == torch.float64 else delta
+    if x.numel() == 0:
+        return dx, scale.new_zeros(scale.shape), scale.new_zeros(scale.shape)
+    granularity = granularity_of(x, scale)
+    cut = configs.cut(granularity, x.numel())
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    partial = torch.empty(2, cut.outer * cut.period * cut.inner, dtype=dtype, device=x.device)
     launch(
-        sums_kernel, (pieces * triton.cdiv(kept, tile["BLOCK_KEPT"]),), laid_out(grad, dx), x, dx, partial[0],
-        partial[1], scale.contiguous(), zero_point if zero_point is None else zero_point.contiguous(),
-        float(quant_min), float(quant_max), number, seed, offset, offset_tensor, kept, reduced, walk.view,
-        VARIANT=variant, ZERO_POINT=zero_point_kind(scale, zero_point), DIGITS=walk.digits, **tile,
+        learnable_sums_kernel, cut.grid, laid_out(grad, x), x, dx, *partial.unbind(), scale.contiguous(),
+        zero_point if zero_point is None else zero_point.contiguous(), float(quant_min), float(quant_max),
+        bits_of(delta), philox, *cut.sizes, granularity.view, TERMS=terms, RELU=rectify,
+        QUADS=philox is not None and cut.width % 4 == 0, ZERO_POINT=zero_point_kind(scale, zero_point),
+        DIGITS=granularity.digits, **cut.tile,
     )  # fmt: skip
-    totals = partial.sum(1, dtype=torch.float64)
-    totals = totals.view(2, -1, period).sum(1) if tile["RUNS"] else totals.view(2, period, inner).sum(2)
-    dscale, dzero_point = _per_channel(totals, x, scale) * grad_factor
-    return dx, dscale.to(scale.dtype), dzero_point.to(scale.dtype)
-
-
-def _per_channel(totals: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """[2, runs of a period] summed into [2, *scale.shape]."""
-    if scale.numel() == 1:
-        return totals.view(2, *scale.shape)
-    factors = list(granularity.factors_of(tuple(x.shape), tuple(x.stride()), tuple(scale.shape)))
-    factors = factors[factors[0][1] == 0 :]
-    factors = factors[: len(factors) - (factors[-1][1] == 0)]
-    totals = totals.view(2, *(size for size, _ in factors))
-    order = sorted((at for at, (_, stride) in enumerate(factors) if stride), key=lambda at: -factors[at][1])
-    shared = [at + 1 for at, (_, stride) in enumerate(factors) if not stride]
-    totals = totals.permute(0, *(at + 1 for at in order), *shared)
-    return totals.reshape(2, *scale.shape, math.prod(totals.shape[1 + len(order) :])).sum(-1)
+    partial, (outer, period, inner) = regroup(
+        partial, cut, granularity, lambda part, dims: part.double().sum([d + 1 for d in dims])
+    )
+    dscale, dzero_point = (torch.empty(scale.shape, dtype=scale.dtype, device=x.device) for _ in range(2))
+    tile = configs.join(outer, period, inner)
+    launch(
+        learnable_join_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), dscale, dzero_point, outer,
+        period, inner, bits_of(grad_factor), **tile,
+    )  # fmt: skip
+    return dx, dscale, dzero_point
