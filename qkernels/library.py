@@ -62,7 +62,7 @@ def remembered_else_selected(op: str) -> Callable[..., Any]:
 
     @functools.cache
     def function() -> Any:
-        from .triton.replay import Remembered
+        from .triton.common.replay import Remembered
 
         return Remembered(_triton_functions[op]())
 
@@ -279,7 +279,7 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
 
     @functools.cache
     def remembered() -> Any:
-        from .triton.replay import Remembered
+        from .triton.common.replay import Remembered
 
         return Remembered(function())
 

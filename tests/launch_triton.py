@@ -36,8 +36,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import qkernels as qk
 from qkernels import layouts, library, registry, selfcheck
 from qkernels.registry import Kernel
-from qkernels.triton import replay
-from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
+from qkernels.triton.common import replay
+from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick: Counter[str] = Counter()  # compilations of the quick self-check

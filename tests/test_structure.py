@@ -26,8 +26,6 @@ LONG_FILES = {
     "qkernels/nn/fake_quantize.py",
     "qkernels/ops/int4_gemm.py",
     "qkernels/selfcheck.py",
-    "qkernels/triton/configs.py",
-    "qkernels/triton/fake_quantize.py",
 }
 
 # The parts of the package from the bottom up. A part imports only from the lines below its own.

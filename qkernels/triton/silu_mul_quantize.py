@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import checks
 from ..reference import silu_mul_quantize as reference
-from . import configs
-from .activation import sigmoid
-from .granularity import load_params
-from .groups import bound, extremes, qparams, quantized, store_qparams
-from .launch import launch
-from .numerics import is_inside, narrow, rint, widen
+from .common import configs
+from .common.activation import sigmoid
+from .common.granularity import load_params
+from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.launch import launch
+from .common.numerics import is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -41,7 +41,7 @@ def product(gate_ptr, up_ptr, at, here):
 
 
 @triton.jit
-def forward_kernel(
+def silu_mul_forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def forward_kernel(
 
 
 @triton.jit
-def long_forward_kernel(
+def silu_mul_long_forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -92,9 +92,10 @@ def _run(
     whole, tile = configs.product_tile(scale.numel(), group_size)
     half = (high - low) // 2
     launch(
-        forward_kernel if whole else long_forward_kernel, (triton.cdiv(scale.numel(), tile["BLOCK_GROUPS"]),),
-        gate.contiguous(), up.contiguous(), y, scale, zero_point, float(low), float(high), float(half),
-        float(high - half), scale.numel(), group_size, SYMMETRIC=symmetric, **tile,
+        silu_mul_forward_kernel if whole else silu_mul_long_forward_kernel,
+        (triton.cdiv(scale.numel(), tile["BLOCK_GROUPS"]),), gate.contiguous(), up.contiguous(), y, scale, zero_point,
+        float(low), float(high), float(half), float(high - half), scale.numel(), group_size, SYMMETRIC=symmetric,
+        **tile,
     )  # fmt: skip
     return y, scale, zero_point
 
@@ -120,7 +121,7 @@ def silu_mul_quantize_dynamic(
 
 
 @triton.jit
-def backward_kernel(
+def silu_mul_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, scale_ptr, zero_point_ptr, dgate_ptr, dup_ptr, quant_min, quant_max, groups, group_size,
     CLIPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +168,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     tile = configs.product_backward(numel // groups)
     pieces = triton.cdiv(numel // groups, tile["BLOCK_SIZE"])
     launch(
-        backward_kernel, (triton.cdiv(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(), gate.contiguous(),
-        up.contiguous(), scale, zero_point, dgate, dup, float(quant_min), float(quant_max), groups, numel // groups,
-        CLIPS=scale is not None, **tile,
+        silu_mul_backward_kernel, (triton.cdiv(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(),
+        gate.contiguous(), up.contiguous(), scale, zero_point, dgate, dup, float(quant_min), float(quant_max), groups,
+        numel // groups, CLIPS=scale is not None, **tile,
     )  # fmt: skip
     return dgate, dup
