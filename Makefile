@@ -14,7 +14,7 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
-.PHONY: build demo test nightly pytest lint portable asan-build asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream \
+.PHONY: build demo docs test nightly pytest lint portable asan-build asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream \
     clean
 
 build: $(VENV)/built
@@ -22,10 +22,14 @@ build: $(VENV)/built
 demo: $(VENV)/built $(VENV)/demo
 	$(PYTHON) -m qkernels demo
 
+# The guide and the API reference as HTML, in build/docs.
+docs: $(VENV)/built $(VENV)/docs
+	$(PYTHON) docs/build.py
+
 # What compiles runs side by side, each target's output in one piece; then the tests. pytest's closing line ends the output.
 test:
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target \
-	    lint portable cuda asan-build $(VENV)/built $(VENV)/dev $(VENV)/demo
+	    lint portable cuda asan-build $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs
 	@$(MAKE) --no-print-directory asan
 	@$(MAKE) --no-print-directory pytest
 
@@ -39,7 +43,7 @@ POISON = GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 # be in each other's way; tests that need threads ask for them.
 PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(MARKS)
 
-pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo cuda
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
 	$(PYTEST) --durations=10
 
 lint: $(VENV)/dev
@@ -118,7 +122,7 @@ $(VENV)/built: $(SOURCES) | $(VENV)/installed
 TRITON := 'triton==3.6.*'
 
 # The extras of pyproject.toml, each when a target first needs it, one after the other.
-$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
+$(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
 	flock $(VENV) $(PYTHON) -m pip install -q 'qkernels[$*]'
 	$(if $(filter dev,$*),$(PYTHON) -m pip install -q --no-deps $(TRITON))
 	touch $@

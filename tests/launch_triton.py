@@ -34,11 +34,10 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import qkernels as qk
-from qkernels import library, registry, selfcheck
-from qkernels.reference import int4_gemm
+from qkernels import layouts, library, registry, selfcheck
 from qkernels.registry import Kernel
-from qkernels.triton import replay
-from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
+from qkernels.triton.common import replay
+from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick: Counter[str] = Counter()  # compilations of the quick self-check
@@ -92,7 +91,7 @@ def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
         padded = torch.nn.functional.pad(w, (0, -k % 16))
         layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
         yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
-        packed = int4_gemm.to_halves(w.clamp(-8, 7), int4_gemm.half_of(k, k))
+        packed = layouts.int4_to_halves(w.clamp(-8, 7), k)
         for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
             of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
             yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)

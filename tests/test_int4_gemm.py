@@ -12,7 +12,7 @@ from conftest import paths_of
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library
+from qkernels import layouts, library
 from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
@@ -284,9 +284,9 @@ def test_gpu_layout_on_the_reference(k: int, group_size: int) -> None:
     if k % size:
         pytest.skip("does not divide K")
     q, scale, zero_point, minimum = parts(5, k, size, "zero points")
-    half = reference.half_of(size, k)
-    data = reference.to_halves(q, half)
-    assert torch.equal(reference.from_halves(data, k, half), q)
+    half = layouts.half_of(size, k)
+    data = layouts.int4_to_halves(q, size)
+    assert torch.equal(layouts.int4_unpack(data, *q.shape, size), q)
     for i in {0, min(half, k) - 1, min(half, k - 1), k - 1}:
         block, at = divmod(i, 2 * half)
         byte = int(data[2, block * half + at % half])

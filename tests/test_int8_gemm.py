@@ -10,7 +10,7 @@ from conftest import paths_of, untouched
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library, registry
+from qkernels import gemm_checks, library, registry
 from qkernels.ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from qkernels.reference import int8_gemm as reference
 
@@ -81,7 +81,7 @@ def test_mm_is_exact(kernel: str, m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("m", [1, 3, 16, 17])
 @pytest.mark.parametrize(("low", "high"), [(-128, -128), (-128, 127), (127, 127)])
 def test_mm_at_the_longest_k(kernel: str, m: int, low: int, high: int) -> None:
-    k = reference.MAX_K
+    k = gemm_checks.MAX_K
     a, b = torch.full((m, k), low, dtype=torch.int8), torch.full((5, k), high, dtype=torch.int8).t()
     for weights in (b, b.contiguous()):
         assert int8_mm(a, weights).unique().tolist() == [low * high * k]
@@ -93,7 +93,7 @@ def test_mm_at_the_longest_k(kernel: str, m: int, low: int, high: int) -> None:
 
 
 def test_mm_beyond_the_longest_k(kernel: str) -> None:
-    k = reference.MAX_K + 1
+    k = gemm_checks.MAX_K + 1
     a, w = torch.zeros(2, k, dtype=torch.int8), torch.zeros(3, k, dtype=torch.int8)
     for call in (
         lambda: int8_mm(a, w.t()),

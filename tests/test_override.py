@@ -19,6 +19,7 @@ from conftest import kernels_of, run_python
 from torch import Tensor, nn
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.integrations import aten
 from qkernels.reference import aten_fake_quantize as reference
 
@@ -1190,7 +1191,7 @@ def test_channel_drop_in(kernel: str, dtype: torch.dtype) -> None:
             n = x.size(axis)
             scale, zero_point = torch.rand(n) * 0.1 + 0.01, torch.randint(-8, 8, (n,)).to(torch.int32)
             for zp in (zero_point, zero_point.float() + 0.4):
-                views = reference.channel_views(x, axis, scale, zp)
+                views = checks.channel_views(x, axis, scale, zp)
                 for leaf in (x.clone().requires_grad_(), x.requires_grad_() * 1):
                     with qk.use_kernel(kernel):
                         y = qk.fake_quantize_per_channel_affine(leaf, scale, zp, axis, -8, 7)

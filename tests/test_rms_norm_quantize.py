@@ -229,7 +229,7 @@ def test_any_nan_in_weight_stays_one(kernel: str) -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in one tile and, by tiles made small, rows too long for one; forward and backward."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     if long:
         for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("BACKWARD_ROW", 16)):

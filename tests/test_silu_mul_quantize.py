@@ -193,7 +193,7 @@ def test_gradients(symmetric: bool, group_size: int | None) -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups in one tile and, by tiles made small, groups too long for one; the same bits forward and backward."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     if long:
         for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("TILE_SIZE", 8)):

@@ -44,7 +44,7 @@ BITS = {8: (-128, 127), 4: (-8, 7), 2: (-2, 1)}
 
 @pytest.fixture(autouse=True)
 def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     def third(numel: int) -> int:
         return max(64, configs.power_of_two(numel // 3))

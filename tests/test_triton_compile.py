@@ -16,8 +16,11 @@ import pytest
 pytest.importorskip("triton")
 # Bytes of shared memory that a block can have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-POINTWISE = ("forward_kernel", "backward_kernel", "backward_mask_kernel", "quantize_kernel")
-ONLY_ON = {"int8_gemm.persistent_mm_kernel": (90,)}
+POINTWISE = re.compile(
+    r"fake_quantize_(stochastic_|codebook_)?(forward|backward)_kernel|fake_quantize_backward_mask_kernel"
+    r"|(rms_norm|silu_mul)_(forward|backward)_kernel|quantize(_codebook)?_kernel"
+)
+ONLY_ON = {"int8_persistent_mm_kernel": (90,)}
 
 
 def compiled(tmp_path: Path, *options: str) -> tuple[list[str], list[int], list[dict[str, Any]]]:
@@ -96,12 +99,12 @@ def check(names: list[str], arches: list[int], lines: list[dict[str, Any]]) -> N
             assert not line["spills"], line
             assert line["local"] == 0, line
         assert line["shared"] <= SHARED[line["arch"]], line
-        if line["kernel"].endswith("int4_mm_kernel"):
+        if line["kernel"] == "int4_mm_kernel":
             check_int4_gemm(line)
         elif line["kernel"].endswith("mm_kernel"):
             check_gemm(line)
         rows = line["kernel"].startswith(("rms_norm", "silu_mul"))  # of any length, and so on any boundary
-        if line["kernel"].rpartition(".")[2] in POINTWISE and not (rows and line["odd"]):
+        if POINTWISE.fullmatch(line["kernel"]) and not (rows and line["odd"]):
             assert line["widest_load"] == 128, line
     print()
     for kernel, count in sorted(Counter(line["kernel"] for line in lines).items()):
