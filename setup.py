@@ -283,7 +283,7 @@ def extensions() -> list[Extension]:
     ]
     cpu = Extension(
         "qkernels._cpu",
-        sources=[*sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")), BUILD_ID],
+        sources=[*sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")), BUILD_ID],
         include_dirs=["csrc", str(torch_root / "include")],
         library_dirs=[str(torch_root / "lib")],
         libraries=["torch_cpu", "c10"],

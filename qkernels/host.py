@@ -1,6 +1,6 @@
 """What the compiled CPU library says of the machine and of itself, and which of its paths the kernels take.
 
-Plain C functions (csrc/cpu/host.cpp) through ctypes, so that a library is bound to no version of Python.
+Plain C functions (csrc/cpu/common/host.cpp) through ctypes, so that a library is bound to no version of Python.
 """
 
 from __future__ import annotations

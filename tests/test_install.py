@@ -76,7 +76,7 @@ def test_only_what_changed_is_compiled(built_before: Path) -> None:
     before = set((built_before / "build").rglob("*.o"))
     assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
     assert set((built_before / "build").rglob("*.o")) == before
-    changed = built_before / "csrc" / "cpu" / "host.cpp"
+    changed = built_before / "csrc" / "cpu" / "common" / "host.cpp"
     changed.write_text(changed.read_text() + "// changed\n")
     assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
     new = {path.name for path in set((built_before / "build").rglob("*.o")) - before}
@@ -230,7 +230,7 @@ def test_no_compiler(source: Path, strict: bool) -> None:
 
 
 def test_source_that_does_not_compile(source: Path) -> None:
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+    for path in (source / "csrc" / "cpu").rglob("*.cpp"):
         path.write_text("#error broken\n")
     done = setup(source, "-q", "build_ext", "--inplace", **CPU_ONLY)
     assert done.returncode == 0

@@ -1,7 +1,7 @@
 // torch's own fake-quantize ops on the CPU: aten's schemas and arithmetic on this library's kernels. They sit in the
 // dispatcher under aten's names while qk.override_torch() is in force, and then take its calls without any Python.
-#include "granularity.h"
-#include "observe.h"
+#include "cpu/common/granularity.h"
+#include "cpu/common/observe.h"
 
 namespace qkernels {
 
@@ -14,8 +14,8 @@ struct AtenRule {
 
 }  // namespace qkernels
 
-#define QK_BODY "aten_fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/aten_fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 #include <memory>
 #include <tuple>

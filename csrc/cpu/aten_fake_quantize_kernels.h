@@ -1,5 +1,5 @@
 // Fake quantization with torch's own arithmetic and byte masks, compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+#include "cpu/fake_quantize_kernels.h"
 
 // A byte per element, 0 or 1: torch.bool.
 inline void store_bytes(uint16_t bits, uint8_t* p) {

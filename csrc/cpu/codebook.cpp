@@ -1,5 +1,5 @@
 // Non-uniform quantization on the CPU: checks and memory layout here, the kernels in codebook_kernels.h.
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
 namespace qkernels {
 
@@ -25,8 +25,8 @@ struct Codebook {
 
 }  // namespace qkernels
 
-#define QK_BODY "codebook_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/codebook_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

@@ -1,5 +1,5 @@
 // The kernels of non-uniform quantization, compiled once per path by foreach_isa.h.
-#include "walk.h"
+#include "cpu/common/walk.h"
 
 // Searches a codebook for 16 values at a time: `find` gives the indices of the nearest levels, `level` the levels of
 // indices. Written for any vector by lanes, and for F32 in instructions below.

@@ -1,12 +1,12 @@
 // Fake quantization on the CPU: checks and memory layout here, the kernels in fake_quantize_kernels.h.
-#include "granularity.h"
-#include "observe.h"
+#include "cpu/common/granularity.h"
+#include "cpu/common/observe.h"
 
-#define QK_BODY "fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "dynamic.h"
-#include "gradient.h"
+#include "cpu/common/dynamic.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

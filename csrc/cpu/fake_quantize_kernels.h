@@ -1,6 +1,6 @@
 // The fake-quant kernels, compiled once per path by foreach_isa.h.
-#include "ranges.h"
-#include "walk.h"
+#include "cpu/common/ranges.h"
+#include "cpu/common/walk.h"
 
 template <typename V>
 struct Bounds {

@@ -1,13 +1,13 @@
 // Fake quantization of many tensors on the CPU: the kernels of fake_quantize_kernels.h, one thread to each small tensor
 // and all threads to each large one.
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
-#define QK_BODY "fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 #include <variant>
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

@@ -1,10 +1,10 @@
 // int8_mm, int8_scaled_mm, int8_pack, int8_unpack and int8_linear on the CPU: checks, scratch memory and the split of
 // work over threads. The arithmetic is in int8_gemm_kernels.h.
-#include "int8_gemm.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 #include <memory>
 
-#include "int8_ops.h"
+#include "cpu/common/int8_ops.h"
 
 namespace qkernels {
 namespace {

@@ -6,8 +6,8 @@
 #include "element.h"
 #include "tensor.h"
 
-#define QK_BODY "packing_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/packing_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

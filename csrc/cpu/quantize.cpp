@@ -1,10 +1,10 @@
 // Real quantization on the CPU: checks and memory layout here, the kernels in quantize_kernels.h.
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
-#define QK_BODY "quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "dynamic.h"
+#include "cpu/common/dynamic.h"
 
 namespace qkernels {
 namespace {

@@ -1,6 +1,6 @@
 // The quantize and dequantize kernels, compiled once per path by foreach_isa.h.
-#include "ranges.h"
-#include "walk.h"
+#include "cpu/common/ranges.h"
+#include "cpu/common/walk.h"
 
 template <typename V, typename S, typename I, typename P>
 inline void quantize_stretch(const S* x, I* q, int64_t n, const P& p, V low, V high) {

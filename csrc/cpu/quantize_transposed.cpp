@@ -1,16 +1,16 @@
 // quantize_dynamic_transposed on the CPU: checks and memory layout here, the kernels in quantize_transposed_kernels.h.
 #include <utility>
 
-#include "granularity.h"
-#include "philox.h"
+#include "cpu/common/granularity.h"
+#include "cpu/common/philox.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of its own _mm256_undefined_* inside the intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#define QK_BODY "quantize_transposed_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/quantize_transposed_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

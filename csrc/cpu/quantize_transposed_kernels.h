@@ -1,6 +1,6 @@
 // The kernels of quantize_dynamic_transposed, compiled once per path by foreach_isa.h: one pass over x [rows, columns]
 // for the magnitudes of all rows and columns, one for the codes of both.
-#include "stochastic_kernels.h"
+#include "cpu/stochastic_kernels.h"
 
 constexpr int64_t kSquare = 64;  // a tile's rows and columns: what it writes of either output are whole cache lines
 

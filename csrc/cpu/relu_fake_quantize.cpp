@@ -1,10 +1,10 @@
 // ReLU fused with fake quantization on the CPU; the kernels are in relu_fake_quantize_kernels.h.
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
-#define QK_BODY "relu_fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/relu_fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

@@ -1,5 +1,5 @@
 // The kernels of ReLU fused with fake quantization, compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+#include "cpu/fake_quantize_kernels.h"
 
 template <typename V>
 inline V rectified(V v) {  // a NaN stays

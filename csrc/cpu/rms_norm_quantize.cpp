@@ -1,7 +1,7 @@
 // RMSNorm fused with dynamic quantization on the CPU; the kernels are in rms_norm_quantize_kernels.h.
 #include <memory>
 
-#include "dynamic_rows.h"
+#include "cpu/common/dynamic_rows.h"
 
 namespace qkernels {
 
@@ -9,10 +9,10 @@ constexpr int64_t kSummedRows = 16;  // rows whose share of the weight's gradien
 
 }  // namespace qkernels
 
-#define QK_BODY "rms_norm_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/rms_norm_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

@@ -1,5 +1,5 @@
 // The kernels of RMSNorm fused with dynamic quantization, compiled once per path by foreach_isa.h.
-#include "dynamic_rows_kernels.h"
+#include "cpu/common/dynamic_rows_kernels.h"
 
 // A sum in one order on every path: of up to 64 vectors lane by lane, then in fp64.
 template <typename V>

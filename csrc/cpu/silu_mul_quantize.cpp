@@ -1,11 +1,11 @@
 // SwiGLU's product fused with dynamic quantization on the CPU; the kernels are in silu_mul_quantize_kernels.h.
 #include <memory>
 
-#include "activation.h"
-#include "dynamic_rows.h"
+#include "cpu/common/activation.h"
+#include "cpu/common/dynamic_rows.h"
 
-#define QK_BODY "silu_mul_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/silu_mul_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

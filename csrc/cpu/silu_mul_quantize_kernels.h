@@ -1,6 +1,6 @@
 // The kernels of SwiGLU's product fused with dynamic quantization, compiled once per path by foreach_isa.h.
-#include "activation_kernels.h"
-#include "dynamic_rows_kernels.h"
+#include "cpu/common/activation_kernels.h"
+#include "cpu/common/dynamic_rows_kernels.h"
 
 template <typename V>
 inline V product(V gate, V up) {

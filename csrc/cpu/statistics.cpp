@@ -2,10 +2,10 @@
 #include <mutex>
 #include <tuple>
 
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
-#define QK_BODY "statistics_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/statistics_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

@@ -1,5 +1,5 @@
 // Histograms and sums of quantization errors, compiled once per path by foreach_isa.h.
-#include "walk.h"
+#include "cpu/common/walk.h"
 
 // Where values go: slot 0 counts what is below the range, 1 to bins what is inside, then above, then NaN.
 template <typename V>

@@ -1,11 +1,11 @@
 // Stochastic rounding on the CPU: checks and memory layout here, the kernels in stochastic_kernels.h.
-#include "granularity.h"
-#include "philox.h"
+#include "cpu/common/granularity.h"
+#include "cpu/common/philox.h"
 
-#define QK_BODY "stochastic_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/stochastic_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

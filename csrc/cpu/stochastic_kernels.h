@@ -1,5 +1,5 @@
 // The stochastic-rounding kernels, compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+#include "cpu/fake_quantize_kernels.h"
 
 // Uniform numbers for elements in memory order: element i has word i % 4 of the block i / 4.
 //

@@ -1,10 +1,10 @@
 // The straight-through variants of the learnable backward on the CPU; the kernels are in straight_through_kernels.h.
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
-#define QK_BODY "straight_through_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/straight_through_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

@@ -1,5 +1,5 @@
 // The straight-through kernels, compiled once per path by foreach_isa.h: LSQ's sums with other terms.
-#include "fake_quantize_kernels.h"
+#include "cpu/fake_quantize_kernels.h"
 
 template <typename V>
 struct PassTerms {

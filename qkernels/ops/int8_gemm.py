@@ -205,7 +205,7 @@ class PackedInt8:
     It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
 
     Attributes:
-        data: packed codes, int8: for the CPU in panels (csrc/cpu/int8_gemm.h), on a GPU [N, K] with K padded to 16.
+        data: packed codes, int8: for the CPU in panels (csrc/cpu/int8_gemm/), on a GPU [N, K] with K padded to 16.
         colsum: [N] int32, the sum of each output channel's codes.
         scale: [N] fp32; weight ≈ code·scale.
         shape: (N, K).

@@ -4,11 +4,11 @@
 #include <immintrin.h>
 #endif
 
-#include "isa.h"
+#include "cpu/common/isa.h"
 
 #define QK_LEVEL 0
 namespace qkernels::scalar {
-#include "vec.h"
+#include "cpu/common/vec.h"
 #include QK_BODY
 }  // namespace qkernels::scalar
 #undef QK_LEVEL
@@ -17,7 +17,7 @@ namespace qkernels::scalar {
 QK_TARGET_AVX2_BEGIN
 #define QK_LEVEL 1
 namespace qkernels::avx2 {
-#include "vec.h"
+#include "cpu/common/vec.h"
 #include QK_BODY
 }  // namespace qkernels::avx2
 #undef QK_LEVEL
@@ -26,7 +26,7 @@ QK_TARGET_END
 QK_TARGET_AVX512_BEGIN
 #define QK_LEVEL 2
 namespace qkernels::avx512 {
-#include "vec.h"
+#include "cpu/common/vec.h"
 #include QK_BODY
 }  // namespace qkernels::avx512
 #undef QK_LEVEL

@@ -1,8 +1,8 @@
 // Compiles int4_gemm_kernels.h once per instruction-set path and chooses among them.
-#include "int4_gemm.h"
+#include "cpu/int4_gemm/int4_gemm.h"
 
-#define QK_BODY "int4_gemm_kernels.h"
-#include "foreach_gemm_isa.h"
+#define QK_BODY "cpu/int4_gemm/int4_gemm_kernels.h"
+#include "cpu/common/foreach_gemm_isa.h"
 
 namespace qkernels {
 

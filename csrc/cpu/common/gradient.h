@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
 namespace qkernels {
 

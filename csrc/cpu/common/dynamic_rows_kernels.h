@@ -1,6 +1,6 @@
 // Dynamic quantization of values that a fused op computes: they reach the quantizer in the arithmetic type, through a
 // buffer that stays in cache. Compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+#include "cpu/fake_quantize_kernels.h"
 
 constexpr int64_t kValues = 4096;  // elements of the buffer, where a unit is not longer
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "activation.h"
-#include "isa.h"
+#include "cpu/common/activation.h"
+#include "cpu/common/isa.h"
 
 namespace qkernels {
 

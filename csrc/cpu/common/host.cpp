@@ -7,7 +7,7 @@
 #include <chrono>
 #include <iterator>
 
-#include "isa.h"
+#include "cpu/common/isa.h"
 
 #define QK_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -1,5 +1,5 @@
 // Compiles int8_gemm_kernels.h once per instruction-set path and chooses among them.
-#include "int8_gemm.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels {
 namespace {
@@ -12,8 +12,8 @@ constexpr int64_t kRowsAhead = 16, kBytesAhead = 256;
 }  // namespace
 }  // namespace qkernels
 
-#define QK_BODY "int8_gemm_kernels.h"
-#include "foreach_gemm_isa.h"
+#define QK_BODY "cpu/int8_gemm/int8_gemm_kernels.h"
+#include "cpu/common/foreach_gemm_isa.h"
 
 namespace qkernels {
 

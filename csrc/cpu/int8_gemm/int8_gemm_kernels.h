@@ -2,7 +2,7 @@
 // target region and namespace, after vec.h, with QK_PATH naming it; what is not written with intrinsics here the
 // compiler vectorizes for that target.
 
-#include "activation_kernels.h"
+#include "cpu/common/activation_kernels.h"
 
 #if QK_PATH == QK_PATH_AVX512VNNI
 constexpr Isa kIsa = Isa::avx512vnni;

@@ -9,7 +9,7 @@
 #include <limits>
 #include <string>
 
-#include "int8_gemm.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 #include "tensor.h"
 
 namespace qkernels {

@@ -1,7 +1,7 @@
 // The moving-average observer: from each channel's range in a batch to statistics, scale and zero point.
 #pragma once
 
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
 namespace qkernels {
 

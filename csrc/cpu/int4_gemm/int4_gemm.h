@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "int8_gemm.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels {
 

@@ -1,7 +1,7 @@
 // Ranges taken from x itself: what fake_quantize_dynamic and quantize_dynamic share. Include after foreach_isa.h.
 #pragma once
 
-#include "granularity.h"
+#include "cpu/common/granularity.h"
 
 namespace qkernels {
 

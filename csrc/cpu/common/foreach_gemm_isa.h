@@ -13,7 +13,7 @@
 #include <utility>
 
 #include "element.h"
-#include "isa.h"
+#include "cpu/common/isa.h"
 
 #define QK_PATH_SCALAR 0
 #define QK_PATH_AVX2 1
@@ -30,7 +30,7 @@ namespace {
 
 namespace scalar {
 #define QK_LEVEL 0
-#include "vec.h"
+#include "cpu/common/vec.h"
 #define QK_PATH QK_PATH_SCALAR
 #include QK_BODY
 #undef QK_LEVEL
@@ -41,7 +41,7 @@ namespace scalar {
 QK_TARGET_AVX2_BEGIN
 namespace avx2 {
 #define QK_LEVEL 1
-#include "vec.h"
+#include "cpu/common/vec.h"
 #define QK_PATH QK_PATH_AVX2
 #include QK_BODY
 #undef QK_LEVEL
@@ -52,7 +52,7 @@ QK_TARGET_END
 QK_TARGET_AVX512VNNI_BEGIN
 namespace avx512vnni {
 #define QK_LEVEL 2
-#include "vec.h"
+#include "cpu/common/vec.h"
 #define QK_PATH QK_PATH_AVX512VNNI
 #include QK_BODY
 #undef QK_LEVEL
