@@ -34,6 +34,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(PYTHON) tests/headers.py
 
 # The sources with the oldest torch, by clang and for aarch64: half a minute of CPU for each compiler, after a change.
 portable: $(VENV)/torch

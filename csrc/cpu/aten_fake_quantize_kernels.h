@@ -1,11 +1,14 @@
-// Fake quantization with torch's own arithmetic and byte masks, compiled once per path by foreach_isa.h.
-#include "cpu/fake_quantize_kernels.h"
+// Fake quantization with torch's own arithmetic and byte masks.
+#include "cpu/aten_fake_quantize.h"
+#include "cpu/fake_quantize_learnable_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // A byte per element, 0 or 1: torch.bool.
 inline void store_bytes(uint16_t bits, uint8_t* p) {
-#if QK_LEVEL == 2
+#if QK_PATH == QK_PATH_AVX512
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(bits, 1));
-#elif QK_LEVEL == 1
+#elif QK_PATH == QK_PATH_AVX2
   const uint64_t low = _pdep_u64(bits & 0xff, 0x0101010101010101), high = _pdep_u64(bits >> 8, 0x0101010101010101);
   std::memcpy(p, &low, 8);
   std::memcpy(p + 8, &high, 8);
@@ -16,10 +19,10 @@ inline void store_bytes(uint16_t bits, uint8_t* p) {
 
 template <typename V>
 inline typename V::Mask load_bytes(const uint8_t* p) {
-#if QK_LEVEL == 2
+#if QK_PATH == QK_PATH_AVX512
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return V::Mask::from_bits(static_cast<uint16_t>(_mm_test_epi8_mask(bytes, bytes)));
-#elif QK_LEVEL == 1
+#elif QK_PATH == QK_PATH_AVX2
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return V::Mask::from_bits(~static_cast<uint16_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))));
 #else
@@ -104,3 +107,5 @@ void backward_bytes(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
     }
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

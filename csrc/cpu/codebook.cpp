@@ -1,29 +1,6 @@
-// Non-uniform quantization on the CPU: checks and memory layout here, the kernels in codebook_kernels.h.
-#include "cpu/common/granularity.h"
-
-namespace qkernels {
-
-constexpr int kMaxLevels = 256;
-
-// A codebook as the kernels search it.
-//
-// The midpoints between ascending levels lie as a binary search visits them, breadth first: the search starts at node 1
-// and goes from node n to 2n, or to 2n + 1 where v lies above tree[n]; after `bits` steps the index is n − 2^bits. So
-// the first steps read one vector register. Beyond the last midpoint the tree holds infinity, above which nothing lies.
-template <typename T>
-struct Codebook {
-  alignas(64) T tree[kMaxLevels];
-  alignas(64) T level[kMaxLevels];  // ascending; dequantize: as given, NaN beyond the last
-  int bits = 4;
-  int64_t size = 0;
-  uint8_t order[kMaxLevels];  // where each level stands in the codebook as given
-  bool ordered = true;        // order[i] == i
-
-  T low() const { return level[0]; }
-  T high() const { return level[size - 1]; }
-};
-
-}  // namespace qkernels
+// Non-uniform quantization on the CPU: checks and memory layout. The kernels are in codebook_kernels.h.
+#include "cpu/codebook.h"
+#include "cpu/common/gradient.h"
 
 #define QK_BODY "cpu/codebook_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -130,17 +107,6 @@ Tensor fake_quantize_codebook_backward(const Tensor& grad_any, const Tensor& x_a
     QK_DISPATCH_ISA(backward(view, scales, levels, x.numel(), dy, in, out));
   });
   return dx;
-}
-
-// A contiguous tensor of the shape and dtype of `like`, from fp64 values.
-Tensor from_double(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty(to_vector(like.sizes()), like.scalar_type());
-  dispatch_floating("scale", out, [&](auto tag) {
-    using S = decltype(tag);
-    S* p = static_cast<S*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
-  });
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_codebook_learnable_backward(const Tensor& grad_any,

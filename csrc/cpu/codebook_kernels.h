@@ -1,5 +1,8 @@
-// The kernels of non-uniform quantization, compiled once per path by foreach_isa.h.
-#include "cpu/common/walk.h"
+// Non-uniform quantization.
+#include "cpu/codebook.h"
+#include "cpu/common/sweep.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Searches a codebook for 16 values at a time: `find` gives the indices of the nearest levels, `level` the levels of
 // indices. Written for any vector by lanes, and for F32 in instructions below.
@@ -38,7 +41,7 @@ struct Searcher {
   }
 };
 
-#if QK_LEVEL == 1
+#if QK_PATH == QK_PATH_AVX2
 
 // table[i mod N]. Up to 16 entries are two permutations; beyond, gathers from L1.
 template <int N>
@@ -81,7 +84,7 @@ struct Searcher<F32> {
   static Index index(F32 code) { return {_mm256_cvtps_epi32(code.lo), _mm256_cvtps_epi32(code.hi)}; }
 };
 
-#elif QK_LEVEL == 2
+#elif QK_PATH == QK_PATH_AVX512
 
 // table[i mod N]: one permutation for each 32 entries, where a gather takes 16 loads.
 template <int N>
@@ -377,3 +380,5 @@ void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& scales
     learnable_backward_of<S, true>(view, scales, codebook, numel, grad, x, dx, dscale, dlevels);
   }
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,8 +1,8 @@
-// Fake quantization of many tensors on the CPU: the kernels of fake_quantize_kernels.h, one thread to each small tensor
+// Fake quantization of many tensors on the CPU: the kernels of the ops of one tensor, one thread to each small tensor
 // and all threads to each large one.
 #include "cpu/common/granularity.h"
 
-#define QK_BODY "cpu/fake_quantize_kernels.h"
+#define QK_BODY "cpu/fake_quantize_learnable_kernels.h"
 #include "cpu/common/foreach_isa.h"
 
 #include <variant>

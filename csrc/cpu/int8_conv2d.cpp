@@ -5,8 +5,8 @@
 #include <cmath>
 #include <memory>
 
-#include "cpu/int8_gemm/int8_gemm.h"
 #include "cpu/common/int8_ops.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels {
 namespace {

@@ -1,6 +1,10 @@
-// The quantize and dequantize kernels, compiled once per path by foreach_isa.h.
-#include "cpu/common/ranges.h"
-#include "cpu/common/walk.h"
+// Quantization to integers, and back.
+#ifndef QK_QUANTIZE_KERNELS
+#define QK_QUANTIZE_KERNELS
+
+#include "cpu/common/sweep.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename V, typename S, typename I, typename P>
 inline void quantize_stretch(const S* x, I* q, int64_t n, const P& p, V low, V high) {
@@ -39,24 +43,6 @@ void dequantize(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int
   });
 }
 
-// Each row of `length` elements gives its own scale while it is in cache, then is quantized with it.
-template <typename S>
-void quantize_dynamic(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, int8_t* q,
-                      Arithmetic<S>* scale, int32_t* zero_point) {
-  using T = Arithmetic<S>;
-  using V = typename VecOf<S>::type;
-  const V low = V::set1(rule.quant_min), high = V::set1(rule.quant_max);
-  const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(length, 1));
-  torch::stable::parallel_for(0, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
-    for (int64_t block = first * 16; block < std::min(last * 16, rows); block += 16) {
-      const int64_t count = std::min<int64_t>(16, rows - block);
-      const RowParams<T> params = row_params(x + block * length, count, length, rule);
-      std::memcpy(scale + block, params.scale, count * sizeof(T));
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (block + r) * length;
-        zero_point[block + r] = static_cast<int32_t>(params.zero_point[r]);
-        quantize_stretch<V>(x + at, q + at, length, Uniform<V>(params[r]), low, high);
-      }
-    }
-  });
-}
+}  // namespace qkernels::QK_NAMESPACE
+
+#endif

@@ -1,6 +1,9 @@
-// The kernels of quantize_dynamic_transposed, compiled once per path by foreach_isa.h: one pass over x [rows, columns]
-// for the magnitudes of all rows and columns, one for the codes of both.
+// quantize_dynamic_transposed: one pass over x [rows, columns] for the magnitudes of all rows and columns, one for the
+// codes of both.
+#include "cpu/common/ranges_kernels.h"
 #include "cpu/stochastic_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 constexpr int64_t kSquare = 64;  // a tile's rows and columns: what it writes of either output are whole cache lines
 
@@ -63,7 +66,7 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
 
 // 16 x 16 bytes, `from` and `to` kSquare bytes a row.
 inline void transpose(const int8_t* from, int8_t* to) {
-#if QK_LEVEL > 0
+#if QK_PATH != QK_PATH_SCALAR
   __m128i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(from + i * kSquare));
   // Four times the perfect shuffle of rows i and i + 8: the transpose of 16 x 16.
@@ -162,3 +165,5 @@ void quantize_transposed(const S* x, int64_t rows, int64_t columns, const Qparam
     for (int64_t i = begin; i < end; ++i) quantize_square(squares, i / across * kSquare, i % across * kSquare, philox);
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,5 +1,7 @@
-// The kernels of ReLU fused with fake quantization, compiled once per path by foreach_isa.h.
-#include "cpu/fake_quantize_kernels.h"
+// ReLU fused with fake quantization.
+#include "cpu/fake_quantize_learnable_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename V>
 inline V rectified(V v) {  // a NaN stays
@@ -78,3 +80,5 @@ void relu_learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& q
   using Terms = ReluTerms<typename VecOf<S>::type, inside_of(kLsq)>;
   reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

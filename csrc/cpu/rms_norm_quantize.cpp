@@ -2,17 +2,11 @@
 #include <memory>
 
 #include "cpu/common/dynamic_rows.h"
-
-namespace qkernels {
-
-constexpr int64_t kSummedRows = 16;  // rows whose share of the weight's gradient is summed in x's arithmetic type
-
-}  // namespace qkernels
+#include "cpu/common/gradient.h"
+#include "cpu/rms_norm_quantize.h"
 
 #define QK_BODY "cpu/rms_norm_quantize_kernels.h"
 #include "cpu/common/foreach_isa.h"
-
-#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {

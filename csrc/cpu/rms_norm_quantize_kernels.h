@@ -1,5 +1,8 @@
-// The kernels of RMSNorm fused with dynamic quantization, compiled once per path by foreach_isa.h.
+// RMSNorm fused with dynamic quantization.
 #include "cpu/common/dynamic_rows_kernels.h"
+#include "cpu/rms_norm_quantize.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // A sum in one order on every path: of up to 64 vectors lane by lane, then in fp64.
 template <typename V>
@@ -88,3 +91,5 @@ void rms_norm_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
     }
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,6 +1,8 @@
-// The kernels of SwiGLU's product fused with dynamic quantization, compiled once per path by foreach_isa.h.
+// SwiGLU's product fused with dynamic quantization.
 #include "cpu/common/activation_kernels.h"
 #include "cpu/common/dynamic_rows_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename V>
 inline V product(V gate, V up) {
@@ -40,3 +42,5 @@ void silu_mul_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
     });
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,5 +1,9 @@
-// Histograms and sums of quantization errors, compiled once per path by foreach_isa.h.
-#include "cpu/common/walk.h"
+// Histograms, and sums of quantization errors.
+#include <mutex>
+
+#include "cpu/common/reduce.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Where values go: slot 0 counts what is below the range, 1 to bins what is inside, then above, then NaN.
 template <typename V>
@@ -186,3 +190,5 @@ void quantization_errors(const View& view, const Quantizer<Arithmetic<S>>& quant
                          int64_t candidates, double* errors) {
   reduce_channels(view, numel, ErrorsOp<S>{quantizer, view, x, candidates, errors});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

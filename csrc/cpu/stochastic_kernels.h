@@ -1,5 +1,8 @@
-// The stochastic-rounding kernels, compiled once per path by foreach_isa.h.
-#include "cpu/fake_quantize_kernels.h"
+// Stochastic rounding.
+#include "cpu/common/philox.h"
+#include "cpu/fake_quantize_learnable_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Uniform numbers for elements in memory order: element i has word i % 4 of the block i / 4.
 //
@@ -33,7 +36,7 @@ class Uniforms {
     end_ = first_ + n;
   }
 
-#if QK_LEVEL == 2
+#if QK_PATH == QK_PATH_AVX512
   static constexpr int64_t kGroup = 32;
   void group(int64_t block, float* u) const {
     // In this order of blocks the unpacking below gives them in sequence.
@@ -57,7 +60,7 @@ class Uniforms {
   static void store(__m512i words, float* u) {
     _mm512_storeu_ps(u, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(kUnit)));
   }
-#elif QK_LEVEL == 1
+#elif QK_PATH == QK_PATH_AVX2
   static constexpr int64_t kGroup = 16;
   void group(int64_t block, float* u) const {
     const __m256i blocks = _mm256_add_epi64(_mm256_set1_epi64x(block), _mm256_setr_epi64x(0, 2, 1, 3));
@@ -190,3 +193,5 @@ void stochastic_backward(const View& view, const Quantizer<Arithmetic<S>>& quant
       view, numel,
       LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point, Terms{&philox}});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,4 +1,11 @@
-// The activation functions on vectors of vec.h, for whatever path includes this; the constants are in activation.h.
+// The activation functions on vectors of vec.h; their constants are in activation.h.
+#ifndef QK_ACTIVATION_KERNELS
+#define QK_ACTIVATION_KERNELS
+
+#include "cpu/common/activation.h"
+#include "cpu/common/vec.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // 2**n for a whole n from the smallest normal number's exponent to infinity's; a finite number for NaN.
 template <typename T>
@@ -10,13 +17,13 @@ inline Lanes<T> power_of_two(Lanes<T> n) {
   std::memcpy(n.v, bits, sizeof bits);
   return n;
 }
-#if QK_LEVEL == 1
+#if QK_PATH == QK_PATH_AVX2
 inline __m256 power_of_two(__m256 n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 inline F32 power_of_two(F32 n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
-#elif QK_LEVEL == 2
+#elif QK_PATH != QK_PATH_SCALAR
 inline F32 power_of_two(F32 n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
@@ -64,3 +71,7 @@ inline V activate(V x, Activation activation) {
     default: return x;
   }
 }
+
+}  // namespace qkernels::QK_NAMESPACE
+
+#endif

@@ -1,6 +1,12 @@
 // Dynamic quantization of values that a fused op computes: they reach the quantizer in the arithmetic type, through a
-// buffer that stays in cache. Compiled once per path by foreach_isa.h.
+// buffer that stays in cache.
+#include <memory>
+
+#include "cpu/common/dynamic_rows.h"
+#include "cpu/common/ranges_kernels.h"
 #include "cpu/fake_quantize_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 constexpr int64_t kValues = 4096;  // elements of the buffer, where a unit is not longer
 
@@ -70,3 +76,5 @@ void quantize_units(const Units& units, const QparamsRule& rule, O* out, typenam
     }
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,45 +1,45 @@
-// Compiles the file QK_BODY once for each vector path: in namespace scalar for any CPU, avx2 and avx512 for theirs.
-// Everything in it works on 16 lanes whatever the path, so that sums come out in one order and bit-identical.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+// Compiles the file QK_BODY once for each path, with QK_PATH naming it: in namespace scalar for any CPU, avx2 for CPUs
+// that have it, and avx512, or avx512vnni where QK_USES_VNNI is defined. Once in a source file.
 #include "cpu/common/isa.h"
 
-#define QK_LEVEL 0
-namespace qkernels::scalar {
-#include "cpu/common/vec.h"
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own _mm256_undefined_* and _mm512_undefined_* inside the intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define QK_PATH QK_PATH_SCALAR
 #include QK_BODY
-}  // namespace qkernels::scalar
-#undef QK_LEVEL
+#include "cpu/common/end_of_path.h"
 
 #if defined(__x86_64__)
 QK_TARGET_AVX2_BEGIN
-#define QK_LEVEL 1
-namespace qkernels::avx2 {
-#include "cpu/common/vec.h"
+#define QK_PATH QK_PATH_AVX2
 #include QK_BODY
-}  // namespace qkernels::avx2
-#undef QK_LEVEL
+#include "cpu/common/end_of_path.h"
 QK_TARGET_END
 
+#ifdef QK_USES_VNNI
+#define QK_WIDEST avx512vnni
+QK_TARGET_AVX512VNNI_BEGIN
+#define QK_PATH QK_PATH_AVX512VNNI
+#else
+#define QK_WIDEST avx512
 QK_TARGET_AVX512_BEGIN
-#define QK_LEVEL 2
-namespace qkernels::avx512 {
-#include "cpu/common/vec.h"
+#define QK_PATH QK_PATH_AVX512
+#endif
 #include QK_BODY
-}  // namespace qkernels::avx512
-#undef QK_LEVEL
+#include "cpu/common/end_of_path.h"
 QK_TARGET_END
 
 // Calls `call` in the namespace of the active path.
 #define QK_DISPATCH_ISA(call)                   \
   do {                                          \
     const ::qkernels::Isa isa_ = active_isa();  \
-    if (isa_ >= ::qkernels::Isa::avx512) {      \
-      record_isa(::qkernels::Isa::avx512);      \
-      ::qkernels::avx512::call;                 \
-    } else if (isa_ == ::qkernels::Isa::avx2) { \
+    if (isa_ >= ::qkernels::Isa::QK_WIDEST) {   \
+      record_isa(::qkernels::Isa::QK_WIDEST);   \
+      ::qkernels::QK_WIDEST::call;              \
+    } else if (isa_ >= ::qkernels::Isa::avx2) { \
       record_isa(::qkernels::Isa::avx2);        \
       ::qkernels::avx2::call;                   \
     } else {                                    \
@@ -47,10 +47,17 @@ QK_TARGET_END
       ::qkernels::scalar::call;                 \
     }                                           \
   } while (0)
+
+// The object `name` of the active path's namespace.
+#define QK_OF_ACTIVE_ISA(name)                                              \
+  (active_isa() >= ::qkernels::Isa::QK_WIDEST ? ::qkernels::QK_WIDEST::name \
+   : active_isa() >= ::qkernels::Isa::avx2    ? ::qkernels::avx2::name      \
+                                              : ::qkernels::scalar::name)
 #else
 #define QK_DISPATCH_ISA(call)            \
   do {                                   \
     record_isa(::qkernels::Isa::scalar); \
     ::qkernels::scalar::call;            \
   } while (0)
+#define QK_OF_ACTIVE_ISA(name) ::qkernels::scalar::name
 #endif

@@ -1,7 +1,7 @@
 // Instruction-set paths of the CPU kernels: which exist, which one runs, and how code is compiled for each.
 //
-// Every kernel is compiled for all paths in one translation unit without per-file flags: code between
-// QK_TARGET_<ISA>_BEGIN and QK_TARGET_END may use that path's instructions and is reached only after active_isa().
+// One translation unit holds a kernel for all paths, without flags of its own: code between QK_TARGET_<ISA>_BEGIN and
+// QK_TARGET_END may use the instructions of that path, and runs only where active_isa() allows the path.
 #pragma once
 
 #include <atomic>
@@ -36,6 +36,12 @@ inline Isa active_isa() { return static_cast<Isa>(isa_state.active.load(std::mem
 inline void record_isa(Isa isa) { isa_state.last.store(static_cast<int>(isa), std::memory_order_relaxed); }
 
 }  // namespace qkernels
+
+// The paths as numbers that #if compares.
+#define QK_PATH_SCALAR 0
+#define QK_PATH_AVX2 1
+#define QK_PATH_AVX512 2
+#define QK_PATH_AVX512VNNI 3
 
 #define QK_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

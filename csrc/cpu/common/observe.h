@@ -1,25 +1,25 @@
 // The moving-average observer: from each channel's range in a batch to statistics, scale and zero point.
 #pragma once
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/ranges.h"
 
 namespace qkernels {
 
 // Updates the four statistics in place: fp32, zero_point int32 or int64, all contiguous with one element per channel.
 // A channel whose range is not finite keeps its own.
-inline void observe(const std::vector<float>& low, const std::vector<float>& high, float momentum,
-                    const QparamsRule& rule, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
-                    const Tensor& zero_point) {
+inline void observe(const Ranges& ranges, float momentum, const QparamsRule& rule, const Tensor& running_min,
+                    const Tensor& running_max, const Tensor& scale, const Tensor& zero_point) {
   float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());
   float* max_stat = static_cast<float*>(running_max.mutable_data_ptr());
   float* scales = static_cast<float*>(scale.mutable_data_ptr());
   const bool narrow = zero_point.scalar_type() == ScalarType::Int;
   void* zero_points = zero_point.mutable_data_ptr();
   const auto average = [momentum](float running, float batch) { return moving_average(running, batch, momentum); };
-  for (size_t c = 0; c < low.size(); ++c) {
-    if (!std::isfinite(low[c]) || !std::isfinite(high[c])) continue;
-    min_stat[c] = average(min_stat[c], low[c]);
-    max_stat[c] = average(max_stat[c], high[c]);
+  for (size_t c = 0; c < ranges.low.size(); ++c) {
+    const float low = ranges.low[c], high = ranges.high[c];
+    if (!std::isfinite(low) || !std::isfinite(high)) continue;
+    min_stat[c] = average(min_stat[c], low);
+    max_stat[c] = average(max_stat[c], high);
     const auto chosen = choose_qparams<float>(min_stat[c], max_stat[c], rule);
     scales[c] = chosen.scale;
     if (narrow) {

@@ -1,9 +1,15 @@
-// 16 lanes of fp32 (F32) or fp64 (F64) with one interface on every path. No include guard: foreach_isa.h includes it
-// once per path, inside that path's namespace and target.
+// 16 lanes of fp32 (F32) or fp64 (F64) with one interface on every path. Kernels work on 16 lanes whatever the path, so
+// that sums come out in one order and bit-identical.
 //
 // GCC applies a target region to members and free functions but not to friends defined in a class: hence none here.
 //
 // min(bound, v) and max(bound, v) keep a NaN in v, which is how NaN propagates through a clamp.
+#ifndef QK_VEC
+#define QK_VEC
+
+#include "cpu/common/path.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename T>
 struct Lanes {
@@ -114,11 +120,11 @@ inline Lanes<T> select(typename Lanes<T>::Mask m, Lanes<T> a, Lanes<T> b) {
 
 using F64 = Lanes<double>;
 
-#if QK_LEVEL == 0
+#if QK_PATH == QK_PATH_SCALAR
 
 using F32 = Lanes<float>;
 
-#elif QK_LEVEL == 1
+#elif QK_PATH == QK_PATH_AVX2
 
 struct F32 {
   using Scalar = float;
@@ -364,9 +370,9 @@ inline typename V::Scalar lane_max(V a) {  // NaN if any lane is
 // lane_max of what max_abs gave: the bits order as integers here too.
 template <typename V>
 inline typename V::Scalar lane_max_abs(V a) {
-#if QK_LEVEL > 0
+#if QK_PATH != QK_PATH_SCALAR
   if constexpr (std::is_same_v<V, F32>) {
-#if QK_LEVEL == 2
+#if QK_PATH != QK_PATH_AVX2
     const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a.v));
 #else
     const __m256i m = _mm256_max_epi32(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi));
@@ -386,3 +392,7 @@ template <typename V>
 inline typename V::Scalar lane_min(V a) {
   return -lane_max(zero<V>() - a);
 }
+
+}  // namespace qkernels::QK_NAMESPACE
+
+#endif

@@ -1,11 +1,10 @@
-// Compiles int4_gemm_kernels.h once per instruction-set path and chooses among them.
-#include "cpu/int4_gemm/int4_gemm.h"
-
+// Compiles int4_gemm_kernels.h once per path and chooses among the paths.
 #define QK_BODY "cpu/int4_gemm/int4_gemm_kernels.h"
-#include "cpu/common/foreach_gemm_isa.h"
+#define QK_USES_VNNI
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 
-const Int4Kernels& int4_kernels() { return best_kernels(); }
+const Int4Kernels& int4_kernels() { return QK_OF_ACTIVE_ISA(kKernels); }
 
 }  // namespace qkernels

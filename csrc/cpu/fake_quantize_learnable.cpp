@@ -1,13 +1,30 @@
-// The straight-through variants of the learnable backward on the CPU; the kernels are in straight_through_kernels.h.
+// Gradients of learned scales and zero points (LSQ, LSQ+) and of the straight-through variants, on the CPU. The kernels
+// are in fake_quantize_learnable_kernels.h.
 #include "cpu/common/granularity.h"
 
-#define QK_BODY "cpu/straight_through_kernels.h"
+#define QK_BODY "cpu/fake_quantize_learnable_kernels.h"
 #include "cpu/common/foreach_isa.h"
 
 #include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor& grad_any, const Tensor& x_any,
+                                                                    const Tensor& scale,
+                                                                    std::optional<Tensor> zero_point, int64_t quant_min,
+                                                                    int64_t quant_max, double grad_factor, bool lsq) {
+  return learned(
+      grad_any, x_any, scale, zero_point, quant_min, quant_max,
+      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+          double* dzero_point) {
+        if (lsq) {
+          QK_DISPATCH_ISA(learnable_backward<true>(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        } else {
+          QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        }
+      });
+}
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_straight_through_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
@@ -30,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_straight_through_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quantize_learnable_backward", TORCH_BOX(&fake_quantize_learnable_backward));
   m.impl("fake_quantize_straight_through_backward", TORCH_BOX(&fake_quantize_straight_through_backward));
 }
 

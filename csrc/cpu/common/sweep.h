@@ -1,4 +1,11 @@
-// How kernels visit a tensor run by run, for any granularity; included once per path by the kernel bodies.
+// How kernels visit the elements of a tensor of any granularity, and the parameters that each element has.
+#ifndef QK_SWEEP
+#define QK_SWEEP
+
+#include "cpu/common/granularity.h"
+#include "cpu/common/vec.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Calls f(i) for every 16 of n elements, then f(i, count) for the rest: the arguments that V::load, V::store and the
 // parameters below take after the pointer, so that f says once what is done to a vector.
@@ -127,67 +134,6 @@ class BitWriter {
   int fill_;
 };
 
-// Reductions per channel, deterministic whatever the number of threads: fixed pieces, added up in order.
-constexpr int64_t kPiece = 16384;  // elements of a run that one partial result covers
-constexpr int64_t kRows = 256;     // rows of short runs that one partial result covers
-constexpr int64_t kTile = 64;      // columns of a row that are kept in registers at a time
+}  // namespace qkernels::QK_NAMESPACE
 
-// Op gives a Partial, `identity`, `merge`, `piece(at, n, channel)` for an even run, and
-// `column(at, row, rows, n, lanes)` for up to 16 adjacent columns over rows that lie `row` elements apart.
-// Then `result(channel, partial)` is called once for each channel.
-template <typename Op>
-void reduce_channels(const View& view, int64_t numel, const Op& op) {
-  using Partial = typename Op::Partial;
-  const int64_t row = view.period * view.inner;
-  if (view.inner >= kShortRun || view.channels == 1) {
-    const int64_t pieces = (view.inner + kPiece - 1) / kPiece;
-    const int64_t items = view.runs * pieces;
-    std::vector<Partial> partial(items);
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(view.inner, kPiece));
-    torch::stable::parallel_for(0, items, grain, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item) {
-        const int64_t run = item / pieces, from = item % pieces * kPiece;
-        partial[item] =
-            op.piece(run * view.inner + from, std::min(kPiece, view.inner - from), view.channel(run % view.period));
-      }
-    });
-    std::vector<Partial> total(view.channels, Op::identity());
-    int64_t in_period = 0;
-    for (int64_t run = 0; run < view.runs; ++run) {
-      Partial& sum = total[view.channel(in_period)];
-      for (int64_t i = 0; i < pieces; ++i) Op::merge(sum, partial[run * pieces + i]);
-      if (++in_period == view.period) in_period = 0;
-    }
-    for (int64_t c = 0; c < view.channels; ++c) op.result(c, total[c]);
-    return;
-  }
-  // Short runs: a tile of whole runs, column by column over a block of rows.
-  const int64_t rows = numel / row;
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t tile_runs = kTile / view.inner;
-  const int64_t tiles = (view.period + tile_runs - 1) / tile_runs;
-  std::vector<Partial> partial(blocks * view.period);
-  const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, kRows) * kTile));
-  torch::stable::parallel_for(0, blocks * tiles, grain, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t block = item / tiles, run = item % tiles * tile_runs;
-      const int64_t runs = std::min(tile_runs, view.period - run);
-      const int64_t height = std::min(kRows, rows - block * kRows);
-      const int64_t columns = runs * view.inner;
-      Partial lanes[kTile];
-      for (int64_t column = 0; column < columns; column += 16)
-        op.column(block * kRows * row + run * view.inner + column, row, height, std::min<int64_t>(16, columns - column),
-                  lanes + column);
-      for (int64_t r = 0; r < runs; ++r) {
-        Partial sum = lanes[r * view.inner];
-        for (int64_t i = 1; i < view.inner; ++i) Op::merge(sum, lanes[r * view.inner + i]);
-        partial[block * view.period + run + r] = sum;
-      }
-    }
-  });
-  std::vector<Partial> total(view.channels, Op::identity());
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t run = 0; run < view.period; ++run)
-      Op::merge(total[view.channel(run)], partial[block * view.period + run]);
-  for (int64_t c = 0; c < view.channels; ++c) op.result(c, total[c]);
-}
+#endif
