@@ -1,79 +1,9 @@
-// Ops that take the range from x itself: fake_quantize_dynamic_forward, quantize_dynamic, observe_fake_quantize.
+// Fake and real quantization with ranges that x itself gives.
 #include "ops.cuh"
-#include "reduce.cuh"
+#include "ranges.cuh"
 
 namespace qkernels {
 namespace {
-
-// Writes a zero point to an int32 or int64 tensor.
-struct IntOutput {
-  void* data;
-  bool wide;
-  __device__ void set(int64_t i, int64_t value) const {
-    if (wide) {
-      static_cast<int64_t*>(data)[i] = value;
-    } else {
-      static_cast<int32_t*>(data)[i] = static_cast<int32_t>(value);
-    }
-  }
-};
-
-// Minimum and maximum of each channel, and what becomes of them: scale and zero point, directly or through the moving
-// averages of an observer.
-template <typename S>
-struct RangeOp {
-  using T = Arithmetic<S>;
-  using Total = T;
-  static constexpr int kWidth = kVector<S>;
-  static constexpr bool kQuantizes = false;
-  using Loaded = Vec<S, kWidth>;
-  const S* x;
-  QparamsRule rule;
-  T* scale;  // of fake_quantize_dynamic
-  IntOutput zero_point;
-  Flag observer_on;  // the rest: of an observer
-  float *running_min = nullptr, *running_max = nullptr, *observed_scale = nullptr;
-  float momentum = 0;
-
-  RangeOp of_columns() const { return *this; }
-
-  static __device__ __forceinline__ Pair<T> identity() { return {static_cast<T>(INFINITY), static_cast<T>(-INFINITY)}; }
-  template <typename U>
-  static __device__ __forceinline__ Pair<U> merge(Pair<U> p, Pair<U> q) {
-    return {nan_min(p.a, q.a), nan_max(p.b, q.b)};
-  }
-  __device__ __forceinline__ bool wanted() const { return !observer_on.data || observer_on.is_set(); }
-  template <bool kWhole>
-  __device__ __forceinline__ Loaded load(int64_t at, int first, int last) const {
-    return qkernels::load<kWhole, kWidth>(x + at, first, last);
-  }
-  template <bool kWhole, typename P>
-  __device__ __forceinline__ void terms(int64_t, int first, int last, const Loaded& in, P,
-                                        Pair<T> (&out)[kWidth]) const {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const T value = widen(in, k);
-      out[k] = kWhole || (k >= first && k < last) ? Pair<T>{value, value} : identity();
-    }
-  }
-  __device__ void result(int64_t channel, Pair<T> range) const {
-    if (!running_min) {
-      const auto chosen = choose_qparams<T>(range.a, range.b, rule);
-      scale[channel] = chosen.scale;
-      zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
-      return;
-    }
-    const float low = static_cast<float>(range.a), high = static_cast<float>(range.b);
-    if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity must not be learned
-    const float new_low = moving_average(running_min[channel], low, momentum);
-    const float new_high = moving_average(running_max[channel], high, momentum);
-    running_min[channel] = new_low;
-    running_max[channel] = new_high;
-    const auto chosen = choose_qparams<float>(new_low, new_high, rule);
-    observed_scale[channel] = chosen.scale;
-    zero_point.set(channel, static_cast<int64_t>(chosen.zero_point));
-  }
-};
 
 // Rows that fit the registers of the threads which share one: each thread holds kHeld vectors of a row, of kTogether
 // rows at a time.
@@ -249,14 +179,30 @@ bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* 
   return true;
 }
 
+// Scale and zero point of each channel.
+template <typename T>
+struct ChooseQparams {
+  QparamsRule rule;
+  T* scale;
+  int32_t* zero_point;
+
+  __device__ __forceinline__ bool wanted() const { return true; }
+  __device__ void operator()(int64_t channel, T low, T high) const {
+    const auto chosen = choose_qparams<T>(low, high, rule);
+    scale[channel] = chosen.scale;
+    zero_point[channel] = static_cast<int32_t>(chosen.zero_point);
+  }
+};
+
 // Scale and zero point of each group of a dense x, in any memory order.
 void dynamic_qparams(const Gpu& gpu, const Tensor& x, const QparamsRule& rule, const Tensor& scale,
                      const Tensor& zero_point) {
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
-    const RangeOp<S> op{static_cast<const S*>(x.const_data_ptr()), rule, static_cast<T*>(scale.mutable_data_ptr()),
-                        IntOutput{zero_point.mutable_data_ptr(), false}, Flag()};
+    const RangeOp<S, ChooseQparams<T>> op{
+        static_cast<const S*>(x.const_data_ptr()),
+        {rule, static_cast<T*>(scale.mutable_data_ptr()), static_cast<int32_t*>(zero_point.mutable_data_ptr())}};
     reduce_channels(gpu, op, Qparams<T>{}, runs_of(x, scale), x.numel(), is_aligned({op.x}));
   });
 }
@@ -314,44 +260,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t
   return {q, scale, zero_point};
 }
 
-std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& observer_on,
-                                                 const Tensor& fake_quant_on, const Tensor& running_min,
-                                                 const Tensor& running_max, const Tensor& scale,
-                                                 const Tensor& zero_point, double averaging_const, int64_t quant_min,
-                                                 int64_t quant_max, double symmetric_steps,
-                                                 int64_t symmetric_zero_point) {
-  check_floating("x", x);
-  const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
-  const Gpu gpu(x);
-  check_statistics(running_min, running_max, scale, zero_point, x, gpu.device());
-  check_flag("observer_on", observer_on, gpu.device());
-  check_flag("fake_quant_on", fake_quant_on, gpu.device());
-  Tensor y = empty_dense_like(x, gpu.device()), mask = empty_mask(x.numel(), gpu.device());
-  if (x.numel() == 0) return {y, mask};
-  const Tensor dense = in_layout_of(x, y);
-  dispatch_floating("x", dense, [&](auto tag) {
-    using S = decltype(tag);
-    const RangeOp<S> op{static_cast<const S*>(dense.const_data_ptr()),
-                        rule,
-                        nullptr,
-                        IntOutput{zero_point.mutable_data_ptr(), zero_point.scalar_type() == ScalarType::Long},
-                        Flag(observer_on),
-                        static_cast<float*>(running_min.mutable_data_ptr()),
-                        static_cast<float*>(running_max.mutable_data_ptr()),
-                        static_cast<float*>(scale.mutable_data_ptr()),
-                        static_cast<float>(averaging_const)};
-    reduce_channels(gpu, op, Qparams<Arithmetic<S>>{}, runs_of(dense, scale), dense.numel(), is_aligned({op.x}));
-  });
-  fake_quantize_into(gpu, dense, scale, zero_point, quant_min, quant_max, y, &mask, Flag(fake_quant_on));
-  return {y, mask};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
   m.impl("fake_quantize_dynamic_forward", TORCH_BOX(&fake_quantize_dynamic_forward));
   m.impl("quantize_dynamic", TORCH_BOX(&quantize_dynamic));
-  m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize));
 }
 
 }  // namespace qkernels

@@ -1,4 +1,4 @@
-// Fake quantization on the GPU, element by element; see fake_quantize_learnable.cu and ranges.cu for the reductions.
+// Fake quantization on the GPU, element by element.
 #include "ops.cuh"
 #include "sweep.cuh"
 
