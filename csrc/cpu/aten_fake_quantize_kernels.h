@@ -17,6 +17,12 @@ inline void store_bytes(uint16_t bits, uint8_t* p) {
 #endif
 }
 
+inline void store_bytes(uint16_t bits, uint8_t* p, int64_t n) {
+  uint8_t bytes[16];
+  store_bytes(bits, bytes);
+  std::memcpy(p, bytes, n);
+}
+
 template <typename V>
 inline typename V::Mask load_bytes(const uint8_t* p) {
 #if QK_PATH == QK_PATH_AVX512
@@ -32,23 +38,21 @@ inline typename V::Mask load_bytes(const uint8_t* p) {
 #endif
 }
 
+template <typename V>
+inline typename V::Mask load_bytes(const uint8_t* p, int64_t n) {
+  uint8_t bytes[16] = {};
+  std::memcpy(bytes, p, n);
+  return load_bytes<V>(bytes);
+}
+
 template <typename V, typename S, typename P>
 inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p, Bounds<V> b) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V z = p.zero_point(i);
-    const V q = round(V::load(x + i) * p.inv(i)) + z;
-    store_bytes(inside(q, b.low, b.high).bits(), mask + i);
-    ((min(b.high, max(b.low, q)) - z) * p.scale(i)).store(y + i);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V z = p.zero_point(i, tail);
-    const V q = round(V::load(x + i, tail) * p.inv(i, tail)) + z;
-    uint8_t bytes[16];
-    store_bytes(inside(q, b.low, b.high).bits(), bytes);
-    std::memcpy(mask + i, bytes, tail);
-    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail)).store(y + i, tail);
-  }
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V z = p.zero_point(i, tail...);
+    const V q = round(V::load(x + i, tail...) * p.inv(i, tail...)) + z;
+    store_bytes(inside(q, b.low, b.high).bits(), mask + i, tail...);
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + i, tail...);
+  });
 }
 
 // fp32 arithmetic is exact enough for torch's bits: fp32 and half inputs, integer zero points, ranges within 2**24.
@@ -97,14 +101,11 @@ template <typename S>
 void backward_bytes(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
   using V = typename VecOf<S>::type;
   torch::stable::parallel_for(0, (numel + 1023) / 1024, kGrain / 1024, [&](int64_t first, int64_t last) {
-    const int64_t end = std::min(last * 1024, numel);
-    int64_t i = first * 1024;
-    for (; i + 16 <= end; i += 16) select(load_bytes<V>(mask + i), V::load(grad + i), zero<V>()).store(dx + i);
-    if (const int64_t tail = end - i; tail > 0) {
-      uint8_t bytes[16] = {};
-      std::memcpy(bytes, mask + i, tail);
-      select(load_bytes<V>(bytes), V::load(grad + i, tail), zero<V>()).store(dx + i, tail);
-    }
+    const int64_t at = first * 1024;
+    for_each_16(std::min(last * 1024, numel) - at, [&](int64_t i, auto... tail) {
+      i += at;
+      select(load_bytes<V>(mask + i, tail...), V::load(grad + i, tail...), zero<V>()).store(dx + i, tail...);
+    });
   });
 }
 

@@ -137,25 +137,19 @@ struct Searcher<F32> {
 #endif
 
 template <typename V>
-struct Bounds {
+struct Ends {
   V low, high;
-  explicit Bounds(const Codebook<typename V::Scalar>& c) : low(V::set1(c.low())), high(V::set1(c.high())) {}
+  explicit Ends(const Codebook<typename V::Scalar>& c) : low(V::set1(c.low())), high(V::set1(c.high())) {}
 };
 
 template <typename V, typename S, bool kMask, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, const Searcher<V>& search, BitWriter* bits) {
-  const Bounds<V> b(search.c);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V v = V::load(x + i) * p.inv(i);
-    if constexpr (kMask) bits->add(inside(v, b.low, b.high).bits(), 16);
-    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i)).store(y + i);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V v = V::load(x + i, tail) * p.inv(i, tail);
-    if constexpr (kMask) bits->add(inside(v, b.low, b.high).bits() & ((1u << tail) - 1), static_cast<int>(tail));
-    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i, tail)).store(y + i, tail);
-  }
+  const Ends<V> b(search.c);
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V v = V::load(x + i, tail...) * p.inv(i, tail...);
+    if constexpr (kMask) bits->add(bits_of(inside(v, b.low, b.high).bits(), tail...), lanes_of(tail...));
+    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i, tail...)).store(y + i, tail...);
+  });
 }
 
 template <typename S>
@@ -178,17 +172,12 @@ template <typename S>
 void backward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
               int64_t numel, const S* grad, const S* x, S* dx) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(codebook);
+  const Ends<V> b(codebook);
   for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const V v = V::load(x + at + i) * p.inv(i);
-      select(inside(v, b.low, b.high), V::load(grad + at + i), zero<V>()).store(dx + at + i);
-    }
-    if (const int64_t tail = n - i; tail > 0) {
-      const V v = V::load(x + at + i, tail) * p.inv(i, tail);
-      select(inside(v, b.low, b.high), V::load(grad + at + i, tail), zero<V>()).store(dx + at + i, tail);
-    }
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V v = V::load(x + at + i, tail...) * p.inv(i, tail...);
+      select(inside(v, b.low, b.high), V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
+    });
   });
 }
 
@@ -198,20 +187,14 @@ void quantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Co
   using V = typename VecOf<S>::type;
   for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
-    for (int64_t i = 0; i < n; i += 16) {
-      const int64_t count = std::min<int64_t>(16, n - i);
+    for_each_16(n, [&](int64_t i, auto... tail) {
       uint8_t* out = codes + at + i;
-      V v = count == 16 ? V::load(x + at + i) * p.inv(i) : V::load(x + at + i, count) * p.inv(i, count);
+      V v = V::load(x + at + i, tail...) * p.inv(i, tail...);
       v = select(is_nan(v), zero<V>(), v);
-      const V code = search.code(search.find(v));
-      if (count == 16) {
-        code.store(out);
-      } else {
-        code.store(out, count);
-      }
+      search.code(search.find(v)).store(out, tail...);
       if (!codebook.ordered)
-        for (int64_t lane = 0; lane < count; ++lane) out[lane] = codebook.order[out[lane]];
-    }
+        for (int lane = 0; lane < lanes_of(tail...); ++lane) out[lane] = codebook.order[out[lane]];
+    });
   });
 }
 
@@ -222,18 +205,13 @@ void dequantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const 
   const V last = V::set1(static_cast<Arithmetic<S>>(codebook.size - 1)), nan = V::set1(static_cast<Arithmetic<S>>(NAN));
   for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
-    for (int64_t i = 0; i < n; i += 16) {
-      const int64_t count = std::min<int64_t>(16, n - i);
-      V code = count == 16 ? V::load(codes + at + i) : V::load(codes + at + i, count);
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      V code = V::load(codes + at + i, tail...);
       const auto known = inside(code, zero<V>(), last);
       code = min(last, code);  // the scalar path looks up what it is given
       const V value = select(known, search.level(search.index(code)), nan);
-      if (count == 16) {
-        (value * p.scale(i)).store(y + at + i);
-      } else {
-        (value * p.scale(i, count)).store(y + at + i, count);
-      }
-    }
+      (value * p.scale(i, tail...)).store(y + at + i, tail...);
+    });
   });
 }
 
@@ -257,30 +235,26 @@ struct LevelSums {
   }
 };
 
-// The learnable backward for 16 elements, or the n that are left: dx is written, the level's sum is added to, the term
-// of the scale returned. Lanes beyond n have dy = 0 and x = 0: their term is 0, unless all of the run is NaN.
+// The learnable backward for the 16 elements from `at` on, or the `tail` that are left, whose parameters p has from i
+// on: dx is written, the level's sum is added to, the term of the scale returned. Lanes beyond the tail have dy = 0 and
+// x = 0: their term is 0, unless all of the run is NaN.
 template <typename S, bool kCodebook>
 struct LearnableTerms {
   using V = typename VecOf<S>::type;
   Searcher<V> search;
-  Bounds<V> b;
+  Ends<V> b;
   const S *grad, *x;
   S* dx;
 
-  template <typename P>
-  V operator()(int64_t at, int64_t n, const P& p, int64_t i, LevelSums& sums) const {
-    const bool full = n == 16;
-    const V dy = full ? V::load(grad + at) : V::load(grad + at, n);
-    const V v = full ? V::load(x + at) * p.inv(i) : V::load(x + at, n) * p.inv(i, n);
+  template <typename P, typename... Tail>
+  V operator()(int64_t at, const P& p, int64_t i, LevelSums& sums, Tail... tail) const {
+    const V dy = V::load(grad + at, tail...);
+    const V v = V::load(x + at, tail...) * p.inv(i, tail...);
     const auto in = inside(v, b.low, b.high);
     const V d = select(in, dy, zero<V>());  // select, never multiply: an infinite dy must not become NaN
-    if (full) {
-      d.store(dx + at);
-    } else {
-      d.store(dx + at, n);
-    }
+    d.store(dx + at, tail...);
     const auto index = search.find(v);
-    if constexpr (kCodebook) sums.add(index, dy * (full ? p.scale(i) : p.scale(i, n)), n);
+    if constexpr (kCodebook) sums.add(index, dy * p.scale(i, tail...), lanes_of(tail...));
     return dy * (select(is_nan(v), v, search.level(index)) - select(in, v, zero<V>()));
   }
 };
@@ -295,7 +269,7 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
                            std::vector<double>& dscale, std::vector<double>& dlevels) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  const LearnableTerms<S, kCodebook> terms{Searcher<V>(codebook), Bounds<V>(codebook), grad, x, dx};
+  const LearnableTerms<S, kCodebook> terms{Searcher<V>(codebook), Ends<V>(codebook), grad, x, dx};
   const int64_t levels = static_cast<int64_t>(dlevels.size());
   std::vector<double> of_levels;  // of each task
   int64_t tasks;
@@ -315,8 +289,7 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
           while (at < stop) {  // in fp32 over at most 64 vectors, then in fp64
             V acc = zero<V>();
             const int64_t pause = std::min(at + 1024, stop);
-            for (; at + 16 <= pause; at += 16) acc = acc + terms(at, 16, p, 0, sums);
-            if (at < pause) acc = acc + terms(at, pause - at, p, 0, sums);
+            for_each_16(pause - at, [&](int64_t i, auto... tail) { acc = acc + terms(at + i, p, 0, sums, tail...); });
             at = pause;
             add_lanes(lanes, acc);
           }
@@ -353,10 +326,10 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
         const int64_t stop = std::min((block + 1) * kTaskRows, rows);
         for (int64_t r = block * kTaskRows; r < stop; ++r) {
           const int64_t at = r * row + from, n = std::min(columns, numel - at);  // the last row may end early
-          for (int64_t i = 0; i < n; i += 16) {
-            const auto p = params.template from<V>(0);
-            (V::load(acc + i) + terms(at + i, std::min<int64_t>(16, n - i), p, i, sums)).store(acc + i);
-          }
+          const auto p = params.template from<V>(0);
+          for_each_16(n, [&](int64_t i, auto... tail) {
+            (V::load(acc + i) + terms(at + i, p, i, sums, tail...)).store(acc + i);
+          });
         }
         for (int64_t i = 0; i < columns; ++i)
           of_runs[block * runs + (from + i) / view.inner] += static_cast<double>(acc[i]);

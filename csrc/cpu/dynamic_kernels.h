@@ -9,10 +9,9 @@ namespace qkernels::QK_NAMESPACE {
 // clipped, and the zero point is 0. Adding it still turns -0 into 0, as everywhere.
 template <typename V, typename S>
 inline void symmetric_stretch(const S* x, S* y, int64_t n, V inv, V scale) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) ((round(V::load(x + i) * inv) + zero<V>()) * scale).store(y + i);
-  if (const int64_t tail = n - i; tail > 0)
-    ((round(V::load(x + i, tail) * inv) + zero<V>()) * scale).store(y + i, tail);
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    ((round(V::load(x + i, tail...) * inv) + zero<V>()) * scale).store(y + i, tail...);
+  });
 }
 
 // Each row of `length` elements gives its own scale while it is in cache, then is quantized with it.

@@ -35,22 +35,13 @@ constexpr Inside inside_of(bool lsq) { return lsq ? Inside::open : Inside::round
 
 template <typename V, typename S, bool kMask, bool kLsq = false, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, Bounds<V> b, BitWriter* bits) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V z = p.zero_point(i), steps = V::load(x + i) * p.inv(i);
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V z = p.zero_point(i, tail...), steps = V::load(x + i, tail...) * p.inv(i, tail...);
     const V q = round(steps) + z;
-    if constexpr (kMask) bits->add(counts_inside<inside_of(kLsq)>(steps, q, z, b).bits(), 16);
-    ((min(b.high, max(b.low, q)) - z) * p.scale(i)).store(y + i);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V z = p.zero_point(i, tail), steps = V::load(x + i, tail) * p.inv(i, tail);
-    const V q = round(steps) + z;
-    if constexpr (kMask) {
-      const uint32_t in = counts_inside<inside_of(kLsq)>(steps, q, z, b).bits();
-      bits->add(in & ((1u << tail) - 1), static_cast<int>(tail));
-    }
-    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail)).store(y + i, tail);
-  }
+    if constexpr (kMask)
+      bits->add(bits_of(counts_inside<inside_of(kLsq)>(steps, q, z, b).bits(), tail...), lanes_of(tail...));
+    ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + i, tail...);
+  });
 }
 
 template <bool kLsq = false, typename S>
@@ -87,17 +78,13 @@ template <typename S>
 void backward_mask(int64_t numel, const S* grad, const uint8_t* mask, S* dx) {
   using V = typename VecOf<S>::type;
   torch::stable::parallel_for(0, (numel + 1023) / 1024, kGrain / 1024, [&](int64_t first, int64_t last) {
-    const int64_t end = std::min(last * 1024, numel);
-    int64_t i = first * 1024;
-    for (; i + 16 <= end; i += 16) {
-      const auto m = V::Mask::from_bits(static_cast<uint16_t>(mask[i / 8] | mask[i / 8 + 1] << 8));
-      select(m, V::load(grad + i), zero<V>()).store(dx + i);
-    }
-    if (const int64_t tail = end - i; tail > 0) {
-      const int high = tail > 8 ? mask[i / 8 + 1] << 8 : 0;
+    const int64_t at = first * 1024, end = std::min(last * 1024, numel);
+    for_each_16(end - at, [&](int64_t i, auto... tail) {
+      i += at;
+      const int high = lanes_of(tail...) > 8 ? mask[i / 8 + 1] << 8 : 0;
       const auto m = V::Mask::from_bits(static_cast<uint16_t>(mask[i / 8] | high));
-      select(m, V::load(grad + i, tail), zero<V>()).store(dx + i, tail);
-    }
+      select(m, V::load(grad + i, tail...), zero<V>()).store(dx + i, tail...);
+    });
   });
 }
 

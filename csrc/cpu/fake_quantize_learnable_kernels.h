@@ -24,8 +24,7 @@ struct LearnedTerms {
   }
 };
 
-// Sums of the learnable backward; dx is written on the way. Terms are added in fp32 over at most 64 vectors, then in
-// fp64: exact enough that the fp32 result is right to its last bits, at no cost.
+// Sums of the learnable backward; dx is written on the way.
 template <typename S, typename Terms>
 struct LearnableOp {
   using T = Arithmetic<S>;
@@ -56,28 +55,19 @@ struct LearnableOp {
     const Uniform<V> p(quantizer.of(channel));
     double scale_sum[16] = {}, zero_point_sum[16] = {};
     auto terms = all_terms.along(at, n);
-    V d, ds, dz;
-    int64_t i = 0;
-    while (i + 16 <= n) {
-      const int64_t stop = std::min(i + 1024, n);
-      V scale_acc = zero<V>(), zero_point_acc = zero<V>();
-      for (; i + 16 <= stop; i += 16) {
-        terms(at + i, V::load(grad + at + i), V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
-        d.store(dx + at + i);
+    for_each_summed(n, [&](int64_t first, int64_t count) {
+      V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
+      // Lanes beyond the last element have dy = 0 and x = 0: they add nothing, unless a parameter is NaN, when all is.
+      for_each_16(count, [&](int64_t k, auto... tail) {
+        const int64_t i = at + first + k;
+        terms(i, V::load(grad + i, tail...), V::load(x + i, tail...), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+        d.store(dx + i, tail...);
         scale_acc = scale_acc + ds;
         zero_point_acc = zero_point_acc + dz;
-      }
+      });
       add_lanes(scale_sum, scale_acc);
       add_lanes(zero_point_sum, zero_point_acc);
-    }
-    if (const int64_t tail = n - i; tail > 0) {
-      // Lanes beyond the tail have dy = 0 and x = 0: they add nothing, unless a parameter is NaN, when all is.
-      terms(at + i, V::load(grad + at + i, tail), V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, b, d, ds,
-            dz);
-      d.store(dx + at + i, tail);
-      add_lanes(scale_sum, ds);
-      add_lanes(zero_point_sum, dz);
-    }
+    });
     return {tree_sum(scale_sum), tree_sum(zero_point_sum)};
   }
 

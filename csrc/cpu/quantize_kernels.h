@@ -8,19 +8,12 @@ namespace qkernels::QK_NAMESPACE {
 
 template <typename V, typename S, typename I, typename P>
 inline void quantize_stretch(const S* x, I* q, int64_t n, const P& p, V low, V high) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const int64_t count = std::min<int64_t>(16, n - i);
-    const bool full = count == 16;
-    const V z = full ? p.zero_point(i) : p.zero_point(i, count);
-    const V steps = round((full ? V::load(x + i) : V::load(x + i, count)) * (full ? p.inv(i) : p.inv(i, count)));
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V z = p.zero_point(i, tail...), steps = round(V::load(x + i, tail...) * p.inv(i, tail...));
     V code = min(high, max(low, steps + z));
     code = select(is_nan(code), z, code);  // no integer is NaN: it becomes the code of zero
-    if (full) {
-      code.store(q + i);
-    } else {
-      code.store(q + i, count);
-    }
-  }
+    code.store(q + i, tail...);
+  });
 }
 
 template <typename S, typename I>
@@ -36,10 +29,9 @@ template <typename S, typename I>
 void dequantize(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const I* q, S* y) {
   using V = typename VecOf<S>::type;
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) ((V::load(q + at + i) - p.zero_point(i)) * p.scale(i)).store(y + at + i);
-    if (const int64_t tail = n - i; tail > 0)
-      ((V::load(q + at + i, tail) - p.zero_point(i, tail)) * p.scale(i, tail)).store(y + at + i, tail);
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      ((V::load(q + at + i, tail...) - p.zero_point(i, tail...)) * p.scale(i, tail...)).store(y + at + i, tail...);
+    });
   });
 }
 

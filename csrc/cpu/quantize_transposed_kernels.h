@@ -25,17 +25,15 @@ void magnitudes_of_rows(const S* x, int64_t length, Arithmetic<S>* rows, Arithme
   using V = typename VecOf<S>::type;
   V row[R];
   for (V& acc : row) acc = zero<V>();
-  for (int64_t c = 0; c < length; c += 16) {
-    const int64_t n = std::min<int64_t>(16, length - c);
+  for_each_16(length, [&](int64_t c, auto... tail) {
     V column = V::load(columns + c);
     for (int r = 0; r < R; ++r) {
-      const S* at = x + r * length + c;
-      const V v = n == 16 ? V::load(at) : V::load(at, n);
+      const V v = V::load(x + r * length + c, tail...);
       row[r] = max_abs(row[r], v);
       column = max_abs(column, v);
     }
     column.store(columns + c);
-  }
+  });
   for (int r = 0; r < R; ++r) rows[r] = lane_max_abs(row[r]);
 }
 
@@ -114,18 +112,13 @@ void quantize_square(const Squares<S>& t, int64_t first_row, int64_t first_colum
       const int64_t at = (first_row + r) * t.columns + first_column;
       int8_t* q = t.q + (first_row + r) * t.q_stride + first_column;
       const V inverse = V::set1(t.row_inverse[first_row + r]);
-      for (int64_t c = 0; c < width; c += 16) {
-        const int64_t n = std::min<int64_t>(16, width - c);
-        const V v = n == 16 ? V::load(t.x + at + c) : V::load(t.x + at + c, n);
+      for_each_16(width, [&](int64_t c, auto... tail) {
+        const V v = V::load(t.x + at + c, tail...);
         const V by_column = v * V::load(t.column_inverse + first_column + c);
         const auto [code, code_t] = rounded(at + c, v * inverse, by_column);
-        if (n == 16) {
-          code_of(code).store(q + c);
-        } else {
-          code_of(code).store(q + c, n);
-        }
+        code_of(code).store(q + c, tail...);
         code_of(code_t).store(block + r * kSquare + c);
-      }
+      });
     }
   };
   if (philox) {

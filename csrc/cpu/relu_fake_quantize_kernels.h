@@ -31,11 +31,7 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
       const V steps = rectified(v) * p.inv(i, tail...), q = round(steps) + z;
-      if constexpr (kMask) {
-        int count = 16;
-        ((count = static_cast<int>(tail)), ...);
-        bits.add(passes<kLsq>(v, steps, q, z, b).bits() & ((1u << count) - 1), count);
-      }
+      if constexpr (kMask) bits.add(bits_of(passes<kLsq>(v, steps, q, z, b).bits(), tail...), lanes_of(tail...));
       ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
     });
     if constexpr (kMask) bits.finish();

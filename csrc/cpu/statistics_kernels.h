@@ -37,19 +37,11 @@ struct Slots {
 template <typename S>
 void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& slots, int64_t* even, int64_t* odd) {
   using V = typename VecOf<S>::type;
-  int32_t slot[16];
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    slots.of(V::load(x + i)).store(slot);
-    for (int lane = 0; lane < 16; lane += 2) {
-      ++even[slot[lane]];
-      ++odd[slot[lane + 1]];
-    }
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    slots.of(V::load(x + i, tail)).store(slot);
-    for (int64_t lane = 0; lane < tail; ++lane) ++even[slot[lane]];
-  }
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    int32_t slot[16];
+    slots.of(V::load(x + i, tail...)).store(slot);
+    for (int lane = 0; lane < lanes_of(tail...); ++lane) ++(lane % 2 ? odd : even)[slot[lane]];
+  });
 }
 
 // counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel, `first`
@@ -143,19 +135,15 @@ struct ErrorsOp {
     for (int64_t k = 0; k < candidates; ++k) {
       const Uniform<V> p(quantizer.of(k * view.channels + channel));
       double sum[16] = {};
-      int64_t i = 0;
-      while (i + 16 <= n) {  // as the learnable backward: at most 64 vectors in fp32, then fp64
-        const int64_t stop = std::min(i + 1024, n);
+      for_each_summed(n, [&](int64_t first, int64_t count) {
         V acc = zero<V>();
-        for (; i + 16 <= stop; i += 16)
-          acc = acc + square(V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, low, high);
+        // Lanes beyond the last element hold 0, whose error is 0, unless a parameter is NaN, when all is.
+        for_each_16(count, [&](int64_t i, auto... tail) {
+          const V value = V::load(x + at + first + i, tail...);
+          acc = acc + square(value, p.inv_, p.scale_, p.zero_point_, low, high);
+        });
         add_lanes(sum, acc);
-      }
-      if (const int64_t tail = n - i; tail > 0) {
-        T lane[16];
-        square(V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, low, high).store(lane);
-        for (int64_t j = 0; j < tail; ++j) sum[j] += static_cast<double>(lane[j]);
-      }
+      });
       sums[k] = tree_sum(sum);
     }
     return sums;

@@ -110,19 +110,14 @@ inline V round_stochastically(V steps, V u) {
   return select(inside(u, steps - low, one), low, low + one);
 }
 
-// Calls f(i, count, q before the clamp, zero point) for the elements of a stretch that begins at element `at`.
+// Calls f(q before the clamp, zero point, i, count of a tail) for the elements of a stretch that begins at `at`.
 template <typename V, typename S, typename P, typename F>
 inline void for_each_code(const S* x, int64_t at, int64_t n, const P& p, const Philox& philox, F f) {
   Uniforms uniforms(philox, n);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V z = p.zero_point(i);
-    f(i, 16, round_stochastically(V::load(x + at + i) * p.inv(i), uniforms.template at<V>(at + i)) + z, z);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V z = p.zero_point(i, tail), steps = V::load(x + at + i, tail) * p.inv(i, tail);
-    f(i, tail, round_stochastically(steps, uniforms.template at<V>(at + i)) + z, z);
-  }
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
+    f(round_stochastically(steps, uniforms.template at<V>(at + i)) + z, z, i, tail...);
+  });
 }
 
 template <typename S>
@@ -132,16 +127,9 @@ void stochastic_forward(const View& view, const Quantizer<Arithmetic<S>>& quanti
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
-    for_each_code<V>(x, at, n, p, philox, [&](int64_t i, int64_t count, V q, V z) {
-      const V steps = min(b.high, max(b.low, q)) - z;
-      const uint32_t in = inside(q, b.low, b.high).bits();
-      if (count == 16) {
-        bits.add(in, 16);
-        (steps * p.scale(i)).store(y + at + i);
-      } else {
-        bits.add(in & ((1u << count) - 1), static_cast<int>(count));
-        (steps * p.scale(i, count)).store(y + at + i, count);
-      }
+    for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
+      bits.add(bits_of(inside(q, b.low, b.high).bits(), tail...), lanes_of(tail...));
+      ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
     });
     bits.finish();
   });
@@ -153,14 +141,10 @@ void quantize_stochastic(const View& view, const Quantizer<Arithmetic<S>>& quant
   using V = typename VecOf<S>::type;
   const Bounds<V> b(quantizer);
   for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    for_each_code<V>(x, at, n, p, philox, [&](int64_t i, int64_t count, V q, V z) {
+    for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
       V code = min(b.high, max(b.low, q));
       code = select(is_nan(code), z, code);
-      if (count == 16) {
-        code.store(out + at + i);
-      } else {
-        code.store(out + at + i, count);
-      }
+      code.store(out + at + i, tail...);
     });
   });
 }

@@ -29,18 +29,22 @@ struct RangeOp {
   Partial piece(int64_t at, int64_t n, int64_t) const {
     V lo = V::set1(static_cast<T>(INFINITY)), hi = V::set1(static_cast<T>(-INFINITY));
     auto nan = is_nan(lo);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const V v = V::load(x + at + i);
-      lo = min(lo, v);
-      hi = max(hi, v);
-      nan = nan | is_nan(v);
-    }
+    Partial rest = identity();
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      if constexpr (sizeof...(tail) == 0) {
+        const V v = V::load(x + at + i);
+        lo = min(lo, v);
+        hi = max(hi, v);
+        nan = nan | is_nan(v);
+      } else {
+        for (; i < n; ++i) {
+          const T v = static_cast<T>(to_float(x[at + i]));
+          merge(rest, {v, v});
+        }
+      }
+    });
     Partial p = nan.bits() ? Partial{static_cast<T>(NAN), static_cast<T>(NAN)} : Partial{lane_min(lo), lane_max(hi)};
-    for (; i < n; ++i) {
-      const T v = static_cast<T>(to_float(x[at + i]));
-      merge(p, {v, v});
-    }
+    merge(p, rest);
     return p;
   }
   void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
@@ -95,9 +99,7 @@ RowParams<Arithmetic<S>> row_params(const S* x, int64_t rows, int64_t length, co
       continue;
     }
     V acc = zero<V>();
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16) acc = max_abs(acc, V::load(x + i));
-    if (i < length) acc = max_abs(acc, V::load(x + i, length - i));
+    for_each_16(length, [&](int64_t i, auto... tail) { acc = max_abs(acc, V::load(x + i, tail...)); });
     high[r] = lane_max_abs(acc);
   }
   // As choose_qparams, lane by lane. min and max keep a NaN in their second operand.

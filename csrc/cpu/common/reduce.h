@@ -11,6 +11,17 @@ constexpr int64_t kPiece = 16384;  // elements of a run that one partial result 
 constexpr int64_t kRows = 256;     // rows of short runs that one partial result covers
 constexpr int64_t kTile = 64;      // columns of a row that are kept in registers at a time
 
+// Calls add(first, count) for the stretches of n elements whose sums stay in fp32: 64 vectors each, and by itself what
+// is left of less than a vector. Sums of stretches are added up in fp64: exact enough that the fp32 result is right to
+// its last bits, at no cost.
+template <typename F>
+inline void for_each_summed(int64_t n, F add) {
+  constexpr int64_t kSummed = 64 * 16;
+  const int64_t whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += kSummed) add(i, std::min(kSummed, whole - i));
+  if (whole < n) add(whole, n - whole);
+}
+
 // Op gives a Partial, `identity`, `merge`, `piece(at, n, channel)` for an even run, and
 // `column(at, row, rows, n, lanes)` for up to 16 adjacent columns over rows that lie `row` elements apart.
 // Then `result(channel, partial)` is called once for each channel.

@@ -7,15 +7,6 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Calls f(i) for every 16 of n elements, then f(i, count) for the rest: the arguments that V::load, V::store and the
-// parameters below take after the pointer, so that f says once what is done to a vector.
-template <typename F>
-inline void for_each_16(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) f(i);
-  if (i < n) f(i, n - i);
-}
-
 // Runs shorter than a vector would waste it: their parameters are laid out element by element instead.
 constexpr int64_t kShortRun = 16;
 constexpr int64_t kPattern = 1024;

@@ -344,6 +344,23 @@ inline V zero() {
   return V::set1(0);
 }
 
+// Calls f(i) for every 16 of n elements, then f(i, count) for the rest: the arguments that V::load, V::store and the
+// parameters of sweep.h take after the pointer, so that f says once what is done to a vector.
+template <typename F>
+inline void for_each_16(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i);
+  if (i < n) f(i, n - i);
+}
+
+// How many lanes f was called for, from its arguments after i.
+constexpr int lanes_of() { return 16; }
+constexpr int lanes_of(int64_t count) { return static_cast<int>(count); }
+
+// The bits of the lanes that f was called for.
+inline uint32_t bits_of(uint32_t bits) { return bits; }
+inline uint32_t bits_of(uint32_t bits, int64_t count) { return bits & ((1u << count) - 1); }
+
 // Reductions over the lanes. Sums go through fp64 in one fixed tree; extremes do not depend on the order.
 template <typename V>
 inline void add_lanes(double (&total)[16], V a) {

@@ -18,9 +18,7 @@ void code_terms(const int8_t* row, int64_t k, int64_t group_size, bool affine, I
 void float_terms(const float* row, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride) {
   for_each_group(k, group_size, [&](int64_t first, int64_t last, int64_t, int64_t term) {
     F32 sums = F32::set1(0);
-    int64_t i = first;
-    for (; i + 16 <= last; i += 16) sums = sums + F32::load(row + i);
-    if (i < last) sums = sums + F32::load(row + i, last - i);
+    for_each_16(last - first, [&](int64_t i, auto... tail) { sums = sums + F32::load(row + first + i, tail...); });
     float lanes[16];
     sums.store(lanes);
     for (int width = 8; width > 0; width /= 2)
@@ -31,10 +29,8 @@ void float_terms(const float* row, int64_t k, int64_t group_size, Int4Term* term
 
 template <typename S>
 inline void widen(const S* x, int64_t k, float* row) {
-  int64_t i = 0;
-  for (; i + 16 <= k; i += 16) F32::load(x + i).store(row + i);
-  if (i < k) F32::load(x + i, k - i).store(row + i, k - i);
-  for (i = k; i & 3; ++i) row[i] = 0;
+  for_each_16(k, [&](int64_t i, auto... tail) { F32::load(x + i, tail...).store(row + i, tail...); });
+  for (int64_t i = k; i & 3; ++i) row[i] = 0;
 }
 
 void widen_row(const void* x, Element type, int64_t k, float* row) {

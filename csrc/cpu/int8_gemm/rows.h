@@ -25,12 +25,7 @@ inline const float* as_floats(const BFloat16* x, int64_t n, float* buffer) {
 }
 
 inline const float* as_floats(const Half* x, int64_t n, float* buffer) {
-  int64_t i = 0;
-#if QK_PATH != QK_PATH_SCALAR
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-#endif
-  for (; i < n; ++i) buffer[i] = to_float(x[i]);
+  for_each_16(n, [&](int64_t i, auto... tail) { F32::load(x + i, tail...).store(buffer + i, tail...); });
   return buffer;
 }
 
