@@ -42,4 +42,8 @@ inline S from_float(T value) {
   }
 }
 
+// What a storage type is computed in.
+template <typename S>
+using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 }  // namespace qkernels

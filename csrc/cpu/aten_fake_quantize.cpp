@@ -2,8 +2,8 @@
 // aten_override.cpp puts them in aten's place.
 #include "cpu/aten_fake_quantize.h"
 
-#include "cpu/common/granularity.h"
 #include "cpu/common/observe.h"
+#include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/aten_fake_quantize_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -27,15 +27,15 @@ void check_channels(const char* name, const Tensor& param, const Tensor& x, int6
 }
 
 // x is dense.
-View view_of_axis(const Tensor& x, int64_t axis) {
-  View view;
-  view.inner = x.numel();
-  if (axis == kWholeTensor || x.sizes()[axis] <= 1 || view.inner == 0) return view;
-  view.channels = view.period = x.sizes()[axis];
-  view.runs = view.inner;
-  view.inner = x.strides()[axis];
-  view.runs /= view.inner;
-  return view;
+IndexedRuns runs_of_axis(const Tensor& x, int64_t axis) {
+  IndexedRuns runs;
+  runs.inner = x.numel();
+  if (axis == kWholeTensor || x.sizes()[axis] <= 1 || runs.inner == 0) return runs;
+  runs.channels = runs.period = x.sizes()[axis];
+  runs.count = runs.inner;
+  runs.inner = x.strides()[axis];
+  runs.count /= runs.inner;
+  return runs;
 }
 
 // scale's reciprocal as torch takes it, but finite: a dead channel's 0/0 must not become NaN.
@@ -51,13 +51,13 @@ void check_order(int64_t quant_min, int64_t quant_max) {
            "; accepted: at most quant_max");
 }
 
-Quantizer<float> empty_quantizer(int64_t quant_min, int64_t quant_max) {
+Qparams<float> qparams_of_range(int64_t quant_min, int64_t quant_max) {
   check_order(quant_min, quant_max);
   return {static_cast<float>(quant_min), static_cast<float>(quant_max), {}, {}};
 }
 
-Quantizer<float> from_numbers(double scale, double zero_point, int64_t quant_min, int64_t quant_max) {
-  auto q = empty_quantizer(quant_min, quant_max);
+Qparams<float> from_numbers(double scale, double zero_point, int64_t quant_min, int64_t quant_max) {
+  auto q = qparams_of_range(quant_min, quant_max);
   const float s = canonical(static_cast<float>(scale));
   q.first = {reciprocal(s), s, static_cast<float>(zero_point)};
   return q;
@@ -66,9 +66,9 @@ Quantizer<float> from_numbers(double scale, double zero_point, int64_t quant_min
 // For a learned zero point, which torch rounds and clamps into the range.
 enum class ZeroPoint { as_is, rounded };
 
-Quantizer<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                              ZeroPoint rule) {
-  auto q = empty_quantizer(quant_min, quant_max);
+Qparams<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                            ZeroPoint rule) {
+  auto q = qparams_of_range(quant_min, quant_max);
   const int64_t channels = scale.numel();
   QK_CHECK(zero_point.numel() == channels, "zero_point: got shape ", shape_of(zero_point), "; accepted: scale's shape ",
            shape_of(scale));
@@ -88,7 +88,7 @@ Quantizer<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int
   return q;
 }
 
-bool any_zero_point(const Quantizer<float>& q) {
+bool any_zero_point(const Qparams<float>& q) {
   if (q.others.empty()) return q.first.zero_point != 0;
   return std::any_of(q.others.begin(), q.others.end(), [](const auto& p) { return p.zero_point != 0; });
 }
@@ -113,14 +113,14 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 }
 
 // y and the bool mask. `axis` may be kWholeTensor; `rounds_after`: the zero points are floats, and not all 0.
-Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
+Masked forward(const Tensor& x_any, const Qparams<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
                bool rounds_after) {
   check_floating("x", x_any);
   Tensor y = empty_dense_like(x_any), mask = empty_strided(y.sizes(), y.strides(), ScalarType::Bool);
   const int64_t numel = x_any.numel();
   if (numel == 0) return {y, mask};
   const Tensor x = in_layout_of(x_any, y);
-  const View view = view_of_axis(x, axis);
+  const IndexedRuns runs = runs_of_axis(x, axis);
   constexpr int64_t exact = int64_t{1} << 24;
   const bool narrow = -exact <= quant_min && quant_max <= exact;
   for (int64_t c = 0; c < std::max<int64_t>(q.others.size(), 1); ++c)
@@ -136,11 +136,11 @@ Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int
     S* out = static_cast<S*>(y.mutable_data_ptr());
     if constexpr (!std::is_same_v<S, double>) {
       if (in_fp32) {
-        QK_DISPATCH_ISA(aten_forward(view, q, numel, in, out, bytes));
+        QK_DISPATCH_ISA(aten_forward(runs, q, numel, in, out, bytes));
         return;
       }
     }
-    QK_DISPATCH_ISA(aten_forward_exact(view, q, rule, numel, in, out, bytes));
+    QK_DISPATCH_ISA(aten_forward_exact(runs, q, rule, numel, in, out, bytes));
   });
   return {y, mask};
 }
@@ -179,14 +179,14 @@ Gradients learnable_backward_of(const Tensor& grad_any, const Tensor& x_any, con
     using S = decltype(tag);
     using T = Arithmetic<S>;
     if (numel == 0) return;
-    Quantizer<T> wide{q.quant_min, q.quant_max, {}, {}};
+    Qparams<T> wide{q.quant_min, q.quant_max, {}, {}};
     wide.first = {q.first.inv, q.first.scale, q.first.zero_point};
     for (const auto& p : q.others) wide.others.push_back({p.inv, p.scale, p.zero_point});
-    const View view = view_of_axis(x, axis);
+    const IndexedRuns runs = runs_of_axis(x, axis);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(learnable_backward(view, wide, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
+    QK_DISPATCH_ISA(learnable_backward(runs, wide, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
   });
   return {dx, sums_like(dscale, scale), sums_like(dzero_point, zero_point)};
 }
@@ -321,8 +321,8 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
     const Tensor dense = to_dense(x);
     const double steps = symmetric ? static_cast<double>(quant_max - quant_min) / 2 : 0;
     const auto rule = QparamsRule::observed(quant_min, quant_max, steps, observers_middle(quant_min, quant_max));
-    const View view = view_of_axis(dense, axis);
-    observe(ranges_of(dense, view), static_cast<float>(averaging_const), rule, running_min, running_max, scale,
+    const IndexedRuns runs = runs_of_axis(dense, axis);
+    observe(ranges_of(dense, runs), static_cast<float>(averaging_const), rule, running_min, running_max, scale,
             zero_point);
   }
   if (!quantizes) return unchanged(x);
@@ -368,7 +368,7 @@ void with_channels(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
            "; accepted: a floating dtype");
   dispatch_floating("x", x, [&](auto tag) {
     using T = Arithmetic<decltype(tag)>;
-    f(tag, quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}}));
+    f(tag, qparams_within(scale, zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max)));
   });
 }
 
@@ -382,10 +382,10 @@ Tensor channel_forward_into(const Tensor& x_any, const Tensor& scale, const Tens
     using S = decltype(tag);
     const int64_t numel = x.numel();
     if (numel == 0) return;
-    const View view = view_of_axis(x, axis);
+    const IndexedRuns runs = runs_of_axis(x, axis);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+    QK_DISPATCH_ISA(forward(runs, q, numel, in, out, bits));
   });
   return y;
 }
@@ -414,11 +414,11 @@ Tensor channel_backward(const Tensor& grad_any, const Tensor& x_any, const Tenso
     using S = decltype(tag);
     const int64_t numel = x.numel();
     if (numel == 0) return;
-    const View view = view_of_axis(x, axis);
+    const IndexedRuns runs = runs_of_axis(x, axis);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+    QK_DISPATCH_ISA(backward(runs, q, numel, dy, in, out));
   });
   return dx;
 }

@@ -57,21 +57,22 @@ inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p
 
 // fp32 arithmetic is exact enough for torch's bits: fp32 and half inputs, integer zero points, ranges within 2**24.
 template <typename S>
-void aten_forward(const View& view, const Quantizer<float>& quantizer, int64_t numel, const S* x, S* y, uint8_t* mask) {
-  const Bounds<F32> b(quantizer);
-  for_each_stretch<F32>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+void aten_forward(const IndexedRuns& runs, const Qparams<float>& qparams, int64_t numel, const S* x, S* y,
+                  uint8_t* mask) {
+  const Bounds<F32> b(qparams);
+  for_each_stretch<F32>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     bytes_stretch<F32, S>(x + at, y + at, mask + at, n, p, b);
   });
 }
 
 // Everything else, element by element, in the types that torch computes in.
 template <typename S>
-void aten_forward_exact(const View& view, const Quantizer<float>& quantizer, const AtenRule& rule, int64_t numel,
+void aten_forward_exact(const IndexedRuns& runs, const Qparams<float>& qparams, const AtenRule& rule, int64_t numel,
                         const S* x, S* y, uint8_t* mask) {
   using T = Arithmetic<S>;
   torch::stable::parallel_for(0, numel, kGrain / 16, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const auto p = quantizer.of(view.channels == 1 ? 0 : view.channel(i / view.inner % view.period));
+      const auto p = qparams.of(runs.channels == 1 ? 0 : runs.channel(i / runs.inner % runs.period));
       const T value = static_cast<T>(to_float(x[i])), inv = p.inv, z = p.zero_point;
       T q;
       if (rule.rounds_after) {

@@ -60,7 +60,7 @@ void with_levels(const Tensor& x, const Tensor& scale, const Tensor& codebook, F
   check_cpu("x", x);
   dispatch_floating("x", x, [&](auto tag) {
     using T = Arithmetic<decltype(tag)>;
-    const auto scales = dequantizer<T>(x, scale, std::nullopt);
+    const auto scales = unclamped_qparams<T>(x, scale, std::nullopt);
     check_codebook(codebook);
     if (x.numel()) f(tag, ascending<T>(codebook), scales);
   });
@@ -73,11 +73,11 @@ std::tuple<Tensor, Tensor> forward_with(const Tensor& x_any, const Tensor& scale
   const Tensor x = in_layout_of(x_any, y);
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
-    QK_DISPATCH_ISA(forward(view, scales, levels, x.numel(), in, out, bits));
+    QK_DISPATCH_ISA(forward(runs, scales, levels, x.numel(), in, out, bits));
   });
   return {y, mask};
 }
@@ -100,11 +100,11 @@ Tensor fake_quantize_codebook_backward(const Tensor& grad_any, const Tensor& x_a
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(backward(view, scales, levels, x.numel(), dy, in, out));
+    QK_DISPATCH_ISA(backward(runs, scales, levels, x.numel(), dy, in, out));
   });
   return dx;
 }
@@ -121,12 +121,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_codebook_learnable_backward(con
   std::vector<double> dscale(scale.numel()), dcodebook;
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     std::vector<double> dlevels(learn_codebook ? levels.size : 0);
-    QK_DISPATCH_ISA(learnable_backward(view, scales, levels, x.numel(), dy, in, out, dscale, dlevels));
+    QK_DISPATCH_ISA(learnable_backward(runs, scales, levels, x.numel(), dy, in, out, dscale, dlevels));
     dcodebook.resize(dlevels.size());
     for (size_t i = 0; i < dlevels.size(); ++i) dcodebook[levels.order[i]] = dlevels[i] * grad_factor;
   });
@@ -142,10 +142,10 @@ Tensor quantize_codebook(const Tensor& x_any, const Tensor& scale, const Tensor&
   Tensor codes = empty_strided(x.sizes(), x.strides(), ScalarType::Byte);
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
-    QK_DISPATCH_ISA(quantize(view, scales, levels, x.numel(), in, out));
+    QK_DISPATCH_ISA(quantize(runs, scales, levels, x.numel(), in, out));
   });
   return codes;
 }
@@ -160,14 +160,14 @@ Tensor dequantize_codebook(const Tensor& codes_any, const Tensor& scale, const T
   dispatch_floating("dtype", y, [&](auto tag) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
-    const auto scales = dequantizer<T>(codes, scale, std::nullopt);
+    const auto scales = unclamped_qparams<T>(codes, scale, std::nullopt);
     check_codebook(codebook);
     if (codes.numel() == 0) return;
     const auto levels = levels_of<T>(codebook);
-    const View view = view_of(codes, scale);
+    const IndexedRuns runs = indexed_runs(codes, scale);
     const uint8_t* in = static_cast<const uint8_t*>(codes.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    QK_DISPATCH_ISA(dequantize(view, scales, levels, codes.numel(), in, out));
+    QK_DISPATCH_ISA(dequantize(runs, scales, levels, codes.numel(), in, out));
   });
   return y;
 }

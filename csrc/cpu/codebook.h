@@ -1,7 +1,7 @@
 // What codebook.cpp and codebook_kernels.h share.
 #pragma once
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 
 namespace qkernels {
 

@@ -153,10 +153,10 @@ inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, const Searc
 }
 
 template <typename S>
-void forward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
              int64_t numel, const S* x, S* y, uint8_t* mask) {
   using V = typename VecOf<S>::type;
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
     if (mask) {
       BitWriter bits(mask, at);
@@ -169,11 +169,11 @@ void forward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Cod
 }
 
 template <typename S>
-void backward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
               int64_t numel, const S* grad, const S* x, S* dx) {
   using V = typename VecOf<S>::type;
   const Ends<V> b(codebook);
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...) * p.inv(i, tail...);
       select(inside(v, b.low, b.high), V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
@@ -182,10 +182,10 @@ void backward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Co
 }
 
 template <typename S>
-void quantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void quantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
               int64_t numel, const S* x, uint8_t* codes) {
   using V = typename VecOf<S>::type;
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
     for_each_16(n, [&](int64_t i, auto... tail) {
       uint8_t* out = codes + at + i;
@@ -199,11 +199,11 @@ void quantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Co
 }
 
 template <typename S>
-void dequantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void dequantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
                 int64_t numel, const uint8_t* codes, S* y) {
   using V = typename VecOf<S>::type;
   const V last = V::set1(static_cast<Arithmetic<S>>(codebook.size - 1)), nan = V::set1(static_cast<Arithmetic<S>>(NAN));
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
     for_each_16(n, [&](int64_t i, auto... tail) {
       V code = V::load(codes + at + i, tail...);
@@ -264,7 +264,7 @@ constexpr int64_t kTask = 32768;  // elements of a task of even runs
 constexpr int64_t kTaskRows = 64;
 
 template <typename S, bool kCodebook>
-void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& scales,
+void learnable_backward_of(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales,
                            const Codebook<Arithmetic<S>>& codebook, int64_t numel, const S* grad, const S* x, S* dx,
                            std::vector<double>& dscale, std::vector<double>& dlevels) {
   using T = Arithmetic<S>;
@@ -273,18 +273,18 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
   const int64_t levels = static_cast<int64_t>(dlevels.size());
   std::vector<double> of_levels;  // of each task
   int64_t tasks;
-  if (view.inner >= kShortRun || view.channels == 1) {
+  if (runs.inner >= kShortRun || runs.channels == 1) {
     // Even runs: a task is kTask elements in memory order. The part of run r in task t has its sum at r + t.
     tasks = (numel + kTask - 1) / kTask;
     of_levels.resize(tasks * levels);
-    std::vector<double> of_runs(tasks + view.runs);
+    std::vector<double> of_runs(tasks + runs.count);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         LevelSums sums(levels);
         const int64_t end = std::min((task + 1) * kTask, numel);
         for (int64_t at = task * kTask; at < end;) {
-          const int64_t run = at / view.inner, stop = std::min((run + 1) * view.inner, end);
-          const Uniform<V> p(scales.of(view.channel(run % view.period)));
+          const int64_t run = at / runs.inner, stop = std::min((run + 1) * runs.inner, end);
+          const Uniform<V> p(scales.of(runs.channel(run % runs.period)));
           double lanes[16] = {};
           while (at < stop) {  // in fp32 over at most 64 vectors, then in fp64
             V acc = zero<V>();
@@ -298,30 +298,30 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
         sums.store(of_levels.data() + task * levels, levels);
       }
     });
-    for (int64_t run = 0; run < view.runs; ++run) {
-      double& sum = dscale[view.channel(run % view.period)];
-      const int64_t last = ((run + 1) * view.inner - 1) / kTask;
-      for (int64_t task = run * view.inner / kTask; task <= last; ++task) sum += of_runs[run + task];
+    for (int64_t run = 0; run < runs.count; ++run) {
+      double& sum = dscale[runs.channel(run % runs.period)];
+      const int64_t last = ((run + 1) * runs.inner - 1) / kTask;
+      for (int64_t task = run * runs.inner / kTask; task <= last; ++task) sum += of_runs[run + task];
     }
   } else {
     // Short runs: a task is up to 64 rows of up to kPattern columns, whose sums stay in cache. A row here is a whole
     // number of periods, so that it fills vectors even where a period does not.
-    const int64_t period = view.period * view.inner;
+    const int64_t period = runs.period * runs.inner;
     const int64_t row = std::max<int64_t>(1, 256 / period) * period;
     const int64_t rows = (numel + row - 1) / row;
-    const int64_t width = std::min(row, kPattern / view.inner * view.inner);
+    const int64_t width = std::min(row, kPattern / runs.inner * runs.inner);
     const int64_t across = (row + width - 1) / width, down = (rows + kTaskRows - 1) / kTaskRows;
-    const int64_t runs = row / view.inner;
+    const int64_t row_runs = row / runs.inner;
     tasks = down * across;
     of_levels.resize(tasks * levels);
-    std::vector<double> of_runs(down * runs);
+    std::vector<double> of_runs(down * row_runs);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         LevelSums sums(levels);
         const int64_t block = task / across, from = task % across * width;
         const int64_t columns = std::min(width, row - from);
         Expanded<T> params;
-        params.fill(scales, view, from, columns);
+        params.fill(scales, runs, from, columns);
         alignas(64) T acc[kPattern] = {};
         const int64_t stop = std::min((block + 1) * kTaskRows, rows);
         for (int64_t r = block * kTaskRows; r < stop; ++r) {
@@ -332,25 +332,26 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
           });
         }
         for (int64_t i = 0; i < columns; ++i)
-          of_runs[block * runs + (from + i) / view.inner] += static_cast<double>(acc[i]);
+          of_runs[block * row_runs + (from + i) / runs.inner] += static_cast<double>(acc[i]);
         sums.store(of_levels.data() + task * levels, levels);
       }
     });
     for (int64_t block = 0; block < down; ++block)
-      for (int64_t run = 0; run < runs; ++run) dscale[view.channel(run % view.period)] += of_runs[block * runs + run];
+      for (int64_t run = 0; run < row_runs; ++run)
+        dscale[runs.channel(run % runs.period)] += of_runs[block * row_runs + run];
   }
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < levels; ++i) dlevels[i] += of_levels[task * levels + i];
 }
 
 template <typename S>
-void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& scales,
+void learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales,
                         const Codebook<Arithmetic<S>>& codebook, int64_t numel, const S* grad, const S* x, S* dx,
                         std::vector<double>& dscale, std::vector<double>& dlevels) {
   if (dlevels.empty()) {
-    learnable_backward_of<S, false>(view, scales, codebook, numel, grad, x, dx, dscale, dlevels);
+    learnable_backward_of<S, false>(runs, scales, codebook, numel, grad, x, dx, dscale, dlevels);
   } else {
-    learnable_backward_of<S, true>(view, scales, codebook, numel, grad, x, dx, dscale, dlevels);
+    learnable_backward_of<S, true>(runs, scales, codebook, numel, grad, x, dx, dscale, dlevels);
   }
 }
 

@@ -1,6 +1,6 @@
 // Ops on the CPU that take the range from x itself: checks and memory layout. The kernels are in dynamic_kernels.h.
-#include "cpu/common/granularity.h"
 #include "cpu/common/ops.h"
+#include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/dynamic_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -11,10 +11,10 @@ namespace {
 template <typename S>
 void whole_tensor_qparams(const Tensor& x, const QparamsRule& rule, Arithmetic<S>* scale, int32_t* zero_point) {
   using T = Arithmetic<S>;
-  const View view{one_run(x), {}};
+  const IndexedRuns runs{one_run(x), {}};
   T low = 0, high = 0;
   const S* in = static_cast<const S*>(x.const_data_ptr());
-  if (x.numel()) QK_DISPATCH_ISA(range(view, view.inner, in, &low, &high));
+  if (x.numel()) QK_DISPATCH_ISA(range(runs, runs.inner, in, &low, &high));
   const auto chosen = choose_qparams<T>(low, high, rule);
   *scale = chosen.scale;
   *zero_point = static_cast<int32_t>(chosen.zero_point);

@@ -20,7 +20,7 @@ void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, cons
                      int32_t* zero_point, uint8_t* mask) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(Quantizer<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
+  const Bounds<V> b(Qparams<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
   // Sixteen rows at a time, which begin at a whole byte of the mask.
   const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(length, 1));
   torch::stable::parallel_for(0, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {

@@ -1,7 +1,7 @@
 // Fake quantization on the CPU, element by element: checks and memory layout. The kernels are in
 // fake_quantize_kernels.h.
-#include "cpu/common/granularity.h"
 #include "cpu/common/ops.h"
+#include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/fake_quantize_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -9,24 +9,24 @@
 namespace qkernels {
 namespace {
 
-// Builds the call's Quantizer from tensors or from numbers.
+// Builds the call's Qparams from tensors or from numbers.
 struct TensorParams {
   const Tensor& scale;
   const std::optional<Tensor>& zero_point;
-  View view(const Tensor& x) const { return view_of(x, scale); }
+  IndexedRuns runs(const Tensor& x) const { return indexed_runs(x, scale); }
   template <typename T>
-  Quantizer<T> make(const Tensor& x, int64_t quant_min, int64_t quant_max) const {
-    return quantizer<T>(x, scale, zero_point, quant_min, quant_max);
+  Qparams<T> make(const Tensor& x, int64_t quant_min, int64_t quant_max) const {
+    return qparams<T>(x, scale, zero_point, quant_min, quant_max);
   }
 };
 
 struct ScalarParams {
   double scale;
   int64_t zero_point;
-  View view(const Tensor& x) const { return {one_run(x), {}}; }
+  IndexedRuns runs(const Tensor& x) const { return {one_run(x), {}}; }
   template <typename T>
-  Quantizer<T> make(const Tensor&, int64_t quant_min, int64_t quant_max) const {
-    return quantizer<T>(scale, zero_point, quant_min, quant_max);
+  Qparams<T> make(const Tensor&, int64_t quant_min, int64_t quant_max) const {
+    return qparams<T>(scale, zero_point, quant_min, quant_max);
   }
 };
 
@@ -39,14 +39,14 @@ void run_forward(const Tensor& x_any, const Params& params, int64_t quant_min, i
     using S = decltype(tag);
     const auto q = params.template make<Arithmetic<S>>(x_any, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = params.view(x);
+    const IndexedRuns runs = params.runs(x);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
     if (lsq) {
-      QK_DISPATCH_ISA(forward<true>(view, q, numel, in, out, bits));
+      QK_DISPATCH_ISA(forward<true>(runs, q, numel, in, out, bits));
     } else {
-      QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+      QK_DISPATCH_ISA(forward(runs, q, numel, in, out, bits));
     }
   });
 }
@@ -81,14 +81,14 @@ Tensor backward_with(const Tensor& grad_any, const Tensor& x_any, const Params& 
     using S = decltype(tag);
     const auto q = params.template make<Arithmetic<S>>(x, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = params.view(x);
+    const IndexedRuns runs = params.runs(x);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     if (lsq) {
-      QK_DISPATCH_ISA(backward<true>(view, q, numel, dy, in, out));
+      QK_DISPATCH_ISA(backward<true>(runs, q, numel, dy, in, out));
     } else {
-      QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+      QK_DISPATCH_ISA(backward(runs, q, numel, dy, in, out));
     }
   });
   return dx;

@@ -9,7 +9,7 @@ namespace qkernels::QK_NAMESPACE {
 template <typename V>
 struct Bounds {
   V low, high;
-  explicit Bounds(const Quantizer<typename V::Scalar>& q) : low(V::set1(q.quant_min)), high(V::set1(q.quant_max)) {}
+  explicit Bounds(const Qparams<typename V::Scalar>& q) : low(V::set1(q.quant_min)), high(V::set1(q.quant_max)) {}
 };
 
 // Which values count as inside the range, where the gradient passes.
@@ -45,11 +45,11 @@ inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, Bounds<V> b
 }
 
 template <bool kLsq = false, typename S>
-void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
              uint8_t* mask) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     if (mask) {
       BitWriter bits(mask, at);
       forward_stretch<V, S, true, kLsq>(x + at, y + at, n, p, b, &bits);
@@ -61,11 +61,11 @@ void forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_
 }
 
 template <bool kLsq = false, typename S>
-void backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad, const S* x,
+void backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad, const S* x,
               S* dx) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
       const auto in = counts_inside<inside_of(kLsq)>(steps, round(steps) + z, z, b);

@@ -1,6 +1,6 @@
 // Gradients of learned scales and zero points (LSQ, LSQ+) and of the straight-through variants, on the CPU. The kernels
 // are in fake_quantize_learnable_kernels.h.
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/fake_quantize_learnable_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -16,12 +16,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
                                                                     int64_t quant_max, double grad_factor, bool lsq) {
   return learned(
       grad_any, x_any, scale, zero_point, quant_min, quant_max,
-      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+      [&](const auto& runs, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
           double* dzero_point) {
         if (lsq) {
-          QK_DISPATCH_ISA(learnable_backward<true>(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+          QK_DISPATCH_ISA(learnable_backward<true>(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
         } else {
-          QK_DISPATCH_ISA(learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+          QK_DISPATCH_ISA(learnable_backward(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
         }
       });
 }
@@ -35,12 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_straight_through_backward(
            "; accepted: finite, at least 0");
   return learned(
       grad, x, scale, zero_point, quant_min, quant_max,
-      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+      [&](const auto& runs, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
           double* dzero_point) {
-        if (pass) QK_DISPATCH_ISA(pass_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
-        if (pact) QK_DISPATCH_ISA(pact_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        if (pass) QK_DISPATCH_ISA(pass_backward(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+        if (pact) QK_DISPATCH_ISA(pact_backward(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
         if (ewgs)
-          QK_DISPATCH_ISA(ewgs_backward(view, q, numel, dy, in, out, ewgs_delta, grad_factor, dscale, dzero_point));
+          QK_DISPATCH_ISA(ewgs_backward(runs, q, numel, dy, in, out, ewgs_delta, grad_factor, dscale, dzero_point));
       });
 }
 

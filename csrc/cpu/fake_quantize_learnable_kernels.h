@@ -32,8 +32,8 @@ struct LearnableOp {
   struct Partial {
     double scale, zero_point;
   };
-  const Quantizer<T>& quantizer;
-  const View& view;
+  const Qparams<T>& qparams;
+  const IndexedRuns& runs;
   const S *grad, *x;
   S* dx;
   double grad_factor;
@@ -51,8 +51,8 @@ struct LearnableOp {
   }
 
   Partial piece(int64_t at, int64_t n, int64_t channel) const {
-    const Bounds<V> b(quantizer);
-    const Uniform<V> p(quantizer.of(channel));
+    const Bounds<V> b(qparams);
+    const Uniform<V> p(qparams.of(channel));
     double scale_sum[16] = {}, zero_point_sum[16] = {};
     auto terms = all_terms.along(at, n);
     for_each_summed(n, [&](int64_t first, int64_t count) {
@@ -72,9 +72,9 @@ struct LearnableOp {
   }
 
   void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
-    const Bounds<V> b(quantizer);
+    const Bounds<V> b(qparams);
     Expanded<T> expanded;
-    expanded.fill(quantizer, view, at % row, n);
+    expanded.fill(qparams, runs, at % row, n);
     const V inv = V::load(expanded.inv, n), scale = V::load(expanded.scale, n), z = V::load(expanded.zero_point, n);
     auto terms = all_terms.along(at, 16);
     V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
@@ -98,10 +98,10 @@ struct LearnableOp {
 };
 
 template <bool kLsq = false, typename S>
-void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                         const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
   using Terms = LearnedTerms<typename VecOf<S>::type, inside_of(kLsq)>;
-  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
 // The straight-through variants: the same sums of other terms.
@@ -153,26 +153,26 @@ struct EwgsTerms {
 };
 
 template <typename S>
-void pass_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void pass_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                    const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
   using Terms = PassTerms<typename VecOf<S>::type>;
-  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
 template <typename S>
-void pact_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void pact_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                    const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
   using Terms = PactTerms<typename VecOf<S>::type>;
-  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
 template <typename S>
-void ewgs_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void ewgs_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                    const S* x, S* dx, double delta, double grad_factor, double* dscale, double* dzero_point) {
   using Terms = EwgsTerms<typename VecOf<S>::type>;
   const Terms terms{static_cast<Arithmetic<S>>(delta)};
-  reduce_channels(view, numel,
-                  LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point, terms});
+  reduce_channels(runs, numel,
+                  LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point, terms});
 }
 
 }  // namespace qkernels::QK_NAMESPACE

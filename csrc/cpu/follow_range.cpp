@@ -29,7 +29,7 @@ void follow_range(const Tensor& x, const Tensor& scale, std::optional<Tensor> ze
   check_followed(scale, zero_point, up, down, x);
   if (x.numel() == 0) return;
   const Tensor dense = to_dense(x);
-  const Ranges ranges = ranges_of(dense, view_of(dense, scale));
+  const Ranges ranges = ranges_of(dense, indexed_runs(dense, scale));
   const int64_t channels = scale.numel();
   float* scales = static_cast<float*>(scale.mutable_data_ptr());
   std::vector<float> parts(channels), zero_points(channels);

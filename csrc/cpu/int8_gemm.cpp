@@ -204,7 +204,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
   PanelOutput output{};
-  RowQuantizer quantizer{};
+  RowQparams qparams{};
   std::optional<Values<float>> code_scale;
   std::optional<Values<int32_t>> code_zero_point;
   int32_t zero_point = 0;
@@ -213,8 +213,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
     code_scale = float_vector("input_scale", *input_scale, m, 0, true, "one element, [M] or [M, 1]");
     if (input_zero_point) code_zero_point = set_zero_point(output, "input_zero_point", *input_zero_point, m, k);
   } else {
-    quantizer = input_quantizer(input_scale, input_zero_point, quant_min, quant_max);
-    zero_point = static_cast<int32_t>(quantizer.zero_point);
+    qparams = input_qparams(input_scale, input_zero_point, quant_min, quant_max);
+    zero_point = static_cast<int32_t>(qparams.zero_point);
     output.zero_point = &zero_point;
     output.wide = is_wide(std::abs(zero_point), k);
   }
@@ -247,7 +247,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
           kernels.copy_codes(reinterpret_cast<const int8_t*>(row), 1, k, kernels.flip, rows + r * stride);
         else
           row_scales[static_cast<size_t>(r)] =
-              kernels.quantize_row(row, type, k, quantizer, kernels.flip, rows + r * stride);
+              kernels.quantize_row(row, type, k, qparams, kernels.flip, rows + r * stride);
       }
     });
     PanelOutput part = output;

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& x, const Tensor& 
   if (is_set(observer_on) && numel) {
     const auto rule = QparamsRule::observed(quant_min, quant_max, symmetric_steps, symmetric_zero_point);
     const Tensor dense = to_dense(x);
-    observe(ranges_of(dense, view_of(dense, scale)), static_cast<float>(averaging_const), rule, running_min,
+    observe(ranges_of(dense, indexed_runs(dense, scale)), static_cast<float>(averaging_const), rule, running_min,
             running_max, scale, zero_point);
   }
   Tensor y = empty_dense_like(x), mask = empty_mask(numel, x);

@@ -1,6 +1,6 @@
 // Quantization to integers on the CPU, and back: checks and memory layout. The kernels are in quantize_kernels.h.
-#include "cpu/common/granularity.h"
 #include "cpu/common/ops.h"
+#include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/quantize_kernels.h"
 #include "cpu/common/foreach_isa.h"
@@ -19,12 +19,12 @@ Tensor quantize(const Tensor& x_any, const Tensor& scale, std::optional<Tensor> 
     q = empty_strided(x.sizes(), x.strides(), dtype);
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);
-      const auto params = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+      const auto params = qparams<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
       if (numel == 0) return;
-      const View view = view_of(x, scale);
+      const IndexedRuns runs = indexed_runs(x, scale);
       const S* in = static_cast<const S*>(x.const_data_ptr());
       I* out = static_cast<I*>(q.mutable_data_ptr());
-      QK_DISPATCH_ISA(quantize(view, params, numel, in, out));
+      QK_DISPATCH_ISA(quantize(runs, params, numel, in, out));
     });
   });
   return q;
@@ -42,12 +42,12 @@ Tensor dequantize(const Tensor& q_any, const Tensor& scale, std::optional<Tensor
     using I = decltype(code);
     dispatch_floating("dtype", y, [&](auto tag) {
       using S = decltype(tag);
-      const auto params = dequantizer<Arithmetic<S>>(q, scale, zero_point);
+      const auto params = unclamped_qparams<Arithmetic<S>>(q, scale, zero_point);
       if (numel == 0) return;
-      const View view = view_of(q, scale);
+      const IndexedRuns runs = indexed_runs(q, scale);
       const I* in = static_cast<const I*>(q.const_data_ptr());
       S* out = static_cast<S*>(y.mutable_data_ptr());
-      QK_DISPATCH_ISA(dequantize(view, params, numel, in, out));
+      QK_DISPATCH_ISA(dequantize(runs, params, numel, in, out));
     });
   });
   return y;

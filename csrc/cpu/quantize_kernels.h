@@ -17,18 +17,18 @@ inline void quantize_stretch(const S* x, I* q, int64_t n, const P& p, V low, V h
 }
 
 template <typename S, typename I>
-void quantize(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, I* q) {
+void quantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, I* q) {
   using V = typename VecOf<S>::type;
-  const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const V low = V::set1(qparams.quant_min), high = V::set1(qparams.quant_max);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     quantize_stretch<V>(x + at, q + at, n, p, low, high);
   });
 }
 
 template <typename S, typename I>
-void dequantize(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const I* q, S* y) {
+void dequantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const I* q, S* y) {
   using V = typename VecOf<S>::type;
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       ((V::load(q + at + i, tail...) - p.zero_point(i, tail...)) * p.scale(i, tail...)).store(y + at + i, tail...);
     });

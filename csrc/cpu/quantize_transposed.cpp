@@ -1,8 +1,8 @@
 // quantize_dynamic_transposed on the CPU: checks and memory layout here, the kernels in quantize_transposed_kernels.h.
 #include <utility>
 
-#include "cpu/common/granularity.h"
 #include "cpu/common/philox.h"
+#include "cpu/common/qparams.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of its own _mm256_undefined_* inside the intrinsics.

@@ -22,11 +22,11 @@ inline typename V::Mask passes(V v, V steps, V q, V z, const Bounds<V>& b) {
 }
 
 template <bool kMask, bool kLsq = false, typename S>
-void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void relu_forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                   uint8_t* mask) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
@@ -39,17 +39,17 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
 }
 
 template <bool kLsq, typename S>
-void relu_forward_mask(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void relu_forward_mask(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                        uint8_t* mask) {
-  relu_forward<true, kLsq>(view, quantizer, numel, x, y, mask);
+  relu_forward<true, kLsq>(runs, qparams, numel, x, y, mask);
 }
 
 template <bool kLsq = false, typename S>
-void relu_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void relu_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                    const S* x, S* dx) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
       const V steps = rectified(v) * p.inv(i, tail...);
@@ -71,10 +71,11 @@ struct ReluTerms {
 };
 
 template <bool kLsq = false, typename S>
-void relu_learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
-                             const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
+void relu_learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel,
+                             const S* grad, const S* x, S* dx, double grad_factor, double* dscale,
+                             double* dzero_point) {
   using Terms = ReluTerms<typename VecOf<S>::type, inside_of(kLsq)>;
-  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
 }  // namespace qkernels::QK_NAMESPACE

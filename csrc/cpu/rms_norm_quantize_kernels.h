@@ -50,16 +50,16 @@ void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Ari
   });
 }
 
-// kClipped: the quantizer says where a value was clipped and gives no gradient. dweight, if not null, gets the sums of
+// kClipped: the qparams says where a value was clipped and gives no gradient. dweight, if not null, gets the sums of
 // every kSummedRows rows.
 template <bool kClipped, typename S>
-void rms_norm_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t rows, int64_t length,
+void rms_norm_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t rows, int64_t length,
                        const S* grad, const S* x, const Arithmetic<S>* weight, const Arithmetic<S>* rstd, S* dx,
                        Arithmetic<S>* dweight) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  const int64_t step = std::min(view.inner, length);  // a run divides a row, or a row divides a run
+  const Bounds<V> b(qparams);
+  const int64_t step = std::min(runs.inner, length);  // a run divides a row, or a row divides a run
   const int64_t grain = std::max<int64_t>(1, kGrain / 2 / (kSummedRows * length));
   const int64_t blocks = (rows + kSummedRows - 1) / kSummedRows;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
@@ -69,7 +69,7 @@ void rms_norm_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
       // Calls f(element, normalized x, gradient of the weighted one, gradient of n, ...) along the row.
       const auto each = [&](auto f) {
         for (int64_t from = 0; from < length; from += step) {
-          const Uniform<V> p(quantizer.of(view.channel((at + from) / view.inner % view.period)));
+          const Uniform<V> p(qparams.of(runs.channel((at + from) / runs.inner % runs.period)));
           for_each_16(step, [&](int64_t within, auto... tail) {
             const int64_t i = from + within;
             const V n = V::load(x + at + i, tail...) * r, w = V::load(weight + i, tail...);

@@ -21,14 +21,14 @@ void silu_mul(const Units& units, const QparamsRule& rule, const S* gate, const 
   });
 }
 
-// kClipped: the quantizer says where a value was clipped and gives no gradient.
+// kClipped: the qparams says where a value was clipped and gives no gradient.
 template <bool kClipped, typename S>
-void silu_mul_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void silu_mul_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                        const S* gate, const S* up, S* dgate, S* dup) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
+  const Bounds<V> b(qparams);
   const V one = V::set1(1);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V g = V::load(gate + at + i, tail...), u = V::load(up + at + i, tail...);
       const V s = sigmoid(g), silu = g * s;

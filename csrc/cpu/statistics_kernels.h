@@ -47,7 +47,7 @@ void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& 
 // counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel, `first`
 // where each channel's begin. Integer sums do not depend on who adds first.
 template <typename S>
-void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
+void histogram(const IndexedRuns& runs, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
                int64_t bins, const std::vector<int64_t>& order, const std::vector<int64_t>& first, int64_t* counts,
                int64_t* outside) {
   using V = typename VecOf<S>::type;
@@ -61,7 +61,7 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
     rest[2] += even[bins + 2] + odd[bins + 2];
     std::fill(table.begin(), table.end(), 0);
   };
-  if (view.channels == 1) {
+  if (runs.channels == 1) {
     const Slots<V> where(low[0], high[0], bins);
     std::mutex adding;
     torch::stable::parallel_for(0, numel, std::max(kGrain, 8 * bins), [&](int64_t begin, int64_t end) {
@@ -72,21 +72,21 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
     });
     return;
   }
-  const int64_t repeats = view.runs / view.period;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (numel / view.channels + bins));
-  torch::stable::parallel_for(0, view.channels, grain, [&](int64_t begin, int64_t end) {
+  const int64_t repeats = runs.count / runs.period;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (numel / runs.channels + bins));
+  torch::stable::parallel_for(0, runs.channels, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> table(2 * slots);
     std::vector<S> gathered;
     for (int64_t channel = begin; channel < end; ++channel) {
       const Slots<V> where(low[channel], high[channel], bins);
       for (int64_t at = first[channel]; at < first[channel + 1]; ++at) {
         for (int64_t repeat = 0; repeat < repeats; ++repeat) {
-          const S* run = x + (repeat * view.period + order[at]) * view.inner;
-          if (view.inner >= kPattern) {
-            count_stretch(run, view.inner, where, table.data(), table.data() + slots);
+          const S* run = x + (repeat * runs.period + order[at]) * runs.inner;
+          if (runs.inner >= kPattern) {
+            count_stretch(run, runs.inner, where, table.data(), table.data() + slots);
             continue;
           }
-          gathered.insert(gathered.end(), run, run + view.inner);  // short runs would waste a vector
+          gathered.insert(gathered.end(), run, run + runs.inner);  // short runs would waste a vector
           if (gathered.size() < kPattern) continue;
           count_stretch<S>(gathered.data(), gathered.size(), where, table.data(), table.data() + slots);
           gathered.clear();
@@ -99,14 +99,14 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
   });
 }
 
-// Squared errors of every candidate while a piece of x is in cache; quantizer holds [candidates][channels].
+// Squared errors of every candidate while a piece of x is in cache; qparams holds [candidates][channels].
 template <typename S>
 struct ErrorsOp {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
   using Partial = std::vector<double>;  // one sum for each candidate
-  const Quantizer<T>& quantizer;
-  const View& view;
+  const Qparams<T>& qparams;
+  const IndexedRuns& runs;
   const S* x;
   int64_t candidates;
   double* errors;
@@ -120,7 +120,7 @@ struct ErrorsOp {
     }
   }
   void result(int64_t channel, const Partial& sums) const {
-    for (int64_t k = 0; k < candidates; ++k) errors[k * view.channels + channel] = sums.empty() ? 0 : sums[k];
+    for (int64_t k = 0; k < candidates; ++k) errors[k * runs.channels + channel] = sums.empty() ? 0 : sums[k];
   }
 
   static inline V square(V value, V inv, V scale, V z, const V& low, const V& high) {
@@ -130,10 +130,10 @@ struct ErrorsOp {
   }
 
   Partial piece(int64_t at, int64_t n, int64_t channel) const {
-    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    const V low = V::set1(qparams.quant_min), high = V::set1(qparams.quant_max);
     Partial sums(candidates);
     for (int64_t k = 0; k < candidates; ++k) {
-      const Uniform<V> p(quantizer.of(k * view.channels + channel));
+      const Uniform<V> p(qparams.of(k * runs.channels + channel));
       double sum[16] = {};
       for_each_summed(n, [&](int64_t first, int64_t count) {
         V acc = zero<V>();
@@ -150,13 +150,13 @@ struct ErrorsOp {
   }
 
   void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
-    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    const V low = V::set1(qparams.quant_min), high = V::set1(qparams.quant_max);
     for (int64_t i = 0; i < n; ++i) lanes[i].resize(candidates);
     for (int64_t k = 0; k < candidates; ++k) {
       T inv[16] = {}, scale[16] = {}, zero_point[16] = {}, lane[16];
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t run = (at + i) % row / view.inner;
-        const auto& p = quantizer.of(k * view.channels + view.channel(run));
+        const int64_t run = (at + i) % row / runs.inner;
+        const auto& p = qparams.of(k * runs.channels + runs.channel(run));
         inv[i] = p.inv;
         scale[i] = p.scale;
         zero_point[i] = p.zero_point;
@@ -174,9 +174,9 @@ struct ErrorsOp {
 };
 
 template <typename S>
-void quantization_errors(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x,
+void quantization_errors(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x,
                          int64_t candidates, double* errors) {
-  reduce_channels(view, numel, ErrorsOp<S>{quantizer, view, x, candidates, errors});
+  reduce_channels(runs, numel, ErrorsOp<S>{qparams, runs, x, candidates, errors});
 }
 
 }  // namespace qkernels::QK_NAMESPACE

@@ -121,11 +121,11 @@ inline void for_each_code(const S* x, int64_t at, int64_t n, const P& p, const P
 }
 
 template <typename S>
-void stochastic_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void stochastic_forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                         uint8_t* mask, const Philox& philox) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
     for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
       bits.add(bits_of(inside(q, b.low, b.high).bits(), tail...), lanes_of(tail...));
@@ -136,11 +136,11 @@ void stochastic_forward(const View& view, const Quantizer<Arithmetic<S>>& quanti
 }
 
 template <typename S, typename I>
-void quantize_stochastic(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, I* out,
-                         const Philox& philox) {
+void quantize_stochastic(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x,
+                         I* out, const Philox& philox) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
       V code = min(b.high, max(b.low, q));
       code = select(is_nan(code), z, code);
@@ -169,13 +169,12 @@ struct StochasticTerms {
 };
 
 template <typename S>
-void stochastic_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void stochastic_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                          const S* x, S* dx, const Philox& philox, double grad_factor, double* dscale,
                          double* dzero_point) {
   using Terms = StochasticTerms<typename VecOf<S>::type>;
-  reduce_channels(
-      view, numel,
-      LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point, Terms{&philox}});
+  reduce_channels(runs, numel,
+                  LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point, Terms{&philox}});
 }
 
 }  // namespace qkernels::QK_NAMESPACE

@@ -1,4 +1,4 @@
-// Elementwise kernels over a tensor of any granularity: parameters of each channel, and the walk in memory order.
+// Elementwise kernels over a tensor of any granularity, in memory order, and the parameters of each channel.
 #pragma once
 
 #include "common.cuh"
@@ -139,7 +139,7 @@ OwnedQparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int
 }
 
 // Runs, as kernels carry them: by value and with division prepared.
-struct Channels {
+struct DeviceRuns {
   static constexpr int kMost = 12;
   Divider inner;
   int count = 0;
@@ -147,11 +147,11 @@ struct Channels {
   Divider size[kMost];
   int64_t stride[kMost];
 
-  Channels() = default;
-  explicit Channels(const Runs& runs)
+  DeviceRuns() = default;
+  explicit DeviceRuns(const Runs& runs)
       : inner(std::max<int64_t>(runs.inner, 1)),
         count(static_cast<int>(runs.factors.size())),
-        in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.runs) {
+        in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.count) {
     QK_CHECK(count <= kMost, "scale: got a granularity of ", count,
              " levels in x's memory order; accepted on a GPU: ", kMost);
     for (int f = 0; f < count; ++f) {
@@ -251,7 +251,7 @@ static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && le
 // What takes long is asked for first: x, then the parameters, and only then is either used.
 template <typename Op, bool kShortRuns>
 __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
-    sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Stretches s) {
+    sweep_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Stretches s) {
   using Q = Qparams<typename Op::T>;
   using P = Params<typename Op::T>;
   constexpr int N = Op::kWidth, kRaw = kShortRuns ? kUnroll : 1;
@@ -313,7 +313,7 @@ struct Elements {
 // ptxas spills to stay within 64 registers unless it is told that three blocks are enough.
 template <typename Op>
 __global__ void __launch_bounds__(kThreads, 3)
-    elements_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Elements s) {
+    elements_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Elements s) {
   using P = Params<typename Op::T>;
   constexpr int N = Op::kWidth;
   Op op = given;
@@ -360,7 +360,7 @@ void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
                      bool aligned) {
   constexpr int64_t N = Op::kWidth;
   const bool many = !kShortRuns && runs.channels > 1;
-  const int64_t count = many ? runs.runs : 1, vectors = ceil_div(numel / count, N);
+  const int64_t count = many ? runs.count : 1, vectors = ceil_div(numel / count, N);
   int64_t parts = ceil_div(vectors, kThreads * kUnroll);
   const int threads = static_cast<int>(ceil_div(ceil_div(vectors, parts * kUnroll), kWarp)) * kWarp;
   Stretches s{numel, aligned ? numel / N : 0, vectors, threads * kUnroll, threads, many, Divider()};
@@ -374,7 +374,7 @@ void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
     s.step_runs = s.unroll_step / s.short_run.divisor;
     s.step_rest = s.unroll_step % s.short_run.divisor;
   }
-  gpu.launch(sweep_kernel<Op, kShortRuns>, many ? count : parts, many ? parts : 1, threads, op, q, Channels(runs), s);
+  gpu.launch(sweep_kernel<Op, kShortRuns>, many ? count : parts, many ? parts : 1, threads, op, q, DeviceRuns(runs), s);
 }
 
 template <typename Op>
@@ -396,7 +396,7 @@ void sweep_elements(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
       blocks = ceil_div(s.step, kThreads);
     }
   }
-  gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, Channels(runs), s);
+  gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, DeviceRuns(runs), s);
 }
 
 // kGranular: whether Op has parameters at all.

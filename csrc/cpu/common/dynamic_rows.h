@@ -1,7 +1,7 @@
 // What the ops share that compute values and quantize them by the ranges of their own groups.
 #pragma once
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 
 namespace qkernels {
 

@@ -1,4 +1,4 @@
-// Dynamic quantization of values that a fused op computes: they reach the quantizer in the arithmetic type, through a
+// Dynamic quantization of values that a fused op computes: they reach the qparams in the arithmetic type, through a
 // buffer that stays in cache.
 #include <memory>
 
@@ -41,9 +41,9 @@ template <typename V, typename O, typename F>
 void quantize_units(const Units& units, const QparamsRule& rule, O* out, typename V::Scalar* scale, int32_t* zero_point,
                     F fill) {
   using T = typename V::Scalar;
-  const Bounds<V> b(Quantizer<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
+  const Bounds<V> b(Qparams<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
   if (units.whole) {  // the values are kept until their range is known
-    const View all{{1, 1, 1, units.count * units.length, {}}, {}};
+    const IndexedRuns all{{1, 1, 1, units.count * units.length, {}}, {}};
     const std::unique_ptr<T[]> values(new T[all.inner]);
     in_blocks(units, [&](int64_t first, int64_t count) { fill(first, count, &values[first * units.length]); });
     T low = 0, high = 0;

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 
 namespace qkernels {
 
@@ -18,7 +18,7 @@ inline Tensor from_double(const std::vector<double>& values, const Tensor& like)
   return out;
 }
 
-// dx, dscale and dzero_point. `run(view, quantizer, numel, grad, x, dx, dscale, dzero_point)` is the kernel; it gets
+// dx, dscale and dzero_point. `run(runs, qparams, numel, grad, x, dx, dscale, dzero_point)` is the kernel; it gets
 // pointers of x's storage type, and the sums as fp64.
 template <typename F>
 std::tuple<Tensor, Tensor, Tensor> learned(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor> learned(const Tensor& grad_any, const Tensor&
   std::vector<double> dscale(scale.numel()), dzero_point(scale.numel());
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
-    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    const auto q = qparams<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = view_of(x, scale);
-    run(view, q, numel, static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(x.const_data_ptr()),
+    const IndexedRuns runs = indexed_runs(x, scale);
+    run(runs, q, numel, static_cast<const S*>(grad.const_data_ptr()), static_cast<const S*>(x.const_data_ptr()),
         static_cast<S*>(dx.mutable_data_ptr()), dscale.data(), dzero_point.data());
   });
   return {dx, from_double(dscale, scale), from_double(dzero_point, scale)};

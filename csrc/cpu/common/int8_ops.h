@@ -88,8 +88,8 @@ inline void check_codes(int64_t quant_min, int64_t quant_max) {
 // Per-tensor quantization with a given scale. A scale below the smallest normal fp32 acts as that value; a negative one
 // gives NaN.
 // `of`: what is quantized, "input" or "out", and so the arguments' names.
-inline RowQuantizer static_quantizer(const std::string& of, const Tensor& scale,
-                                     const std::optional<Tensor>& zero_point, int64_t quant_min, int64_t quant_max) {
+inline RowQparams static_qparams(const std::string& of, const Tensor& scale, const std::optional<Tensor>& zero_point,
+                                 int64_t quant_min, int64_t quant_max) {
   check_codes(quant_min, quant_max);
   const std::string scale_name = of + "_scale", zero_point_name = of + "_zero_point";
   QK_CHECK(scale.numel() == 1, scale_name, ": got shape ", shape_of(scale), "; accepted: one element");
@@ -110,9 +110,9 @@ inline RowQuantizer static_quantizer(const std::string& of, const Tensor& scale,
 }
 
 // How a linear layer's floating input becomes codes.
-inline RowQuantizer input_quantizer(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
-                                    int64_t quant_min, int64_t quant_max) {
-  if (scale) return static_quantizer("input", *scale, zero_point, quant_min, quant_max);
+inline RowQparams input_qparams(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+                                int64_t quant_min, int64_t quant_max) {
+  if (scale) return static_qparams("input", *scale, zero_point, quant_min, quant_max);
   QK_CHECK(!zero_point, "input_zero_point: got a tensor without input_scale; accepted: both, or neither");
   check_codes(quant_min, quant_max);
   const int64_t half = (quant_max - quant_min) / 2;
@@ -200,10 +200,10 @@ inline void set_output(PanelOutput& o, const std::string& activation, ScalarType
   }
   QK_CHECK(out_dtype == ScalarType::Char, "out_dtype: got ", dtype_name(out_dtype),
            "; accepted: torch.int8, as there is an out_scale");
-  const RowQuantizer quantizer = static_quantizer("out", *out_scale, out_zero_point, -128, 127);
+  const RowQparams qparams = static_qparams("out", *out_scale, out_zero_point, -128, 127);
   o.type = Element::i8;
-  o.out_inverse = quantizer.inverse;
-  o.out_zero_point = quantizer.zero_point;
+  o.out_inverse = qparams.inverse;
+  o.out_zero_point = qparams.zero_point;
 }
 
 // The zero points of rows of a.

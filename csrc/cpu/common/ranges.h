@@ -1,7 +1,7 @@
 // Ranges of the channels of a tensor.
 #pragma once
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 
 namespace qkernels {
 
@@ -11,6 +11,6 @@ struct Ranges {
 };
 
 // x is dense and not empty.
-Ranges ranges_of(const Tensor& x, const View& view);
+Ranges ranges_of(const Tensor& x, const IndexedRuns& runs);
 
 }  // namespace qkernels

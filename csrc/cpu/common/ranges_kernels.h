@@ -67,8 +67,8 @@ struct RangeOp {
 };
 
 template <typename S>
-void range(const View& view, int64_t numel, const S* x, Arithmetic<S>* low, Arithmetic<S>* high) {
-  reduce_channels(view, numel, RangeOp<S>{x, low, high});
+void range(const IndexedRuns& runs, int64_t numel, const S* x, Arithmetic<S>* low, Arithmetic<S>* high) {
+  reduce_channels(runs, numel, RangeOp<S>{x, low, high});
 }
 
 // High ends of ranges, as Reach has them.
@@ -83,7 +83,7 @@ inline V within_reach(V high) {
 template <typename T>
 struct RowParams {
   T inv[16], scale[16], zero_point[16];
-  typename Quantizer<T>::Params operator[](int64_t row) const { return {inv[row], scale[row], zero_point[row]}; }
+  typename Qparams<T>::Params operator[](int64_t row) const { return {inv[row], scale[row], zero_point[row]}; }
 };
 
 template <typename S>

@@ -26,60 +26,60 @@ inline void for_each_summed(int64_t n, F add) {
 // `column(at, row, rows, n, lanes)` for up to 16 adjacent columns over rows that lie `row` elements apart.
 // Then `result(channel, partial)` is called once for each channel.
 template <typename Op>
-void reduce_channels(const View& view, int64_t numel, const Op& op) {
+void reduce_channels(const IndexedRuns& runs, int64_t numel, const Op& op) {
   using Partial = typename Op::Partial;
-  const int64_t row = view.period * view.inner;
-  if (view.inner >= kShortRun || view.channels == 1) {
-    const int64_t pieces = (view.inner + kPiece - 1) / kPiece;
-    const int64_t items = view.runs * pieces;
+  const int64_t row = runs.period * runs.inner;
+  if (runs.inner >= kShortRun || runs.channels == 1) {
+    const int64_t pieces = (runs.inner + kPiece - 1) / kPiece;
+    const int64_t items = runs.count * pieces;
     std::vector<Partial> partial(items);
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(view.inner, kPiece));
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::min(runs.inner, kPiece));
     torch::stable::parallel_for(0, items, grain, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t run = item / pieces, from = item % pieces * kPiece;
         partial[item] =
-            op.piece(run * view.inner + from, std::min(kPiece, view.inner - from), view.channel(run % view.period));
+            op.piece(run * runs.inner + from, std::min(kPiece, runs.inner - from), runs.channel(run % runs.period));
       }
     });
-    std::vector<Partial> total(view.channels, Op::identity());
+    std::vector<Partial> total(runs.channels, Op::identity());
     int64_t in_period = 0;
-    for (int64_t run = 0; run < view.runs; ++run) {
-      Partial& sum = total[view.channel(in_period)];
+    for (int64_t run = 0; run < runs.count; ++run) {
+      Partial& sum = total[runs.channel(in_period)];
       for (int64_t i = 0; i < pieces; ++i) Op::merge(sum, partial[run * pieces + i]);
-      if (++in_period == view.period) in_period = 0;
+      if (++in_period == runs.period) in_period = 0;
     }
-    for (int64_t c = 0; c < view.channels; ++c) op.result(c, total[c]);
+    for (int64_t c = 0; c < runs.channels; ++c) op.result(c, total[c]);
     return;
   }
   // Short runs: a tile of whole runs, column by column over a block of rows.
   const int64_t rows = numel / row;
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  const int64_t tile_runs = kTile / view.inner;
-  const int64_t tiles = (view.period + tile_runs - 1) / tile_runs;
-  std::vector<Partial> partial(blocks * view.period);
+  const int64_t tile_runs = kTile / runs.inner;
+  const int64_t tiles = (runs.period + tile_runs - 1) / tile_runs;
+  std::vector<Partial> partial(blocks * runs.period);
   const int64_t grain = std::max<int64_t>(1, kGrain / (std::min(rows, kRows) * kTile));
   torch::stable::parallel_for(0, blocks * tiles, grain, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       const int64_t block = item / tiles, run = item % tiles * tile_runs;
-      const int64_t runs = std::min(tile_runs, view.period - run);
+      const int64_t whole_runs = std::min(tile_runs, runs.period - run);
       const int64_t height = std::min(kRows, rows - block * kRows);
-      const int64_t columns = runs * view.inner;
+      const int64_t columns = whole_runs * runs.inner;
       Partial lanes[kTile];
       for (int64_t column = 0; column < columns; column += 16)
-        op.column(block * kRows * row + run * view.inner + column, row, height, std::min<int64_t>(16, columns - column),
+        op.column(block * kRows * row + run * runs.inner + column, row, height, std::min<int64_t>(16, columns - column),
                   lanes + column);
-      for (int64_t r = 0; r < runs; ++r) {
-        Partial sum = lanes[r * view.inner];
-        for (int64_t i = 1; i < view.inner; ++i) Op::merge(sum, lanes[r * view.inner + i]);
-        partial[block * view.period + run + r] = sum;
+      for (int64_t r = 0; r < whole_runs; ++r) {
+        Partial sum = lanes[r * runs.inner];
+        for (int64_t i = 1; i < runs.inner; ++i) Op::merge(sum, lanes[r * runs.inner + i]);
+        partial[block * runs.period + run + r] = sum;
       }
     }
   });
-  std::vector<Partial> total(view.channels, Op::identity());
+  std::vector<Partial> total(runs.channels, Op::identity());
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t run = 0; run < view.period; ++run)
-      Op::merge(total[view.channel(run)], partial[block * view.period + run]);
-  for (int64_t c = 0; c < view.channels; ++c) op.result(c, total[c]);
+    for (int64_t run = 0; run < runs.period; ++run)
+      Op::merge(total[runs.channel(run)], partial[block * runs.period + run]);
+  for (int64_t c = 0; c < runs.channels; ++c) op.result(c, total[c]);
 }
 
 }  // namespace qkernels::QK_NAMESPACE

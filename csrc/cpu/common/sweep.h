@@ -2,7 +2,7 @@
 #ifndef QK_SWEEP
 #define QK_SWEEP
 
-#include "cpu/common/granularity.h"
+#include "cpu/common/qparams.h"
 #include "cpu/common/vec.h"
 
 namespace qkernels::QK_NAMESPACE {
@@ -15,7 +15,7 @@ constexpr int64_t kPattern = 1024;
 template <typename V>
 struct Uniform {
   V inv_, scale_, zero_point_;
-  explicit Uniform(const typename Quantizer<typename V::Scalar>::Params& p)
+  explicit Uniform(const typename Qparams<typename V::Scalar>::Params& p)
       : inv_(V::set1(p.inv)), scale_(V::set1(p.scale)), zero_point_(V::set1(p.zero_point)) {}
   V inv(int64_t) const { return inv_; }
   V scale(int64_t) const { return scale_; }
@@ -42,17 +42,17 @@ template <typename T>
 struct Expanded {
   T inv[kPattern], scale[kPattern], zero_point[kPattern];
 
-  void fill(const Quantizer<T>& q, const View& view, int64_t at, int64_t n) {
-    int64_t run = at / view.inner % view.period, within = at % view.inner;
-    const auto* p = &q.of(view.channel(run));
+  void fill(const Qparams<T>& q, const IndexedRuns& runs, int64_t at, int64_t n) {
+    int64_t run = at / runs.inner % runs.period, within = at % runs.inner;
+    const auto* p = &q.of(runs.channel(run));
     for (int64_t i = 0; i < n; ++i) {
       inv[i] = p->inv;
       scale[i] = p->scale;
       zero_point[i] = p->zero_point;
-      if (++within == view.inner && i + 1 < n) {
+      if (++within == runs.inner && i + 1 < n) {
         within = 0;
-        if (++run == view.period) run = 0;
-        p = &q.of(view.channel(run));
+        if (++run == runs.period) run = 0;
+        p = &q.of(runs.channel(run));
       }
     }
   }
@@ -65,33 +65,33 @@ struct Expanded {
 // Calls f(first element, count, parameters) for every stretch of x in [0, numel), in parallel. Tasks begin at
 // multiples of 1024 elements, so that a mask's bytes are never shared between threads.
 template <typename V, typename F>
-void for_each_stretch(const View& view, const Quantizer<typename V::Scalar>& q, int64_t numel, F f) {
+void for_each_stretch(const IndexedRuns& runs, const Qparams<typename V::Scalar>& q, int64_t numel, F f) {
   using T = typename V::Scalar;
   constexpr int64_t kBlock = 1024;
-  const int64_t row = view.period * view.inner;
-  const bool is_short = view.inner < kShortRun && view.channels > 1;
+  const int64_t row = runs.period * runs.inner;
+  const bool is_short = runs.inner < kShortRun && runs.channels > 1;
   // A row that fits the pattern is repeated in it, so that stretches are long even where a row is not.
   const int64_t repeated = row <= kPattern ? kPattern / std::max<int64_t>(row, 1) * row : 0;
   torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t first, int64_t last) {
     int64_t at = first * kBlock;
     const int64_t end = std::min(last * kBlock, numel);
     if (!is_short) {
-      int64_t run = at / view.inner;
-      int64_t in_period = run % view.period;
+      int64_t run = at / runs.inner;
+      int64_t in_period = run % runs.period;
       while (at < end) {
-        const int64_t n = std::min((run + 1) * view.inner, end) - at;
-        f(at, n, Uniform<V>(q.of(view.channel(in_period))));
+        const int64_t n = std::min((run + 1) * runs.inner, end) - at;
+        f(at, n, Uniform<V>(q.of(runs.channel(in_period))));
         at += n;
         ++run;
-        if (++in_period == view.period) in_period = 0;
+        if (++in_period == runs.period) in_period = 0;
       }
     } else {
       Expanded<T> params;
-      if (repeated) params.fill(q, view, 0, repeated);
+      if (repeated) params.fill(q, runs, 0, repeated);
       while (at < end) {
         const int64_t from = repeated ? at % repeated : 0;
         const int64_t n = std::min((repeated ? repeated : kPattern) - from, end - at);
-        if (!repeated) params.fill(q, view, at, n);
+        if (!repeated) params.fill(q, runs, at, n);
         f(at, n, params.template from<V>(from));
         at += n;
       }

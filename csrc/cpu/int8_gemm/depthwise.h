@@ -7,7 +7,7 @@ namespace {
 
 void multiply_depthwise(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
                         const int32_t* weights, const PanelOutput& output) {
-  const Channels channels(output);
+  const ChannelValues channels(output);
   constexpr int kAtOnce = 8;  // pixels of one epilogue
   alignas(64) int32_t batch[kAtOnce * kPanel];
   for (int64_t pixel = 0; pixel < pixels; ++pixel, codes += step) {

@@ -31,12 +31,12 @@ inline void to_storage(const float* v, Half* out) {
 }
 
 // The per-channel values of one panel, padded to its width.
-struct Channels {
+struct ChannelValues {
   int32_t colsum[kPanel];
   float scale[kPanel];
   float bias[kPanel];
 
-  explicit Channels(const PanelOutput& o) : colsum(), scale(), bias() {
+  explicit ChannelValues(const PanelOutput& o) : colsum(), scale(), bias() {
     for (int64_t c = 0; c < o.channels; ++c) {
       if (o.colsum) colsum[c] = o.colsum[c];
       if (o.scale_b) scale[c] = o.scale_b[c];
@@ -99,7 +99,7 @@ inline void store_masked(__m512 codes, __mmask16 inside, int8_t* out) {
 
 // The same as finish() where nothing leaves int32.
 template <typename T>
-inline void finish_narrow(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const Channels& ch,
+inline void finish_narrow(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const ChannelValues& ch,
                           const PanelOutput& o) {
   const uint32_t both = o.channels >= kPanel ? ~0u : (1u << o.channels) - 1;
   const __mmask16 inside[2] = {static_cast<__mmask16>(both), static_cast<__mmask16>(both >> 16)};
@@ -134,7 +134,7 @@ inline void finish_narrow(const int32_t* sums, int64_t rows, int64_t first_row, 
 #endif
 
 // The epilogue: sums[rows][32] of rows first_row… become outputs. `flip` is what the codes were XORed with.
-inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const Channels& ch,
+inline void finish(const int32_t* sums, int64_t rows, int64_t first_row, uint8_t flip, const ChannelValues& ch,
                    const PanelOutput& o) {
 #if QK_PATH == QK_PATH_AVX512VNNI
   if (!o.wide) switch (o.type) {

@@ -25,7 +25,7 @@ inline int64_t panel_bytes(int64_t k) { return k_groups(k) * kPanel * 4; }
 enum class Element : int { f32, bf16, f16, i32, i8 };
 
 // How a row of floats becomes codes q = clamp(round_half_even(x * inverse) + zero_point, low, high).
-struct RowQuantizer {
+struct RowQparams {
   bool dynamic;  // scale and inverse come from each row: scale = amax / half
   float scale, inverse, half;
   float zero_point, low, high;
@@ -61,8 +61,7 @@ struct Int8Kernels {
   int unpacked_rows;  // up to here one read of unpacked weights is cheaper than packing them
   void (*copy_codes)(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, uint8_t* row);
   // Returns the row's scale: NaN where the row holds a NaN (or, for a dynamic scale, an infinity).
-  float (*quantize_row)(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t flip,
-                        uint8_t* row);
+  float (*quantize_row)(const void* x, Element type, int64_t k, const RowQparams& qparams, uint8_t flip, uint8_t* row);
   // At most kPackedPanels panels.
   void (*pack_panels)(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, int8_t* data,
                       int32_t* colsum);

@@ -20,7 +20,7 @@ constexpr auto kTiles = make_tiles(std::make_integer_sequence<int, kTileRows>())
 
 void multiply(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
               const PanelOutput& output) {
-  const Channels channels(output);
+  const ChannelValues channels(output);
   alignas(64) int32_t sums[kTileRows * kPanel];
   // Blocks of equal height: 16 rows run as 8 + 8, not as 12 + 4.
   const int64_t blocks = (m + kTileRows - 1) / kTileRows;

@@ -42,7 +42,7 @@ inline uint32_t max_magnitude(const float* x, int64_t n) {
 }
 
 // Returns whether a NaN was met.
-inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uint8_t flip, uint8_t* row) {
+inline bool quantize_chunk(const float* x, int64_t n, const RowQparams& q, uint8_t flip, uint8_t* row) {
   int64_t i = 0;
   int32_t nan = 0;
 #if QK_PATH == QK_PATH_AVX512VNNI
@@ -71,7 +71,7 @@ inline bool quantize_chunk(const float* x, int64_t n, const RowQuantizer& q, uin
 }
 
 template <typename T>
-float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t flip, uint8_t* row) {
+float quantize_row_of(const T* x, int64_t k, RowQparams q, uint8_t flip, uint8_t* row) {
   float buffer[kChunk];
   if (q.dynamic) {
     uint32_t largest = 0;
@@ -93,11 +93,11 @@ float quantize_row_of(const T* x, int64_t k, RowQuantizer q, uint8_t flip, uint8
   return nan ? std::numeric_limits<float>::quiet_NaN() : q.scale;
 }
 
-float quantize_row(const void* x, Element type, int64_t k, const RowQuantizer& quantizer, uint8_t flip, uint8_t* row) {
+float quantize_row(const void* x, Element type, int64_t k, const RowQparams& qparams, uint8_t flip, uint8_t* row) {
   switch (type) {
-    case Element::bf16: return quantize_row_of(static_cast<const BFloat16*>(x), k, quantizer, flip, row);
-    case Element::f16: return quantize_row_of(static_cast<const Half*>(x), k, quantizer, flip, row);
-    default: return quantize_row_of(static_cast<const float*>(x), k, quantizer, flip, row);
+    case Element::bf16: return quantize_row_of(static_cast<const BFloat16*>(x), k, qparams, flip, row);
+    case Element::f16: return quantize_row_of(static_cast<const Half*>(x), k, qparams, flip, row);
+    default: return quantize_row_of(static_cast<const float*>(x), k, qparams, flip, row);
   }
 }
 

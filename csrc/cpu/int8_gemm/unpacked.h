@@ -90,7 +90,7 @@ inline void unpacked_rows(const int8_t* a, int64_t stride, const int8_t* b, int6
 
 void multiply_unpacked(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n, int64_t k,
                        const PanelOutput& output) {
-  Channels channels(output);
+  ChannelValues channels(output);
   alignas(64) int32_t sums[4 * kPanel] = {};
   for (int64_t row = 0; row < m; row += 4) {
     const int8_t* a = rows + row * row_stride;

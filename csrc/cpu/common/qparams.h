@@ -1,34 +1,35 @@
-// From (x, scale, zero_point) to what CPU kernels walk: runs of elements in memory order and the parameters of each.
+// What CPU kernels are given in place of scale and zero point: the runs of x, and the parameters of each channel.
 #pragma once
 
-#include "view.h"
+#include "qparams_rule.h"
+#include "runs.h"
 
 namespace qkernels {
 
-// Runs with the channel of each looked up.
-struct View : Runs {
+// Runs, and the channel of each.
+struct IndexedRuns : Runs {
   std::vector<int64_t> index;  // channel of each run of a period; empty: the run's number itself
 
   int64_t channel(int64_t run) const { return index.empty() ? run : index[run]; }
 };
 
-inline View view_of(const Tensor& x, const Tensor& scale) {
-  View view{runs_of(x, scale), {}};
-  if (view.in_order()) return view;
-  view.index.assign(1, 0);
-  for (const Factor& f : view.factors) {
+inline IndexedRuns indexed_runs(const Tensor& x, const Tensor& scale) {
+  IndexedRuns runs{runs_of(x, scale), {}};
+  if (runs.in_order()) return runs;
+  runs.index.assign(1, 0);
+  for (const Factor& f : runs.factors) {
     std::vector<int64_t> next;
-    next.reserve(view.index.size() * f.size);
-    for (int64_t base : view.index)
+    next.reserve(runs.index.size() * f.size);
+    for (int64_t base : runs.index)
       for (int64_t i = 0; i < f.size; ++i) next.push_back(base + i * f.stride);
-    view.index = std::move(next);
+    runs.index = std::move(next);
   }
-  return view;
+  return runs;
 }
 
-// What every kernel needs to know of one call; T is the arithmetic type.
+// The range of codes, and the parameters of each channel; T is the arithmetic type.
 template <typename T>
-struct Quantizer {
+struct Qparams {
   struct Params {
     T inv, scale, zero_point;
   };
@@ -44,38 +45,39 @@ void for_each_value(const Tensor& param, F f) {
   const Tensor dense = to_contiguous(param);
   const int64_t n = dense.numel();
   const void* data = dense.const_data_ptr();
-  const auto walk = [&](auto tag) {
+  const auto visit = [&](auto tag) {
     const auto* p = static_cast<const decltype(tag)*>(data);
     for (int64_t i = 0; i < n; ++i) f(i, static_cast<T>(to_float(p[i])));
   };
   switch (dense.scalar_type()) {
-    case ScalarType::Float: return walk(float{});
-    case ScalarType::Double: return walk(double{});
-    case ScalarType::Half: return walk(Half{});
-    case ScalarType::BFloat16: return walk(BFloat16{});
-    case ScalarType::Char: return walk(int8_t{});
-    case ScalarType::Byte: return walk(uint8_t{});
-    case ScalarType::Short: return walk(int16_t{});
-    case ScalarType::Int: return walk(int32_t{});
-    case ScalarType::Long: return walk(int64_t{});
-    case ScalarType::Bool: return walk(bool{});
+    case ScalarType::Float: return visit(float{});
+    case ScalarType::Double: return visit(double{});
+    case ScalarType::Half: return visit(Half{});
+    case ScalarType::BFloat16: return visit(BFloat16{});
+    case ScalarType::Char: return visit(int8_t{});
+    case ScalarType::Byte: return visit(uint8_t{});
+    case ScalarType::Short: return visit(int16_t{});
+    case ScalarType::Int: return visit(int32_t{});
+    case ScalarType::Long: return visit(int64_t{});
+    case ScalarType::Bool: return visit(bool{});
     default: fail("param: got a dtype that is no number; accepted: floating and integer dtypes");
   }
 }
 
 template <typename T>
-Quantizer<T> quantizer(double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
+Qparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
   check_range(quant_min, quant_max);
   check_zero_point(zero_point, quant_min, quant_max);
-  Quantizer<T> q{static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}};
+  Qparams<T> q{static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}};
   const T s = effective_scale(static_cast<T>(scale));
   q.first = {1 / s, s, static_cast<T>(zero_point)};
   return q;
 }
 
-// Fills in the parameters of every channel; `q` holds the range.
+// quant_min and quant_max may be of any size; no check of shapes.
 template <typename T>
-Quantizer<T> quantizer_of(const Tensor& scale, const std::optional<Tensor>& zero_point, Quantizer<T> q) {
+Qparams<T> qparams_within(const Tensor& scale, const std::optional<Tensor>& zero_point, T quant_min, T quant_max) {
+  Qparams<T> q{quant_min, quant_max, {}, {}};
   const int64_t channels = scale.numel();
   if (channels > 1) q.others.resize(channels);
   auto* params = channels > 1 ? q.others.data() : &q.first;
@@ -101,18 +103,18 @@ Quantizer<T> quantizer_of(const Tensor& scale, const std::optional<Tensor>& zero
 }
 
 template <typename T>
-Quantizer<T> quantizer(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
-                       int64_t quant_max) {
+Qparams<T> qparams(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t quant_min,
+                   int64_t quant_max) {
   check_range(quant_min, quant_max);
   check_scale(scale, zero_point, x);
-  return quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}});
+  return qparams_within(scale, zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max));
 }
 
 // For dequantize: no range to clamp to, and a zero point of any value.
 template <typename T>
-Quantizer<T> dequantizer(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point) {
+Qparams<T> unclamped_qparams(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   check_scale(scale, zero_point, q);
-  return quantizer_of<T>(scale, zero_point, {-INFINITY, INFINITY, {}, {}});
+  return qparams_within<T>(scale, zero_point, -INFINITY, INFINITY);
 }
 
 constexpr int64_t kGrain = 32768;  // elements per task: 3 µs of work, against 2.4 µs to start a second thread
