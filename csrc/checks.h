@@ -27,7 +27,7 @@ inline void check_range(int64_t quant_min, int64_t quant_max) {
            "; accepted: ", -exact, " to ", exact, ", the integers that fp32 holds exactly");
 }
 
-// Here and below: `device` is that of x.
+// In these checks `device` is the device of x.
 inline void check_param(const char* name, const Tensor& param, const Tensor& x, Device device) {
   check_device(name, param, device);
   check_granularity(name, param, x);
@@ -67,7 +67,7 @@ inline Tensor empty_mask(int64_t numel, Device device) { return empty({(numel + 
 
 inline Tensor empty_mask(int64_t numel, const Tensor& x) { return empty_mask(numel, device_of(x)); }
 
-// device: of grad.
+// `device` is the device of grad.
 inline void check_mask(const Tensor& mask, const Tensor& grad, Device device) {
   check_device("mask", mask, device);
   QK_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.numel() == (grad.numel() + 7) / 8,
@@ -86,7 +86,7 @@ inline void check_group_size(const Tensor& x, int64_t group_size) {
            "; accepted: -1 (a row), None (the whole tensor), or a divisor of x's last dim ", last);
 }
 
-// The statistics that an observer keeps and changes in place.
+// Checks the statistics that an observer keeps and changes in place.
 inline void check_statistics(const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
                              const Tensor& zero_point, const Tensor& x, Device device) {
   const std::pair<const char*, const Tensor*> stats[] = {
@@ -140,7 +140,7 @@ void dispatch_integer(const char* name, ScalarType dtype, F f) {
   }
 }
 
-// That codes of type I hold the range.
+// Checks that codes of type I hold the range.
 template <typename I>
 void check_codes_hold(ScalarType dtype, int64_t quant_min, int64_t quant_max) {
   using Limits = std::numeric_limits<I>;

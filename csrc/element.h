@@ -1,4 +1,4 @@
-// Storage types of tensors and their conversion to and from the arithmetic type, one rounding, half to even.
+// Storage types of tensors, and their conversion to and from the arithmetic type with one rounding, half to even.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -42,7 +42,7 @@ inline S from_float(T value) {
   }
 }
 
-// What a storage type is computed in.
+// The type that elements of a storage type are computed in.
 template <typename S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 

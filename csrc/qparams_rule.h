@@ -21,7 +21,7 @@ QK_HOST_DEVICE T effective_scale(T scale) {
   return scale < static_cast<T>(FLT_MIN) ? static_cast<T>(FLT_MIN) : scale;
 }
 
-// Scale and zero point tensors of x's groups, empty as yet.
+// Uninitialised tensors for the scales and the zero points of x's groups.
 inline std::tuple<Tensor, Tensor> empty_qparams(const Tensor& x, int64_t group_size, Device device) {
   auto shape = to_vector(x.sizes());
   if (group_size == 0) std::fill(shape.begin(), shape.end(), 1);
@@ -43,20 +43,21 @@ struct QparamsRule {
   int64_t middle;  // symmetric: the zero point
   double floor;    // smallest scale
 
-  // As many steps as fit on the shorter side of the middle: the largest value is never clipped.
+  // Takes as many steps as fit on the shorter side of the middle, so that the largest value is never clipped.
   static QparamsRule dynamic(int64_t quant_min, int64_t quant_max, bool symmetric) {
     check_range(quant_min, quant_max);
     const int64_t steps = (quant_max - quant_min) / 2;
     return {quant_min, quant_max, symmetric, static_cast<double>(steps), quant_max - steps, FLT_MIN};
   }
-  // With the floor of torch.ao's observers; steps 0: asymmetric.
+  // Has the floor of torch.ao's observers. Where steps is 0 the range is asymmetric.
   static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps, int64_t middle) {
     check_range(quant_min, quant_max);
     return {quant_min, quant_max, steps != 0, steps, middle, FLT_EPSILON};
   }
 };
 
-// One step of an observer; infinite: no value yet. Two finite values may lie further apart than fp32 goes.
+// One step of an observer. An infinite running value means that there is none yet. The distance of two finite values
+// may be larger than fp32 holds.
 QK_HOST_DEVICE inline float moving_average(float running, float batch, float momentum) {
   if (std::fabs(running) == INFINITY) return batch;
   const float distance = batch - running;
@@ -64,8 +65,8 @@ QK_HOST_DEVICE inline float moving_average(float running, float batch, float mom
   return running + momentum * distance;
 }
 
-// The end of a range; a finite one less than four roundings below the largest number, as it is there: else the multiple
-// of a scale that was rounded up would be infinite where the end is not.
+// Finite ends of a range are limited to `top`, four roundings below the largest number: the scale may be rounded up,
+// and its multiple must not be infinite where the end is not.
 template <typename T>
 struct Reach {
   static constexpr T last = static_cast<T>(std::is_same_v<T, double> ? DBL_MAX : FLT_MAX);
@@ -91,7 +92,7 @@ QK_HOST_DEVICE ChosenQparams<T> choose_qparams(T low, T high, const QparamsRule&
     return {scale < floor ? floor : scale, static_cast<T>(rule.middle)};
   }
   const T quant_min = static_cast<T>(rule.quant_min), quant_max = static_cast<T>(rule.quant_max);
-  // Half the range over half the steps: the same bits, and what lies between two numbers of T may be none.
+  // Half the range over half the steps gives the same bits; the range itself may be larger than T holds.
   constexpr T half = static_cast<T>(0.5);
   T scale = (high * half - low * half) / ((quant_max - quant_min) * half);
   scale = scale < floor ? floor : scale;

@@ -112,7 +112,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// y and the bool mask. `axis` may be kWholeTensor; `rounds_after`: the zero points are floats, and not all 0.
+// Returns y and the bool mask. `axis` may be kWholeTensor. `rounds_after`: the zero points are floats, and not all 0.
 Masked forward(const Tensor& x_any, const Qparams<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
                bool rounds_after) {
   check_floating("x", x_any);
@@ -152,7 +152,7 @@ Masked unchanged(const Tensor& x) {
   return {y, mask};
 }
 
-// A 1-d tensor of sums, in the dtype of `like`, or fp32 where that is no floating one.
+// A 1-d tensor of sums, in the dtype of `like`, or in fp32 where that dtype is not floating.
 Tensor sums_like(const std::vector<double>& values, const Tensor& like) {
   const ScalarType dtype = is_floating(like.scalar_type()) ? like.scalar_type() : ScalarType::Float;
   Tensor out = empty({static_cast<int64_t>(values.size())}, dtype);
@@ -201,7 +201,7 @@ void resize_and_fill(Tensor& t, int64_t numel, double value) {
   torch::stable::fill_(t, value);
 }
 
-// The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes.
+// The zero point that torch.ao's observers give a symmetric range: 0 for signed dtypes.
 int64_t observers_middle(int64_t quant_min, int64_t quant_max) {
   if (quant_min < 0) return std::min<int64_t>(0, quant_max);
   if (quant_min == 0 && quant_max == UINT16_MAX) return 1 << 15;
@@ -300,7 +300,7 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
   const auto resizes = [&](const Stat& stat) {
     return per_row && stat.tensor.numel() <= 1 && stat.tensor.numel() != channels;
   };
-  // Nothing is changed before everything is known to fit: what does not is torch's own, from the start.
+  // Nothing is changed before everything is known to fit: what does not fit is left to torch, as it came.
   const bool observes = is_set("observer_on", observer_on), quantizes = is_set("fake_quant_on", fake_quant_on);
   for (const Stat& stat : stats) {
     const ScalarType dtype = stat.tensor.scalar_type();
@@ -340,7 +340,7 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   QK_CHECK(mask_any.scalar_type() == ScalarType::Bool && same_shape(grad_any, mask_any), "mask: got ",
            dtype_name(mask_any.scalar_type()), " of shape ", shape_of(mask_any),
            "; accepted: torch.bool of grad's shape ", shape_of(grad_any));
-  // In grad's layout, unless it has none of its own (the expanded one of a sum).
+  // In the layout of grad, unless grad is not dense, as the expanded gradient of a sum.
   const Tensor grad = is_dense(grad_any) ? grad_any : in_layout_of(grad_any, to_dense(mask_any));
   const Tensor mask = in_layout_of(mask_any, grad);
   Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type());
@@ -356,7 +356,8 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   return dx;
 }
 
-// The per-channel drop-in: the arithmetic of fake_quantize.cpp, with [C] parameters that speak for one dim of x.
+// The per-channel drop-in: the arithmetic of fake_quantize.cpp, with [C] parameters, one for each channel of dim
+// `axis`.
 
 template <typename F>
 void with_channels(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis, int64_t quant_min,

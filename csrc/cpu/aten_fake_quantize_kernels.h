@@ -55,7 +55,7 @@ inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p
   });
 }
 
-// fp32 arithmetic is exact enough for torch's bits: fp32 and half inputs, integer zero points, ranges within 2**24.
+// For fp32 and half inputs, integer zero points and ranges within 2**24: there fp32 arithmetic gives torch's bits.
 template <typename S>
 void aten_forward(const IndexedRuns& runs, const Qparams<float>& qparams, int64_t numel, const S* x, S* y,
                   uint8_t* mask) {

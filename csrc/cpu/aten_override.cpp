@@ -14,8 +14,8 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// aten's own is a product, which autograd can differentiate again; it sits above autograd, where tensors may be fakes.
-// The kernel is reached through an op of this library, which every layer below sees.
+// aten's own backward is a product, which autograd can differentiate again. This one sits above autograd too, where
+// tensors may be fakes: so it calls an op of this library, which every layer below handles.
 Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
   QK_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: got ", dtype_name(mask.scalar_type()),
            "; accepted: torch.bool");
@@ -45,8 +45,8 @@ struct Results<Gradients> {
   }
 };
 
-// A call that the kernel refuses is torch's own, which Python keeps in the namespace qkernels_torch. The kernel's error
-// is raised where torch refuses too. std::invalid_argument is raised in any case.
+// Calls the kernel. Where it refuses, calls torch's own op, which Python keeps in the namespace qkernels_torch; where
+// that refuses too, raises the kernel's error. A std::invalid_argument of the kernel is raised in any case.
 template <auto kernel, typename F = decltype(kernel)>
 struct OrTorchs;
 template <auto kernel, typename R, typename... Args>

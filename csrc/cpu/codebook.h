@@ -9,9 +9,9 @@ constexpr int kMaxLevels = 256;
 
 // A codebook as the kernels search it.
 //
-// The midpoints between ascending levels lie as a binary search visits them, breadth first: the search starts at node 1
-// and goes from node n to 2n, or to 2n + 1 where v lies above tree[n]; after `bits` steps the index is n − 2^bits. So
-// the first steps read one vector register. Beyond the last midpoint the tree holds infinity, above which nothing lies.
+// `tree` holds the midpoints between ascending levels, breadth first, as a binary search visits them: the search starts
+// at node 1 and goes from node n to 2n, or to 2n + 1 where v lies above tree[n]; after `bits` steps the index is
+// n − 2^bits. So the first steps find their midpoints in one vector register. Nodes without a midpoint hold infinity.
 template <typename T>
 struct Codebook {
   alignas(64) T tree[kMaxLevels];

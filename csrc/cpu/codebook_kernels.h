@@ -4,8 +4,8 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Searches a codebook for 16 values at a time: `find` gives the indices of the nearest levels, `level` the levels of
-// indices. Written for any vector by lanes, and for F32 in instructions below.
+// Searches a codebook for 16 values at a time. `find` gives the indices of the nearest levels, `level` the levels of
+// indices. This one works lane by lane; below, F32 has one for each vector path.
 template <typename V>
 struct Searcher {
   using T = typename V::Scalar;
@@ -43,7 +43,7 @@ struct Searcher {
 
 #if QK_PATH == QK_PATH_AVX2
 
-// table[i mod N]. Up to 16 entries are two permutations; beyond, gathers from L1.
+// table[i mod N] for up to 16 entries, by two permutations. Larger tables are gathered from.
 template <int N>
 inline __m256 look_up(const float* table, __m256i i) {
   if constexpr (N == 8) {
@@ -215,8 +215,8 @@ void dequantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, c
   });
 }
 
-// Sums over what is quantized to each level, for one task. Lanes add to four tables in turn, since additions to one
-// address wait for each other; in fp64, since a table is emptied only once per task.
+// The sum of each level, over the elements of one task that are quantized to it. Lanes add to four tables in turn,
+// since additions to one address wait for each other. Sums are fp64, since a task may be long.
 struct LevelSums {
   double table[4][kMaxLevels];
   explicit LevelSums(int64_t levels) {
@@ -235,9 +235,9 @@ struct LevelSums {
   }
 };
 
-// The learnable backward for the 16 elements from `at` on, or the `tail` that are left, whose parameters p has from i
-// on: dx is written, the level's sum is added to, the term of the scale returned. Lanes beyond the tail have dy = 0 and
-// x = 0: their term is 0, unless all of the run is NaN.
+// The learnable backward for the 16 elements from `at` on, or for the `tail` elements that are left; p has their
+// parameters from i on. Writes dx, adds to the sums of levels, and returns what each element adds to the sum of the
+// scale. Lanes beyond the tail have dy = 0 and x = 0: they add 0, unless a parameter is NaN, which makes the sum NaN.
 template <typename S, bool kCodebook>
 struct LearnableTerms {
   using V = typename VecOf<S>::type;
@@ -259,7 +259,7 @@ struct LearnableTerms {
   }
 };
 
-// Deterministic whatever the number of threads: fixed tasks, whose partial sums are added up in order.
+// The bits do not depend on the number of threads: tasks are fixed, and their sums are added up in order.
 constexpr int64_t kTask = 32768;  // elements of a task of even runs
 constexpr int64_t kTaskRows = 64;
 
@@ -304,8 +304,8 @@ void learnable_backward_of(const IndexedRuns& runs, const Qparams<Arithmetic<S>>
       for (int64_t task = run * runs.inner / kTask; task <= last; ++task) sum += of_runs[run + task];
     }
   } else {
-    // Short runs: a task is up to 64 rows of up to kPattern columns, whose sums stay in cache. A row here is a whole
-    // number of periods, so that it fills vectors even where a period does not.
+    // Short runs: a task is up to 64 rows of up to kPattern columns, whose sums stay in cache. A row here is one period
+    // or several, so that it fills vectors even where a period does not.
     const int64_t period = runs.period * runs.inner;
     const int64_t row = std::max<int64_t>(1, 256 / period) * period;
     const int64_t rows = (numel + row - 1) / row;

@@ -5,8 +5,8 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// A symmetric range that these very values gave: |x|/scale exceeds quant_max by 3 roundings at most, so that none is
-// clipped, and the zero point is 0. Adding it still turns -0 into 0, as everywhere.
+// Quantizes by a symmetric range that x itself gave. Its zero point is 0, and no value is clipped, since |x|/scale
+// exceeds quant_max by 3 roundings at most. Adding 0 turns -0 into 0, as adding the zero point does elsewhere.
 template <typename V, typename S>
 inline void symmetric_stretch(const S* x, S* y, int64_t n, V inv, V scale) {
   for_each_16(n, [&](int64_t i, auto... tail) {

@@ -12,11 +12,11 @@ struct Bounds {
   explicit Bounds(const Qparams<typename V::Scalar>& q) : low(V::set1(q.quant_min)), high(V::set1(q.quant_max)) {}
 };
 
-// Which values count as inside the range, where the gradient passes.
+// Which values count as inside the range: for these the gradient passes.
 enum class Inside {
-  rounded,  // those whose rounded code is, bounds included
-  open,     // those that are before rounding, bounds excluded, as in LSQ's paper
-  closed    // those that are before rounding, bounds included
+  rounded,  // the rounded code lies in the range, bounds included
+  open,     // the value before rounding does, bounds excluded, as in LSQ's paper
+  closed    // the value before rounding does, bounds included
 };
 
 // `steps` are x/scale, and q is their rounded code before the clamp.

@@ -7,9 +7,9 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// What an element adds to dx and to the sums, as in LSQ. `along(at, n)` makes the terms of elements [at, at + n), which
-// are then called 16 lanes at a time from element i on. Select, never multiply, so that an infinite dy outside the
-// range does not become NaN.
+// dx, and what an element adds to the sums, as in LSQ. `along(at, n)` gives the terms for elements [at, at + n), and a
+// call is for the 16 elements from i on. dx is selected and not multiplied: an infinite dy outside of the range must
+// not become NaN.
 template <typename V, Inside kInside = Inside::rounded>
 struct LearnedTerms {
   LearnedTerms along(int64_t, int64_t) const { return *this; }
@@ -24,7 +24,7 @@ struct LearnedTerms {
   }
 };
 
-// Sums of the learnable backward; dx is written on the way.
+// The sums of the learnable backward; also writes dx.
 template <typename S, typename Terms>
 struct LearnableOp {
   using T = Arithmetic<S>;
@@ -57,7 +57,7 @@ struct LearnableOp {
     auto terms = all_terms.along(at, n);
     for_each_summed(n, [&](int64_t first, int64_t count) {
       V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
-      // Lanes beyond the last element have dy = 0 and x = 0: they add nothing, unless a parameter is NaN, when all is.
+      // Lanes beyond the last element have dy = 0 and x = 0: they add 0, or NaN where a parameter makes the sum NaN.
       for_each_16(count, [&](int64_t k, auto... tail) {
         const int64_t i = at + first + k;
         terms(i, V::load(grad + i, tail...), V::load(x + i, tail...), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
@@ -104,7 +104,7 @@ void learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& q
   reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
 
-// The straight-through variants: the same sums of other terms.
+// The straight-through variants: the same sums, with other terms.
 
 template <typename V>
 struct PassTerms {
@@ -117,7 +117,7 @@ struct PassTerms {
   }
 };
 
-// Clipped is what lies below the range before rounding, or at its upper end or above: alpha <= x in the paper.
+// Before rounding, a value is clipped below the range, at its upper end and above: alpha <= x in the paper.
 template <typename V>
 struct PactTerms {
   PactTerms along(int64_t, int64_t) const { return *this; }
@@ -133,8 +133,8 @@ struct PactTerms {
   }
 };
 
-// d is delta with dy's sign: the gradient of rounding is 1 + d·(steps − rounded), and the scale's follows from it. The
-// paper clips before it rounds.
+// d is delta with the sign of dy. The gradient of rounding is 1 + d·(steps − rounded), and that of the scale follows
+// from it. The paper clips before it rounds.
 template <typename V>
 struct EwgsTerms {
   typename V::Scalar delta;

@@ -21,7 +21,7 @@ void check_followed(const Tensor& scale, const std::optional<Tensor>& zero_point
            " and a floating dtype, or torch.int32 where up and down are 0 or 1");
 }
 
-// As the reference: a channel of zeros alone, or whose range is not finite, keeps what it has.
+// As the reference does, it leaves a channel alone that holds only zeros or whose range is not finite.
 void follow_range(const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
                   int64_t quant_max, bool symmetric, double up, double down) {
   check_floating("x", x);

@@ -1,5 +1,5 @@
-// Fake quantization of many tensors on the CPU: the kernels of the ops of one tensor, one thread to each small tensor
-// and all threads to each large one.
+// Fake quantization of many tensors on the CPU, by the kernels for one tensor: one thread for each small tensor, all
+// threads for each large one.
 #include "cpu/common/qparams.h"
 
 #define QK_BODY "cpu/fake_quantize_learnable_kernels.h"
@@ -16,10 +16,10 @@ using Tensors = std::vector<Tensor>;
 using ZeroPoints = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// From here on one tensor alone keeps all threads busy: 4 tasks of the single op for each of 2.
+// So many elements keep all threads busy: of a single tensor they are 4 tasks for each of 2 threads.
 constexpr int64_t kLarge = 8 * kGrain;
 
-// One tensor of the list, ready to run: all that can fail or needs torch is done.
+// One tensor of the list. What can fail or needs torch is done when it is made.
 struct Job {
   Tensor x, grad, out;  // dense and in one layout; grad in backward passes only
   IndexedRuns runs;
@@ -77,7 +77,7 @@ void run_all(std::vector<Job>& jobs, Run run) {
     first.push_back(elements);
     elements += job.numel;
   }
-  // Split by elements: a job belongs to the task that holds its first one.
+  // Tasks are ranges of elements; a job belongs to the task that holds its first element.
   torch::stable::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
     for (size_t i = std::lower_bound(first.begin(), first.end(), begin) - first.begin();
          i < small.size() && first[i] < end; ++i)

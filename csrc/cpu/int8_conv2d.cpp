@@ -80,7 +80,7 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
   return nan;
 }
 
-// In pieces of 16 bytes: a call of memcpy costs more than most runs. Both sides have slack behind them.
+// Copies pieces of 16 bytes, since a call of memcpy costs more than most copies here. Both sides may be overrun.
 inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
   for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
 }

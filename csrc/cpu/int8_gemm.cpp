@@ -54,7 +54,7 @@ void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor
                                     at(output, first, panel * kPanel));
         return;
       }
-      // Rows along k fill cache lines by themselves.
+      // Where k is contiguous, one panel already reads whole cache lines.
       const int64_t at_once = b_k == 1 ? 1 : std::min<int64_t>(kPackedPanels, end - begin);
       alignas(64) int32_t colsum[kPackedPanels * kPanel];
       std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(at_once * panel_bytes(k))]);

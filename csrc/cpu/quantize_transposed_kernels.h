@@ -5,9 +5,9 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-constexpr int64_t kSquare = 64;  // a tile's rows and columns: what it writes of either output are whole cache lines
+constexpr int64_t kSquare = 64;  // the rows and columns of a tile: it writes whole cache lines of both outputs
 
-// Turns magnitudes into the scales that cover them, and gives their reciprocals; a multiple of 16 elements.
+// Turns magnitudes into the scales that cover them, and gives their reciprocals. The length is a multiple of 16.
 template <typename T>
 void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& inverse) {
   using V = typename VecOf<T>::type;
@@ -19,7 +19,7 @@ void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& 
   }
 }
 
-// Largest |x| of each of R rows, and of their columns together with what `columns` holds already.
+// The largest |x| of each of R rows, and of each column, which `columns` keeps from row to row.
 template <int R, typename S>
 void magnitudes_of_rows(const S* x, int64_t length, Arithmetic<S>* rows, Arithmetic<S>* columns) {
   using V = typename VecOf<S>::type;
@@ -42,7 +42,7 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
                 std::vector<Arithmetic<S>>& columns) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  // Every piece of rows has column results of its own; a maximum does not depend on how many pieces there are.
+  // Every piece of rows has results of its own for the columns. A maximum does not depend on the number of pieces.
   const int64_t threads = torch::stable::get_num_threads(), width = static_cast<int64_t>(columns.size());
   const int64_t piece = std::max<int64_t>({1, (height + 4 * threads - 1) / (4 * threads), kGrain / (length + 1)});
   const int64_t pieces = (height + piece - 1) / piece;
@@ -62,7 +62,7 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
   }
 }
 
-// 16 x 16 bytes, `from` and `to` kSquare bytes a row.
+// Transposes 16 x 16 bytes; rows of both lie kSquare bytes apart.
 inline void transpose(const int8_t* from, int8_t* to) {
 #if QK_PATH != QK_PATH_SCALAR
   __m128i a[16], b[16];
@@ -95,7 +95,7 @@ struct Squares {
   int64_t q_t_stride;
 };
 
-// One tile; philox: null rounds to nearest.
+// Quantizes one tile. Without a philox it rounds to nearest.
 template <typename S>
 void quantize_square(const Squares<S>& t, int64_t first_row, int64_t first_column, const Philox* philox) {
   using V = typename VecOf<S>::type;

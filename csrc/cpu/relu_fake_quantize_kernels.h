@@ -13,7 +13,7 @@ inline typename V::Mask is_off(V v) {  // where ReLU gives 0, and no gradient
   return inside(v, V::set1(static_cast<typename V::Scalar>(-INFINITY)), zero<V>());
 }
 
-// Where the gradient of v passes, of which `steps` are left and q is the code.
+// Where the gradient of v passes. `steps` and q are those of the rectified v.
 template <bool kLsq, typename V>
 inline typename V::Mask passes(V v, V steps, V q, V z, const Bounds<V>& b) {
   const V nan = V::set1(static_cast<typename V::Scalar>(NAN));

@@ -22,7 +22,7 @@ void check(const Tensor& x, const std::optional<Tensor>& weight, int64_t group_s
   check_device("weight", *weight, device_of(x));
 }
 
-// Without a weight all are 1, which changes no bit.
+// Without a weight all values are 1, which changes no bit.
 template <typename T>
 std::vector<T> values_of(const std::optional<Tensor>& weight, int64_t length) {
   std::vector<T> values(length, 1);

@@ -4,7 +4,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// A sum in one order on every path: of up to 64 vectors lane by lane, then in fp64.
+// A sum in one order on every path: lane by lane over up to 64 vectors, then in fp64.
 template <typename V>
 class Sum {
  public:
@@ -26,7 +26,7 @@ class Sum {
   double total_[16] = {};
 };
 
-// weight has a value for each element of a row.
+// `weight` holds a value for each element of a row.
 template <typename S, typename O>
 void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Arithmetic<S>* weight, Arithmetic<S> eps,
               O* out, Arithmetic<S>* scale, int32_t* zero_point, Arithmetic<S>* rstd) {
@@ -50,8 +50,8 @@ void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Ari
   });
 }
 
-// kClipped: the qparams says where a value was clipped and gives no gradient. dweight, if not null, gets the sums of
-// every kSummedRows rows.
+// kClipped: where the qparams clip a value, it gets no gradient. dweight, if not null, gets the sums over every
+// kSummedRows rows.
 template <bool kClipped, typename S>
 void rms_norm_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t rows, int64_t length,
                        const S* grad, const S* x, const Arithmetic<S>* weight, const Arithmetic<S>* rstd, S* dx,
@@ -66,7 +66,7 @@ void rms_norm_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qp
     for (int64_t row = first * kSummedRows; row < std::min(last * kSummedRows, rows); ++row) {
       const int64_t at = row * length;
       const V r = V::set1(rstd[row]);
-      // Calls f(element, normalized x, gradient of the weighted one, gradient of n, ...) along the row.
+      // Calls f(i, n, gradient of n * weight, gradient of n, tail...) along the row, where n is the normalized x.
       const auto each = [&](auto f) {
         for (int64_t from = 0; from < length; from += step) {
           const Uniform<V> p(qparams.of(runs.channel((at + from) / runs.inner % runs.period)));

@@ -1,4 +1,4 @@
-// Calibration statistics on the CPU: checks and memory layout here, the kernels in statistics_kernels.h.
+// Calibration statistics on the CPU: checks and memory layout. The kernels are in statistics_kernels.h.
 #include <mutex>
 #include <tuple>
 
@@ -17,7 +17,7 @@ std::vector<T> values_of(const Tensor& param) {
   return values;
 }
 
-// The runs of a period sorted by channel, and where each channel's begin.
+// The runs of a period sorted by channel, and where those of each channel begin.
 std::pair<std::vector<int64_t>, std::vector<int64_t>> runs_by_channel(const IndexedRuns& runs) {
   std::vector<int64_t> first(runs.channels + 1), order(runs.period);
   for (int64_t run = 0; run < runs.period; ++run) ++first[runs.channel(run) + 1];

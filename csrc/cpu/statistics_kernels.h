@@ -5,7 +5,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Where values go: slot 0 counts what is below the range, 1 to bins what is inside, then above, then NaN.
+// The slot of a value: 0 below the range, 1 to bins inside it, bins + 1 above it, bins + 2 for NaN.
 template <typename V>
 struct Slots {
   using T = typename V::Scalar;
@@ -33,7 +33,8 @@ struct Slots {
   }
 };
 
-// Two tables in turn: where one value repeats (the zeros after a ReLU), each increment waits for the one before it.
+// Counts into two tables in turn: where one value repeats (the zeros after a ReLU), each increment of a counter waits
+// for the one before it.
 template <typename S>
 void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& slots, int64_t* even, int64_t* odd) {
   using V = typename VecOf<S>::type;
@@ -44,8 +45,8 @@ void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& 
   });
 }
 
-// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel, `first`
-// where each channel's begin. Integer sums do not depend on who adds first.
+// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel; those of
+// channel c begin at first[c]. Integer sums do not depend on the order of additions.
 template <typename S>
 void histogram(const IndexedRuns& runs, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
                int64_t bins, const std::vector<int64_t>& order, const std::vector<int64_t>& first, int64_t* counts,
@@ -99,7 +100,8 @@ void histogram(const IndexedRuns& runs, int64_t numel, const S* x, const Arithme
   });
 }
 
-// Squared errors of every candidate while a piece of x is in cache; qparams holds [candidates][channels].
+// Sums the squared errors of every candidate while a piece of x is in cache. The qparams are those of
+// [candidates][channels].
 template <typename S>
 struct ErrorsOp {
   using T = Arithmetic<S>;
@@ -137,7 +139,7 @@ struct ErrorsOp {
       double sum[16] = {};
       for_each_summed(n, [&](int64_t first, int64_t count) {
         V acc = zero<V>();
-        // Lanes beyond the last element hold 0, whose error is 0, unless a parameter is NaN, when all is.
+        // Lanes beyond the last element hold 0, whose error is 0, or NaN where a parameter makes all errors NaN.
         for_each_16(count, [&](int64_t i, auto... tail) {
           const V value = V::load(x + at + first + i, tail...);
           acc = acc + square(value, p.inv_, p.scale_, p.zero_point_, low, high);

@@ -1,4 +1,4 @@
-// Stochastic rounding on the CPU: checks and memory layout here, the kernels in stochastic_kernels.h.
+// Stochastic rounding on the CPU: checks and memory layout. The kernels are in stochastic_kernels.h.
 #include "cpu/common/philox.h"
 #include "cpu/common/qparams.h"
 

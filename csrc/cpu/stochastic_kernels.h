@@ -6,14 +6,14 @@ namespace qkernels::QK_NAMESPACE {
 
 // Uniform numbers for elements in memory order: element i has word i % 4 of the block i / 4.
 //
-// The vector paths keep each word in the low half of a 64-bit lane, where one instruction multiplies it and the product
-// is at once the high and the low word that the next round wants; what lies in the high halves never reaches a result.
+// The vector paths keep each word in the low half of a 64-bit lane. One instruction multiplies it there, and the
+// product holds both words that the next round needs. What lies in the high halves never reaches a result.
 class Uniforms {
  public:
-  // `ahead`: how many elements from the first one on will be asked for.
+  // `ahead`: so many elements will be asked for.
   Uniforms(const Philox& philox, int64_t ahead) : philox_(philox), ahead_(std::min(ahead, kAhead)) {}
 
-  // u of elements [i, i + 16).
+  // The numbers of elements [i, i + 16).
   template <typename V>
   V at(int64_t i) {
     if (i < first_ || i + 16 > end_) fill(i);
@@ -39,7 +39,7 @@ class Uniforms {
 #if QK_PATH == QK_PATH_AVX512
   static constexpr int64_t kGroup = 32;
   void group(int64_t block, float* u) const {
-    // In this order of blocks the unpacking below gives them in sequence.
+    // The unpacking below puts blocks that come in this order into sequence.
     const __m512i blocks = _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
     __m512i c0 = blocks, c1 = _mm512_srli_epi64(blocks, 32);
     __m512i c2 = _mm512_set1_epi64(philox_.offset[0]), c3 = _mm512_set1_epi64(philox_.offset[1]);
@@ -110,7 +110,7 @@ inline V round_stochastically(V steps, V u) {
   return select(inside(u, steps - low, one), low, low + one);
 }
 
-// Calls f(q before the clamp, zero point, i, count of a tail) for the elements of a stretch that begins at `at`.
+// Calls f(q before the clamp, zero point, i, tail...) for the elements of a stretch that begins at element `at`.
 template <typename V, typename S, typename P, typename F>
 inline void for_each_code(const S* x, int64_t at, int64_t n, const P& p, const Philox& philox, F f) {
   Uniforms uniforms(philox, n);
@@ -149,7 +149,7 @@ void quantize_stochastic(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& 
   });
 }
 
-// LSQ's terms with the integer that the forward pass drew.
+// LSQ's terms, with the integer that the forward pass drew in place of the nearest one.
 template <typename V>
 struct StochasticTerms {
   struct Drawn {

@@ -5,8 +5,7 @@
 namespace qkernels {
 namespace {
 
-// Rows that fit the registers of the threads which share one: each thread holds kHeld vectors of a row, of kTogether
-// rows at a time.
+// Rows that fit registers: the threads that share a row hold all of it, each kHeld vectors of kTogether rows at a time.
 struct Rows {
   int64_t count, length;
   int vectors, lanes;  // of a row: its vectors, and its threads, a power of two up to a warp or the whole block
@@ -14,16 +13,16 @@ struct Rows {
 
 constexpr int kRowVectors = 4;
 
-// What is known of all rows. kSymmetric and kAsymmetric: they are whole vectors at aligned addresses; of a symmetric
-// range the largest absolute value is all that is asked. kRagged: nothing.
+// What is known of all rows. kSymmetric and kAsymmetric: rows are whole vectors at aligned addresses, and the range is
+// symmetric, which needs only the largest absolute value, or it is not. kRagged: nothing.
 enum RowKind { kSymmetric, kAsymmetric, kRagged };
 
-// At most for a row. A kernel for 1024 has 64 registers, and a multiprocessor holds two blocks of 512 then, of which
-// one loads while the other computes; of ragged rows it would spill.
+// The most threads for a row. A kernel for 1024 has 64 registers; so a multiprocessor holds two blocks of 512, of which
+// one loads while the other computes. For ragged rows 64 registers would spill.
 constexpr int row_threads(RowKind kind) { return kind == kRagged ? 768 : 1024; }
 
-// The least and the greatest of elements and 0; kAbsolute: of their absolute values, the greatest only. NaN stays.
-// Halves are compared two at a time, packed as they were loaded.
+// The least and the greatest of elements and 0; with kAbsolute only the greatest absolute value. A NaN stays. Halves
+// are compared two at a time, packed as they were loaded.
 template <typename S, bool kAbsolute>
 struct Extent {
   using T = Arithmetic<S>;
@@ -140,13 +139,13 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : row_threads(kKind), kH
         out = narrow<S>(values);
       }
       store<kWhole>(y + at, out, first, last);
-      // A symmetric range clips nothing and leaves no mask. Rows of whole bytes only: first is 0.
+      // A symmetric range clips nothing and leaves no mask. With a mask, rows are whole bytes of it: first is 0.
       if (kKind != kSymmetric && mask) store_bits<N>(mask, at, last, bits);
     }
   }
 }
 
-// Runs the rows kernel where rows are contiguous and fit; false: they do not.
+// Runs the rows kernel where rows are contiguous and fit registers. Returns whether they are.
 template <typename S, typename Out>
 bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point,
               const QparamsRule& rule, int64_t count, int64_t length) {

@@ -1,5 +1,6 @@
-// Reductions per channel in two stages, the same bits on every run: each stage adds up in a fixed order and nothing is
-// added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of work:
+// Reductions per channel in two stages. They give the same bits on every run: each stage adds up in a fixed order, and
+// nothing is added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of
+// work:
 //   pieces   a stretch of one run, by 1 to 32 lanes or by a block: per tensor, rows, groups, NCHW
 //   columns  short runs that repeat ([*, C], channels last): a warp side by side over 32 vectors, eight rows deep
 // Stage 2 merges the pairs of each channel. Where a channel has but one piece, stage 1 gives the result itself.
@@ -62,7 +63,7 @@ __device__ __forceinline__ Pair<To> cast_pair(Pair<From> p) {
   return {static_cast<To>(p.a), static_cast<To>(p.b)};
 }
 
-// What block `block` of `blocks` adds up.
+// Adds up the pieces of block `block` of `blocks`.
 template <typename Op, typename C>
 __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename Op::T>& q, const C& channels,
                                            const Pieces& s, Pair<typename Op::T>* partial, int64_t block,
@@ -255,7 +256,7 @@ inline bool in_columns(const Runs& runs, int64_t numel, int64_t N) {
   return runs.channels > 1 && runs.inner < 2 * N && numel / (runs.period * runs.inner) >= 8;
 }
 
-// A place for pairs between the two stages.
+// Memory for the pairs that stage 1 leaves.
 template <typename P>
 class Workspace {
  public:
@@ -288,7 +289,7 @@ void reduce_columns(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
     combine(gpu, op, runs, Combine(runs.channels, down * width / runs.channels, runs.inner), partial.data());
 }
 
-// numel: of x, which runs describes.
+// `runs` describes x, which has numel elements.
 template <typename Op>
 void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
                      bool aligned) {

@@ -27,8 +27,8 @@ __device__ __forceinline__ bool is_inside(T q, T low, T high) {
   return q >= low && q <= high;
 }
 
-// Where the gradient passes: q, the rounded code before the clamp, lies in the range, or, with `lsq`, x/scale does
-// before rounding, bounds excluded. False for NaN.
+// Whether the gradient passes: where q, the rounded code before the clamp, lies in the range; with `lsq`, where x/scale
+// does before rounding, bounds excluded. False for NaN.
 template <typename T>
 __device__ __forceinline__ bool counts_inside(T unrounded, T q, T zero_point, T low, T high, bool lsq) {
   return lsq ? unrounded > low - zero_point && unrounded < high - zero_point : is_inside(q, low, high);
@@ -54,7 +54,7 @@ struct Qparams {
   T quant_min, quant_max;
   T scale_number = 1, zero_point_number = 0;
 
-  // What lies there for one channel, as it was read: loads without a branch or a use between them.
+  // What was read for one channel. Reading is apart from use, so that loads follow each other without a branch.
   struct Raw {
     T scale;
     unsigned low, high;  // of the zero point's bits
@@ -138,7 +138,7 @@ OwnedQparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int
   return q;
 }
 
-// Runs, as kernels carry them: by value and with division prepared.
+// Runs as kernels take them: by value, and with divisions prepared.
 struct DeviceRuns {
   static constexpr int kMost = 12;
   Divider inner;
@@ -203,8 +203,8 @@ struct Cycle {
   __device__ __forceinline__ int64_t run_of(int64_t c, int64_t k) const { return c + k * channels.divisor; }
 };
 
-// The parameters of N elements from `at` on, in runs of `inner`. A loop over their runs that is not unrolled: unrolled,
-// its divisions alone are 40 times the code of everything else, and 5 s of compile time per kernel.
+// The parameters of N elements from `at` on, in runs of `inner`. The loop over their runs is not unrolled: its
+// divisions alone would be 40 times the code of everything else, and take 5 s of compile time per kernel.
 template <typename C, typename T, int N>
 __device__ __forceinline__ void fill(const Divider& inner, const C& channels, const Qparams<T>& q, int64_t at,
                                      int64_t numel, Params<T> (&out)[N]) {
@@ -241,14 +241,14 @@ constexpr int sweep_blocks() {
   return sizeof(typename Op::Loaded) <= 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
-// How many vectors are left before `end`, or as many as a lane's number can be added to.
+// How many vectors are left before `end`, but at most so many that the number of a lane can be added without overflow.
 __host__ __device__ constexpr int left_of(int64_t end, int64_t v) {
   return static_cast<int>(end - v < INT_MAX - kWarp ? end - v : INT_MAX - kWarp);
 }
 static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4,
               "lanes would overflow");
 
-// What takes long is asked for first: x, then the parameters, and only then is either used.
+// Reads take long. So x is read first, then the parameters, and only then is either used.
 template <typename Op, bool kShortRuns>
 __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
     sweep_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Stretches s) {
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Whether a run of so many vectors is worth a block, and has no more blocks than a grid is high.
+// Whether a run of so many vectors is worth a block, and needs no more blocks than a grid is high.
 constexpr bool is_long(int64_t vectors) {
   return vectors >= 4 * kWarp && vectors <= int64_t{65535} * kThreads * kUnroll;
 }
@@ -418,7 +418,7 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   }
 }
 
-// Writes the mask bits of the n of N elements from `at` on; lanes of a warp that share a byte join them.
+// Writes the mask bits of n of the N elements from `at` on. Lanes of a warp that share a byte join their bits first.
 template <int N>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t at, int n, unsigned bits) {
   constexpr int kShare = 8 / N;

@@ -1,4 +1,4 @@
-// What the activation functions are made of: the constants of reference/activation.py, which says what they mean.
+// The constants of the activation functions: those of reference/activation.py, which says what they mean.
 #pragma once
 
 #include <iterator>

@@ -7,7 +7,8 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// 2**n for a whole n from the smallest normal number's exponent to infinity's; a finite number for NaN.
+// 2**n for a whole number n. n lies between the exponent of the smallest normal number and that of infinity. A NaN
+// gives some finite number.
 template <typename T>
 inline Lanes<T> power_of_two(Lanes<T> n) {
   using I = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -30,7 +31,7 @@ inline F32 power_of_two(F32 n) {
 }
 #endif
 
-// The same steps, each rounded once, as reference/activation.py, whose constants these are.
+// Takes the steps of reference/activation.py, and rounds after each as it does.
 template <typename V>
 inline V exponential(V x) {
   using T = typename V::Scalar;

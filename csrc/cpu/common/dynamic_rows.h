@@ -1,19 +1,19 @@
-// What the ops share that compute values and quantize them by the ranges of their own groups.
+// What two ops share: each computes values, and quantizes each group of them by its own range.
 #pragma once
 
 #include "cpu/common/qparams.h"
 
 namespace qkernels {
 
-// The values in order: `count` pieces of `length` elements, each computed at once, which hold `groups` groups each; or
-// one group for all of them.
+// The values come in `count` units of `length` elements; a unit is computed at once. It holds `groups` groups, or,
+// where `whole` is set, all units are one group.
 struct Units {
   int64_t count, length, groups;
   bool whole;
 };
 
-// Allocates the results in the shape of x and calls run(tag of x's storage type, rule, number of groups, values or
-// codes, scale, zero point), which fills them.
+// Allocates the results in the shape of x. run(tag of x's storage type, rule, number of groups, values or codes, scale,
+// zero point) fills them.
 template <typename F>
 std::tuple<Tensor, Tensor, Tensor> quantized_rows(const Tensor& x, int64_t group_size, int64_t quant_min,
                                                   int64_t quant_max, bool symmetric, bool codes, F run) {

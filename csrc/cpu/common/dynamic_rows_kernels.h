@@ -1,5 +1,5 @@
-// Dynamic quantization of values that a fused op computes: they reach the qparams in the arithmetic type, through a
-// buffer that stays in cache.
+// Dynamic quantization of values that a fused op computes. The values stay in the arithmetic type until they are
+// quantized, in a buffer that fits the cache.
 #include <memory>
 
 #include "cpu/common/dynamic_rows.h"
@@ -8,7 +8,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-constexpr int64_t kValues = 4096;  // elements of the buffer, where a unit is not longer
+constexpr int64_t kValues = 4096;  // elements of the buffer, or a unit if it is longer
 
 // O is the storage type of fake-quantized values, or int8_t for codes.
 template <typename V, typename O>
@@ -25,7 +25,7 @@ inline void quantize_values(const typename V::Scalar* values, O* out, int64_t n,
   });
 }
 
-// Calls f(first unit, count) for all units, as many at once as the buffer holds, in parallel.
+// Calls f(first unit, count) for all units, in parallel. A call gets as many units as the buffer holds.
 template <typename F>
 void in_blocks(const Units& units, F f) {
   const int64_t at_once = std::max<int64_t>(1, kValues / std::max<int64_t>(units.length, 1));
@@ -36,13 +36,13 @@ void in_blocks(const Units& units, F f) {
   });
 }
 
-// fill(first unit, count, values) computes them.
+// Quantizes all units. fill(first unit, count, values) computes the values of some.
 template <typename V, typename O, typename F>
 void quantize_units(const Units& units, const QparamsRule& rule, O* out, typename V::Scalar* scale, int32_t* zero_point,
                     F fill) {
   using T = typename V::Scalar;
   const Bounds<V> b(Qparams<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
-  if (units.whole) {  // the values are kept until their range is known
+  if (units.whole) {  // one range: all values are kept until it is known
     const IndexedRuns all{{1, 1, 1, units.count * units.length, {}}, {}};
     const std::unique_ptr<T[]> values(new T[all.inner]);
     in_blocks(units, [&](int64_t first, int64_t count) { fill(first, count, &values[first * units.length]); });

@@ -1,5 +1,5 @@
-// Ends one path of foreach_isa.h: takes back the path and the guards of the files that several kernel files include, so
-// that the next path compiles these again.
+// Ends one path of foreach_isa.h. The guards of shared kernel files are removed, so that the next path compiles these
+// files again.
 #undef QK_PATH
 #undef QK_NAMESPACE
 

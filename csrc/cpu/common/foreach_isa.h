@@ -1,5 +1,5 @@
-// Compiles the file QK_BODY once for each path, with QK_PATH naming it: in namespace scalar for any CPU, avx2 for CPUs
-// that have it, and avx512, or avx512vnni where QK_USES_VNNI is defined. Once in a source file.
+// Compiles the file QK_BODY three times: for the paths scalar, avx2 and avx512. With QK_USES_VNNI the third path is
+// avx512vnni. QK_PATH names the path. A source file includes this file once.
 #include "cpu/common/isa.h"
 
 #if defined(__GNUC__) && !defined(__clang__)

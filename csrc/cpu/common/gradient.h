@@ -1,4 +1,4 @@
-// What the ops share that give the gradients of x, scale and zero point.
+// What ops with gradients of x, scale and zero point share.
 #pragma once
 
 #include <tuple>
@@ -18,8 +18,8 @@ inline Tensor from_double(const std::vector<double>& values, const Tensor& like)
   return out;
 }
 
-// dx, dscale and dzero_point. `run(runs, qparams, numel, grad, x, dx, dscale, dzero_point)` is the kernel; it gets
-// pointers of x's storage type, and the sums as fp64.
+// Returns dx, dscale and dzero_point. `run(runs, qparams, numel, grad, x, dx, dscale, dzero_point)` calls the kernel:
+// its pointers are of x's storage type, its sums fp64.
 template <typename F>
 std::tuple<Tensor, Tensor, Tensor> learned(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
                                            const std::optional<Tensor>& zero_point, int64_t quant_min,

@@ -1,4 +1,4 @@
-// What the torch-facing sides of the int8 and int4 linear, matmul and convolution ops have in common.
+// Checks and scratch memory that the int8 and int4 linear, matmul and convolution ops share.
 #pragma once
 
 #if defined(__linux__)
@@ -34,7 +34,7 @@ inline Tensor to_contiguous_dtype(const Tensor& t, ScalarType dtype) {
   return copy;
 }
 
-// A tensor of n values, or of one where `broadcast` allows it, read as contiguous T.
+// The values of a tensor as contiguous T: one for each row or channel, or one for all.
 template <typename T>
 struct Values {
   Tensor tensor;
@@ -42,7 +42,8 @@ struct Values {
   int64_t step;  // 0: one value for all
 };
 
-// `shapes` names what is accepted; a trailing or leading dim of 1 is allowed by `dim` (which of two dims holds n).
+// Accepts [n]; with `dim` 0 or 1 also two dims, of which `dim` holds n and the other 1; with `broadcast` also one
+// element. `shapes` says this in the error.
 inline void check_vector(const char* name, const Tensor& t, int64_t n, int dim, bool broadcast, const char* shapes) {
   check_cpu(name, t);
   const bool flat = t.dim() == 1 && t.size(0) == n;
@@ -86,8 +87,7 @@ inline void check_codes(int64_t quant_min, int64_t quant_max) {
 }
 
 // Per-tensor quantization with a given scale. A scale below the smallest normal fp32 acts as that value; a negative one
-// gives NaN.
-// `of`: what is quantized, "input" or "out", and so the arguments' names.
+// gives NaN. `of` is "input" or "out": the names of the arguments begin with it.
 inline RowQparams static_qparams(const std::string& of, const Tensor& scale, const std::optional<Tensor>& zero_point,
                                  int64_t quant_min, int64_t quant_max) {
   check_codes(quant_min, quant_max);
@@ -109,7 +109,7 @@ inline RowQparams static_qparams(const std::string& of, const Tensor& scale, con
       false, s, 1.0f / s, 0.0f, static_cast<float>(z), static_cast<float>(quant_min), static_cast<float>(quant_max)};
 }
 
-// How a linear layer's floating input becomes codes.
+// How the floating input of a linear layer becomes codes: by input_scale, or without one by the range of each row.
 inline RowQparams input_qparams(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
                                 int64_t quant_min, int64_t quant_max) {
   if (scale) return static_qparams("input", *scale, zero_point, quant_min, quant_max);
@@ -133,7 +133,7 @@ inline bool is_wide(int64_t zero_point_magnitude, int64_t k) {
 // Rows of codes in scratch memory. The extra 64 bytes keep rows of 4096 codes out of each other's cache sets.
 inline int64_t code_row_stride(int64_t k) { return (k + 63) / 64 * 64 + 64; }
 
-// Elements of a pointwise pass, and multiply-accumulates, that outweigh waking a second thread (2 to 5 us).
+// From so many elements, or multiply-accumulates, on a task is worth a second thread, which takes 2 to 5 us to wake.
 constexpr int64_t kPointwiseGrain = 16384;
 constexpr int64_t kMultiplyGrain = 1 << 20;
 
@@ -141,17 +141,18 @@ inline int64_t grain(int64_t least_work, int64_t work_of_one) {
   return std::max<int64_t>(1, least_work / std::max<int64_t>(1, work_of_one));
 }
 
-// Every block of code rows reads all panels again, so blocks are large, beyond a 1 MiB second-level cache:
+// Every block of rows reads all panels again. So blocks are large, even larger than a second-level cache of 1 MiB:
 // 256 x 4096 x 4096 on 2 threads reached 740 GOPS with blocks of 256 KiB, 760 with 512, 862 with 1200 (one block).
 constexpr int64_t kRowBlockBytes = 1200 << 10;
-// Rows are quantized and multiplied in passes of this much scratch, which malloc keeps between calls.
+// A pass quantizes and multiplies as many rows as this much scratch holds. malloc keeps so much between calls.
 constexpr int64_t kPassBytes = 16 << 20;
 
 struct RowBlocks {
   int64_t rows, count;
 };
 
-// Equal blocks of rows; several where there are too few panels to keep every thread busy.
+// Cuts m rows into equal blocks: into one where that is not too large, into several where panels are too few for the
+// threads.
 inline RowBlocks row_blocks(int64_t m, int64_t n_panels, int64_t row_stride, int tile_rows) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = std::max<int64_t>(1, kRowBlockBytes / row_stride / tile_rows) * tile_rows;
@@ -163,8 +164,9 @@ inline RowBlocks row_blocks(int64_t m, int64_t n_panels, int64_t row_stride, int
   return {rows, (m + rows - 1) / rows};
 }
 
-// Weights are read end to end at every call, from beyond the second-level cache as fast as pages are found: 45 GB/s
-// instead of 30 on one thread. Pages are asked for before they are first written; the advice never fails for good.
+// Every call reads the weights end to end. Where they come from beyond the second-level cache, finding pages limits the
+// speed: with huge pages one thread reads 45 GB/s instead of 30. Call this before the memory is first written; nothing
+// depends on its success.
 inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
@@ -186,7 +188,7 @@ inline Activation activation_of(const std::string& name) {
   fail("activation: got '", name, "'; accepted: none, relu, gelu, silu");
 }
 
-// What becomes of a scaled sum: its activation and its type, or its codes.
+// Sets what becomes of a scaled sum: its activation, and its type or how it becomes codes.
 inline void set_output(PanelOutput& o, const std::string& activation, ScalarType out_dtype,
                        const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
   o.activation = activation_of(activation);
@@ -206,7 +208,7 @@ inline void set_output(PanelOutput& o, const std::string& activation, ScalarType
   o.out_zero_point = qparams.zero_point;
 }
 
-// The zero points of rows of a.
+// Sets the zero points of the rows of a, and returns what holds them.
 inline Values<int32_t> set_zero_point(PanelOutput& o, const char* name, const Tensor& zero_point, int64_t m,
                                       int64_t k) {
   Values<int32_t> values = zero_point_vector(name, zero_point, m, 0, "one element, [M] or [M, 1]");
@@ -219,7 +221,7 @@ inline Values<int32_t> set_zero_point(PanelOutput& o, const char* name, const Te
   return values;
 }
 
-// The part of an output that starts at `row` and at output channel `channel`.
+// The output from `row` and output channel `channel` on.
 inline PanelOutput at(PanelOutput o, int64_t row, int64_t channel) {
   o.out = static_cast<char*>(o.out) + (row * o.row_stride + channel) * static_cast<int64_t>(element_size(o.type));
   o.channels = std::min<int64_t>(kPanel, o.channels - channel);

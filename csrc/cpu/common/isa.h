@@ -14,7 +14,7 @@ constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
 
 struct IsaState {
   std::atomic<int> active;  // the highest path that kernels may take
-  std::atomic<int> last;    // the path that the last kernel took, or -1: lets a test assert what really ran
+  std::atomic<int> last;    // the path that the last kernel took, or -1; tests assert it
 };
 
 inline Isa supported_isa() {
@@ -45,7 +45,7 @@ inline void record_isa(Isa isa) { isa_state.last.store(static_cast<int>(isa), st
 
 #define QK_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-// No width is preferred here: a target attribute in which clang does not know one feature loses them all.
+// clang knows no preferred width, and drops a whole target attribute where it does not know one feature.
 #define QK_PREFER_512
 #define QK_TARGET_BEGIN(...) QK_PRAGMA(clang attribute push(__attribute__((target(__VA_ARGS__))), apply_to = function))
 #define QK_TARGET_END QK_PRAGMA(clang attribute pop)

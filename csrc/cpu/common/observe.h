@@ -5,8 +5,8 @@
 
 namespace qkernels {
 
-// Updates the four statistics in place: fp32, zero_point int32 or int64, all contiguous with one element per channel.
-// A channel whose range is not finite keeps its own.
+// Updates the four statistics in place. They are contiguous with one element per channel, and fp32, zero_point int32 or
+// int64. A channel whose range is not finite keeps what it has.
 inline void observe(const Ranges& ranges, float momentum, const QparamsRule& rule, const Tensor& running_min,
                     const Tensor& running_max, const Tensor& scale, const Tensor& zero_point) {
   float* min_stat = static_cast<float*>(running_min.mutable_data_ptr());

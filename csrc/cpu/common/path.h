@@ -1,7 +1,7 @@
 // Every file that foreach_isa.h compiles once per path includes this file, outside of any namespace, and puts its own
 // code into namespace qkernels::QK_NAMESPACE. Such a file parses alone too, as the scalar path.
 //
-// A file that several of them include has a guard, which end_of_path.h takes away again.
+// A file that several kernel files include has a guard, which end_of_path.h removes.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,4 +1,4 @@
-// What CPU kernels are given in place of scale and zero point: the runs of x, and the parameters of each channel.
+// Granularity and parameters as CPU kernels take them: the runs of x, and the parameters of each channel.
 #pragma once
 
 #include "qparams_rule.h"
@@ -8,7 +8,7 @@ namespace qkernels {
 
 // Runs, and the channel of each.
 struct IndexedRuns : Runs {
-  std::vector<int64_t> index;  // channel of each run of a period; empty: the run's number itself
+  std::vector<int64_t> index;  // the channel of each run of a period; empty: it is the run's number
 
   int64_t channel(int64_t run) const { return index.empty() ? run : index[run]; }
 };
@@ -34,8 +34,8 @@ struct Qparams {
     T inv, scale, zero_point;
   };
   T quant_min, quant_max;
-  Params first{};              // of channel 0: all there is per tensor
-  std::vector<Params> others;  // of every channel, where there is more than one
+  Params first{};              // of the first channel
+  std::vector<Params> others;  // of every channel; empty where there is one channel only
 
   const Params& of(int64_t channel) const { return others.empty() ? first : others[channel]; }
 };
@@ -74,7 +74,7 @@ Qparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int64_t 
   return q;
 }
 
-// quant_min and quant_max may be of any size; no check of shapes.
+// Checks no shapes and no range.
 template <typename T>
 Qparams<T> qparams_within(const Tensor& scale, const std::optional<Tensor>& zero_point, T quant_min, T quant_max) {
   Qparams<T> q{quant_min, quant_max, {}, {}};
@@ -110,7 +110,7 @@ Qparams<T> qparams(const Tensor& x, const Tensor& scale, const std::optional<Ten
   return qparams_within(scale, zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max));
 }
 
-// For dequantize: no range to clamp to, and a zero point of any value.
+// For dequantize, which does not clamp: the zero point may have any value.
 template <typename T>
 Qparams<T> unclamped_qparams(const Tensor& q, const Tensor& scale, const std::optional<Tensor>& zero_point) {
   check_scale(scale, zero_point, q);

@@ -6,7 +6,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Minimum and maximum of each channel, NaN where it holds one.
+// The minimum and the maximum of each channel; NaN where the channel holds one.
 template <typename S>
 struct RangeOp {
   using T = Arithmetic<S>;
@@ -71,15 +71,15 @@ void range(const IndexedRuns& runs, int64_t numel, const S* x, Arithmetic<S>* lo
   reduce_channels(runs, numel, RangeOp<S>{x, low, high});
 }
 
-// High ends of ranges, as Reach has them.
+// Limits the high ends of ranges as choose_qparams does; see Reach.
 template <typename V>
 inline V within_reach(V high) {
   const V top = V::set1(Reach<typename V::Scalar>::top), last = V::set1(Reach<typename V::Scalar>::last);
   return select(inside(high, top, last), top, high);
 }
 
-// Scale, its reciprocal and zero point that up to 16 rows of `length` elements give themselves. Rows by the 16, because
-// a division for one costs as much as for all: with groups of 32 it is three times the price of the rest.
+// Scale, its reciprocal and zero point of up to 16 rows, from the range of each. Sixteen rows at a time, because a
+// division for one costs as much as for 16: with groups of 32 elements it would cost three times as much as all else.
 template <typename T>
 struct RowParams {
   T inv[16], scale[16], zero_point[16];

@@ -1,4 +1,5 @@
-// Reductions per channel.
+// Reductions per channel. They give the same bits whatever the number of threads: x is cut into fixed pieces, whose
+// results are added up in order.
 #ifndef QK_REDUCE
 #define QK_REDUCE
 
@@ -6,14 +7,13 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Reductions per channel, deterministic whatever the number of threads: fixed pieces, added up in order.
 constexpr int64_t kPiece = 16384;  // elements of a run that one partial result covers
 constexpr int64_t kRows = 256;     // rows of short runs that one partial result covers
 constexpr int64_t kTile = 64;      // columns of a row that are kept in registers at a time
 
-// Calls add(first, count) for the stretches of n elements whose sums stay in fp32: 64 vectors each, and by itself what
-// is left of less than a vector. Sums of stretches are added up in fp64: exact enough that the fp32 result is right to
-// its last bits, at no cost.
+// Calls add(first, count) for stretches of n elements: of at most 64 vectors each, and last of what is less than a
+// vector. A stretch is summed in fp32, the sums of stretches in fp64. So the fp32 result is right to its last bits, at
+// no cost.
 template <typename F>
 inline void for_each_summed(int64_t n, F add) {
   constexpr int64_t kSummed = 64 * 16;
@@ -22,9 +22,9 @@ inline void for_each_summed(int64_t n, F add) {
   if (whole < n) add(whole, n - whole);
 }
 
-// Op gives a Partial, `identity`, `merge`, `piece(at, n, channel)` for an even run, and
-// `column(at, row, rows, n, lanes)` for up to 16 adjacent columns over rows that lie `row` elements apart.
-// Then `result(channel, partial)` is called once for each channel.
+// Op has a type Partial, with `identity` and `merge`. `piece(at, n, channel)` reduces n elements of a run.
+// `column(at, row, rows, n, lanes)` reduces up to 16 adjacent columns, over rows that lie `row` elements apart.
+// `result(channel, partial)` is called once for each channel.
 template <typename Op>
 void reduce_channels(const IndexedRuns& runs, int64_t numel, const Op& op) {
   using Partial = typename Op::Partial;
@@ -51,7 +51,7 @@ void reduce_channels(const IndexedRuns& runs, int64_t numel, const Op& op) {
     for (int64_t c = 0; c < runs.channels; ++c) op.result(c, total[c]);
     return;
   }
-  // Short runs: a tile of whole runs, column by column over a block of rows.
+  // Short runs: a task takes a block of rows, and of each row the runs that fit a tile, and reduces column by column.
   const int64_t rows = numel / row;
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t tile_runs = kTile / runs.inner;

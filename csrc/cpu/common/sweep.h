@@ -7,11 +7,11 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Runs shorter than a vector would waste it: their parameters are laid out element by element instead.
+// Runs shorter than a vector would waste it. Their parameters are laid out element by element instead.
 constexpr int64_t kShortRun = 16;
 constexpr int64_t kPattern = 1024;
 
-// The same parameters for every element of a run.
+// All elements of a run have the same parameters.
 template <typename V>
 struct Uniform {
   V inv_, scale_, zero_point_;
@@ -25,7 +25,7 @@ struct Uniform {
   V zero_point(int64_t, int64_t) const { return zero_point_; }
 };
 
-// Parameters of their own for every element.
+// Each element has parameters of its own.
 template <typename V>
 struct PerElement {
   const typename V::Scalar *inv_, *scale_, *zero_point_;
@@ -37,7 +37,7 @@ struct PerElement {
   V zero_point(int64_t i, int64_t n) const { return V::load(zero_point_ + i, n); }
 };
 
-// Element-by-element parameters of a stretch of at most kPattern elements of short runs.
+// The parameters of each element, for at most kPattern elements of short runs.
 template <typename T>
 struct Expanded {
   T inv[kPattern], scale[kPattern], zero_point[kPattern];
@@ -62,15 +62,15 @@ struct Expanded {
   }
 };
 
-// Calls f(first element, count, parameters) for every stretch of x in [0, numel), in parallel. Tasks begin at
-// multiples of 1024 elements, so that a mask's bytes are never shared between threads.
+// Calls f(first element, count, parameters) for stretches that cover x, in parallel. Tasks begin at multiples of 1024
+// elements, so that two threads never write one byte of a mask.
 template <typename V, typename F>
 void for_each_stretch(const IndexedRuns& runs, const Qparams<typename V::Scalar>& q, int64_t numel, F f) {
   using T = typename V::Scalar;
   constexpr int64_t kBlock = 1024;
   const int64_t row = runs.period * runs.inner;
   const bool is_short = runs.inner < kShortRun && runs.channels > 1;
-  // A row that fits the pattern is repeated in it, so that stretches are long even where a row is not.
+  // Rows shorter than kPattern are laid out several times, so that stretches are long even where rows are not.
   const int64_t repeated = row <= kPattern ? kPattern / std::max<int64_t>(row, 1) * row : 0;
   torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t first, int64_t last) {
     int64_t at = first * kBlock;
@@ -99,11 +99,11 @@ void for_each_stretch(const IndexedRuns& runs, const Qparams<typename V::Scalar>
   });
 }
 
-// One bit per element, low bit first; elements are added 16 at a time or as a tail.
+// Writes one bit per element, low bit first. add() takes 16 elements, or the last few of a stretch.
 class BitWriter {
  public:
   BitWriter(uint8_t* bytes, int64_t element) : out_(bytes ? bytes + element / 8 : nullptr), fill_(element % 8) {
-    // A stretch that begins inside a byte continues what the stretch before it, in the same task, began.
+    // A stretch may begin inside a byte, which the stretch before it, in the same task, began.
     if (fill_ && bytes) held_ = *out_ & ((1u << fill_) - 1);
   }
   void add(uint32_t bits, int n) {

@@ -1,7 +1,7 @@
 // 16 lanes of fp32 (F32) or fp64 (F64) with one interface on every path. Kernels work on 16 lanes whatever the path, so
 // that sums come out in one order and bit-identical.
 //
-// GCC applies a target region to members and free functions but not to friends defined in a class: hence none here.
+// There are no friends here: GCC does not apply a target region to a friend that is defined in a class.
 //
 // min(bound, v) and max(bound, v) keep a NaN in v, which is how NaN propagates through a clamp.
 #ifndef QK_VEC
@@ -89,7 +89,7 @@ template <typename T>
 inline Lanes<T> round(Lanes<T> a) {
   return map(a, a, [](T p, T) { return static_cast<T>(__builtin_rint(p)); });
 }
-// |a| where it is larger; a NaN, once met, stays.
+// The larger of acc and |a|; NaN where one of them is.
 template <typename T>
 inline Lanes<T> max_abs(Lanes<T> acc, Lanes<T> a) {
   return map(acc, a, [](T p, T q) {
@@ -299,7 +299,7 @@ struct F32 {
   void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
   void store(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
   void store(int32_t* p, int64_t n) const { _mm512_mask_storeu_epi32(p, first(n), _mm512_cvtps_epi32(v)); }
-  template <typename S>  // int8_t or uint8_t: the value is in range already, so its low byte is it
+  template <typename S>  // int8_t or uint8_t: the value is in range, so that its low byte holds it
   void store(S* p, int64_t n = 16) const {
     static_assert(sizeof(S) == 1);
     _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -329,7 +329,7 @@ inline F32 select(F32::Mask m, F32 a, F32 b) { return {_mm512_mask_mov_ps(b.v, m
 
 #endif
 
-// The vector type that computes for storage type S.
+// The vector type that elements of storage type S are computed in.
 template <typename S>
 struct VecOf {
   using type = F32;
@@ -344,8 +344,9 @@ inline V zero() {
   return V::set1(0);
 }
 
-// Calls f(i) for every 16 of n elements, then f(i, count) for the rest: the arguments that V::load, V::store and the
-// parameters of sweep.h take after the pointer, so that f says once what is done to a vector.
+// Calls f(i) for every 16 of n elements, then f(i, count) for the rest. V::load, V::store and the parameters of sweep.h
+// take the same arguments, so that f says once what is done to 16 elements and to fewer: f is [](int64_t i, auto...
+// tail).
 template <typename F>
 inline void for_each_16(int64_t n, F f) {
   int64_t i = 0;
@@ -353,15 +354,15 @@ inline void for_each_16(int64_t n, F f) {
   if (i < n) f(i, n - i);
 }
 
-// How many lanes f was called for, from its arguments after i.
+// How many elements f was called for: lanes_of(tail...).
 constexpr int lanes_of() { return 16; }
 constexpr int lanes_of(int64_t count) { return static_cast<int>(count); }
 
-// The bits of the lanes that f was called for.
+// The bits of the elements that f was called for: bits_of(bits, tail...).
 inline uint32_t bits_of(uint32_t bits) { return bits; }
 inline uint32_t bits_of(uint32_t bits, int64_t count) { return bits & ((1u << count) - 1); }
 
-// Reductions over the lanes. Sums go through fp64 in one fixed tree; extremes do not depend on the order.
+// Reductions over the lanes. Sums are taken in fp64 and in one fixed order.
 template <typename V>
 inline void add_lanes(double (&total)[16], V a) {
   typename V::Scalar lane[16];

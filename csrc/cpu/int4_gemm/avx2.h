@@ -8,8 +8,8 @@ constexpr Isa kIsa = Isa::avx2;
 constexpr int kTileRows = 4;
 constexpr int kFloatTileRows = 4;
 
-// y[MR][32] += the products of MR rows of codes and one panel.
-// Pairs of products fit int16, and so do sums of 8 pairs: 8 * 2 * 15 * 128 < 2^15.
+// Adds the products of MR rows of codes and one panel to y[MR][32].
+// int16 holds pairs of products, and the sums of 8 pairs: 8 * 2 * 15 * 128 < 2^15.
 template <bool kAffine, int MR>
 void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_stride, const Int4Panel& panel,
           float* y) {

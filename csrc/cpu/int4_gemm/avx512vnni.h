@@ -8,11 +8,12 @@ constexpr Isa kIsa = Isa::avx512vnni;
 constexpr int kTileRows = 12;
 constexpr int kFloatTileRows = 12;
 
-// y[MR][32] += the products of MR rows of codes and one panel.
-// A group's products are one block of assembly, as GCC 12 spills the sums of a tile when it sees what becomes of them:
-// 8 rows, groups of 128, one thread: 68 to 150 GOPS from intrinsics, 400 from this. Weights are fetched 1 KiB ahead:
-// 270 GOPS without where they come from beyond the second-level cache.
-// Row r's sums are zmm(2r) for channels 0 to 15 and zmm(2r + 1) for 16 to 31; 24 and 25 hold weights, then go free.
+// Adds the products of MR rows of codes and one panel to y[MR][32].
+// One block of assembly makes the products of a group, because GCC 12 spills the sums of a tile when it sees what they
+// are used for: with 8 rows, groups of 128 and one thread intrinsics reach 68 to 150 GOPS, this 400. Weights are
+// prefetched 1 KiB ahead; without that it is 270 GOPS where they come from beyond the second-level cache.
+// The sums of row r are in zmm(2r) for channels 0 to 15 and in zmm(2r + 1) for 16 to 31; 24 and 25 hold weights first
+// and are free afterwards.
 // clang-format off
 #define QK_ROW_0(F) F(0, 1, "(%[p0])", 0)
 #define QK_ROW_1(F) F(2, 3, "(%[p0],%[s])", 1)
@@ -42,7 +43,7 @@ constexpr int kFloatTileRows = 12;
 #define QK_ZERO(low, high, codes, r)                                                                                  \
   "vpxord %%zmm" #low ",%%zmm" #low ",%%zmm" #low "\n\t"                                                              \
   "vpxord %%zmm" #high ",%%zmm" #high ",%%zmm" #high "\n\t"
-// -8 * sum of the row's codes; of the high bits 16 times that.
+// Starts at -8 * the sum of the row's codes, and for high bits at 16 times that.
 #define QK_START(low, high, codes, r)                                                                                 \
   "vpbroadcastd 4*" #r "(%[terms]),%%zmm" #low "\n\t"                                                                 \
   "vpslld $4,%%zmm" #low ",%%zmm" #high "\n\t"
@@ -53,7 +54,7 @@ constexpr int kFloatTileRows = 12;
   "vpsrad $4,%%zmm" #high ",%%zmm" #high "\n\t"                                                                       \
   "vcvtdq2ps %%zmm" #low ",%%zmm" #low "\n\t"                                                                         \
   "vcvtdq2ps %%zmm" #high ",%%zmm" #high "\n\t"
-// The same for floats, of the first to the fourth of 4 k.
+// The products of floats: of the first to the fourth of 4 k.
 #define QK_FMA_0(low, high, x, r)                                                                                     \
   "vfmadd231ps 0" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
   "vfmadd231ps 0" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
@@ -170,7 +171,7 @@ constexpr int kFloatTileRows = 12;
 template <bool kAffine, int MR>
 void tile(const int8_t* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride, const Int4Panel& panel,
           float* y) {
-  // High bits stay where they are: their sums are 16 times the true ones, exactly.
+  // High bits are not shifted down: their sums are exactly 16 times the true ones.
   const __m512i low_bits = _mm512_set1_epi8(0x0f), high_bits = _mm512_set1_epi8(static_cast<char>(0xf0));
   for_each_group(panel.k, panel.group_size, [=, &panel](int64_t first, int64_t last, int64_t group, int64_t term) {
     const GroupValues values(panel, group, kAffine);
@@ -189,7 +190,7 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* all_terms, int64_t te
 template <bool kAffine, int MR>
 void float_tile(const float* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride, const Int4Panel& panel,
                 float* y) {
-  // A permutation by the low 4 bits of each lane is a table of the 16 codes.
+  // A permutation looks the low 4 bits of each lane up in a table of the 16 codes.
   alignas(64) float codes[16];
   for (int i = 0; i < 16; ++i) codes[i] = static_cast<float>(kAffine ? i : i - 8);
   const __m512 table = _mm512_load_ps(codes);

@@ -15,7 +15,7 @@ inline void store_row(F32 v, int64_t n, T* out) {
     v.store(out, n);
 }
 
-// What becomes of y[rows][32].
+// Turns y[rows][32] into outputs.
 inline void finish(const float* y, int64_t rows, int64_t first_row, const Int4Output& o) {
   for (int64_t h = 0; h < kPanel && h < o.channels; h += 16) {
     const int64_t n = std::min<int64_t>(16, o.channels - h);

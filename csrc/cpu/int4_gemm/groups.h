@@ -8,7 +8,8 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-// Calls f(first k, end, index of scale, index of term) for each group of a row, in parts of at most kMaxGroup.
+// Calls f(first k, end, number of the scale, number of the term) for each group of a row. A group longer than kMaxGroup
+// comes in parts.
 template <typename F>
 inline void for_each_group(int64_t k, int64_t group_size, F f) {
   int64_t term = 0, group = 0;
@@ -17,7 +18,7 @@ inline void for_each_group(int64_t k, int64_t group_size, F f) {
       f(part, std::min(part + kMaxGroup, first + group_size), group, term++);
 }
 
-// 16 scales, minima or zero points of a panel, from `at` on.
+// The 16 scales or minima of a panel from `at` on.
 inline F32 load_values(const void* values, Element type, int64_t at) {
   switch (type) {
     case Element::bf16: return F32::load(static_cast<const BFloat16*>(values) + at);
@@ -26,7 +27,7 @@ inline F32 load_values(const void* values, Element type, int64_t at) {
   }
 }
 
-// The scale, and the value of code -8, of the 16 channels of half a panel in one group.
+// For one group of a panel, in two halves of 16 channels: the scale, and the value that the code -8 stands for.
 struct GroupValues {
   F32 scale[2], offset[2];
 
@@ -45,7 +46,7 @@ struct GroupValues {
   }
 };
 
-// y[16] += offset * sum + scale * dot, in this order: 16 channels of a row in one group.
+// Adds a group to y[16], 16 channels of a row: first offset * sum, then scale * dot.
 template <bool kAffine>
 inline void add_group(const GroupValues& values, int h, const Int4Term& term, F32 dot, float* y) {
   F32 total = F32::load(y);

@@ -17,7 +17,7 @@ namespace qkernels {
 // Missing channels and k are zeros. Scales, zero points and minima are [panel][group][32].
 inline int64_t int4_panel_bytes(int64_t k) { return k_groups(k) * 64; }
 
-// The integer sums of a group run over at most so many k: 16 * 15 * 128 * kMaxGroup < 2^31.
+// An integer sum covers at most so many k: 16 * 15 * 128 * kMaxGroup < 2^31.
 constexpr int64_t kMaxGroup = 32768;
 
 // One panel of weights; the pointers are at its start.
@@ -47,9 +47,10 @@ struct Int4Output {
   int64_t zero_point_step;
 };
 
-// `terms` holds what each group of a row (of at most kMaxGroup k) adds whatever the weights are, [group][term_stride]:
-// the float sum of its elements where weights are affine, else, for codes, the integer -8 * sum that turns sums over
-// codes + 8 into sums over codes. Rows are read up to a multiple of 4 elements; what lies beyond K must be finite.
+// What a group of a row (at most kMaxGroup k) adds whatever the weights are; they lie as [group][term_stride]. Affine
+// weights need the sum of the row's elements, as a float. Other weights are stored as code + 8: for rows of codes the
+// sums start at -8 * the sum of the row's codes, an integer. Rows are read up to a multiple of 4 elements; what lies
+// beyond K must be finite.
 union Int4Term {
   int32_t start;
   float sum;
@@ -71,7 +72,7 @@ struct Int4Kernels {
                          const Int4Panel& panel, const Int4Output& output);
 };
 
-// The table of the best path that active_isa() allows.
+// The kernels of the best path that active_isa() allows.
 const Int4Kernels& int4_kernels();
 
 }  // namespace qkernels

@@ -1,4 +1,4 @@
-// The int4 GEMM kernels of one path, and the table of them.
+// The int4 GEMM kernels of one path, and their table.
 #include "cpu/int4_gemm/epilogue.h"
 #include "cpu/int4_gemm/pack.h"
 #include "cpu/int4_gemm/rows.h"
@@ -29,7 +29,7 @@ inline void multiply_by(const Tiles& tiles, const X* rows, int64_t row_stride, c
                         int64_t term_stride, int64_t m, const Int4Panel& panel, const Int4Output& output) {
   alignas(64) float y[std::tuple_size_v<Tiles> * kPanel];
   const int64_t most = tiles.size(), blocks = (m + most - 1) / most;
-  for (int64_t i = 0, row = 0; i < blocks; ++i) {  // of equal height
+  for (int64_t i = 0, row = 0; i < blocks; ++i) {  // blocks of equal height
     const int64_t height = (m - row) / (blocks - i);
     std::memset(y, 0, static_cast<size_t>(height) * kPanel * sizeof(float));
     tiles[static_cast<size_t>(height) - 1](rows + row * row_stride, row_stride, terms + row, term_stride, panel, y);

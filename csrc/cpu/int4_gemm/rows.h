@@ -1,4 +1,4 @@
-// What a row of x is read as, and the terms that it adds to each group.
+// Rows of x as the tiles read them, and the terms that a row adds to each group.
 #include "cpu/int4_gemm/groups.h"
 
 namespace qkernels::QK_NAMESPACE {

@@ -8,7 +8,7 @@ constexpr Isa kIsa = Isa::scalar;
 constexpr int kTileRows = 4;
 constexpr int kFloatTileRows = 4;
 
-// y[MR][32] += the products of MR rows of codes and one panel.
+// Adds the products of MR rows of codes and one panel to y[MR][32].
 template <bool kAffine, int MR>
 void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_stride, const Int4Panel& panel,
           float* y) {

@@ -10,8 +10,9 @@ constexpr uint8_t kFlip = 0;
 constexpr int kTileRows = 2;
 constexpr int kUnpackedRows = 2;
 
-// sums[MR][32] of MR rows and one panel.
-// Exact: bytes are widened to int16 and pairs of products summed in int32 (the byte instruction would saturate).
+// The dot products of MR rows and one panel: sums[MR][32].
+// Bytes are widened to int16, and pairs of products summed in int32, which is exact: the byte instruction would
+// saturate.
 template <int MR>
 void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
   for (int half = 0; half < kPanel; half += 16) {
@@ -34,7 +35,7 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
 #pragma GCC unroll 2
         for (int r = 0; r < MR; ++r) {
           acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(codes[r], w));
-          __asm__("" : "+x"(acc[r][i]));  // or GCC moves all additions to the end and spills
+          __asm__("" : "+x"(acc[r][i]));  // without this GCC moves all additions to the end and spills
         }
       }
     }
@@ -48,7 +49,7 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
   }
 }
 
-// Sums of 4 neighbouring codes, added to `total`.
+// Adds the sums of 4 neighbouring codes to `total`.
 inline __m256i add_groups(__m256i total, __m256i codes) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
   return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

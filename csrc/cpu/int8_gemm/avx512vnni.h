@@ -11,7 +11,7 @@ namespace {
 
 constexpr Isa kIsa = Isa::avx512vnni;
 constexpr uint8_t kFlip = 0x80;
-// 12 x 32 int32 sums are 24 registers; 2 hold weights, 1 a broadcast activation: 14 loads for 24 dot products.
+// 24 registers hold 12 x 32 int32 sums, 2 hold weights and 1 a broadcast activation: 14 loads for 24 dot products.
 constexpr int kTileRows = 12;
 constexpr int kUnpackedRows = 8;
 
@@ -21,10 +21,10 @@ inline int32_t load_group(const uint8_t* p) {
   return group;
 }
 
-// sums[MR][32] of MR rows and one panel.
+// The dot products of MR rows and one panel: sums[MR][32].
 template <int MR>
 void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
-  // A dot product takes 4 cycles: one row alone keeps 8 of them in flight by working on 4 groups at a time.
+  // A dot product takes 4 cycles. So a single row works on 4 groups at a time, to have 8 dot products in flight.
   constexpr int kSteps = MR == 1 ? 4 : 1;
   __m512i acc[MR * kSteps][2];
 #pragma GCC unroll 12
@@ -59,7 +59,7 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
     }
 }
 
-// Sums of 4 neighbouring codes, added to `total`.
+// Adds the sums of 4 neighbouring codes to `total`.
 inline __m256i add_groups(__m256i total, __m256i codes) {
   return _mm256_dpbusd_epi32(total, _mm256_set1_epi8(1), codes);
 }

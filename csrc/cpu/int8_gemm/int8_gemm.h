@@ -77,7 +77,7 @@ struct Int8Kernels {
                              const int32_t* weights, const PanelOutput& output);
 };
 
-// The table of the best path that active_isa() allows.
+// The kernels of the best path that active_isa() allows.
 const Int8Kernels& int8_kernels();
 
 }  // namespace qkernels

@@ -1,5 +1,4 @@
-// The int8 GEMM kernels of one path, and the table of them. What is not written with intrinsics the compiler
-// vectorizes.
+// The int8 GEMM kernels of one path, and their table. The compiler vectorizes what is not written with intrinsics.
 #include "cpu/int8_gemm/depthwise.h"
 #include "cpu/int8_gemm/epilogue.h"
 #include "cpu/int8_gemm/pack.h"

@@ -13,7 +13,7 @@ inline void keep_group(const __m256i codes, int8_t* out, __m256i& total) {
   total = add_groups(total, codes);
 }
 
-// 8 channels x 8 groups of 4 codes, read along k, written along the channels.
+// Reads 8 groups of 4 codes along k for each of 8 channels, and writes them along the channels.
 inline void transpose_groups(const int8_t* b, int64_t stride_n, int8_t* out, __m256i& total) {
   __m256i r[8], t[8];
 #pragma GCC unroll 8
@@ -37,7 +37,7 @@ inline void transpose_groups(const int8_t* b, int64_t stride_n, int8_t* out, __m
   }
 }
 
-// 32 channels x 4 codes from 4 rows of channels.
+// Makes 4 codes of each of 32 channels from 4 rows of 32 channels.
 inline void interleave_rows(const int8_t* b, int64_t stride_k, int8_t* out, __m256i (&total)[4]) {
   __m256i r[4];
 #pragma GCC unroll 4
@@ -51,7 +51,7 @@ inline void interleave_rows(const int8_t* b, int64_t stride_k, int8_t* out, __m2
   keep_group(_mm256_permute2x128_si256(c0, c4, 0x31), out + 64, total[2]);
   keep_group(_mm256_permute2x128_si256(c8, c12, 0x31), out + 96, total[3]);
 }
-// Packs whole groups of full panels and adds up their codes in totals[channel]; returns how many of the k they hold.
+// Packs whole groups of full panels, and adds up their codes in totals[channel]. Returns how many k are done.
 inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t full, int64_t k, int8_t* data,
                          int32_t* totals) {
   int64_t done = 0;
@@ -65,7 +65,7 @@ inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, in
       const int8_t* rows = b + panel * kPanel * stride_n;
       int8_t* out = data + panel * bytes;
       __m256i total[4] = {};
-      // Cache line by cache line: rows of 4096 bytes would push each other out before a second visit.
+      // Whole cache lines: those of rows of 4096 bytes would push each other out before a second visit.
       for (done = 0; done + 64 <= k; done += 64)
         for (int c = 0; c < kPanel; c += 8) {
           for (int i = 0; i < 8 && done + kBytesAhead < k; ++i)
@@ -82,7 +82,7 @@ inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, in
     __m256i total[kPackedPanels][4] = {};
     for (; done + 4 <= k; done += 4) {
       const int8_t* rows = b + done * stride_k;
-      // Each row is in another page, where no hardware prefetching follows.
+      // Each row lies in another page, and hardware does not prefetch across pages.
       if (done + kRowsAhead + 4 <= k)
         for (int i = 0; i < 4; ++i)
           for (int64_t c = 0; c < full * kPanel; c += 64)

@@ -12,7 +12,7 @@ void copy_codes(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, ui
     for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i * stride]) ^ flip;
 }
 
-constexpr int64_t kChunk = 1024;  // floats that a row is converted by: 4 KiB of stack
+constexpr int64_t kChunk = 1024;  // so many floats of a row are converted at a time: 4 KiB of stack
 
 inline const float* as_floats(const float* x, int64_t, float*) { return x; }
 
@@ -29,7 +29,7 @@ inline const float* as_floats(const Half* x, int64_t n, float* buffer) {
   return buffer;
 }
 
-// Largest |x| as bits: ordered as the floats are, with NaN above infinity.
+// The largest |x|, as bits. Bits order as floats do, with NaN above infinity.
 inline uint32_t max_magnitude(const float* x, int64_t n) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -41,7 +41,7 @@ inline uint32_t max_magnitude(const float* x, int64_t n) {
   return static_cast<uint32_t>(largest);
 }
 
-// Returns whether a NaN was met.
+// Returns whether x holds a NaN.
 inline bool quantize_chunk(const float* x, int64_t n, const RowQparams& q, uint8_t flip, uint8_t* row) {
   int64_t i = 0;
   int32_t nan = 0;

@@ -10,7 +10,7 @@ constexpr uint8_t kFlip = 0;
 constexpr int kTileRows = 4;
 constexpr int kUnpackedRows = 4;
 
-// sums[MR][32] of MR rows and one panel.
+// The dot products of MR rows and one panel: sums[MR][32].
 template <int MR>
 void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
   for (int i = 0; i < MR * kPanel; ++i) sums[i] = 0;

@@ -4,9 +4,9 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-// Dot products of MR rows, and of a row of ones, with 4 channels.
+// The dot products of 4 channels with MR rows, and with a row of ones.
 #if QK_PATH == QK_PATH_AVX512VNNI
-// The sums of the lanes of 4 vectors.
+// The sum of the lanes of each of 4 vectors.
 inline __m128i sum_lanes(const __m512i (&v)[4]) {
   const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
   const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
@@ -18,7 +18,8 @@ inline __m128i sum_lanes(const __m512i (&v)[4]) {
 template <int MR>
 inline void dot_columns(const int8_t* a, int64_t stride, const int8_t* b, int64_t stride_n, int64_t k,
                         const int32_t* rowsum, int32_t* sums, int32_t* colsum) {
-  // Here the weights play the unsigned part: w XOR 0x80 is w + 128, and 128 * rowsum comes off each row once.
+  // Here the weights are the unsigned operand: w XOR 0x80 is w + 128, and 128 * rowsum is subtracted once from each
+  // row.
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i acc[MR + 1][4];
@@ -78,10 +79,11 @@ inline void unpacked_rows(const int8_t* a, int64_t stride, const int8_t* b, int6
     rowsum[r] = total;
   }
   for (int64_t c = 0; c < channels; c += 4) {
-    // The last columns are met twice where 4 does not divide their number; fewer than 4 in all repeat the first.
+    // Where 4 does not divide the number of channels, the last four overlap the four before them. Fewer than 4 channels
+    // are taken one by one.
     const int64_t first = channels < 4 ? 0 : std::min(c, channels - 4);
     if (channels < 4)
-      for (int64_t one = 0; one < channels; ++one)  // writes 4 equal sums, of which the first stays
+      for (int64_t one = 0; one < channels; ++one)  // writes 4 equal sums; the next channel overwrites the last 3
         dot_columns<MR>(a, stride, b + one * stride_n, 0, k, rowsum, sums + one, colsum + one);
     else
       dot_columns<MR>(a, stride, b + first * stride_n, stride_n, k, rowsum, sums + first, colsum + first);
