@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
 
 Call = Callable[[], Any]
 Compare = Callable[..., None]
@@ -132,7 +134,7 @@ def test_learnable(compare: Compare, dtype: torch.dtype, per_channel: bool) -> N
 
     fused = peers.compiled(peers.lsq)
     data = x.detach(), scale.detach()
-    dx, dscale, _ = reference.fake_quantize_learnable_backward(grad, *data, None, *INT8, 1.0)
+    dx, dscale, _ = learnable_reference.fake_quantize_learnable_backward(grad, *data, None, *INT8, 1.0)
     compare(
         forward_backward(lambda: qk.fake_quantize(x, scale, quant_min=-128, quant_max=127), [x, scale], grad),
         {
@@ -155,7 +157,7 @@ def test_dynamic(compare: Compare, dtype: torch.dtype, bits: int, group_size: in
     size = x.shape[-1] if group_size == -1 else group_size
     fused = peers.compiled(peers.dynamic)
     quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    expected = reference.fake_quantize_dynamic_forward(x.detach(), group_size, quant_min, quant_max, True)[0]
+    expected = dynamic_reference.fake_quantize_dynamic_forward(x.detach(), group_size, quant_min, quant_max, True)[0]
     compare(
         forward_backward(lambda: qk.fake_quantize_dynamic(x, bits=bits, group_size=group_size), [x], grad),
         {

@@ -2,7 +2,7 @@
 
 Needs no GPU: Triton's launches go to a driver that does nothing (tests/stub_gpu), so that a real one's share of a
 launch, about 2 µs, comes on top, and so does what CUDA's allocator takes beyond the CPU's. Calls go through torch's
-dispatcher as a user's do, interleaved: remembered (see qkernels/triton/replay.py), and the long way that the first two
+dispatcher as a user's do, interleaved: remembered (see triton/common/replay.py), and the long way that the first two
 of a kind take.
 """
 

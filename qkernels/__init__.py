@@ -1,29 +1,27 @@
 """qkernels: fast, exact kernels for quantization-aware training, and the thin QAT layer on top of them."""
 
-__version__ = "0.1.0"  # before the imports: the library loader compares it with what the kernels were built for
-
 from . import codebooks, library, nn, ops, qat, reference, registry
 from .integrations.aten import override_torch
 from .library import use_kernel
 from .nn import PerChannel, PerGroup, PerTensor, PerToken
-from .ops.aten_fake_quantize import fake_quantize_per_channel_affine
-from .ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
-from .ops.fake_quantize import (
-    fake_quantize,
-    fake_quantize_dynamic,
+from .ops.aten_fake_quantize import (
     fake_quantize_learnable_per_channel_affine,
     fake_quantize_learnable_per_tensor_affine,
+    fake_quantize_per_channel_affine,
     fake_quantize_per_tensor_affine,
     fused_moving_avg_obs_fake_quant,
-    observe_fake_quantize,
 )
+from .ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
+from .ops.dynamic import fake_quantize_dynamic, quantize_dynamic
+from .ops.fake_quantize import fake_quantize
 from .ops.foreach_fake_quantize import foreach_fake_quantize
 from .ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from .ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from .ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from .ops.int8_training import int8_training_linear
+from .ops.observe_fake_quantize import observe_fake_quantize
 from .ops.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
-from .ops.quantize import choose_qparams, dequantize, quantize, quantize_dynamic
+from .ops.quantize import choose_qparams, dequantize, quantize
 from .ops.quantize_transposed import quantize_dynamic_transposed
 from .ops.relu_fake_quantize import relu_fake_quantize
 from .ops.rms_norm_quantize import rms_norm_fake_quantize_dynamic, rms_norm_quantize_dynamic
@@ -44,6 +42,7 @@ from .qat import (
     set_bits,
 )
 from .registry import kernels, which
+from .version import __version__ as __version__
 
 __all__ = [
     "PackedInt",

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, library, registry, selfcheck
+from . import library, loading, registry, selfcheck
+from .version import __version__
 
 
 def cpu_model() -> str:
@@ -44,14 +45,14 @@ def versions() -> dict[str, str]:
 def cuda_kernels() -> str:
     if missing := library.cuda_missing():
         return f"no: {missing}"
-    file = library.module_file("_cuda")
-    return f"CUDA kernels for {library.arches_of(file)}" if file else "yes"
+    file = loading.module_file("_cuda")
+    return f"CUDA kernels for {loading.arches_of(file)}" if file else "yes"
 
 
 def compiled() -> dict[str, str]:
     if library.host is None:
         return {"compiled": f"no: {library.cpu_missing}", "cuda": cuda_kernels()}
-    build, minimum = library.host.build_info(), ".".join(map(str, library.TORCH_MINIMUM))
+    build, minimum = library.host.build_info(), ".".join(map(str, loading.TORCH_MINIMUM))
     names = library.host.isa_names()
     paths = names[: names.index(library.host.supported_isa()) + 1]
     cap = os.environ.get("QKERNELS_CPU_ISA")

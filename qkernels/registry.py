@@ -1,6 +1,6 @@
 """The kernels of every op, in order of preference, and the choice between them.
 
-Knows neither torch nor any backend: a kernel is a name, a function, and a reason why it cannot take a given call.
+It knows neither torch nor any backend. A kernel is a name, a function, and a reason why it cannot take a call.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ REFERENCE = "reference"
 
 
 class Mendable(str):
-    """A reason that the user can remove (build the extension, …): said once when it costs a faster kernel."""
-
-
-class Unpreferred(str):
-    """A reason why a kernel leaves a call that it could take to others; it runs where only the reference is left."""
+    """A reason that the user can remove, as by building the extension: warned of once where it costs speed."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +29,6 @@ class Kernel:
     name: str
     fn: Callable[..., Any]
     unsupported: Callable[..., str | None]
-
-    def refuses(self, *args: Any) -> str | None:
-        """Why the kernel cannot take this call even where it is forced, or None."""
-        reason = self.unsupported(*args)
-        return None if isinstance(reason, Unpreferred) else reason
 
 
 _kernels: dict[str, list[Kernel]] = {}
@@ -55,7 +46,7 @@ def register(op: str, name: str, fn: Callable[..., Any], unsupported: Callable[.
 
 
 def kernels(op: str | None = None) -> list[Kernel]:
-    """The kernels of ``op`` in order of preference; of every op when None."""
+    """The kernels of ``op`` in order of preference; of every op when None. ValueError: no op has this name."""
     if op is None:
         return [kernel for name in sorted(_kernels) for kernel in _kernels[name]]
     if op not in _kernels:
@@ -64,28 +55,21 @@ def kernels(op: str | None = None) -> list[Kernel]:
 
 
 def which(op: str, *args: Any) -> list[tuple[str, str | None]]:
-    """Every kernel of ``op`` with the reason why it would not run on these arguments (None: it can).
+    """Every kernel of ``op`` ("int8_linear") with the reason why it would not run on these arguments (None: it can).
 
-    The first with None is the one that runs. Without arguments the answer speaks of this machine alone.
+    The first with None runs. Without args the answer speaks of this machine alone. ValueError: no op has this name.
     """
-    reasons = [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
-    if next((name for name, reason in reasons if reason is None), REFERENCE) == REFERENCE:
-        spare = next((name for name, reason in reasons if isinstance(reason, Unpreferred)), None)
-        return [(name, None if name == spare else reason) for name, reason in reasons]
-    return reasons
+    return [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
 
 
 def select(op: str, *args: Any) -> Kernel:
     """The kernel that takes this call: the forced one (see ``use_kernel``), else the first that can."""
     if forced and forced[-1] is not None:
         return _select_forced(op, forced[-1], args)
-    spare = None
     for kernel in _kernels[op]:
         reason = kernel.unsupported(*args)
         if reason is None:
-            return spare if spare is not None and kernel.name == REFERENCE else kernel
-        if isinstance(reason, Unpreferred) and spare is None:
-            spare = kernel
+            return kernel
         if isinstance(reason, Mendable) and reason not in _said:
             _said.add(reason)
             warnings.warn(f"qkernels: {op} runs on a slower kernel: {reason}", stacklevel=3)
@@ -109,7 +93,7 @@ def run(op: str, *args: Any) -> Any:
 def _select_forced(op: str, name: str, args: tuple[Any, ...]) -> Kernel:
     for kernel in _kernels[op]:
         if kernel.name == name:
-            reason = kernel.refuses(*args)
+            reason = kernel.unsupported(*args)
             if reason is not None:
                 raise RuntimeError(f"{op}: kernel {name!r} was asked for by use_kernel but cannot run: {reason}")
             return kernel

@@ -1,7 +1,7 @@
 """python -m qkernels tune: times the int8 GEMM's tiles on this machine's GPU and keeps the fastest of each shape.
 
-Writes one JSON file for each kind of GPU (see triton/tuning.py), which later runs read instead of the built-in table.
-Nothing else in the package ever measures.
+Writes one JSON file for each kind of GPU (see triton/common/tuning.py). Later runs read it instead of the built-in
+table. Nothing else in the package ever measures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .triton.configs import Tile
+    from .triton.common.gemm_configs import Tile
 
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"  # the linear layers of Llama-8B, N x K
 ROUNDS = 7
@@ -25,10 +25,10 @@ ROUNDS = 7
 
 def candidates(arch: int, m: int, n: int, k: int, multiprocessors: int) -> Iterator[tuple[Tile, int]]:
     """Tiles of every table that an architecture can run, each with a stage more and less, and parts of K."""
-    from .triton import configs
+    from .triton.common import configs, gemm_configs
 
     tiles: dict[Tile, None] = {}
-    for table in configs.GEMM_TILES.values():
+    for table in gemm_configs.GEMM_TILES.values():
         for tile in (tile for row in table for tile in row):
             for stages in (tile.stages, tile.stages - 1, tile.stages + 1):
                 tiles[tile._replace(stages=stages)] = None
@@ -36,7 +36,7 @@ def candidates(arch: int, m: int, n: int, k: int, multiprocessors: int) -> Itera
     for tile in tiles:
         if tile.block_m > max(32, 2 * configs.power_of_two(m)) or tile.block_n > max(32, 2 * configs.power_of_two(n)):
             continue
-        if configs.gemm_fault(arch, tile) is not None:
+        if gemm_configs.gemm_fault(arch, tile) is not None:
             continue
         count = configs.ceil_div(m, tile.block_m) * configs.ceil_div(n, tile.block_n)
         for splits in (1, 2, 4, 8):
@@ -67,14 +67,15 @@ def microseconds(call: Callable[[int], None], sets: int) -> float:
 
 def tune_shape(m: int, n: int, k: int, end: float) -> tuple[Tile, int, float, float]:
     """The fastest tile and parts of K, its microseconds, and those of the built-in choice; tries none after ``end``."""
-    from .triton import configs, int8_gemm
+    from .triton import int8_gemm
+    from .triton.common import gemm_configs
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch, multiprocessors, _ = int8_gemm.gpu(device)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     moved = n * k + m * k + 2 * m * n
     sets = max(2, min(64, 4 * cache // moved + 1))
-    padded = configs.ceil_16(k)
+    padded = gemm_configs.ceil_16(k)
 
     def codes(rows: int) -> list[Tensor]:
         return [torch.randint(-127, 128, (rows, padded), dtype=torch.int8, device=device) for _ in range(sets)]
@@ -89,7 +90,7 @@ def tune_shape(m: int, n: int, k: int, end: float) -> tuple[Tile, int, float, fl
             sets,
         )
 
-    built_in = configs.int8_mm(arch, m, n, k, multiprocessors)
+    built_in = gemm_configs.int8_mm(arch, m, n, k, multiprocessors)
     expected, out = (torch.empty(m, n, dtype=torch.bfloat16, device=device) for _ in range(2))
     before = times(*built_in, expected)
     best, least = built_in, before
@@ -131,11 +132,12 @@ def main(argv: list[str]) -> int:
         return 2
     import triton
 
-    from .triton import configs, int8_gemm, tuning
+    from .triton import int8_gemm
+    from .triton.common import gemm_configs, tuning
 
     device = torch.device("cuda", torch.cuda.current_device())
     arch, _, name = int8_gemm.gpu(device)
-    ends = (*configs.GEMM_ROWS, None)
+    ends = (*gemm_configs.GEMM_ROWS, None)
     rows = []
     start = time.monotonic()
     print(f"{name}, sm_{arch}. Each tile is compiled once, so the first shape takes minutes.", flush=True)
@@ -153,9 +155,9 @@ def main(argv: list[str]) -> int:
             )
             rows.append(
                 {
-                    "m_up_to": ends[configs.class_of(m, configs.GEMM_ROWS)],
+                    "m_up_to": ends[gemm_configs.class_of(m, gemm_configs.GEMM_ROWS)],
                     "n": n,
-                    "k": configs.ceil_16(k),
+                    "k": gemm_configs.ceil_16(k),
                     "tile": tile._asdict(),
                     "splits": splits,
                     "microseconds": round(best, 2),

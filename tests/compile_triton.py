@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.reference.straight_through import WITH_TERMS
+from qkernels import checks, layouts
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -33,19 +33,20 @@ FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 def modules() -> list[Any]:
     package = importlib.import_module("qkernels.triton")
-    return [importlib.import_module(f"qkernels.triton.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, "qkernels.triton.")]
+    return [importlib.import_module(name) for name in names]
 
 
 @functools.cache
 def kernels() -> dict[str, Any]:
-    """Every function of qkernels/triton that is launched: the @triton.jit ones whose names end in _kernel."""
+    """Every function of qkernels/triton that is launched, by its name: the @triton.jit ones that end in _kernel."""
     from triton.runtime.jit import JITFunction
 
     found = {}
     for module in modules():
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                found[f"{value.module.removeprefix('qkernels.triton.')}.{name}"] = value
+                assert found.setdefault(name, value) is value, f"two kernels are named {name}"
     return found
 
 
@@ -53,8 +54,8 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-# Granularities that reach every way of walking and every cut: x, scale.
-WALKS = [
+# Shapes of x and scale that reach every way to find a scale and every cut.
+GRANULARITIES = [
     ((4096, 4096), (1,)),
     ((4096, 4096), (4096, 1)),  # long runs
     ((4096, 4096), (4096, 128)),  # groups of 32
@@ -71,7 +72,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(module, op, arguments) of this package's ops."""
     int8, on = (-128, 127), meta((1,), torch.int64)
     common = dtype in (torch.bfloat16, torch.float32)
-    for number, (shape, scale_shape) in enumerate(WALKS if common else WALKS[:2]):
+    for number, (shape, scale_shape) in enumerate(GRANULARITIES if common else GRANULARITIES[:2]):
         x, scale = meta(shape, dtype), meta(scale_shape)
         zero_points = [None, meta(scale_shape, torch.int32), meta(scale_shape)]
         zero_point = zero_points[number % 3]
@@ -79,11 +80,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "fake_quantize", "fake_quantize_forward", (x, *params)
         yield "fake_quantize", "fake_quantize_forward_mask", (x, *params, lsq)
         yield "fake_quantize", "fake_quantize_backward", (x, x, *params, lsq)
-        yield "fake_quantize", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
+        yield "fake_quantize_learnable", "fake_quantize_learnable_backward", (x, x, *params, 0.5, lsq)
         stats = [meta(scale_shape) for _ in range(3)]
         steps = (0.0, 127.0)[number % 2]
         observed = (x, on, on, *stats, meta(scale_shape, torch.int32), 0.01, *int8, steps, 0)
-        yield "fake_quantize", "observe_fake_quantize", observed
+        yield "observe_fake_quantize", "observe_fake_quantize", observed
         yield "follow_range", "follow_range", (x, scale, zero_point, *int8, number % 2 == 0, 1.0, 1.0)
         code = (torch.int8, torch.uint8, torch.int32)[number % 3]
         yield "quantize", "quantize", (x, scale, zero_point, 0, 127, code)
@@ -92,9 +93,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "stochastic", "fake_quantize_stochastic_forward", (x, *drawn)
         yield "stochastic", "fake_quantize_stochastic_backward", (x, x, *drawn, 0.5)
         yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
-        for variant in WITH_TERMS:
+        for variant in checks.WITH_TERMS:
             yield (
-                "straight_through",
+                "fake_quantize_learnable",
                 "fake_quantize_straight_through_backward",
                 (x, x, *params, variant, 1e-3, 0.5),
             )
@@ -127,14 +128,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for length, group in lengths if common else lengths[:2]:
         for symmetric in (True, False):
             args = (meta((8192, length), dtype), group, *int8, symmetric)
-            yield "fake_quantize", "fake_quantize_dynamic_forward", args
-            yield "quantize", "quantize_dynamic", args
+            yield "dynamic", "fake_quantize_dynamic_forward", args
+            yield "dynamic", "quantize_dynamic", args
 
 
 def fused_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(module, op, arguments) of the ops that norm, multiply or rectify before they quantize."""
     int8 = (-128, 127)
-    for number, (shape, scale_shape) in enumerate(WALKS[:2]):
+    for number, (shape, scale_shape) in enumerate(GRANULARITIES[:2]):
         lsq = number % 2 == 0
         x, params = meta(shape, dtype), (meta(scale_shape), meta(scale_shape, torch.int32), *int8)
         yield "relu_fake_quantize", "relu_fake_quantize_forward", (x, *params)
@@ -164,15 +165,15 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(op, arguments) that reach every tile of an architecture's table, and on one of each kind every other variant."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import gemm_configs
 
     def codes(m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
         return meta((m, k), torch.int8), meta((n, k), torch.int8).t()
 
     seen, kinds = set(), set()
-    for m in (*configs.GEMM_ROWS, 8192):
+    for m in (*gemm_configs.GEMM_ROWS, 8192):
         for n in (1024, 4096, 8192, 28672):
-            tile = configs.gemm_tile(arch, m, n)
+            tile = gemm_configs.gemm_tile(arch, m, n)
             if tile in seen:
                 continue
             seen.add(tile)
@@ -204,15 +205,14 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
 
 
 def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(op, arguments) that reach every tile, every walk along K, and every kind of weight and input."""
-    from qkernels.reference import int4_gemm as reference
-    from qkernels.triton import configs
+    """(op, arguments) that reach every tile, every loop along K, and every kind of weight and input."""
+    from qkernels.triton.common import gemm_configs
 
     def weight(n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32) -> Any:
         groups = (k // group_size, n)
         zero_point = meta(groups, torch.int8) if kind == "zero points" else None
         minimum = meta(groups, dtype) if kind == "minimum" else None
-        data = meta(reference.halves_shape(n, k, reference.half_of(group_size, k)), torch.uint8)
+        data = meta(layouts.int4_shape(layouts.HALVES, n, k, group_size), torch.uint8)
         return data, meta(groups, dtype), zero_point, minimum, meta((n,))
 
     def call(x: Tensor, of: Any, group_size: int, act_bits: int, bias: Tensor | None = None, *given: Any) -> Any:
@@ -221,11 +221,11 @@ def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
         return "int4_linear", (x, *of, bias, group_size, act_bits, *static, -128, 127, out_dtype)
 
     n, k = 14336, 4096
-    for m in (*configs.INT4_ROWS, 8192) if everything else (16, 64, 8192):
+    for m in (*gemm_configs.INT4_ROWS, 8192) if everything else (16, 64, 8192):
         for group_size in (k, 128, 64, 32):
             x = meta((m, k), torch.bfloat16)
             yield call(x, weight(n, k, group_size), group_size, 8)
-            if m < configs.INT4_DEQUANTIZED:
+            if m < gemm_configs.INT4_DEQUANTIZED:
                 yield call(x, weight(n, k, group_size), group_size, 16)
                 if everything:
                     yield call(meta((m, k)), weight(n, k, group_size), group_size, 16)
@@ -250,15 +250,14 @@ def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
 
 def launches(everything: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Any], list[int]]]:
     """(kernel, arguments, options, GPUs that it is for) of every distinct launch that the calls make."""
-    names = {id(kernel): name for name, kernel in kernels().items()}
     found: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], list[int]]] = {}
     gpus = list(ARCHITECTURES)
 
     def record(kernel: Any, grid: Any, *args: Any, num_warps: int = 4, **constexprs: Any) -> None:
         options = {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}
-        *_, signature, attributes = specialized(names[id(kernel)], args, options)
-        key = f"{names[id(kernel)]} {signature} {attributes} {options}"
-        launched_on = found.setdefault(key, (names[id(kernel)], args, options, []))[-1]
+        *_, signature, attributes = specialized(kernel.__name__, args, options)
+        key = f"{kernel.__name__} {signature} {attributes} {options}"
+        launched_on = found.setdefault(key, (kernel.__name__, args, options, []))[-1]
         launched_on += [arch for arch in gpus if arch not in launched_on]
 
     for module in modules():

@@ -2,8 +2,9 @@
 
     python tests/launch_triton.py calls | loop | choices
 
-calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included. Each call is made three times:
-by the long way, watched, and as it was remembered; both ways must start the same kernels on the same arguments.
+calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included; a run makes a sample of them.
+Each call is made three times: by the long way, watched, and as it was remembered; both ways must start the same kernels
+on the same arguments.
 loop: a model's ops over batches of changing size, as a training loop or a server makes them.
 choices: what is remembered never outlives a change of what it was remembered for.
 Prints one JSON object.
@@ -26,17 +27,17 @@ from typing import Any
 import compile_triton
 import stub_gpu
 import torch
+from sampling import drawn
 from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import qkernels as qk
-from qkernels import library, registry, selfcheck
-from qkernels.reference import int4_gemm
+from qkernels import layouts, library, registry, selfcheck
 from qkernels.registry import Kernel
-from qkernels.triton import replay
-from qkernels.triton.replay import Remembered, Replay, _Map, kind_of
+from qkernels.triton.common import replay
+from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick: Counter[str] = Counter()  # compilations of the quick self-check
@@ -65,10 +66,15 @@ def self_check(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """All calls of the quick self-check, and of the others those of this run's sample."""
     first, *others = selfcheck.inputs(quick=True)
     yield from self_check([first])
     quick.update(stub_gpu.compilations)
-    yield from self_check([*others, *edges()])
+    yield from drawn(more_calls([*others, *edges()]), 0.2, "launch_triton")
+
+
+def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield from self_check(inputs)
     compile_triton.meta = lambda shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)
     yield from compile_triton.gemm_calls(90, False)
     yield from compile_triton.int4_calls(90, False)
@@ -85,7 +91,7 @@ def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
         padded = torch.nn.functional.pad(w, (0, -k % 16))
         layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
         yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
-        packed = int4_gemm.to_halves(w.clamp(-8, 7), int4_gemm.half_of(k, k))
+        packed = layouts.int4_to_halves(w.clamp(-8, 7), k)
         for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
             of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
             yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)
@@ -268,7 +274,7 @@ def check_choices() -> dict[str, Any]:
     cuda, counted = next(k for k in registry.kernels("fake_quantize_forward") if k.name == "cuda"), []
     own = Kernel(cuda.op, "cuda", lambda *args: counted.append(args) or args[0], lambda *args: None)
     registry._kernels[cuda.op][registry._kernels[cuda.op].index(cuda)] = own
-    usable, library._cuda_unusable = library._cuda_unusable, lambda: None
+    usable, library.cuda_unusable = library.cuda_unusable, lambda: None
     with qk.use_kernel("cuda"):
         assert started_by(quantize) == []
         assert len(counted) == 1
@@ -282,7 +288,7 @@ def check_choices() -> dict[str, Any]:
         qk.int8_mm(*product_operands)
         raise AssertionError("Triton ran where cuda was asked for, which has no such kernel")
     registry._kernels[cuda.op][registry._kernels[cuda.op].index(own)] = cuda
-    library._cuda_unusable = usable
+    library.cuda_unusable = usable
     assert started_by(quantize)[0][0] is remembered[0][0]
     compiled = torch.compile(quantize, backend="aot_eager", fullgraph=True)
     assert [len(started_by(compiled)) for _ in range(3)] == [1, 1, 1]
@@ -352,7 +358,7 @@ def check_choices() -> dict[str, Any]:
     own.impl("fake_quantize_forward", lambda x, *_: x, "MTIA")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is overridden
-        library._serve_triton()
+        library.serve_triton()
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", "MTIA"), op
     del served, own

@@ -133,11 +133,10 @@ kept: list[Any] = []
 
 def kernels() -> None:
     """Those of a GPU: the CUDA kernels are there and compute as the reference does, and there are no CPU kernels."""
-    from qkernels import library, registry, selfcheck
-    from qkernels.ops import int4_gemm
+    from qkernels import layouts, library, registry, selfcheck
 
-    int4_gemm._takes_halves = lambda device: True
-    library.gpu, library._cuda_state[:] = "cpu", ["the build failed"] if Asked.build else [None]
+    layouts.int4_layout_on = lambda device: layouts.HALVES
+    library.gpu, library.cuda_state[:] = "cpu", ["the build failed"] if Asked.build else [None]
 
     def pretended(kernel: registry.Kernel, reference: Any) -> registry.Kernel:
         fn = reference if kernel.name == "cuda" else kernel.fn
@@ -164,14 +163,14 @@ def kernels() -> None:
         gpu_kernels = [kernel for kernel in of_op if not kernel.name.startswith("cpu_")]
         registry._kernels[op] = [pretended(kernel, of_op[-1].fn) for kernel in gpu_kernels]
     # The compiled CPU kernels lie at the key of the tensors: on a GPU torch would not find them.
-    library._route = nothing
+    library.route = nothing
     route = torch.library.Library(library.NAMESPACE, "IMPL")
     kept.append(route)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
         for op in registry._kernels:
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"{library.NAMESPACE}::{op}", "CPU"):
-                route.impl(op, library._selected(op), "CPU", allow_override=True)
+                route.impl(op, library.selected(op), "CPU", allow_override=True)
 
 
 def pretend() -> None:

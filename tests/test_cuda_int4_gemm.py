@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library, registry
-from qkernels.ops import int4_gemm as ops
+from qkernels import layouts, library, registry
 from qkernels.reference import int4_gemm as reference
 
 emulated = pytest.mark.skipif(library.gpu != "cpu", reason="the CUDA kernels are not emulated")
@@ -47,7 +46,7 @@ def arguments(
     weight_sum = reference.weight_of(q, scale, offset, group_size).sum(1).float()
     by_group = (None if t is None else t.t().contiguous() for t in (scale, zero_point, minimum))
     return (
-        x.to(dtype), reference.to_halves(q, reference.half_of(group_size, k)), *by_group, weight_sum,
+        x.to(dtype), layouts.int4_to_halves(q, group_size), *by_group, weight_sum,
         None if bias_dtype is None else bias.to(bias_dtype), group_size, 16, None, None, -128, 127, out_dtype or dtype,
     )  # fmt: skip
 
@@ -60,7 +59,7 @@ def check(y: Tensor, args: tuple[Any, ...]) -> None:
     n, k = weight_sum.numel(), x.shape[-1]
     scale, zero_point, minimum = (None if t is None else t.t() for t in (scale, zero_point, minimum))
     offset = reference.offset_of(scale, zero_point, minimum)
-    weight = reference.weight_of(reference.unpack(data, n, k, group_size), scale, offset, group_size)
+    weight = reference.weight_of(layouts.int4_unpack(data, n, k, group_size), scale, offset, group_size)
     most = 15 * scale.double().abs() + (0 if offset is None else offset.double().abs())
     exact = x.double() @ weight.t()
     bound = (k + 4) * 2**-23 * (x.double().abs() @ most.repeat_interleave(k // scale.shape[1], 1).t())
@@ -204,8 +203,7 @@ def test_what_does_not_fit_is_named() -> None:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As if the CUDA kernels were there for CPU tensors."""
     monkeypatch.setattr(library, "gpu", "cpu")
-    monkeypatch.setattr(library, "_cuda_state", [None])
-    monkeypatch.setattr(library, "_op_missing_cuda", {})
+    monkeypatch.setattr(library, "cuda_state", [None])
     return monkeypatch
 
 
@@ -215,10 +213,7 @@ def reason(*args: Any) -> str | None:
 
 def test_reasons(loaded: pytest.MonkeyPatch) -> None:
     args = arguments(4, 16, 128, 32)
-    said = reason(*args)
-    assert isinstance(said, registry.Unpreferred)
-    assert said == "not measured faster than triton on this GPU yet"
-    assert next(k for k in qk.kernels("int4_linear") if k.name == "cuda").refuses(*args) is None
+    assert reason(*args) is None
     for other, text in [
         ((args[0].float(), *args[1:]), "takes x of torch.bfloat16 and torch.float16, got torch.float32"),
         ((*args[:8], 8, *args[9:]), "takes act_bits 16, got 8"),
@@ -231,21 +226,14 @@ def test_reasons(loaded: pytest.MonkeyPatch) -> None:
         said = reason(*other)
         assert said is not None
         assert said.startswith(text)
-        assert not isinstance(said, registry.Unpreferred)
-
-
-def test_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not ops.CUDA_IS_FASTER  # nothing has been measured
-    assert not ops.cuda_is_faster((9, 0), 1)
-    monkeypatch.setitem(ops.CUDA_IS_FASTER, (9, 0), 16)
-    assert [ops.cuda_is_faster((9, 0), m) for m in (1, 16, 17)] == [True, True, False]
-    assert not ops.cuda_is_faster((8, 0), 1)
 
 
 def test_choice(loaded: pytest.MonkeyPatch) -> None:
-    """Left to Triton where that takes the call, before the reference where not, and run where it is forced."""
+    """Triton's kernel goes first, the CUDA kernel takes what Triton does not, and each runs where it is forced."""
     args = arguments(4, 16, 128, 32)
     kernels = {kernel.name: kernel for kernel in qk.kernels("int4_linear")}
+    names = [name for name in kernels if not name.startswith("cpu_")]
+    assert names == ["triton", "cuda", "reference"]
     ran: list[str] = []
 
     def kernel(name: str, refusal: str | None) -> registry.Kernel:
@@ -253,12 +241,12 @@ def test_choice(loaded: pytest.MonkeyPatch) -> None:
         return registry.Kernel("int4_linear", name, lambda *_: ran.append(name), unsupported)
 
     for refusal, expected in ((None, "triton"), ("takes something else", "cuda")):
-        others = [kernel("cuda", None), kernel("triton", refusal), kernel("reference", None)]
+        others = [kernel(name, refusal if name == "triton" else None) for name in names]
         loaded.setitem(registry._kernels, "int4_linear", others)
         assert registry.select("int4_linear", *args).name == expected
         listed = qk.which("int4_linear", *args)
         assert next(name for name, reason in listed if reason is None) == expected
-        assert (listed[0][1] is None) == (expected == "cuda")
+        assert dict(listed)["cuda"] is None
         assert registry.select("int4_linear", args[0].float(), *args[1:]).name == (
             "triton" if refusal is None else "reference"
         )

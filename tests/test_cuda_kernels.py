@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 from cases import channels_last, scale_of
+from compare import same
 from torch import Tensor
 
 import qkernels as qk
+from qkernels.ops import dynamic
 from qkernels.ops import fake_quantize as ops
+from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.ops import foreach_fake_quantize as foreach
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import quantize as reference_quantize
 
 pytestmark = pytest.mark.skipif(qk.library.gpu != "cpu", reason="the CUDA kernels are not emulated")
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # Vectors of 4 (fp32) and 8 (halves) elements; 256 threads of 4 vectors to a block; 3 emulated processors.
@@ -70,7 +70,7 @@ def test_paths(shape: tuple[int, ...], granularity: tuple[int, ...], dtype: torc
     for x in layouts:
         grad = torch.empty_like(x).copy_(torch.randn(shape))
         args = (scale, zero_point, -8, 7)
-        bound = reference.sum_to(grad.double().abs() * 16, scale) * 2**-20 + 1e-12
+        bound = learnable_reference.sum_to(grad.double().abs() * 16, scale) * 2**-20 + 1e-12
         for lsq in (False, True):
             y, mask = ops._forward_mask(x, *args, lsq)
             for got, want in zip((y, mask), reference.fake_quantize_forward_mask(x, *args, lsq), strict=True):
@@ -78,13 +78,15 @@ def test_paths(shape: tuple[int, ...], granularity: tuple[int, ...], dtype: torc
             same(ops._forward(x, *args), y)
             dx = reference.fake_quantize_backward(grad, x, *args, lsq)
             same(ops._backward(grad, x, *args, lsq), dx)
-            same(ops._backward_mask(grad, mask), dx)
-            learned = ops._learnable_backward(grad, x, *args, 0.5, lsq)
+            same(ops.backward_mask(grad, mask), dx)
+            learned = learnable.learnable_backward(grad, x, *args, 0.5, lsq)
             same(learned[0], dx)
-            sums = reference.fake_quantize_learnable_backward(grad, x, *args, 0.5, lsq)[1:]  # as defined, in fp64
+            sums = learnable_reference.fake_quantize_learnable_backward(grad, x, *args, 0.5, lsq)[
+                1:
+            ]  # as defined, in fp64
             for got, want in zip(learned[1:], sums, strict=True):
                 assert ((got - want).double().abs() <= bound).all()
-            again = ops._learnable_backward(grad, x, *args, 0.5, lsq)
+            again = learnable.learnable_backward(grad, x, *args, 0.5, lsq)
             for first, second in zip(learned, again, strict=True):
                 same(first, second)
         q = qk.quantize(x, scale, zero_point, quant_min=-8, quant_max=7)
@@ -100,14 +102,14 @@ def test_dynamic_rows(columns: int, symmetric: bool, dtype: torch.dtype) -> None
     x[1, 3], x[3, 0] = math.nan, math.inf
     x[2] = 0
     for got, want in zip(
-        ops._dynamic_forward(x, -1, -8, 7, symmetric),
-        reference.fake_quantize_dynamic_forward(x, -1, -8, 7, symmetric),
+        dynamic._dynamic_forward(x, -1, -8, 7, symmetric),
+        dynamic_reference.fake_quantize_dynamic_forward(x, -1, -8, 7, symmetric),
         strict=True,
     ):
         same(got, want)
     for got, want in zip(
         qk.quantize_dynamic(x, symmetric=symmetric),
-        reference_quantize.quantize_dynamic(x, -1, -128, 127, symmetric),
+        dynamic_reference.quantize_dynamic(x, -1, -128, 127, symmetric),
         strict=True,
     ):
         same(got, want)
@@ -117,8 +119,8 @@ def test_one_row_longer_than_the_registers() -> None:
     x = torch.randn(2, 40000)
     for symmetric in (True, False):
         for group in (-1, 0):
-            got = ops._dynamic_forward(x, group, -128, 127, symmetric)
-            want = reference.fake_quantize_dynamic_forward(x, group, -128, 127, symmetric)
+            got = dynamic._dynamic_forward(x, group, -128, 127, symmetric)
+            want = dynamic_reference.fake_quantize_dynamic_forward(x, group, -128, 127, symmetric)
             for a, b in zip(got, want, strict=True):
                 same(a, b)
 
@@ -167,7 +169,7 @@ def test_foreach(dtype: torch.dtype, lsq: bool) -> None:
     for at, call in enumerate(calls):
         same(ys[at], ops._forward(*call))
         same(dxs[at], ops._backward(grads[at], *call, lsq))
-        want = ops._learnable_backward(grads[at], *call, factors[at], lsq)
+        want = learnable.learnable_backward(grads[at], *call, factors[at], lsq)
         for part in range(3):
             same(learned[part][at], want[part])
 
@@ -188,9 +190,9 @@ def test_each_tensor_is_asked_for_its_device_once() -> None:
         (3, ops._forward, (x, *args)),
         (3, ops._forward_mask, (x, *args, False)),
         (4, ops._backward, (grad, x, *args, False)),
-        (2, ops._backward_mask, (grad, mask)),
-        (4, ops._learnable_backward, (grad, x, *args, 1.0, False)),
-        (1, ops._dynamic_forward, (x, -1, -8, 7, True)),
+        (2, ops.backward_mask, (grad, mask)),
+        (4, learnable.learnable_backward, (grad, x, *args, 1.0, False)),
+        (1, dynamic._dynamic_forward, (x, -1, -8, 7, True)),
         (
             7,
             torch.ops.qkernels.observe_fake_quantize,
@@ -208,7 +210,7 @@ def test_the_latter_of_two_stages_starts_early_and_only_then_is_memory_needed() 
     x, grad = torch.randn(64, 1024), torch.randn(64, 1024)
     for scale, stages in ((torch.ones(1), 2), (torch.ones(64, 1), 1)):
         before = early.value, allocated.value
-        ops._learnable_backward(grad, x, scale, None, -8, 7, 1.0, False)
+        learnable.learnable_backward(grad, x, scale, None, -8, 7, 1.0, False)
         assert early.value - before[0] == stages - 1
         assert allocated.value - before[1] == 3 + stages - 1
 

@@ -1,6 +1,6 @@
 """The CUDA library without a GPU: it compiles, loads, and registers what the package says it holds; reasons are given.
 
-`make test` compiles the library once into build/cuda (see `compiled`); without nvcc these tests are skipped.
+`make test` compiles the library into build/cuda by calling this file; without nvcc these tests are skipped.
 """
 
 from __future__ import annotations
@@ -14,29 +14,32 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
+from sampling import described, in_turn
 
 import qkernels as qk
-from qkernels import library, registry
+from qkernels import library, loading, registry
 from qkernels.registry import Mendable
 
 BUILD = ROOT / "build" / "cuda"
-ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+ARCHES = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0+PTX")
+COMPILED = in_turn(ARCHES)  # one architecture a run, every one each night
+
+
+def compile_library() -> Path:
+    """Compiles the library for the architectures of this run, unless it is up to date."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILD)]
+    wanted = {"QKERNELS_BUILD": "cuda", "QKERNELS_STRICT_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ";".join(COMPILED)}
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, check=True)
+    return BUILD / "qkernels" / "_cuda.so"
 
 
 @pytest.fixture(scope="session")
 def compiled() -> Path:
-    """The library for every architecture of the default list; compiled here unless it is up to date."""
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         pytest.skip("needs nvcc")
     if not (ROOT / "csrc" / "cuda").exists():
         pytest.skip("needs a source checkout")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILD)],
-        cwd=ROOT,
-        env={**os.environ, "QKERNELS_BUILD": "cuda", "QKERNELS_STRICT_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ARCHES},
-        check=True,
-    )
-    return next((BUILD / "qkernels").glob("_cuda*.so"))
+    return compile_library()
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +74,8 @@ for op in sorted({kernel.op for kernel in qk.kernels()}):
 
 
 def test_it_belongs_to_this_checkout_and_says_its_architectures(compiled: Path) -> None:
-    assert library._fault_of(compiled) is None
-    assert library.arches_of(compiled) == ARCHES
+    assert loading.fault_of(compiled) is None
+    assert loading.arches_of(compiled) == ";".join(COMPILED)
 
 
 def test_only_the_stream_is_missing_from_torch_without_cuda(compiled: Path) -> None:
@@ -104,7 +107,7 @@ def test_only_the_stream_is_missing_from_torch_without_cuda(compiled: Path) -> N
     ],
 )
 def test_which_gpus_a_library_serves(arches: str, capability: tuple[int, int], fits: bool) -> None:
-    assert library.holds(arches, capability) is fits
+    assert loading.holds(arches, capability) is fits
 
 
 @pytest.fixture
@@ -118,8 +121,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def missing(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> str:
-    monkeypatch.setattr(library, "module_file", lambda name: file)
-    reason = library._load_cuda()
+    monkeypatch.setattr(loading, "module_file", lambda name: file)
+    reason = loading.load_cuda()
     assert isinstance(reason, Mendable)
     assert "QKERNELS_BUILD=cuda " in reason
     assert "pip install --no-build-isolation" in reason
@@ -133,7 +136,7 @@ def test_not_built(gpu: pytest.MonkeyPatch) -> None:
 def test_built_for_another_gpu(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "_cuda.so"
     file.write_bytes(b"\x7fELF qkernels-cuda-arches:8.0;12.0\0")
-    gpu.setattr(library, "_fault_of", lambda path: None)
+    gpu.setattr(loading, "fault_of", lambda path: None)
     reason = missing(gpu, file)
     assert reason.startswith("the CUDA kernels are built for 8.0;12.0 and not for 9.0, which NVIDIA Test is; build")
     assert 'TORCH_CUDA_ARCH_LIST="9.0"' in reason
@@ -141,7 +144,7 @@ def test_built_for_another_gpu(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_built_by_a_newer_cuda_than_the_driver_is_for(gpu: pytest.MonkeyPatch, tmp_path: Path, compiled: Path) -> None:
     file = tmp_path / "_cuda.so"
-    gpu.setattr(library, "_fault_of", lambda path: None)
+    gpu.setattr(loading, "fault_of", lambda path: None)
     gpu.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
     file.write_bytes(b"\x7fELF qkernels-cuda-arches:9.0\0qkernels-cuda-version:13000\0")
     reason = missing(gpu, file)
@@ -159,7 +162,7 @@ def test_truncated(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert library._load_cuda() == f"torch {torch.__version__} is built without CUDA"
+    assert loading.load_cuda() == f"torch {torch.__version__} is built without CUDA"
 
 
 def test_cpu_tensors_and_use_kernel() -> None:
@@ -175,7 +178,7 @@ def test_cpu_tensors_and_use_kernel() -> None:
 
 def test_use_kernel_without_a_gpu_fails_on_entry(gpu: pytest.MonkeyPatch) -> None:
     """Where torch has CUDA, and the library is there and loads."""
-    gpu.setattr(library, "_cuda_state", [None])
+    gpu.setattr(library, "cuda_state", [None])
     gpu.setattr(torch.cuda, "is_available", lambda: False)
 
     def too_old() -> None:
@@ -187,11 +190,11 @@ def test_use_kernel_without_a_gpu_fails_on_entry(gpu: pytest.MonkeyPatch) -> Non
     )
     for name in ("cuda", "triton"):
         gpu.delenv("TRITON_INTERPRET", raising=False)
-        library._triton_missing.cache_clear()
+        library.triton_missing.cache_clear()
         with pytest.raises(RuntimeError, match=f"use_kernel: cannot run {name}: {reason}"), qk.use_kernel(name):
             raise AssertionError("entered")
         assert registry.forced == []
-    library._triton_missing.cache_clear()
+    library.triton_missing.cache_clear()
 
 
 @pytest.mark.parametrize("wanted", ["gpu", "CUDA"])
@@ -208,3 +211,8 @@ def test_build_that_does_not_exist(wanted: str) -> None:
     )
     assert done.returncode != 0
     assert f"QKERNELS_BUILD: got '{wanted}'; accepted: auto, cpu, cuda, none" in done.stderr
+
+
+if __name__ == "__main__":
+    print(f"the CUDA library is compiled for {', '.join(COMPILED)}, {described()}", flush=True)
+    compile_library()

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from compare import same
 from torch import Tensor
 
 import qkernels as qk
 from qkernels import registry, selfcheck
 from qkernels.ops import fake_quantize as ops
+from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.reference import fake_quantize as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
@@ -35,12 +38,6 @@ def bits(t: Tensor) -> Tensor:
     return torch.nan_to_num(t.cpu().double(), nan=12345.0, posinf=1e300, neginf=-1e300)
 
 
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
-
-
 def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
     """Arguments on the GPU that the kernel takes; without ``size`` of one that is no multiple of anything."""
     torch.manual_seed(0)
@@ -50,7 +47,7 @@ def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tup
     for values in (x, half, x[:, :8], torch.randn(2, 8, 5, 6)):
         for args in selfcheck.ARGS[kernel.op](values):
             on_gpu = selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
-            if kernel.refuses(*on_gpu) is None:
+            if kernel.unsupported(*on_gpu) is None:
                 return on_gpu
     pytest.skip("takes no such input")
 
@@ -88,7 +85,7 @@ def test_takes_some_case(kernel: registry.Kernel) -> None:
         for x in selfcheck.inputs(kernel.name == "triton", dtypes_of(kernel))
         for args in selfcheck.ARGS[kernel.op](x)
     )
-    assert any(kernel.refuses(*case) is None for case in cases)
+    assert any(kernel.unsupported(*case) is None for case in cases)
 
 
 @names
@@ -106,8 +103,8 @@ def test_every_granularity(name: str, case: str, shape: tuple[int, ...], dtype: 
         gpu_params = selfcheck.on("cuda", params)
         lsq = zero_point is None or zero_point.is_floating_point()
         y, mask = reference.fake_quantize_forward_mask(x, *params, lsq)
-        dx, dscale, dzp = reference.fake_quantize_learnable_backward(grad, x, *params, 0.5, lsq)
-        magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+        dx, dscale, dzp = learnable_reference.fake_quantize_learnable_backward(grad, x, *params, 0.5, lsq)
+        magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         with qk.use_kernel(name):
             same(ops._forward(on_gpu, *gpu_params), y)
             got_y, got_mask = ops._forward_mask(on_gpu, *gpu_params, lsq)
@@ -115,7 +112,7 @@ def test_every_granularity(name: str, case: str, shape: tuple[int, ...], dtype: 
             if case != "expanded":
                 same(got_mask, mask)
             same(ops._backward(grad.cuda(), on_gpu, *gpu_params, lsq), dx)
-            got = ops._learnable_backward(grad.cuda(), on_gpu, *gpu_params, 0.5, lsq)
+            got = learnable.learnable_backward(grad.cuda(), on_gpu, *gpu_params, 0.5, lsq)
         same(got[0], dx)
         if case != "special values":
             for a, b in zip(got[1:], (dscale, dzp), strict=True):
@@ -258,8 +255,8 @@ def test_large_in_fp32_equals_the_cpu(name: str, shape: tuple[int, ...]) -> None
         got, got_mask = ops._forward_mask(*on_gpu)
         same(got, y)
         same(got_mask, mask)
-        got = ops._learnable_backward(grad.cuda(), *on_gpu, 1.0)
-    expected = ops._learnable_backward(grad, x, scale, None, -128, 127, 1.0)
+        got = learnable.learnable_backward(grad.cuda(), *on_gpu, 1.0)
+    expected = learnable.learnable_backward(grad, x, scale, None, -128, 127, 1.0)
     same(got[0], expected[0])
     torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-4, atol=1e-2)
 
@@ -277,12 +274,12 @@ def test_offsets_beyond_two_to_the_31(name: str, granularity: str) -> None:
     last = scale if granularity == "tensor" else scale[-1:]
     with qk.use_kernel(name):
         y, mask = ops._forward_mask(x, scale, None, -128, 127)
-        dx, dscale, _ = ops._learnable_backward(x, x, scale, None, -128, 127, 1.0)
+        dx, dscale, _ = learnable.learnable_backward(x, x, scale, None, -128, 127, 1.0)
     expected, expected_mask = reference.fake_quantize_forward_mask(x[-1:].cpu(), last.cpu(), None, -128, 127)
     same(y[-1:], expected)
     assert not y[:-1].any()
     same(mask[-columns // 8 :], expected_mask)
-    dx_row, dscale_row, _ = reference.fake_quantize_learnable_backward(
+    dx_row, dscale_row, _ = learnable_reference.fake_quantize_learnable_backward(
         x[-1:].cpu(), x[-1:].cpu(), last.cpu(), None, -128, 127, 1.0
     )
     same(dx[-1:], dx_row)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_python
+from sampling import in_turn
 
 import qkernels as qk
-from qkernels import __main__, info, library, registry
+from qkernels import __main__, info, loading, registry, selfcheck
 from qkernels.registry import Kernel
 
 # Prints what is missing, the warnings that two calls of two ops gave, and whether the values are right.
@@ -120,9 +121,9 @@ def test_a_system_for_which_nothing_compiles_is_named_without_advice(
     monkeypatch: pytest.MonkeyPatch, platform: str, system: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(library.platform, "system", lambda: system)
+    monkeypatch.setattr(loading.platform, "system", lambda: system)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for host, reason in (library._load(), (None, library._load_cuda())):
+    for host, reason in (loading.load_cpu(), (None, loading.load_cuda())):
         assert host is None
         assert reason == f"the compiled kernels are for Linux, this is {system}"
         assert not isinstance(reason, registry.Mendable)
@@ -222,15 +223,15 @@ def test_build_command_installs_from_where_the_package_came(
         (tmp_path / file).touch()
     if direct_url is not None:
         direct_url = {**direct_url, "url": direct_url["url"].replace("TMP", str(tmp_path))}
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "site-packages" / "qkernels" / "library.py"))
-    monkeypatch.setattr(library.importlib.metadata, "distribution", lambda name: Distribution(direct_url))
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "site-packages" / "qkernels" / "loading.py"))
+    monkeypatch.setattr(loading.importlib.metadata, "distribution", lambda name: Distribution(direct_url))
     source = source.replace("TMP", str(tmp_path))
-    assert library.build_command() == f'pip install "setuptools>=77" && {PIP} {source}'
-    assert library.build_command("A=1") == f'pip install "setuptools>=77" && A=1 {PIP} {source}'
+    assert loading.build_command() == f'pip install "setuptools>=77" && {PIP} {source}'
+    assert loading.build_command("A=1") == f'pip install "setuptools>=77" && A=1 {PIP} {source}'
 
 
 def test_build_command_of_a_checkout() -> None:
-    assert library.build_command().endswith(f"{PIP} -e {ROOT}")
+    assert loading.build_command().endswith(f"{PIP} -e {ROOT}")
 
 
 def test_info_passes_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +275,9 @@ def test_a_wrong_kernel_fails_the_self_test(
     assert "self-test: FAIL" in text
 
 
-def test_selfcheck_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_selfcheck_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On three of its shapes."""
+    monkeypatch.setattr("qkernels.selfcheck.SHAPES", in_turn(selfcheck.SHAPES, 3))
     assert __main__.main(["selfcheck"]) == 0
     assert "self-test: PASS" in capsys.readouterr().out
 

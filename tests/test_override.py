@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.ao.quantization as tq
 from cases import FLOATS, INPUTS, channels_last
+from compare import same
 from conftest import kernels_of, run_python
 from torch import Tensor, nn
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.integrations import aten
 from qkernels.reference import aten_fake_quantize as reference
 
@@ -36,18 +38,6 @@ def _nothing_leaks() -> Iterator[None]:
     assert not rerouted()
     yield
     assert not rerouted()
-
-
-def same(got: Any, want: Any) -> None:
-    """Bit for bit, signs of zeros too, with dtypes and strides."""
-    if not isinstance(want, Tensor):
-        for g, w in zip(got, want, strict=True):
-            same(g, w)
-        return
-    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    if want.is_floating_point():
-        assert torch.equal(got.signbit(), want.signbit())
 
 
 def both(call: Callable[[], Any]) -> tuple[Any, Any]:
@@ -271,7 +261,7 @@ def test_fault_learnable_zero_point(zero_point: float) -> None:
 
     got, theirs = both(call)
     args = torch.linspace(-1, 1, 1000), x, torch.tensor([0.1]), torch.tensor([zero_point]), -8, 7, 1.0
-    right = qk.reference.fake_quantize.fake_quantize_learnable_backward(*args)
+    right = qk.reference.fake_quantize_learnable.fake_quantize_learnable_backward(*args)
     assert (got[1] == right[0]).all()
     torch.testing.assert_close(got[2:], list(right[1:]), rtol=1e-5, atol=1e-5)
     assert (theirs[2] - right[1]).abs() > 1e-2
@@ -1112,7 +1102,7 @@ def test_python_routes_ask_every_kernel_with_the_arguments_of_the_call(monkeypat
     asked: dict[str, int] = {}
 
     def only(op: str) -> list[qk.registry.Kernel]:
-        schema = qk.library._dispatched(op)._schema
+        schema = qk.library.dispatched(op)._schema
 
         def unsupported(*args: Any) -> str | None:
             asked[op] = asked.get(op, 0) + 1
@@ -1201,7 +1191,7 @@ def test_channel_drop_in(kernel: str, dtype: torch.dtype) -> None:
             n = x.size(axis)
             scale, zero_point = torch.rand(n) * 0.1 + 0.01, torch.randint(-8, 8, (n,)).to(torch.int32)
             for zp in (zero_point, zero_point.float() + 0.4):
-                views = reference.channel_views(x, axis, scale, zp)
+                views = checks.channel_views(x, axis, scale, zp)
                 for leaf in (x.clone().requires_grad_(), x.requires_grad_() * 1):
                     with qk.use_kernel(kernel):
                         y = qk.fake_quantize_per_channel_affine(leaf, scale, zp, axis, -8, 7)

@@ -11,6 +11,7 @@ from conftest import assert_ran, kernels_of
 from test_fake_quantize import same
 
 import qkernels as qk
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import quantize as reference
 
 COMPILED = [name for name in kernels_of("quantize") if name not in ("triton", "reference")]
@@ -72,8 +73,8 @@ def test_dynamic_equals_reference(kernel: str, dtype: torch.dtype, symmetric: bo
             for group in (-1, None, 2, 16):
                 if group and group > 0 and x.shape[-1] % group:
                     continue
-                expected = reference.quantize_dynamic(
-                    x, group or 0, *qk.ops.fake_quantize.range_of_bits(bits), symmetric
+                expected = dynamic_reference.quantize_dynamic(
+                    x, group or 0, *qk.ops.dynamic.range_of_bits(bits), symmetric
                 )
                 got = qk.quantize_dynamic(x, bits=bits, group_size=group, symmetric=symmetric)
                 for a, b in zip(got, expected, strict=True):

@@ -15,6 +15,7 @@ from torch.nn.functional import rms_norm
 
 import qkernels as qk
 from qkernels.ops import rms_norm_quantize as ops
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import rms_norm_quantize as reference
 
@@ -65,7 +66,7 @@ def test_values(kernel: str, dtype: torch.dtype, symmetric: bool) -> None:
         for weight, group, bits in zip(weights(x) * 2, (-1, 16, 37, -1, 10000, 0), (8, 4, 8, 2, 8, 8), strict=True):
             if group > 0 and x.shape[-1] % group:
                 continue
-            args = (group, *qk.ops.fake_quantize.range_of_bits(bits), symmetric)
+            args = (group, *qk.ops.dynamic.range_of_bits(bits), symmetric)
             with qk.use_kernel(kernel):
                 *got, rstd = ops._forward(x, weight, EPS, *args)
                 *got_codes, rstd_codes = ops._quantize(x, weight, EPS, *args)
@@ -122,8 +123,8 @@ def test_codes_are_the_fake_quantized_values(kernel: str, dtype: torch.dtype, sy
 def straight_through(x: Tensor, weight: Tensor | None, group_size: int | None, bits: int, symmetric: bool) -> Tensor:
     """The same in autograd alone: torch's norm, and a quantizer that passes the gradient where it does not clip."""
     v = rms_norm(x, x.shape[-1:], weight, EPS)
-    low, high = qk.ops.fake_quantize.range_of_bits(bits)
-    scale, zero_point = plain.dynamic_qparams(v, group_size or 0, low, high, symmetric)
+    low, high = qk.ops.dynamic.range_of_bits(bits)
+    scale, zero_point = dynamic_reference.dynamic_qparams(v, group_size or 0, low, high, symmetric)
     y = plain.fake_quantize_forward(v, scale, zero_point, low, high)
     inside = plain.inside_range(v, scale, zero_point, low, high)
     return torch.where(inside, v, 0) + (y - torch.where(inside, v, 0)).detach()
@@ -228,7 +229,7 @@ def test_any_nan_in_weight_stays_one(kernel: str) -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in one tile and, by tiles made small, rows too long for one; forward and backward."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     if long:
         for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("BACKWARD_ROW", 16)):

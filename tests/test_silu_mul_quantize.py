@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 
 import qkernels as qk
 from qkernels.ops import silu_mul_quantize as ops
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import silu_mul_quantize as reference
 
@@ -67,7 +68,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, symmetric: bool) -> Non
         for group, bits in ((-1, 8), (16, 4), (37, 2), (10000, 8), (1, 8), (0, 8)):
             if group > 0 and gate.shape[-1] % group:
                 continue
-            args = (gate, up, group, *qk.ops.fake_quantize.range_of_bits(bits), symmetric)
+            args = (gate, up, group, *qk.ops.dynamic.range_of_bits(bits), symmetric)
             y = reference.silu_mul_fake_quantize_dynamic_forward(*args)
             codes = reference.silu_mul_quantize_dynamic(*args)
             clipped = (None, None) if symmetric else y[1:]
@@ -154,8 +155,8 @@ def test_codes_are_the_fake_quantized_values(
 def straight_through(gate: Tensor, up: Tensor, group_size: int | None, bits: int, symmetric: bool) -> Tensor:
     """The same in autograd alone: a quantizer that passes the gradient where it does not clip."""
     v = silu(gate) * up
-    low, high = qk.ops.fake_quantize.range_of_bits(bits)
-    scale, zero_point = plain.dynamic_qparams(v, group_size or 0, low, high, symmetric)
+    low, high = qk.ops.dynamic.range_of_bits(bits)
+    scale, zero_point = dynamic_reference.dynamic_qparams(v, group_size or 0, low, high, symmetric)
     y = plain.fake_quantize_forward(v, scale, zero_point, low, high)
     inside = plain.inside_range(v, scale, zero_point, low, high)
     return torch.where(inside, v, 0) + (y - torch.where(inside, v, 0)).detach()
@@ -192,7 +193,7 @@ def test_gradients(symmetric: bool, group_size: int | None) -> None:
 @pytest.mark.parametrize("long", [False, True])
 def test_triton(dtype: torch.dtype, long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups in one tile and, by tiles made small, groups too long for one; the same bits forward and backward."""
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     if long:
         for name, size in (("ONE_PASS", 8), ("LONG_TILE", 16), ("TILE_SIZE", 8)):

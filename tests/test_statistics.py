@@ -211,7 +211,7 @@ def test_histogram_ranges_are_those_of_the_values(symmetric: bool) -> None:
         for a, b in zip(got, ops.percentile_range(x, low, high, percentile, symmetric), strict=True):
             assert abs(a - b) <= width
     for bits in (2, 4, 8):
-        qmin, qmax = qk.ops.fake_quantize.range_of_bits(bits)
+        qmin, qmax = qk.ops.dynamic.range_of_bits(bits)
         errors = []
         for ends in (
             seen.mse_range(low, high, qmin, qmax, symmetric, 0.0),

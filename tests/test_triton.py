@@ -16,9 +16,15 @@ from test_fake_quantize import op_samples, same
 from torch import Tensor
 
 import qkernels as qk
+from qkernels.ops import dynamic
 from qkernels.ops import fake_quantize as ops
+from qkernels.ops import fake_quantize_learnable as learnable
+from qkernels.ops import observe_fake_quantize as observe_ops
 from qkernels.ops import quantize as quantize_ops
+from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
+from qkernels.reference import observe_fake_quantize as observe_reference
 from qkernels.reference import quantize as reference_quantize
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +44,7 @@ BITS = {8: (-128, 127), 4: (-8, 7), 2: (-2, 1)}
 
 @pytest.fixture(autouse=True)
 def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkernels.triton import configs
+    from qkernels.triton.common import configs
 
     def third(numel: int) -> int:
         return max(64, configs.power_of_two(numel // 3))
@@ -85,7 +91,7 @@ def test_pointwise(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
                 same(got, expected)
             dx = reference.fake_quantize_backward(grad, x, *args, lsq)
             same(on_triton(ops._backward, grad, x, *args, lsq), dx)
-            same(on_triton(ops._backward_mask, torch.empty_like(y).copy_(grad), mask), torch.empty_like(y).copy_(dx))
+            same(on_triton(ops.backward_mask, torch.empty_like(y).copy_(grad), mask), torch.empty_like(y).copy_(dx))
         code = (torch.int8, torch.int32)[turn % 2]
         q = reference_quantize.quantize(x, *args, code)
         same(on_triton(quantize_ops._quantize, x, *args, code), q)
@@ -104,10 +110,10 @@ def test_learnable_backward(name: str, shape: tuple[int, ...], dtype: torch.dtyp
     for number, zero_point in enumerate(kinds):
         lsq = (turn + number) % 2 == 0
         args = (grad, x, scale, zero_point, -8, 7, 0.3, lsq)
-        dx, *sums = on_triton(ops._learnable_backward, *args)
+        dx, *sums = on_triton(learnable.learnable_backward, *args)
         same(dx, reference.fake_quantize_backward(*args[:-2], lsq))
-        exact_sums = reference.fake_quantize_learnable_backward(*args)[1:]
-        magnitude = reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+        exact_sums = learnable_reference.fake_quantize_learnable_backward(*args)[1:]
+        magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         for got, exact in zip(sums, exact_sums, strict=True):
             assert got.shape == exact.shape
             assert got.dtype == exact.dtype
@@ -125,8 +131,8 @@ def test_parameter_dtypes(scale_dtype: torch.dtype, zero_dtype: torch.dtype) -> 
     zero_point = (torch.rand(6, 1) * 7).to(zero_dtype)
     args = (x, scale, zero_point, -8, 7)
     same(on_triton(ops._forward, *args), reference.fake_quantize_forward(*args))
-    dscale = on_triton(ops._learnable_backward, torch.ones_like(x), *args, 1.0)[1]
-    expected = reference.fake_quantize_learnable_backward(torch.ones_like(x), *args, 1.0)[1]
+    dscale = on_triton(learnable.learnable_backward, torch.ones_like(x), *args, 1.0)[1]
+    expected = learnable_reference.fake_quantize_learnable_backward(torch.ones_like(x), *args, 1.0)[1]
     torch.testing.assert_close(dscale, expected, rtol=torch.finfo(scale_dtype).eps, atol=1e-4)
 
 
@@ -163,13 +169,15 @@ def test_dynamic(dtype: torch.dtype, symmetric: bool) -> None:
             limits = BITS[(8, 4, 2)[number % 3]] if number % 5 else (0, 255)
             args = (x, group, *limits, symmetric)
             for got, expected in zip(
-                on_triton(ops._dynamic_forward, *args), reference.fake_quantize_dynamic_forward(*args), strict=True
+                on_triton(dynamic._dynamic_forward, *args),
+                dynamic_reference.fake_quantize_dynamic_forward(*args),
+                strict=True,
             ):
                 same(got, expected)
             if limits != (0, 255):
                 for got, expected in zip(
-                    on_triton(quantize_ops._quantize_dynamic, *args),
-                    reference_quantize.quantize_dynamic(*args),
+                    on_triton(dynamic._quantize_dynamic, *args),
+                    dynamic_reference.quantize_dynamic(*args),
                     strict=True,
                 ):
                     same(got, expected)
@@ -188,8 +196,8 @@ def test_observe(dtype: torch.dtype, shape: tuple[int, ...], steps: float) -> No
     for batch, (observe, fake) in zip(batches, flags, strict=True):
         head = (batch.to(dtype), torch.tensor([observe]), torch.tensor([fake], dtype=torch.uint8))
         rest = (0.1, -128, 127, steps, 1)
-        got = on_triton(ops._observe, *head, *ours, *rest)
-        for a, b in zip(got, reference.observe_fake_quantize(*head, *stats, *rest), strict=True):
+        got = on_triton(observe_ops._observe, *head, *ours, *rest)
+        for a, b in zip(got, observe_reference.observe_fake_quantize(*head, *stats, *rest), strict=True):
             same(a, b)
         for a, b in zip(ours, stats, strict=True):
             same(a.cpu(), b)

@@ -15,6 +15,7 @@ from conftest import kernels_of
 from torch import Tensor
 
 import qkernels as qk
+from qkernels import layouts
 from qkernels.ops.int4_gemm import PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
@@ -24,7 +25,9 @@ if "triton" not in kernels_of("int4_linear"):
 import triton
 import triton.language as tl
 
-from qkernels.triton import configs, int4_gemm, int8_gemm
+from qkernels.triton import int4_gemm
+from qkernels.triton.common import gemm, gemm_configs
+from qkernels.triton.common.configs import ceil_div
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -35,7 +38,7 @@ GROUPS = [
     (16, 48), (24, 72), (32, 96), (32, 256), (40, 120), (64, 320), (96, 192), (128, 384), (256, 512), (384, 768),
     (1, 1), (37, 37), (300, 300),
 ]  # fmt: skip
-WALKS = ["codes", "codes", "halves", "halves", "codes", "halves", "codes", "piece", "piece", "span", *["end"] * 3]
+K_LOOPS = ["codes", "codes", "halves", "halves", "codes", "halves", "codes", "piece", "piece", "span", *["end"] * 3]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,7 @@ def weight(
     n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32
 ) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     """A weight as a GPU holds it (data, scale, zero_point, minimum, weight_sum), in fp64, and 15·|scale| + |offset|."""
-    groups = reference.groups_of(k, group_size)
+    groups = layouts.groups_of(k, group_size)
     q = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     scale = (torch.rand(n, groups) * 0.02 + 0.001).to(dtype)
     zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if kind == "zero points" else None
@@ -61,7 +64,7 @@ def weight(
     w = reference.weight_of(q, scale, offset, group_size)
     most = 15 * scale.double().abs() + (0 if offset is None else offset.double().abs())
     params = (None if t is None else t.t().contiguous() for t in (scale, zero_point, minimum))
-    data = reference.to_halves(q, reference.half_of(group_size, k))
+    data = layouts.int4_to_halves(q, group_size)
     return (data, *params, w.sum(1).float()), w, most.repeat_interleave(max(1, k // groups), 1)[:, :k]
 
 
@@ -131,8 +134,8 @@ def test_parts_of_k_and_tiles(
     group_size: int, k: int, splits: int, swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts of one group are added in integers: the same bits. Those of more groups are rounded in another order."""
-    tile = configs.Int4Tile(16, 32, 128, 4, 2, swap=swap)
-    monkeypatch.setattr(configs, "int4_linear", lambda *args: (tile, splits))
+    tile = gemm_configs.Int4Tile(16, 32, 128, 4, 2, swap=swap)
+    monkeypatch.setattr(gemm_configs, "int4_linear", lambda *args: (tile, splits))
     m, n, kind = 17, 33, KINDS[(group_size // 8 + splits + swap) % 3]
     of, w, most = weight(n, k, group_size, kind)
     x, bias = torch.randn(m, k), torch.randn(n)
@@ -157,7 +160,7 @@ def test_parts_of_k_and_tiles(
 def test_many_rows_go_by_a_dequantized_weight(
     dtype: torch.dtype, unit: float, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "INT4_DEQUANTIZED", 5)
+    monkeypatch.setattr(gemm_configs, "INT4_DEQUANTIZED", 5)
     called = []
     for group_size, k in ((24, 72), (32, 96), (128, 256), (37, 37)):
         of, w, most = weight(35, k, group_size, kind)
@@ -171,18 +174,18 @@ def test_many_rows_go_by_a_dequantized_weight(
 
 def test_groups_longer_than_one_int32_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of 32768, as the reference; of one group, and of groups that are no multiple of that."""
-    monkeypatch.setattr(configs, "parts_of_k", lambda *args: 1)
-    configs.int4_linear.cache_clear()
+    monkeypatch.setattr(gemm_configs, "parts_of_k", lambda *args: 1)
+    gemm_configs.int4_linear.cache_clear()
     for k, group_size in ((40000, 40000), (2 * 33280, 33280)):
         for kind in KINDS[:2]:
             of, _, _ = weight(3, k, group_size, kind)
             x = torch.full((1, k), -128, dtype=torch.int8)
             same((x, *of, None, group_size, 8, torch.ones(1), None, -128, 127, torch.float32))
-    configs.int4_linear.cache_clear()
+    gemm_configs.int4_linear.cache_clear()
 
 
 def test_the_cpu_layout_is_taken_and_said_once() -> None:
-    int8_gemm._say_once.cache_clear()
+    gemm.say_once.cache_clear()
     q, scale = torch.randint(-8, 8, (35, 96), dtype=torch.int8), torch.rand(35, 3)
     for params in ({}, {"zero_point": torch.randint(-8, 8, (35, 3))}, {"minimum": torch.randn(35, 3)}):
         with qk.use_kernel("reference"):
@@ -196,7 +199,7 @@ def test_the_cpu_layout_is_taken_and_said_once() -> None:
 
 
 def test_what_is_slow_is_said_once() -> None:
-    int8_gemm._say_once.cache_clear()
+    gemm.say_once.cache_clear()
     of = {size: weight(7, 120, size)[0] for size in (40, 120)}
     x = torch.randn(3, 128)
     with warnings.catch_warnings(record=True) as said:
@@ -360,40 +363,40 @@ def test_every_tile_is_legal_and_parts_cover_k(arch: int, x_bytes: int) -> None:
     for m, n, (group_size, k) in itertools.product(
         (1, 16, 17, 64, 65, 128, 200, 9000), (1, 1000, 4097, 30000), [*GROUPS, (32, 4096), (4096, 4096), (128, 65536)]
     ):
-        tile, splits = configs.int4_linear(arch, m, n, k, group_size, x_bytes, MULTIPROCESSORS[arch])
-        assert configs.int4_fault(arch, tile, x_bytes) is None, configs.int4_fault(arch, tile, x_bytes)
-        walk = configs.int4_walk(group_size, k, tile.block_k, x_bytes == 1)
-        total, share = configs.int4_shares(walk, k, group_size, splits)
+        tile, splits = gemm_configs.int4_linear(arch, m, n, k, group_size, x_bytes, MULTIPROCESSORS[arch])
+        assert gemm_configs.int4_fault(arch, tile, x_bytes) is None, gemm_configs.int4_fault(arch, tile, x_bytes)
+        loop = gemm_configs.int4_k_loop(group_size, k, tile.block_k, x_bytes == 1)
+        total, share = gemm_configs.int4_shares(loop, k, group_size, splits)
         assert share * splits >= total
-        assert configs.ceil_div(total, share) <= splits
-        assert 2 * walk.width * walk.pieces <= tile.block_k or walk.add == "codes"
-        if walk.add == "span":
-            assert share % walk.steps == 0 or share >= total
-            assert walk.steps * 2 * walk.width == walk.span
-    assert configs.int4_linear(90, 1, 28672, 4096, 128, 2, 132)[1] == 1
-    assert configs.int4_linear(90, 1, 1024, 65536, 128, 2, 132)[1] > 1
+        assert ceil_div(total, share) <= splits
+        assert 2 * loop.width * loop.pieces <= tile.block_k or loop.add == "codes"
+        if loop.add == "span":
+            assert share % loop.steps == 0 or share >= total
+            assert loop.steps * 2 * loop.width == loop.span
+    assert gemm_configs.int4_linear(90, 1, 28672, 4096, 128, 2, 132)[1] == 1
+    assert gemm_configs.int4_linear(90, 1, 1024, 65536, 128, 2, 132)[1] > 1
 
 
-def test_how_group_sizes_are_walked() -> None:
-    assert [configs.int4_walk(*of, 256, True).add for of in GROUPS] == WALKS
-    assert configs.int4_walk(16, 4096, 256, False) == configs.Walk("halves", 16, 16, 4, 16, 1)
-    assert configs.int4_walk(32, 4096, 256, True) == configs.Walk("halves", 32, 32, 2, 32, 1)
-    assert configs.int4_walk(128, 4096, 256, True) == configs.Walk("piece", 64, 64, 2, 128, 1)
-    assert configs.int4_walk(4096, 4096, 256, True) == configs.Walk("end", 64, 128, 1, 4096, 16)
-    assert configs.int4_walk(65536, 65536, 256, True).add == "span"
-    assert configs.int4_walk(65536, 65536, 256, False).add == "end"
+def test_k_loop_of_group_sizes() -> None:
+    assert [gemm_configs.int4_k_loop(*of, 256, True).add for of in GROUPS] == K_LOOPS
+    assert gemm_configs.int4_k_loop(16, 4096, 256, False) == gemm_configs.KLoop("halves", 16, 16, 4, 16, 1)
+    assert gemm_configs.int4_k_loop(32, 4096, 256, True) == gemm_configs.KLoop("halves", 32, 32, 2, 32, 1)
+    assert gemm_configs.int4_k_loop(128, 4096, 256, True) == gemm_configs.KLoop("piece", 64, 64, 2, 128, 1)
+    assert gemm_configs.int4_k_loop(4096, 4096, 256, True) == gemm_configs.KLoop("end", 64, 128, 1, 4096, 16)
+    assert gemm_configs.int4_k_loop(65536, 65536, 256, True).add == "span"
+    assert gemm_configs.int4_k_loop(65536, 65536, 256, False).add == "end"
 
 
 @pytest.mark.parametrize(
     ("tile", "message"),
     [
-        (configs.Int4Tile(48, 64, 128, 4, 3), "block_m: got 48"),
-        (configs.Int4Tile(64, 64, 64, 4, 3), "block_k: got 64"),
-        (configs.Int4Tile(64, 64, 128, 2, 3), "warps: got 2"),
-        (configs.Int4Tile(64, 64, 128, 4, 9), "stages: got 9"),
-        (configs.Int4Tile(128, 128, 128, 4, 3), "warps: got 4; accepted: at most 64 sums"),
-        (configs.Int4Tile(64, 64, 256, 4, 4), "stages: got 4, 163840 bytes"),
+        (gemm_configs.Int4Tile(48, 64, 128, 4, 3), "block_m: got 48"),
+        (gemm_configs.Int4Tile(64, 64, 64, 4, 3), "block_k: got 64"),
+        (gemm_configs.Int4Tile(64, 64, 128, 2, 3), "warps: got 2"),
+        (gemm_configs.Int4Tile(64, 64, 128, 4, 9), "stages: got 9"),
+        (gemm_configs.Int4Tile(128, 128, 128, 4, 3), "warps: got 4; accepted: at most 64 sums"),
+        (gemm_configs.Int4Tile(64, 64, 256, 4, 4), "stages: got 4, 163840 bytes"),
     ],
 )
-def test_illegal_tiles_are_named(tile: configs.Int4Tile, message: str) -> None:
-    assert message in str(configs.int4_fault(89, tile, 2))
+def test_illegal_tiles_are_named(tile: gemm_configs.Int4Tile, message: str) -> None:
+    assert message in str(gemm_configs.int4_fault(89, tile, 2))

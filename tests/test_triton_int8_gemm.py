@@ -15,18 +15,19 @@ from test_int8_gemm import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_i
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import tune
+from qkernels import gemm_checks, tune
 from qkernels.ops.int8_gemm import PackedInt8
 from qkernels.reference import int8_gemm as reference
 
 if "triton" not in kernels_of("int8_mm"):
     pytest.skip(str(dict(qk.which("int8_mm"))["triton"]), allow_module_level=True)
 
-from qkernels.triton import configs, int8_gemm, tuning
-from qkernels.triton.configs import Tile
+from qkernels.triton.common import gemm, gemm_configs, tuning
+from qkernels.triton.common.configs import ceil_div
+from qkernels.triton.common.gemm_configs import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ARCHITECTURES = tuple(configs.GEMM_TILES)
+ARCHITECTURES = tuple(gemm_configs.GEMM_TILES)
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 VARIANTS = {
     "pointers": (Tile(16, 32, 32, 4, 3), 1),
@@ -46,7 +47,7 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     tile, splits = VARIANTS[request.param]
     if tile.tma and DEVICE.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("TMA tiles are for sm_90")
-    monkeypatch.setattr(configs, "int8_mm", lambda *args: (tile, splits))
+    monkeypatch.setattr(gemm_configs, "int8_mm", lambda *args: (tile, splits))
     with qk.use_kernel("triton"):
         yield request.param
 
@@ -108,7 +109,7 @@ def check_scaled(*args: object) -> None:
 def test_linear_equals_the_reference_bit_for_bit(
     layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "int8_mm", lambda *args: VARIANTS["swap"])
+    monkeypatch.setattr(gemm_configs, "int8_mm", lambda *args: VARIANTS["swap"])
     for m, n, k in [(1, 5, 7), (7, 24, 130)] + [(2, 3, 9000)] * (layout == "k-major" and dtype == torch.bfloat16):
         w = codes(n, k)
         data, colsum = reference.int8_pack(w)
@@ -152,7 +153,7 @@ def test_a_packed_layer_follows_the_device() -> None:
 
 
 def test_every_layout_is_taken_and_a_copy_is_said_once() -> None:
-    int8_gemm._say_once.cache_clear()
+    gemm.say_once.cache_clear()
     m, n, k = 5, 7, 48
     with warnings.catch_warnings(record=True) as said, qk.use_kernel("triton"):
         warnings.simplefilter("always")
@@ -167,8 +168,8 @@ def test_every_layout_is_taken_and_a_copy_is_said_once() -> None:
 
 @pytest.mark.parametrize("splits", [1, 8])
 def test_the_longest_k(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "int8_mm", lambda *args: (Tile(16, 16, 512, 4, 2), splits))
-    k = reference.MAX_K
+    monkeypatch.setattr(gemm_configs, "int8_mm", lambda *args: (Tile(16, 16, 512, 4, 2), splits))
+    k = gemm_checks.MAX_K
     one = torch.ones(1)
     with qk.use_kernel("triton"):
         for low, high in [(-128, -128), (-128, 127)]:
@@ -193,23 +194,23 @@ def test_errors_are_those_of_the_reference() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_of_the_table_is_legal(arch: int) -> None:
-    table = configs.GEMM_TILES[arch]
-    assert len(table) == len(configs.GEMM_ROWS) + 1
+    table = gemm_configs.GEMM_TILES[arch]
+    assert len(table) == len(gemm_configs.GEMM_ROWS) + 1
     for row in table:
-        assert len(row) == len(configs.GEMM_COLUMNS) + 1
+        assert len(row) == len(gemm_configs.GEMM_COLUMNS) + 1
         for tile in row:
-            assert configs.gemm_fault(arch, tile) is None, (tile, configs.gemm_fault(arch, tile))
+            assert gemm_configs.gemm_fault(arch, tile) is None, (tile, gemm_configs.gemm_fault(arch, tile))
     for m, n, k in itertools.product((1, 17, 300, 9000), (1, 1000, 4097, 30000), (16, 4096, 131072)):
-        tile, splits = configs.int8_mm(arch, m, n, k, MULTIPROCESSORS[arch])
-        assert configs.gemm_fault(arch, tile) is None
-        share = configs.share_of_k(k, splits, tile.block_k)
+        tile, splits = gemm_configs.int8_mm(arch, m, n, k, MULTIPROCESSORS[arch])
+        assert gemm_configs.gemm_fault(arch, tile) is None
+        share = gemm_configs.share_of_k(k, splits, tile.block_k)
         assert share * splits >= k
         assert splits == 1 or share % tile.block_k == 0
 
 
 def test_every_gpu_has_a_table() -> None:
     for arch in (80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121):
-        assert configs.gemm_arch(arch) in configs.GEMM_TILES
+        assert gemm_configs.gemm_arch(arch) in gemm_configs.GEMM_TILES
 
 
 @pytest.mark.parametrize(
@@ -226,32 +227,32 @@ def test_every_gpu_has_a_table() -> None:
     ],
 )
 def test_illegal_tiles_are_named(tile: Tile, message: str) -> None:
-    assert message in str(configs.gemm_fault(89, tile))
+    assert message in str(gemm_configs.gemm_fault(89, tile))
 
 
 def modelled(arch: int, m: int, n: int, k: int) -> float:
     """Microseconds by waves of blocks, each as long as its bytes or its products take."""
     multiprocessors = MULTIPROCESSORS[arch]
-    tile, splits = configs.int8_mm(arch, m, n, k, multiprocessors)
-    blocks = configs.ceil_div(m, tile.block_m) * configs.ceil_div(n, tile.block_n) * splits
-    share = configs.share_of_k(k, splits, tile.block_k)
+    tile, splits = gemm_configs.int8_mm(arch, m, n, k, multiprocessors)
+    blocks = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n) * splits
+    share = gemm_configs.share_of_k(k, splits, tile.block_k)
     time = max((tile.block_m + tile.block_n) * share / 60e3, tile.block_m * tile.block_n * share / 3e6)
-    return configs.ceil_div(blocks, multiprocessors) * time + 3.0 * (splits > 1)
+    return ceil_div(blocks, multiprocessors) * time + 3.0 * (splits > 1)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_cliff_between_classes_of_m(arch: int) -> None:
     """One row more never costs more than a bigger tile for it has to: twice, and the wave it may begin."""
-    for edge, n in itertools.product(configs.GEMM_ROWS, (1024, 4096, 6144, 14336, 28672)):
+    for edge, n in itertools.product(gemm_configs.GEMM_ROWS, (1024, 4096, 6144, 14336, 28672)):
         before, after = modelled(arch, edge, n, 4096), modelled(arch, edge + 1, n, 4096)
         assert after <= 2.0 * before + 1e-9, (edge, n, before, after)
 
 
 def test_parts_of_k_only_where_they_save_time() -> None:
-    assert configs.int8_mm(90, 16, 4096, 4096, 132)[1] == 1  # a tile for every multiprocessor
-    assert configs.int8_mm(90, 16, 1024, 65536, 132)[1] == 4
-    assert configs.int8_mm(90, 16, 1024, 256, 132)[1] == 1
-    assert configs.int8_mm(90, 8192, 4096, 131072, 132)[1] == 1
+    assert gemm_configs.int8_mm(90, 16, 4096, 4096, 132)[1] == 1  # a tile for every multiprocessor
+    assert gemm_configs.int8_mm(90, 16, 1024, 65536, 132)[1] == 4
+    assert gemm_configs.int8_mm(90, 16, 1024, 256, 132)[1] == 1
+    assert gemm_configs.int8_mm(90, 8192, 4096, 131072, 132)[1] == 1
 
 
 def row(**changes: object) -> dict[str, object]:
@@ -295,8 +296,8 @@ def test_candidates_of_tuning_are_legal_and_hold_the_table() -> None:
     for arch, (m, n, k) in itertools.product(ARCHITECTURES, ((1, 4096, 4096), (64, 1024, 4096), (8192, 8192, 64))):
         found = list(tune.candidates(arch, m, n, k, MULTIPROCESSORS[arch]))
         assert len(found) == len(set(found))
-        assert all(configs.gemm_fault(arch, tile) is None for tile, _ in found)
-        assert configs.gemm_tile(arch, m, n) in {tile for tile, _ in found}
+        assert all(gemm_configs.gemm_fault(arch, tile) is None for tile, _ in found)
+        assert gemm_configs.gemm_tile(arch, m, n) in {tile for tile, _ in found}
 
 
 def test_tune_runs_to_its_end(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ sys.path.append(sys.argv[1])
 import pretend_gpu
 pretend_gpu.pretend()
 from qkernels import __main__, tune
-from qkernels.triton import tuning
+from qkernels.triton.common import tuning
 every = tune.candidates
 tune.candidates = lambda *args: list(every(*args))[::40]
 assert __main__.main(["tune", "--shapes", "48x40,33x64", "--rows", "3,20"]) == 0

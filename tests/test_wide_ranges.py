@@ -13,9 +13,11 @@ from test_fake_quantize import same
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.ops import fake_quantize as ops
+from qkernels.ops import dynamic
+from qkernels.ops import observe_fake_quantize as observe_ops
 from qkernels.ops import silu_mul_quantize as silu_ops
-from qkernels.reference import fake_quantize as reference
+from qkernels.reference import dynamic as dynamic_reference
+from qkernels.reference import ranges
 from qkernels.reference import silu_mul_quantize as silu_reference
 
 FLOAT_MAX = torch.finfo(torch.float32).max
@@ -53,10 +55,12 @@ def test_known_values(kernel: str) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_dynamic(kernel: str, dtype: torch.dtype, bits: int, columns: int, symmetric: bool) -> None:
     x = wide(dtype, columns)
-    low, high = ops.range_of_bits(bits)
+    low, high = dynamic.range_of_bits(bits)
     for group in (-1, 0):
-        got = ops._dynamic_forward(x, group, low, high, symmetric)
-        for a, b in zip(got, reference.fake_quantize_dynamic_forward(x, group, low, high, symmetric), strict=True):
+        got = dynamic._dynamic_forward(x, group, low, high, symmetric)
+        for a, b in zip(
+            got, dynamic_reference.fake_quantize_dynamic_forward(x, group, low, high, symmetric), strict=True
+        ):
             same(a, b)
         y, scale, zero_point, _ = got
         assert scale.isfinite().all()
@@ -86,9 +90,9 @@ def test_the_largest_numbers(kernel: str, dtype: torch.dtype) -> None:
         for bits in (2, 3, 6, 8):
             for x, symmetric in ((both, True), (below, True), (below, False), (infinite, True)):
                 for group in (-1, 0):
-                    args = (x, group, *ops.range_of_bits(bits), symmetric)
-                    got = ops._dynamic_forward(*args)
-                    for a, b in zip(got, reference.fake_quantize_dynamic_forward(*args), strict=True):
+                    args = (x, group, *dynamic.range_of_bits(bits), symmetric)
+                    got = dynamic._dynamic_forward(*args)
+                    for a, b in zip(got, dynamic_reference.fake_quantize_dynamic_forward(*args), strict=True):
                         same(a, b)
                     if x is infinite:
                         assert got[1].isinf().all()
@@ -102,8 +106,8 @@ def test_the_largest_numbers(kernel: str, dtype: torch.dtype) -> None:
 def test_the_largest_number_transposed(kernel: str) -> None:
     x = torch.tensor([[FLOAT_MAX, 1, 0]] * 3)
     scale, _, scale_t = qk.quantize_dynamic_transposed(x)[1:]
-    same(scale, reference.dynamic_qparams(x, -1, -127, 127, True)[0])
-    same(scale_t, reference.dynamic_qparams(x.t(), -1, -127, 127, True)[0])
+    same(scale, dynamic_reference.dynamic_qparams(x, -1, -127, 127, True)[0])
+    same(scale_t, dynamic_reference.dynamic_qparams(x.t(), -1, -127, 127, True)[0])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 15, 255, 65535, 2**25 - 1])
@@ -113,11 +117,11 @@ def test_ordinary_scales_keep_their_bits(steps: int, dtype: torch.dtype) -> None
     magnitude = 10.0 ** torch.linspace(-30, 37, 4000)
     low, high = (-torch.rand(4000) * magnitude).to(dtype), (torch.rand(4000) * magnitude).to(dtype)
     plain = (high - low) / torch.full_like(low, steps)
-    scale, zero_point = reference.qparams_of_range(low, high, 0, min(steps, 2**24), False, 0.0)
+    scale, zero_point = ranges.qparams_of_range(low, high, 0, min(steps, 2**24), False, 0.0)
     if steps <= 2**24:
         same(scale, plain.clamp(min=torch.finfo(torch.float32).tiny))
         same(zero_point, (-(low / scale).round()).clamp(0, steps).to(torch.int32))
-    same(reference.step_of(low, high, steps), plain)
+    same(ranges.step_of(low, high, steps), plain)
 
 
 @pytest.mark.parametrize("kernel", kernels_of("observe_fake_quantize"))
@@ -136,7 +140,7 @@ def test_observer(kernel: str, dtype: torch.dtype, shape: tuple[int, ...], momen
         results = []
         with qk.use_kernel(name):
             for batch in batches:
-                results += ops._observe(batch, on, on, *stats, momentum, -128, 127, 0.0, 0)
+                results += observe_ops._observe(batch, on, on, *stats, momentum, -128, 127, 0.0, 0)
                 results += [stat.clone() for stat in stats]
         return results
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.ops import fake_quantize as ops
+from qkernels import layouts
 
 sys.path.append(str(Path(__file__).parent.parent))
 import peers
@@ -219,7 +219,7 @@ CASES = [
     Case(
         "backward from a mask",
         "fake_quantize_backward_mask",
-        lambda shape, dtype: (values(shape, dtype), ops._mask_like(values(shape, dtype)).random_()),
+        lambda shape, dtype: (values(shape, dtype), layouts.mask_like(values(shape, dtype)).random_()),
         lambda grad, mask: torch.ops.qkernels.fake_quantize_backward_mask(grad, mask),
         lambda b: 2 * b + 1 / 8,
     ),

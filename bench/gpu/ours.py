@@ -23,7 +23,7 @@ class Calls(TorchDispatchMode):
 
     def __init__(self, op: str) -> None:
         super().__init__()
-        self.op, self.args = library._dispatched(op), None
+        self.op, self.args = library.dispatched(op), None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is self.op and self.args is None:
@@ -45,12 +45,12 @@ def able(
         raise RuntimeError(f"the call never came to {op}, whose kernels it is to compare")
     own = next(name for name, reason in registry.which(op, *calls.args) if reason is None)
     if own not in KERNELS:
-        return [], {kernel.name: str(kernel.refuses(*calls.args)) for kernel in registry.kernels(op)[:-1]}
+        return [], {kernel.name: str(kernel.unsupported(*calls.args)) for kernel in registry.kernels(op)[:-1]}
     names, left_out = [own], {}
     for kernel in registry.kernels(op):
         if kernel.name not in KERNELS or kernel.name == own:
             continue
-        if reason := kernel.refuses(*calls.args):
+        if reason := kernel.unsupported(*calls.args):
             left_out[kernel.name] = reason
         elif kernel.name == "triton" and not compiles:
             left_out[kernel.name] = f"a call takes {own}; timed with what has to be compiled"

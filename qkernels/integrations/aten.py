@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, registry
-from ..ops import aten_fake_quantize, fake_quantize
-from ..reference.aten_fake_quantize import channel_views
-from ..reference.fake_quantize import EXACT_INT
+from .. import checks, library, loading, registry
+from ..ops import aten_fake_quantize
 
 _lock = threading.Lock()
 _held: set[override_torch] = set()  # what is in force
@@ -134,7 +132,7 @@ def _cpu_kernels(on: bool) -> None:
     if on:
         _say_once_that_kernels_are_overridden()
         _torchs = _keep_torchs("CPU")
-    if ctypes.CDLL(str(library.module_file("_cpu"))).qkernels_override_aten(on):
+    if ctypes.CDLL(str(loading.module_file("_cpu"))).qkernels_override_aten(on):
         raise RuntimeError(f"override_torch: torch {torch.__version__} does not accept the kernels; restart Python")
     if not on and _torchs is not None:
         _torchs._destroy()
@@ -226,7 +224,7 @@ ZeroPoint = Tensor | int
 
 
 def _exact(quant_min: int, quant_max: int) -> bool:
-    return -EXACT_INT <= quant_min <= quant_max <= EXACT_INT
+    return -checks.EXACT_INT <= quant_min <= quant_max <= checks.EXACT_INT
 
 
 def _beside(x: Tensor, *params: Any) -> bool:
@@ -270,7 +268,7 @@ def _as_torchs(scale: Tensor, zero_point: Tensor) -> bool:
 
 
 def _per_tensor(x: Tensor, *args: Any) -> Any:
-    return fake_quantize.fake_quantize_per_tensor_affine(x, *args) if _affine(x, *args) else NotImplemented
+    return aten_fake_quantize.fake_quantize_per_tensor_affine(x, *args) if _affine(x, *args) else NotImplemented
 
 
 def _per_tensor_tensors(x: Tensor, scale: Tensor, zero_point: Tensor, *quant_range: int) -> Any:
@@ -286,7 +284,7 @@ def _per_channel(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *quant
 def _learnable_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float = 1) -> Any:
     if not _one(scale, zero_point) or not _learnable(x, scale, zero_point, low, high):
         return NotImplemented
-    return fake_quantize.fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, low, high, factor)
+    return aten_fake_quantize.fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, low, high, factor)
 
 
 def _learnable_per_channel(
@@ -294,11 +292,11 @@ def _learnable_per_channel(
 ) -> Any:
     if not _learnable(x, scale, zero_point, low, high):
         return NotImplemented
-    return fake_quantize.fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, low, high, factor)
+    return aten_fake_quantize.fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, low, high, factor)
 
 
 def _fused(x: Tensor, *args: Any) -> Any:
-    return fake_quantize.fused_moving_avg_obs_fake_quant(x, *args) if _observes(x, *args) else NotImplemented
+    return aten_fake_quantize.fused_moving_avg_obs_fake_quant(x, *args) if _observes(x, *args) else NotImplemented
 
 
 def _observes(x: Tensor, *args: Any) -> bool:
@@ -348,7 +346,7 @@ def _cachemask_tensors(
 def _cachemask_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *quant_range: int) -> Any:
     if not _affine(x, scale, zero_point, *quant_range):
         return NotImplemented
-    views = channel_views(x, axis, scale, zero_point)
+    views = checks.channel_views(x, axis, scale, zero_point)
     return _with_bytes(torch.ops.qkernels.fake_quantize_forward_mask(x, *views, *quant_range))
 
 
@@ -356,7 +354,7 @@ def _fused_helper(x: Tensor, *args: Any) -> Any:
     if not _observes(x, *args):
         return NotImplemented
     rest = (*args, False, False)[:12]  # the last two may be left out
-    return _with_bytes(torch.ops.qkernels.observe_fake_quantize(*fake_quantize.observed_arguments(x, *rest)))
+    return _with_bytes(torch.ops.qkernels.observe_fake_quantize(*aten_fake_quantize.observed_arguments(x, *rest)))
 
 
 def _backward_per_tensor(
@@ -364,7 +362,7 @@ def _backward_per_tensor(
 ) -> Any:
     if not _one(scale, zero_point) or not _learns(grad, x, scale, zero_point, low, high):
         return NotImplemented
-    return _learned(grad, x, scale, fake_quantize.rounded(zero_point), low, high, factor)
+    return _learned(grad, x, scale, aten_fake_quantize.rounded(zero_point), low, high, factor)
 
 
 def _backward_per_channel(
@@ -372,7 +370,7 @@ def _backward_per_channel(
 ) -> Any:
     if not _learns(grad, x, scale, zero_point, low, high):
         return NotImplemented
-    views = channel_views(x, axis, scale, fake_quantize.rounded(zero_point))
+    views = checks.channel_views(x, axis, scale, aten_fake_quantize.rounded(zero_point))
     return _learned(grad, x, *views, low, high, factor)
 
 

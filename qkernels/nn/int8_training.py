@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import int8_training
-from ..ops.fake_quantize import transformed
+from ..ops.autograd import transformed
 from ..ops.int8_training import Codes, int8_training_linear
 from .replacing import take_hooks
 from .tracing import call_as_leaf

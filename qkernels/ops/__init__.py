@@ -4,12 +4,15 @@ from .. import library
 from . import (
     aten_fake_quantize,
     codebook,
+    dynamic,
     fake_quantize,
+    fake_quantize_learnable,
     foreach_fake_quantize,
     int4_gemm,
     int8_conv2d,
     int8_gemm,
     int8_training,
+    observe_fake_quantize,
     packing,
     quantize,
     quantize_transposed,
@@ -18,7 +21,6 @@ from . import (
     silu_mul_quantize,
     statistics,
     stochastic,
-    straight_through,
 )
 
 library.load()
@@ -26,12 +28,15 @@ library.load()
 __all__ = [
     "aten_fake_quantize",
     "codebook",
+    "dynamic",
     "fake_quantize",
+    "fake_quantize_learnable",
     "foreach_fake_quantize",
     "int4_gemm",
     "int8_conv2d",
     "int8_gemm",
     "int8_training",
+    "observe_fake_quantize",
     "packing",
     "quantize",
     "quantize_transposed",
@@ -40,5 +45,4 @@ __all__ = [
     "silu_mul_quantize",
     "statistics",
     "stochastic",
-    "straight_through",
 ]

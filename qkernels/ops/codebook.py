@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import library
+from ..layouts import mask_like
 from ..reference import codebook as reference
 from ..reference import transforms
-from .fake_quantize import _again, _entered, _is_kept, _mask_like, _through_mask, transformed
+from .autograd import is_kept, kept, learnable, masked, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -26,7 +25,7 @@ _forward_mask = _define(
     "fake_quantize_codebook_forward_mask",
     "(Tensor x, Tensor scale, Tensor codebook) -> (Tensor, Tensor)",
     reference.fake_quantize_codebook_forward_mask,
-    lambda x, scale, codebook: (torch.empty_like(x), _mask_like(x)),
+    lambda x, scale, codebook: (torch.empty_like(x), mask_like(x)),
 )
 _backward = _define(
     "fake_quantize_codebook_backward",
@@ -59,59 +58,14 @@ _dequantize = _define(
 )
 
 
-class _CodebookKept(Function):
-    """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, codebook)
-        return _forward(x, scale, codebook)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if _again(grad):
-            return torch.where(reference.inside_codebook(*ctx.saved_tensors), grad, 0), None, None
-        return _backward(grad, *ctx.saved_tensors), None, None
-
-
-class _CodebookMask(Function):
-    """x alone needs a gradient: one bit per element is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-        y, mask = _forward_mask(x, scale, codebook)
-        ctx.stride = y.stride()
-        ctx.save_for_backward(mask)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _through_mask(ctx, grad), None, None
-
-
-class _CodebookLearnable(Function):
-    """Scale or codebook is learned: x is kept, everything else is recomputed in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, codebook: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        ctx.save_for_backward(x, scale, codebook)
-        return _forward(x, scale, codebook)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if _again(grad):
-            raise RuntimeError(
-                "fake_quantize_codebook: learned scales and codebooks have no second derivative; detach them"
-            )
-        learn_codebook = ctx.needs_input_grad[2]
-        dx, dscale, dcodebook = _learnable_backward(grad, *ctx.saved_tensors, ctx.factor, learn_codebook)
-        return dx, dscale, dcodebook if learn_codebook else None, None
-
-
-_kept = _entered(_CodebookKept)
-_masked = _entered(_CodebookMask)
-_learnable = _entered(_CodebookLearnable)
+_kept = kept(_forward, _backward, reference.inside_codebook)
+_masked = masked(_forward_mask)
+_learnable = learnable(
+    _forward,
+    _learnable_backward,
+    no_second="fake_quantize_codebook: learned scales and codebooks have no second derivative; detach them",
+    taken=3,
+)
 
 
 def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_factor: float = 1.0) -> Tensor:
@@ -142,9 +96,9 @@ def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_f
         return transforms.fake_quantize_codebook(x, scale, codebook, grad_factor)
     if torch.is_grad_enabled():
         if scale.requires_grad or codebook.requires_grad:
-            return _learnable(x, scale, codebook, grad_factor)
+            return _learnable(x, scale, codebook, grad_factor, codebook.requires_grad)
         if x.requires_grad:
-            return (_kept if _is_kept(x) else _masked)(x, scale, codebook)
+            return (_kept if is_kept(x) else _masked)(x, scale, codebook)
     return _forward(x, scale, codebook)
 
 

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
-from ..reference import fake_quantize as reference_qparams
+from .. import checks, library
 from ..reference import quantize as reference
 from ..reference import transforms
-from .fake_quantize import fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
+from ..reference.ranges import qparams_of_range, stored
+from .autograd import transformed
 from .statistics import mse_range, percentile_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
@@ -28,15 +28,6 @@ _dequantize = _define(
     "(Tensor q, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     reference.dequantize,
     lambda q, scale, zero_point, dtype: torch.empty_like(q, dtype=dtype),
-)
-_quantize_dynamic = _define(
-    "quantize_dynamic",
-    "(Tensor x, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
-    reference.quantize_dynamic,
-    lambda x, group_size, quant_min, quant_max, symmetric: (
-        torch.empty_like(x, dtype=torch.int8),
-        *fake_dynamic_qparams(x, group_size),
-    ),
 )
 
 
@@ -61,14 +52,17 @@ def quantize(
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
         point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
         carry no gradient; ``fake_quantize`` does.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
 
 
 def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
     """The range as given, by default all of dtype that fp32 holds exactly."""
-    reference.check_integer_dtype("dtype", dtype)
-    info, bound = torch.iinfo(dtype), reference_qparams.EXACT_INT
+    checks.code_dtype("dtype", dtype)
+    info, bound = torch.iinfo(dtype), checks.EXACT_INT
     return (
         max(info.min, -bound) if quant_min is None else quant_min,
         min(info.max, bound) if quant_max is None else quant_max,
@@ -80,25 +74,23 @@ def dequantize(
 ) -> Tensor:
     """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``. Differentiable in scale, and straight
-    through the rounding of a float zero_point.
+    Args:
+        q: int8, uint8 or int32, any shape.
+        scale, zero_point: as in ``fake_quantize``.
+        dtype: of the result: torch.float32, torch.float64, torch.float16 or torch.bfloat16.
+
+    Returns:
+        A tensor of q's shape and memory layout. Differentiable in scale, and straight through the rounding of a float
+        zero_point.
+
+    Raises:
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
     """
     if transformed() or (
         torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
     ):
         return transforms.dequantize(q, scale, zero_point, dtype)
     return _dequantize(q, scale, zero_point, dtype)
-
-
-def quantize_dynamic(
-    x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``.
-
-    Not differentiable: the range, and so scale, is a constant for the gradient.
-    """
-    quant_min, quant_max = range_of_bits(bits)
-    return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)
 
 
 def choose_qparams(
@@ -121,15 +113,26 @@ def choose_qparams(
     dtype holds and is above zero.
 
     Args:
-        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
+        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity. fp32,
+            fp64, fp16 or bf16.
+        quant_min, quant_max: inclusive integer range.
+        symmetric: whether the zero point is 0 and the range its own mirror image.
+        eps: the smallest scale.
         method: how much of the range to cover, where clipping a few outliers makes the steps for all others finer.
             "minmax": all. "percentile": what holds ``percentile`` % of |x| (symmetric) or of x counted from either
             end. "mse": the fraction, of 64 down to 1/79, that quantizes x with the smallest squared error.
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
+
+    Returns:
+        scale and zero_point, of min_val's shape.
+
+    Raises:
+        RuntimeError: a dtype, shape or range other than these. ValueError: method, percentile, or no x where the method
+            looks at it.
     """
     for name, t in (("min_val", min_val), ("max_val", max_val)):
-        reference_qparams.check_dense(name, t)
+        checks.dense(name, t)
         if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             accepted = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
             raise RuntimeError(f"{name}: got {t.dtype}; accepted: {accepted}")
@@ -148,12 +151,10 @@ def choose_qparams(
             min_val, max_val = mse_range(x, min_val, max_val, quant_min, quant_max, symmetric, eps)
     dtype = min_val.dtype
     if dtype not in (torch.float16, torch.bfloat16):
-        return reference_qparams.qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
+        return qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
     # fp32 holds every range and step of these; the zero point is that of the rounded scale.
-    scale, zero_point = reference_qparams.qparams_of_range(
-        min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps
-    )
-    scale = reference_qparams.stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
+    scale, zero_point = qparams_of_range(min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps)
+    scale = stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
     if not symmetric:
         low = min_val.detach().float().clamp(max=0)
         zero_point = (quant_min - (low / scale.detach().float()).round()).clamp(quant_min, quant_max)

@@ -13,7 +13,8 @@ from .. import library
 from ..reference import rms_norm_quantize as reference
 from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
-from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
+from .autograd import entered, transformed
+from .dynamic import fake_dynamic_qparams, group_size_argument, range_of_bits
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -78,7 +79,7 @@ class _RmsNormFakeQuantize(Function):
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
-_fused = _entered(_RmsNormFakeQuantize)
+_fused = entered(_RmsNormFakeQuantize)
 
 
 def _arguments(

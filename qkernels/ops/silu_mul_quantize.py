@@ -13,7 +13,8 @@ from .. import library
 from ..reference import silu_mul_quantize as reference
 from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype, inside_range
-from .fake_quantize import _entered, fake_dynamic_qparams, group_size_argument, range_of_bits, transformed
+from .autograd import entered, transformed
+from .dynamic import fake_dynamic_qparams, group_size_argument, range_of_bits
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
@@ -73,7 +74,7 @@ def _differentiable(
     return dgate.to(gate.dtype), dup.to(up.dtype)
 
 
-_fused = _entered(_SiluMulFakeQuantize)
+_fused = entered(_SiluMulFakeQuantize)
 
 
 def silu_mul_fake_quantize_dynamic(

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
-from ..reference import fake_quantize as reference_qparams
+from .. import checks, library
 from ..reference import statistics as reference
+from ..reference.ranges import qparams_of_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
@@ -89,7 +89,7 @@ def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, sy
     Ends are values of x: the smallest one that at least so many do not exceed.
     """
     check_percentile(percentile)
-    reference_qparams.check_granularity("min_val", low, x)
+    checks.granularity("min_val", low, x)
     blocks = reference.blocks_of(x.detach().to(low.dtype), low.shape)
     if blocks.shape[1] == 0:
         return low, high
@@ -114,7 +114,7 @@ def candidate_qparams(
     """``fractions_of(low)``, and the scale and zero point of each, ``[K, *low.shape]``."""
     fractions = fractions_of(low)
     ends = low * fractions, high * fractions
-    return fractions, *reference_qparams.qparams_of_range(*ends, quant_min, quant_max, symmetric, eps)
+    return fractions, *qparams_of_range(*ends, quant_min, quant_max, symmetric, eps)
 
 
 def best_of(fractions: Tensor, errors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import library
+from ..layouts import mask_like
 from ..reference import stochastic as reference
 from ..reference import transforms
-from .fake_quantize import _already_masked, _entered, _learned_gradients, _mask_like, transformed
+from .autograd import already_masked, learnable, transformed
+from .fake_quantize import NO_SECOND
 from .quantize import range_of_codes
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
@@ -22,7 +22,7 @@ _forward = _define(
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, SymInt seed, SymInt offset, "
     "Tensor? offset_tensor) -> (Tensor, Tensor)",
     reference.fake_quantize_stochastic_forward,
-    lambda x, *_: (torch.empty_like(x), _mask_like(x)),
+    lambda x, *_: (torch.empty_like(x), mask_like(x)),
 )
 _backward = _define(
     "fake_quantize_stochastic_backward",
@@ -40,27 +40,16 @@ _quantize = _define(
 )
 
 
-class _FakeQuantizeStochastic(Function):
-    """Scale or zero point is learned: x is kept, and the backward pass draws the same numbers again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, seed: int,
-        offset: int, offset_tensor: Tensor | None, factor: float,
-    ) -> Tensor:  # fmt: skip
-        ctx.range = (quant_min, quant_max, seed, offset)
-        ctx.factor = factor
-        ctx.save_for_backward(x, scale, zero_point, offset_tensor)
-        return _forward(x, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        *saved, offset_tensor = ctx.saved_tensors
-        dx, dscale, dzp = _learned_gradients(ctx, grad, _backward, *saved, *ctx.range, offset_tensor, ctx.factor)
-        return dx, dscale, dzp, None, None, None, None, None, None
-
-
-_learned = _entered(_FakeQuantizeStochastic)
+# Tensors come first in these; the backward pass draws the numbers of the forward pass again.
+_learnable = learnable(
+    lambda x, scale, zero_point, offset_tensor, *numbers: _forward(x, scale, zero_point, *numbers, offset_tensor)[0],
+    lambda grad, x, scale, zero_point, offset_tensor, *numbers: _backward(
+        grad, x, scale, zero_point, *numbers[:-1], offset_tensor, numbers[-1]
+    ),
+    no_second=NO_SECOND,
+    tensors=4,
+    taken=8,
+)
 
 
 def fake_quantize_stochastic(
@@ -103,9 +92,10 @@ def fake_quantize_stochastic(
     if not torch.is_grad_enabled():
         return _forward(x, scale, zero_point, quant_min, quant_max, *numbers)[0]
     if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
-        return _learned(x, scale, zero_point, quant_min, quant_max, *numbers, grad_factor)
+        seed, start, offset_tensor = numbers
+        return _learnable(x, scale, zero_point, offset_tensor, quant_min, quant_max, seed, start, grad_factor)
     y, mask = _forward(x.detach(), scale, zero_point, quant_min, quant_max, *numbers)
-    return _already_masked(x, y, mask) if x.requires_grad else y
+    return already_masked(x, y, mask) if x.requires_grad else y
 
 
 def quantize_stochastic(

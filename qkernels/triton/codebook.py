@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import codebook as reference
-from ..reference.fake_quantize import check_grad, compute_dtype
-from . import configs, granularity
-from .fake_quantize import dense_and_like, empty_mask, laid_out
-from .granularity import block_index, block_params, granularity_of
-from .launch import launch
-from .numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
+from .. import checks
+from ..reference.fake_quantize import compute_dtype
+from .common import configs
+from .common.granularity import block_index, block_params, granularity_of, unsupported_granularity
+from .common.launch import launch
+from .common.numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
+from .common.pointwise import blocks, dense_and_like, empty_mask, in_blocks, laid_out
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -31,13 +31,13 @@ def unsupported(op: str, *args: Any) -> str | None:
         if any(blocks == 0 or size % blocks for blocks, size in zip(scale.shape, x.shape, strict=True)):
             return None  # refused with a message, later
         like = torch.empty_like(x, device="meta")
-        walk = granularity_of(like, scale)
-        if walk is None or walk.digits != 1 or walk.channels != walk.runs:
+        granularity = granularity_of(like, scale)
+        if granularity.digits != 1 or granularity.channels != granularity.runs:
             return f"takes scales of stretches of memory, got {list(scale.shape)} for strides {list(like.stride())}"
         return None
     if op == "fake_quantize_codebook_backward":
-        return granularity.unsupported(args[1], args[2])
-    return granularity.unsupported(args[0], args[1])
+        return unsupported_granularity(args[1], args[2])
+    return unsupported_granularity(args[0], args[1])
 
 
 # A prepared codebook is three tables of SIZE numbers, a power of two: the levels in ascending order, the midpoints
@@ -45,7 +45,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 
 
 @triton.jit(do_not_specialize=["count"])
-def prepare_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
+def prepare_codebook_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
     dtype: tl.constexpr = tables.dtype.element_ty
     i = tl.arange(0, SIZE)
     level = widen(tl.load(codebook + i, mask=i < count, other=0.0)).to(dtype)
@@ -75,7 +75,7 @@ def prepared(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict
     size = triton.next_power_of_2(codebook.numel())
     tables = torch.empty(3 * size, dtype=dtype, device=codebook.device)
     order = torch.empty(size, dtype=torch.int32, device=codebook.device)
-    launch(prepare_kernel, (1,), codebook, tables, order, codebook.numel(), SIZE=size)
+    launch(prepare_codebook_kernel, (1,), codebook, tables, order, codebook.numel(), SIZE=size)
     return tables, order, {"SIZE": size, "STEPS": size.bit_length() - 1}
 
 
@@ -90,7 +90,7 @@ def nearest(v, tables, SIZE: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["view", "count"])
-def forward_kernel(
+def fake_quantize_codebook_forward_kernel(
     x_ptr, y_ptr, mask_ptr, scale, tables, count, numel, view,
     MASK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr,
     WRAP: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
@@ -113,24 +113,22 @@ def _forward(x: Tensor, scale: Tensor, codebook: Tensor, y: Tensor, mask: Tensor
     if numel == 0:
         return
     tables, _, size = prepared(codebook, compute_dtype(x))
-    walk = granularity_of(x, scale)
-    assert walk is not None
-    block = configs.block(walk, numel)
+    view, constexprs = in_blocks(x, scale)
     launch(
-        forward_kernel, (triton.cdiv(numel, block),), x, y, mask, scale.contiguous(), tables, codebook.numel(), numel,
-        walk.view, MASK=mask is not None, **size, **configs.walk(walk, block),
+        fake_quantize_codebook_forward_kernel, blocks(numel, constexprs), x, y, mask, scale.contiguous(), tables,
+        codebook.numel(), numel, view, MASK=mask is not None, **size, **constexprs,
     )  # fmt: skip
 
 
 def fake_quantize_codebook_forward(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, y = dense_and_like(x)
     _forward(x, scale, codebook, y, None)
     return y
 
 
 def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     _forward(x, scale, codebook, y, mask)
@@ -138,7 +136,7 @@ def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tens
 
 
 @triton.jit(do_not_specialize=["view", "count"])
-def backward_kernel(
+def fake_quantize_codebook_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, count, numel, view,
     MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -153,24 +151,22 @@ def backward_kernel(
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     x, dx = dense_and_like(x)
     numel = x.numel()
     if numel:
         tables, _, _ = prepared(codebook, compute_dtype(x))
-        walk = granularity_of(x, scale)
-        assert walk is not None
-        block = configs.block(walk, numel)
+        view, constexprs = in_blocks(x, scale)
         launch(
-            backward_kernel, (triton.cdiv(numel, block),), laid_out(grad, dx), x, dx, scale.contiguous(), tables,
-            codebook.numel(), numel, walk.view, **configs.walk(walk, block),
+            fake_quantize_codebook_backward_kernel, blocks(numel, constexprs), laid_out(grad, dx), x, dx,
+            scale.contiguous(), tables, codebook.numel(), numel, view, **constexprs,
         )  # fmt: skip
     return dx
 
 
 @triton.jit(do_not_specialize=["count", "pieces"])
-def learnable_backward_kernel(
+def fake_quantize_codebook_learnable_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, of_runs, of_levels, count, runs, inner, pieces,
     CODEBOOK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +196,8 @@ def learnable_backward_kernel(
 def fake_quantize_codebook_learnable_backward(
     grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float, learn_codebook: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     x, dx = dense_and_like(x)
     count = codebook.numel()
     dcodebook = codebook.new_zeros(count if learn_codebook else 0)
@@ -215,8 +211,9 @@ def fake_quantize_codebook_learnable_backward(
     of_runs = torch.empty(runs, pieces, dtype=tables.dtype, device=x.device)
     of_levels = torch.empty(programs, size["SIZE"], dtype=tables.dtype, device=x.device) if learn_codebook else None
     launch(
-        learnable_backward_kernel, (programs,), laid_out(grad, dx), x, dx, scale.contiguous(), tables, of_runs,
-        of_levels, count, runs, inner, pieces, CODEBOOK=learn_codebook, RUNS=rows, COLUMNS=columns, **size,
+        fake_quantize_codebook_learnable_backward_kernel, (programs,), laid_out(grad, dx), x, dx, scale.contiguous(),
+        tables, of_runs, of_levels, count, runs, inner, pieces, CODEBOOK=learn_codebook, RUNS=rows, COLUMNS=columns,
+        **size,
     )  # fmt: skip
     dscale = (of_runs.sum(1, dtype=torch.float64) * grad_factor).to(scale.dtype).reshape(scale.shape)
     if of_levels is not None:
@@ -226,7 +223,7 @@ def fake_quantize_codebook_learnable_backward(
 
 
 @triton.jit(do_not_specialize=["view"])
-def quantize_kernel(
+def quantize_codebook_kernel(
     x_ptr, codes_ptr, scale, tables, order, numel, view,
     SIZE: tl.constexpr, STEPS: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr,
@@ -242,23 +239,21 @@ def quantize_kernel(
 
 
 def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, codes = dense_and_like(x, torch.uint8)
     numel = x.numel()
     if numel:
         tables, order, size = prepared(codebook, compute_dtype(x))
-        walk = granularity_of(x, scale)
-        assert walk is not None
-        block = configs.block(walk, numel)
+        view, constexprs = in_blocks(x, scale)
         launch(
-            quantize_kernel, (triton.cdiv(numel, block),), x, codes, scale.contiguous(), tables, order, numel,
-            walk.view, **size, **configs.walk(walk, block),
+            quantize_codebook_kernel, blocks(numel, constexprs), x, codes, scale.contiguous(), tables, order, numel,
+            view, **size, **constexprs,
         )  # fmt: skip
     return codes
 
 
 @triton.jit(do_not_specialize=["view", "count"])
-def dequantize_kernel(
+def dequantize_codebook_kernel(
     codes_ptr, y_ptr, scale, tables, count, numel, view,
     SIZE: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr, BLOCK: tl.constexpr,
     INNER: tl.constexpr,
@@ -274,16 +269,14 @@ def dequantize_kernel(
 
 
 def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    reference.check_codes(codes, scale, codebook, dtype)
+    checks.dequantize_codebook(codes, scale, codebook, dtype)
     codes, y = dense_and_like(codes, dtype)
     numel = codes.numel()
     if numel:
         tables, _, size = prepared(codebook, compute_dtype(y))
-        walk = granularity_of(codes, scale)
-        assert walk is not None
-        block = configs.block(walk, numel)
+        view, constexprs = in_blocks(codes, scale)
         launch(
-            dequantize_kernel, (triton.cdiv(numel, block),), codes, y, scale.contiguous(), tables, codebook.numel(),
-            numel, walk.view, SIZE=size["SIZE"], **configs.walk(walk, block),
+            dequantize_codebook_kernel, blocks(numel, constexprs), codes, y, scale.contiguous(), tables,
+            codebook.numel(), numel, view, SIZE=size["SIZE"], **constexprs,
         )  # fmt: skip
     return y

@@ -9,19 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import follow_range as reference
-from . import configs, granularity
-from .configs import ceil_div
-from .fake_quantize import dense_and_like
-from .granularity import granularity_of
-from .launch import launch
-from .numerics import choose_qparams, narrow, widen
-from .ranges import join_ranges, range_partials
+from .. import checks
+from .common import configs
+from .common.configs import ceil_div
+from .common.granularity import granularity_of, unsupported_granularity
+from .common.launch import launch
+from .common.numerics import choose_qparams, narrow, widen
+from .common.pointwise import dense_and_like
+from .common.ranges import join_ranges, range_partials
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
-    return granularity.unsupported(args[0], args[1])
+    return unsupported_granularity(args[0], args[1])
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def moved(old, new, part):
 
 
 @triton.jit(do_not_specialize=["outer", "period", "inner", "low_ptr", "high_ptr"])
-def follow_kernel(
+def follow_range_kernel(
     low_ptr, high_ptr, scale_ptr, zero_point_ptr, outer, period, inner, up, down, quant_min, quant_max, steps, middle,
     floor, SYMMETRIC: tl.constexpr, ZERO_POINT: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def follow_range(
     up: float,
     down: float,
 ) -> None:
-    reference.check(x, scale, zero_point, quant_min, quant_max, up, down)
+    checks.follow_range(x, scale, zero_point, quant_min, quant_max, up, down)
     if x.numel() == 0:
         return
     x, _ = dense_and_like(x)
@@ -73,8 +73,8 @@ def follow_range(
     tile = configs.join(outer, period, inner)
     steps = (quant_max - quant_min) // 2
     launch(
-        follow_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), scale,
-        scale if zero_point is None else zero_point, outer, period, inner, up, down, float(quant_min),
-        float(quant_max), float(steps), float(quant_max - steps), torch.finfo(torch.float32).tiny,
-        SYMMETRIC=symmetric, ZERO_POINT=zero_point is not None, **tile,
+        follow_range_kernel, (ceil_div(period, tile["CHANNELS"]),), *partial.unbind(), scale,
+        scale if zero_point is None else zero_point, outer, period, inner, up, down, float(quant_min), float(quant_max),
+        float(steps), float(quant_max - steps), torch.finfo(torch.float32).tiny, SYMMETRIC=symmetric,
+        ZERO_POINT=zero_point is not None, **tile,
     )  # fmt: skip

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import gemm_checks, layouts
 from ..reference import int4_gemm as reference
-from . import configs
-from .groups import bound
-from .int8_gemm import _padded, _quantize_rows, _say_once, _vector, gpu, tile_at
-from .launch import launch
-from .numerics import INTERPRETED, narrow, widen
+from .common import configs, gemm_configs
+from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, tile_at
+from .common.groups import bound
+from .common.launch import launch
+from .common.numerics import INTERPRETED, narrow, widen
 
 
 class Groups(NamedTuple):
@@ -184,7 +185,7 @@ def int4_mm_kernel(
     WHOLE: tl.constexpr, PART: tl.constexpr, STEP_X: tl.constexpr, STEP_Z: tl.constexpr, SWAP: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the layer over ``share`` of the ``total`` steps along K (see configs.Walk). PART: to be finished.
+    """One tile of the layer over ``share`` of the ``total`` steps along K (see KLoop). PART: to be finished.
 
     WHOLE: x and every row of data, ``length`` bytes, are whole steps. ``k_end`` and what lies between rows of x are
     multiples of 16.
@@ -278,7 +279,7 @@ def int4_join_kernel(
 
 
 @triton.jit(do_not_specialize=["m_end", "spans"])
-def x_sums_kernel(
+def int4_x_sums_kernel(
     sums_ptr, x_ptr, m_end, stride_x, group_size, span_size, spans, SPANS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """The sums [spans, M] of the parts of a row of x that are one sum of products each: int32 of codes, else fp32."""
@@ -300,7 +301,7 @@ def x_sums_kernel(
 
 
 @triton.jit
-def dequantize_kernel(
+def int4_dequantize_kernel(
     w_ptr, data_ptr, groups, n_end, k_end, length, group_size, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -343,36 +344,36 @@ def int4_linear(
         x, data, scale, zero_point, minimum, weight_sum, bias, group_size, act_bits, input_scale, input_zero_point,
         quant_min, quant_max, out_dtype,
     )  # fmt: skip
-    reference.check_linear(*args)
+    gemm_checks.int4_linear(*args)
     n, k = weight_sum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
         return reference.int4_linear(*args)
-    if data.dim() == 4:
-        _say_once(
+    if layouts.int4_layout(data) == layouts.PANELS:
+        say_once(
             "qkernels: int4_linear: the weight is unpacked at every call: it was packed for the CPU; pack it on the "
             "GPU, or take .to(device) of it"
         )
-        data = reference.to_halves(reference.int4_unpack(data, n, k), reference.half_of(group_size, k))
+        data = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, group_size), group_size)
         params = (scale, zero_point, minimum)
-        groups = Groups(*(None if t is None else reference.by_group(t, n).t().contiguous() for t in params))
+        groups = Groups(*(None if t is None else layouts.by_group(t, n).t().contiguous() for t in params))
     else:
         groups = Groups(scale, zero_point, minimum)
-    offset = None if bias is None else _vector(bias)
+    offset = None if bias is None else as_vector(bias)
     rows = x.detach().reshape(-1, k)
     out = x.new_empty((rows.shape[0], n), dtype=out_dtype)
-    if act_bits == 16 and rows.shape[0] >= configs.INT4_DEQUANTIZED:
+    if act_bits == 16 and rows.shape[0] >= gemm_configs.INT4_DEQUANTIZED:
         _multiply_dequantized(out, rows, data, groups, offset, group_size)
     elif act_bits == 16:
         _multiply(out, _aligned(rows), k, data, groups, Epilogue(bias=offset), group_size)
     else:
         if x.dtype == torch.int8:
             assert input_scale is not None
-            codes, scale_x, middle = _aligned(rows), _vector(input_scale), 0
+            codes, scale_x, middle = _aligned(rows), as_vector(input_scale), 0
         else:
-            codes, scale_x, middle = _quantize_rows(
-                rows, configs.ceil_16(k), input_scale, input_zero_point, quant_min, quant_max
+            codes, scale_x, middle = quantize_rows(
+                rows, gemm_configs.ceil_16(k), input_scale, input_zero_point, quant_min, quant_max
             )
-        z = _vector(input_zero_point) if input_zero_point is not None else None
+        z = as_vector(input_zero_point) if input_zero_point is not None else None
         if middle:
             z = torch.full((1,), middle, dtype=torch.int32, device=x.device)
         _multiply(out, codes, k, data, groups, Epilogue(scale_x, z, weight_sum, offset), group_size)
@@ -385,11 +386,11 @@ def _aligned(rows: Tensor) -> Tensor:
     aligned = rows.data_ptr() % 16 == 0 and stride * rows.element_size() % 16 == 0
     if rows.shape[1] % 16 == 0 and rows.stride(1) == 1 and aligned:
         return rows
-    _say_once(
+    say_once(
         "qkernels: int4_linear: x is copied at every call; to spare that pass x with K in memory order, where K is a "
         "multiple of 16 and the row stride and the address are multiples of 16 bytes"
     )
-    return _padded(rows)
+    return pad_to_16(rows)
 
 
 def _multiply(
@@ -399,38 +400,38 @@ def _multiply(
     m, n = out.shape
     arch, multiprocessors, _ = gpu(out.device)
     size = x.element_size()
-    tile, splits = configs.int4_linear(arch, m, n, k, group_size, size, multiprocessors)
-    walk = configs.int4_walk(group_size, k, tile.block_k, integer=size == 1)
-    total, share = configs.int4_shares(walk, k, group_size, splits)
-    if walk.add == "codes":
-        _say_once(
+    tile, splits = gemm_configs.int4_linear(arch, m, n, k, group_size, size, multiprocessors)
+    loop = gemm_configs.int4_k_loop(group_size, k, tile.block_k, integer=size == 1)
+    total, share = gemm_configs.int4_shares(loop, k, group_size, splits)
+    if loop.add == "codes":
+        say_once(
             f"qkernels: int4_linear: groups of {group_size} are read code by code at every call; groups of 32, 64 or a "
             "multiple of 128, or one for each row, are read whole"
         )
-    padded, n_groups = configs.ceil_16(k), reference.groups_of(k, group_size)
+    padded, n_groups = gemm_configs.ceil_16(k), layouts.groups_of(k, group_size)
     stride = x.stride(0) if m > 1 else padded
     if groups.zero_point is not None or groups.minimum is not None:
-        spans = n_groups * configs.ceil_div(group_size, walk.span)
+        spans = n_groups * configs.ceil_div(group_size, loop.span)
         x_sums = x.new_empty((spans, m), dtype=torch.int32 if size == 1 else torch.float32)
-        tile_of_sums = configs.int4_x_sums(spans, walk.span)
+        tile_of_sums = gemm_configs.int4_x_sums(spans, loop.span)
         launch(
-            x_sums_kernel, (m, configs.ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
-            walk.span, spans, **tile_of_sums,
+            int4_x_sums_kernel, (m, configs.ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
+            loop.span, spans, **tile_of_sums,
         )  # fmt: skip
         groups = groups._replace(x_sums=x_sums)
     shares = configs.ceil_div(total, share)
     step_x, step_z = (int(t is not None and t.numel() > 1) for t in (epilogue.scale_x, epilogue.zero_point))
-    how: dict[str, Any] = {"ADD": walk.add, "STEP_X": step_x, "STEP_Z": step_z}
+    how: dict[str, Any] = {"ADD": loop.add, "STEP_X": step_x, "STEP_Z": step_z}
     result = out
     if shares > 1:
-        exact = walk.add == "end" and size == 1
+        exact = loop.add == "end" and size == 1
         result = out.new_empty((shares, m, n), dtype=torch.int32 if exact else torch.float32)
-    step = 2 * walk.width * walk.pieces
+    step = 2 * loop.width * loop.pieces
     tiles = configs.ceil_div(m, tile.block_m) * configs.ceil_div(n, tile.block_n)
     launch(
-        int4_mm_kernel, (tiles, shares), result, x, data, groups, epilogue if shares == 1 else Epilogue(), m, n,
-        padded, data.shape[1], stride, n_groups, group_size, walk.span, walk.steps, share, total, HALF=walk.half,
-        WIDTH=walk.width, PIECES=walk.pieces, WHOLE=padded % step == 0, PART=shares > 1, **how, SWAP=tile.swap,
+        int4_mm_kernel, (tiles, shares), result, x, data, groups, epilogue if shares == 1 else Epilogue(), m, n, padded,
+        data.shape[1], stride, n_groups, group_size, loop.span, loop.steps, share, total, HALF=loop.half,
+        WIDTH=loop.width, PIECES=loop.pieces, WHOLE=padded % step == 0, PART=shares > 1, **how, SWAP=tile.swap,
         STAGES=tile.stages, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
         maxnreg=configs.UNSPILLED,
     )  # fmt: skip
@@ -446,10 +447,10 @@ def _multiply_dequantized(
     """out [M, N] by way of the weight in x's dtype and torch's product."""
     n, k = out.shape[1], x.shape[1]
     w = x.new_empty(n, k)
-    tile = configs.INT4_DEQUANTIZE
+    tile = gemm_configs.INT4_DEQUANTIZE
     grid = configs.ceil_div(n, tile["BLOCK_N"]), configs.ceil_div(data.shape[1], tile["WIDTH"])
-    half = reference.half_of(group_size, k)
-    launch(dequantize_kernel, grid, w, data, groups, n, k, data.shape[1], group_size, HALF=half, **tile)
+    half = layouts.half_of(group_size, k)
+    launch(int4_dequantize_kernel, grid, w, data, groups, n, k, data.shape[1], group_size, HALF=half, **tile)
     if bias is None and out.dtype == x.dtype:
         torch.mm(x, w.t(), out=out)
     else:

@@ -9,8 +9,6 @@ needs neither zeroed memory nor one program waiting for another.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -19,30 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import gemm_checks, layouts
 from ..reference import int8_gemm as reference
-from . import configs, tuning
-from .activation import activate
-from .groups import bound
-from .launch import launch
-from .numerics import TINY, clamp, divide, effective_scale, narrow, reciprocal, rint, widen
-
-
-@functools.cache
-def gpu(device: torch.device) -> tuple[int, int, str]:
-    """Architecture, multiprocessors and name; where there is no GPU (the interpreter), some GPU's."""
-    if device.type != "cuda":
-        return 80, 108, ""
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count, properties.name
-
-
-@triton.jit
-def tile_at(index, rows, cols):
-    """Row and column of a tile, in bands of 8 rows of tiles: what neighbours read stays in L2."""
-    band = index // (8 * cols)
-    height = tl.minimum(rows - band * 8, 8)
-    rest = index % (8 * cols)
-    return band * 8 + rest % height, rest // height
+from .common import configs, gemm_configs, tuning
+from .common.activation import activate
+from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, static_qparams, tile_at
+from .common.groups import bound
+from .common.launch import launch
+from .common.numerics import clamp, narrow, reciprocal, rint, widen
 
 
 class Epilogue(NamedTuple):
@@ -106,16 +88,6 @@ def scaled(acc, m, n, m_end, n_end, dtype: tl.constexpr, epilogue, HOW: tl.const
 
 
 @triton.jit
-def static_qparams(scale_ptr, zero_point_ptr, z, low, high):
-    """One scale, NaN where it or its zero point is not valid, and the zero point, z where there is none."""
-    scale = effective_scale(tl.load(scale_ptr).to(tl.float32))
-    if zero_point_ptr is not None:
-        z = tl.load(zero_point_ptr).to(tl.float32)
-        scale = tl.where((z >= low) & (z <= high), scale, float("nan"))
-    return scale, z
-
-
-@triton.jit
 def put(out_ptr, acc, m, n, m_end, n_end, epilogue, HOW: tl.constexpr):
     """Stores the part of out that acc makes."""
     y = scaled(acc, m, n, m_end, n_end, out_ptr.dtype.element_ty, epilogue, HOW)
@@ -133,7 +105,7 @@ def put_halves(out_ptr, acc, m, first, m_end, n_end, epilogue, HOW: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["m_end"])
-def mm_kernel(
+def int8_mm_kernel(
     out_ptr, a_ptr, b_ptr, epilogue, m_end, n_end, k_end, stride_a, stride_b, share, HOW: tl.constexpr,
     PARTS: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -177,7 +149,7 @@ def mm_kernel(
 
 
 @triton.jit(do_not_specialize=["m_end"])
-def persistent_mm_kernel(
+def int8_persistent_mm_kernel(
     out, a, b, epilogue, m_end, n_end, k_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +179,7 @@ def persistent_mm_kernel(
 
 
 @triton.jit(do_not_specialize=["m_end"])
-def join_kernel(
+def int8_join_kernel(
     out_ptr, parts_ptr, epilogue, m_end, n_end, HOW: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Adds the PARTS int32 parts [PARTS, M, N] of a product, and finishes it."""
@@ -221,32 +193,19 @@ def join_kernel(
     tl.store(out_ptr + at, y, mask=n < n_end)
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
-
-
 def _along_k(name: str, matrix: Tensor) -> Tensor:
     """[rows, K] with K in memory order, padded by zeros to a multiple of 16, every row on a 16-byte boundary."""
     rows, k = matrix.shape
-    stride = matrix.stride(0) if rows > 1 else configs.ceil_16(k)
+    stride = matrix.stride(0) if rows > 1 else gemm_configs.ceil_16(k)
     aligned = matrix.data_ptr() % 16 == 0 and stride % 16 == 0 and stride >= k
     if k % 16 == 0 and matrix.stride(1) == 1 and aligned:
         return matrix
     wanted = "a with K in memory order" if name == "a" else "b as the .t() of an [N, K] with K in memory order"
-    _say_once(
+    say_once(
         f"qkernels: int8_mm: {name} is copied at every call; to spare that pass {wanted}, where K, the row stride and "
         "the address are multiples of 16"
     )
-    return _padded(matrix)
-
-
-def _padded(matrix: Tensor) -> Tensor:
-    rows, k = matrix.shape
-    out = matrix.new_empty(rows, configs.ceil_16(k))
-    out[:, :k] = matrix
-    out[:, k:] = 0
-    return out
+    return pad_to_16(matrix)
 
 
 def _multiply(
@@ -260,7 +219,7 @@ def _multiply(
     """out [M, N] from a [M, K] and b [N, K], both as ``_along_k`` gives them; nothing is empty."""
     (m, k), n = a.shape, b.shape[0]
     arch, multiprocessors, name = gpu(out.device)
-    tile, splits = tuning.measured(name, arch, m, n, k) or configs.int8_mm(arch, m, n, k, multiprocessors)
+    tile, splits = tuning.measured(name, arch, m, n, k) or gemm_configs.int8_mm(arch, m, n, k, multiprocessors)
     run(a, b, out, tile, splits, multiprocessors, epilogue, how_of(epilogue, wide, activation))
     return out
 
@@ -269,7 +228,7 @@ def run(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    tile: configs.Tile,
+    tile: gemm_configs.Tile,
     splits: int,
     multiprocessors: int,
     epilogue: Epilogue,
@@ -280,41 +239,38 @@ def run(
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.warps}
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if tile.tma and splits == 1 and n * out.element_size() % 16 == 0:
-        parts, stages = configs.persistent(tile, out.element_size())
+        parts, stages = gemm_configs.persistent(tile, out.element_size())
         launch(
-            persistent_mm_kernel, (min(tiles, multiprocessors),),
+            int8_persistent_mm_kernel, (min(tiles, multiprocessors),),
             TensorDescriptor(out, [m, n], [n, 1], [tile.block_m, tile.block_n // parts]),
             TensorDescriptor(a, [m, k], [a.stride(0) if m > 1 else k, 1], [tile.block_m, tile.block_k]),
-            TensorDescriptor(b, [n, k], [b.stride(0) if n > 1 else k, 1], [tile.block_n, tile.block_k]),
-            epilogue, m, n, k, HOW=how, PARTS=parts, **blocks, num_stages=stages,
+            TensorDescriptor(b, [n, k], [b.stride(0) if n > 1 else k, 1], [tile.block_n, tile.block_k]), epilogue, m, n,
+            k, HOW=how, PARTS=parts, **blocks, num_stages=stages,
         )  # fmt: skip
         return
-    share = configs.share_of_k(k, splits, tile.block_k)
+    share = gemm_configs.share_of_k(k, splits, tile.block_k)
     shares = triton.cdiv(k, share)
     whole = shares == 1
     sums = out if whole else out.new_empty(shares, m, n, dtype=torch.int32)
-    parts = configs.gemm_parts(tile, whole and (how.wide or how.activation in ("gelu", "silu")))
+    parts = gemm_configs.gemm_parts(tile, whole and (how.wide or how.activation in ("gelu", "silu")))
     launch(
-        mm_kernel, (tiles, shares), sums, a, b, epilogue if whole else Epilogue(), m, n, k,
+        int8_mm_kernel, (tiles, shares), sums, a, b, epilogue if whole else Epilogue(), m, n, k,
         a.stride(0) if m > 1 else k, b.stride(0) if n > 1 else k, share, HOW=how if whole else How(), PARTS=parts,
         WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
         block = min(1024, configs.power_of_two(n))
-        launch(join_kernel, (m, triton.cdiv(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block)
+        launch(
+            int8_join_kernel, (m, triton.cdiv(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block,
+        )  # fmt: skip
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
-    reference.check_matrices(a, b)
+    gemm_checks.int8_mm(a, b)
     if 0 in (*a.shape, b.shape[1]):
         return reference.int8_mm(a, b)
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
     return _multiply(_along_k("a", a), _along_k("b", b.t()), out, Epilogue())
-
-
-def _vector(t: Tensor) -> Tensor:
-    t = t.reshape(-1)
-    return (t.float() if t.dtype == torch.float64 else t).contiguous()
 
 
 def _one(t: Tensor | None) -> Tensor | None:
@@ -335,7 +291,7 @@ def int8_scaled_mm(
     out_zero_point: Tensor | None,
 ) -> Tensor:
     args = (a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation, out_dtype, out_scale, out_zero_point)
-    reference.check_scaled(*args)
+    gemm_checks.int8_scaled_mm(*args)
     if 0 in (*a.shape, b.shape[1]):
         return reference.int8_scaled_mm(*args)
     codes, weight = _along_k("a", a), _along_k("b", b.t())
@@ -345,11 +301,11 @@ def int8_scaled_mm(
     else:
         colsum_b = weight.sum(1, dtype=torch.int32) if colsum_b is None else colsum_b.contiguous()
         zero_point_a = zero_point_a.reshape(-1).contiguous()
-        wide = zero_point_a.dtype not in (torch.int8, torch.uint8) or a.shape[1] > reference.MAX_K // 3
-    offset = None if bias is None else _vector(bias)
+        wide = zero_point_a.dtype not in (torch.int8, torch.uint8) or a.shape[1] > gemm_checks.MAX_K // 3
+    offset = None if bias is None else as_vector(bias)
     vectors = (
-        _vector(scale_a),
-        _vector(scale_b),
+        as_vector(scale_a),
+        as_vector(scale_b),
         zero_point_a,
         colsum_b,
         offset,
@@ -358,42 +314,6 @@ def int8_scaled_mm(
     )
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
     return _multiply(codes, weight, out, Epilogue(*vectors), wide, activation)
-
-
-@triton.jit
-def quantize_rows_kernel(
-    q_ptr, scale_ptr, x_ptr, input_scale_ptr, zero_point_ptr, low, high, half, middle, length, padded, stride,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A row of x as codes, zeros up to ``padded``, and its scale: NaN where a code is not the value's.
-
-    By the row's range (input_scale_ptr is None), or by one scale and zero point. A row longer than BLOCK is read twice.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride
-    q_ptr += row * padded
-    if input_scale_ptr is None:
-        top = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, bound(length), BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = widen(tl.load(x_ptr + at, mask=at < length, other=0.0))
-            top = tl.maximum(top, tl.abs(x).to(tl.int32, bitcast=True))  # ordered as the floats, NaN above infinity
-        amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-        scale = tl.maximum(divide(amax, half), TINY, propagate_nan=tl.PropagateNan.ALL)
-        scale = tl.where(scale < float("inf"), scale, float("nan"))
-        z = middle
-    else:
-        scale, z = static_qparams(input_scale_ptr, zero_point_ptr, middle, low, high)
-    inv = reciprocal(scale)
-    bad = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, bound(padded), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        t = widen(tl.load(x_ptr + at, mask=at < length, other=0.0)) * inv
-        bad |= (t != t).to(tl.int32)
-        q = clamp(rint(t) + z, low, high)
-        q = tl.where((at < length) & (q == q), q, 0.0)
-        tl.store(q_ptr + at, q.to(tl.int8), mask=at < padded)
-    tl.store(scale_ptr + row, tl.where(tl.max(bad, 0) > 0, float("nan"), scale))
 
 
 def int8_linear(
@@ -415,54 +335,35 @@ def int8_linear(
         x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, activation, out_dtype,
         out_scale, out_zero_point,
     )  # fmt: skip
-    reference.check_linear(*args)
+    gemm_checks.int8_linear(*args)
     n, k = colsum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
         return reference.int8_linear(*args)
-    if data.dim() == 4:
-        _say_once(
+    if layouts.int8_layout(data) == layouts.PANELS:
+        say_once(
             "qkernels: int8_linear: the weight is unpacked at every call: it was packed for the CPU; pack it on the "
             "GPU, where PackedInt8 keeps [N, K]"
         )
-        data = _padded(reference.int8_unpack(data, n, k))
+        data = layouts.int8_to_rows(layouts.int8_unpack(data, n, k))
     data = _along_k("b", data)
     rows = x.detach().reshape(-1, k)
     scale_a, zero_point = input_scale, input_zero_point
     # Codes and zero point are within int8: their difference is below 256, and int32 holds 255·128·K up to this K.
-    wide = k > reference.MAX_K // 2
+    wide = k > gemm_checks.MAX_K // 2
     if x.dtype == torch.int8:
         codes = _along_k("x", rows)
         if codes.shape[1] != data.shape[1]:
-            codes = _padded(codes)
+            codes = pad_to_16(codes)
         assert scale_a is not None
-        scale_a = _vector(scale_a)
+        scale_a = as_vector(scale_a)
         if zero_point is not None:
             zero_point = zero_point.reshape(-1).contiguous()
             wide = wide or zero_point.dtype not in (torch.int8, torch.uint8)
     else:
-        codes, scale_a, middle = _quantize_rows(
-            rows, data.shape[1], input_scale, input_zero_point, quant_min, quant_max
-        )
+        codes, scale_a, middle = quantize_rows(rows, data.shape[1], input_scale, input_zero_point, quant_min, quant_max)
         if middle:
             zero_point = torch.full((1,), middle, dtype=torch.int32, device=x.device)
-    offset = None if bias is None else _vector(bias)
-    epilogue = Epilogue(scale_a, _vector(scale), zero_point, colsum, offset, _one(out_scale), _one(out_zero_point))
+    offset = None if bias is None else as_vector(bias)
+    epilogue = Epilogue(scale_a, as_vector(scale), zero_point, colsum, offset, _one(out_scale), _one(out_zero_point))
     out = x.new_empty((rows.shape[0], n), dtype=out_dtype)
     return _multiply(codes, data, out, epilogue, wide, activation).view(*x.shape[:-1], n)
-
-
-def _quantize_rows(
-    rows: Tensor, padded: int, scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int
-) -> tuple[Tensor, Tensor, int]:
-    """Codes [M, padded], the scale of each row, and the zero point of rows that are quantized by their own ranges."""
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    m, k = rows.shape
-    codes = torch.empty((m, padded), dtype=torch.int8, device=rows.device)
-    row_scale = torch.empty((m,), dtype=torch.float32, device=rows.device)
-    half = (quant_max - quant_min) // 2
-    middle = 0 if scale is not None else quant_max - half
-    sizes = (*map(float, (quant_min, quant_max, half, middle)), k, padded, rows.stride(0))
-    tile = configs.quantize_rows(padded)
-    launch(quantize_rows_kernel, (m,), codes, row_scale, rows, scale, zero_point, *sizes, **tile)
-    return codes, row_scale, middle

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import packing as reference
-from .launch import launch
+from .. import gemm_checks, layouts
+from .common.launch import launch
 
 BLOCK = 512  # times eight codes for each program
 
@@ -21,7 +21,7 @@ def place(EIGHTS: tl.constexpr, eights, length):
 
 
 @triton.jit(do_not_specialize=["total"])
-def pack_kernel(
+def pack_bits_kernel(
     packed_ptr, q_ptr, total, eights, k_end, row_bytes, BITS: tl.constexpr, EIGHTS: tl.constexpr
 ):  # fmt: skip
     """Codes [rows, K] to bytes [rows, row_bytes]; ``eights`` of a row, ``total`` of all rows."""
@@ -37,7 +37,7 @@ def pack_kernel(
 
 
 @triton.jit(do_not_specialize=["total"])
-def unpack_kernel(
+def unpack_bits_kernel(
     q_ptr, packed_ptr, total, eights, k_end, row_bytes, BITS: tl.constexpr, EIGHTS: tl.constexpr
 ):  # fmt: skip
     """Bytes [rows, row_bytes] to codes [rows, K]."""
@@ -53,27 +53,27 @@ def unpack_kernel(
     tl.store(q_ptr + row * k_end + k, (code.to(tl.int32) - SIGN).to(tl.int8), mask=there & (k < k_end))
 
 
-def _walk(k: int, bits: int, rows: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
+def grid_and_sizes(k: int, bits: int, rows: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
     eights = triton.cdiv(k, 8)
-    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, reference.packed_length(k, bits))
+    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
-    reference.check_pack(q, bits)
+    gemm_checks.pack_bits(q, bits)
     if q.device.type == "cpu":  # the interpreter; on a GPU a look at the codes would wait for them
-        reference.check_codes("q", q, bits)
+        gemm_checks.codes_of_bits("q", q, bits)
     k = q.shape[-1]
-    packed = torch.empty((*q.shape[:-1], reference.packed_length(k, bits)), dtype=torch.uint8, device=q.device)
+    packed = torch.empty((*q.shape[:-1], layouts.packed_length(k, bits)), dtype=torch.uint8, device=q.device)
     if q.numel():
-        grid, sizes = _walk(k, bits, q.numel() // k)
-        launch(pack_kernel, grid, packed, q.contiguous(), *sizes, BITS=bits, EIGHTS=BLOCK)
+        grid, sizes = grid_and_sizes(k, bits, q.numel() // k)
+        launch(pack_bits_kernel, grid, packed, q.contiguous(), *sizes, BITS=bits, EIGHTS=BLOCK)
     return packed
 
 
 def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
-    reference.check_unpack(packed, bits, k)
+    gemm_checks.unpack_bits(packed, bits, k)
     q = torch.empty((*packed.shape[:-1], k), dtype=torch.int8, device=packed.device)
     if q.numel():
-        grid, sizes = _walk(k, bits, q.numel() // k)
-        launch(unpack_kernel, grid, q, packed.contiguous(), *sizes, BITS=bits, EIGHTS=BLOCK)
+        grid, sizes = grid_and_sizes(k, bits, q.numel() // k)
+        launch(unpack_bits_kernel, grid, q, packed.contiguous(), *sizes, BITS=bits, EIGHTS=BLOCK)
     return q

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import quantize_transposed as reference
+from .. import checks, layouts
 from ..reference.fake_quantize import compute_dtype
-from ..reference.stochastic import check_offset
-from . import configs
-from .launch import launch
-from .numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
-from .philox import round_stochastically, uniforms, uniforms_of_blocks
+from .common import configs
+from .common.launch import launch
+from .common.numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
+from .common.philox import Philox, round_stochastically, uniforms, uniforms_of_blocks
 
 
 @triton.jit
@@ -28,7 +25,7 @@ def magnitude(x):
 
 
 @triton.jit
-def magnitudes_kernel(
+def transposed_magnitudes_kernel(
     x_ptr, largest_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The largest magnitude of each row, then of each column; a maximum of integers has no order to depend on."""
@@ -57,11 +54,10 @@ def code(q, quant_max):
     return tl.where(q == q, q, 0.0).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])
-def codes_kernel(
-    x_ptr, largest_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, quant_max, rows, columns, q_stride, q_t_stride,
-    seed, offset, offset_ptr,
-    STOCHASTIC: tl.constexpr, QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+@triton.jit(do_not_specialize=["philox"])
+def transposed_codes_kernel(
+    x_ptr, largest_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, quant_max, rows, columns, q_stride, q_t_stride, philox,
+    QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(columns, BLOCK_COLUMNS)
     tile = tl.program_id(0).to(tl.int64)
@@ -78,12 +74,12 @@ def codes_kernel(
     tl.store(scale_ptr + row, scale, mask=in_rows & (tile % across == 0))
     tl.store(scale_t_ptr + column, scale_t, mask=in_columns & (tile < across))
     steps, steps_t = x * inverse[:, None], x * inverse_t[None, :]
-    if STOCHASTIC:
+    if philox is not None:
         if QUADS:
             block = (row * columns + first_column)[:, None] // 4 + tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
-            u = uniforms_of_blocks(block, seed, offset, offset_ptr, x.dtype)
+            u = uniforms_of_blocks(block, philox, x.dtype)
         else:
-            u = uniforms(element, seed, offset, offset_ptr, x.dtype)
+            u = uniforms(element, philox, x.dtype)
         q, q_t = round_stochastically(steps, u), round_stochastically(steps_t, u)
     else:
         q, q_t = rint(steps), rint(steps_t)
@@ -95,13 +91,13 @@ def codes_kernel(
 def quantize_dynamic_transposed(
     x: Tensor, quant_max: int, seed: int | None, offset: int, offset_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, quant_max)
+    checks.quantize_transposed(x, quant_max)
     if seed is not None:
-        check_offset(offset_tensor, x)
+        checks.offset(offset_tensor, x)
     x = x.contiguous()
     rows, columns = x.shape
     dtype = compute_dtype(x)
-    q, q_t = reference.empty_codes(x, rows, columns), reference.empty_codes(x, columns, rows)
+    q, q_t = layouts.empty_aligned_rows(x, rows, columns), layouts.empty_aligned_rows(x, columns, rows)
     scale, scale_t = x.new_empty((rows, 1), dtype=dtype), x.new_empty((columns, 1), dtype=dtype)
     if x.numel() == 0:
         tiny = torch.finfo(torch.float32).tiny
@@ -109,10 +105,10 @@ def quantize_dynamic_transposed(
     largest = x.new_zeros(rows + columns, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
     tile = configs.transposed_tile(rows, columns)
     grid = (configs.ceil_div(rows, tile["BLOCK_ROWS"]) * configs.ceil_div(columns, tile["BLOCK_COLUMNS"]),)
-    launch(magnitudes_kernel, grid, x, largest, rows, columns, **tile)
-    numbers: tuple[Any, ...] = (0, 0, None) if seed is None else (seed, offset, offset_tensor)
+    launch(transposed_magnitudes_kernel, grid, x, largest, rows, columns, **tile)
+    philox = None if seed is None else Philox(seed, offset, offset_tensor)
     launch(
-        codes_kernel, grid, x, largest, q, scale, q_t, scale_t, float(quant_max), rows, columns, q.stride(0),
-        q_t.stride(0), *numbers, STOCHASTIC=seed is not None, QUADS=columns % 4 == 0, **tile,
+        transposed_codes_kernel, grid, x, largest, q, scale, q_t, scale_t, float(quant_max), rows, columns, q.stride(0),
+        q_t.stride(0), philox, QUADS=columns % 4 == 0, **tile,
     )  # fmt: skip
     return q, scale, q_t, scale_t

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import rms_norm_quantize as reference
-from ..reference.fake_quantize import check_grad
-from . import configs
-from .granularity import load_params
-from .groups import bound, extremes, qparams, quantized, store_qparams
-from .launch import launch
-from .numerics import divide, is_inside, narrow, reciprocal, rint, widen
+from .common import configs
+from .common.granularity import load_params
+from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.launch import launch
+from .common.numerics import divide, is_inside, narrow, reciprocal, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -51,7 +51,7 @@ def normalized(x_ptr, weight_ptr, rstd, column, here):
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_forward_kernel(
     x_ptr, weight_ptr, y_ptr, scale_ptr, zero_point_ptr, rstd_ptr, eps, quant_min, quant_max, steps, middle, length,
     group_size, SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def forward_kernel(
 
 
 @triton.jit
-def long_forward_kernel(
+def rms_norm_long_forward_kernel(
     x_ptr, weight_ptr, y_ptr, scale_ptr, zero_point_ptr, rstd_ptr, eps, quant_min, quant_max, steps, middle, length,
     group_size, SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -132,9 +132,9 @@ def _run(
     whole, tile = configs.norm_tile(length, group_size)
     half = (high - low) // 2
     launch(
-        forward_kernel if whole else long_forward_kernel, (x.numel() // length,), *_arguments(x, weight), y, scale,
-        zero_point, rstd, eps, float(low), float(high), float(half), float(high - half), length, group_size,
-        SYMMETRIC=symmetric, **tile,
+        rms_norm_forward_kernel if whole else rms_norm_long_forward_kernel, (x.numel() // length,),
+        *_arguments(x, weight), y, scale, zero_point, rstd, eps, float(low), float(high), float(half),
+        float(high - half), length, group_size, SYMMETRIC=symmetric, **tile,
     )  # fmt: skip
     return y, scale, zero_point, rstd
 
@@ -142,7 +142,7 @@ def _run(
 def rms_norm_fake_quantize_dynamic_forward(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_forward(*args)
@@ -152,7 +152,7 @@ def rms_norm_fake_quantize_dynamic_forward(
 def rms_norm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_quantize_dynamic(*args)
@@ -184,7 +184,7 @@ def load_terms(
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "share"])
-def backward_kernel(
+def rms_norm_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, dx_ptr, partial_ptr, quant_min, quant_max, rows,
     length, groups, group_size, share, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["groups"])
-def long_backward_kernel(
+def rms_norm_long_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, dx_ptr, quant_min, quant_max, length, groups,
     group_size, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,7 @@ def long_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "share"])
-def long_weight_kernel(
+def rms_norm_long_weight_kernel(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, scale_ptr, zero_point_ptr, partial_ptr, quant_min, quant_max, rows, length,
     groups, group_size, share, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -264,8 +264,8 @@ def rms_norm_fake_quantize_dynamic_backward(
     quant_max: int,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, weight, 0)
-    check_grad(grad, x)
+    checks.rms_norm(x, weight, 0)
+    checks.grad(grad, x)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_backward(
             grad, x, weight, rstd, scale, zero_point, quant_min, quant_max, weight_grad
@@ -288,13 +288,16 @@ def rms_norm_fake_quantize_dynamic_backward(
         partial = torch.empty(programs, length, dtype=torch.float32, device=x.device)
     if length <= block:
         sizes = (rows, length, groups, group_size, share)
-        launch(backward_kernel, (programs,), *before, dx, partial, *bounds, *sizes, BLOCK=block, **config)
+        launch(rms_norm_backward_kernel, (programs,), *before, dx, partial, *bounds, *sizes, BLOCK=block, **config)
     else:
-        launch(long_backward_kernel, (rows,), *before, dx, *bounds, length, groups, group_size, BLOCK=block, **config)
+        launch(
+            rms_norm_long_backward_kernel, (rows,), *before, dx, *bounds, length, groups, group_size, BLOCK=block,
+            **config,
+        )  # fmt: skip
         if partial is not None:
             grid = (programs, triton.cdiv(length, block))
             sizes = (rows, length, groups, group_size, share)
-            launch(long_weight_kernel, grid, *before, partial, *bounds, *sizes, BLOCK=block, **config)
+            launch(rms_norm_long_weight_kernel, grid, *before, partial, *bounds, *sizes, BLOCK=block, **config)
     if weight is None or partial is None:
         return dx, rstd.new_empty(0)
     return dx, partial.sum(0).to(weight.dtype)

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import silu_mul_quantize as reference
-from ..reference.fake_quantize import check_grad
-from . import configs
-from .activation import sigmoid
-from .granularity import load_params
-from .groups import bound, extremes, qparams, quantized, store_qparams
-from .launch import launch
-from .numerics import is_inside, narrow, rint, widen
+from .common import configs
+from .common.activation import sigmoid
+from .common.granularity import load_params
+from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.launch import launch
+from .common.numerics import is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -41,7 +41,7 @@ def product(gate_ptr, up_ptr, at, here):
 
 
 @triton.jit
-def forward_kernel(
+def silu_mul_forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def forward_kernel(
 
 
 @triton.jit
-def long_forward_kernel(
+def silu_mul_long_forward_kernel(
     gate_ptr, up_ptr, y_ptr, scale_ptr, zero_point_ptr, quant_min, quant_max, steps, middle, groups, group_size,
     SYMMETRIC: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -92,9 +92,10 @@ def _run(
     whole, tile = configs.product_tile(scale.numel(), group_size)
     half = (high - low) // 2
     launch(
-        forward_kernel if whole else long_forward_kernel, (triton.cdiv(scale.numel(), tile["BLOCK_GROUPS"]),),
-        gate.contiguous(), up.contiguous(), y, scale, zero_point, float(low), float(high), float(half),
-        float(high - half), scale.numel(), group_size, SYMMETRIC=symmetric, **tile,
+        silu_mul_forward_kernel if whole else silu_mul_long_forward_kernel,
+        (triton.cdiv(scale.numel(), tile["BLOCK_GROUPS"]),), gate.contiguous(), up.contiguous(), y, scale, zero_point,
+        float(low), float(high), float(half), float(high - half), scale.numel(), group_size, SYMMETRIC=symmetric,
+        **tile,
     )  # fmt: skip
     return y, scale, zero_point
 
@@ -102,7 +103,7 @@ def _run(
 def silu_mul_fake_quantize_dynamic_forward(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_fake_quantize_dynamic_forward(*args)
@@ -112,7 +113,7 @@ def silu_mul_fake_quantize_dynamic_forward(
 def silu_mul_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_quantize_dynamic(*args)
@@ -120,7 +121,7 @@ def silu_mul_quantize_dynamic(
 
 
 @triton.jit
-def backward_kernel(
+def silu_mul_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, scale_ptr, zero_point_ptr, dgate_ptr, dup_ptr, quant_min, quant_max, groups, group_size,
     CLIPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -154,8 +155,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     quant_min: int,
     quant_max: int,
 ) -> tuple[Tensor, Tensor]:
-    reference.check(gate, up, 0)
-    check_grad(grad, gate)
+    checks.silu_mul(gate, up, 0)
+    checks.grad(grad, gate)
     numel = gate.numel()
     dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if numel == 0:
@@ -167,8 +168,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     tile = configs.product_backward(numel // groups)
     pieces = triton.cdiv(numel // groups, tile["BLOCK_SIZE"])
     launch(
-        backward_kernel, (triton.cdiv(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(), gate.contiguous(),
-        up.contiguous(), scale, zero_point, dgate, dup, float(quant_min), float(quant_max), groups, numel // groups,
-        CLIPS=scale is not None, **tile,
+        silu_mul_backward_kernel, (triton.cdiv(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(),
+        gate.contiguous(), up.contiguous(), scale, zero_point, dgate, dup, float(quant_min), float(quant_max), groups,
+        numel // groups, CLIPS=scale is not None, **tile,
     )  # fmt: skip
     return dgate, dup

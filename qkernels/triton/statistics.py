@@ -9,17 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import statistics as reference
 from ..reference.fake_quantize import compute_dtype
-from . import configs, granularity
-from .granularity import COLUMN, LONG, ONE, TILE, channel_of, divide_by_magic, granularity_of, later_position
-from .launch import launch
-from .numerics import clamp, effective_scale, reciprocal, rint, widen
+from .common import configs
+from .common.granularity import (
+    COLUMN,
+    LONG,
+    ONE,
+    TILE,
+    block_index,
+    channel_of,
+    divide_by_magic,
+    later_position,
+    unsupported_granularity,
+)
+from .common.launch import launch
+from .common.numerics import clamp, effective_scale, reciprocal, rint, widen
+from .common.pointwise import blocks, dense_and_like, in_blocks
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
-    return granularity.unsupported(args[0], args[1]) if op == "histogram" else None
+    return unsupported_granularity(args[0], args[1]) if op == "histogram" else None
 
 
 @triton.jit
@@ -66,7 +78,7 @@ def histogram_kernel(
     MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    index = granularity.block_index(MODE, BLOCK, INNER)
+    index = block_index(MODE, BLOCK, INNER)
     here = index < numel - start
     x = widen(tl.load(x_ptr + start + index, mask=here))
     channel = channels_of(start, index, view, MODE, DIGITS, WRAP, BLOCK, INNER)
@@ -83,26 +95,23 @@ def histogram_kernel(
 
 
 def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    reference.check_histogram(x, low, high, bins)
-    dense = torch.empty_like(x)
-    x = x if x.stride() == dense.stride() else dense.copy_(x)
+    checks.histogram(x, low, high, bins)
+    x, _ = dense_and_like(x)
     slots = torch.zeros((*low.shape, bins + 3), dtype=torch.int64, device=x.device)
     numel = x.numel()
     if numel:
-        walk = granularity_of(x, low)
-        assert walk is not None  # see unsupported
-        block = configs.block(walk, numel)
+        view, constexprs = in_blocks(x, low)
         lows, highs = low.to(compute_dtype(x)).contiguous(), high.to(compute_dtype(x)).contiguous()
         inv = torch.full_like(lows, bins) / (highs - lows)
         launch(
-            histogram_kernel, (triton.cdiv(numel, block),), x, lows, highs, inv, slots, bins, numel, walk.view,
-            num_warps=configs.warps(block), **configs.walk(walk, block),
+            histogram_kernel, blocks(numel, constexprs), x, lows, highs, inv, slots, bins, numel, view,
+            num_warps=configs.warps(constexprs["BLOCK"]), **constexprs,
         )  # fmt: skip
     return slots[..., 1:-2].contiguous(), torch.cat((slots[..., :1], slots[..., -2:]), -1)
 
 
 @triton.jit(do_not_specialize=["channels", "pieces"])
-def errors_kernel(
+def quantization_errors_kernel(
     x_ptr, scale_ptr, zero_point_ptr, partial_ptr, quant_min, quant_max, channels, length, pieces,
     CANDIDATES: tl.constexpr, ZERO_POINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +139,7 @@ def errors_kernel(
 
 
 def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    reference.check_errors(x, scale, zero_point, quant_min, quant_max)
+    checks.quantization_errors(x, scale, zero_point, quant_min, quant_max)
     shape, candidates = scale.shape[1:], scale.shape[0]
     channels = shape.numel()
     if x.numel() == 0 or scale.numel() == 0:
@@ -141,9 +150,9 @@ def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, qua
     pieces = triton.cdiv(length, block)
     partial = torch.empty((candidates, channels, pieces), dtype=torch.float64, device=x.device)
     launch(
-        errors_kernel, (channels * pieces,), rows, scale.contiguous(),
-        None if zero_point is None else zero_point.contiguous(), partial, float(quant_min), float(quant_max),
-        channels, length, pieces, num_warps=configs.warps(block), CANDIDATES=candidates,
-        ZERO_POINT=zero_point is not None, BLOCK=block,
+        quantization_errors_kernel, (channels * pieces,), rows, scale.contiguous(),
+        None if zero_point is None else zero_point.contiguous(), partial, float(quant_min), float(quant_max), channels,
+        length, pieces, num_warps=configs.warps(block), CANDIDATES=candidates, ZERO_POINT=zero_point is not None,
+        BLOCK=block,
     )  # fmt: skip
     return partial.sum(-1).reshape(scale.shape)

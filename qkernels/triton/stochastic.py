@@ -9,27 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import stochastic as reference
-from ..reference.fake_quantize import check, check_grad
-from ..reference.quantize import check_codes
-from . import granularity
-from .fake_quantize import dense_and_like, empty_mask, pointwise_arguments
-from .granularity import block_index, block_params
-from .launch import launch
-from .numerics import clamp, is_inside, narrow, store_bits, widen
-from .philox import round_stochastically, uniforms_of_blocks
-from .sums import backward
+from .. import checks
+from .common.granularity import block_index, block_params, unsupported_granularity
+from .common.launch import launch
+from .common.numerics import clamp, is_inside, narrow, store_bits, widen
+from .common.philox import Philox, round_stochastically, uniforms_of_blocks
+from .common.pointwise import blocks, dense_and_like, empty_mask, pointwise_arguments
+from .common.sums import learnable_backward
 
 
 def unsupported(op: str, *args: Any) -> str | None:
     """Why the kernels do not take a call of ``op``, or None."""
     x, scale = args[1:3] if op == "fake_quantize_stochastic_backward" else args[:2]
-    return granularity.unsupported(x, scale)
+    return unsupported_granularity(x, scale)
 
 
-@triton.jit(do_not_specialize=["view", "seed", "offset"])
-def forward_kernel(
-    x_ptr, y_ptr, mask_ptr, scale, zero_point, quant_min, quant_max, seed, offset, offset_ptr, numel, view,
+@triton.jit(do_not_specialize=["view", "philox"])
+def fake_quantize_stochastic_forward_kernel(
+    x_ptr, y_ptr, mask_ptr, scale, zero_point, quant_min, quant_max, philox, numel, view,
     CODES: tl.constexpr, ZERO_POINT: tl.constexpr, MODE: tl.constexpr, DIGITS: tl.constexpr, WRAP: tl.constexpr,
     BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +38,7 @@ def forward_kernel(
     s, inv, z = block_params(
         start, index, scale, zero_point, low, high, view, x.dtype, ZERO_POINT, MODE, DIGITS, WRAP, BLOCK, INNER
     )
-    u = uniforms_of_blocks(start // 4 + tl.arange(0, BLOCK // 4), seed, offset, offset_ptr, x.dtype)
+    u = uniforms_of_blocks(start // 4 + tl.arange(0, BLOCK // 4), philox, x.dtype)
     q = round_stochastically(x * inv, tl.reshape(u, x.shape)) + z
     clamped = clamp(q, low, high)
     if CODES:
@@ -55,7 +52,7 @@ def forward_kernel(
 
 def _forward(
     x: Tensor, y: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int,
-    seed: int, offset: int, offset_tensor: Tensor | None,
+    philox: Philox,
 ) -> None:  # fmt: skip
     """Fills y and mask, or with no mask a y of integers."""
     numel = x.numel()
@@ -63,8 +60,8 @@ def _forward(
         return
     scale, zero_point, view, constexprs = pointwise_arguments(x, scale, zero_point)
     launch(
-        forward_kernel, (triton.cdiv(numel, constexprs["BLOCK"]),), x, y, mask, scale, zero_point, float(quant_min),
-        float(quant_max), seed, offset, offset_tensor, numel, view, CODES=mask is None, **constexprs,
+        fake_quantize_stochastic_forward_kernel, blocks(numel, constexprs), x, y, mask, scale, zero_point,
+        float(quant_min), float(quant_max), philox, numel, view, CODES=mask is None, **constexprs,
     )  # fmt: skip
 
 
@@ -78,11 +75,11 @@ def fake_quantize_stochastic_forward(
     offset: int,
     offset_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
-    _forward(x, y, mask, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)
+    _forward(x, y, mask, scale, zero_point, quant_min, quant_max, Philox(seed, offset, offset_tensor))
     return y, mask
 
 
@@ -97,11 +94,11 @@ def quantize_stochastic(
     offset_tensor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_offset(offset_tensor, x)
-    check_codes(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     x, codes = dense_and_like(x, dtype)
-    _forward(x, codes, None, scale, zero_point, quant_min, quant_max, seed, offset, offset_tensor)
+    _forward(x, codes, None, scale, zero_point, quant_min, quant_max, Philox(seed, offset, offset_tensor))
     return codes
 
 
@@ -117,10 +114,10 @@ def fake_quantize_stochastic_backward(
     offset_tensor: Tensor | None,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    reference.check_offset(offset_tensor, x)
-    return backward(
-        "stochastic", grad, x, scale, zero_point, quant_min, quant_max, grad_factor, seed=seed, offset=offset,
-        offset_tensor=offset_tensor,
-    )  # fmt: skip
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.offset(offset_tensor, x)
+    philox = Philox(seed, offset, offset_tensor)
+    return learnable_backward(
+        "stochastic", grad, x, scale, zero_point, quant_min, quant_max, grad_factor, philox=philox
+    )

@@ -67,7 +67,7 @@ def install(library_file: Path) -> None:
     from qkernels import library, registry
 
     library.gpu, library.GPU_KEY = "cpu", "CPU"
-    library._cuda_state.append(None)
+    library.cuda_state.append(None)
     for op in {kernel.op for kernel in registry.kernels() if kernel.name == "cuda"}:
         registry._kernels[op] = [k for k in registry._kernels[op] if k.name in ("cuda", registry.REFERENCE)]
     torch.ops.load_library(str(library_file))

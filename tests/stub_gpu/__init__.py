@@ -27,7 +27,7 @@ from qkernels import library, registry
 H200 = (90, 132, "")  # as int8_gemm.gpu gives it
 
 _folder = tempfile.TemporaryDirectory(prefix="stub_gpu_")  # until the process ends
-compilations: Counter[str] = Counter()  # by module and kernel
+compilations: Counter[str] = Counter()  # by kernel
 
 
 class StubDriver(nvidia.CudaDriver):
@@ -77,13 +77,13 @@ SIZES = (("size", 0), ("align", 1))
 
 
 def _count(**said: Any) -> None:
-    function = said["fn"]
-    compilations[f"{function.module.rpartition('.')[2]}.{function.name}"] += 1
+    compilations[said["fn"].name] += 1
 
 
 def install(parsed_only: bool = False) -> ctypes.CDLL:
     """Makes the driver Triton's own, and returns it. ``parsed_only``: with nothing compiled beyond the front end."""
-    from qkernels.triton import int4_gemm, int8_gemm, replay
+    from qkernels.triton import int4_gemm, int8_gemm
+    from qkernels.triton.common import replay
 
     folder = Path(_folder.name)
     library = folder / "libcuda.so.1"
@@ -108,14 +108,14 @@ def serve() -> torch.library.Library:
 
     Lasts as long as what it returns.
     """
-    library._triton_missing = lambda device: None
-    library._isa_missing = lambda isa: "it is covered"
+    library.triton_missing = lambda device: None
+    library.isa_missing = lambda isa: "it is covered"
     library.gpu, library.GPU_KEY = "cpu", "CPU"
     served = torch.library.Library("qkernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for op in {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}:
-            served.impl(op, library._remembered_else_selected(op), "CPU", allow_override=True)
+            served.impl(op, library.remembered_else_selected(op), "CPU", allow_override=True)
     return served
 
 

@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
-from qkernels.ops.straight_through import straight_through_backward
+from qkernels import checks
+from qkernels.ops.fake_quantize_learnable import straight_through_backward
 from qkernels.reference import fake_quantize as clip
-from qkernels.reference import straight_through as reference
+from qkernels.reference import fake_quantize_learnable as learnable_reference
+from qkernels.reference import fake_quantize_learnable as reference
 
 OP = "fake_quantize_straight_through_backward"
 COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
 
 
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> None:
@@ -35,7 +37,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
         args = (grad, x, scale, zero_point, -8, 7, variant, 0.3, 0.5)
         expected = reference.fake_quantize_straight_through_backward(*args)
         # The terms are at most dy·16, and EWGS's dy·(1 + 0.3·16)/2 inside the range.
-        magnitude = clip.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+        magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
         first = None
         for kernel in COMPILED:
             for threads in (1, 2) if kernel == COMPILED[0] else (1,):
@@ -55,7 +57,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
 
 
 @pytest.mark.skipif("triton" not in kernels_of(OP), reason="no GPU, and not interpreted")
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant: str) -> None:
     dtype = FLOATS[GRANULARITIES.index((name, shape)) % 4]
@@ -69,7 +71,7 @@ def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant:
     with qk.use_kernel("triton"):
         got = straight_through_backward(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
     same(got[0].cpu(), dx)
-    magnitude = clip.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
+    magnitude = learnable_reference.sum_to(grad.double().abs() * 16, scale) if x.numel() else torch.zeros(shape)
     for a, b in zip(got[1:], sums, strict=True):
         assert a.shape == b.shape
         if x.numel() and "special" not in name:
@@ -135,7 +137,7 @@ def test_lsq(kernel: str, shape: tuple[int, ...], learned: str, low: int, high: 
     grad = torch.randn(6, 40, dtype=torch.float64)
     expanded = [clip.expand(t.detach(), x) for t in (scale, zero_point)]
     dx, *terms = lsq_of_the_paper(grad, x.detach(), *expanded, low, high)
-    expected = [dx, *(clip.sum_to(t, scale).reshape(shape) * 0.25 for t in terms)]
+    expected = [dx, *(learnable_reference.sum_to(t, scale).reshape(shape) * 0.25 for t in terms)]
     scale.requires_grad_(learned != "zero_point")
     zero_point.requires_grad_(learned != "scale")
     leaves = [t for t in (x, scale, zero_point) if t.requires_grad]
@@ -336,7 +338,7 @@ def test_ewgs_in_the_papers_units() -> None:
     torch.testing.assert_close(dx, grad * (1 + delta * grad.sign() * error), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["clip", *reference.VARIANTS])
+@pytest.mark.parametrize("variant", ["clip", *checks.VARIANTS])
 @pytest.mark.parametrize("scale", [0.1, torch.tensor([0.1]), torch.full((8, 1), 0.1)], ids=["float", "one", "rows"])
 def test_forward_and_fixed_scales(variant: str, scale: Tensor | float) -> None:
     """y never depends on the variant; dx does not depend on whether a scale is learned too."""
@@ -370,7 +372,7 @@ def test_memory_saved_for_backward() -> None:
         assert saved_bytes(partial(quantize, activation, scale)) == expected
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", checks.VARIANTS)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(variant: str, backend: str) -> None:
     def fn(x: Tensor, s: Tensor) -> Tensor:
@@ -386,7 +388,7 @@ def test_compile_fullgraph(variant: str, backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 def test_opcheck(variant: str) -> None:
     x, scale = torch.randn(4, 24), torch.rand(4, 1) * 0.1 + 0.01
     zero_point = torch.randint(-8, 8, (4, 1), dtype=torch.int32)
@@ -397,7 +399,7 @@ def test_opcheck(variant: str) -> None:
             torch.library.opcheck(torch.ops.qkernels.fake_quantize_straight_through_backward.default, args)
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", checks.VARIANTS)
 def test_activation_checkpointing(variant: str) -> None:
     x, scale = torch.randn(4, 24, requires_grad=True), torch.tensor([0.1], requires_grad=True)
     fn = partial(qk.fake_quantize, quant_min=-8, quant_max=7, straight_through=variant)
@@ -410,7 +412,7 @@ def test_activation_checkpointing(variant: str) -> None:
 def test_second_derivatives() -> None:
     """Right where the gradient of x is dy or nothing; refused for the rest."""
     x = torch.randn(20, requires_grad=True)
-    for variant in reference.VARIANTS:
+    for variant in checks.VARIANTS:
         y = qk.fake_quantize(x, torch.tensor([0.1]), quant_min=-8, quant_max=7, straight_through=variant)
         loss = y.square().sum()
         if variant in ("lsq", "pass"):

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .numerics import rint
 
 
+class Philox(NamedTuple):
+    """Which random numbers: the generator's seed, and its offset, to which an int64 on the device may be added."""
+
+    seed: int
+    offset: int
+    offset_tensor: Tensor | None
+
+
 @triton.jit
-def words(block, seed, offset, offset_ptr):
+def words(block, philox):
     """The four random words of blocks of four elements; ``block`` is int64."""
-    number = tl.cast(offset, tl.int64)
-    if offset_ptr is not None:
-        number += tl.load(offset_ptr)
+    number = tl.cast(philox.offset, tl.int64)
+    if philox.offset_tensor is not None:
+        number += tl.load(philox.offset_tensor)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0) + number.to(tl.uint32)
     c3 = tl.zeros_like(c0) + (number >> 32).to(tl.uint32)
-    return tl.philox(tl.cast(seed, tl.int64), c0, c1, c2, c3)
+    return tl.philox(tl.cast(philox.seed, tl.int64), c0, c1, c2, c3)
 
 
 @triton.jit
@@ -27,16 +38,16 @@ def fraction(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def uniforms_of_blocks(block, seed, offset, offset_ptr, DTYPE: tl.constexpr):
+def uniforms_of_blocks(block, philox, DTYPE: tl.constexpr):
     """u of four elements for each of ``block``'s numbers, in sequence along the last dim."""
-    w0, w1, w2, w3 = words(block, seed, offset, offset_ptr)
+    w0, w1, w2, w3 = words(block, philox)
     return fraction(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)), DTYPE)
 
 
 @triton.jit
-def uniforms(element, seed, offset, offset_ptr, DTYPE: tl.constexpr):
+def uniforms(element, philox, DTYPE: tl.constexpr):
     """u of any elements, at four times the price."""
-    w0, w1, w2, w3 = words(element >> 2, seed, offset, offset_ptr)
+    w0, w1, w2, w3 = words(element >> 2, philox)
     at = element & 3
     return fraction(tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3)), DTYPE)
 

@@ -108,7 +108,7 @@ def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: 
 
 
 def granularity_of(x: Tensor, scale: Tensor) -> Granularity:
-    """How scale speaks for a dense, non-empty x that is not ``unsupported``."""
+    """How scale speaks for a dense, non-empty x that is not ``unsupported_granularity``."""
     found = ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
     assert found is not None
     return found
@@ -119,7 +119,7 @@ def rows_of(rows: int, length: int) -> Granularity:
     return Granularity(_view(length, rows), rows, rows, 1)
 
 
-def unsupported(x: Tensor, scale: Tensor) -> str | None:
+def unsupported_granularity(x: Tensor, scale: Tensor) -> str | None:
     if x.dim() < 3 or scale.numel() == 1 or scale.dim() != x.dim() or x.numel() == 0:
         return None
     for blocks, size in zip(scale.shape, x.shape, strict=True):

@@ -1,205 +1,13 @@
-"""Tiles: pure functions of the shape of a call, so that each can be compiled for every GPU without having one."""
+"""Tiles of the int8 and int4 GEMMs: pure functions of the GPU's architecture and the shape of a product."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..reference.int4_gemm import MAX_GROUP, half_of
-from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
-
-
-def block(granularity: Granularity, numel: int) -> int:
-    """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
-    inner = granularity.view.inner
-    tiles = inner >= 8 and inner & (inner - 1) == 0
-    short = granularity.channels > 1 and inner < 2048 and not tiles
-    return 1024 if short or numel < 1 << 18 else 2048
-
-
-@functools.lru_cache(4096)
-def walk(granularity: Granularity, block: int, zero_point: int | None = None) -> dict[str, Any]:
-    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters.
-
-    ``zero_point``: 0 none, 1 one for each scale, 2 one for all; None for a kernel that knows of none. Not to be changed
-    by the caller.
-    """
-    view = granularity.view
-    mode, inner = SHORT, 1
-    if granularity.channels == 1:
-        mode = ONE
-    elif view.inner == 1:
-        mode = COLUMN
-    elif 8 <= view.inner <= block and view.inner & (view.inner - 1) == 0:
-        mode, inner = TILE, view.inner
-    elif view.inner >= block:
-        mode = LONG
-    wrap = 0 if view.period == granularity.runs else 1 if view.period >= block else 2
-    kinds = {} if zero_point is None else {"ZERO_POINT": zero_point}
-    return {**kinds, "MODE": mode.value, "DIGITS": granularity.digits, "WRAP": wrap, "BLOCK": block, "INNER": inner}
-
-
-@functools.cache
-def by_numbers(block: int) -> dict[str, Any]:
-    return {"ZERO_POINT": 0, "MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
-
-
-class Cut(NamedTuple):
-    """How a reduction cuts x: tiles, and the partial results [outer, period, inner] that they leave.
-
-    Rows: a tile is ``rows`` runs by ``cols`` of their ``length`` elements, and moves ``steps`` times along them; every
-    run leaves ``inner`` pieces. Columns: x is ``height`` rows of one period, ``width`` elements, each; a tile is
-    ``rows`` by ``cols`` and moves ``steps`` times down; every column leaves one result for each of ``outer`` tiles.
-    """
-
-    columns: bool
-    rows: int
-    cols: int
-    steps: int
-    grid: tuple[int, int]
-    outer: int
-    period: int
-    inner: int
-    length: int
-    height: int
-    width: int
-
-
-TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
-ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
-# All registers there are, as the limit that some kernels name: with none named, ptxas spills a register or two
-# of them to have more blocks at once.
-UNSPILLED = 255
-
-
-def power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.lru_cache(4096)
-def cut(granularity: Granularity, numel: int) -> Cut:
-    """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
-    view, runs = granularity.view, granularity.runs
-    length = numel if granularity.channels == 1 else view.inner
-    height, width = runs // view.period, view.period * view.inner
-    # Tiles move up to 16 times while there are a thousand programs left to fill a GPU, and more often where there would
-    # be more than a grid holds.
-    most = max(1, min(16, numel // (TILE_SIZE * 1024)), numel // (TILE_SIZE * 32768))
-    if granularity.channels > 1 and height >= 8 and length < 256:
-        cols = min(power_of_two(width), 128)
-        rows = min(TILE_SIZE // cols, power_of_two(height))
-        steps = min(most, ceil_div(height, rows))
-        outer = ceil_div(height, rows * steps)
-        grid = (ceil_div(width, cols), outer)
-        return Cut(True, rows, cols, steps, grid, outer, view.period, view.inner, length, height, width)
-    cols = min(power_of_two(length), TILE_SIZE)
-    rows = min(TILE_SIZE // cols, power_of_two(runs))
-    steps = min(most, ceil_div(length, cols))
-    pieces = ceil_div(length, cols * steps)
-    grid = (ceil_div(runs, rows), pieces)
-    return Cut(False, rows, cols, steps, grid, height, view.period, pieces, length, height, width)
-
-
-def join(outer: int, period: int, inner: int) -> dict[str, int]:
-    """Tile of the kernels that join partial results: channels by parts, few of each as each tile is compiled anew.
-
-    Registers: see UNSPILLED.
-    """
-    parts = next(parts for parts in (16, 128, 1024) if outer * inner <= parts or parts == 1024)
-    return {"CHANNELS": 1024 // parts, "PARTS": parts, "maxnreg": UNSPILLED}
-
-
-def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
-    """Tile of the kernels that keep whole rows, of at least ``least`` elements."""
-    cols = max(power_of_two(length), least)
-    return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
-
-
-def warps(elements: int) -> int:
-    """Threads for at most 16 elements each, as far as a block can have them."""
-    return max(1, min(32, elements // 512))
-
-
-def sums(inner: int, period: int, numel: int) -> dict[str, Any]:
-    """The constexprs of the first stage of sums (see sums.py); a tile is 1024 elements, and STEPS of them one program.
-
-    Runs of 16 and more are summed each on its own, shorter ones column by column.
-    """
-    steps = 16 if numel >= 1 << 24 else 4
-    width = inner if inner >= 16 else period * inner
-    block = min(1 << (width - 1).bit_length(), 1024 if inner >= 16 else 64)
-    block = max(block, 4)  # a block of the generator
-    tile = {"QUADS": width % 4 == 0, "STEPS": steps}
-    if inner >= 16:
-        return {"RUNS": True, "BLOCK_KEPT": 1024 // block, "BLOCK_REDUCED": block, **tile}
-    return {"RUNS": False, "BLOCK_KEPT": block, "BLOCK_REDUCED": 1024 // block, **tile}
-
-
-def codebook_sums(inner: int) -> tuple[int, int]:
-    """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
-    columns = min(TILE_SIZE, power_of_two(inner))
-    return TILE_SIZE // columns, columns
-
-
-def errors_block(length: int) -> int:
-    """Elements of a channel that a program tries all candidates on."""
-    return min(4096, max(128, power_of_two(length)))
-
-
-LONG_TILE = 4096  # elements of a tile that moves along a row too long for registers
-BACKWARD_ROW = 4096  # longest row of the norm's backward pass that stays in registers: 8192 spills on sm_90
-
-
-def group_tile(groups: int, group_size: int, most: int) -> tuple[bool, dict[str, int]]:
-    """Whether a tile holds whole groups, and the tile: as many of ``groups`` as fit in ``most`` elements."""
-    size = power_of_two(group_size)
-    whole = size <= most
-    count, size = (min(power_of_two(groups), most // size), size) if whole else (1, LONG_TILE)
-    return whole, {"BLOCK_GROUPS": count, "BLOCK_SIZE": size, "num_warps": min(warps(count * size), 16)}
-
-
-def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
-    """Whether a row is one tile, and the tile. A longer row goes by tiles of up to LONG_TILE elements."""
-    groups = length // group_size
-    whole, tile = group_tile(groups, group_size, ONE_PASS)
-    if whole and tile["BLOCK_GROUPS"] >= groups:
-        return True, tile
-    return False, {**group_tile(groups, group_size, LONG_TILE)[1], "maxnreg": UNSPILLED}
-
-
-def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
-    """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
-    block, config = power_of_two(length), {}
-    if block > BACKWARD_ROW:
-        block, config = min(TILE_SIZE, BACKWARD_ROW), {"maxnreg": UNSPILLED}
-    return block, ceil_div(rows, 512), {"num_warps": warps(block), **config}
-
-
-def product_tile(groups: int, group_size: int) -> tuple[bool, dict[str, int]]:
-    """As ``group_tile``: groups of up to 16384 elements whole, short ones together in 2048."""
-    return group_tile(groups, group_size, max(TILE_SIZE, min(power_of_two(group_size), ONE_PASS)))
-
-
-def product_backward(group_size: int) -> dict[str, int]:
-    """A tile of 2048 elements, of one group or several."""
-    size = min(power_of_two(group_size), TILE_SIZE)
-    return {"BLOCK_GROUPS": TILE_SIZE // size, "BLOCK_SIZE": size}
-
-
-def transposed_tile(rows: int, columns: int) -> dict[str, int]:
-    """Tile of the kernels that read a matrix once for itself and once for its transpose: whole sectors of either."""
-    tall, wide = min(64, power_of_two(rows)), max(4, min(64, power_of_two(columns)))
-    return {"BLOCK_ROWS": tall, "BLOCK_COLUMNS": wide, "num_warps": max(1, tall * wide // 512)}
-
-
-def quantize_rows(length: int) -> dict[str, int]:
-    """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or pieces of 8192 elements."""
-    block = min(max(power_of_two(length), 128), 2 * LONG_TILE)
-    return {"BLOCK": block, "num_warps": warps(block), "maxnreg": UNSPILLED}
+from ... import layouts
+from ...reference.int4_gemm import MAX_GROUP
+from .configs import TILE_SIZE, ceil_div, power_of_two
 
 
 class Tile(NamedTuple):
@@ -483,7 +291,7 @@ def int4_linear(
     return tile, parts_of_k(tiles, bytes_of_k, k, least, multiprocessors)
 
 
-class Walk(NamedTuple):
+class KLoop(NamedTuple):
     """How the int4 kernel goes along K, where ``half`` is what two codes of a byte are apart.
 
     add: when the sums of a group go to those of the output: at the "end" of the kernel (one group), after a "span" of
@@ -501,32 +309,32 @@ class Walk(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def int4_walk(group_size: int, k: int, block_k: int, integer: bool) -> Walk:
-    half = half_of(group_size, k)
+def int4_k_loop(group_size: int, k: int, block_k: int, integer: bool) -> KLoop:
+    half = layouts.half_of(group_size, k)
     depth = 32 if integer else 16  # of one instruction
     span = min(group_size, MAX_GROUP) if integer else group_size
     if group_size == k:
-        return Walk("end" if span == k else "span", half, block_k // 2, 1, span, ceil_div(span, block_k))
+        return KLoop("end" if span == k else "span", half, block_k // 2, 1, span, ceil_div(span, block_k))
     if half >= depth and group_size == half:
-        return Walk("halves", half, half, max(1, block_k // (4 * half)), span, 1)
+        return KLoop("halves", half, half, max(1, block_k // (4 * half)), span, 1)
     if half >= depth and group_size % (2 * half) == 0 and span == group_size:
         width = half
         while group_size % (4 * width) == 0 and 4 * width <= block_k:
             width *= 2
         if group_size == 2 * width:
-            return Walk("piece", half, width, block_k // (2 * width), span, 1)
-        return Walk("span", half, width, 1, span, group_size // (2 * width))
-    return Walk("codes", half, max(32, min(block_k, power_of_two(span))), 1, span, 1)
+            return KLoop("piece", half, width, block_k // (2 * width), span, 1)
+        return KLoop("span", half, width, 1, span, group_size // (2 * width))
+    return KLoop("codes", half, max(32, min(block_k, power_of_two(span))), 1, span, 1)
 
 
-def int4_shares(walk: Walk, k: int, group_size: int, splits: int) -> tuple[int, int]:
+def int4_shares(loop: KLoop, k: int, group_size: int, splits: int) -> tuple[int, int]:
     """Units of work along K, and how many of them a part takes: steps, but spans where codes go one by one."""
-    if walk.add == "codes":
-        total = k // group_size * ceil_div(group_size, walk.span)
+    if loop.add == "codes":
+        total = k // group_size * ceil_div(group_size, loop.span)
     else:
-        total = ceil_div(k, 2 * walk.width * walk.pieces)
+        total = ceil_div(k, 2 * loop.width * loop.pieces)
     share = ceil_div(total, splits)
-    return total, ceil_div(share, walk.steps) * walk.steps if walk.add == "span" else share
+    return total, ceil_div(share, loop.steps) * loop.steps if loop.add == "span" else share
 
 
 def int4_x_sums(spans: int, span: int) -> dict[str, int]:

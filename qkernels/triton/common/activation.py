@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import activation as reference
+from ...reference import activation as reference
 from .numerics import reciprocal
 
 EXP = reference.EXP[torch.float32]

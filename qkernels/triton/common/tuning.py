@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import configs, replay
+from . import gemm_configs, replay
 
-Measured = dict[tuple[int, int, int], tuple[configs.Tile, int]]  # (class of M, N, K): tile and parts of K
+Measured = dict[tuple[int, int, int], tuple[gemm_configs.Tile, int]]  # (class of M, N, K): tile and parts of K
 
 
 def path_of(gpu: str) -> Path:
@@ -25,9 +25,9 @@ def path_of(gpu: str) -> Path:
     return Path(os.environ.get("QKERNELS_TUNE_DIR") or cache) / f"tune-{name}.json"
 
 
-def measured(gpu: str, arch: int, m: int, n: int, k: int) -> tuple[configs.Tile, int] | None:
+def measured(gpu: str, arch: int, m: int, n: int, k: int) -> tuple[gemm_configs.Tile, int] | None:
     table = load(gpu, arch)
-    return table.get((configs.class_of(m, configs.GEMM_ROWS), n, k)) if table else None
+    return table.get((gemm_configs.class_of(m, gemm_configs.GEMM_ROWS), n, k)) if table else None
 
 
 @functools.cache
@@ -47,13 +47,13 @@ def load(gpu: str, arch: int) -> Measured:
         return {}
 
 
-def parsed(row: dict[str, Any], arch: int) -> tuple[tuple[int, int, int], tuple[configs.Tile, int]]:
-    tile, splits = configs.Tile(**row["tile"]), int(row["splits"])
-    if fault := configs.gemm_fault(arch, tile):
+def parsed(row: dict[str, Any], arch: int) -> tuple[tuple[int, int, int], tuple[gemm_configs.Tile, int]]:
+    tile, splits = gemm_configs.Tile(**row["tile"]), int(row["splits"])
+    if fault := gemm_configs.gemm_fault(arch, tile):
         raise ValueError(fault)
     if not 1 <= splits <= 64:
         raise ValueError(f"splits: got {splits}; accepted: 1 to 64")
-    ends = (*configs.GEMM_ROWS, None)
+    ends = (*gemm_configs.GEMM_ROWS, None)
     return (ends.index(row["m_up_to"]), int(row["n"]), int(row["k"])), (tile, splits)
 
 

@@ -6,6 +6,8 @@ from plain arithmetic. Kernels are to be launched without FMA contraction (see l
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -48,6 +50,17 @@ def round_to(x, dtype: tl.constexpr):
         return x
     else:
         return narrow(x.to(tl.float32), dtype)
+
+
+def bits_of(number: float) -> int:
+    """The bits of a double, for kernels, which would get the number itself in fp32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+@triton.jit
+def float_of_bits(bits, dtype: tl.constexpr):
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True).to(dtype)
 
 
 @triton.jit

@@ -1,28 +1,12 @@
-"""The straight-through variants of fake quantization's backward pass in plain torch."""
+"""The gradients of a learned scale and zero point in plain torch, in every straight-through convention."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from .fake_quantize import check, check_grad, qparams, sum_to
-
-# Those with terms of their own; "lsq" is an argument of the ops of "clip".
-WITH_TERMS = ("pass", "pact", "ewgs")
-VARIANTS = ("lsq", *WITH_TERMS)
-
-
-def check_variant(straight_through: str, ewgs_delta: float, accepted: tuple[str, ...]) -> None:
-    if straight_through not in accepted:
-        raise RuntimeError(f"straight_through: got '{straight_through}'; accepted: {', '.join(accepted)}")
-    if not 0 <= ewgs_delta < math.inf:
-        raise RuntimeError(f"ewgs_delta: got {ewgs_delta}; accepted: finite, at least 0")
-
-
-def check_clip_or_lsq(straight_through: str) -> None:
-    check_variant(straight_through, 0.0, ("clip", "lsq"))
+from .. import checks
+from .fake_quantize import counts_inside, qparams
 
 
 def fake_quantize_straight_through_backward(
@@ -45,9 +29,9 @@ def fake_quantize_straight_through_backward(
     (arXiv 2104.00903, which clips before it rounds). By the chain rule the scale's term dy·(round(v) − v) becomes
     dy·(round(v) − v)·(1 + d·v).
     """
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    check_variant(straight_through, ewgs_delta, WITH_TERMS)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.straight_through(straight_through, ewgs_delta, checks.WITH_TERMS)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     dy, steps = grad.to(s.dtype), x.to(s.dtype) * inv
     q = steps.round() + z
@@ -67,6 +51,47 @@ def fake_quantize_straight_through_backward(
     dzp = torch.where(inside, 0, -dy * s)
     return (
         torch.empty_like(x).copy_(dx),
+        (sum_to(dscale, scale) * grad_factor).to(scale.dtype),
+        (sum_to(dzp, scale) * grad_factor).to(scale.dtype),
+    )
+
+
+def sum_to(terms: Tensor, param: Tensor) -> Tensor:
+    """The adjoint of ``expand``: sums over the blocks, in fp64."""
+    terms = terms.double()
+    if param.numel() == 1:
+        return terms.sum().reshape(param.shape)
+    split = [n for p, size in zip(param.shape, terms.shape, strict=True) for n in (p, size // max(p, 1))]
+    return terms.reshape(split).sum(dim=tuple(range(1, len(split), 2)))
+
+
+def fake_quantize_learnable_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    lsq: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero point (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
+
+    dscale sums dy·{quant_min − zp | quant_max − zp | (q − zp) − x/scale} (below, above, inside the range), dzp sums
+    −dy·scale over what is outside; both times grad_factor. With lsq the range is asked of x/scale + zp before rounding,
+    bounds excluded, as in both papers; else of q, bounds included, as torch does.
+    """
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
+    steps = x.to(s.dtype) * inv
+    q = steps.round() + z
+    inside = counts_inside(steps, z, quant_min, quant_max, lsq)
+    dy = grad.to(s.dtype)
+    dscale = dy * ((q.clamp(quant_min, quant_max) - z) - torch.where(inside, steps, 0))
+    dzp = torch.where(inside, 0, -dy * s)
+    return (
+        torch.empty_like(x).copy_(torch.where(inside, grad, 0)),
         (sum_to(dscale, scale) * grad_factor).to(scale.dtype),
         (sum_to(dzp, scale) * grad_factor).to(scale.dtype),
     )
