@@ -97,12 +97,10 @@ def range_of_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
         )
 
 
-def zero_point_values(low: int, high: int, quant_min: int, quant_max: int) -> None:
-    """The least and the largest of integer zero points lie in the range."""
-    if low < quant_min or high > quant_max:
+def zero_point_value(zero_point: int, quant_min: int, quant_max: int) -> None:
+    if not quant_min <= zero_point <= quant_max:
         raise RuntimeError(
-            f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, {quant_min} to "
-            f"{quant_max}"
+            f"zero_point: got {zero_point}; accepted: quant_min to quant_max, {quant_min} to {quant_max}"
         )
 
 
@@ -145,8 +143,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
         return
     # Values are looked at only where that costs no synchronisation, and where there is one of each.
     seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
-    if seen and not zero_point.is_floating_point() and zero_point.numel():
-        zero_point_values(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
+    if seen and not zero_point.is_floating_point():
+        z = zero_point.long()
+        outside = z[(z < quant_min) | (z > quant_max)]
+        zero_point_value(int(outside[0]) if outside.numel() else quant_min, quant_min, quant_max)
 
 
 def grad(grad: Tensor, x: Tensor) -> None:
@@ -190,6 +190,13 @@ def dynamic(x: Tensor, group_size: int) -> None:
             f"group_size: got {group_size}; accepted: -1 (a row), None (the whole tensor), or a divisor of x's last "
             f"dim {x.shape[-1]}"
         )
+
+
+def dynamic_range(quant_min: int, quant_max: int, dtype: torch.dtype | None) -> None:
+    """The range of an op that takes scales from x itself: of fake quantization (None), or of codes of dtype."""
+    if dtype is not None:
+        range_of_dtype(quant_min, quant_max, dtype)
+    quant_range(quant_min, quant_max)
 
 
 def channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
@@ -341,6 +348,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, group_size: int) -> None:
     if weight.shape != x.shape[-1:]:
         raise RuntimeError(f"weight: got shape {list(weight.shape)}; accepted: x's last dim, {list(x.shape[-1:])}")
     device("weight", weight, x)
+
+
+def rms_norm_rstd(rstd: Tensor, x: Tensor) -> None:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if rstd.dtype != dtype or rstd.shape != (*x.shape[:-1], 1):
+        raise RuntimeError(
+            f"rstd: got {rstd.dtype} of shape {list(rstd.shape)}; accepted: what the forward op gave, {dtype} of shape "
+            f"{[*x.shape[:-1], 1]}"
+        )
+    device("rstd", rstd, x)
 
 
 def silu_mul(gate: Tensor, up: Tensor, group_size: int) -> None:

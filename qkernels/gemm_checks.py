@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .checks import ACTIVATIONS, int8_range, require, values
+from .checks import ACTIVATIONS, device, int8_range, require, values
 
 MAX_K = 131071  # 128 * 128 * MAX_K < 2**31: no int8 dot product of this length overflows int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_DTYPES = OUT_DTYPES  # of an int4 weight's groups
+
+
+def devices(x: Tensor, of: str = "x", **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None:
+            device(name, t, x, of)
 
 
 def max_k(name: str, k: int) -> None:
@@ -116,6 +122,10 @@ def int8_scaled_mm(
     out_zero_point: Tensor | None,
 ) -> None:
     int8_mm(a, b)
+    devices(
+        a, "a", scale_a=scale_a, scale_b=scale_b, zero_point_a=zero_point_a, colsum_b=colsum_b, bias=bias,
+        out_scale=out_scale, out_zero_point=out_zero_point,
+    )  # fmt: skip
     m, n = a.shape[0], b.shape[1]
     by_row("scale_a", scale_a, m)
     values("scale_a", scale_a)
@@ -136,6 +146,10 @@ def matrix_of_codes(name: str, q: Tensor) -> None:
     require(q.dtype == torch.int8, f"{name}: got {q.dtype}; accepted: torch.int8")
     require(q.dim() == 2, f"{name}: got shape {list(q.shape)}; accepted: [N, K]")
     max_k(name, q.shape[1])
+
+
+def shape_of_weight(n: int, k: int) -> None:
+    require(n >= 0 and k >= 0, f"n, k: got {n}, {k}; accepted: at least 0")
 
 
 def int8_data(data: Tensor, n: int, k: int) -> None:
@@ -197,6 +211,10 @@ def int8_linear(
     out_zero_point: Tensor | None,
 ) -> None:
     rows(x)
+    devices(
+        x, data=data, colsum=colsum, scale=scale, bias=bias, input_scale=input_scale, input_zero_point=input_zero_point,
+        out_scale=out_scale, out_zero_point=out_zero_point,
+    )  # fmt: skip
     n, k = colsum.numel(), x.shape[-1]
     vector("colsum", colsum, n, "[N]")
     max_k("x", k)
@@ -261,6 +279,9 @@ def int8_conv2d(
 ) -> tuple[int, int, int, int]:
     """The shape of the output."""
     require(x.dtype in OUT_DTYPES, f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
+    devices(
+        x, data=data, colsum=colsum, scale=scale, bias=bias, input_scale=input_scale, input_zero_point=input_zero_point
+    )  # fmt: skip
     channels_out = colsum.numel()
     vector("colsum", colsum, channels_out, "[C_out]")
     shape = conv2d_shape(x, channels_out, kernel_size, stride, padding, dilation, groups)
@@ -339,6 +360,10 @@ def int4_linear(
     require(
         out_dtype in OUT_DTYPES, f"out_dtype: got {out_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
     )
+    devices(
+        x, data=data, scale=scale, zero_point=zero_point, minimum=minimum, weight_sum=weight_sum, bias=bias,
+        input_scale=input_scale, input_zero_point=input_zero_point,
+    )  # fmt: skip
     n, k = weight_sum.numel(), x.shape[-1]
     vector("weight_sum", weight_sum, n, "[N]")
     require(
@@ -346,9 +371,9 @@ def int4_linear(
         f"weight_sum: got {weight_sum.dtype}; accepted: contiguous torch.float32",
     )
     max_k("x", k)
-    weight_group_size(group_size, k)
     layout = layouts.int4_layout(data)
     int4_data(data, n, k, group_size, layout)
+    weight_group_size(group_size, k)
     groups = layouts.groups_of(k, group_size)
     int4_groups("scale", scale, n, groups, layout)
     scale_dtype("scale", scale)

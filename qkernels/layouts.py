@@ -26,7 +26,7 @@ def pack_mask(inside: Tensor, like: Tensor) -> Tensor:
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = ((mask[:, None] >> shifts) & 1).reshape(-1)[: like.numel()].bool()
+    bits = ((mask.reshape(-1, 1) >> shifts) & 1).reshape(-1)[: like.numel()].bool()
     inside = torch.empty_like(like, dtype=torch.bool)
     storage_flat(inside).copy_(bits)
     return inside
@@ -120,7 +120,7 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
 
 def int4_layout(data: Tensor) -> str:
     """The layout of an int4 weight's data."""
-    return PANELS if data.dim() == 4 else HALVES
+    return HALVES if data.dim() == 2 else PANELS
 
 
 def int4_layout_on(device: torch.device) -> str:

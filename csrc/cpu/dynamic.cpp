@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
 std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t group_size, int64_t quant_min,
                                                     int64_t quant_max, bool symmetric) {
   check_group_size(x, group_size);
+  check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
   const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   auto qparams = empty_qparams(x, group_size);  // no structured binding: C++17 lets no lambda capture one
   Tensor &scale = std::get<0>(qparams), &zero_point = std::get<1>(qparams);

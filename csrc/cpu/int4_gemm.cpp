@@ -41,6 +41,7 @@ void check_packed(const Tensor& data, int64_t n, int64_t k) {
 }
 
 Tensor int4_unpack(const Tensor& data, int64_t n, int64_t k) {
+  QK_CHECK(n >= 0 && k >= 0, "n, k: got ", n, ", ", k, "; accepted: at least 0");
   check_packed(data, n, k);
   const Int4Kernels& kernels = int4_kernels();
   record_isa(kernels.isa);
@@ -137,7 +138,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
                    ScalarType out_dtype) {
   check_cpu("x", x);
   const bool codes = x.scalar_type() == ScalarType::Char;
-  const Element type = codes ? Element::i8 : element_of("x", x.scalar_type());
+  const Element type = codes ? Element::i8 : element_of("x", x.scalar_type(), ", torch.int8");
   QK_CHECK(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]");
   QK_CHECK(act_bits == 8 || act_bits == 16, "act_bits: got ", act_bits, "; accepted: 8, 16");
   const bool floats = act_bits == 16;

@@ -27,9 +27,10 @@ struct Geometry {
 };
 
 Pair pair_of(const char* name, const std::vector<int64_t>& values, int64_t least) {
-  QK_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, name, ": got ", values.size(), " values",
-           values.size() == 2 ? " below " : "", values.size() == 2 ? std::to_string(least) : "",
-           "; accepted: 2 integers, height and width, at least ", least);
+  std::string got;
+  for (int64_t value : values) got += (got.empty() ? "" : ", ") + std::to_string(value);
+  QK_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, name, ": got [", got,
+           "]; accepted: 2 integers, height and width, at least ", least);
   return {values[0], values[1]};
 }
 

@@ -171,6 +171,7 @@ void check_packed(const Tensor& data, int64_t n, int64_t k) {
 }
 
 Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
+  QK_CHECK(n >= 0 && k >= 0, "n, k: got ", n, ", ", k, "; accepted: at least 0");
   check_packed(data, n, k);
   record_isa(Isa::scalar);
   Tensor w = empty({n, k}, ScalarType::Char);
@@ -190,7 +191,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                    const std::optional<Tensor>& out_zero_point) {
   check_cpu("x", x);
   const bool codes = x.scalar_type() == ScalarType::Char;
-  const Element type = codes ? Element::i8 : element_of("x", x.scalar_type());
+  const Element type = codes ? Element::i8 : element_of("x", x.scalar_type(), ", torch.int8");
   QK_CHECK(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]");
   check_vector("colsum", colsum, colsum.numel(), -1, false, "[N]");
   const int64_t n = colsum.numel(), k = x.size(x.dim() - 1);

@@ -22,6 +22,19 @@ void check(const Tensor& x, const std::optional<Tensor>& weight, int64_t group_s
   check_device("weight", *weight, device_of(x));
 }
 
+// rstd is what the forward op gave of x.
+void check_rstd(const Tensor& rstd, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t dims = x.dim();
+  bool fits = rstd.scalar_type() == dtype && rstd.dim() == dims && rstd.size(dims - 1) == 1;
+  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = rstd.size(i) == x.size(i);
+  std::string shape = "[";
+  for (int64_t i = 0; i + 1 < dims; ++i) shape += std::to_string(x.size(i)) + ", ";
+  QK_CHECK(fits, "rstd: got ", dtype_name(rstd.scalar_type()), " of shape ", shape_of(rstd),
+           "; accepted: what the forward op gave, ", dtype_name(dtype), " of shape ", shape, "1]");
+  check_device("rstd", rstd, device_of(x));
+}
+
 // Without a weight all values are 1, which changes no bit.
 template <typename T>
 std::vector<T> values_of(const std::optional<Tensor>& weight, int64_t length) {
@@ -77,14 +90,9 @@ std::tuple<Tensor, Tensor> rms_norm_fake_quantize_dynamic_backward(const Tensor&
                                                                    int64_t quant_max, bool weight_grad) {
   check(x_any, weight, 0);
   check_grad(grad_any, x_any);
+  check_rstd(rstd_any, x_any);
   const Tensor grad = to_contiguous(grad_any), x = to_contiguous(x_any), rstd = to_contiguous(rstd_any);
   const int64_t length = x.sizes()[x.dim() - 1], numel = x.numel(), rows = length ? numel / length : 0;
-  QK_CHECK((rstd.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double) &&
-               (rstd.scalar_type() == ScalarType::Double || rstd.scalar_type() == ScalarType::Float) &&
-               (rstd.numel() == rows || !length),
-           "rstd: got ", dtype_name(rstd.scalar_type()), " of shape ", shape_of(rstd),
-           "; accepted: what the forward op gave, one for each of x's ", rows, " rows");
-  check_device("rstd", rstd, device_of(x));
   weight_grad = weight_grad && weight;
   Tensor dx = empty(to_vector(x.sizes()), x.scalar_type());
   std::vector<double> dweight(weight_grad ? length : 0);

@@ -187,7 +187,7 @@ def as_tensors(
         return scale, zero_point
     if isinstance(zero_point, float):
         raise RuntimeError(f"zero_point: got {zero_point}; accepted: an int, a tensor or None")
-    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
+    checks.zero_point_value(zero_point, quant_min, quant_max)  # a GPU would not look at it
     if zero_point == 0:
         return scale, None
     return scale, torch.full((1,), zero_point, dtype=torch.int32, device=x.device)

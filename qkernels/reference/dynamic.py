@@ -15,6 +15,8 @@ def fake_quantize_dynamic_forward(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, scale, zero point (int32) and the packed mask, with ranges taken from each group of x itself."""
+    checks.dynamic(x, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
     y, mask = fake_quantize_forward_mask(x, scale, zero_point, quant_min, quant_max)
     return y, scale, zero_point, mask if not symmetric else mask.new_empty(0)
@@ -24,7 +26,6 @@ def dynamic_qparams(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """Scale and int32 zero point of each group: of the whole of x (0), of each row (-1), of group_size elements."""
-    checks.dynamic(x, group_size)
     values = x.detach().to(compute_dtype(x))
     rows = x.shape[:-1]
     shape = [1] * x.dim() if group_size == 0 else [*rows, 1 if group_size == -1 else x.shape[-1] // group_size]
@@ -39,5 +40,7 @@ def dynamic_qparams(
 def quantize_dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.dynamic(x, group_size)
+    checks.dynamic_range(quant_min, quant_max, torch.int8)
     scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
     return quantize(x, scale, zero_point, quant_min, quant_max, torch.int8), scale, zero_point

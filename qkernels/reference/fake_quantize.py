@@ -25,6 +25,8 @@ def expand(param: Tensor, x: Tensor) -> Tensor:
     for dim, (blocks, size) in enumerate(zip(param.shape, x.shape, strict=True)):
         if 1 < blocks < size:
             param = param.repeat_interleave(size // blocks, dim)
+        elif size == 0:
+            param = param.narrow(dim, 0, min(blocks, 0))
     return param
 
 

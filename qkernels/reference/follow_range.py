@@ -48,7 +48,9 @@ def followed(
     s, z = qparams_of_range(low, high, quant_min, quant_max, symmetric, 0.0)
     known = low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))
     part = torch.where(known, torch.where(s > scale, up, down), 0.0)
-    return _moved(scale, s, part), None if zero_point is None else _moved(zero_point, z, part)
+    return _moved(scale, s, part), None if zero_point is None else _moved(zero_point.view_as(scale), z, part).view_as(
+        zero_point
+    )
 
 
 def _moved(old: Tensor, new: Tensor, part: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def foreach_fake_quantize_learnable_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the tensors, of the scales and of the zero points (these in scale's shape)."""
     checks.foreach(
-        xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs,
-        grad_factor=grad_factors,
+        xs, grad_factor=grad_factors, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins,
+        quant_max=quant_maxs,
     )  # fmt: skip
     calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, grad_factors, strict=True)
     results = [single.fake_quantize_learnable_backward(*call, lsq) for call in calls]

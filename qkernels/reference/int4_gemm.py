@@ -22,6 +22,7 @@ def int4_pack(q: Tensor) -> Tensor:
 
 
 def int4_unpack(data: Tensor, n: int, k: int) -> Tensor:
+    gemm_checks.shape_of_weight(n, k)
     gemm_checks.int4_data(data, n, k, k, layouts.PANELS)
     return layouts.int4_unpack(data, n, k, k)
 

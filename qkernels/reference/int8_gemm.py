@@ -71,6 +71,7 @@ def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
+    gemm_checks.shape_of_weight(n, k)
     gemm_checks.int8_data(data, n, k)
     return layouts.int8_unpack(data, n, k)
 

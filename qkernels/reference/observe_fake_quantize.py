@@ -36,7 +36,7 @@ def observe_fake_quantize(
     running_max, zero_point = running_max.view_as(running_min), zero_point.view_as(running_min)
     scale = scale.view_as(running_min)
     low, high = range_of(x, running_min)
-    learn = observer_on.bool() & low.isfinite() & high.isfinite()
+    learn = observer_on.bool().reshape(()) & low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):
         running.copy_(torch.where(learn, moving_average(running, batch, averaging_const), running))
     s, z = observed_qparams(running_min, running_max, quant_min, quant_max, symmetric_steps, symmetric_zero_point)

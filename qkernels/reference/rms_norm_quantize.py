@@ -56,6 +56,7 @@ def rms_norm_fake_quantize_dynamic_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, scale, zero point (int32) and rstd."""
     checks.rms_norm(x, weight, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     rstd = rstd_of(x, eps)
     return *given_rstd(x, weight, rstd, group_size, quant_min, quant_max, symmetric), rstd
 
@@ -65,6 +66,7 @@ def rms_norm_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q (int8), scale, zero point (int32) and rstd: dequantized, the values of the fake-quantize op bit for bit."""
     checks.rms_norm(x, weight, group_size)
+    checks.dynamic_range(quant_min, quant_max, torch.int8)
     rstd = rstd_of(x, eps)
     return *given_rstd_quantized(x, weight, rstd, group_size, quant_min, quant_max, symmetric), row_major(
         rstd, rstd.dtype
@@ -89,11 +91,9 @@ def rms_norm_fake_quantize_dynamic_backward(
     """
     checks.rms_norm(x, weight, 0)
     checks.grad(grad, x)
-    if rstd.dtype != compute_dtype(x) or rstd.shape != (*x.shape[:-1], 1):
-        raise RuntimeError(
-            f"rstd: got {rstd.dtype} of shape {list(rstd.shape)}; accepted: what the forward op gave, "
-            f"{compute_dtype(x)} of shape {[*x.shape[:-1], 1]}"
-        )
+    checks.rms_norm_rstd(rstd, x)
+    if scale is not None:
+        checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     n, dy = normalized(x, None, rstd), grad.to(rstd.dtype)
     if scale is not None:
         inside = inside_range(normalized(x, weight, rstd), scale, zero_point, quant_min, quant_max)

@@ -28,6 +28,7 @@ def silu_mul_fake_quantize_dynamic_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, scale and zero point (int32)."""
     checks.silu_mul(gate, up, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     v = product(gate, up)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(fake_quantize_forward(v, scale, zero_point, quant_min, quant_max), gate.dtype), scale, zero_point
@@ -38,6 +39,7 @@ def silu_mul_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (int8), scale and zero point (int32): dequantized, the values of the fake-quantize op bit for bit."""
     checks.silu_mul(gate, up, group_size)
+    checks.dynamic_range(quant_min, quant_max, torch.int8)
     v = product(gate, up)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(quantize(v, scale, zero_point, quant_min, quant_max, torch.int8), torch.int8), scale, zero_point
@@ -55,6 +57,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     """dgate and dup. A scale says what was clipped; without one nothing was."""
     checks.silu_mul(gate, up, 0)
     checks.grad(grad, gate)
+    if scale is not None:
+        checks.fake_quantize(gate, scale, zero_point, quant_min, quant_max)
     g = gate.to(compute_dtype(gate))
     u, dy = up.to(g.dtype), grad.to(g.dtype)
     if scale is not None:

@@ -162,6 +162,8 @@ def fake_quantize_dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, scale and zero point; the range is a constant."""
+    checks.dynamic(x, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = (x.detach().to(s.dtype) * inv).round() + z

@@ -96,7 +96,7 @@ def dynamic(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fake_quantize_dynamic_forward (dtype None), or quantize_dynamic with codes of ``dtype``."""
     checks.dynamic(x, group_size)
-    checks.floats_and_range(x, quant_min, quant_max)
+    checks.dynamic_range(quant_min, quant_max, dtype)
     shape = [1] * x.dim() if group_size == 0 else [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
     compute = compute_dtype(x)
     scale = torch.empty(shape, dtype=compute, device=x.device)

@@ -177,7 +177,7 @@ def fake_quantize_backward(
 
 def _check_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Any, Any]:
     checks.floats_and_range(x, quant_min, quant_max)
-    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)
+    checks.zero_point_value(zero_point, quant_min, quant_max)
     if x.dtype == torch.float64:
         return x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
     return float(scale), float(zero_point)

@@ -143,6 +143,7 @@ def rms_norm_fake_quantize_dynamic_forward(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.rms_norm(x, weight, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_forward(*args)
@@ -153,6 +154,7 @@ def rms_norm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.rms_norm(x, weight, group_size)
+    checks.dynamic_range(quant_min, quant_max, torch.int8)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_quantize_dynamic(*args)
@@ -266,6 +268,9 @@ def rms_norm_fake_quantize_dynamic_backward(
 ) -> tuple[Tensor, Tensor]:
     checks.rms_norm(x, weight, 0)
     checks.grad(grad, x)
+    checks.rms_norm_rstd(rstd, x)
+    if scale is not None:
+        checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_backward(
             grad, x, weight, rstd, scale, zero_point, quant_min, quant_max, weight_grad

@@ -104,6 +104,7 @@ def silu_mul_fake_quantize_dynamic_forward(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.silu_mul(gate, up, group_size)
+    checks.dynamic_range(quant_min, quant_max, None)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_fake_quantize_dynamic_forward(*args)
@@ -114,6 +115,7 @@ def silu_mul_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.silu_mul(gate, up, group_size)
+    checks.dynamic_range(quant_min, quant_max, torch.int8)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_quantize_dynamic(*args)
@@ -157,6 +159,8 @@ def silu_mul_fake_quantize_dynamic_backward(
 ) -> tuple[Tensor, Tensor]:
     checks.silu_mul(gate, up, 0)
     checks.grad(grad, gate)
+    if scale is not None:
+        checks.fake_quantize(gate, scale, zero_point, quant_min, quant_max)
     numel = gate.numel()
     dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if numel == 0:

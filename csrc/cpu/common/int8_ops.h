@@ -18,12 +18,14 @@ inline void check_k(const char* name, int64_t k) {
   QK_CHECK(k <= kMaxK, name, ": got K = ", k, "; accepted: K <= ", kMaxK, ", where int8 products sum exactly in int32");
 }
 
-inline Element element_of(const char* name, ScalarType dtype) {
+// ``also`` names what else is accepted there.
+inline Element element_of(const char* name, ScalarType dtype, const char* also = "") {
   switch (dtype) {
     case ScalarType::Float: return Element::f32;
     case ScalarType::BFloat16: return Element::bf16;
     case ScalarType::Half: return Element::f16;
-    default: fail(name, ": got ", dtype_name(dtype), "; accepted: torch.float32, torch.bfloat16, torch.float16");
+    default:
+      fail(name, ": got ", dtype_name(dtype), "; accepted: torch.float32, torch.bfloat16, torch.float16", also);
   }
 }
 
@@ -196,7 +198,7 @@ inline void set_output(PanelOutput& o, const std::string& activation, ScalarType
     QK_CHECK(out_dtype != ScalarType::Char,
              "out_dtype: got torch.int8; accepted: torch.float32, torch.bfloat16, torch.float16, and with out_scale "
              "torch.int8");
-    o.type = element_of("out_dtype", out_dtype);
+    o.type = element_of("out_dtype", out_dtype, ", and with out_scale torch.int8");
     QK_CHECK(!out_zero_point, "out_zero_point: got a tensor without out_scale; accepted: both, or neither");
     return;
   }
