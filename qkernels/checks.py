@@ -205,6 +205,7 @@ def channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
     if not -dims <= axis < dims:
         raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
     shape = [1] * dims
+    axis %= dims
     shape[axis] = channels = x.size(axis)
     for name, param in zip(("scale", "zero_point", "running_min", "running_max"), params, strict=False):
         if param.dim() != 1 or param.numel() != channels:
