@@ -11,7 +11,7 @@ import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from compare import same
 from conftest import kernels_of
-from test_fake_quantize import saved_bytes
+from gradients import saved_bytes
 from torch import Tensor
 
 import qkernels as qk

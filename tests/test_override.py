@@ -19,9 +19,7 @@ from conftest import kernels_of, run_python
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels import checks
 from qkernels.integrations import aten
-from qkernels.reference import aten_fake_quantize as reference
 
 pytestmark = pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels")
 A = torch.ops.aten
@@ -1164,50 +1162,3 @@ def test_reference_cannot_take_a_call() -> None:
     for device, takes in (("cpu", True), ("meta", False)):
         one = torch.ones(1, device=device)
         assert aten._takes("fake_quantize_forward", one, one, None, -8, 7) == takes
-
-
-# The ops behind it.
-
-
-@pytest.mark.parametrize("kernel", kernels_of("fake_quantize_backward_bytes"))
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_backward_bytes(kernel: str, dtype: torch.dtype) -> None:
-    for name in ("0-dim", "empty", "odd", "channels_last", "transposed", "sliced", "expanded", "misaligned"):
-        grad = INPUTS[name][0](dtype)
-        mask = torch.empty_like(grad, dtype=torch.bool).copy_(torch.rand(grad.shape) < 0.5)
-        with qk.use_kernel(kernel):
-            got = torch.ops.qkernels.fake_quantize_backward_bytes(grad, mask)
-        assert torch.equal(got, torch.where(mask, grad, 0))
-        assert got.stride() == reference.empty_gradient(grad, mask).stride()
-
-
-@pytest.mark.parametrize("kernel", kernels_of("fake_quantize_forward.channel"))
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_channel_drop_in(kernel: str, dtype: torch.dtype) -> None:
-    """As qk.fake_quantize with the parameters in the shape of that dim, forward and both ways back."""
-    for name in ("odd", "image", "channels_last", "transposed", "sliced", "few channels last", "empty"):
-        x = INPUTS[name][0](dtype)
-        for axis in range(-1, x.dim()):
-            n = x.size(axis)
-            scale, zero_point = torch.rand(n) * 0.1 + 0.01, torch.randint(-8, 8, (n,)).to(torch.int32)
-            for zp in (zero_point, zero_point.float() + 0.4):
-                views = checks.channel_views(x, axis, scale, zp)
-                for leaf in (x.clone().requires_grad_(), x.requires_grad_() * 1):
-                    with qk.use_kernel(kernel):
-                        y = qk.fake_quantize_per_channel_affine(leaf, scale, zp, axis, -8, 7)
-                        (dx,) = torch.autograd.grad(y.square().sum(), leaf)
-                        same(y.detach(), qk.fake_quantize_per_channel_affine(leaf.detach(), scale, zp, axis, -8, 7))
-                    want = qk.fake_quantize(leaf, *views, quant_min=-8, quant_max=7)
-                    torch.testing.assert_close(y, want, rtol=0, atol=0)
-                    (dx_want,) = torch.autograd.grad(want.square().sum(), leaf)
-                    torch.testing.assert_close(dx, dx_want, rtol=0, atol=0)
-                x = x.detach()
-
-
-def test_channel_drop_in_second_derivative() -> None:
-    for leaf in (True, False):
-        x = torch.randn(6, 20, requires_grad=True)
-        y = qk.fake_quantize_per_channel_affine(x if leaf else x * 1, torch.full((6,), 0.1), torch.ones(6), 0, -8, 7)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(first.sum(), x)
-        assert torch.equal(second, torch.where((first != 0) | (y == 0), 2.0, 0.0))

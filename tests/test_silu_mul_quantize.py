@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS
+from compare import same
 from conftest import kernels_of, paths_of, results_on
-from test_fake_quantize import same, saved_bytes
+from gradients import saved_bytes
 from torch import Tensor
 from torch.nn.functional import silu
 

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
+from compare import same
 from conftest import kernels_of
-from test_fake_quantize import same, saved_bytes, straight_through
+from gradients import saved_bytes, straight_through
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

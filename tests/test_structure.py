@@ -61,7 +61,7 @@ MISSING = {
         "rms_norm_quantize",
         "silu_mul_quantize",
     },
-    "tests": {"aten_fake_quantize", "dynamic", "observe_fake_quantize", "quantize_transposed"},
+    "tests": set(),
 }
 
 
