@@ -109,6 +109,16 @@ def _quick_interpreter() -> None:
     interpreter._patch_lang = patch_once
 
 
+@pytest.fixture
+def override_ends() -> Iterator[None]:
+    """That torch's ops are torch's before a test that overrides them, and again after it."""
+    from overriding import rerouted
+
+    assert not rerouted()
+    yield
+    assert not rerouted()
+
+
 def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a fresh interpreter that imports qkernels from ``root``; for what is decided at import."""
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
