@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of, zero_points
 from compare import same
-from conftest import assert_ran, kernels_of
+from conftest import assert_ran, kernels_of, untouched
 from gradients import saved_bytes
 from samples import op_samples
 from torch import Tensor
@@ -110,7 +110,7 @@ def test_bad_scales(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernel", COMPILED)
 def test_fault_offsets_beyond_2_31(kernel: str) -> None:
     """Elements beyond 2**31 of a lazily committed tensor, reached by strides."""
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    storage = untouched(2**31 + 4096, torch.bfloat16)
     x = storage.as_strided((2, 4096), (2**31, 1))
     x.copy_(torch.randn(2, 4096))
     with qk.use_kernel(kernel):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
-from qkernels.ops import int8_training as ops
+from qkernels import gemm_checks
 from qkernels.reference import quantize_transposed as reference
 
 PRODUCTS = list(itertools.product(("int8", "float"), repeat=3))
@@ -147,7 +147,7 @@ def test_strided_operands() -> None:
 
 def test_sums_longer_than_int32_allows() -> None:
     """A sequence of more tokens than one exact sum can take, and codes at their extremes throughout."""
-    tokens = ops.MAX_K + 20
+    tokens = gemm_checks.MAX_K + 20
     x, w, grad = torch.ones(tokens, 3), torch.ones(2, 3), torch.ones(tokens, 2)
     _, dx, dw, _ = results(x, w, None, grad)
     torch.testing.assert_close(dw, torch.full((2, 3), float(tokens)), rtol=1e-6, atol=0)

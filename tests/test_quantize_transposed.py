@@ -12,7 +12,7 @@ from conftest import kernels_of
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.ops.quantize_transposed import _quantize_transposed
+from qkernels.ops.quantize_transposed import quantize_transposed_op
 from qkernels.reference import quantize_transposed as reference
 
 MATRICES: dict[str, Callable[[torch.dtype], Tensor]] = {
@@ -44,7 +44,7 @@ def test_codes_equal_the_reference(kernel: str, name: str, dtype: torch.dtype) -
         for threads in (1, 2) if kernel.startswith("cpu_") else (1,):
             torch.set_num_threads(threads)
             with qk.use_kernel(kernel):
-                for a, b in zip(_quantize_transposed(x, *args), expected, strict=True):
+                for a, b in zip(quantize_transposed_op(x, *args), expected, strict=True):
                     same(a, b)
 
 
@@ -78,7 +78,7 @@ BAD = {
     "matrix": (lambda: qk.quantize_dynamic_transposed(X[0]), r"x: got shape \[6\]; accepted: 2 dims"),
     "matrix dtype": (lambda: qk.quantize_dynamic_transposed(X.int()), "x: got torch.int32; accepted: torch.float32"),
     "bits": (lambda: qk.quantize_dynamic_transposed(X, bits=9), "bits: got 9; accepted: 2 to 8"),
-    "quant_max": (lambda: _quantize_transposed(X, 128, None, 0, None), "quant_max: got 128; accepted: 1 to 127"),
+    "quant_max": (lambda: quantize_transposed_op(X, 128, None, 0, None), "quant_max: got 128; accepted: 1 to 127"),
     "offset": (
         lambda: qk.quantize_dynamic_transposed(X, seed=1, offset=torch.tensor(1.0)),
         r"offset: got torch.float32 of shape \[\]; accepted: an int, or one torch.int64 element on x's device",

@@ -22,13 +22,11 @@ LONG_FILES = {
     "csrc/cpu/aten_fake_quantize.cpp",
     "csrc/cpu/int4_gemm_kernels.h",
     "csrc/cpu/int8_gemm_kernels.h",
-    "qkernels/ops/int4_gemm.py",
-    "qkernels/selfcheck.py",
 }
 
 # The parts of the package from the bottom up. A part imports only from the lines below its own.
 LAYERS = (
-    ("version", "registry", "host", "checks", "codebooks"),
+    ("version", "registry", "host", "checks", "codebooks", "samples"),
     ("loading", "layouts"),
     ("gemm_checks",),
     ("reference",),
