@@ -22,6 +22,8 @@ from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("fake_quantize_forward") if name not in ("triton", "reference")]
 FORWARD_OPS = ("fake_quantize_forward", "fake_quantize_backward", "fake_quantize_learnable_backward")
 

@@ -16,6 +16,8 @@ from qkernels import layouts, library
 from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
+pytestmark = pytest.mark.sanitized
+
 OPS = ("int4_pack", "int4_unpack", "int4_linear")
 FORMS = ("symmetric", "zero points", "minima")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,7 +23,10 @@ from qkernels import checks
 from qkernels.integrations import aten
 from qkernels.reference import aten_fake_quantize as reference
 
-pytestmark = pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels")
+pytestmark = [
+    pytest.mark.sanitized,
+    pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels"),
+]
 A = torch.ops.aten
 NAN = torch.tensor([math.nan])
 

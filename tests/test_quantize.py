@@ -14,6 +14,8 @@ import qkernels as qk
 from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("quantize") if name not in ("triton", "reference")]
 CODES = [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int32, -(2**24), 2**24), (torch.int8, -8, 7)]
 
