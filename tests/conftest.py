@@ -25,6 +25,7 @@ import sampling
 import qkernels as qk
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault(sampling.SEED, str(sampling.seed()))  # workers and subprocesses take the same sample
 
 
 def kernels_of(op: str) -> list[str]:

@@ -21,6 +21,8 @@ from qkernels.reference import codebook as reference
 from qkernels.reference.fake_quantize import expand
 from qkernels.reference.fake_quantize_learnable import sum_to
 
+pytestmark = pytest.mark.sanitized
+
 FORWARD = "fake_quantize_codebook_forward"
 LEARNABLE = "fake_quantize_codebook_learnable_backward"
 COMPILED = [name for name in kernels_of(FORWARD) if name.startswith("cpu_")]

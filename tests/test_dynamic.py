@@ -16,6 +16,8 @@ from qkernels.ops import dynamic
 from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.mark.parametrize("kernel", kernels_of("quantize_dynamic"), indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

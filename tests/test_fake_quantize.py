@@ -21,6 +21,8 @@ from qkernels.ops import fake_quantize as ops
 from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.reference import fake_quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("fake_quantize_forward") if name not in ("triton", "reference")]
 
 

@@ -14,6 +14,8 @@ from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.reference import fake_quantize as reference
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("fake_quantize_forward") if name not in ("triton", "reference")]
 
 

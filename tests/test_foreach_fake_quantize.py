@@ -18,6 +18,8 @@ from qkernels.ops import fake_quantize as single
 from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.ops import foreach_fake_quantize as ops
 
+pytestmark = pytest.mark.sanitized
+
 KERNELS = kernels_of("foreach_fake_quantize_forward")
 Lists = tuple[list[Any], ...]
 

@@ -16,6 +16,8 @@ from qkernels import library
 from qkernels.ops.int4_gemm import PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
+pytestmark = pytest.mark.sanitized
+
 OPS = ("int4_pack", "int4_unpack", "int4_linear")
 
 

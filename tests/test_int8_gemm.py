@@ -28,6 +28,8 @@ from qkernels import gemm_checks, library, registry
 from qkernels.ops.int8_gemm import PackedInt8, int8_linear, int8_mm, int8_scaled_mm
 from qkernels.reference import int8_gemm as reference
 
+pytestmark = pytest.mark.sanitized
+
 OPS = ("int8_mm", "int8_scaled_mm", "int8_pack", "int8_unpack", "int8_linear")
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 import qkernels as qk
 from qkernels.ops import observe_fake_quantize as observe_ops
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.mark.parametrize("kernel", kernels_of("observe_fake_quantize"))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

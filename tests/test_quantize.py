@@ -13,6 +13,8 @@ from conftest import assert_ran, kernels_of
 import qkernels as qk
 from qkernels.reference import quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("quantize") if name not in ("triton", "reference")]
 CODES = [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int32, -(2**24), 2**24), (torch.int8, -8, 7)]
 

@@ -19,6 +19,8 @@ from qkernels.reference import fake_quantize as plain
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import relu_fake_quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 FORWARD = "relu_fake_quantize_forward"
 
 

@@ -20,6 +20,8 @@ from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import rms_norm_quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 FORWARD, QUANTIZE, BACKWARD = (
     "rms_norm_fake_quantize_dynamic_forward",
     "rms_norm_quantize_dynamic",

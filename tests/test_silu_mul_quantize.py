@@ -20,6 +20,8 @@ from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import silu_mul_quantize as reference
 
+pytestmark = pytest.mark.sanitized
+
 FORWARD, QUANTIZE, BACKWARD = (
     "silu_mul_fake_quantize_dynamic_forward",
     "silu_mul_quantize_dynamic",

@@ -22,6 +22,8 @@ from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import quantize as reference_quantize
 from qkernels.reference import stochastic as reference
 
+pytestmark = pytest.mark.sanitized
+
 COMPILED = [name for name in kernels_of("fake_quantize_stochastic_forward") if name.startswith("cpu_")]
 fake_quantize = partial(qk.fake_quantize_stochastic, quant_min=-8, quant_max=7)
 
