@@ -17,6 +17,8 @@ from qkernels import checks
 from qkernels.reference import aten_fake_quantize as reference
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 
+pytestmark = pytest.mark.sanitized
+
 
 def test_fault_learnable_gradient_with_negative_zero_point() -> None:
     """torch's learnable per-tensor backward truncates zp + 0.5: wrong for every negative zero point."""
@@ -150,9 +152,6 @@ def test_bad_input(case: str, kernel: str) -> None:
     call, message = BAD[case]
     with qk.use_kernel(kernel), pytest.raises((RuntimeError, ValueError), match=message):
         call()
-
-
-pytestmark = pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels")
 
 
 # The ops behind it.

@@ -11,6 +11,8 @@ from torch import Tensor
 import qkernels as qk
 from qkernels import codebooks
 
+pytestmark = pytest.mark.sanitized
+
 # Codebooks.
 
 PUBLISHED_NF4 = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635

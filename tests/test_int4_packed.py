@@ -18,6 +18,8 @@ from qkernels import layouts, library
 from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.fixture(params=[*paths_of("int4_linear"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:

@@ -16,6 +16,8 @@ from qkernels import library
 from qkernels.ops.int8_gemm import PackedInt8, int8_linear, int8_mm
 from qkernels.reference import int8_gemm as reference
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.fixture(params=[*paths_of("int8_mm"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:

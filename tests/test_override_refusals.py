@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qkernels as qk
 
 pytestmark = [
+    pytest.mark.sanitized,
     pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels"),
     pytest.mark.usefixtures("override_ends"),
 ]

@@ -17,6 +17,7 @@ import qkernels as qk
 from qkernels.integrations import aten
 
 pytestmark = [
+    pytest.mark.sanitized,
     pytest.mark.skipif(qk.library.host is None, reason="needs the compiled kernels"),
     pytest.mark.usefixtures("override_ends"),
 ]

@@ -15,6 +15,8 @@ import qkernels as qk
 from qkernels.ops.quantize_transposed import quantize_transposed_op
 from qkernels.reference import quantize_transposed as reference
 
+pytestmark = pytest.mark.sanitized
+
 MATRICES: dict[str, Callable[[torch.dtype], Tensor]] = {
     "one element": lambda d: torch.full((1, 1), -2.7, dtype=d),
     "empty": lambda d: torch.empty(0, 4, dtype=d),

@@ -21,6 +21,8 @@ from qkernels.reference import fake_quantize as clip
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import fake_quantize_learnable as reference
 
+pytestmark = pytest.mark.sanitized
+
 OP = "fake_quantize_straight_through_backward"
 COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
 

@@ -1,8 +1,4 @@
-"""What holds for the sources as a whole: length of files, direction of imports, and the files of each op.
-
-Each test compares what it finds with a table of known exceptions. An exception that is gone must leave its table, so
-that the tables only shrink.
-"""
+"""What holds for the sources as a whole: length of files, direction of imports, and the files of each op."""
 
 from __future__ import annotations
 
