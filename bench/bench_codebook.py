@@ -7,7 +7,8 @@ from collections.abc import Callable
 import peers
 import pytest
 import torch
-from bench_fake_quantize import dtypes, forward_backward
+from laps import forward_backward
+from operands import dtypes
 from torch import Tensor
 
 import qkernels as qk

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import peers
 import pytest
 import torch
+from laps import Call, forward_backward
+from operands import INT8, Compare, as_granularity, dtypes, granularities, operands
 from torch import Tensor
 
 import qkernels as qk
-from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as reference
-from qkernels.reference import fake_quantize_learnable as learnable_reference
-
-Call = Callable[[], Any]
-Compare = Callable[..., None]
-INT8 = (-128, 127)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-granularities = pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
-
-
-def forward_backward(function: Call, inputs: list[Tensor], grad: Tensor) -> Call:
-    """y and the gradients of inputs."""
-
-    def call() -> tuple[Tensor, ...]:
-        y = function()
-        return y, *torch.autograd.grad(y, inputs, grad)
-
-    return call
-
-
-def operands(rows: int, columns: int, per_channel: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, a scale that clips about 1 % of it, zero points; per channel means per row."""
-    x = torch.randn(rows, columns).to(dtype)
-    scale = (2.6 / 127) * (0.9 + 0.2 * torch.rand(rows if per_channel else 1))
-    return x, scale, torch.zeros(scale.shape, dtype=torch.int32)
-
-
-def as_granularity(t: Tensor) -> Tensor:
-    return t.view(-1, 1) if t.numel() > 1 else t
 
 
 def ours(x: Tensor, scale: Tensor, zero_point: Tensor) -> Call:
@@ -109,64 +80,6 @@ def test_forward_backward_against_relu(compare: Compare, dtype: torch.dtype) -> 
     candidate = forward_backward(ours(x, scale, zero_point), [x], grad)
     relu = forward_backward(lambda: torch.relu(x), [x], grad)
     compare(candidate, {"relu": relu}, expected, peer_tolerance=10)
-
-
-@granularities
-@dtypes
-def test_learnable(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
-    """LSQ: gradients of x and scale."""
-    x, scale, _ = operands(1024, 1024, per_channel, dtype)
-    scale = as_granularity(scale).requires_grad_()
-    x.requires_grad_()
-    grad = torch.randn(x.shape).to(dtype)
-    zero_point = torch.zeros(scale.numel())
-    flat = scale.detach().reshape(-1).requires_grad_()
-
-    def torch_learnable() -> Tensor:
-        if per_channel:
-            return torch._fake_quantize_learnable_per_channel_affine(x, flat, zero_point, 0, *INT8, 1.0)
-        return torch._fake_quantize_learnable_per_tensor_affine(x, flat, zero_point, *INT8, 1.0)
-
-    def torch_call() -> tuple[Tensor, ...]:
-        y = torch_learnable()
-        dx, dscale = torch.autograd.grad(y, [x, flat], grad)
-        return y, dx, dscale.view(scale.shape)
-
-    fused = peers.compiled(peers.lsq)
-    data = x.detach(), scale.detach()
-    dx, dscale, _ = learnable_reference.fake_quantize_learnable_backward(grad, *data, None, *INT8, 1.0)
-    compare(
-        forward_backward(lambda: qk.fake_quantize(x, scale, quant_min=-128, quant_max=127), [x, scale], grad),
-        {
-            "torch": peers.find("torch learnable", lambda: torch_call),
-            "eager": forward_backward(lambda: peers.lsq(x, scale, *INT8).to(dtype), [x, scale], grad),
-            "compile": peers.find(
-                "torch.compile", lambda: forward_backward(lambda: fused(x, scale, *INT8).to(dtype), [x, scale], grad)
-            ),
-        },
-        (reference.fake_quantize_forward(*data, None, *INT8), dx, dscale),
-        tolerance=1e-4,
-    )
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1)], ids=["int4-group-32", "int8-per-token"])
-@dtypes
-def test_dynamic(compare: Compare, dtype: torch.dtype, bits: int, group_size: int) -> None:
-    x = torch.randn(1024, 1024).to(dtype).requires_grad_()
-    grad = torch.randn(x.shape).to(dtype)
-    size = x.shape[-1] if group_size == -1 else group_size
-    fused = peers.compiled(peers.dynamic)
-    quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    expected = dynamic_reference.fake_quantize_dynamic_forward(x.detach(), group_size, quant_min, quant_max, True)[0]
-    compare(
-        forward_backward(lambda: qk.fake_quantize_dynamic(x, bits=bits, group_size=group_size), [x], grad),
-        {
-            "eager": forward_backward(lambda: peers.dynamic(x, bits, size), [x], grad),
-            "compile": peers.find("torch.compile", lambda: forward_backward(lambda: fused(x, bits, size), [x], grad)),
-        },
-        (expected, grad),
-        peer_tolerance=0.35,  # torchao's scale differs by 7.5/7, and it gives the clipped maxima no gradient
-    )
 
 
 @granularities

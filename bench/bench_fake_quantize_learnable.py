@@ -1,4 +1,4 @@
-"""The straight-through variants, scale learned, against "clip" and against the formula in eager autograd.
+"""Learned scales against torch's op and the formula; straight-through variants against "clip" and their formulas.
 
 Predicted before the first measurement: forward and backward of "pass" and "pact" take what "clip" takes within 5 %, as
 all read and write the same and the arithmetic hides; "ewgs" up to 15 % more. Measured, on a machine with
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import peers
 import pytest
 import torch
-from bench_fake_quantize import INT8, dtypes, forward_backward, operands
+from laps import forward_backward
+from operands import INT8, Compare, as_granularity, dtypes, granularities, operands
 from torch import Tensor
 
 import qkernels as qk
@@ -73,4 +74,42 @@ def test_forward_backward(compare: Callable[..., None], dtype: torch.dtype, vari
         (clip.fake_quantize_forward(*data), *gradients),
         tolerance=1e-4,
         peer_tolerance=2.0,  # "clip" has other gradients, and dscale is a sum that cancels
+    )
+
+
+@granularities
+@dtypes
+def test_learnable(compare: Compare, dtype: torch.dtype, per_channel: bool) -> None:
+    """LSQ: gradients of x and scale."""
+    x, scale, _ = operands(1024, 1024, per_channel, dtype)
+    scale = as_granularity(scale).requires_grad_()
+    x.requires_grad_()
+    grad = torch.randn(x.shape).to(dtype)
+    zero_point = torch.zeros(scale.numel())
+    flat = scale.detach().reshape(-1).requires_grad_()
+
+    def torch_learnable() -> Tensor:
+        if per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(x, flat, zero_point, 0, *INT8, 1.0)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, flat, zero_point, *INT8, 1.0)
+
+    def torch_call() -> tuple[Tensor, ...]:
+        y = torch_learnable()
+        dx, dscale = torch.autograd.grad(y, [x, flat], grad)
+        return y, dx, dscale.view(scale.shape)
+
+    fused = peers.compiled(peers.lsq)
+    data = x.detach(), scale.detach()
+    dx, dscale, _ = reference.fake_quantize_learnable_backward(grad, *data, None, *INT8, 1.0)
+    compare(
+        forward_backward(lambda: qk.fake_quantize(x, scale, quant_min=-128, quant_max=127), [x, scale], grad),
+        {
+            "torch": peers.find("torch learnable", lambda: torch_call),
+            "eager": forward_backward(lambda: peers.lsq(x, scale, *INT8).to(dtype), [x, scale], grad),
+            "compile": peers.find(
+                "torch.compile", lambda: forward_backward(lambda: fused(x, scale, *INT8).to(dtype), [x, scale], grad)
+            ),
+        },
+        (clip.fake_quantize_forward(*data, None, *INT8), dx, dscale),
+        tolerance=1e-4,
     )

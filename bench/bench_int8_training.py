@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_fake_quantize import forward_backward
 from bench_training import TransformerBlock
+from laps import forward_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -27,6 +27,16 @@ LAP_SECONDS = 50e-6  # shorter calls are timed several at once: reading the cloc
 Call = Callable[[], Any]
 
 
+def forward_backward(function: Call, inputs: list[Tensor], grad: Tensor) -> Call:
+    """y and the gradients of inputs."""
+
+    def call() -> tuple[Tensor, ...]:
+        y = function()
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    return call
+
+
 def laps_of(call: Call) -> list[float]:
     """Seconds per call, over one block."""
     start, warm = time.perf_counter(), 0
@@ -52,6 +62,37 @@ def alternate(calls: dict[str, Call], blocks: int = BLOCKS) -> dict[str, dict[st
             time.sleep(PAUSE_SECONDS)
             laps[name] += laps_of(call)
     return {name: spread(values) for name, values in laps.items()}
+
+
+def seconds_of(call: Call, budget: float, least: int) -> list[float]:
+    laps: list[float] = []
+    end = time.perf_counter() + budget
+    while len(laps) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        laps.append(time.perf_counter() - start)
+    return laps
+
+
+def interleaved(call: Call, *, blocks: int = 4, budget: float = 0.1, least: int = 3) -> dict[str, float]:
+    """Median milliseconds of the call without and with the override, in alternating blocks after one of each."""
+    laps: dict[str, list[float]] = {"torch": [], "override": []}
+    for block in range(blocks + 1):
+        for name in laps:
+            handle = qk.override_torch() if name == "override" else None
+            measured = seconds_of(call, budget if block else 0, least if block else 1)
+            if handle is not None:
+                handle.restore()
+            laps[name] += measured if block else []
+    return {name: 1e3 * statistics.median(values) for name, values in laps.items()}
+
+
+def figures(times: dict[str, float]) -> dict[str, float]:
+    return {
+        "torch ms": round(times["torch"], 4),
+        "override ms": round(times["override"], 4),
+        "times faster": round(times["torch"] / times["override"], 2),
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -58,6 +58,12 @@ def dynamic(x: Tensor, bits: int, group_size: int) -> Tensor:
     return (q * scale).reshape(x.shape).to(x.dtype)
 
 
+def codes_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of each row, and its scale."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (x * (1 / scale)).round().clamp(-128, 127).to(torch.int8), scale
+
+
 # Linear layers with int8 weights [N, K] and activations quantized on the way, fp32 in and out.
 
 
@@ -159,6 +165,35 @@ def int8_linear(x: Tensor, w: Tensor, threads: int, copies: int = 1) -> dict[str
         "torchao": find("torchao", lambda: torchao_dynamic(x, w)),
         "fp32": lambda: torch.nn.functional.linear(x, w),
         "bf16": lambda: torch.nn.functional.linear(half, half_w),
+    }
+
+
+# Convolutions with int8 weights and a scale for the input, fp32 in and out.
+
+
+def int8_conv2d(
+    x: Tensor, q: Tensor, scale: Tensor, input_scale: float, zero_point: int, padding: int, groups: int
+) -> dict[str, Call | None]:
+    """The same codes for all, zero_point that of a uint8 input; torch's quantize the output too, and are told 0.1."""
+
+    def quantized(engine: str) -> Call:
+        torch.backends.quantized.engine = engine
+        step = 2 if engine == "fbgemm" else 1  # 7 bits of input: its depthwise kernels saturate on 8
+        zeros = torch.zeros(q.shape[0], dtype=torch.long)
+        w = torch._make_per_channel_quantized_tensor(q, scale.double(), zeros, 0)
+        packed = torch.ops.quantized.conv2d_prepack(w, None, [1, 1], [padding, padding], [1, 1], groups)
+
+        def call() -> Tensor:
+            codes = torch.quantize_per_tensor(x, input_scale * step, zero_point // step, torch.quint8)
+            return torch.ops.quantized.conv2d(codes, packed, 0.1, 128).dequantize()
+
+        return call
+
+    w = q * scale.reshape(-1, 1, 1, 1)
+    return {
+        "FBGEMM": find("FBGEMM", lambda: quantized("fbgemm")),
+        "oneDNN": find("oneDNN", lambda: quantized("onednn")),
+        "fp32": lambda: torch.nn.functional.conv2d(x, w, padding=padding, groups=groups),
     }
 
 
@@ -296,3 +331,20 @@ def _through_level(x: Tensor, v: Tensor, level: Tensor, scale: Tensor, codebook:
     clipped = clamp(v, codebook[0].detach(), codebook[-1].detach())
     y = (level + (clipped - clipped.detach())) * scale[..., None]
     return y.reshape(x.shape).to(x.dtype)
+
+
+# Codes of 2, 3 and 4 bits in dense bytes: 8 codes become one integer of as many bytes as a code has bits.
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    at = torch.arange(0, 8 * bits, bits, dtype=torch.int32)
+    stream = ((q.unflatten(-1, (-1, 8)).int() & (1 << bits) - 1) << at).sum(-1, dtype=torch.int32)
+    octets = stream[..., None] >> torch.arange(0, 8 * bits, 8, dtype=torch.int32) & 255
+    return octets.to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    octets = packed.unflatten(-1, (-1, bits)).int() << torch.arange(0, 8 * bits, 8, dtype=torch.int32)
+    stream, sign = octets.sum(-1, dtype=torch.int32), 1 << bits - 1
+    codes = stream[..., None] >> torch.arange(0, 8 * bits, bits, dtype=torch.int32) & (1 << bits) - 1
+    return ((codes ^ sign) - sign).to(torch.int8).flatten(-2)

@@ -56,3 +56,8 @@ def clamp(q: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 def scale_of(shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape) * 0.1 + 0.01
+
+
+def zero_points(shape: tuple[int, ...]) -> list[Tensor | None]:
+    """None, integers, fractions, and one for all channels."""
+    return [None, torch.randint(-8, 8, shape, dtype=torch.int32), torch.randn(shape) * 6, torch.tensor([-8])]

@@ -25,6 +25,7 @@ import sampling
 import qkernels as qk
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault(sampling.SEED, str(sampling.seed()))  # workers and subprocesses take the same sample
 
 
 def kernels_of(op: str) -> list[str]:
@@ -113,6 +114,16 @@ def _quick_interpreter() -> None:
         return SimpleNamespace(restore=lambda: active.pop().restore())
 
     interpreter._patch_lang = patch_once
+
+
+@pytest.fixture
+def override_ends() -> Iterator[None]:
+    """That torch's ops are torch's before a test that overrides them, and again after it."""
+    from overriding import rerouted
+
+    assert not rerouted()
+    yield
+    assert not rerouted()
 
 
 def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:

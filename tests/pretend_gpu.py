@@ -316,7 +316,10 @@ def main() -> Any:
     if sys.argv[0] == "bench/gpu/touch.py":
         return 0
     if sys.argv[0] == "-m":
-        return pytest.main([*sys.argv[2:], "-p", "pretend_gpu"])
+        arguments = sys.argv[2:]
+        if Asked.few and "-n" in arguments:  # few tests take less time than the imports of a second worker
+            arguments[arguments.index("-n") + 1] = "1"
+        return pytest.main([*arguments, "-p", "pretend_gpu"])
     pretend()
     few_inputs()
     return run_script(ROOT / sys.argv[0])

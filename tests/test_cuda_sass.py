@@ -17,17 +17,12 @@ from pathlib import Path
 
 import pytest
 import sass
-from test_cuda_library import ARCHES, COMPILED, compiled  # noqa: F401
+from test_cuda_library import ARCHES, compiled  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sass.tool("cuobjdump") is None, reason="needs cuobjdump, of CUDA or of Triton")
 
 
-def sm(arch: str) -> str:
-    """nvcc's name of an architecture: sm_90a for "9.0a"."""
-    return f"sm_{arch.partition('+')[0].replace('.', '')}"
-
-
-ARCHITECTURES = [sm(arch) for arch in COMPILED]
+ARCHITECTURES = [f"sm_{arch.replace('.', '')}" for arch in ARCHES]
 # fp64 is here to be right, not fast: its division is a function call, and what is live across it may be spilled.
 MAY_SPILL = re.compile(r"<double\b")
 # One access per 16 bytes of floating input, and of floating output where there is one.

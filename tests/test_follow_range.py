@@ -16,6 +16,8 @@ from qkernels.ops import follow_range as ops
 from qkernels.ops.follow_range import follow_range
 from qkernels.reference import follow_range as reference
 
+pytestmark = pytest.mark.sanitized
+
 KERNELS = kernels_of("follow_range")
 COMPILED = [name for name in KERNELS if name.startswith("cpu_")]
 DEVICE = [name for name in KERNELS if name not in COMPILED and name != "reference"]

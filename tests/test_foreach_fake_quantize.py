@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from compare import same
 from conftest import kernels_of
-from test_fake_quantize import same
 from torch import Tensor
 
 import qkernels as qk
@@ -17,6 +17,8 @@ from qkernels import checks
 from qkernels.ops import fake_quantize as single
 from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.ops import foreach_fake_quantize as ops
+
+pytestmark = pytest.mark.sanitized
 
 KERNELS = kernels_of("foreach_fake_quantize_forward")
 Lists = tuple[list[Any], ...]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
 from compare import same
+from on_gpu import syncs_raise
 from torch import Tensor
 
 import qkernels as qk
@@ -187,15 +187,6 @@ def test_runs_on_the_current_stream(kernel: registry.Kernel) -> None:
         stream.synchronize()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(bits(a), bits(b))
-
-
-@contextlib.contextmanager
-def syncs_raise() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @kernels

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_int4_gemm import HALF_TYPES, KINDS, SHAPES, arguments
-from test_cuda_int4_gemm import check as check_int4
-from test_cuda_int4_gemm import run as run_int4_cuda
-from test_gpu import same, syncs_raise
+from compare import same
+from int4_cuda import HALF_TYPES, KINDS, SHAPES, arguments
+from int4_cuda import check as check_int4
+from int4_cuda import run as run_int4_cuda
+from on_gpu import syncs_raise
 from torch import Tensor
 
 import qkernels as qk

@@ -15,6 +15,8 @@ from qkernels import library, registry
 from qkernels.ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from qkernels.reference import int8_conv2d as reference
 
+pytestmark = pytest.mark.sanitized
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, C, H, W, C_out, kernel, stride, padding, dilation, groups
 CASES = [

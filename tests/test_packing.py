@@ -10,6 +10,8 @@ from torch import Tensor
 import qkernels as qk
 from qkernels import layouts, library
 
+pytestmark = pytest.mark.sanitized
+
 BITS = (2, 3, 4)
 SHAPES = [(0,), (1,), (7,), (8,), (33,), (3, 0), (0, 5), (1, 1), (5, 37), (3, 64), (2, 3, 129), (7, 1000)]
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from cases import FLOATS, GRANULARITIES, INPUTS, scale_of, zero_points
+from compare import same
 from conftest import kernels_of, paths_of, results_on
-from test_fake_quantize import same, saved_bytes, zero_points
+from gradients import saved_bytes
 from torch import Tensor
 
 import qkernels as qk
@@ -17,6 +18,8 @@ from qkernels.ops import relu_fake_quantize as ops
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import relu_fake_quantize as reference
+
+pytestmark = pytest.mark.sanitized
 
 FORWARD = "relu_fake_quantize_forward"
 

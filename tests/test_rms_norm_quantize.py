@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS
+from compare import same
 from conftest import kernels_of, paths_of, results_on
-from test_fake_quantize import same, saved_bytes
+from gradients import saved_bytes
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -18,6 +19,8 @@ from qkernels.ops import rms_norm_quantize as ops
 from qkernels.reference import dynamic as dynamic_reference
 from qkernels.reference import fake_quantize as plain
 from qkernels.reference import rms_norm_quantize as reference
+
+pytestmark = pytest.mark.sanitized
 
 FORWARD, QUANTIZE, BACKWARD = (
     "rms_norm_fake_quantize_dynamic_forward",

@@ -17,6 +17,8 @@ from qkernels.ops import statistics as ops
 from qkernels.qat.histogram import BINS, RangeHistogram
 from qkernels.reference import statistics as reference
 
+pytestmark = pytest.mark.sanitized
+
 KERNELS = kernels_of("histogram")
 COMPILED = [name for name in KERNELS if name.startswith("cpu_")]
 DEVICE = [name for name in KERNELS if name not in COMPILED and name != "reference"]

@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
+from compare import same
 from conftest import kernels_of
-from test_fake_quantize import same, saved_bytes, straight_through
+from gradients import saved_bytes, straight_through
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +21,8 @@ from qkernels.reference import fake_quantize as nearest
 from qkernels.reference import fake_quantize_learnable as learnable_reference
 from qkernels.reference import quantize as reference_quantize
 from qkernels.reference import stochastic as reference
+
+pytestmark = pytest.mark.sanitized
 
 COMPILED = [name for name in kernels_of("fake_quantize_stochastic_forward") if name.startswith("cpu_")]
 fake_quantize = partial(qk.fake_quantize_stochastic, quant_min=-8, quant_max=7)

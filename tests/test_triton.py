@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, scale_of
+from compare import same
 from conftest import kernels_of
-from test_fake_quantize import op_samples, same
+from samples import op_samples
 from torch import Tensor
 
 import qkernels as qk

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import kernels_of, run_python
-from test_int8_gemm import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_input, plain, scaled_args
+from int8_cases import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_input, plain, scaled_args
 from torch import Tensor
 
 import qkernels as qk

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 from cases import FLOATS
+from compare import same
 from conftest import kernels_of
-from test_fake_quantize import same
 from torch import Tensor
 
 import qkernels as qk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from ..ops.autograd import transformed
 from ..ops.fake_quantize import fake_quantize
 from .ranges import block_magnitude
 
+MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
+LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
 NOISE = 1.5  # times the mean magnitude so far: what a batch may have by chance, as the smallest ones do
 
 

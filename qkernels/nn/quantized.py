@@ -17,8 +17,9 @@ from ..ops.fake_quantize import fake_quantize
 from ..ops.frozen import as_torch_jit_takes_them
 from ..ops.pickling import reduce_for_a_process
 from ..ops.quantize import choose_qparams
-from .fake_quantize import FakeQuantize, apply_keeping_dtype
+from .fake_quantize import FakeQuantize
 from .granularity import PerToken
+from .quantizer_state import apply_keeping_dtype
 from .tracing import call_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")

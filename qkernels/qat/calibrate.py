@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..nn.fake_quantize import MSE_BITS, FakeQuantize
+from ..nn.fake_quantize import FakeQuantize
+from ..nn.learned_scale import MSE_BITS
 from ..nn.ranges import block_statistics
 from ..ops import statistics as ops
 from .fold import eval_mode

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.fake_quantize import QUANTIZERS, FakeQuantize
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from ..nn.quantizer_state import QUANTIZERS
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 Overrides = Mapping[str, Any]

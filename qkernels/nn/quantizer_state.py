@@ -1,0 +1,303 @@
+"""The state of a quantizer: its tensors and switches, and how they are reset, cast, saved and loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..ops.dynamic import range_of_bits
+from .granularity import Granularity, PerChannel, PerTensor
+from .learned_scale import LOG_LIMIT, MSE_BITS, learned_scale
+from .ranges import is_sharded, whole
+
+QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
+
+
+def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """What ``fn`` (of Module._apply) does to t, less a change of dtype."""
+    moved = fn(t)
+    return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+
+class QuantizerState(nn.Module):
+    """What ``FakeQuantize`` keeps; its arguments are described there."""
+
+    log_scale: Tensor
+    zero_point: Tensor | None
+    running_min: Tensor
+    running_max: Tensor
+    observer_on: Tensor
+    fake_quant_on: Tensor
+    calibrated: Tensor
+    _scale: Tensor  # of a learned scale its start
+    _magnitude: Tensor  # what mean |x| the start of a learned scale is for; -1: not known
+
+    def __init__(
+        self,
+        *,
+        bits: int = 8,
+        granularity: Granularity | None = None,
+        symmetric: bool = True,
+        quantizer: str = "lsq",
+        shape: Sequence[int] | None = None,
+        feature_dims: int = 1,
+        straight_through: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.granularity = granularity = PerTensor() if granularity is None else granularity
+        self.symmetric = symmetric
+        self.quantizer = quantizer
+        self.feature_dims = feature_dims
+        if straight_through is None:
+            straight_through = "lsq" if quantizer == "lsq" else "clip"
+        self.straight_through = straight_through
+        self.name = ""  # in the model, for errors
+        self._set_width(bits)
+        self._ready = True
+        self._observes = self._quantizes = True
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
+        if straight_through not in ("clip", *checks.VARIANTS):
+            raise ValueError(
+                f"straight_through: got {straight_through!r}; accepted: clip, {', '.join(checks.VARIANTS)}"
+            )
+        if straight_through != "clip" and quantizer in ("ema", "dynamic"):
+            raise ValueError(
+                f"straight_through: got {straight_through!r} with quantizer=\"{quantizer}\"; accepted: 'clip'"
+            )
+        self.is_weight = shape is not None
+        self._numel: int | None = None
+        if quantizer == "dynamic":
+            if isinstance(granularity, PerChannel) and granularity.axis != 0:
+                raise ValueError(
+                    f'granularity: got {granularity} with quantizer="dynamic"; accepted: PerChannel(0), PerTensor(), '
+                    "PerToken(), PerGroup(size)"
+                )
+            return
+        scale_shape = granularity.scale_shape(shape)
+        self._span = 1.0  # how far a tensor of zeros is taken to reach
+        if shape is not None:
+            self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
+            self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
+        self.register_buffer("_scale", torch.empty(scale_shape), persistent=False)
+        if quantizer == "lsq":
+            self.register_buffer("_magnitude", torch.empty(scale_shape), persistent=False)
+            self.log_scale = nn.Parameter(torch.empty(scale_shape))
+            self.zero_point = None if symmetric else nn.Parameter(torch.empty(scale_shape))
+        else:
+            zero_point = torch.empty(scale_shape, dtype=torch.int32)
+            self.register_buffer("zero_point", None if symmetric and quantizer == "minmax" else zero_point)
+        if quantizer == "ema":
+            self.register_buffer("running_min", torch.empty(scale_shape))
+            self.register_buffer("running_max", torch.empty(scale_shape))
+        else:
+            self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool))
+        self.register_buffer("observer_on", torch.empty(1, dtype=torch.uint8))
+        self.register_buffer("fake_quant_on", torch.empty(1, dtype=torch.uint8))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets all that was calibrated or learned; what torch calls after ``to_empty``."""
+        if self.quantizer == "dynamic":
+            return
+        self._scale.fill_(torch.nan)
+        if self.zero_point is not None:
+            self.zero_point.zero_()
+        if self.quantizer == "lsq":
+            self.log_scale.zero_()
+            self._magnitude.fill_(-1)
+        if self.quantizer == "ema":
+            self.running_min.fill_(torch.inf)
+            self.running_max.fill_(-torch.inf)
+        else:
+            self.calibrated.fill_(False)
+        self.observer_on.fill_(self._observes)
+        self.fake_quant_on.fill_(self._quantizes)
+        self._ready = self.quantizer == "ema" and not self._scale.is_meta
+
+    def _set_width(self, bits: int) -> None:
+        quant_min, self.quant_max = range_of_bits(bits)
+        self.quant_min = -self.quant_max if self.symmetric else quant_min
+        self.steps = self.quant_max - (0 if self.symmetric else self.quant_min)
+        self._bits = bits
+
+    @property
+    def bits(self) -> int:
+        """The width; ``set_bits`` changes it."""
+        return self._bits
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the forward pass quantizes; ``enable_fake_quant`` switches it."""
+        return self._quantizes
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
+        if self.quantizer == "lsq":
+            return learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
+        return self._scale
+
+    @scale.setter
+    @torch.no_grad()
+    def scale(self, scale: Tensor | float) -> None:
+        self._scale.copy_(torch.as_tensor(scale))
+        self._started()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scale is known, or can be had from the weight (reads the device)."""
+        if self.quantizer == "ema":
+            return self._ready and not bool(self.running_min.isinf().any())
+        return self._ready or self.is_weight or self._was_calibrated()
+
+    def _was_calibrated(self) -> bool:
+        """Whether its tensors say so, into which another quantizer's may have been copied: averages of a model."""
+        return self.quantizer != "ema" and not self.calibrated.is_meta and bool(self.calibrated)
+
+    def _started(self) -> None:
+        if self.quantizer == "lsq":
+            self.log_scale.zero_()
+            self._magnitude.fill_(-1)
+        if self.quantizer == "lsq" or (self.is_weight and self.quantizer == "minmax"):
+            self.disable_observer()
+        if self.quantizer != "ema":
+            self.calibrated.fill_(True)
+            self._ready = True
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Whether training moves the range of "ema", of weights that are followed and of learned inputs that grow, and
+        starts a scale."""
+        self._observes = enabled
+        if self.quantizer != "dynamic":
+            self.observer_on.fill_(enabled)
+
+    def disable_observer(self) -> None:
+        self.enable_observer(False)
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Whether the forward pass quantizes; where not, x passes as it is and observers go on."""
+        self._quantizes = enabled
+        if self.quantizer != "dynamic":
+            self.fake_quant_on.fill_(enabled)
+
+    def disable_fake_quant(self) -> None:
+        self.enable_fake_quant(False)
+
+    def _log_limits(self) -> tuple[float, float]:
+        return (0.0, math.log(2)) if self.is_weight and self.bits > MSE_BITS else (-LOG_LIMIT, LOG_LIMIT)
+
+    def extra_repr(self) -> str:
+        parts = (f"{name}={getattr(self, name)!r}" for name in ("bits", "granularity", "symmetric", "quantizer"))
+        return ", ".join(parts)
+
+    def _materialize(self, device: torch.device) -> None:
+        """Leaves the meta device, where ``load_state_dict(float_state, assign=True)`` leaves a quantizer."""
+        if self._scale.is_meta:
+            self.to_empty(device=device)
+
+    def forget(self) -> None:
+        """Drops the scale: the next tensor starts it anew, of an input in training mode."""
+        if self.quantizer == "dynamic":
+            return
+        if self.quantizer != "ema":
+            self.calibrated.fill_(False)
+        self._ready = False
+        self.enable_observer()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizerState:
+        def apply(t: Tensor) -> Tensor:
+            return fn(t) if isinstance(t, nn.Parameter) else apply_keeping_dtype(fn, t)
+
+        was_empty = any(t.is_meta for t in self.buffers(recurse=False))
+        super()._apply(apply, recurse)
+        if was_empty and not self._scale.is_meta:  # to_empty leaves memory as it was
+            self.reset_parameters()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
+        if self.quantizer == "dynamic":
+            destination[prefix + "fake_quant_on"] = torch.tensor([self._quantizes], dtype=torch.uint8)
+            return
+        scale = self._scale.detach()
+        destination[prefix + "scale"] = scale
+        if self.quantizer == "lsq":
+            destination[prefix + "scale"] = self.scale.detach()
+            destination[prefix + "start"] = scale
+            destination[prefix + "magnitude"] = self._magnitude.detach()
+            for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
+                destination[prefix + name] = destination[prefix + name].float()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = strict, missing_keys, unexpected_keys, error_msgs
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
+        magnitude = state.pop("magnitude", None)
+        if bits is not None and int(bits) != self.bits:
+            error_msgs.append(
+                f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
+                "(qk.set_bits changes it)"
+            )
+            return
+        if self.quantizer == "dynamic":
+            self._quantizes = bool(state.pop("fake_quant_on", self._quantizes))
+            super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
+            return
+        if scale is None:
+            missing_keys.append(prefix + "scale")
+        elif scale.shape != self._scale.shape:
+            error_msgs.append(
+                f"{prefix}scale: got shape {list(scale.shape)}; accepted: {list(self._scale.shape)}, that of this "
+                "quantizer"
+            )
+            return
+        if scale is not None:
+            for name, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
+                state.setdefault(name, torch.tensor([value], dtype=torch.uint8))
+            self._observes = bool(state["observer_on"])
+            if self.quantizer == "lsq":
+                log_scale = state.get("log_scale")
+                # A scale that was edited, or stands alone, is a new start.
+                if (
+                    start is not None
+                    and log_scale is not None
+                    and torch.equal(learned_scale(start, whole(log_scale), self._log_limits(), self.steps), scale)
+                ):
+                    scale = start
+                else:
+                    magnitude = None
+                    state["log_scale"] = torch.zeros_like(self.log_scale if is_sharded(self.log_scale) else scale)
+                if magnitude is None or magnitude.shape != scale.shape:
+                    magnitude = torch.full_like(scale, -1)
+            assign = self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False)
+            for name, value in (("_scale", scale), ("_magnitude", magnitude)):
+                if name in self._buffers and assign:
+                    setattr(self, name, value.detach().clone())
+                elif name in self._buffers:
+                    getattr(self, name).copy_(value)
+        loaded = {prefix + key: value for key, value in state.items()}
+        super()._load_from_state_dict(loaded, prefix, local_metadata, *rest)
+        if self._scale.is_meta:
+            return
+        self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
+        if self.quantizer == "ema":
+            self._ready = True
+        elif scale is not None:
+            self._ready = bool(self.calibrated)
