@@ -121,6 +121,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for numbers in ((None, 0, None), (2**40, 3, None), (5, 0, on)):
             args = (meta(shape, dtype), 127, *numbers)
             yield "quantize_transposed", "quantize_dynamic_transposed", args
+    odd, drawn = meta((1001, 4097), dtype), (2**40, 3, on)  # no row begins at four random numbers
+    for scale_shape in ((1001, 1), (1, 4097)):
+        args = (odd, odd, meta(scale_shape), None, *int8, *drawn, 0.5)
+        yield "stochastic", "fake_quantize_stochastic_backward", args
     for op in ("forward", "forward_mask"):
         yield "fake_quantize", f"fake_quantize_{op}_scalar", (x, 0.1, 3, *int8)
     yield "fake_quantize", "fake_quantize_backward_scalar", (x, x, 0.1, 3, *int8)
