@@ -5,7 +5,7 @@ TORCH := $(DEFAULT_TORCH)
 VENV := $(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),build/venv-$(TORCH),.venv)
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
-SOURCES := setup.py $(shell find csrc -type f)
+SOURCES := setup.py $(shell find build_tools csrc -type f -not -name '*.pyc')
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,\
     fake_quantize follow_range foreach_fake_quantize override statistics quantize codebook stochastic fake_quantize_learnable \
@@ -14,20 +14,35 @@ preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
-.PHONY: build demo test pytest lint portable asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream clean
+.PHONY: build demo docs test nightly pytest lint portable asan-build asan cuda bench gpu gpu-check gpu-bench gpu-tune upstream \
+    clean
 
 build: $(VENV)/built
 
 demo: $(VENV)/built $(VENV)/demo
 	$(PYTHON) -m qkernels demo
 
-# pytest runs last: its closing line ends the output.
-test: lint portable asan
+# The guide and the API reference as HTML, in build/docs.
+docs: $(VENV)/built $(VENV)/docs
+	$(PYTHON) docs/build.py
+
+# What compiles runs side by side, each target's output in one piece; then the tests. pytest's closing line ends the output.
+test:
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target \
+	    lint portable cuda asan-build $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs
+	@$(MAKE) --no-print-directory asan
 	@$(MAKE) --no-print-directory pytest
 
-# Two workers, a file to a worker; threads of their own would only be in each other's way, but where a test asks for them.
-pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo cuda
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations=10
+# All cases of all tests, every architecture and every check, of which `make test` takes a sample (tests/sampling.py).
+nightly:
+	@QKERNELS_TEST_SEED=all $(MAKE) --no-print-directory test MARKS='-m ""'
+
+# Two workers, a file to a worker, the files with long tests first (tests/conftest.py). One thread each: more would only
+# be in each other's way; tests that need threads ask for them.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(MARKS)
+
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
+	$(PYTEST) --durations=10
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -35,23 +50,26 @@ lint: $(VENV)/dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# The sources with the oldest torch, by clang and for aarch64: half a minute of CPU for each compiler, after a change.
+# The sources with the oldest and the newest torch, by clang and for aarch64: two of these checks in each run.
 portable: $(VENV)/torch
 	$(PYTHON) tests/portable.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
 # other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
-asan: $(VENV)/dev
+asan-build: $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
-	OMP_NUM_THREADS=1 PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
-	    $(BIN)/pytest -q -n 2 --dist loadfile --capture=sys -p no:cacheprovider \
+
+asan: asan-build $(VENV)/dev
+	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
+	    $(PYTEST) --capture=sys -p no:cacheprovider \
 	    -k "not (compile or export or opcheck or subprocess or triton or reference] or -reference- or torch.float16 or torch.float64)" \
 	    $(SANITIZED)
 
-# The CUDA library for every architecture, where there is nvcc: the tests look into it, nothing here can run it.
-cuda: $(VENV)/built
+# The CUDA library for one architecture, another one in the next run; for every one in `make nightly`. Needs nvcc. The tests
+# look into the library; nothing here can run it.
+cuda: $(VENV)/dev
 	@if command -v nvcc > /dev/null; then \
-	    QKERNELS_BUILD=cuda QKERNELS_STRICT_BUILD=1 $(PYTHON) setup.py -q build_ext --build-lib build/cuda; \
+	    $(PYTHON) tests/test_cuda_library.py; \
 	else echo "no nvcc: the CUDA library is not compiled, its tests are skipped"; fi
 
 bench: $(VENV)/built $(VENV)/bench
@@ -101,8 +119,8 @@ $(VENV)/built: $(SOURCES) | $(VENV)/installed
 # internals of this very version.
 TRITON := 'triton==3.6.*'
 
-# The extras of pyproject.toml, each when a target first needs it.
-$(VENV)/dev $(VENV)/demo $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
-	$(PYTHON) -m pip install -q 'qkernels[$*]'
+# The extras of pyproject.toml, each when a target first needs it, one after the other.
+$(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
+	flock $(VENV) $(PYTHON) -m pip install -q 'qkernels[$*]'
 	$(if $(filter dev,$*),$(PYTHON) -m pip install -q --no-deps $(TRITON))
 	touch $@

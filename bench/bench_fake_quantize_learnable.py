@@ -16,6 +16,7 @@ from bench_fake_quantize import INT8, dtypes, forward_backward, operands
 from torch import Tensor
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.reference import fake_quantize as clip
 from qkernels.reference import fake_quantize_learnable as reference
 
@@ -48,7 +49,7 @@ def formula(variant: str, x: Tensor, scale: Tensor) -> Tensor:
     return (q * scale).to(x.dtype)
 
 
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 @dtypes
 def test_forward_backward(compare: Callable[..., None], dtype: torch.dtype, variant: str) -> None:
     x, scale, _ = operands(1024, 1024, False, dtype)

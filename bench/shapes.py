@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkernels.reference.int4_gemm import check_group_size
+from qkernels import gemm_checks
 
 MAX_K = 131071
 GROUP_SIZES = (128, 32)
@@ -77,7 +77,7 @@ def cases_of(
             for shape in shapes:
                 try:
                     if group_size is not None:
-                        check_group_size(shape.k if group_size == -1 else group_size, shape.k)
+                        gemm_checks.weight_group_size(shape.k if group_size == -1 else group_size, shape.k)
                 except RuntimeError as error:
                     left_out.append(f"{scheme} {'×'.join(map(str, shape))}: {error}")
                 else:

@@ -20,7 +20,16 @@ def normal_float(bits: int) -> Tensor:
 
     Quantiles of the normal distribution at 2**(bits−1) + 1 probabilities from 1/2 up for the positive side and one
     fewer for the negative one, ending short of 1 by the mean of 1/2**(bits+1) and 1/(2**(bits+1) − 2) (QLoRA, arXiv
-    2305.14314, section 3). bits: 2 to 8.
+    2305.14314, section 3).
+
+    Args:
+        bits: 2 to 8.
+
+    Returns:
+        The levels in rising order, fp32, the largest magnitude 1.
+
+    Raises:
+        ValueError: bits.
     """
     _check_bits(bits, 2, 8)
     half = 2 ** (bits - 1)
@@ -43,8 +52,15 @@ def fp4_e2m1() -> Tensor:
 def powers_of_two(bits: int, signed: bool = True) -> Tensor:
     """0 and 1, 1/2, 1/4, …: as many as bits can tell apart (LogQuant, arXiv 1603.01025; INQ, arXiv 1702.03044).
 
-    Signed: ±2**−i for i < 2**(bits−1) − 1, bits 2 to 8; else 2**−i for i < 2**bits − 1, bits 1 to 7, which reach the
-    smallest normal fp32.
+    Args:
+        bits: 2 to 8; not signed 1 to 7, which reach the smallest normal fp32.
+        signed: whether the levels are ±2**−i for i < 2**(bits−1) − 1, or 2**−i for i < 2**bits − 1.
+
+    Returns:
+        The levels in rising order, 0 among them, fp32.
+
+    Raises:
+        ValueError: bits.
     """
     _check_bits(bits, 1 + signed, 7 + signed)
     return _codebook([0.0, *(2.0**-i for i in range(2 ** (bits - signed) - 1))], signed)
@@ -53,9 +69,19 @@ def powers_of_two(bits: int, signed: bool = True) -> Tensor:
 def apot(bits: int, k: int = 2, signed: bool = True) -> Tensor:
     """Additive powers of two (APoT, arXiv 1909.13144): sums of n terms, each 0 or one of 2**k − 1 powers of two.
 
-    One bit is the sign if signed; the others make n = bits // k terms of k bits, and one more of the bits that are
-    left. The exponents −1, −2, −3, … are dealt to the terms in turn; the shorter term takes part in the last rounds.
-    bits: 2 (signed: 3) to 8. k = 1 gives the uniform levels.
+    The bits that are not the sign make n = bits // k terms of k bits, and one more of the bits that are left. The
+    exponents −1, −2, −3, … are dealt to the terms in turn; the shorter term takes part in the last rounds.
+
+    Args:
+        bits: 2 (signed: 3) to 8.
+        k: bits of a term, at least 1, which gives the uniform levels.
+        signed: whether one bit is the sign.
+
+    Returns:
+        The levels in rising order, fp32, the largest magnitude 1.
+
+    Raises:
+        ValueError: bits or k.
     """
     _check_bits(bits, 2 + signed, 8)
     magnitude_bits = bits - signed
@@ -96,6 +122,9 @@ def kmeans(x: Tensor, levels: int, *, weight: Tensor | None = None, iterations: 
         levels (Panter and Dite, Proc. IRE 39, 1951); one that no value is nearest to stays as it is.
 
     x is sorted once; a round then takes time in proportion to the levels, not to x.
+
+    Raises:
+        ValueError: x is empty or not finite, levels, or weight.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels: got {levels}; accepted: 2 to 256")

@@ -30,3 +30,178 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     inside = torch.empty_like(like, dtype=torch.bool)
     storage_flat(inside).copy_(bits)
     return inside
+
+
+# Rows of codes for a matrix unit, which loads a row in one piece where it begins at a multiple of 16 bytes.
+
+ALIGNMENT = 16  # bytes
+
+
+def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] int8, uninitialised, whose rows begin at multiples of 16 bytes."""
+    stride = (columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return like.new_empty_strided((rows, columns), (stride, 1), dtype=torch.int8)
+
+
+# Packed weights [N, K]. Each lies in one of two layouts: for a CPU in panels of 32 output channels, for a GPU in rows.
+# The kernels of a device take its layout alone, and the weight says by the name which one it is in; the number after
+# the name changes when the order of bytes does.
+
+PANELS = "panels-1"
+ROWS = "rows-1"  # int8
+HALVES = "halves-1"  # int4
+PANEL = 32  # output channels of one panel
+
+
+def panels_of(n: int) -> int:
+    return (n + PANEL - 1) // PANEL
+
+
+# int8 in panels: the four codes that one dot-product instruction adds lie together, those of the panel's channels after
+# one another. Missing channels and k are zeros.
+#
+#     data[panel][k // 4][channel % 32][k % 4]
+#     panel 0, step 0:  c0: k0 k1 k2 k3 | c1: k0 k1 k2 k3 | … | c31: k0 k1 k2 k3
+#              step 1:  c0: k4 k5 k6 k7 | …
+#
+# int8 in rows: [N, K] as it is, K padded by zeros to the 16 bytes that a GPU copies at a time.
+
+
+def int8_layout(data: Tensor) -> str:
+    """The layout of an int8 weight's data."""
+    return ROWS if data.dim() == 2 else PANELS
+
+
+def int8_layout_on(device: torch.device) -> str:
+    """The layout that the kernels of a device take."""
+    return ROWS if device.type == "cuda" else PANELS
+
+
+def int8_shape(layout: str, n: int, k: int) -> tuple[int, ...]:
+    return (n, (k + 15) // 16 * 16) if layout == ROWS else (panels_of(n), (k + 3) // 4, PANEL, 4)
+
+
+def int8_pack(q: Tensor) -> Tensor:
+    """Codes [N, K] in panels."""
+    n, k = q.shape
+    n_panels, steps, _, _ = int8_shape(PANELS, n, k)
+    padded = torch.nn.functional.pad(q, (0, steps * 4 - k, 0, n_panels * PANEL - n))
+    return padded.view(n_panels, PANEL, steps, 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
+
+
+def int8_to_rows(q: Tensor) -> Tensor:
+    """Codes [N, K] in rows."""
+    data = q.new_zeros(int8_shape(ROWS, *q.shape))
+    data[:, : q.shape[1]] = q
+    return data
+
+
+def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
+    """The codes [N, K] of either layout."""
+    if int8_layout(data) == PANELS:
+        n_panels, steps, _, _ = data.shape
+        data = data.permute(0, 2, 1, 3).reshape(n_panels * PANEL, steps * 4)
+    return data[:n, :k].clone(memory_format=torch.contiguous_format)
+
+
+# int4 in panels: a byte holds the code of a channel, plus 8, in its low bits and that of the channel 16 further in its
+# high bits, so that 64 bytes give two vectors of 16 channels; what is missing is 0. Scales, zero points and minima are
+# [panels, groups, 32].
+#
+#     data[panel][k // 4][channel % 16][k % 4]
+#     panel 0, step 0:  c0|c16: k0 k1 k2 k3 | c1|c17: k0 k1 k2 k3 | … | c15|c31: k0 k1 k2 k3
+#
+# int4 in halves: rows, in which a byte holds two codes that are ``half`` apart in k, so that its low bits and its high
+# bits are two operands of tensor cores as they are, each within one group. Scales and zero points are [groups, N].
+#
+#     data[n][k // (2·half)][k % half]
+#     half 32:  k0|k32 k1|k33 … k31|k63 | k64|k96 …
+
+
+def int4_layout(data: Tensor) -> str:
+    """The layout of an int4 weight's data."""
+    return PANELS if data.dim() == 4 else HALVES
+
+
+def int4_layout_on(device: torch.device) -> str:
+    """The layout that the kernels of a device take."""
+    return HALVES if device.type == "cuda" else PANELS
+
+
+def groups_of(k: int, group_size: int) -> int:
+    return k // group_size if k else 1
+
+
+def half_of(group_size: int, k: int) -> int:
+    """How far apart in k the two codes of a byte are."""
+    return 64 if group_size == k else next((half for half in (64, 32, 16) if group_size % half == 0), 64)
+
+
+def int4_shape(layout: str, n: int, k: int, group_size: int) -> tuple[int, ...]:
+    if layout == PANELS:
+        return panels_of(n), (k + 3) // 4, PANEL // 2, 4
+    half = half_of(group_size, k)
+    return n, (k + 2 * half - 1) // (2 * half) * half
+
+
+def groups_shape(layout: str, n: int, groups: int) -> tuple[int, ...]:
+    """Of the scales, zero points or minima of an int4 weight."""
+    return (panels_of(n), groups, PANEL) if layout == PANELS else (groups, n)
+
+
+def int4_pack(q: Tensor) -> Tensor:
+    """Codes [N, K] in panels."""
+    n, k = q.shape
+    n_panels, steps, half, _ = int4_shape(PANELS, n, k, k)
+    codes = torch.nn.functional.pad((q + 8).to(torch.uint8) & 15, (0, steps * 4 - k, 0, n_panels * PANEL - n))
+    low, high = codes.view(n_panels, 2, half, steps, 4).unbind(1)
+    return (low | high << 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
+
+
+def int4_to_halves(q: Tensor, group_size: int) -> Tensor:
+    """Codes [N, K] in halves."""
+    n, k = q.shape
+    half = half_of(group_size, k)
+    _, length = int4_shape(HALVES, n, k, group_size)
+    low, high = (
+        torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, length // half, 2, half).to(torch.uint8).unbind(2)
+    )
+    return (low & 15 | high << 4).reshape(n, length)
+
+
+def int4_unpack(data: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    """The codes [N, K] of either layout."""
+    if int4_layout(data) == PANELS:
+        n_panels, steps, half, _ = data.shape
+        codes = torch.stack((data & 15, data >> 4), 1).permute(0, 1, 3, 2, 4).reshape(n_panels * 2 * half, steps * 4)
+        return codes[:n, :k].to(torch.int8) - 8
+    half = half_of(group_size, k)
+    blocks = data.view(n, data.shape[1] // half, half)
+    codes = torch.stack((blocks & 15, blocks >> 4), 2).flatten(1)[:, :k]
+    return ((codes ^ 8).to(torch.int8) - 8).clone(memory_format=torch.contiguous_format)
+
+
+def to_panels(t: Tensor) -> Tensor:
+    """Scales, zero points or minima [N, groups] as panels hold them; those of missing channels are 0."""
+    n, groups = t.shape
+    padded = torch.nn.functional.pad(t, (0, 0, 0, panels_of(n) * PANEL - n))
+    return padded.view(panels_of(n), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def by_group(t: Tensor, n: int) -> Tensor:
+    """[N, groups] of scales, zero points or minima in either layout."""
+    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
+
+
+# A stream of b-bit two's complement codes along the last dim, low bits first, as files hold them.
+
+BITS = (2, 3, 4)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    return -(1 << bits - 1), (1 << bits - 1) - 1
+
+
+def packed_length(k: int, bits: int) -> int:
+    """Bytes of a row of k codes; the bits beyond the last code are zeros."""
+    return (k * bits + 7) // 8

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from . import loading, registry
+from . import checks, loading, registry
 from .host import Host
-from .reference.fake_quantize import check_dense
 from .registry import Mendable
 
 NAMESPACE = "qkernels"
@@ -178,7 +177,7 @@ def _refused(op: str) -> Callable[..., None]:
         for argument, value in zip(dispatched(op)._schema.arguments, args, strict=False):
             for at, t in enumerate(value if isinstance(value, list | tuple) else [value]):
                 if isinstance(t, torch.Tensor):
-                    check_dense(f"{argument.name}[{at}]" if value is not t else argument.name, t)
+                    checks.dense(f"{argument.name}[{at}]" if value is not t else argument.name, t)
 
     return call
 

@@ -46,7 +46,7 @@ def register(op: str, name: str, fn: Callable[..., Any], unsupported: Callable[.
 
 
 def kernels(op: str | None = None) -> list[Kernel]:
-    """The kernels of ``op`` in order of preference; of every op when None."""
+    """The kernels of ``op`` in order of preference; of every op when None. ValueError: no op has this name."""
     if op is None:
         return [kernel for name in sorted(_kernels) for kernel in _kernels[name]]
     if op not in _kernels:
@@ -55,9 +55,9 @@ def kernels(op: str | None = None) -> list[Kernel]:
 
 
 def which(op: str, *args: Any) -> list[tuple[str, str | None]]:
-    """Every kernel of ``op`` with the reason why it would not run on these arguments (None: it can).
+    """Every kernel of ``op`` ("int8_linear") with the reason why it would not run on these arguments (None: it can).
 
-    The first with None is the one that runs. Without arguments the answer speaks of this machine alone.
+    The first with None runs. Without args the answer speaks of this machine alone. ValueError: no op has this name.
     """
     return [(kernel.name, kernel.unsupported(*args)) for kernel in kernels(op)]
 

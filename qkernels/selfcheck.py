@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, registry
+from . import checks, layouts, library, registry
 from .reference import int4_gemm, int8_gemm, packing, rms_norm_quantize, silu_mul_quantize
-from .reference.fake_quantize_learnable import WITH_TERMS
 from .registry import Kernel
 
 INT4 = (-8, 7)
@@ -128,7 +127,7 @@ def with_lsq(args: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[T
 
 def straight_through_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     for *case, factor in learnable_backward_args(x):
-        for variant in WITH_TERMS:
+        for variant in checks.WITH_TERMS:
             yield *case, variant, 0.2, factor
 
 
@@ -298,8 +297,8 @@ def int8_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 def pack_bits_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() > 0:
-        for bits in packing.BITS:
-            low, high = packing.code_range(bits)
+        for bits in layouts.BITS:
+            low, high = layouts.code_range(bits)
             yield torch.randint(low, high + 1, x.shape, dtype=torch.int8), bits
 
 
@@ -325,10 +324,10 @@ def int4_linear_args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)) if grouped else x
         k = x.shape[1]
         size = 32 if grouped else k
-        groups = int4_gemm.groups_of(k, size)
+        groups = layouts.groups_of(k, size)
         data = int4_gemm.int4_pack(torch.randint(-8, 8, (33, k), dtype=torch.int8))
         scale, zero_point, minimum = (
-            int4_gemm.to_panels(t)
+            layouts.to_panels(t)
             for t in (
                 torch.rand(33, groups),
                 torch.randint(-8, 8, (33, groups), dtype=torch.int8),
@@ -467,8 +466,8 @@ def held_on(device: str, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args
     x, data, scale, zero_point, minimum, total, bias, size, *rest = args
     n, k = total.numel(), x.shape[-1]
-    halves = int4_gemm.to_halves(int4_gemm.int4_unpack(data, n, k), int4_gemm.half_of(size, k))
-    groups = (None if t is None else int4_gemm.by_group(t, n).t().contiguous() for t in (scale, zero_point, minimum))
+    halves = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, size), size)
+    groups = (None if t is None else layouts.by_group(t, n).t().contiguous() for t in (scale, zero_point, minimum))
     return x, halves, *groups, total, bias, size, *rest
 
 

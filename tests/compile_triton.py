@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels.reference.fake_quantize_learnable import WITH_TERMS
+from qkernels import checks, layouts
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -93,7 +93,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "stochastic", "fake_quantize_stochastic_forward", (x, *drawn)
         yield "stochastic", "fake_quantize_stochastic_backward", (x, x, *drawn, 0.5)
         yield "stochastic", "quantize_stochastic", (x, scale, zero_point, 0, 127, *drawn[-3:], code)
-        for variant in WITH_TERMS:
+        for variant in checks.WITH_TERMS:
             yield (
                 "fake_quantize_learnable",
                 "fake_quantize_straight_through_backward",
@@ -210,14 +210,13 @@ def gemm_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ..
 
 def int4_calls(arch: int, everything: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(op, arguments) that reach every tile, every loop along K, and every kind of weight and input."""
-    from qkernels.reference import int4_gemm as reference
     from qkernels.triton.common import gemm_configs
 
     def weight(n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32) -> Any:
         groups = (k // group_size, n)
         zero_point = meta(groups, torch.int8) if kind == "zero points" else None
         minimum = meta(groups, dtype) if kind == "minimum" else None
-        data = meta(reference.halves_shape(n, k, reference.half_of(group_size, k)), torch.uint8)
+        data = meta(layouts.int4_shape(layouts.HALVES, n, k, group_size), torch.uint8)
         return data, meta(groups, dtype), zero_point, minimum, meta((n,))
 
     def call(x: Tensor, of: Any, group_size: int, act_bits: int, bias: Tensor | None = None, *given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Shared by every test: seeds, threads put back, and the kernels of an op as test parameters."""
+"""Shared by every test: seeds, threads put back, the kernels of an op as parameters, the sample of long tests."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+import sampling
 
 import qkernels as qk
 
@@ -122,7 +123,28 @@ def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> sub
     )
 
 
+# Files with few and long tests. They run first, so that no worker is left with one of them at the end.
+LONG = ("test_pretend_gpu", "test_triton_launch", "test_triton_compile", "test_cuda_emulated", "test_cuda_sass")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as nightly what is not in this run's sample of a test's cases. A case that is named always runs."""
+    if any("[" in argument for argument in config.args):
+        return
+    tests: dict[str, list[Any]] = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    items.sort(key=lambda item: item.path.stem not in LONG)
+    for name, cases in tests.items():
+        kept = sampling.cases_of([case.callspec.params for case in cases], name)
+        for at in set(range(len(cases))) - kept:
+            cases[at].add_marker(pytest.mark.nightly)
+
+
 def pytest_report_header() -> str:
     library = qk.library
     path = library.host.active_isa() if library.host is not None else "unknown"
-    return f"qkernels: {library.cpu_missing or f'compiled CPU kernels, path {path}'}"
+    kernels = library.cpu_missing or f"compiled CPU kernels, path {path}"
+    return f"qkernels: {kernels}; {sampling.described()}"

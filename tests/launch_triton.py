@@ -2,8 +2,9 @@
 
     python tests/launch_triton.py calls | loop | choices
 
-calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included. Each call is made three times:
-by the long way, watched, and as it was remembered; both ways must start the same kernels on the same arguments.
+calls: every op in every dtype, sizes of 1, odd strides and misaligned storage included; a run makes a sample of them.
+Each call is made three times: by the long way, watched, and as it was remembered; both ways must start the same kernels
+on the same arguments.
 loop: a model's ops over batches of changing size, as a training loop or a server makes them.
 choices: what is remembered never outlives a change of what it was remembered for.
 Prints one JSON object.
@@ -26,14 +27,14 @@ from typing import Any
 import compile_triton
 import stub_gpu
 import torch
+from sampling import drawn
 from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import qkernels as qk
-from qkernels import library, registry, selfcheck
-from qkernels.reference import int4_gemm
+from qkernels import layouts, library, registry, selfcheck
 from qkernels.registry import Kernel
 from qkernels.triton.common import replay
 from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
@@ -65,10 +66,15 @@ def self_check(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """All calls of the quick self-check, and of the others those of this run's sample."""
     first, *others = selfcheck.inputs(quick=True)
     yield from self_check([first])
     quick.update(stub_gpu.compilations)
-    yield from self_check([*others, *edges()])
+    yield from drawn(more_calls([*others, *edges()]), 0.2, "launch_triton")
+
+
+def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield from self_check(inputs)
     compile_triton.meta = lambda shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)
     yield from compile_triton.gemm_calls(90, False)
     yield from compile_triton.int4_calls(90, False)
@@ -85,7 +91,7 @@ def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
         padded = torch.nn.functional.pad(w, (0, -k % 16))
         layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
         yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
-        packed = int4_gemm.to_halves(w.clamp(-8, 7), int4_gemm.half_of(k, k))
+        packed = layouts.int4_to_halves(w.clamp(-8, 7), k)
         for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
             of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
             yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)

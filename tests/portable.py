@@ -3,9 +3,10 @@
     python tests/portable.py
 
 With the headers of the oldest and of the newest torch that the kernels are for, by g++ and nvcc; with the oldest's by
-clang++ and by g++ for aarch64 too; each compiler if it is installed. The headers come from the package index (80 and
-127 MB, of which 60 are kept, in build/): those of another machine's wheel, as headers are the same and that wheel is
-the small one. What passed is not compiled again until csrc or the compiler changes.
+clang++ and by g++ for aarch64 too; each compiler if it is installed. One run makes two of these checks, the next run
+others (see sampling.py). The headers come from the package index (80 and 127 MB, of which 60 are kept, in build/): from
+another machine's wheel, which is small and has the same headers. What passed is not compiled again until csrc or the
+compiler changes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from sampling import described, in_turn
 
 ROOT = Path(__file__).parent.parent
 OLDEST, NEWEST = "2.10.0", "2.14.1"
@@ -107,8 +110,10 @@ def check(version: str, compiler: str, flags: list[str], files: str) -> str:
 
 
 def main() -> None:
-    missing = {version: bring(version) for version in WHEELS}
-    for version, compiler, flags, files in CHECKS:
+    checks = in_turn(CHECKS, 2)
+    missing = {version: bring(version) for version, *_ in checks}
+    print(f"portable: {len(checks)} of {len(CHECKS)} checks, {described()}", flush=True)
+    for version, compiler, flags, files in checks:
         if reason := missing[version]:
             outcome = f"SKIPPED: the headers cannot be had: {reason}"
         else:

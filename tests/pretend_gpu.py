@@ -133,10 +133,9 @@ kept: list[Any] = []
 
 def kernels() -> None:
     """Those of a GPU: the CUDA kernels are there and compute as the reference does, and there are no CPU kernels."""
-    from qkernels import library, registry, selfcheck
-    from qkernels.ops import int4_gemm
+    from qkernels import layouts, library, registry, selfcheck
 
-    int4_gemm._takes_halves = lambda device: True
+    layouts.int4_layout_on = lambda device: layouts.HALVES
     library.gpu, library.cuda_state[:] = "cpu", ["the build failed"] if Asked.build else [None]
 
     def pretended(kernel: registry.Kernel, reference: Any) -> registry.Kernel:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library, registry
+from qkernels import layouts, library, registry
 from qkernels.reference import int4_gemm as reference
 
 emulated = pytest.mark.skipif(library.gpu != "cpu", reason="the CUDA kernels are not emulated")
@@ -46,7 +46,7 @@ def arguments(
     weight_sum = reference.weight_of(q, scale, offset, group_size).sum(1).float()
     by_group = (None if t is None else t.t().contiguous() for t in (scale, zero_point, minimum))
     return (
-        x.to(dtype), reference.to_halves(q, reference.half_of(group_size, k)), *by_group, weight_sum,
+        x.to(dtype), layouts.int4_to_halves(q, group_size), *by_group, weight_sum,
         None if bias_dtype is None else bias.to(bias_dtype), group_size, 16, None, None, -128, 127, out_dtype or dtype,
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def check(y: Tensor, args: tuple[Any, ...]) -> None:
     n, k = weight_sum.numel(), x.shape[-1]
     scale, zero_point, minimum = (None if t is None else t.t() for t in (scale, zero_point, minimum))
     offset = reference.offset_of(scale, zero_point, minimum)
-    weight = reference.weight_of(reference.unpack(data, n, k, group_size), scale, offset, group_size)
+    weight = reference.weight_of(layouts.int4_unpack(data, n, k, group_size), scale, offset, group_size)
     most = 15 * scale.double().abs() + (0 if offset is None else offset.double().abs())
     exact = x.double() @ weight.t()
     bound = (k + 4) * 2**-23 * (x.double().abs() @ most.repeat_interleave(k // scale.shape[1], 1).t())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import channels_last, scale_of
+from compare import same
 from torch import Tensor
 
 import qkernels as qk
@@ -26,11 +27,6 @@ from qkernels.reference import quantize as reference_quantize
 
 pytestmark = pytest.mark.skipif(qk.library.gpu != "cpu", reason="the CUDA kernels are not emulated")
 HALF_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # Vectors of 4 (fp32) and 8 (halves) elements; 256 threads of 4 vectors to a block; 3 emulated processors.

@@ -1,6 +1,6 @@
 """The CUDA library without a GPU: it compiles, loads, and registers what the package says it holds; reasons are given.
 
-`make test` compiles the library once into build/cuda (see `compiled`); without nvcc these tests are skipped.
+`make test` compiles the library into build/cuda by calling this file; without nvcc these tests are skipped.
 """
 
 from __future__ import annotations
@@ -14,29 +14,32 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
+from sampling import described, in_turn
 
 import qkernels as qk
 from qkernels import library, loading, registry
 from qkernels.registry import Mendable
 
 BUILD = ROOT / "build" / "cuda"
-ARCHES = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
+ARCHES = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0+PTX")
+COMPILED = in_turn(ARCHES)  # one architecture a run, every one each night
+
+
+def compile_library() -> Path:
+    """Compiles the library for the architectures of this run, unless it is up to date."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILD)]
+    wanted = {"QKERNELS_BUILD": "cuda", "QKERNELS_STRICT_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ";".join(COMPILED)}
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, check=True)
+    return BUILD / "qkernels" / "_cuda.so"
 
 
 @pytest.fixture(scope="session")
 def compiled() -> Path:
-    """The library for every architecture of the default list; compiled here unless it is up to date."""
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         pytest.skip("needs nvcc")
     if not (ROOT / "csrc" / "cuda").exists():
         pytest.skip("needs a source checkout")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(BUILD)],
-        cwd=ROOT,
-        env={**os.environ, "QKERNELS_BUILD": "cuda", "QKERNELS_STRICT_BUILD": "1", "TORCH_CUDA_ARCH_LIST": ARCHES},
-        check=True,
-    )
-    return next((BUILD / "qkernels").glob("_cuda*.so"))
+    return compile_library()
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +75,7 @@ for op in sorted({kernel.op for kernel in qk.kernels()}):
 
 def test_it_belongs_to_this_checkout_and_says_its_architectures(compiled: Path) -> None:
     assert loading.fault_of(compiled) is None
-    assert loading.arches_of(compiled) == ARCHES
+    assert loading.arches_of(compiled) == ";".join(COMPILED)
 
 
 def test_only_the_stream_is_missing_from_torch_without_cuda(compiled: Path) -> None:
@@ -208,3 +211,8 @@ def test_build_that_does_not_exist(wanted: str) -> None:
     )
     assert done.returncode != 0
     assert f"QKERNELS_BUILD: got '{wanted}'; accepted: auto, cpu, cuda, none" in done.stderr
+
+
+if __name__ == "__main__":
+    print(f"the CUDA library is compiled for {', '.join(COMPILED)}, {described()}", flush=True)
+    compile_library()

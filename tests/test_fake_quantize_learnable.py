@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.ops.fake_quantize_learnable import straight_through_backward
 from qkernels.reference import fake_quantize as clip
 from qkernels.reference import fake_quantize_learnable as learnable_reference
@@ -23,7 +24,7 @@ OP = "fake_quantize_straight_through_backward"
 COMPILED = [name for name in kernels_of(OP) if name.startswith("cpu_")]
 
 
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> None:
@@ -56,7 +57,7 @@ def test_kernels_equal_the_reference(name: str, shape: tuple[int, ...], dtype: t
 
 
 @pytest.mark.skipif("triton" not in kernels_of(OP), reason="no GPU, and not interpreted")
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 @pytest.mark.parametrize(("name", "shape"), GRANULARITIES)
 def test_triton_equals_the_reference(name: str, shape: tuple[int, ...], variant: str) -> None:
     dtype = FLOATS[GRANULARITIES.index((name, shape)) % 4]
@@ -337,7 +338,7 @@ def test_ewgs_in_the_papers_units() -> None:
     torch.testing.assert_close(dx, grad * (1 + delta * grad.sign() * error), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["clip", *reference.VARIANTS])
+@pytest.mark.parametrize("variant", ["clip", *checks.VARIANTS])
 @pytest.mark.parametrize("scale", [0.1, torch.tensor([0.1]), torch.full((8, 1), 0.1)], ids=["float", "one", "rows"])
 def test_forward_and_fixed_scales(variant: str, scale: Tensor | float) -> None:
     """y never depends on the variant; dx does not depend on whether a scale is learned too."""
@@ -371,7 +372,7 @@ def test_memory_saved_for_backward() -> None:
         assert saved_bytes(partial(quantize, activation, scale)) == expected
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", checks.VARIANTS)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(variant: str, backend: str) -> None:
     def fn(x: Tensor, s: Tensor) -> Tensor:
@@ -387,7 +388,7 @@ def test_compile_fullgraph(variant: str, backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("variant", reference.WITH_TERMS)
+@pytest.mark.parametrize("variant", checks.WITH_TERMS)
 def test_opcheck(variant: str) -> None:
     x, scale = torch.randn(4, 24), torch.rand(4, 1) * 0.1 + 0.01
     zero_point = torch.randint(-8, 8, (4, 1), dtype=torch.int32)
@@ -398,7 +399,7 @@ def test_opcheck(variant: str) -> None:
             torch.library.opcheck(torch.ops.qkernels.fake_quantize_straight_through_backward.default, args)
 
 
-@pytest.mark.parametrize("variant", reference.VARIANTS)
+@pytest.mark.parametrize("variant", checks.VARIANTS)
 def test_activation_checkpointing(variant: str) -> None:
     x, scale = torch.randn(4, 24, requires_grad=True), torch.tensor([0.1], requires_grad=True)
     fn = partial(qk.fake_quantize, quant_min=-8, quant_max=7, straight_through=variant)
@@ -411,7 +412,7 @@ def test_activation_checkpointing(variant: str) -> None:
 def test_second_derivatives() -> None:
     """Right where the gradient of x is dy or nothing; refused for the rest."""
     x = torch.randn(20, requires_grad=True)
-    for variant in reference.VARIANTS:
+    for variant in checks.VARIANTS:
         y = qk.fake_quantize(x, torch.tensor([0.1]), quant_min=-8, quant_max=7, straight_through=variant)
         loss = y.square().sum()
         if variant in ("lsq", "pass"):

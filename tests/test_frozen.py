@@ -15,7 +15,7 @@ STATIC = {"input_scale": torch.tensor(0.02), "input_zero_point": torch.tensor(3)
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-def same(a, b, rounding=2e-5):
+def close(a, b, rounding=2e-5):
     assert a.dtype == b.dtype
     assert a.shape == b.shape
     largest = float(b.float().abs().max()) if b.numel() else 0.0
@@ -84,7 +84,7 @@ def test_linear(kind, n, blocks, monkeypatch):
     if kind == "int8 static":
         assert 0 < (want[0] == 0).float().mean() < 0.9  # the fixed scale clips some
     for a, b in zip(got, want, strict=True):
-        same(a, b)
+        close(a, b)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -102,7 +102,7 @@ def test_activation(activation, options):
     dynamic = x if options else qk.fake_quantize_dynamic(x)
     z = model_of(dynamic, w, bias, options, activation)
     for a, b in zip(torch.autograd.grad(y, (x, bias), grad), torch.autograd.grad(z, (x, bias), grad), strict=True):
-        same(a, b, 1e-4)
+        close(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,8 +117,8 @@ def test_low_precision(kind, dtype, monkeypatch):
         y = function(x, packed, bias, out_dtype=out_dtype, **options)
         dx, dbias = torch.autograd.grad(y, (x, bias), grad)
         assert (y.dtype, dx.dtype, dbias.dtype) == (out_dtype, dtype, torch.float32)
-        same(dx.float(), grad.float() @ w, 2e-2)
-        same(dbias, grad.float().sum(0), 1e-2)
+        close(dx.float(), grad.float() @ w, 2e-2)
+        close(dbias, grad.float().sum(0), 1e-2)
 
 
 def test_layouts_of_x_and_grad():
@@ -127,7 +127,7 @@ def test_layouts_of_x_and_grad():
         x = x.requires_grad_()
         y = qk.int8_linear(x, packed)
         y.sum().backward()  # an expanded gradient
-        same(x.grad, torch.ones_like(y) @ w)
+        close(x.grad, torch.ones_like(y) @ w)
         assert x.grad.shape == x.shape
 
 
@@ -142,7 +142,7 @@ def test_static_scale_is_learned():
         got = torch.autograd.grad(function(x, packed, **options).square().sum(), (x, scale))
         want = torch.autograd.grad(model_of(x, w, torch.zeros(8), options).square().sum(), (x, scale))
         for a, b in zip(got, want, strict=True):
-            same(a, b, 1e-4)
+            close(a, b, 1e-4)
 
 
 def test_codes_carry_no_gradient_and_their_scales_do():
@@ -156,7 +156,7 @@ def test_codes_carry_no_gradient_and_their_scales_do():
         got = torch.autograd.grad(y, (scale, bias), grad)
         want = torch.autograd.grad(F.linear((x.float() - zero_point) * scale, w, bias), (scale, bias), grad)
         for a, b in zip(got, want, strict=True):
-            same(a, b, 1e-4)
+            close(a, b, 1e-4)
 
 
 def test_no_integer_claims_a_gradient():
@@ -191,7 +191,7 @@ def test_scaled_mm(activation):
     z = ACTIVATIONS[activation](((a.float() - zero_point) @ b.float()) * leaves[1] * leaves[0] + leaves[2])
     grad = torch.randn(5, 8)
     for got, want in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(z, leaves, grad), strict=True):
-        same(got, want, 1e-4)
+        close(got, want, 1e-4)
 
 
 def convolution(groups=1, dtype=torch.float32):
@@ -217,7 +217,7 @@ def test_conv2d(geometry, groups):
     got, want = (torch.autograd.grad(t, (x, bias, scale), grad) for t in (y, z))
     assert 0 < (want[0] == 0).float().mean() < 0.9
     for a, b in zip(got, want, strict=True):
-        same(a, b, 1e-4)
+        close(a, b, 1e-4)
 
 
 def layers():
@@ -244,7 +244,7 @@ def test_modules(name):
     grad = torch.randn_like(y)
     y.backward(grad)
     dense(layer, b).backward(grad)
-    same(a.grad, b.grad)
+    close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("name", layers())
@@ -262,7 +262,7 @@ def test_checkpointing_compiling_and_exporting(name):
 
     want = run(layer)
     assert torch.equal(run(lambda a: checkpoint(layer, a, use_reentrant=False)), want)
-    same(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), want)
+    close(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), want)
     exported = torch.export.export(layer, (x,)).module()
     assert torch.equal(exported(x), layer(x))
 
@@ -274,7 +274,7 @@ def test_autocast():
         y = layer(a)
     y.float().sum().backward()
     assert a.grad.dtype == torch.float32
-    same(a.grad, torch.ones(2, 5, 8) @ layer.dequantize(), 2e-2)
+    close(a.grad, torch.ones(2, 5, 8) @ layer.dequantize(), 2e-2)
 
 
 def test_second_derivatives(monkeypatch):
@@ -286,7 +286,7 @@ def test_second_derivatives(monkeypatch):
         y = qk.int8_linear(x, packed)
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         (ddx,) = torch.autograd.grad(dx.sum(), x)
-        same(ddx, 2 * (torch.ones(3, 32) @ w.t()) @ w, 1e-3)
+        close(ddx, 2 * (torch.ones(3, 32) @ w.t()) @ w, 1e-3)
 
 
 def test_nothing_but_codes_is_kept():
@@ -324,17 +324,17 @@ def test_transforms(kind):
     grad = torch.randn_like(y)
     want = torch.autograd.grad(y, one, grad)
     value, pull = vjp(call, x[0], bias[0])
-    same(value, y.detach())
+    close(value, y.detach())
     for a, b in zip(pull(grad), want, strict=True):
-        same(a, b)
+        close(a, b)
     _, tangent = jvp(call, (x[0], bias[0]), (x[1], bias[1]))
-    same((tangent * grad).sum(), (want[0] * x[1]).sum() + (want[1] * bias[1]).sum(), 1e-4)
-    same(vmap(call)(x, bias), torch.stack([call(*sample) for sample in zip(x, bias, strict=True)]))
+    close((tangent * grad).sum(), (want[0] * x[1]).sum() + (want[1] * bias[1]).sum(), 1e-4)
+    close(vmap(call)(x, bias), torch.stack([call(*sample) for sample in zip(x, bias, strict=True)]))
     per_sample = vmap(jacrev(lambda x, bias: call(x, bias).sum(), (0, 1)))(x, bias)
     for i in range(3):
         sample = x[i].clone().requires_grad_(), bias[i].clone().requires_grad_()
         for a, b in zip(per_sample, torch.autograd.grad(call(*sample).sum(), sample), strict=True):
-            same(a[i], b)
+            close(a[i], b)
 
 
 def test_transforms_of_the_others():
@@ -344,7 +344,7 @@ def test_transforms_of_the_others():
     got = vmap(jacrev(lambda x: qk.int8_conv2d(x, packed, **STATIC).square().sum()))(x)
     for i in range(2):
         sample = x[i].clone().requires_grad_()
-        same(got[i], torch.autograd.grad(qk.int8_conv2d(sample, packed, **STATIC).square().sum(), sample)[0], 1e-4)
+        close(got[i], torch.autograd.grad(qk.int8_conv2d(sample, packed, **STATIC).square().sum(), sample)[0], 1e-4)
     a, b, scale = codes(5, 64, 8), codes(64, 8, 8), torch.rand(3, 5)
     for activation in ACTIVATIONS:
 
@@ -354,6 +354,6 @@ def test_transforms_of_the_others():
         got = vmap(jacrev(lambda s, call=call: call(s).square().sum()))(scale)
         for i in range(3):
             sample = scale[i].clone().requires_grad_()
-            same(got[i], torch.autograd.grad(call(sample).square().sum(), sample)[0], 1e-4)
+            close(got[i], torch.autograd.grad(call(sample).square().sum(), sample)[0], 1e-4)
         _, tangent = jvp(call, (scale[0],), (scale[1],))
-        same(tangent, jacrev(call)(scale[0]) @ scale[1], 1e-4)
+        close(tangent, jacrev(call)(scale[0]) @ scale[1], 1e-4)

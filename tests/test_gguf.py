@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from compare import same
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
@@ -46,12 +47,6 @@ def random_blocks(kind: Type, *shape: int) -> np.ndarray:
     return made.flatten(-2).numpy()
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    assert (a.dtype, a.shape) == (b.dtype, b.shape)
-    bits = {2: torch.int16, 4: torch.int32}[a.itemsize]
-    assert torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
-
-
 def to_bytes(packed: qk.PackedInt) -> Tensor:
     """The blocks of Q4_0 or Q4_1, from the bits that ggml defines: [N, bytes of a row]."""
     q, scale, zero_point, minimum = packed.unpack()
@@ -70,7 +65,7 @@ def test_q4(kind: Type, shape: tuple[int, int], tmp_path: Path) -> None:
     assert (packed.shape, packed.group_size, packed.scale.dtype) == (shape, 32, torch.float16)
     assert (packed.minimum is None) == (kind == Type.Q4_0)
     assert torch.equal(to_bytes(packed), torch.from_numpy(data))
-    assert_same(packed.dequantize(), torch.from_numpy(gguf.quants.dequantize(data, kind)))
+    same(packed.dequantize(), torch.from_numpy(gguf.quants.dequantize(data, kind)), exact=True)
 
 
 def test_a_block_by_hand(tmp_path: Path) -> None:
@@ -105,7 +100,7 @@ def test_q8(shape: tuple[int, ...], tmp_path: Path) -> None:
         (got.scale.view(torch.uint8).unflatten(-1, (-1, 2)), got.q.unflatten(-1, (-1, 32)).view(torch.uint8)), -1
     )
     assert torch.equal(again.flatten(-2), torch.from_numpy(data))
-    assert_same(got.dequantize(), torch.from_numpy(gguf.quants.dequantize(data, Type.Q8_0)))
+    same(got.dequantize(), torch.from_numpy(gguf.quants.dequantize(data, Type.Q8_0)), exact=True)
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -114,7 +109,7 @@ def test_experts(tmp_path: Path) -> None:
     for kind, blocks in data.items():
         assert [packed.shape for packed in loaded[kind.name]] == [(5, 64)] * 3
         values = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
-        assert_same(torch.stack([packed.dequantize() for packed in loaded[kind.name]]), values)
+        same(torch.stack([packed.dequantize() for packed in loaded[kind.name]]), values, exact=True)
 
 
 def test_not_finite(tmp_path: Path) -> None:
@@ -144,7 +139,7 @@ def test_plain_types(tmp_path: Path) -> None:
     for name, array in arrays.items():
         assert loaded[name].dtype == torch.from_numpy(array).dtype
         assert torch.equal(loaded[name], torch.from_numpy(array))
-    assert_same(loaded["bf16"], w.bfloat16())
+    same(loaded["bf16"], w.bfloat16(), exact=True)
     (tmp_path / "m.gguf").unlink()
     loaded["f32"].zero_()
 
@@ -160,9 +155,9 @@ def test_other_types(tmp_path: Path) -> None:
         integration.load(path)
     loaded: dict[str, Any] = integration.load(path, dequantize_others=True)
     assert isinstance(loaded["w"], qk.PackedInt4)
-    assert_same(loaded["q5"], torch.from_numpy(gguf.quants.dequantize(q5, Type.Q5_0)))
+    same(loaded["q5"], torch.from_numpy(gguf.quants.dequantize(q5, Type.Q5_0)), exact=True)
     assert loaded["q6"].shape == (2, 256)
-    assert_same(loaded["q6"], torch.from_numpy(gguf.quants.dequantize(q6, Type.Q6_K)))
+    same(loaded["q6"], torch.from_numpy(gguf.quants.dequantize(q6, Type.Q6_K)), exact=True)
     path = write(tmp_path / "m.gguf", {"q8": (np.zeros((1, 292), np.uint8), Type.Q8_K)})
     with pytest.raises(ValueError, match=r"^q8: got the type Q8_K; the gguf package cannot dequantize it"):
         integration.load(path, dequantize_others=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
+from compare import same
 from torch import Tensor
 
 import qkernels as qk
@@ -35,12 +36,6 @@ names = pytest.mark.parametrize("name", NAMES)
 
 def bits(t: Tensor) -> Tensor:
     return torch.nan_to_num(t.cpu().double(), nan=12345.0, posinf=1e300, neginf=-1e300)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tuple[Any, ...]:

@@ -25,9 +25,11 @@ def source(tmp_path: Path) -> Path:
         pytest.skip("needs a source checkout")
     root = tmp_path / "source"
     root.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", ".clang-format"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", ".clang-format"):
         shutil.copy(ROOT / name, root)
-    for name in ("csrc", "qkernels", "tests", "bench", ".ci"):
+    for page in ROOT.glob("*.md"):
+        shutil.copy(page, root)
+    for name in ("build_tools", "csrc", "qkernels", "tests", "bench", "docs", "examples", ".ci"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return root
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compare import same
+from conftest import paths_of
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library, registry
+from qkernels import layouts, library
 from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
 OPS = ("int4_pack", "int4_unpack", "int4_linear")
-KERNELS = ("cpu_avx512vnni", "cpu_avx2", "cpu_scalar", "reference")
 FORMS = ("symmetric", "zero points", "minima")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # M, N, K, group size: every number of rows of a tile, channels around a panel's 32, groups of every kind
@@ -40,15 +41,10 @@ SHAPES = [
 EMPTY = [(0, 3, 32, 16), (3, 0, 32, 16), (3, 4, 0, 0), (0, 0, 0, 0)]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[*paths_of("int4_linear"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each kernel in turn; afterwards, that the forced one is what ran."""
-    name = request.param
-    reason = next(k for k in registry.kernels("int4_linear") if k.name == name).unsupported()
-    if reason is not None:
-        pytest.skip(reason)
-    with library.use_kernel(name):
-        yield name
+    with library.use_kernel(request.param):
+        yield request.param
 
 
 def ran(kernel: str) -> bool:
@@ -57,12 +53,6 @@ def ran(kernel: str) -> bool:
 
 def codes(*shape: int, low: int = -8, high: int = 7) -> Tensor:
     return torch.randint(low, high + 1, shape, dtype=torch.int8)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    assert a.stride() == b.stride()
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def parts(n: int, k: int, group_size: int, form: str, dtype: torch.dtype = torch.float32) -> tuple:
@@ -294,9 +284,9 @@ def test_gpu_layout_on_the_reference(k: int, group_size: int) -> None:
     if k % size:
         pytest.skip("does not divide K")
     q, scale, zero_point, minimum = parts(5, k, size, "zero points")
-    half = reference.half_of(size, k)
-    data = reference.to_halves(q, half)
-    assert torch.equal(reference.from_halves(data, k, half), q)
+    half = layouts.half_of(size, k)
+    data = layouts.int4_to_halves(q, size)
+    assert torch.equal(layouts.int4_unpack(data, *q.shape, size), q)
     for i in {0, min(half, k) - 1, min(half, k - 1), k - 1}:
         block, at = divmod(i, 2 * half)
         byte = int(data[2, block * half + at % half])

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compare import same
+from conftest import paths_of
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -13,7 +15,6 @@ from qkernels import library, registry
 from qkernels.ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from qkernels.reference import int8_conv2d as reference
 
-KERNELS = ("cpu_avx512vnni", "cpu_avx2", "cpu_scalar", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, C, H, W, C_out, kernel, stride, padding, dilation, groups
 CASES = [
@@ -36,22 +37,14 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[*paths_of("int8_conv2d"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    reason = next(k for k in registry.kernels("int8_conv2d") if k.name == request.param).unsupported()
-    if reason is not None:
-        pytest.skip(reason)
     with library.use_kernel(request.param):
         yield request.param
 
 
 def codes(*shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -192,7 +185,12 @@ def test_opcheck() -> None:
 
 
 def test_kernels_are_listed() -> None:
-    assert [kernel.name for kernel in registry.kernels("int8_conv2d")] == list(KERNELS)
+    assert [kernel.name for kernel in registry.kernels("int8_conv2d")] == [
+        "cpu_avx512vnni",
+        "cpu_avx2",
+        "cpu_scalar",
+        "reference",
+    ]
 
 
 def test_compile_does_not_recompile_when_the_batch_changes() -> None:

@@ -13,8 +13,8 @@ import torch._dynamo.testing
 from torch import nn
 
 import qkernels as qk
+from qkernels import layouts
 from qkernels.nn import FakeQuantize, Int4Embedding, Int4Linear, Int8Conv2d, Int8Linear, PerTensor, PerToken
-from qkernels.ops import int4_gemm
 
 FORMS = [(bits, symmetric) for bits in (4, 3, 2) for symmetric in (True, False)]
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -329,7 +329,7 @@ def test_a_move_to_a_gpu_repacks(kind, monkeypatch):
     x = example(layer)
     with qk.use_kernel("reference"):
         expected, state = layer(x), layer.state_dict()
-        monkeypatch.setattr(int4_gemm, "_takes_halves", lambda device: True)
+        monkeypatch.setattr(layouts, "int4_layout_on", lambda device: layouts.HALVES)
         moved = copy.deepcopy(layer).to("cpu")
         assert moved.data.shape == (37, 32)  # rows of 48 codes in halves of 16
         assert moved.packed_scale.shape == (3, 37)

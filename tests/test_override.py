@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.ao.quantization as tq
 from cases import FLOATS, INPUTS, channels_last
+from compare import same
 from conftest import kernels_of, run_python
 from torch import Tensor, nn
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.integrations import aten
 from qkernels.reference import aten_fake_quantize as reference
 
@@ -36,18 +38,6 @@ def _nothing_leaks() -> Iterator[None]:
     assert not rerouted()
     yield
     assert not rerouted()
-
-
-def same(got: Any, want: Any) -> None:
-    """Bit for bit, signs of zeros too, with dtypes and strides."""
-    if not isinstance(want, Tensor):
-        for g, w in zip(got, want, strict=True):
-            same(g, w)
-        return
-    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    if want.is_floating_point():
-        assert torch.equal(got.signbit(), want.signbit())
 
 
 def both(call: Callable[[], Any]) -> tuple[Any, Any]:
@@ -1201,7 +1191,7 @@ def test_channel_drop_in(kernel: str, dtype: torch.dtype) -> None:
             n = x.size(axis)
             scale, zero_point = torch.rand(n) * 0.1 + 0.01, torch.randint(-8, 8, (n,)).to(torch.int32)
             for zp in (zero_point, zero_point.float() + 0.4):
-                views = reference.channel_views(x, axis, scale, zp)
+                views = checks.channel_views(x, axis, scale, zp)
                 for leaf in (x.clone().requires_grad_(), x.requires_grad_() * 1):
                     with qk.use_kernel(kernel):
                         y = qk.fake_quantize_per_channel_affine(leaf, scale, zp, axis, -8, 7)

@@ -4,29 +4,24 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import paths_of
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import library, registry
-from qkernels.reference import packing as reference
+from qkernels import layouts, library
 
-KERNELS = ("cpu_avx512", "cpu_avx2", "cpu_scalar", "reference")
 BITS = (2, 3, 4)
 SHAPES = [(0,), (1,), (7,), (8,), (33,), (3, 0), (0, 5), (1, 1), (5, 37), (3, 64), (2, 3, 129), (7, 1000)]
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[*paths_of("pack_bits"), "reference"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    name = request.param
-    reason = next(k for k in registry.kernels("pack_bits") if k.name == name).unsupported()
-    if reason is not None:
-        pytest.skip(reason)
-    with library.use_kernel(name):
-        yield name
+    with library.use_kernel(request.param):
+        yield request.param
 
 
 def codes(bits: int, *shape: int) -> Tensor:
-    low, high = reference.code_range(bits)
+    low, high = layouts.code_range(bits)
     return torch.randint(low, high + 1, shape, dtype=torch.int8)
 
 
@@ -57,7 +52,7 @@ def test_packing(kernel: str, bits: int, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_every_code(kernel: str, bits: int) -> None:
-    low, high = reference.code_range(bits)
+    low, high = layouts.code_range(bits)
     q = torch.cartesian_prod(*[torch.arange(low, high + 1, dtype=torch.int8)] * 2).flatten()
     assert torch.equal(qk.unpack_bits(qk.pack_bits(q, bits), bits, q.numel()), q)
 
@@ -79,7 +74,7 @@ def test_int4_is_low_nibble_first() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_out_of_range(kernel: str, bits: int) -> None:
-    low, high = reference.code_range(bits)
+    low, high = layouts.code_range(bits)
     for bad in (low - 1, high + 1, -128, 127):
         for at in (0, 30, 36):
             q = codes(bits, 4, 37)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
+from qkernels import checks
 from qkernels.ops import stochastic as ops
 from qkernels.reference import fake_quantize as nearest
 from qkernels.reference import fake_quantize_learnable as learnable_reference
@@ -378,4 +379,4 @@ def test_bad_input(case: str, kernel: str) -> None:
 
 def test_offset_on_another_device_is_named() -> None:
     with pytest.raises(RuntimeError, match="offset: got a tensor on meta; accepted: x's device, cpu"):
-        reference.check_offset(torch.zeros(1, dtype=torch.int64, device="meta"), X)
+        checks.offset(torch.zeros(1, dtype=torch.int64, device="meta"), X)

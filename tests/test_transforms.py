@@ -83,7 +83,7 @@ def eager(function, *primals, cotangent):
     return y.detach(), torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)
 
 
-def same(a, b, tolerance=1e-5):
+def close(a, b, tolerance=1e-5):
     assert a.dtype == b.dtype
     torch.testing.assert_close(a, b, rtol=tolerance if a.dtype != torch.bfloat16 else 1e-2, atol=tolerance)
 
@@ -100,12 +100,12 @@ def test_reverse_mode_is_eagers(name):
     value, pull = vjp(function, *primals)
     assert value.dtype == y.dtype
     if "rms" in name:  # the sum of squares may be added in another order
-        same(value, y)
+        close(value, y)
     else:
         assert torch.equal(value, y)
         assert torch.equal(value.signbit(), y.signbit())
     for got, want in zip(pull(u), expected, strict=True):
-        same(got, want)
+        close(got, want)
 
 
 @parametrize(argvalues=CASES)
@@ -117,12 +117,12 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(name):
     value, expected = eager(function, *primals, cotangent=u)
     total = sum((d.double() * t.double()).sum() for d, t in zip(expected, tangents, strict=True))
     assert total != 0
-    same((tangent.double() * u.double()).sum(), total, 2e-2 if y.dtype == torch.bfloat16 else 1e-4)
+    close((tangent.double() * u.double()).sum(), total, 2e-2 if y.dtype == torch.bfloat16 else 1e-4)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
         dual = forward_ad.unpack_dual(function(*duals))
-    same(dual.primal, value)
-    same(dual.tangent, tangent)
+    close(dual.primal, value)
+    close(dual.tangent, tangent)
 
 
 @parametrize(argvalues=[*CASES, *EWGS])
@@ -130,7 +130,7 @@ def test_vmap_is_a_loop(name):
     function, *primals = {**CASES, **EWGS}[name]
     many = [torch.stack([t, t * 1.25, t * 0.5]) for t in primals]
     expected = torch.stack([function(*sample) for sample in zip(*many, strict=True)])
-    same(vmap(function)(*many), expected)
+    close(vmap(function)(*many), expected)
     u = cotangents(expected)
 
     def gradients(u, *sample):
@@ -140,7 +140,7 @@ def test_vmap_is_a_loop(name):
     for i in range(3):
         _, want = eager(function, *(t[i] for t in many), cotangent=u[i])
         for a, b in zip(got, want, strict=True):
-            same(a[i], b)
+            close(a[i], b)
 
 
 @parametrize(argvalues=["rows", "pass", "codebook", "stochastic", "dynamic groups", "rms_norm", "silu_mul", "foreach"])
@@ -150,7 +150,7 @@ def test_jacobians(name):
     for forward, backward in zip(
         jacfwd(function, every)(*primals), jacrev(function, every)(*primals), strict=True
     ):  # fmt: skip
-        same(forward, backward)
+        close(forward, backward)
 
 
 def test_hessian():
@@ -248,10 +248,10 @@ def test_gradients_per_sample(config, training):
     for i in range(5):
         want = torch.autograd.grad(loss(params, x[i], target[i]), list(params.values()))
         for name, expected in zip(params, want, strict=True):
-            same(got[name][i], expected, 1e-4)
+            close(got[name][i], expected, 1e-4)
     tangents = {name: torch.randn_like(t) for name, t in params.items()}
     direction = jvp(lambda params: loss(params, x[0], target[0]), (params,), (tangents,))[1]
-    same(direction, sum((got[name][0] * tangents[name]).sum() for name in params), 1e-4)
+    close(direction, sum((got[name][0] * tangents[name]).sum() for name in params), 1e-4)
 
 
 def test_moving_averages_of_a_model():
@@ -268,7 +268,7 @@ def test_moving_averages_of_a_model():
     prepared.load_state_dict(before, strict=False)
     want = torch.autograd.grad(loss(params, x), list(params.values()))
     for name, expected in zip(params, want, strict=True):
-        same(got[name], expected, 1e-4)
+        close(got[name], expected, 1e-4)
     for name, buffer in prepared.named_buffers():
         assert torch.equal(buffer, after[name])
     with pytest.raises(RuntimeError, match="x: got a batch of vmap where moving averages"):
@@ -293,7 +293,7 @@ def test_int8_training_linear(modes, seed):
     for i in range(3):
         leaves = [t.clone().requires_grad_() for t in (w, bias, x[i])]
         for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
-            same(a[i], b)
+            close(a[i], b)
     with pytest.raises(RuntimeError, match="got forward mode; accepted: reverse mode"):
         jvp(lambda x: loss(w, bias, x), (x[0],), (x[0],))
     for second in (jacrev(grad(loss)), jacfwd(grad(loss)), jacrev(grad(loss, 2))):
@@ -309,4 +309,4 @@ def test_int8_training_module():
     for i in range(3):
         want = torch.autograd.grad(layer(x[i]).square().sum(), list(params.values()))
         for a, b in zip(got.values(), want, strict=True):
-            same(a[i], b)
+            close(a[i], b)

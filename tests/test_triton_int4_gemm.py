@@ -15,6 +15,7 @@ from conftest import kernels_of
 from torch import Tensor
 
 import qkernels as qk
+from qkernels import layouts
 from qkernels.ops.int4_gemm import PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
@@ -54,7 +55,7 @@ def weight(
     n: int, k: int, group_size: int, kind: str = "symmetric", dtype: torch.dtype = torch.float32
 ) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     """A weight as a GPU holds it (data, scale, zero_point, minimum, weight_sum), in fp64, and 15·|scale| + |offset|."""
-    groups = reference.groups_of(k, group_size)
+    groups = layouts.groups_of(k, group_size)
     q = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     scale = (torch.rand(n, groups) * 0.02 + 0.001).to(dtype)
     zero_point = torch.randint(-8, 8, (n, groups), dtype=torch.int8) if kind == "zero points" else None
@@ -63,7 +64,7 @@ def weight(
     w = reference.weight_of(q, scale, offset, group_size)
     most = 15 * scale.double().abs() + (0 if offset is None else offset.double().abs())
     params = (None if t is None else t.t().contiguous() for t in (scale, zero_point, minimum))
-    data = reference.to_halves(q, reference.half_of(group_size, k))
+    data = layouts.int4_to_halves(q, group_size)
     return (data, *params, w.sum(1).float()), w, most.repeat_interleave(max(1, k // groups), 1)[:, :k]
 
 

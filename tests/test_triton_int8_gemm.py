@@ -15,7 +15,7 @@ from test_int8_gemm import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_i
 from torch import Tensor
 
 import qkernels as qk
-from qkernels import tune
+from qkernels import gemm_checks, tune
 from qkernels.ops.int8_gemm import PackedInt8
 from qkernels.reference import int8_gemm as reference
 
@@ -169,7 +169,7 @@ def test_every_layout_is_taken_and_a_copy_is_said_once() -> None:
 @pytest.mark.parametrize("splits", [1, 8])
 def test_the_longest_k(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_configs, "int8_mm", lambda *args: (Tile(16, 16, 512, 4, 2), splits))
-    k = reference.MAX_K
+    k = gemm_checks.MAX_K
     one = torch.ones(1)
     with qk.use_kernel("triton"):
         for low, high in [(-128, -128), (-128, 127)]:

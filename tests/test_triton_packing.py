@@ -7,6 +7,7 @@ import torch
 from conftest import kernels_of
 
 import qkernels as qk
+from qkernels import layouts
 from qkernels.reference import packing as reference
 
 if "triton" not in kernels_of("pack_bits"):
@@ -15,10 +16,10 @@ if "triton" not in kernels_of("pack_bits"):
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("bits", layouts.BITS)
 @pytest.mark.parametrize("shape", [(1,), (5,), (8,), (3, 17), (2, 3, 40), (0, 4), (4, 0), (700, 33)])
 def test_equals_the_reference(shape: tuple[int, ...], bits: int) -> None:
-    low, high = reference.code_range(bits)
+    low, high = layouts.code_range(bits)
     q = torch.randint(low, high + 1, shape, dtype=torch.int8)
     for codes in (q, q.transpose(0, -1), q[..., ::2]):
         with qk.use_kernel("triton"):

@@ -65,7 +65,8 @@ def run_tests(run: Run, name: str, chosen: str, seconds: float, *files: str, opt
             options.append(f"--session-timeout={max(1, int(seconds - 10))}")
     command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "failures_at_once", "--no-summary"]
     command += [*options, "-k", chosen, *(files or GPU_TESTS)]
-    run.step(name, command, seconds, optional=optional, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "QKERNELS_TEST_SEED": "all"}
+    run.step(name, command, seconds, optional=optional, **env)
 
 
 def sanitizer(run: Run) -> str | None:

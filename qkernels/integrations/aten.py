@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, loading, registry
+from .. import checks, library, loading, registry
 from ..ops import aten_fake_quantize
-from ..reference.aten_fake_quantize import channel_views
-from ..reference.fake_quantize import EXACT_INT
 
 _lock = threading.Lock()
 _held: set[override_torch] = set()  # what is in force
@@ -226,7 +224,7 @@ ZeroPoint = Tensor | int
 
 
 def _exact(quant_min: int, quant_max: int) -> bool:
-    return -EXACT_INT <= quant_min <= quant_max <= EXACT_INT
+    return -checks.EXACT_INT <= quant_min <= quant_max <= checks.EXACT_INT
 
 
 def _beside(x: Tensor, *params: Any) -> bool:
@@ -348,7 +346,7 @@ def _cachemask_tensors(
 def _cachemask_channels(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *quant_range: int) -> Any:
     if not _affine(x, scale, zero_point, *quant_range):
         return NotImplemented
-    views = channel_views(x, axis, scale, zero_point)
+    views = checks.channel_views(x, axis, scale, zero_point)
     return _with_bytes(torch.ops.qkernels.fake_quantize_forward_mask(x, *views, *quant_range))
 
 
@@ -372,7 +370,7 @@ def _backward_per_channel(
 ) -> Any:
     if not _learns(grad, x, scale, zero_point, low, high):
         return NotImplemented
-    views = channel_views(x, axis, scale, aten_fake_quantize.rounded(zero_point))
+    views = checks.channel_views(x, axis, scale, aten_fake_quantize.rounded(zero_point))
     return _learned(grad, x, *views, low, high, factor)
 
 

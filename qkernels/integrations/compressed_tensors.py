@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import gemm_checks, layouts
 from ..ops.int4_gemm import PackedInt, PackedInt4
 from ..ops.int8_gemm import PackedInt8
 from ..ops.packing import pack_bits, unpack_bits
-from ..reference.int4_gemm import SCALE_DTYPES
-from ..reference.packing import BITS, packed_length
 
 Packed = PackedInt | PackedInt8
 
@@ -98,7 +97,7 @@ def save(
     safetensors = _safetensors()
     directory = Path(directory)
     quantization = quantization_config(tensors, act_bits=act_bits)
-    if scale_dtype not in SCALE_DTYPES:
+    if scale_dtype not in gemm_checks.SCALE_DTYPES:
         raise ValueError(f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
     written: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -338,7 +337,7 @@ def _pack(prefix: str, layer: str, tensors: dict[str, Tensor], schemes: list[_Sc
     if "weight_scale" not in own:
         raise ValueError(f"{prefix}weight_scale: missing; accepted: the scales of a quantized layer")
     scale = own["weight_scale"]
-    if scale.dtype not in SCALE_DTYPES:
+    if scale.dtype not in gemm_checks.SCALE_DTYPES:
         raise ValueError(
             f"{prefix}weight_scale: got {scale.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
         )
@@ -352,7 +351,7 @@ def _pack(prefix: str, layer: str, tensors: dict[str, Tensor], schemes: list[_Sc
         )
     words = None if packed is None else packed.shape[1]
     bits, symmetric = _choose(prefix, layer, schemes, (n, k), words, scale)
-    if bits not in (*BITS, 8):
+    if bits not in (*layouts.BITS, 8):
         raise ValueError(f"{prefix}weight: got {bits} bits; accepted: 2, 3, 4, 8")
     zero_point = own.get("weight_zero_point")
     if zero_point is None and not symmetric:
@@ -418,7 +417,7 @@ def _codes(words: Tensor, bits: int, k: int) -> Tensor:
     rows, row = words.shape
     # clone: contiguous() leaves the strides of dims of one element; flat: rows of none have strides that no view takes
     flat = words.clone(memory_format=torch.contiguous_format).flatten()
-    octets = flat.view(torch.uint8).view(rows, 4 * row)[:, : packed_length(k, bits)].contiguous()
+    octets = flat.view(torch.uint8).view(rows, 4 * row)[:, : layouts.packed_length(k, bits)].contiguous()
     return _flipped(octets.view(torch.int8) if bits == 8 else unpack_bits(octets, bits, k), bits)
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..ops.autograd import transformed
 from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic, range_of_bits
 from ..ops.fake_quantize import fake_quantize
 from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
-from ..reference.fake_quantize import check_dense
-from ..reference.fake_quantize_learnable import VARIANTS
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor
 from .learned_scale import learned, learned_scale, pace
 from .ranges import block_magnitude, block_range, follow, forget_zeros, is_sharded, set_qparams, whole, write
@@ -50,10 +49,10 @@ class FakeQuantize(nn.Module):
         symmetric: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary): the range is its
             own mirror image, so a sign flip of a channel is exact. Else all 2**bits codes, with a zero point.
         quantizer: where the scale comes from.
-            "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
-            "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
-            "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
-            "dynamic": the tensor's own range at every call.
+            - "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
+            - "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
+            - "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
+            - "dynamic": the tensor's own range at every call.
         shape: shape of the tensor, where it is always the same (a weight).
         straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" where the scale is learned, else
             "clip". "ema" and "dynamic" accept "clip" alone.
@@ -123,8 +122,10 @@ class FakeQuantize(nn.Module):
         self._observes = self._quantizes = True
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
-        if straight_through not in ("clip", *VARIANTS):
-            raise ValueError(f"straight_through: got {straight_through!r}; accepted: clip, {', '.join(VARIANTS)}")
+        if straight_through not in ("clip", *checks.VARIANTS):
+            raise ValueError(
+                f"straight_through: got {straight_through!r}; accepted: clip, {', '.join(checks.VARIANTS)}"
+            )
         if straight_through != "clip" and quantizer in ("ema", "dynamic"):
             raise ValueError(
                 f"straight_through: got {straight_through!r} with quantizer=\"{quantizer}\"; accepted: 'clip'"
@@ -235,7 +236,7 @@ class FakeQuantize(nn.Module):
         2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 43.7, 19.4, 13.5, 7.3. In QAT the range wins at 8
         bits over LSQ's formula: its steps are six times finer.
         """
-        check_dense(self.name or "x", x)
+        checks.dense(self.name or "x", x)
         low, high = block_range(x, self._scale.shape)
         if not bool(low.isfinite().all() & high.isfinite().all()):
             raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
@@ -588,7 +589,7 @@ with contextlib.suppress(AttributeError):  # torch.ao's switches (model.apply(di
 
 
 def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
-    check_dense("x", x)
+    checks.dense("x", x)
     rows = x.flatten(1) if per_channel and x.dim() > 2 else x
     return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One scale for the whole tensor."""
+    """One scale for the whole tensor: scale is ``[1]``."""
 
     def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         return (1,)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checks, gemm_checks, layouts
 from ..ops.int4_gemm import PackedInt, int4_linear, quantize_groups
 from ..ops.packing import pack_bits, unpack_bits
 from ..ops.quantize import dequantize
-from ..reference.int4_gemm import by_group, check, check_group_size, check_scale_dtype, groups_of
-from ..reference.packing import check_bits, packed_length
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen
@@ -25,9 +24,9 @@ def _logical_weight(
 ) -> Logical:
     """The tensors that a weight [N, K] is stored as; ``offset`` is what a group has besides its scale."""
     n, k = shape
-    groups = (n, groups_of(k, group_size))
+    groups = (n, layouts.groups_of(k, group_size))
     return {
-        "codes": (torch.uint8, (n, packed_length(k, bits))),
+        "codes": (torch.uint8, (n, layouts.packed_length(k, bits))),
         "scale": (scale_dtype, groups),
         "zero_point": (torch.int8, groups) if offset == "zero_point" else None,
         "minimum": (scale_dtype, groups) if offset == "minimum" else None,
@@ -36,10 +35,10 @@ def _logical_weight(
 
 def _check_weight(weight_bits: int, group_size: int, k: int, scale_dtype: torch.dtype) -> int:
     """The group size, with −1 resolved."""
-    check_bits(weight_bits)
-    check_scale_dtype("scale_dtype", torch.empty(0, dtype=scale_dtype))
+    gemm_checks.bits(weight_bits)
+    gemm_checks.scale_dtype("scale_dtype", torch.empty(0, dtype=scale_dtype))
     group_size = k if group_size == -1 else group_size
-    check_group_size(group_size, k)
+    gemm_checks.weight_group_size(group_size, k)
     return group_size
 
 
@@ -90,13 +89,13 @@ class Int4Linear(QuantizedInputLayer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         group_size = _check_weight(weight_bits, group_size, in_features, scale_dtype)
-        check(
+        checks.require(
             not (minimum and (symmetric or weight_bits != 4)),
             f"minimum: got True with symmetric={symmetric}, weight_bits={weight_bits}; accepted: with symmetric=False, "
             "weight_bits=4",
         )
-        check(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
-        check(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
+        checks.require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        checks.require(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
         if act_bits == 8 and input is None:
             input = FakeQuantize(granularity=PerToken(), quantizer="dynamic")
         super().__init__((out_features, in_features), bias, weight_bits, input, dtype)
@@ -176,14 +175,16 @@ class Int4Linear(QuantizedInputLayer):
         given = {"zero_point": zero_point, "minimum": minimum}
         for name, t in given.items():
             got, accepted = ("None" if t is None else "a tensor"), ("a tensor" if self.offset == name else "None")
-            check(got == accepted, f"{name}: got {got}; accepted by this layer: {accepted}")
-        check(
+            checks.require(got == accepted, f"{name}: got {got}; accepted by this layer: {accepted}")
+        checks.require(
             tuple(codes.shape) == self.weight_shape,
             f"codes: got shape {list(codes.shape)}; accepted: {list(self.weight_shape)}",
         )
-        check(scale.dtype == self.scale_dtype, f"scale: got {scale.dtype}; accepted by this layer: {self.scale_dtype}")
+        checks.require(
+            scale.dtype == self.scale_dtype, f"scale: got {scale.dtype}; accepted by this layer: {self.scale_dtype}"
+        )
         packed = PackedInt.from_quantized(codes, scale, zero_point, minimum=minimum, bits=self.weight_bits)
-        check(
+        checks.require(
             packed.group_size == self.group_size,
             f"scale: got shape {list(scale.shape)}, groups of {packed.group_size}; accepted by this layer: groups of "
             f"{self.group_size}",
@@ -228,9 +229,9 @@ class Int4Linear(QuantizedInputLayer):
         codes, scale, zero_point, minimum = self._packed().unpack()
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         scale = scale.to(compute)[..., None]
-        values = codes.view(self.out_features, groups_of(self.in_features, self.group_size), self.group_size).to(
-            compute
-        )
+        values = codes.view(
+            self.out_features, layouts.groups_of(self.in_features, self.group_size), self.group_size
+        ).to(compute)
         if zero_point is not None:
             values = values - zero_point[..., None]
         values = values * scale if minimum is None else (values + 8) * scale + minimum.to(compute)[..., None]
@@ -250,7 +251,7 @@ class Int4Linear(QuantizedInputLayer):
 
     def _by_group(self, packed: Tensor) -> Tensor:
         # A copy: a view of the padded panels would take all of them along when it is saved.
-        return by_group(packed.detach(), self.out_features).clone(memory_format=torch.contiguous_format)
+        return layouts.by_group(packed.detach(), self.out_features).clone(memory_format=torch.contiguous_format)
 
     def _logical(self) -> Logical:
         return _logical_weight(self.weight_shape, self.weight_bits, self.group_size, self.scale_dtype, self.offset)
@@ -320,7 +321,7 @@ class Int4Embedding(QuantizedLayer):
         self.scale_grad_by_freq, self.sparse = table.scale_grad_by_freq, table.sparse
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.group_size = _check_weight(weight_bits, group_size, embedding_dim, scale_dtype)
-        groups = (num_embeddings, groups_of(embedding_dim, self.group_size))
+        groups = (num_embeddings, layouts.groups_of(embedding_dim, self.group_size))
         self.scale = frozen(torch.zeros(groups, dtype=scale_dtype))
         self.register_buffer("zero_point", None if symmetric else torch.zeros(groups, dtype=torch.int8))
         self._register_private()
@@ -397,7 +398,7 @@ class Int4Embedding(QuantizedLayer):
 
     def _logical(self) -> Logical:
         n, k = self.weight_shape
-        return {"codes": (torch.uint8, (n, packed_length(k, self.weight_bits)))}
+        return {"codes": (torch.uint8, (n, layouts.packed_length(k, self.weight_bits)))}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return {"data": logical["codes"]}

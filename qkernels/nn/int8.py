@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checks, layouts
 from ..ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from ..ops.int8_gemm import PackedInt8, int8_linear
 from ..ops.packing import pack_bits, unpack_bits
 from ..ops.quantize import dequantize
-from ..reference.int8_gemm import check
-from ..reference.packing import BITS, packed_length
 from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerTensor, PerToken
 from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
@@ -54,17 +53,17 @@ class _Int8Layer(QuantizedInputLayer):
         input_granularity: Granularity,
         dtype: torch.dtype,
     ) -> None:
-        check(2 <= weight_bits <= 8, f"weight_bits: got {weight_bits}; accepted: 2 to 8")
-        check(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
-        check(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
+        checks.require(2 <= weight_bits <= 8, f"weight_bits: got {weight_bits}; accepted: 2 to 8")
+        checks.require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        checks.require(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
         k = math.prod(weight_shape[1:])
         whole = group_size in (-1, k)
-        check(
+        checks.require(
             whole or (group_size > 0 and k % group_size == 0),
             f"group_size: got {group_size}; accepted: -1, or a divisor of {k}",
         )
-        check(act_bits == 16 or whole, f"group_size: got {group_size} with act_bits=8; accepted: -1")
-        check(act_bits == 16 or symmetric, "symmetric: got False with act_bits=8; accepted: True")
+        checks.require(act_bits == 16 or whole, f"group_size: got {group_size} with act_bits=8; accepted: -1")
+        checks.require(act_bits == 16 or symmetric, "symmetric: got False with act_bits=8; accepted: True")
         if act_bits == 8 and input is None:
             input = FakeQuantize(granularity=input_granularity, quantizer="dynamic")
         super().__init__(weight_shape, bias, weight_bits, input, dtype)
@@ -86,13 +85,13 @@ class _Int8Layer(QuantizedInputLayer):
         Raises:
             RuntimeError: codes have another shape, or there are zero points where the layer has none, or the reverse.
         """
-        check(
+        checks.require(
             tuple(codes.shape) == self.weight_shape and codes.dtype == torch.int8,
             f"codes: got {codes.dtype} of shape {list(codes.shape)}; accepted: torch.int8 of shape "
             f"{list(self.weight_shape)}",
         )
         got, accepted = ("None" if t is None else "a tensor" for t in (zero_point, self.zero_point))
-        check(got == accepted, f"zero_point: got {got}; accepted by this layer: {accepted}")
+        checks.require(got == accepted, f"zero_point: got {got}; accepted by this layer: {accepted}")
         self._hold(self._pack_codes(codes))
         shape = self.scale.shape
 
@@ -118,22 +117,22 @@ class _Int8Layer(QuantizedInputLayer):
         raise NotImplementedError
 
     def _logical(self) -> Logical:
-        if self.weight_bits not in BITS:
+        if self.weight_bits not in layouts.BITS:
             return {"codes": (torch.int8, self.weight_shape)}
-        return {"codes": (torch.uint8, (packed_length(math.prod(self.weight_shape), self.weight_bits),))}
+        return {"codes": (torch.uint8, (layouts.packed_length(math.prod(self.weight_shape), self.weight_bits),))}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:
         codes = logical["codes"]
-        if self.weight_bits in BITS:
+        if self.weight_bits in layouts.BITS:
             codes = unpack_bits(codes, self.weight_bits, math.prod(self.weight_shape)).view(self.weight_shape)
         return self._pack_codes(codes)
 
     def _unpack(self) -> dict[str, Tensor]:
         codes = self.codes
-        return {"codes": pack_bits(codes.flatten(), self.weight_bits) if self.weight_bits in BITS else codes}
+        return {"codes": pack_bits(codes.flatten(), self.weight_bits) if self.weight_bits in layouts.BITS else codes}
 
     def _modernize(self, codes: Tensor) -> Tensor:
-        if self.weight_bits in BITS and codes.dtype == torch.int8 and tuple(codes.shape) == self.weight_shape:
+        if self.weight_bits in layouts.BITS and codes.dtype == torch.int8 and tuple(codes.shape) == self.weight_shape:
             return pack_bits(codes.flatten(), self.weight_bits)
         return codes
 
@@ -211,8 +210,9 @@ class Int8Linear(_Int8Layer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
-        device = self.data.device.type
-        if self.act_bits == 8 and device != "meta" and (self.data.dim() == 2) != (device == "cuda"):
+        device = self.data.device
+        stale = layouts.int8_layout(self.data) != layouts.int8_layout_on(device)
+        if self.act_bits == 8 and device.type != "meta" and stale:
             self._hold(self._pack(self._unpack()))  # it moved between the CPU and a GPU
         return self
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..ops.autograd import transformed
 from ..ops.fake_quantize import fake_quantize
-from ..reference.fake_quantize import check_dense
 from .ranges import block_magnitude
 
 NOISE = 1.5  # times the mean magnitude so far: what a batch may have by chance, as the smallest ones do
@@ -32,7 +32,7 @@ def learned(
     straight_through: str,
 ) -> Tensor:
     """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
-    check_dense("x", x)
+    checks.dense("x", x)
     scale = learned_scale(start, log_scale, log_limits, steps)
     if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
         # The class's docstring says why this is the gradient. The value of the added term is zero.

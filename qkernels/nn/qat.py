@@ -39,7 +39,8 @@ class _StartsAnew(nn.Module):
 class QATLinear(_StartsAnew, nn.Linear):
     """nn.Linear whose weight and input pass through ``weight_fake_quant`` and ``input_fake_quant``; either may be None.
 
-    Parameters keep their names, so a float state_dict loads; a prepared one adds the quantizers' keys.
+    Parameters keep their names, so a float state_dict loads; a prepared one adds the quantizers' keys. Arguments are as
+    in ``nn.Linear``; ``from_float`` sets the quantizers.
     """
 
     weight_fake_quant: FakeQuantize | None

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..ops.dynamic import fake_quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.frozen import as_torch_jit_takes_them
 from ..ops.int4_gemm import reduce_for_a_process
 from ..ops.quantize import choose_qparams
-from ..reference.fake_quantize import check_dense
-from ..reference.int8_gemm import check
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken
 from .tracing import call_as_leaf
@@ -61,7 +60,7 @@ class QuantizedLayer(nn.Module):
 
     def __init__(self, weight_shape: Sequence[int], weight_bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        check(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
+        checks.require(dtype.is_floating_point, f"dtype: got {dtype}; accepted: a floating dtype")
         self.weight_shape, self.weight_bits = tuple(weight_shape), weight_bits
         self.weight_dtype = frozen(torch.zeros(1, dtype=dtype))
 
@@ -406,7 +405,7 @@ class QuantizedInputLayer(QuantizedLayer):
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         """What the float layer returns for x."""
-        check_dense("input", x)
+        checks.dense("input", x)
         if not x.is_floating_point():
             raise RuntimeError(
                 f"input: got {x.dtype}; accepted: a floating dtype (integer codes go, with their scale, through "
@@ -418,7 +417,7 @@ class QuantizedInputLayer(QuantizedLayer):
         return torch.get_autocast_dtype(device)
 
     def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        check_dense("x", x)
+        checks.dense("x", x)
         if self.input_scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
             return self.input_scale, self.input_zero_point
         low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))

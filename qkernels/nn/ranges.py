@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.autograd import transformed
-from ..ops.follow_range import follow_range
+from ..ops.follow_range import follow_range, followed
 from ..ops.quantize import choose_qparams
-from ..reference.follow_range import followed
 
 
 def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -106,11 +105,6 @@ def follow(
     The result is new tensors, since a backward pass may save them: another call of this module in the same step may
     follow another range.
     """
-    if transformed():
-        if x.numel():
-            with torch.no_grad():
-                scale, zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
-        return scale, zero_point
     rule: dict[str, Any] = {
         "quant_min": quant_min,
         "quant_max": quant_max,
@@ -118,12 +112,10 @@ def follow(
         "up": up,
         "down": down,
     }
-    if in_place:
-        follow_range(x, scale, zero_point, **rule)
-    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
-    if not in_place:
-        follow_range(x, scale, zero_point, **rule)
-    return scale, zero_point
+    if not in_place or transformed():
+        return followed(x, scale, zero_point, **rule)
+    follow_range(x, scale, zero_point, **rule)
+    return scale.clone(), None if zero_point is None else zero_point.clone()
 
 
 @torch.no_grad()

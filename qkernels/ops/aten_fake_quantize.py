@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from .. import library
+from .. import checks, library
 from ..layouts import mask_like
 from ..reference import aten_fake_quantize as reference
 from .autograd import is_kept, kept, masked, transformed
@@ -65,12 +65,22 @@ def fake_quantize_per_channel_affine(
 ) -> Tensor:
     """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0.
 
-    scale and zero_point have one element for each of the channels of dim ``axis``. A float zero point is rounded half
-    to even; NaN stays NaN and infinities saturate.
+    Args:
+        input: fp32, fp64, fp16 or bf16, any shape.
+        scale: [C], floating, one element for each channel; no gradient comes back to it.
+        zero_point: [C], integers in the range, or floats, which are rounded half to even.
+        axis: the dim of the channels.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+
+    Returns:
+        A tensor of input's shape and dtype. NaN stays NaN, infinities saturate.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     scale, zero_point = _constant(scale), _constant(zero_point)
     if not input.is_cpu or transformed():  # only the CPU has kernels with an axis
-        scale, zero_point = reference.channel_views(input, axis, scale, zero_point)
+        scale, zero_point = checks.channel_views(input, axis, scale, zero_point)
         return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     if torch.is_grad_enabled() and input.requires_grad:
         return (_kept if is_kept(input) else _masked)(input, scale, zero_point, axis, quant_min, quant_max)
@@ -80,7 +90,19 @@ def fake_quantize_per_channel_affine(
 def fake_quantize_per_tensor_affine(
     input: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int
 ) -> Tensor:
-    """As ``torch.fake_quantize_per_tensor_affine`` (both overloads); NaN stays NaN instead of becoming quant_min."""
+    """As ``torch.fake_quantize_per_tensor_affine`` (both overloads); NaN stays NaN instead of becoming quant_min.
+
+    Args:
+        input: fp32, fp64, fp16 or bf16, any shape.
+        scale, zero_point: numbers, or tensors of one element; no gradient comes back to them.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
+    """
     if not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         return fake_quantize_by_numbers(input, scale, zero_point, quant_min, quant_max)
     return fake_quantize(input, _constant(scale), _constant(zero_point), quant_min=quant_min, quant_max=quant_max)
@@ -93,7 +115,20 @@ def _constant(param: Any) -> Any:
 def fake_quantize_learnable_per_tensor_affine(
     input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, grad_factor: float = 1.0
 ) -> Tensor:
-    """As ``torch._fake_quantize_learnable_per_tensor_affine``, with the right gradient for negative zero points."""
+    """As ``torch._fake_quantize_learnable_per_tensor_affine``, with the right gradient for negative zero points.
+
+    Args:
+        input: fp32, fp64, fp16 or bf16, any shape.
+        scale, zero_point: one element each, learned or not. zero_point is rounded half to even and clamped.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+        grad_factor: multiplies the gradients of scale and zero_point.
+
+    Returns:
+        A tensor of input's shape and dtype; gradients are those of ``fake_quantize`` with "clip".
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
+    """
     return fake_quantize(
         input, scale, rounded(zero_point), quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor
     )
@@ -113,8 +148,12 @@ def fake_quantize_learnable_per_channel_affine(
     quant_max: int,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype."""
-    scale, zero_point = reference.channel_views(input, axis, scale, rounded(zero_point))
+    """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype.
+
+    ``fake_quantize_learnable_per_tensor_affine`` with scale and zero_point of shape [C], for the channels of dim
+    ``axis``; the other arguments, result and errors are as in ``fake_quantize_learnable_per_tensor_affine``.
+    """
+    scale, zero_point = checks.channel_views(input, axis, scale, rounded(zero_point))
     return fake_quantize(input, scale, zero_point, quant_min=quant_min, quant_max=quant_max, grad_factor=grad_factor)
 
 
@@ -139,9 +178,23 @@ def fused_moving_avg_obs_fake_quant(
     statistics, where torch's own op trains with others: up to 2× in scale on ReLU data, and up to 0.4 % for symmetric
     weights in −128 … 127, of which 99.5 % then differ (the observer takes max(−min, max) / 127.5, torch's op the larger
     of −min / 128 and max / 127). A signed symmetric range has the zero point 0, an unsigned one its lower middle, all
-    of uint16 2**15; scales are floored at fp32's epsilon, as an observer's other eps is not told to its op. The range
-    is within ±2**24 and statistics stay fp32. As in torch, statistics of no or one element are resized to the number
-    of channels when per_row_fake_quant is set.
+    of uint16 2**15; scales are floored at fp32's epsilon, as an observer's other eps is not told to its op.
+
+    Args:
+        x: fp32, fp64, fp16 or bf16, any shape.
+        observer_on, fake_quant_on, running_min, running_max, scale, zero_point, averaging_const: as in
+            ``observe_fake_quantize``; statistics stay fp32. As in torch, those of no or one element are resized to the
+            number of channels when per_row_fake_quant is set.
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+        ch_axis: the dim of the channels, with per_row_fake_quant.
+        per_row_fake_quant: one scale for each channel, instead of one for x.
+        symmetric_quant: whether the range is symmetric.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     return observed(
         *observed_arguments(
@@ -173,7 +226,7 @@ def observed_arguments(
         for stat, start in zip(stats, (torch.inf, -torch.inf, 1, 0), strict=True):
             if stat.numel() <= 1 and stat.numel() != channels:
                 stat.resize_(channels).fill_(start)
-        stats = tuple(reference.channel_views(x, axis, *stats))
+        stats = tuple(checks.channel_views(x, axis, *stats))
     steps = (quant_max - quant_min) / 2 if symmetric else 0.0
     middle = observers_middle(quant_min, quant_max)
     return x, observer_on, fake_quant_on, *stats, averaging_const, quant_min, quant_max, steps, middle

@@ -7,7 +7,7 @@ Raw ops are not differentiable. A Function is entered only where a gradient is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def learnable(
             if again(grad):
                 with torch.no_grad():
                     gradients = run_backward(grad, *saved, *rest)
-                dx, dscale, dsecond = _NoSecondDerivative.apply(no_second, *gradients, grad, *saved)
+                dx, dscale, dsecond = without_second_derivative(no_second, gradients, (grad, *saved))
             else:
                 dx, dscale, dsecond = run_backward(grad, *saved, *rest)
             learns = saved[2] is not None and ctx.needs_input_grad[2]
@@ -183,13 +183,19 @@ def gradient_of(param: Tensor, total: Tensor) -> Tensor:
     return total
 
 
-class _NoSecondDerivative(Function):
-    """Gradients that may be computed with a graph (create_graph), as torch's own may, but not differentiated."""
+def without_second_derivative(message: str, gradients: Sequence[Tensor], sources: Sequence[Any]) -> Any:
+    """Gradients that may be computed with a graph (create_graph), as torch's own may, but not differentiated.
 
+    ``message`` says so where they are; ``sources`` are the tensors that they were computed from.
+    """
+    return _NoSecondDerivative.apply(message, len(gradients), *gradients, *sources)
+
+
+class _NoSecondDerivative(Function):
     @staticmethod
-    def forward(ctx: Any, message: str, dx: Tensor, dscale: Tensor, dsecond: Tensor, *sources: Any) -> Any:
+    def forward(ctx: Any, message: str, count: int, *tensors: Any) -> Any:
         ctx.message = message
-        return dx.view_as(dx), dscale.view_as(dscale), dsecond.view_as(dsecond)
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -69,6 +69,9 @@ def fake_quantize_dynamic(
     Returns:
         y, or (y, scale, zero_point). The range is a constant for the gradient: dx is dy where nothing was clipped,
         which with symmetric=True is everywhere.
+
+    Raises:
+        RuntimeError: x's dtype, or a group_size that does not divide the last dim. ValueError: bits.
     """
     args = (group_size_argument(group_size), *range_of_bits(bits), symmetric)
     if transformed():
@@ -102,9 +105,17 @@ _quantize_dynamic = _define(
 def quantize_dynamic(
     x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q int8, scale, zero_point int32) with ranges from x itself; arguments as in ``fake_quantize_dynamic``.
+    """Integers with ranges from x itself: the codes behind ``fake_quantize_dynamic``.
 
-    Not differentiable: the range, and so scale, is a constant for the gradient.
+    Args:
+        x, bits, group_size, symmetric: as in ``fake_quantize_dynamic``.
+
+    Returns:
+        q (int8, x's shape), scale (fp32, fp64 for fp64 x; ``[..., 1]``, ``[..., K/G]`` or ones) and zero_point (int32,
+        scale's shape). Not differentiable: the range, and so scale, is a constant for the gradient.
+
+    Raises:
+        RuntimeError: x's dtype, or a group_size that does not divide the last dim. ValueError: bits.
     """
     quant_min, quant_max = range_of_bits(bits)
     return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, library
 from ..layouts import mask_like
 from ..reference import fake_quantize as reference
 from ..reference import transforms
-from ..reference.fake_quantize_learnable import VARIANTS, check_variant
 from .autograd import is_kept, kept, learnable, masked, straight_through, transformed
 from .fake_quantize_learnable import learnable_backward, straight_through_backward
 
@@ -115,20 +114,20 @@ def fake_quantize(
         grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
         straight_through: what the backward pass makes of rounding and clipping, with v = x/scale. The conventions
             differ first of all in the half steps between an end of the range and the last value that rounds to it.
-            "clip": torch's. dx = dy where round(v) + zero_point lies in the range, bounds included: the half steps are
-            inside. dscale = grad_factor·Σ dy·(quant_min − zero_point below | quant_max − zero_point above |
-            round(v) − v inside); dzero_point = −grad_factor·Σ dy·scale outside.
-            "lsq": LSQ (arXiv 1902.08153, equations 3 and 5) and LSQ+ (arXiv 2004.09576): the same sums, but inside is
-            quant_min < v + zero_point < quant_max before rounding, bounds excluded: the half steps are outside.
-            "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
-            "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min <= v + zero_point < quant_max before
-            rounding, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point |
-            quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
-            alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then gives
-            it PACT's own Σ dy over x >= alpha.
-            "ewgs": EWGS (arXiv 2104.00903), which clips before it rounds: dx = dy·(1 + ewgs_delta·sign(dy)·(v −
-            round(v))) where quant_min <= v + zero_point <= quant_max before rounding, bounds included as in the clamp
-            of the authors' code; scale and zero_point by the chain rule through that.
+            - "clip": torch's. dx = dy where round(v) + zero_point lies in the range, bounds included: the half steps
+              are inside. dscale = grad_factor·Σ dy·(quant_min − zero_point below | quant_max − zero_point above |
+              round(v) − v inside); dzero_point = −grad_factor·Σ dy·scale outside.
+            - "lsq": LSQ (arXiv 1902.08153, equations 3 and 5) and LSQ+ (arXiv 2004.09576): the same sums, but inside is
+              quant_min < v + zero_point < quant_max before rounding, bounds excluded: the half steps are outside.
+            - "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
+            - "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min <= v + zero_point < quant_max
+              before rounding, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point
+              | quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
+              alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then
+              gives it PACT's own Σ dy over x >= alpha.
+            - "ewgs": EWGS (arXiv 2104.00903), which clips before it rounds: dx = dy·(1 + ewgs_delta·sign(dy)·(v −
+              round(v))) where quant_min <= v + zero_point <= quant_max before rounding, bounds included as in the clamp
+              of the authors' code; scale and zero_point by the chain rule through that.
         ewgs_delta: EWGS's factor per step of rounding error, at least 0. The paper measures the error in a range of
             length 1: its delta divided by quant_max − quant_min is this one. The default is the fixed delta of the
             authors' code, for 1 bit, where the two agree.
@@ -171,7 +170,7 @@ def as_tensors(
         return scale, zero_point
     if isinstance(zero_point, float):
         raise RuntimeError(f"zero_point: got {zero_point}; accepted: an int, a tensor or None")
-    reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
+    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)  # a GPU would not look at it
     if zero_point == 0:
         return scale, None
     return scale, torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
@@ -196,7 +195,7 @@ def _by_variant(
     delta: float,
     factor: float,
 ) -> Tensor:
-    check_variant(variant, delta, ("clip", *VARIANTS))
+    checks.straight_through(variant, delta, ("clip", *checks.VARIANTS))
     scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.fake_quantize_straight_through(

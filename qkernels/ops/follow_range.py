@@ -1,11 +1,13 @@
-"""Scales that follow the range of what they quantize: ``follow_range``."""
+"""Scales that follow the range of what they quantize: ``follow_range`` in place, ``followed`` in new tensors."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import library
 from ..reference import follow_range as reference
+from .autograd import transformed
 
 _follow_range = library.define(
     "follow_range",
@@ -47,3 +49,25 @@ def follow_range(
     """
     _follow_range(x.detach(), scale.detach(), zero_point if zero_point is None else zero_point.detach(),
                   quant_min, quant_max, symmetric, up, down)  # fmt: skip
+
+
+@torch.no_grad()
+def followed(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    up: float,
+    down: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``follow_range`` makes of scale and zero point, as new tensors; also in torch.func's transforms."""
+    if transformed():
+        if x.numel():
+            scale, zero_point = reference.followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
+        return scale, zero_point
+    scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
+    _follow_range(x.detach(), scale, zero_point, quant_min, quant_max, symmetric, up, down)
+    return scale, zero_point

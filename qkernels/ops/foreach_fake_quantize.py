@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import library
+from .. import checks, library
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
 from ..reference import transforms
-from ..reference.fake_quantize_learnable import check_clip_or_lsq
-from .autograd import again, entered, gradient_of, transformed
+from .autograd import again, entered, gradient_of, transformed, without_second_derivative
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
@@ -49,6 +48,9 @@ _learnable_backward = _define(
 )
 
 
+NO_SECOND = "foreach_fake_quantize: learned scales have no second derivative; detach scales and zero_points"
+
+
 class _ForeachFakeQuantize(Function):
     """Every x is kept: a model's weights live until the backward pass anyway."""
 
@@ -68,20 +70,23 @@ class _ForeachFakeQuantize(Function):
         xs, scales, zero_points = saved[:count], saved[count : 2 * count], saved[2 * count :]
         quant_mins, quant_maxs, factors, lsq = ctx.rest
         wanted = ctx.needs_input_grad[4:]
-        learned = any(wanted[count:])
-        if any(again(grad) for grad in grads):
-            if learned:
-                raise RuntimeError(
-                    "foreach_fake_quantize: learned scales have no second derivative; detach scales and zero_points"
-                )
-            calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
-            inside = [single.inside_range(*call, lsq) for call in calls]
-            dx = [torch.where(mask, grad, 0) for mask, grad in zip(inside, grads, strict=True)]
-            return None, None, None, None, *dx, *[None] * (2 * count)
+        differentiated = any(again(grad) for grad in grads)
         args = (grads, xs, scales, zero_points, quant_mins, quant_maxs)
-        if not learned:
-            return None, None, None, None, *_backward(*args, lsq), *[None] * (2 * count)
-        dx, dscale, dzp = _learnable_backward(*args, factors, lsq)
+        if not any(wanted[count:]):
+            if differentiated:
+                calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
+                inside = [single.inside_range(*call, lsq) for call in calls]
+                dx = [torch.where(mask, grad, 0) for mask, grad in zip(inside, grads, strict=True)]
+            else:
+                dx = _backward(*args, lsq)
+            return None, None, None, None, *dx, *[None] * (2 * count)
+        if differentiated:
+            with torch.no_grad():
+                gradients = [t for part in _learnable_backward(*args, factors, lsq) for t in part]
+            gradients = without_second_derivative(NO_SECOND, gradients, (*grads, *saved))
+            dx, dscale, dzp = (gradients[part * count :][:count] for part in range(3))
+        else:
+            dx, dscale, dzp = _learnable_backward(*args, factors, lsq)
         dzp = [
             gradient_of(zero_point, total) if wanted[2 * count + at] else None
             for at, (zero_point, total) in enumerate(zip(zero_points, dzp, strict=True))
@@ -131,7 +136,7 @@ def foreach_fake_quantize(
     Raises:
         RuntimeError: lists of different lengths, tensors on different devices, or what ``fake_quantize`` refuses.
     """
-    check_clip_or_lsq(straight_through)
+    checks.clip_or_lsq(straight_through)
     count = len(xs)
     xs = list(xs)
     scales = _one_each("scales", list(scales), count)
@@ -142,7 +147,7 @@ def foreach_fake_quantize(
     if not count:
         return []
     if transformed():
-        reference.check(xs)
+        checks.foreach(xs)
         conventions = [straight_through] * count
         args = zip(xs, scales, zero_points, quant_mins, quant_maxs, factors, conventions, strict=True)
         return [transforms.fake_quantize(*each) for each in args]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .. import gemm_checks, layouts
 from ..reference.activation import FUNCTIONS
-from ..reference.int8_gemm import PANEL, check_static
 from .fake_quantize import fake_quantize
 from .quantize import dequantize
 
@@ -43,7 +43,7 @@ def represented(
         return x
     if x.dtype != torch.int8:
         if not torch.compiler.is_compiling():  # it looks at values; the kernel looks again when it runs
-            check_static("input", scale, zero_point, quant_min, quant_max)
+            gemm_checks.static("input", scale, zero_point, quant_min, quant_max)
         return fake_quantize(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     rows = x.reshape(-1, x.shape[-1])
     scale, zero_point = (None if t is None else t.reshape(-1, 1) for t in (scale, zero_point))
@@ -55,7 +55,7 @@ def through_weight(grad: Tensor, n: int, k: int, rows: Callable[[int, int, torch
     """grad [..., N] @ weight [N, K], of whose rows i…j ``rows`` gives the values in a dtype."""
     # A CPU without matrix units multiplies 16-bit matrices many times slower than fp32 ones.
     flat = grad.reshape(-1, n) if grad.is_cuda else grad.reshape(-1, n).float()
-    step = max(PANEL, BLOCK // max(k, 1) // PANEL * PANEL)
+    step = max(layouts.PANEL, BLOCK // max(k, 1) // layouts.PANEL * layouts.PANEL)
     if n <= step:
         dx = flat @ rows(0, n, flat.dtype)
     else:

@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import library
+from .. import checks, gemm_checks, layouts, library
 from ..reference import int4_gemm as reference
-from ..reference import packing
-from ..reference.fake_quantize import check_dense
 from ..reference.ranges import stored
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
@@ -27,7 +25,8 @@ from .quantize import quantize
 
 
 def _fake_pack(q: Tensor) -> Tensor:
-    return q.new_empty(reference.panel_shape(*q.shape), dtype=torch.uint8)
+    n, k = q.shape
+    return q.new_empty(layouts.int4_shape(layouts.PANELS, n, k, k), dtype=torch.uint8)
 
 
 def _fake_linear(
@@ -69,8 +68,8 @@ def _not_for_cuda(
         return f"takes act_bits 16, got {act_bits}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"takes x of torch.bfloat16 and torch.float16, got {x.dtype}"
-    if data.dim() != 2:
-        return 'takes weights in the layout "halves-1", got another'
+    if layouts.int4_layout(data) != layouts.HALVES:
+        return f'takes weights in the layout "{layouts.HALVES}", got another'
     k, m = x.shape[-1], x.shape[:-1].numel()
     if not 1 <= m <= MAX_CUDA_ROWS:
         return f"takes 1 to {MAX_CUDA_ROWS} rows of x, got {m}"
@@ -109,24 +108,24 @@ def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
-    check_dense("w", w)
+    checks.dense("w", w)
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
     values = w.detach().float().contiguous()
     if not bool(values.isfinite().all()):
         raise ValueError("w: got NaN or infinite values; accepted: finite weights")
-    packing.check_bits(bits)
+    gemm_checks.bits(bits)
     n, k = w.shape
     size = k if group_size == -1 else group_size
-    reference.check_group_size(size, k)
-    low, high = packing.code_range(bits)
+    gemm_checks.weight_group_size(size, k)
+    low, high = layouts.code_range(bits)
     q, scale, zero_point = quantize_dynamic(
         values, bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
     )
-    scale = scale.reshape(n, -1).expand(n, reference.groups_of(k, size))
+    scale = scale.reshape(n, -1).expand(n, layouts.groups_of(k, size))
     zero_point = zero_point.reshape(n, -1).expand_as(scale)
     if scale_dtype != torch.float32:
-        if scale_dtype not in reference.SCALE_DTYPES:
+        if scale_dtype not in gemm_checks.SCALE_DTYPES:
             raise RuntimeError(
                 f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
             )
@@ -173,7 +172,7 @@ class PackedInt:
     @property
     def layout(self) -> str:
         """The name and version of the order of data: "panels-1" on a CPU, "halves-1" on a GPU."""
-        return "panels-1" if self.data.dim() == 4 else "halves-1"
+        return layouts.int4_layout(self.data)
 
     @classmethod
     def from_float(
@@ -217,28 +216,28 @@ class PackedInt:
         Raises:
             RuntimeError: a shape, dtype or value other than these.
         """
-        reference.check(
+        checks.require(
             q.dtype == torch.int8 and q.dim() == 2,
             f"q: got {q.dtype} of shape {list(q.shape)}; accepted: torch.int8 [N, K]",
         )
-        packing.check_bits(bits)
-        reference.check_k("q", q.shape[1])
-        packing.check_codes("q", q, bits)
+        gemm_checks.bits(bits)
+        gemm_checks.max_k("q", q.shape[1])
+        gemm_checks.codes_of_bits("q", q, bits)
         n, k = q.shape
-        reference.check_scale_dtype("scale", scale)
+        gemm_checks.scale_dtype("scale", scale)
         scale = _grouped("scale", scale, n, k)
         groups = scale.shape[1]
         group_size = k // groups if groups else k
         if zero_point is not None:
-            reference.check(minimum is None, "minimum: got a tensor beside zero_point; accepted: one of them")
-            reference.check_zero_point("zero_point", zero_point)
+            checks.require(minimum is None, "minimum: got a tensor beside zero_point; accepted: one of them")
+            gemm_checks.int_zero_point("zero_point", zero_point)
             zero_point = _grouped("zero_point", zero_point, n, k, groups)
-            packing.check_codes("zero_point", zero_point, bits)
+            gemm_checks.codes_of_bits("zero_point", zero_point, bits)
             zero_point = zero_point.to(torch.int8)
         if minimum is not None:
-            reference.check(bits == 4, f"minimum: got a tensor with {bits} bits; accepted with 4 bits")
+            checks.require(bits == 4, f"minimum: got a tensor with {bits} bits; accepted with 4 bits")
             minimum = _grouped("minimum", minimum, n, k, groups)
-            reference.check(
+            checks.require(
                 minimum.dtype == scale.dtype, f"minimum: got {minimum.dtype}; accepted: scale's dtype, {scale.dtype}"
             )
         offset = reference.offset_of(scale, zero_point, minimum)
@@ -258,10 +257,10 @@ class PackedInt:
     ) -> PackedInt:
         """Logical tensors in the layout of the device that they are on."""
         n, k = q.shape
-        halves = _takes_halves(q.device)
-        data = reference.to_halves(q, reference.half_of(group_size, k)) if halves else _int4_pack(q)
+        halves = layouts.int4_layout_on(q.device) == layouts.HALVES
+        data = layouts.int4_to_halves(q, group_size) if halves else _int4_pack(q)
         packed_scale, packed_zero_point, packed_minimum = (
-            None if t is None else t.t().contiguous() if halves else reference.to_panels(t)
+            None if t is None else t.t().contiguous() if halves else layouts.to_panels(t)
             for t in (scale, zero_point, minimum)
         )
         assert packed_scale is not None
@@ -272,12 +271,12 @@ class PackedInt:
         n, k = self.shape
         # Copies: a view of the padded panels would take all of them along when it is saved.
         scale, zero_point, minimum = (
-            None if t is None else reference.by_group(t, n).clone(memory_format=torch.contiguous_format)
+            None if t is None else layouts.by_group(t, n).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
         )
         assert scale is not None
-        if self.data.dim() == 2:
-            return reference.unpack(self.data, n, k, self.group_size), scale, zero_point, minimum
+        if self.layout == layouts.HALVES:
+            return layouts.int4_unpack(self.data, n, k, self.group_size), scale, zero_point, minimum
         return _int4_unpack(self.data, n, k), scale, zero_point, minimum
 
     def dequantize(self) -> Tensor:
@@ -289,7 +288,7 @@ class PackedInt:
     def to(self, device: torch.device | str) -> PackedInt:
         """The same weight on another device, in its layout; itself where it is there already."""
         device = torch.device(device)
-        if device == self.data.device and (self.data.dim() == 2) == _takes_halves(device):
+        if device == self.data.device and self.layout == layouts.int4_layout_on(device):
             return self
         q, scale, zero_point, minimum = (None if t is None else t.to(device) for t in self.unpack())
         assert q is not None
@@ -315,7 +314,7 @@ def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
 
 
 class PackedInt4(PackedInt):
-    """A ``PackedInt`` of 4 bits: codes −8…7."""
+    """A ``PackedInt`` of 4 bits, codes −8…7; its arguments, errors and methods are as in ``PackedInt``."""
 
     @classmethod
     def from_float(  # type: ignore[override]
@@ -334,10 +333,6 @@ class PackedInt4(PackedInt):
 
 for _packed in (PackedInt, PackedInt4):
     ForkingPickler.register(_packed, reduce_for_a_process)
-
-
-def _takes_halves(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _restore(
@@ -365,7 +360,7 @@ def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) ->
         per = t.shape[1]
         fits = per == 1 or (per > 0 and k % per == 0 and k // per >= 16 and k // per % 8 == 0)
     accepted = f"one element, [{n}] or [{n}, K / group_size] with group_size K = {k} or a multiple of 8 from 16 on"
-    reference.check(
+    checks.require(
         fits,
         f"{name}: got shape {list(t.shape)}; accepted: {accepted if groups is None else [n, groups]}",
     )
@@ -384,16 +379,16 @@ def _rows_of(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight's rows start…stop, start a multiple of PANEL, of packed tensors."""
-    n, panels = stop - start, slice(start // reference.PANEL, -(-stop // reference.PANEL))
+    n, panels = stop - start, slice(start // layouts.PANEL, -(-stop // layouts.PANEL))
     scale_rows, zero_point_rows, minimum_rows = (
-        None if t is None else reference.by_group(t[panels] if t.dim() == 3 else t[:, start:stop], n)[..., None]
+        None if t is None else layouts.by_group(t[panels] if t.dim() == 3 else t[:, start:stop], n)[..., None]
         for t in (scale, zero_point, minimum)
     )
     assert scale_rows is not None
-    if data.dim() == 4:
+    if layouts.int4_layout(data) == layouts.PANELS:
         q = _int4_unpack(data[panels], n, k)
     else:
-        q = reference.unpack(data[start:stop], n, k, group_size)
+        q = layouts.int4_unpack(data[start:stop], n, k, group_size)
     w = q.view(n, scale_rows.shape[1], group_size).float()
     if zero_point_rows is not None:
         w = w.sub_(zero_point_rows)
@@ -494,7 +489,7 @@ def int4_linear(
         RuntimeError: a shape, dtype or range other than these.
     """
     if x.is_nested:
-        check_dense("x", x)
+        checks.dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:

@@ -11,9 +11,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .. import library
+from .. import checks, gemm_checks, library
 from ..reference import int8_conv2d as reference
-from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
@@ -36,7 +35,7 @@ def _fake_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    n, c, h, w = reference.out_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
+    n, c, h, w = gemm_checks.conv2d_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
     return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
@@ -206,7 +205,7 @@ def int8_conv2d(
         RuntimeError: a shape, dtype or range other than these, or C·kh·kw/groups > 131071.
     """
     if x.is_nested:
-        check_dense("x", x)
+        checks.dense("x", x)
     channels = packed.shape[1] * packed.groups
     if x.dim() != 4 or x.shape[1] != channels:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [N, {channels}, H, W]")

@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import library
+from .. import checks, gemm_checks, layouts, library
 from ..reference import int8_gemm as reference
-from ..reference.activation import check_activation
-from ..reference.fake_quantize import check_dense
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
 from .frozen import (
@@ -30,7 +28,7 @@ _define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
 
 
 def _fake_mm(a: Tensor, b: Tensor) -> Tensor:
-    reference.check_matrices(a, b)
+    gemm_checks.int8_mm(a, b)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
 
@@ -47,13 +45,13 @@ def _fake_scaled_mm(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
 ) -> Tensor:
-    reference.check_matrices(a, b)
+    gemm_checks.int8_mm(a, b)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
 def _fake_pack(w: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        w.new_empty(reference.packed_shape(w.shape[0], w.shape[1]), dtype=torch.int8),
+        w.new_empty(layouts.int8_shape(layouts.PANELS, *w.shape), dtype=torch.int8),
         w.new_empty((w.shape[0],), dtype=torch.int32),
     )
 
@@ -188,7 +186,7 @@ def _differentiable_scaled_mm(
     out_zero_point: Tensor | None,
 ) -> Tensor:
     """``reference.epilogue`` on the exact product, in what autograd sees through."""
-    reference.check_scaled(
+    gemm_checks.int8_scaled_mm(
         a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation or "none", out_dtype, None, out_zero_point
     )
     acc = _int8_mm(a, b)
@@ -205,7 +203,7 @@ class PackedInt8:
     It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
 
     Attributes:
-        data: packed codes, int8: for the CPU in panels (csrc/cpu/int8_gemm.h), on a GPU [N, K] with K padded to 16.
+        data: packed codes, int8: in the order that ``layout`` names (see qkernels/layouts.py).
         colsum: [N] int32, the sum of each output channel's codes.
         scale: [N] fp32; weight ≈ code·scale.
         shape: (N, K).
@@ -224,7 +222,7 @@ class PackedInt8:
         Raises:
             ValueError: w is not a finite floating matrix.
         """
-        check_dense("w", w)
+        checks.dense("w", w)
         if w.dim() != 2 or not w.is_floating_point():
             raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
         values = w.detach().float()
@@ -242,10 +240,9 @@ class PackedInt8:
         Raises:
             ValueError: scale has another shape. RuntimeError: q is not int8 [N, K] with K ≤ 131071.
         """
-        if q.device.type == "cuda" and q.dtype == torch.int8 and q.dim() == 2:
-            reference.check_k("w", q.shape[1])
-            data, colsum = q.new_zeros(reference.k_major_shape(*q.shape)), q.sum(1, dtype=torch.int32)
-            data[:, : q.shape[1]] = q
+        if layouts.int8_layout_on(q.device) == layouts.ROWS and q.dtype == torch.int8 and q.dim() == 2:
+            gemm_checks.max_k("w", q.shape[1])
+            data, colsum = layouts.int8_to_rows(q), q.sum(1, dtype=torch.int32)
         else:
             data, colsum = _int8_pack(q)
         n, k = q.shape
@@ -253,10 +250,15 @@ class PackedInt8:
             raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1]")
         return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), (n, k))
 
+    @property
+    def layout(self) -> str:
+        """The name and version of the order of data: "panels-1" for a CPU, "rows-1" for a GPU."""
+        return layouts.int8_layout(self.data)
+
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(q [N, K] int8, scale [N] fp32), exactly what was packed."""
-        if self.data.dim() == 2:
-            return self.data[:, : self.shape[1]].clone(memory_format=torch.contiguous_format), self.scale
+        if self.layout == layouts.ROWS:
+            return layouts.int8_unpack(self.data, *self.shape), self.scale
         return _int8_unpack(self.data, *self.shape), self.scale
 
     def __repr__(self) -> str:
@@ -268,10 +270,10 @@ torch.serialization.add_safe_globals([PackedInt8])  # torch.load(weights_only=Tr
 
 def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The weight's rows start…stop, start a multiple of PANEL, of packed data."""
-    if data.dim() == 2:
+    if layouts.int8_layout(data) == layouts.ROWS:
         q = data[start:stop, :k]
     else:
-        q = _int8_unpack(data[start // reference.PANEL : -(-stop // reference.PANEL)], stop - start, k)
+        q = _int8_unpack(data[start // layouts.PANEL : -(-stop // layouts.PANEL)], stop - start, k)
     return q.float().mul_(scale[start:stop, None]).to(dtype)
 
 
@@ -313,7 +315,7 @@ def _differentiable_linear(
     activation: str | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    check_activation(activation or "none")
+    gemm_checks.activation(activation or "none")
     sum_dtype = out_dtype if activation is None else torch.float32
     weight = packed.data, packed.colsum, packed.scale
     rest: Any = constant(input_scale), input_zero_point, quant_min, quant_max, "none", sum_dtype, None, None
@@ -384,7 +386,7 @@ def int8_linear(
         RuntimeError: a shape, dtype or range other than these.
     """
     if x.is_nested:
-        check_dense("x", x)
+        checks.dense("x", x)
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:

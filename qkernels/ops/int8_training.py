@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..reference.fake_quantize import check_dense
-from ..reference.int8_gemm import MAX_K
+from .. import checks, gemm_checks
 from .autograd import entered, transformed
 from .dynamic import _quantize_dynamic
 from .int8_gemm import int8_mm, int8_scaled_mm
@@ -20,7 +19,7 @@ from .quantize_transposed import _quantize_transposed
 from .stochastic import _numbers
 
 QUANT_MAX = 127
-LONGEST_SUM = MAX_K // 16 * 16  # so that every piece of a longer one begins aligned
+LONGEST_SUM = gemm_checks.MAX_K // 16 * 16  # so that every piece of a longer one begins aligned
 
 Codes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NONE: Codes = (None, None, None, None)
@@ -32,7 +31,7 @@ def _product(
     """a @ b.t() of codes a [M, K] and b [N, K] with their scales, for K of any length."""
     k, wide = a.shape[1], dtype == torch.float64
     scale_b = scale_b.reshape(-1)
-    if k <= MAX_K and not wide:
+    if k <= gemm_checks.MAX_K and not wide:
         return int8_scaled_mm(a, b.t(), scale_a, scale_b, bias=bias, out_dtype=dtype)
     y = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64 if wide else torch.float32, device=a.device)
     for start in range(0, k, LONGEST_SUM):
@@ -288,7 +287,7 @@ def _check(
     floating = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
     for name, t in (("x", x), ("w", w), ("bias", bias)):
         if t is not None:
-            check_dense(name, t)
+            checks.dense(name, t)
         if t is not None and not t.is_floating_point():
             raise RuntimeError(f"{name}: got {t.dtype}; accepted: {floating}")
         if t is not None and t.device != x.device:

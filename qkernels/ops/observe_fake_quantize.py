@@ -43,10 +43,26 @@ def observe_fake_quantize(
 ) -> Tensor:
     """Updates moving-average statistics from x, then fake-quantizes x with them; no host synchronisation.
 
-    The four statistics are changed in place and have one shape, which is the granularity (see ``fake_quantize``);
-    running_min, running_max and scale are fp32, zero_point is int32 or int64; infinite running values mean "none yet".
-    observer_on and fake_quant_on are one-element tensors read on the device. A batch that is empty or whose range is
-    not finite leaves the statistics as they are. Symmetric scales never clip the observed extremes.
+    The four statistics are changed in place and have one shape, which is the granularity (see ``fake_quantize``). A
+    batch that is empty or whose range is not finite leaves them as they are.
+
+    Args:
+        x: any shape; fp32, fp64, fp16 or bf16.
+        observer_on, fake_quant_on: one-element tensors, read on the device: whether x moves the statistics, and whether
+            it is quantized.
+        running_min, running_max: fp32; infinite values mean "none yet".
+        scale: fp32.
+        zero_point: int32 or int64.
+        averaging_const: the share of the new range: running += averaging_const·(new − running).
+        quant_min, quant_max: inclusive integer range, within ±2**24.
+        symmetric: whether the zero point is the middle of the range; a scale then never clips the observed extremes.
+
+    Returns:
+        A tensor of x's shape, dtype and memory layout; x's values where fake_quant_on is 0. dx is dy where nothing was
+        clipped.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     steps = float((quant_max - quant_min) // 2) if symmetric else 0.0
     return observed(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, gemm_checks, layouts, library
 from ..reference import packing as reference
-from ..reference.fake_quantize import check_dense
 
 
 def _fake_pack(q: Tensor, bits: int) -> Tensor:
-    reference.check_pack(q, bits)
-    return q.new_empty((*q.shape[:-1], reference.packed_length(q.shape[-1], bits)), dtype=torch.uint8)
+    gemm_checks.pack_bits(q, bits)
+    return q.new_empty((*q.shape[:-1], layouts.packed_length(q.shape[-1], bits)), dtype=torch.uint8)
 
 
 def _fake_unpack(packed: Tensor, bits: int, k: int) -> Tensor:
@@ -38,7 +37,11 @@ _unpack_bits = library.define(
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
-    """Codes q [..., K] int8 of 2, 3 or 4 bits as bytes: code i at bits i·bits… of its row, low bits first.
+    """Codes as bytes: code i of a row takes its bits from i·bits on, low bits first.
+
+    Args:
+        q: [..., K] int8, signed codes of ``bits`` bits.
+        bits: 2, 3 or 4.
 
     Returns:
         uint8 [..., ⌈K·bits/8⌉], contiguous; a row's last byte is filled up with zeros. Not differentiable.
@@ -51,7 +54,15 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
-    """The codes [..., k] int8 of ``pack_bits``, exactly.
+    """The codes of ``pack_bits``, exactly.
+
+    Args:
+        packed: uint8 [..., ⌈k·bits/8⌉].
+        bits: 2, 3 or 4.
+        k: length of a row.
+
+    Returns:
+        [..., k] int8.
 
     Raises:
         RuntimeError: not uint8, or the last dim is not what k codes take.
@@ -60,13 +71,34 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """int4 codes −8…7, int8 [..., K], two to a byte along K, low nibble first: uint8 [..., ⌈K/2⌉] (``pack_bits``)."""
+    """int4 codes two to a byte along the last dim, low nibble first: ``pack_bits`` of 4 bits.
+
+    Args:
+        q: [..., K] int8, codes −8…7.
+
+    Returns:
+        uint8 [..., ⌈K/2⌉].
+
+    Raises:
+        RuntimeError: as ``pack_bits``.
+    """
     return _pack_bits(q, 4)
 
 
 def unpack_int4(packed: Tensor, k: int | None = None) -> Tensor:
-    """The codes −8…7, int8 [..., k], of ``pack_int4``; k is by default twice packed's last dim, and else one less."""
+    """The codes of ``pack_int4``.
+
+    Args:
+        packed: uint8 [..., ⌈k/2⌉].
+        k: length of a row; by default twice packed's last dim, else one less.
+
+    Returns:
+        [..., k] int8, codes −8…7.
+
+    Raises:
+        RuntimeError: as ``unpack_bits``.
+    """
     if k is None:
-        check_dense("packed", packed)
+        checks.dense("packed", packed)
         k = 2 * packed.shape[-1]
     return _unpack_bits(packed, 4, k)

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
-from ..reference import fake_quantize as reference_qparams
+from .. import checks, library
 from ..reference import quantize as reference
 from ..reference import transforms
 from ..reference.ranges import qparams_of_range, stored
@@ -53,14 +52,17 @@ def quantize(
         A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
         point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
         carry no gradient; ``fake_quantize`` does.
+
+    Raises:
+        RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
     return _quantize(x, scale, zero_point, *range_of_codes(quant_min, quant_max, dtype), dtype)
 
 
 def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
     """The range as given, by default all of dtype that fp32 holds exactly."""
-    reference.check_integer_dtype("dtype", dtype)
-    info, bound = torch.iinfo(dtype), reference_qparams.EXACT_INT
+    checks.code_dtype("dtype", dtype)
+    info, bound = torch.iinfo(dtype), checks.EXACT_INT
     return (
         max(info.min, -bound) if quant_min is None else quant_min,
         min(info.max, bound) if quant_max is None else quant_max,
@@ -72,8 +74,17 @@ def dequantize(
 ) -> Tensor:
     """(q − zero_point)·scale, computed in fp32 (fp64 for fp64) and rounded once to dtype.
 
-    q is int8, uint8 or int32; scale and zero_point are as in ``fake_quantize``. Differentiable in scale, and straight
-    through the rounding of a float zero_point.
+    Args:
+        q: int8, uint8 or int32, any shape.
+        scale, zero_point: as in ``fake_quantize``.
+        dtype: of the result: torch.float32, torch.float64, torch.float16 or torch.bfloat16.
+
+    Returns:
+        A tensor of q's shape and memory layout. Differentiable in scale, and straight through the rounding of a float
+        zero_point.
+
+    Raises:
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
     """
     if transformed() or (
         torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
@@ -102,15 +113,26 @@ def choose_qparams(
     dtype holds and is above zero.
 
     Args:
-        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity.
+        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity. fp32,
+            fp64, fp16 or bf16.
+        quant_min, quant_max: inclusive integer range.
+        symmetric: whether the zero point is 0 and the range its own mirror image.
+        eps: the smallest scale.
         method: how much of the range to cover, where clipping a few outliers makes the steps for all others finer.
             "minmax": all. "percentile": what holds ``percentile`` % of |x| (symmetric) or of x counted from either
             end. "mse": the fraction, of 64 down to 1/79, that quantizes x with the smallest squared error.
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
+
+    Returns:
+        scale and zero_point, of min_val's shape.
+
+    Raises:
+        RuntimeError: a dtype, shape or range other than these. ValueError: method, percentile, or no x where the method
+            looks at it.
     """
     for name, t in (("min_val", min_val), ("max_val", max_val)):
-        reference_qparams.check_dense(name, t)
+        checks.dense(name, t)
         if t.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             accepted = "torch.float32, torch.float64, torch.float16, torch.bfloat16"
             raise RuntimeError(f"{name}: got {t.dtype}; accepted: {accepted}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import library
+from .. import layouts, library
 from ..reference import quantize_transposed as reference
 from ..reference.fake_quantize import compute_dtype
 from .dynamic import range_of_bits
@@ -15,9 +15,9 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     dtype = compute_dtype(x)
     return (
-        reference.empty_codes(x, rows, columns),
+        layouts.empty_aligned_rows(x, rows, columns),
         x.new_empty((rows, 1), dtype=dtype),
-        reference.empty_codes(x, columns, rows),
+        layouts.empty_aligned_rows(x, columns, rows),
         x.new_empty((columns, 1), dtype=dtype),
     )
 

@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, library
 from ..layouts import mask_like
 from ..reference import relu_fake_quantize as reference
 from ..reference import transforms
-from ..reference.fake_quantize_learnable import check_clip_or_lsq
 from .autograd import is_kept, kept, learnable, masked, transformed
 from .fake_quantize import as_tensors
 
@@ -71,7 +70,7 @@ def relu_fake_quantize(
     the backward pass x is kept where it lives anyway or a scale is learned, else one bit per element: torch.relu alone
     would keep its whole output.
     """
-    check_clip_or_lsq(straight_through)
+    checks.clip_or_lsq(straight_through)
     lsq = straight_through == "lsq"
     if not isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import library
-from ..reference import fake_quantize as reference_qparams
+from .. import checks, library
 from ..reference import statistics as reference
 from ..reference.ranges import qparams_of_range
 
@@ -90,7 +89,7 @@ def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, sy
     Ends are values of x: the smallest one that at least so many do not exceed.
     """
     check_percentile(percentile)
-    reference_qparams.check_granularity("min_val", low, x)
+    checks.granularity("min_val", low, x)
     blocks = reference.blocks_of(x.detach().to(low.dtype), low.shape)
     if blocks.shape[1] == 0:
         return low, high

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..nn.fake_quantize import MSE_BITS, FakeQuantize
 from ..nn.ranges import block_statistics
 from ..ops import statistics as ops
-from ..reference.fake_quantize import check_dense
 from .fold import eval_mode
 from .histogram import RangeHistogram
 
@@ -40,7 +40,7 @@ class _Statistics:
         self.count = 0
 
     def update(self, x: Tensor) -> None:
-        check_dense(self.name, x)
+        checks.dense(self.name, x)
         if x.numel() == 0:
             return
         low, high, mean = block_statistics(x, self.scale_shape)

@@ -25,7 +25,15 @@ GRANULARITIES = "PerTensor(), PerChannel(axis), PerGroup(size), PerToken()"
 class QSpec:
     """How one tensor is quantized; the fields are those of ``FakeQuantize``.
 
-    granularity None: per output channel for a weight, per tensor for an input.
+    Args:
+        bits: 2 to 8.
+        granularity: what one scale speaks for. None: an output channel of a weight, the whole of an input.
+        symmetric: codes without a zero point, or with one.
+        quantizer: where the scale comes from: "lsq" (learned), "minmax", "ema" or "dynamic".
+        straight_through: the convention of the gradient. None: "lsq" where the scale is learned, else "clip".
+
+    Raises:
+        TypeError: a field of another type. ValueError: a value other than these, or fields that do not go together.
     """
 
     bits: int = 8

@@ -55,6 +55,12 @@ class Report:
     quantized_bytes counts the tensors that the state_dict of the converted model holds, once per storage: what a file
     of it takes, up to its header. float_bytes counts so the float model that it came from. Both include what no row
     does: norms, and parameters and buffers of less than two dims.
+
+    Attributes:
+        layers: a row for each layer with weights.
+        float_bytes, quantized_bytes: of the whole model; ``ratio`` is the first over the second.
+        notes: why a layer is float and what else is to know, by the layer's name.
+        accuracy: what ``report`` was given.
     """
 
     layers: list[LayerRow]
@@ -130,6 +136,12 @@ def report(
             with itself unquantized. Quantized layers that nothing called are named in the notes.
         float_model: the model before ``prepare``. A converted model needs it for its weights' SQNR.
         accuracy: any number measured elsewhere, to be shown with the rest.
+
+    Returns:
+        A ``Report``: ``print`` shows its table, ``to_dict`` gives what can be written as JSON.
+
+    Raises:
+        ValueError: a model that is neither prepared nor converted.
     """
     model, float_model = whole(model), None if float_model is None else whole(float_model)
     layers = dict(_layers(model))

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
+from .. import gemm_checks, layouts
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.own_forward import Trial, has_own_forward, try_forward
 from ..nn.qat import QATConv2d, QATLinear, bake_weight
-from ..reference.int4_gemm import check_group_size
-from ..reference.int8_gemm import check_k
-from ..reference.packing import BITS
 from .config import QUANTIZABLE
 from .weight_readers import WeightReaders
 
@@ -26,7 +24,7 @@ def to_int4(layer: nn.Module) -> bool:
     """Whether ``convert`` makes an Int4Linear of the layer."""
     if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
         return False
-    return layer.weight_fake_quant.bits in BITS
+    return layer.weight_fake_quant.bits in layouts.BITS
 
 
 def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
@@ -41,9 +39,9 @@ def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
     k = layer.weight[0].numel()
     granularity = weight.granularity
     try:
-        check_k("weight", k)
+        gemm_checks.max_k("weight", k)
         if to_int4(layer):
-            check_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
+            gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
     except RuntimeError as error:
         raise ValueError(f"model: the weight of {name!r} has {granularity}; {error}") from None
     if to_int4(layer):

@@ -21,6 +21,14 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     ``torch.optim.AdamW(qk.parameter_groups(model, lr=1e-4, weight_decay=0.01))``. Decay would pull a learned scale back
     to its start and a zero point to zero. Both have the learning rate lr; a scale moves by a fraction of it (see
     ``FakeQuantize``), and a schedule acts on both. Parameters that need no gradient are left out.
+
+    Args:
+        model: from ``prepare``; a float model gives an empty second group.
+        lr: learning rate of both groups.
+        weight_decay: of the model's own parameters.
+
+    Returns:
+        Two dicts, the argument of any torch optimizer. It raises nothing.
     """
     own = {id(p) for module in model.modules() if isinstance(module, FakeQuantize) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -31,11 +39,18 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
 
 
 def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
-    """Stops what moves ranges in training: of "ema" quantizers, of weights that are followed, of learned inputs that
-    grow, and starts from a first batch.
+    """Stops what moves the ranges of a prepared model in training, in place.
 
-    A weight that was followed keeps the range that it has now, so that the model in eval mode stays as it is. Learned
-    scales go on learning: ``requires_grad_(False)`` on them stops that. A state_dict holds it, frozen=False undoes it.
+    That is: the averages of "ema" quantizers, the ranges of weights that are followed, the growth of learned inputs,
+    and starts from a first batch. A weight that was followed keeps the range that it has now, so that the model in eval
+    mode stays as it is. Learned scales go on learning: ``requires_grad_(False)`` on them stops that.
+
+    Args:
+        model: from ``prepare``.
+        frozen: False undoes it. A state_dict holds it.
+
+    Raises:
+        ValueError: the model has no quantizers.
     """
     if frozen:
         _follow_weights(model)
@@ -53,7 +68,15 @@ def _follow_weights(model: nn.Module) -> None:
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
-    """Switches all quantizers on or off; off, they pass their input on and observe. It is in a state_dict."""
+    """Switches all quantizers of a prepared model on or off, in place; off, they pass their input on and observe.
+
+    Args:
+        model: from ``prepare``.
+        enabled: whether they quantize. A state_dict holds it.
+
+    Raises:
+        ValueError: the model has no quantizers.
+    """
     for quantizer in quantizers_of(model).values():
         quantizer.enable_fake_quant(enabled)
 
@@ -62,6 +85,7 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     """Changes the width of quantizers of a prepared model in place and keeps their ranges.
 
     Args:
+        model: from ``prepare``.
         bits: 2 to 8.
         where: a glob on the names of quantizers, as ``"*.weight_fake_quant"`` or ``"layer1.*"``.
 

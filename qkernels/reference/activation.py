@@ -122,8 +122,3 @@ def silu(x: Tensor) -> Tensor:
 
 
 FUNCTIONS = {"none": lambda x: x, "relu": relu, "gelu": gelu, "silu": silu}
-
-
-def check_activation(activation: str) -> None:
-    if activation not in FUNCTIONS:
-        raise RuntimeError(f"activation: got {activation!r}; accepted: {', '.join(FUNCTIONS)}")

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..layouts import pack_mask
-from .fake_quantize import check_grad, check_granularity, compute_dtype, expand, qparams
+from .fake_quantize import compute_dtype, expand, qparams
 from .fake_quantize_learnable import sum_to
-
-LEVELS = (2, 256)
 
 
 class Levels(NamedTuple):
@@ -25,40 +24,6 @@ class Levels(NamedTuple):
     ascending: Tensor
     midpoints: Tensor  # one fewer
     order: Tensor  # where each of them stands in the codebook
-
-
-def check_codebook(codebook: Tensor, x: Tensor) -> None:
-    if not codebook.is_floating_point():
-        raise RuntimeError(f"codebook: got {codebook.dtype}; accepted: a floating dtype")
-    if codebook.dim() != 1 or not LEVELS[0] <= codebook.numel() <= LEVELS[1]:
-        raise RuntimeError(f"codebook: got shape {list(codebook.shape)}; accepted: one dim of 2 to 256 levels")
-    if codebook.device != x.device:
-        raise RuntimeError(f"codebook: got a tensor on {codebook.device}; accepted: x's device, {x.device}")
-
-
-def check(x: Tensor, scale: Tensor, codebook: Tensor) -> None:
-    """Raises RuntimeError where the arguments do not fit together."""
-    if not x.is_floating_point():
-        raise RuntimeError(f"x: got {x.dtype}; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16")
-    check_scale(scale, x)
-    check_codebook(codebook, x)
-
-
-def check_codes(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
-    if codes.dtype != torch.uint8:
-        raise RuntimeError(f"codes: got {codes.dtype}; accepted: torch.uint8")
-    if not dtype.is_floating_point:
-        raise RuntimeError(f"dtype: got {dtype}; accepted: a floating dtype")
-    check_scale(scale, codes)
-    check_codebook(codebook, codes)
-
-
-def check_scale(scale: Tensor, x: Tensor) -> None:
-    if scale.device != x.device:
-        raise RuntimeError(f"scale: got a tensor on {scale.device}; accepted: x's device, {x.device}")
-    check_granularity("scale", scale, x)
-    if not scale.is_floating_point():
-        raise RuntimeError(f"scale: got {scale.dtype}; accepted: a floating dtype")
 
 
 def sound(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,7 +64,7 @@ def inside_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 
 def fake_quantize_codebook_forward(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     v, s, levels = scaled(x, scale, codebook)
     return torch.empty_like(x).copy_(quantized(v, levels) * s)
 
@@ -111,8 +76,8 @@ def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tens
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     return torch.empty_like(x).copy_(torch.where(inside_codebook(x, scale, codebook), grad, 0))
 
 
@@ -124,8 +89,8 @@ def fake_quantize_codebook_learnable_backward(
     dx = dy inside the codebook's range, else 0; dscale sums dy·(level − x/scale) inside and dy·level outside; a level
     gets the sum of dy·scale over what is quantized to it (NaN counts for the lowest).
     """
-    check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     v, s, levels = scaled(x, scale, codebook)
     inside = inside_levels(v, levels)
     dy = grad.to(s.dtype)
@@ -143,7 +108,7 @@ def fake_quantize_codebook_learnable_backward(
 
 def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """Codes: where the nearest level stands in the codebook as it was given. NaN takes the code of 0."""
-    check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     v, _, levels = scaled(x, scale, codebook)
     codes = levels.order[nearest(torch.where(v.isnan(), 0, v), levels)]
     return torch.empty_like(x, dtype=torch.uint8).copy_(codes)
@@ -151,9 +116,9 @@ def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
 
 def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     """codebook[code] · scale; a code beyond the last level gives NaN."""
-    check_codes(codes, scale, codebook, dtype)
+    checks.dequantize_codebook(codes, scale, codebook, dtype)
     levels = sound(codebook, compute_dtype(torch.empty(0, dtype=dtype)))
     s = expand(scale.detach(), codes).to(levels.dtype)
     s = torch.where(s < 0, torch.nan, s.clamp(min=torch.finfo(torch.float32).tiny))
-    values = torch.nn.functional.pad(levels, (0, LEVELS[1] - levels.numel()), value=torch.nan)[codes.long()]
+    values = torch.nn.functional.pad(levels, (0, checks.LEVELS[1] - levels.numel()), value=torch.nan)[codes.long()]
     return torch.empty_like(codes, dtype=dtype).copy_(values * s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from .fake_quantize import compute_dtype, fake_quantize_forward_mask
 from .quantize import quantize
 from .ranges import qparams_of_range
@@ -23,7 +24,7 @@ def dynamic_qparams(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """Scale and int32 zero point of each group: of the whole of x (0), of each row (-1), of group_size elements."""
-    check_group_size(x, group_size)
+    checks.dynamic(x, group_size)
     values = x.detach().to(compute_dtype(x))
     rows = x.shape[:-1]
     shape = [1] * x.dim() if group_size == 0 else [*rows, 1 if group_size == -1 else x.shape[-1] // group_size]
@@ -33,20 +34,6 @@ def dynamic_qparams(
         groups = groups.new_zeros(groups.shape[0], 1)
     scale, zero_point = qparams_of_range(groups.amin(1), groups.amax(1), quant_min, quant_max, symmetric, 0.0)
     return scale.reshape(shape), zero_point.reshape(shape)
-
-
-def check_group_size(x: Tensor, group_size: int) -> None:
-    if not x.is_floating_point():
-        raise RuntimeError(f"x: got {x.dtype}; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16")
-    if group_size == 0:
-        return
-    if x.dim() == 0:
-        raise RuntimeError("x: got 0 dims; accepted: at least 1, or group_size None")
-    if group_size < -1 or (group_size > 0 and x.shape[-1] % group_size):
-        raise RuntimeError(
-            f"group_size: got {group_size}; accepted: -1 (a row), None (the whole tensor), or a divisor of x's last "
-            f"dim {x.shape[-1]}"
-        )
 
 
 def quantize_dynamic(

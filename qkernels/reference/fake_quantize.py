@@ -10,89 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..layouts import pack_mask, unpack_mask
-
-EXACT_INT = 2**24  # every integer up to here is an fp32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def check_dense(name: str, t: Tensor) -> None:
-    """Raises RuntimeError where t is not plain values in strided memory."""
-    if not isinstance(t, Tensor):  # what stands for one, where a graph is traced
-        return
-    if t.is_nested:
-        got, way = "a nested tensor", "as its unbind() gives"
-    elif t.is_quantized:
-        got, way = f"a quantized tensor of {t.dtype}", "as dequantize() and int_repr() give"
-    elif t.layout is not torch.strided:
-        got, way = f"a tensor of layout {t.layout}", "as to_dense() gives"
-    else:
-        return
-    raise RuntimeError(f"{name}: got {got}; accepted: a dense tensor of layout torch.strided, {way}")
-
-
-def check_input(x: Tensor, quant_min: int, quant_max: int) -> None:
-    """Raises RuntimeError where x or the range is not one that can be quantized."""
-    if not x.is_floating_point():
-        raise RuntimeError(f"x: got {x.dtype}; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16")
-    if quant_min > quant_max:
-        raise RuntimeError(f"quant_min: got {quant_min}, above quant_max {quant_max}; accepted: at most quant_max")
-    if quant_min < -EXACT_INT or quant_max > EXACT_INT:
-        raise RuntimeError(
-            f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: {-EXACT_INT} to {EXACT_INT}, the integers "
-            "that fp32 holds exactly"
-        )
-
-
-def check(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    """Raises RuntimeError where the arguments of a fake-quantize op do not fit together."""
-    check_input(x, quant_min, quant_max)
-    for name, param in (("scale", scale), ("zero_point", zero_point)):
-        if param is None:
-            continue
-        if param.device != x.device:
-            raise RuntimeError(f"{name}: got a tensor on {param.device}; accepted: x's device, {x.device}")
-        check_granularity(name, param, x)
-    if not scale.is_floating_point():
-        raise RuntimeError(f"scale: got {scale.dtype}; accepted: a floating dtype")
-    if zero_point is not None:
-        if zero_point.numel() not in (1, scale.numel()):
-            raise RuntimeError(
-                f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
-                f"{list(scale.shape)}"
-            )
-        # Values are looked at only where that costs no synchronisation, and where there is one of each.
-        seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
-        if seen and not zero_point.is_floating_point() and zero_point.numel():
-            check_zero_point(int(zero_point.min()), int(zero_point.max()), quant_min, quant_max)
-
-
-def check_zero_point(low: int, high: int, quant_min: int, quant_max: int) -> None:
-    if low < quant_min or high > quant_max:
-        raise RuntimeError(
-            f"zero_point: got {low if low < quant_min else high}; accepted: quant_min to quant_max, {quant_min} to "
-            f"{quant_max}"
-        )
-
-
-def check_granularity(name: str, param: Tensor, x: Tensor) -> None:
-    if param.numel() == 1:
-        return
-    if param.dim() != x.dim() or any(p != n and (p == 0 or n % p) for p, n in zip(param.shape, x.shape, strict=True)):
-        raise RuntimeError(
-            f"{name}: got shape {list(param.shape)}; accepted: one element, or {x.dim()} dims that each divide x's "
-            f"shape {list(x.shape)}"
-        )
-
-
-def check_grad(grad: Tensor, x: Tensor) -> None:
-    if grad.dtype != x.dtype:
-        raise RuntimeError(f"grad: got {grad.dtype}; accepted: x's dtype, {x.dtype}")
-    if grad.shape != x.shape:
-        raise RuntimeError(f"grad: got shape {list(grad.shape)}; accepted: x's shape {list(x.shape)}")
 
 
 def expand(param: Tensor, x: Tensor) -> Tensor:
@@ -112,7 +35,7 @@ def qparams(
 
     A scale below the smallest normal fp32 acts as that value; a negative or NaN one gives NaN. A float zero point is
     rounded half to even and clamped into the range, forward and backward alike; an integer one outside it, which
-    ``check`` cannot see on a GPU, gives NaN.
+    ``checks.fake_quantize`` cannot see on a GPU, gives NaN.
     """
     dtype = compute_dtype(x)
     s = expand(scale.detach(), x).to(dtype)
@@ -131,7 +54,7 @@ def qparams(
 def fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = (x.to(s.dtype) * inv).round() + z
     return torch.empty_like(x).copy_((q.clamp(quant_min, quant_max) - z) * s)
@@ -172,19 +95,12 @@ def fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     inside = inside_range(x, scale, zero_point, quant_min, quant_max, lsq)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
 
-def check_mask(mask: Tensor, grad: Tensor) -> None:
-    if mask.numel() != (grad.numel() + 7) // 8:
-        raise RuntimeError(
-            f"mask: got {mask.numel()} bytes; accepted: one bit for each of grad's {grad.numel()} elements"
-        )
-
-
 def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
-    check_mask(mask, grad)
+    checks.mask(mask, grad)
     return torch.where(unpack_mask(mask, grad), grad, 0)

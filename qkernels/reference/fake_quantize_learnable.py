@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .fake_quantize import check, check_grad, counts_inside, qparams
-
-# Those with terms of their own; "lsq" is an argument of the ops of "clip".
-WITH_TERMS = ("pass", "pact", "ewgs")
-VARIANTS = ("lsq", *WITH_TERMS)
-
-
-def check_variant(straight_through: str, ewgs_delta: float, accepted: tuple[str, ...]) -> None:
-    if straight_through not in accepted:
-        raise RuntimeError(f"straight_through: got '{straight_through}'; accepted: {', '.join(accepted)}")
-    if not 0 <= ewgs_delta < math.inf:
-        raise RuntimeError(f"ewgs_delta: got {ewgs_delta}; accepted: finite, at least 0")
-
-
-def check_clip_or_lsq(straight_through: str) -> None:
-    check_variant(straight_through, 0.0, ("clip", "lsq"))
+from .. import checks
+from .fake_quantize import counts_inside, qparams
 
 
 def fake_quantize_straight_through_backward(
@@ -45,9 +29,9 @@ def fake_quantize_straight_through_backward(
     (arXiv 2104.00903, which clips before it rounds). By the chain rule the scale's term dy·(round(v) − v) becomes
     dy·(round(v) − v)·(1 + d·v).
     """
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    check_variant(straight_through, ewgs_delta, WITH_TERMS)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.straight_through(straight_through, ewgs_delta, checks.WITH_TERMS)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     dy, steps = grad.to(s.dtype), x.to(s.dtype) * inv
     q = steps.round() + z
@@ -97,8 +81,8 @@ def fake_quantize_learnable_backward(
     −dy·scale over what is outside; both times grad_factor. With lsq the range is asked of x/scale + zp before rounding,
     bounds excluded, as in both papers; else of q, bounds included, as torch does.
     """
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.to(s.dtype) * inv
     q = steps.round() + z

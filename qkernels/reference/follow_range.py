@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import check_granularity, check_input
+from .. import checks
 from .ranges import qparams_of_range, range_of
 
 
@@ -24,7 +24,7 @@ def follow_range(
     They go ``up`` of the way where that is the larger scale, else ``down`` of it; of zeros alone, of a range that is
     not finite and of an empty x they stay.
     """
-    check(x, scale, zero_point, quant_min, quant_max, up, down)
+    checks.follow_range(x, scale, zero_point, quant_min, quant_max, up, down)
     if x.numel() == 0:
         return
     new_scale, new_zero_point = followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)
@@ -55,32 +55,3 @@ def _moved(old: Tensor, new: Tensor, part: Tensor) -> Tensor:
     start = old.float()
     between = torch.where(part == 1, new, start + part * (new - start))
     return torch.where(part == 0, old, between.to(old.dtype))
-
-
-def check(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    up: float,
-    down: float,
-) -> None:
-    check_input(x, quant_min, quant_max)
-    check_granularity("scale", scale, x)
-    if scale.dtype != torch.float32 or not scale.is_contiguous():
-        raise RuntimeError(f"scale: got {scale.dtype} of shape {list(scale.shape)}; accepted: contiguous torch.float32")
-    for name, part in (("up", up), ("down", down)):
-        if not 0 <= part <= 1:
-            raise RuntimeError(f"{name}: got {part}; accepted: 0 to 1")
-    if zero_point is None:
-        return
-    whole = up in (0, 1) and down in (0, 1)
-    dtype = zero_point.dtype
-    fits = dtype.is_floating_point or (dtype == torch.int32 and whole)
-    if not fits or not zero_point.is_contiguous() or zero_point.shape != scale.shape:
-        raise RuntimeError(
-            f"zero_point: got {dtype} of shape {list(zero_point.shape)} with up {up:g} and down {down:g}; accepted: "
-            f"contiguous, of scale's shape {list(scale.shape)} and a floating dtype, or torch.int32 where up and down "
-            "are 0 or 1"
-        )

@@ -10,27 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import checks
+
 single = torch.ops.qkernels
 
 Tensors = Sequence[Tensor]
 ZeroPoints = Sequence[Tensor | None]
 
 
-def check(xs: Tensors, **others: Sequence[object]) -> None:
-    """Raises RuntimeError where the lists are not of one length or the tensors not on one device."""
-    for name, values in others.items():
-        if len(values) != len(xs):
-            raise RuntimeError(f"{name}: got {len(values)} values; accepted: one for each of the {len(xs)} tensors")
-    devices = [x.device for x in xs]
-    for at, device in enumerate(devices):
-        if device != devices[0]:
-            raise RuntimeError(f"xs[{at}]: got a tensor on {device}; accepted: the first one's device, {devices[0]}")
-
-
 def foreach_fake_quantize_forward(
     xs: Tensors, scales: Tensors, zero_points: ZeroPoints, quant_mins: Sequence[int], quant_maxs: Sequence[int]
 ) -> list[Tensor]:
-    check(xs, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
+    checks.foreach(xs, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
     calls = zip(xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
     return [single.fake_quantize_forward(*call) for call in calls]
 
@@ -44,7 +35,7 @@ def foreach_fake_quantize_backward(
     quant_maxs: Sequence[int],
     lsq: bool = False,
 ) -> list[Tensor]:
-    check(xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
+    checks.foreach(xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs)
     calls = zip(grads, xs, scales, zero_points, quant_mins, quant_maxs, strict=True)
     return [single.fake_quantize_backward(*call, lsq) for call in calls]
 
@@ -60,7 +51,7 @@ def foreach_fake_quantize_learnable_backward(
     lsq: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the tensors, of the scales and of the zero points (these in scale's shape)."""
-    check(
+    checks.foreach(
         xs, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins, quant_max=quant_maxs,
         grad_factor=grad_factors,
     )  # fmt: skip

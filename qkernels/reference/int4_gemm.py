@@ -9,210 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .int8_gemm import (
-    OUT_DTYPES,
-    PANEL,
-    TINY,
-    check,
-    check_codes,
-    check_floating,
-    check_k,
-    check_static,
-    check_vector,
-    check_zero_point,
-    exact_mm,
-    quantize_codes,
-    static_qparams,
-)
+from .. import gemm_checks, layouts
+from .int8_gemm import TINY, exact_mm, quantize_codes, static_qparams
 
 MAX_GROUP = 32768  # longer groups are summed in parts: 16 * 15 * 128 * MAX_GROUP < 2**31
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_group_size(group_size: int, k: int) -> None:
-    check(
-        group_size == k or (group_size >= 16 and group_size % 8 == 0 and k % group_size == 0),
-        f"group_size: got {group_size}; accepted: -1 or K = {k}, or a multiple of 8, from 16 on, that divides it",
-    )
-
-
-def groups_of(k: int, group_size: int) -> int:
-    return k // group_size if k else 1
-
-
-# The CPU's layout: panels of 32 output channels. A byte holds the code of a channel, plus 8, in its low bits and that
-# of the channel 16 further in its high bits; what is missing is 0.
-
-
-def panel_shape(n: int, k: int) -> tuple[int, int, int, int]:
-    return ((n + PANEL - 1) // PANEL, (k + 3) // 4, PANEL // 2, 4)
 
 
 def int4_pack(q: Tensor) -> Tensor:
-    """data[panel][k // 4][channel % 16][k % 4] of channels c (low bits) and c + 16 of a panel."""
-    check(q.dtype == torch.int8, f"q: got {q.dtype}; accepted: torch.int8")
-    check(q.dim() == 2, f"q: got shape {list(q.shape)}; accepted: [N, K]")
-    n, k = q.shape
-    check_k("q", k)
-    n_panels, steps, half, _ = panel_shape(n, k)
-    codes = torch.nn.functional.pad((q + 8).to(torch.uint8) & 15, (0, steps * 4 - k, 0, n_panels * PANEL - n))
-    low, high = codes.view(n_panels, 2, half, steps, 4).unbind(1)
-    return (low | high << 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
+    """Codes [N, K], −8…7, in panels."""
+    gemm_checks.matrix_of_codes("q", q)
+    return layouts.int4_pack(q)
 
 
 def int4_unpack(data: Tensor, n: int, k: int) -> Tensor:
-    check_data(data, n, k, panel_shape(n, k))
-    n_panels, steps, half, _ = data.shape
-    codes = torch.stack((data & 15, data >> 4), 1).permute(0, 1, 3, 2, 4).reshape(n_panels * 2 * half, steps * 4)
-    return codes[:n, :k].to(torch.int8) - 8
-
-
-def to_panels(t: Tensor) -> Tensor:
-    """Scales or zero points [N, groups] as the CPU reads them: [panels, groups, 32], missing channels 0."""
-    n, groups = t.shape
-    n_panels = (n + PANEL - 1) // PANEL
-    padded = torch.nn.functional.pad(t, (0, 0, 0, n_panels * PANEL - n))
-    return padded.view(n_panels, PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
-# A GPU's layout: rows, in which a byte holds two codes that are ``half`` apart in k, so that its low bits and its high
-# bits are two operands of tensor cores as they are, each within one group. Scales and zero points are [groups, N].
-
-
-def half_of(group_size: int, k: int) -> int:
-    """How far apart in k the two codes of a byte are."""
-    return 64 if group_size == k else next((half for half in (64, 32, 16) if group_size % half == 0), 64)
-
-
-def halves_shape(n: int, k: int, half: int) -> tuple[int, int]:
-    return n, (k + 2 * half - 1) // (2 * half) * half
-
-
-def to_halves(q: Tensor, half: int) -> Tensor:
-    """data[n][k // (2·half)][k % half]: the code of k in the low bits, of k + half in the high; missing k are 0."""
-    n, k = q.shape
-    _, length = halves_shape(n, k, half)
-    low, high = (
-        torch.nn.functional.pad(q, (0, 2 * length - k)).view(n, length // half, 2, half).to(torch.uint8).unbind(2)
-    )
-    return (low & 15 | high << 4).reshape(n, length)
-
-
-def from_halves(data: Tensor, k: int, half: int) -> Tensor:
-    blocks = data.view(data.shape[0], data.shape[1] // half, half)
-    codes = torch.stack((blocks & 15, blocks >> 4), 2).flatten(1)[:, :k]
-    return ((codes ^ 8).to(torch.int8) - 8).clone(memory_format=torch.contiguous_format)
-
-
-def unpack(data: Tensor, n: int, k: int, group_size: int) -> Tensor:
-    """The codes [N, K] of either layout."""
-    return int4_unpack(data, n, k) if data.dim() == 4 else from_halves(data, k, half_of(group_size, k))
-
-
-def by_group(t: Tensor, n: int) -> Tensor:
-    """[N, groups] from either layout of scales and zero points."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
-
-
-def check_data(data: Tensor, n: int, k: int, expected: tuple[int, ...]) -> None:
-    check(data.dtype == torch.uint8, f"data: got {data.dtype}; accepted: torch.uint8")
-    check(
-        tuple(data.shape) == expected,
-        f"data: got shape {list(data.shape)}; accepted: what PackedInt4 holds for N = {n} and K = {k}, "
-        f"{list(expected)}",
-    )
-    check(data.is_contiguous(), "data: got strided memory; accepted: contiguous")
-
-
-def check_groups(name: str, t: Tensor, data: Tensor, n: int, groups: int) -> None:
-    expected = ((n + PANEL - 1) // PANEL, groups, PANEL) if data.dim() == 4 else (groups, n)
-    check(
-        tuple(t.shape) == expected,
-        f"{name}: got shape {list(t.shape)}; accepted: what PackedInt4 holds for N = {n} and {groups} groups, "
-        f"{list(expected)}",
-    )
-    check(t.is_contiguous(), f"{name}: got strided memory; accepted: contiguous")
-
-
-def check_scale_dtype(name: str, t: Tensor) -> None:
-    check(
-        t.dtype in SCALE_DTYPES,
-        f"{name}: got {t.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16",
-    )
-
-
-def check_linear(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    act_bits: int,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    out_dtype: torch.dtype,
-) -> None:
-    check(
-        x.dtype in (*OUT_DTYPES, torch.int8),
-        f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16, torch.int8",
-    )
-    check(x.dim() >= 1, "x: got 0 dims; accepted: [..., K]")
-    check(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
-    check(
-        out_dtype in OUT_DTYPES, f"out_dtype: got {out_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
-    )
-    n, k = weight_sum.numel(), x.shape[-1]
-    check_vector("weight_sum", weight_sum, n, "[N]")
-    check(
-        weight_sum.dtype == torch.float32 and weight_sum.is_contiguous(),
-        f"weight_sum: got {weight_sum.dtype}; accepted: contiguous torch.float32",
-    )
-    check_k("x", k)
-    check_group_size(group_size, k)
-    halves = halves_shape(n, k, half_of(group_size, k))
-    check_data(data, n, k, halves if data.dim() == 2 else panel_shape(n, k))
-    groups = groups_of(k, group_size)
-    check_groups("scale", scale, data, n, groups)
-    check_scale_dtype("scale", scale)
-    check(zero_point is None or minimum is None, "minimum: got a tensor beside zero_point; accepted: one of them")
-    if zero_point is not None:
-        check_groups("zero_point", zero_point, data, n, groups)
-        check(zero_point.dtype == torch.int8, f"zero_point: got {zero_point.dtype}; accepted: torch.int8")
-    if minimum is not None:
-        check_groups("minimum", minimum, data, n, groups)
-        check(minimum.dtype == scale.dtype, f"minimum: got {minimum.dtype}; accepted: scale's dtype, {scale.dtype}")
-    if bias is not None:
-        check_vector("bias", bias, n, "[N]")
-        check_floating("bias", bias)
-    if act_bits == 16:
-        check(x.dtype != torch.int8, "x: got torch.int8; accepted with act_bits 16: a floating dtype")
-        check(
-            input_scale is None and input_zero_point is None,
-            "input_scale: got a tensor; accepted with act_bits 16: None, as x stays in float",
-        )
-        return
-    if x.dtype == torch.int8:
-        check(input_scale is not None, "input_scale: got None; accepted: the scale of the codes x, one element or [M]")
-        assert input_scale is not None
-        m = x.shape[:-1].numel()
-        check_vector("input_scale", input_scale, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
-        check_floating("input_scale", input_scale)
-        if input_zero_point is not None:
-            check_vector("input_zero_point", input_zero_point, m, "one element, [M] or [M, 1]", dim=0, broadcast=True)
-            check_zero_point("input_zero_point", input_zero_point)
-    elif input_scale is None:
-        check(
-            input_zero_point is None,
-            "input_zero_point: got a tensor without input_scale; accepted: both, or neither",
-        )
-        check_codes(quant_min, quant_max)
-    else:
-        check_static("input", input_scale, input_zero_point, quant_min, quant_max)
+    gemm_checks.int4_data(data, n, k, k, layouts.PANELS)
+    return layouts.int4_unpack(data, n, k, k)
 
 
 def quantize_input(
@@ -260,17 +71,17 @@ def int4_linear(
     quant_max: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    check_linear(
+    gemm_checks.int4_linear(
         x, data, scale, zero_point, minimum, weight_sum, bias, group_size, act_bits, input_scale, input_zero_point,
         quant_min, quant_max, out_dtype,
     )  # fmt: skip
     n, k = weight_sum.numel(), x.shape[-1]
-    q = unpack(data, n, k, group_size)
-    scale = by_group(scale, n).float()
+    q = layouts.int4_unpack(data, n, k, group_size)
+    scale = layouts.by_group(scale, n).float()
     offset = offset_of(
         scale,
-        None if zero_point is None else by_group(zero_point, n),
-        None if minimum is None else by_group(minimum, n),
+        None if zero_point is None else layouts.by_group(zero_point, n),
+        None if minimum is None else layouts.by_group(minimum, n),
     )
     if act_bits == 16:
         rows = x.detach().reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fake_quantize import check_granularity, fake_quantize_forward_mask
+from .. import checks
+from .fake_quantize import fake_quantize_forward_mask
 from .ranges import range_of, step_of, within_reach
 
 
@@ -30,7 +31,7 @@ def observe_fake_quantize(
     zero point symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite leaves the
     statistics as they are.
     """
-    check_granularity("running_min", running_min, x)
+    checks.granularity("running_min", running_min, x)
     low, high = range_of(x, running_min)
     learn = observer_on.bool() & low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):

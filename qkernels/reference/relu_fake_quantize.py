@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..layouts import pack_mask
 from . import fake_quantize as plain
 from .fake_quantize_learnable import fake_quantize_learnable_backward
@@ -17,7 +18,7 @@ def rectified(x: Tensor) -> Tensor:
 def relu_fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    plain.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     return plain.fake_quantize_forward(rectified(x), scale, zero_point, quant_min, quant_max)
 
 
@@ -44,8 +45,8 @@ def relu_fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    plain.check(x, scale, zero_point, quant_min, quant_max)
-    plain.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     inside = inside_range(x, scale, zero_point, quant_min, quant_max, lsq)
     return torch.empty_like(x).copy_(torch.where(inside, grad, 0))
 
@@ -60,7 +61,7 @@ def relu_fake_quantize_learnable_backward(
     grad_factor: float,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plain.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     dx, dscale, dzp = fake_quantize_learnable_backward(
         grad, rectified(x), scale, zero_point, quant_min, quant_max, grad_factor, lsq
     )

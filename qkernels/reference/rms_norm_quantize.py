@@ -11,23 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dynamic import check_group_size, dynamic_qparams
-from .fake_quantize import check_grad, compute_dtype, fake_quantize_forward, inside_range
+from .. import checks
+from .dynamic import dynamic_qparams
+from .fake_quantize import compute_dtype, fake_quantize_forward, inside_range
 from .quantize import quantize
-
-
-def check(x: Tensor, weight: Tensor | None, group_size: int) -> None:
-    check_group_size(x, group_size)
-    if x.dim() == 0:
-        raise RuntimeError("x: got 0 dims; accepted: at least 1, the last of which is normalised")
-    if weight is None:
-        return
-    if not weight.is_floating_point():
-        raise RuntimeError(f"weight: got {weight.dtype}; accepted: a floating dtype")
-    if weight.shape != x.shape[-1:]:
-        raise RuntimeError(f"weight: got shape {list(weight.shape)}; accepted: x's last dim, {list(x.shape[-1:])}")
-    if weight.device != x.device:
-        raise RuntimeError(f"weight: got a tensor on {weight.device}; accepted: x's device, {x.device}")
 
 
 def rstd_of(x: Tensor, eps: float) -> Tensor:
@@ -68,7 +55,7 @@ def rms_norm_fake_quantize_dynamic_forward(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, scale, zero point (int32) and rstd."""
-    check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     rstd = rstd_of(x, eps)
     return *given_rstd(x, weight, rstd, group_size, quant_min, quant_max, symmetric), rstd
 
@@ -77,7 +64,7 @@ def rms_norm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q (int8), scale, zero point (int32) and rstd: dequantized, the values of the fake-quantize op bit for bit."""
-    check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     rstd = rstd_of(x, eps)
     return *given_rstd_quantized(x, weight, rstd, group_size, quant_min, quant_max, symmetric), row_major(
         rstd, rstd.dtype
@@ -100,8 +87,8 @@ def rms_norm_fake_quantize_dynamic_backward(
     With n = x·rstd, dy the gradient where nothing was clipped and u = dy·weight: dx = (u − n·mean(u·n))·rstd and
     dweight sums dy·n over the rows.
     """
-    check(x, weight, 0)
-    check_grad(grad, x)
+    checks.rms_norm(x, weight, 0)
+    checks.grad(grad, x)
     if rstd.dtype != compute_dtype(x) or rstd.shape != (*x.shape[:-1], 1):
         raise RuntimeError(
             f"rstd: got {rstd.dtype} of shape {list(rstd.shape)}; accepted: what the forward op gave, "

@@ -10,25 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from .activation import sigmoid
-from .dynamic import check_group_size, dynamic_qparams
-from .fake_quantize import check_grad, compute_dtype, fake_quantize_forward, inside_range
+from .dynamic import dynamic_qparams
+from .fake_quantize import compute_dtype, fake_quantize_forward, inside_range
 from .quantize import quantize
 from .rms_norm_quantize import row_major
-
-
-def check(gate: Tensor, up: Tensor, group_size: int) -> None:
-    if not gate.is_floating_point():
-        raise RuntimeError(
-            f"gate: got {gate.dtype}; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16"
-        )
-    if up.dtype != gate.dtype:
-        raise RuntimeError(f"up: got {up.dtype}; accepted: gate's dtype, {gate.dtype}")
-    if up.shape != gate.shape:
-        raise RuntimeError(f"up: got shape {list(up.shape)}; accepted: gate's shape {list(gate.shape)}")
-    if up.device != gate.device:
-        raise RuntimeError(f"up: got a tensor on {up.device}; accepted: gate's device, {gate.device}")
-    check_group_size(gate, group_size)
 
 
 def product(gate: Tensor, up: Tensor) -> Tensor:
@@ -40,7 +27,7 @@ def silu_mul_fake_quantize_dynamic_forward(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, scale and zero point (int32)."""
-    check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     v = product(gate, up)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(fake_quantize_forward(v, scale, zero_point, quant_min, quant_max), gate.dtype), scale, zero_point
@@ -50,7 +37,7 @@ def silu_mul_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (int8), scale and zero point (int32): dequantized, the values of the fake-quantize op bit for bit."""
-    check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     v = product(gate, up)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(quantize(v, scale, zero_point, quant_min, quant_max, torch.int8), torch.int8), scale, zero_point
@@ -66,8 +53,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     quant_max: int,
 ) -> tuple[Tensor, Tensor]:
     """dgate and dup. A scale says what was clipped; without one nothing was."""
-    check(gate, up, 0)
-    check_grad(grad, gate)
+    checks.silu_mul(gate, up, 0)
+    checks.grad(grad, gate)
     g = gate.to(compute_dtype(gate))
     u, dy = up.to(g.dtype), grad.to(g.dtype)
     if scale is not None:

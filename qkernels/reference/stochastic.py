@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..layouts import pack_mask, storage_flat
-from .fake_quantize import check, check_grad, qparams
+from .fake_quantize import qparams
 from .fake_quantize_learnable import sum_to
-from .quantize import check_codes
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -56,18 +56,6 @@ def uniform(x: Tensor, seed: int, offset: int, offset_tensor: Tensor | None, dty
     return u
 
 
-def check_offset(offset_tensor: Tensor | None, x: Tensor) -> None:
-    if offset_tensor is None:
-        return
-    if offset_tensor.dtype != torch.int64 or offset_tensor.numel() != 1:
-        raise RuntimeError(
-            f"offset: got {offset_tensor.dtype} of shape {list(offset_tensor.shape)}; accepted: an int, or one "
-            "torch.int64 element on x's device"
-        )
-    if offset_tensor.device != x.device:
-        raise RuntimeError(f"offset: got a tensor on {offset_tensor.device}; accepted: x's device, {x.device}")
-
-
 def round_stochastically(steps: Tensor, u: Tensor) -> Tensor:
     low = steps.floor()
     # An infinity has a NaN fraction, and stays.
@@ -85,8 +73,8 @@ def fake_quantize_stochastic_forward(
     offset_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the packed mask of what was not clipped."""
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = round_stochastically(x.to(s.dtype) * inv, uniform(x, seed, offset, offset_tensor, s.dtype)) + z
     y = torch.empty_like(x).copy_((q.clamp(quant_min, quant_max) - z) * s)
@@ -106,9 +94,9 @@ def fake_quantize_stochastic_backward(
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scale and zero point: LSQ's, with the q that the forward pass drew."""
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.offset(offset_tensor, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     dy, steps = grad.to(s.dtype), x.to(s.dtype) * inv
     q = round_stochastically(steps, uniform(x, seed, offset, offset_tensor, s.dtype)) + z
@@ -133,9 +121,9 @@ def quantize_stochastic(
     offset_tensor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_offset(offset_tensor, x)
-    check_codes(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = round_stochastically(x.to(s.dtype) * inv, uniform(x, seed, offset, offset_tensor, s.dtype)) + z
     q = q.clamp(quant_min, quant_max)

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from . import codebook as codebooks
 from . import stochastic
 from .dynamic import dynamic_qparams
-from .fake_quantize import check, compute_dtype, counts_inside, expand, qparams
-from .quantize import check_dequantize
-from .rms_norm_quantize import check as check_rms_norm
-from .silu_mul_quantize import check as check_silu_mul
+from .fake_quantize import compute_dtype, counts_inside, expand, qparams
 from .silu_mul_quantize import product
 
 
@@ -75,7 +73,7 @@ def fake_quantize(
     straight_through: str = "clip",
     ewgs_delta: float = 0.0,
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     s, inv, _ = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.detach().to(s.dtype) * inv
     return _learned(
@@ -150,8 +148,8 @@ def fake_quantize_stochastic(
     grad_factor: float,
 ) -> Tensor:
     """Under vmap each sample draws the numbers that it would draw alone."""
-    check(x, scale, zero_point, quant_min, quant_max)
-    stochastic.check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
     s, inv, _ = qparams(x, scale, zero_point, quant_min, quant_max)
     steps = x.detach().to(s.dtype) * inv
     alone = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -175,7 +173,7 @@ def fake_quantize_dynamic(
 def rms_norm_fake_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> Tensor:
-    check_rms_norm(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     values = x.to(compute_dtype(x))
     mean = values.square().sum(-1, keepdim=True, dtype=torch.float64).to(values.dtype) / x.shape[-1]
     v = values * (1 / (mean + eps).sqrt())
@@ -187,7 +185,7 @@ def rms_norm_fake_quantize_dynamic(
 def silu_mul_fake_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> Tensor:
-    check_silu_mul(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     g = gate.to(compute_dtype(gate))
     # A product of its own bits, whose exponential torch cannot see through.
     v = as_if(product(gate.detach(), up.detach()), torch.nn.functional.silu(g) * up.to(g.dtype))
@@ -207,7 +205,7 @@ def relu_fake_quantize(
 
 
 def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float) -> Tensor:
-    codebooks.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     v, s, levels = codebooks.scaled(x, scale, codebook)
     inside, nearest = codebooks.inside_levels(v, levels), codebooks.nearest(v, levels)
     level = torch.where(v.isnan(), v, levels.ascending[nearest])
@@ -231,7 +229,7 @@ def observe_fake_quantize(
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    check_dequantize(q, scale, zero_point, dtype)
+    checks.dequantize(q, scale, zero_point, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     s = _floored(expand(scale.to(compute), q))
     codes = q.to(compute)
@@ -242,11 +240,11 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
 
 
 def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    codebooks.check_codes(codes, scale, codebook, dtype)
+    checks.dequantize_codebook(codes, scale, codebook, dtype)
     levels = codebook.to(compute_dtype(torch.empty(0, dtype=dtype)))
     levels = torch.where(codebook.isfinite().all(), levels, torch.nan)
     s = _floored(expand(scale.to(levels.dtype), codes))
-    padded = torch.nn.functional.pad(levels, (0, codebooks.LEVELS[1] - levels.numel()), value=torch.nan)
+    padded = torch.nn.functional.pad(levels, (0, checks.LEVELS[1] - levels.numel()), value=torch.nan)
     return (padded[codes.long()] * s).to(dtype)
 
 

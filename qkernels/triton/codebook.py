@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import codebook as reference
-from ..reference.fake_quantize import check_grad, compute_dtype
+from .. import checks
+from ..reference.fake_quantize import compute_dtype
 from .common import configs
 from .common.granularity import block_index, block_params, granularity_of, unsupported_granularity
 from .common.launch import launch
@@ -121,14 +121,14 @@ def _forward(x: Tensor, scale: Tensor, codebook: Tensor, y: Tensor, mask: Tensor
 
 
 def fake_quantize_codebook_forward(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, y = dense_and_like(x)
     _forward(x, scale, codebook, y, None)
     return y
 
 
 def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     _forward(x, scale, codebook, y, mask)
@@ -151,8 +151,8 @@ def fake_quantize_codebook_backward_kernel(
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     x, dx = dense_and_like(x)
     numel = x.numel()
     if numel:
@@ -196,8 +196,8 @@ def fake_quantize_codebook_learnable_backward_kernel(
 def fake_quantize_codebook_learnable_backward(
     grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float, learn_codebook: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(x, scale, codebook)
-    check_grad(grad, x)
+    checks.codebook(x, scale, codebook)
+    checks.grad(grad, x)
     x, dx = dense_and_like(x)
     count = codebook.numel()
     dcodebook = codebook.new_zeros(count if learn_codebook else 0)
@@ -239,7 +239,7 @@ def quantize_codebook_kernel(
 
 
 def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    reference.check(x, scale, codebook)
+    checks.codebook(x, scale, codebook)
     x, codes = dense_and_like(x, torch.uint8)
     numel = x.numel()
     if numel:
@@ -269,7 +269,7 @@ def dequantize_codebook_kernel(
 
 
 def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    reference.check_codes(codes, scale, codebook, dtype)
+    checks.dequantize_codebook(codes, scale, codebook, dtype)
     codes, y = dense_and_like(codes, dtype)
     numel = codes.numel()
     if numel:

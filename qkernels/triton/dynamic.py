@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import dynamic as reference
-from ..reference.fake_quantize import check_input, compute_dtype
+from .. import checks
+from ..reference.fake_quantize import compute_dtype
 from .common import configs
 from .common.configs import ceil_div
 from .common.granularity import rows_of
@@ -95,8 +95,8 @@ def dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fake_quantize_dynamic_forward (dtype None), or quantize_dynamic with codes of ``dtype``."""
-    reference.check_group_size(x, group_size)
-    check_input(x, quant_min, quant_max)
+    checks.dynamic(x, group_size)
+    checks.floats_and_range(x, quant_min, quant_max)
     shape = [1] * x.dim() if group_size == 0 else [*x.shape[:-1], 1 if group_size == -1 else x.shape[-1] // group_size]
     compute = compute_dtype(x)
     scale = torch.empty(shape, dtype=compute, device=x.device)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import fake_quantize as reference
+from .. import checks
 from .common import configs
 from .common.configs import ceil_div
 from .common.granularity import (
@@ -97,7 +97,7 @@ def forward(
 def fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     forward(x, scale, zero_point, quant_min, quant_max, y)
     return y
@@ -106,7 +106,7 @@ def fake_quantize_forward(
 def fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     forward(x, scale, zero_point, quant_min, quant_max, y, mask, lsq=lsq)
@@ -167,8 +167,8 @@ def fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     return backward(grad, x, scale, zero_point, quant_min, quant_max, lsq=lsq)
 
 
@@ -176,8 +176,8 @@ def fake_quantize_backward(
 
 
 def _check_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[Any, Any]:
-    reference.check_input(x, quant_min, quant_max)
-    reference.check_zero_point(zero_point, zero_point, quant_min, quant_max)
+    checks.floats_and_range(x, quant_min, quant_max)
+    checks.zero_point_values(zero_point, zero_point, quant_min, quant_max)
     if x.dtype == torch.float64:
         return x.new_full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
     return float(scale), float(zero_point)
@@ -204,7 +204,7 @@ def fake_quantize_backward_scalar(
     grad: Tensor, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int
 ) -> Tensor:
     params = _check_numbers(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.grad(grad, x)
     return backward(grad, x, *params, quant_min, quant_max)
 
 
@@ -221,7 +221,7 @@ def fake_quantize_backward_mask_kernel(grad_ptr, mask_ptr, dx_ptr, numel, BLOCK:
 
 
 def fake_quantize_backward_mask(grad: Tensor, mask: Tensor) -> Tensor:
-    reference.check_mask(mask, grad)
+    checks.mask(mask, grad)
     grad, dx = dense_and_like(grad)
     numel = grad.numel()
     if numel:

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reference import fake_quantize_learnable as reference
-from ..reference.fake_quantize import check, check_grad
+from .. import checks
 from .common.granularity import unsupported_granularity
 from .common.sums import learnable_backward
 
@@ -27,8 +26,8 @@ def fake_quantize_learnable_backward(
     grad_factor: float,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     terms = "lsq" if lsq else "clip"
     return learnable_backward(terms, grad, x, scale, zero_point, quant_min, quant_max, grad_factor)
 
@@ -44,9 +43,9 @@ def fake_quantize_straight_through_backward(
     ewgs_delta: float,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    reference.check_variant(straight_through, ewgs_delta, reference.WITH_TERMS)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.straight_through(straight_through, ewgs_delta, checks.WITH_TERMS)
     return learnable_backward(
         straight_through, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, delta=ewgs_delta
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import follow_range as reference
+from .. import checks
 from .common import configs
 from .common.configs import ceil_div
 from .common.granularity import granularity_of, unsupported_granularity
@@ -65,7 +65,7 @@ def follow_range(
     up: float,
     down: float,
 ) -> None:
-    reference.check(x, scale, zero_point, quant_min, quant_max, up, down)
+    checks.follow_range(x, scale, zero_point, quant_min, quant_max, up, down)
     if x.numel() == 0:
         return
     x, _ = dense_and_like(x)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import gemm_checks, layouts
 from ..reference import int4_gemm as reference
 from .common import configs, gemm_configs
 from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, tile_at
@@ -343,18 +344,18 @@ def int4_linear(
         x, data, scale, zero_point, minimum, weight_sum, bias, group_size, act_bits, input_scale, input_zero_point,
         quant_min, quant_max, out_dtype,
     )  # fmt: skip
-    reference.check_linear(*args)
+    gemm_checks.int4_linear(*args)
     n, k = weight_sum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
         return reference.int4_linear(*args)
-    if data.dim() == 4:
+    if layouts.int4_layout(data) == layouts.PANELS:
         say_once(
             "qkernels: int4_linear: the weight is unpacked at every call: it was packed for the CPU; pack it on the "
             "GPU, or take .to(device) of it"
         )
-        data = reference.to_halves(reference.int4_unpack(data, n, k), reference.half_of(group_size, k))
+        data = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, group_size), group_size)
         params = (scale, zero_point, minimum)
-        groups = Groups(*(None if t is None else reference.by_group(t, n).t().contiguous() for t in params))
+        groups = Groups(*(None if t is None else layouts.by_group(t, n).t().contiguous() for t in params))
     else:
         groups = Groups(scale, zero_point, minimum)
     offset = None if bias is None else as_vector(bias)
@@ -407,7 +408,7 @@ def _multiply(
             f"qkernels: int4_linear: groups of {group_size} are read code by code at every call; groups of 32, 64 or a "
             "multiple of 128, or one for each row, are read whole"
         )
-    padded, n_groups = gemm_configs.ceil_16(k), reference.groups_of(k, group_size)
+    padded, n_groups = gemm_configs.ceil_16(k), layouts.groups_of(k, group_size)
     stride = x.stride(0) if m > 1 else padded
     if groups.zero_point is not None or groups.minimum is not None:
         spans = n_groups * configs.ceil_div(group_size, loop.span)
@@ -448,7 +449,7 @@ def _multiply_dequantized(
     w = x.new_empty(n, k)
     tile = gemm_configs.INT4_DEQUANTIZE
     grid = configs.ceil_div(n, tile["BLOCK_N"]), configs.ceil_div(data.shape[1], tile["WIDTH"])
-    half = reference.half_of(group_size, k)
+    half = layouts.half_of(group_size, k)
     launch(int4_dequantize_kernel, grid, w, data, groups, n, k, data.shape[1], group_size, HALF=half, **tile)
     if bias is None and out.dtype == x.dtype:
         torch.mm(x, w.t(), out=out)

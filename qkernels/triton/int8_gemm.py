@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import gemm_checks, layouts
 from ..reference import int8_gemm as reference
 from .common import configs, gemm_configs, tuning
 from .common.activation import activate
@@ -265,7 +266,7 @@ def run(
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
-    reference.check_matrices(a, b)
+    gemm_checks.int8_mm(a, b)
     if 0 in (*a.shape, b.shape[1]):
         return reference.int8_mm(a, b)
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
@@ -290,7 +291,7 @@ def int8_scaled_mm(
     out_zero_point: Tensor | None,
 ) -> Tensor:
     args = (a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation, out_dtype, out_scale, out_zero_point)
-    reference.check_scaled(*args)
+    gemm_checks.int8_scaled_mm(*args)
     if 0 in (*a.shape, b.shape[1]):
         return reference.int8_scaled_mm(*args)
     codes, weight = _along_k("a", a), _along_k("b", b.t())
@@ -300,7 +301,7 @@ def int8_scaled_mm(
     else:
         colsum_b = weight.sum(1, dtype=torch.int32) if colsum_b is None else colsum_b.contiguous()
         zero_point_a = zero_point_a.reshape(-1).contiguous()
-        wide = zero_point_a.dtype not in (torch.int8, torch.uint8) or a.shape[1] > reference.MAX_K // 3
+        wide = zero_point_a.dtype not in (torch.int8, torch.uint8) or a.shape[1] > gemm_checks.MAX_K // 3
     offset = None if bias is None else as_vector(bias)
     vectors = (
         as_vector(scale_a),
@@ -334,21 +335,21 @@ def int8_linear(
         x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, activation, out_dtype,
         out_scale, out_zero_point,
     )  # fmt: skip
-    reference.check_linear(*args)
+    gemm_checks.int8_linear(*args)
     n, k = colsum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
         return reference.int8_linear(*args)
-    if data.dim() == 4:
+    if layouts.int8_layout(data) == layouts.PANELS:
         say_once(
             "qkernels: int8_linear: the weight is unpacked at every call: it was packed for the CPU; pack it on the "
             "GPU, where PackedInt8 keeps [N, K]"
         )
-        data = pad_to_16(reference.int8_unpack(data, n, k))
+        data = layouts.int8_to_rows(layouts.int8_unpack(data, n, k))
     data = _along_k("b", data)
     rows = x.detach().reshape(-1, k)
     scale_a, zero_point = input_scale, input_zero_point
     # Codes and zero point are within int8: their difference is below 256, and int32 holds 255·128·K up to this K.
-    wide = k > reference.MAX_K // 2
+    wide = k > gemm_checks.MAX_K // 2
     if x.dtype == torch.int8:
         codes = _along_k("x", rows)
         if codes.shape[1] != data.shape[1]:

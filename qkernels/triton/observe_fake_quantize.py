@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.fake_quantize import check_granularity, check_input
+from .. import checks
 from .common import configs
 from .common.configs import ceil_div
 from .common.granularity import granularity_of, unsupported_granularity
@@ -72,9 +72,9 @@ def observe_fake_quantize(
     symmetric_steps: float,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    check_input(x, quant_min, quant_max)
+    checks.floats_and_range(x, quant_min, quant_max)
     for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
-        check_granularity(name, stat, x)
+        checks.granularity(name, stat, x)
         if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
             raise RuntimeError(
                 f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "

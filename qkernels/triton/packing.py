@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import packing as reference
+from .. import gemm_checks, layouts
 from .common.launch import launch
 
 BLOCK = 512  # times eight codes for each program
@@ -55,15 +55,15 @@ def unpack_bits_kernel(
 
 def grid_and_sizes(k: int, bits: int, rows: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
     eights = triton.cdiv(k, 8)
-    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, reference.packed_length(k, bits))
+    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
-    reference.check_pack(q, bits)
+    gemm_checks.pack_bits(q, bits)
     if q.device.type == "cpu":  # the interpreter; on a GPU a look at the codes would wait for them
-        reference.check_codes("q", q, bits)
+        gemm_checks.codes_of_bits("q", q, bits)
     k = q.shape[-1]
-    packed = torch.empty((*q.shape[:-1], reference.packed_length(k, bits)), dtype=torch.uint8, device=q.device)
+    packed = torch.empty((*q.shape[:-1], layouts.packed_length(k, bits)), dtype=torch.uint8, device=q.device)
     if q.numel():
         grid, sizes = grid_and_sizes(k, bits, q.numel() // k)
         launch(pack_bits_kernel, grid, packed, q.contiguous(), *sizes, BITS=bits, EIGHTS=BLOCK)
@@ -71,7 +71,7 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
-    reference.check_unpack(packed, bits, k)
+    gemm_checks.unpack_bits(packed, bits, k)
     q = torch.empty((*packed.shape[:-1], k), dtype=torch.int8, device=packed.device)
     if q.numel():
         grid, sizes = grid_and_sizes(k, bits, q.numel() // k)

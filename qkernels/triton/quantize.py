@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import fake_quantize as reference_qparams
-from ..reference import quantize as reference
+from .. import checks
 from .common.granularity import block_index, block_params, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import clamp, narrow, rint, widen
@@ -56,8 +55,8 @@ def fill(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, qu
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    reference_qparams.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_codes(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     x, q = dense_and_like(x, dtype)
     fill(x, scale, zero_point, quant_min, quant_max, q)
     return q
@@ -82,7 +81,7 @@ def dequantize_kernel(
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    reference.check_dequantize(q, scale, zero_point, dtype)
+    checks.dequantize(q, scale, zero_point, dtype)
     q, y = dense_and_like(q, dtype)
     numel = q.numel()
     if numel:

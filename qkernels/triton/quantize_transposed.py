@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import quantize_transposed as reference
+from .. import checks, layouts
 from ..reference.fake_quantize import compute_dtype
-from ..reference.stochastic import check_offset
 from .common import configs
 from .common.launch import launch
 from .common.numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
@@ -92,13 +91,13 @@ def transposed_codes_kernel(
 def quantize_dynamic_transposed(
     x: Tensor, quant_max: int, seed: int | None, offset: int, offset_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, quant_max)
+    checks.quantize_transposed(x, quant_max)
     if seed is not None:
-        check_offset(offset_tensor, x)
+        checks.offset(offset_tensor, x)
     x = x.contiguous()
     rows, columns = x.shape
     dtype = compute_dtype(x)
-    q, q_t = reference.empty_codes(x, rows, columns), reference.empty_codes(x, columns, rows)
+    q, q_t = layouts.empty_aligned_rows(x, rows, columns), layouts.empty_aligned_rows(x, columns, rows)
     scale, scale_t = x.new_empty((rows, 1), dtype=dtype), x.new_empty((columns, 1), dtype=dtype)
     if x.numel() == 0:
         tiny = torch.finfo(torch.float32).tiny

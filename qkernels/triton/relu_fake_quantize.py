@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reference import fake_quantize as reference
+from .. import checks
 from . import fake_quantize as plain
 from .common.granularity import unsupported_granularity
 from .common.pointwise import dense_and_like, empty_mask
@@ -21,7 +21,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 def relu_fake_quantize_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, rectify=True)
     return y
@@ -30,7 +30,7 @@ def relu_fake_quantize_forward(
 def relu_fake_quantize_forward_mask(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, lsq: bool = False
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     plain.forward(x, scale, zero_point, quant_min, quant_max, y, mask, rectify=True, lsq=lsq)
@@ -46,8 +46,8 @@ def relu_fake_quantize_backward(
     quant_max: int,
     lsq: bool = False,
 ) -> Tensor:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     return plain.backward(grad, x, scale, zero_point, quant_min, quant_max, rectify=True, lsq=lsq)
 
 
@@ -61,7 +61,7 @@ def relu_fake_quantize_learnable_backward(
     grad_factor: float,
     lsq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_grad(grad, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
     terms = "lsq" if lsq else "clip"
     return learnable_backward(terms, grad, x, scale, zero_point, quant_min, quant_max, grad_factor, rectify=True)

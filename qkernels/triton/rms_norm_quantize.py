@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import rms_norm_quantize as reference
-from ..reference.fake_quantize import check_grad
 from .common import configs
 from .common.granularity import load_params
 from .common.groups import bound, extremes, qparams, quantized, store_qparams
@@ -142,7 +142,7 @@ def _run(
 def rms_norm_fake_quantize_dynamic_forward(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_forward(*args)
@@ -152,7 +152,7 @@ def rms_norm_fake_quantize_dynamic_forward(
 def rms_norm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reference.check(x, weight, group_size)
+    checks.rms_norm(x, weight, group_size)
     args = (x, weight, eps, group_size, quant_min, quant_max, symmetric)
     if x.numel() == 0:
         return reference.rms_norm_quantize_dynamic(*args)
@@ -264,8 +264,8 @@ def rms_norm_fake_quantize_dynamic_backward(
     quant_max: int,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    reference.check(x, weight, 0)
-    check_grad(grad, x)
+    checks.rms_norm(x, weight, 0)
+    checks.grad(grad, x)
     if x.numel() == 0:
         return reference.rms_norm_fake_quantize_dynamic_backward(
             grad, x, weight, rstd, scale, zero_point, quant_min, quant_max, weight_grad

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import silu_mul_quantize as reference
-from ..reference.fake_quantize import check_grad
 from .common import configs
 from .common.activation import sigmoid
 from .common.granularity import load_params
@@ -103,7 +103,7 @@ def _run(
 def silu_mul_fake_quantize_dynamic_forward(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_fake_quantize_dynamic_forward(*args)
@@ -113,7 +113,7 @@ def silu_mul_fake_quantize_dynamic_forward(
 def silu_mul_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(gate, up, group_size)
+    checks.silu_mul(gate, up, group_size)
     args = (gate, up, group_size, quant_min, quant_max, symmetric)
     if gate.numel() == 0:
         return reference.silu_mul_quantize_dynamic(*args)
@@ -155,8 +155,8 @@ def silu_mul_fake_quantize_dynamic_backward(
     quant_min: int,
     quant_max: int,
 ) -> tuple[Tensor, Tensor]:
-    reference.check(gate, up, 0)
-    check_grad(grad, gate)
+    checks.silu_mul(gate, up, 0)
+    checks.grad(grad, gate)
     numel = gate.numel()
     dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if numel == 0:

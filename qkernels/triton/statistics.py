@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import statistics as reference
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
@@ -94,7 +95,7 @@ def histogram_kernel(
 
 
 def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    reference.check_histogram(x, low, high, bins)
+    checks.histogram(x, low, high, bins)
     x, _ = dense_and_like(x)
     slots = torch.zeros((*low.shape, bins + 3), dtype=torch.int64, device=x.device)
     numel = x.numel()
@@ -138,7 +139,7 @@ def quantization_errors_kernel(
 
 
 def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    reference.check_errors(x, scale, zero_point, quant_min, quant_max)
+    checks.quantization_errors(x, scale, zero_point, quant_min, quant_max)
     shape, candidates = scale.shape[1:], scale.shape[0]
     channels = shape.numel()
     if x.numel() == 0 or scale.numel() == 0:

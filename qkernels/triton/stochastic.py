@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import stochastic as reference
-from ..reference.fake_quantize import check, check_grad
-from ..reference.quantize import check_codes
+from .. import checks
 from .common.granularity import block_index, block_params, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import clamp, is_inside, narrow, store_bits, widen
@@ -77,8 +75,8 @@ def fake_quantize_stochastic_forward(
     offset: int,
     offset_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     _forward(x, y, mask, scale, zero_point, quant_min, quant_max, Philox(seed, offset, offset_tensor))
@@ -96,9 +94,9 @@ def quantize_stochastic(
     offset_tensor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    check(x, scale, zero_point, quant_min, quant_max)
-    reference.check_offset(offset_tensor, x)
-    check_codes(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.offset(offset_tensor, x)
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     x, codes = dense_and_like(x, dtype)
     _forward(x, codes, None, scale, zero_point, quant_min, quant_max, Philox(seed, offset, offset_tensor))
     return codes
@@ -116,9 +114,9 @@ def fake_quantize_stochastic_backward(
     offset_tensor: Tensor | None,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, scale, zero_point, quant_min, quant_max)
-    check_grad(grad, x)
-    reference.check_offset(offset_tensor, x)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
+    checks.grad(grad, x)
+    checks.offset(offset_tensor, x)
     philox = Philox(seed, offset, offset_tensor)
     return learnable_backward(
         "stochastic", grad, x, scale, zero_point, quant_min, quant_max, grad_factor, philox=philox

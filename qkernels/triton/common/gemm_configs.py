@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from ...reference.int4_gemm import MAX_GROUP, half_of
+from ... import layouts
+from ...reference.int4_gemm import MAX_GROUP
 from .configs import TILE_SIZE, ceil_div, power_of_two
 
 
@@ -309,7 +310,7 @@ class KLoop(NamedTuple):
 
 @functools.lru_cache(4096)
 def int4_k_loop(group_size: int, k: int, block_k: int, integer: bool) -> KLoop:
-    half = half_of(group_size, k)
+    half = layouts.half_of(group_size, k)
     depth = 32 if integer else 16  # of one instruction
     span = min(group_size, MAX_GROUP) if integer else group_size
     if group_size == k:
