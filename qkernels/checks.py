@@ -123,21 +123,26 @@ def scale_of(scale: Tensor, x: Tensor) -> None:
     floating("scale", scale.dtype)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    """What every op with scale, zero point and a range asks of them."""
-    floats_and_range(x, quant_min, quant_max)
+def scale_and_zero_point(scale: Tensor, zero_point: Tensor | None, x: Tensor) -> None:
+    """Both have a granularity of x, and zero_point that of scale or one element."""
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is not None:
             device(name, param, x)
             granularity(name, param, x)
     floating("scale", scale.dtype)
-    if zero_point is None:
-        return
-    if zero_point.numel() not in (1, scale.numel()):
+    if zero_point is not None and zero_point.numel() not in (1, scale.numel()):
         raise RuntimeError(
             f"zero_point: got shape {list(zero_point.shape)}; accepted: one element or scale's shape "
             f"{list(scale.shape)}"
         )
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """What every op with scale, zero point and a range asks of them."""
+    floats_and_range(x, quant_min, quant_max)
+    scale_and_zero_point(scale, zero_point, x)
+    if zero_point is None:
+        return
     # Values are looked at only where that costs no synchronisation, and where there is one of each.
     seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
     if seen and not zero_point.is_floating_point() and zero_point.numel():
@@ -145,6 +150,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
 
 
 def grad(grad: Tensor, x: Tensor) -> None:
+    device("grad", grad, x)
     if grad.dtype != x.dtype:
         raise RuntimeError(f"grad: got {grad.dtype}; accepted: x's dtype, {x.dtype}")
     if grad.shape != x.shape:
@@ -152,9 +158,12 @@ def grad(grad: Tensor, x: Tensor) -> None:
 
 
 def mask(mask: Tensor, grad: Tensor) -> None:
-    if mask.numel() != (grad.numel() + 7) // 8:
+    values("grad", grad)
+    device("mask", mask, grad, "grad")
+    if mask.dtype != torch.uint8 or mask.numel() != (grad.numel() + 7) // 8 or not mask.is_contiguous():
         raise RuntimeError(
-            f"mask: got {mask.numel()} bytes; accepted: one bit for each of grad's {grad.numel()} elements"
+            f"mask: got {mask.dtype} of shape {list(mask.shape)}; accepted: contiguous torch.uint8, one bit for each "
+            f"of grad's {grad.numel()} elements"
         )
 
 
@@ -162,7 +171,7 @@ def straight_through(variant: str, ewgs_delta: float, accepted: tuple[str, ...])
     if variant not in accepted:
         raise RuntimeError(f"straight_through: got '{variant}'; accepted: {', '.join(accepted)}")
     if not 0 <= ewgs_delta < math.inf:
-        raise RuntimeError(f"ewgs_delta: got {ewgs_delta}; accepted: finite, at least 0")
+        raise RuntimeError(f"ewgs_delta: got {ewgs_delta:g}; accepted: finite, at least 0")
 
 
 def clip_or_lsq(variant: str) -> None:
@@ -190,16 +199,17 @@ def channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
         raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
     shape = [1] * dims
     shape[axis] = channels = x.size(axis)
-    for param in params:
+    for name, param in zip(("scale", "zero_point", "running_min", "running_max"), params, strict=False):
         if param.dim() != 1 or param.numel() != channels:
             raise RuntimeError(
-                f"scale, zero_point: got shape {list(param.shape)}; accepted: one value for each of x's {channels} "
-                f"channels (dim {axis})"
+                f"{name}: got shape {list(param.shape)}; accepted: one value for each of x's {channels} channels "
+                f"(dim {axis})"
             )
     return [param.view(shape) for param in params]
 
 
 def bytes_mask(mask: Tensor, grad: Tensor) -> None:
+    values("grad", grad)
     if mask.dtype != torch.bool or mask.shape != grad.shape:
         raise RuntimeError(
             f"mask: got {mask.dtype} of shape {list(mask.shape)}; accepted: torch.bool of grad's shape "
@@ -210,7 +220,7 @@ def bytes_mask(mask: Tensor, grad: Tensor) -> None:
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
     code_dtype("q", q.dtype)
     floating("dtype", dtype)
-    granularity("scale", scale, q)
+    scale_and_zero_point(scale, zero_point, q)
 
 
 def codebook_of(codebook: Tensor, x: Tensor) -> None:
@@ -246,22 +256,55 @@ def offset(offset_tensor: Tensor | None, x: Tensor) -> None:
     device("offset", offset_tensor, x)
 
 
+def observe(
+    x: Tensor,
+    observer_on: Tensor,
+    fake_quant_on: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> None:
+    floats_and_range(x, quant_min, quant_max)
+    for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
+        device(name, stat, x)
+        granularity(name, stat, x)
+        if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
+            raise RuntimeError(
+                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "
+                "shape for all statistics"
+            )
+    device("zero_point", zero_point, x)
+    integers = zero_point.dtype in (torch.int32, torch.int64)
+    if not integers or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
+        raise RuntimeError(
+            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 "
+            f"or torch.int64 of scale's shape {list(scale.shape)}"
+        )
+    for name, flag in (("observer_on", observer_on), ("fake_quant_on", fake_quant_on)):
+        device(name, flag, x)
+        if flag.numel() != 1:
+            raise RuntimeError(f"{name}: got shape {list(flag.shape)}; accepted: one element, on x's device")
+
+
 def follow_range(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, up: float, down: float
 ) -> None:
     floats_and_range(x, quant_min, quant_max)
-    granularity("scale", scale, x)
+    scale_and_zero_point(scale, zero_point, x)
     if scale.dtype != torch.float32 or not scale.is_contiguous():
         raise RuntimeError(f"scale: got {scale.dtype} of shape {list(scale.shape)}; accepted: contiguous torch.float32")
     for name, part in (("up", up), ("down", down)):
         if not 0 <= part <= 1:
-            raise RuntimeError(f"{name}: got {part}; accepted: 0 to 1")
+            raise RuntimeError(f"{name}: got {part:g}; accepted: 0 to 1")
     if zero_point is None:
         return
     whole = up in (0, 1) and down in (0, 1)
     dtype = zero_point.dtype
     fits = dtype.is_floating_point or (dtype == torch.int32 and whole)
-    if not fits or not zero_point.is_contiguous() or zero_point.shape != scale.shape:
+    if not fits or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
         raise RuntimeError(
             f"zero_point: got {dtype} of shape {list(zero_point.shape)} with up {up:g} and down {down:g}; accepted: "
             f"contiguous, of scale's shape {list(scale.shape)} and a floating dtype, or torch.int32 where up and down "
@@ -294,7 +337,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, group_size: int) -> None:
         raise RuntimeError("x: got 0 dims; accepted: at least 1, the last of which is normalised")
     if weight is None:
         return
-    floating("weight", weight.dtype)
+    values("weight", weight)
     if weight.shape != x.shape[-1:]:
         raise RuntimeError(f"weight: got shape {list(weight.shape)}; accepted: x's last dim, {list(x.shape[-1:])}")
     device("weight", weight, x)
@@ -323,11 +366,7 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> None:
 
 
 def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    values("x", x)
-    if quant_min > quant_max or quant_min < -EXACT_INT or quant_max > EXACT_INT:
-        raise RuntimeError(
-            f"quant_min, quant_max: got {quant_min}, {quant_max}; accepted: {-EXACT_INT} to {EXACT_INT} in order"
-        )
+    floats_and_range(x, quant_min, quant_max)
     floating("scale", scale.dtype)
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is not None:

@@ -22,6 +22,7 @@ import torch
 from . import checks, loading, registry
 from .host import Host
 from .registry import Mendable
+from .samples import Samples, Trial, trials
 
 NAMESPACE = "qkernels"
 # The device of the CUDA kernels and its dispatch key. Tests run these kernels on an emulator, and change both.
@@ -116,6 +117,10 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     *,
+    samples: Samples,
+    sums: tuple[int, ...] = (),
+    given: Callable[..., Any] | None = None,
+    on_gpu: Callable[..., tuple[Any, ...]] | None = None,
     cpu: Sequence[str] = (),
     cuda: bool | Callable[..., str | None] = False,
     triton: bool = False,
@@ -126,6 +131,7 @@ def define(
     Args:
         reference: the kernel of every device that has none better.
         fake: gives the outputs' metadata for tracing, strides included.
+        samples, sums, given, on_gpu: how the op is tried; see ``samples.Trial``.
         cpu: the paths that csrc/cpu holds for the op, best first.
         cuda: whether csrc/cuda holds the op; or a function that says why csrc/cuda does not take a call. csrc/cuda
             then holds the op as ``<op>_cuda``, because torch calls what lies at the op's own dispatch key unasked.
@@ -147,6 +153,7 @@ def define(
         if kernel == "triton" and triton:
             registry.register(op, "triton", *_triton(op, reference.__module__.rpartition(".")[2]))
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
+    trials[op] = Trial(samples, sums, given, on_gpu, dispatched(op)._schema.is_mutable)
     torch.library.impl(name, "CompositeExplicitAutograd", selected(op))
     torch.library.impl(name, "AutogradNestedTensor", _refused(op))  # which no composite kernel serves
     return dispatched(op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 import random
 import subprocess
@@ -65,6 +66,11 @@ def results_on(kernel: str, threads: int, calls: Sequence[Callable[[], Any]]) ->
             assert_ran(kernel)
             results += result if isinstance(result, tuple) else [result]
     return results
+
+
+def untouched(elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that takes no room before it is written to, however large. Not from malloc, which writes to it here."""
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
 
 
 @pytest.fixture

@@ -34,8 +34,9 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import qkernels as qk
-from qkernels import layouts, library, registry, selfcheck
+from qkernels import layouts, library, registry, samples, selfcheck
 from qkernels.registry import Kernel
+from qkernels.samples import trials
 from qkernels.triton.common import replay
 from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
 
@@ -59,7 +60,7 @@ def self_check(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for op in sorted({kernel.op for kernel in registry.kernels() if kernel.name == "triton"}):
         refuse = getattr(module_of(op), "unsupported", lambda op, *args: None)
         for x in inputs:
-            for args in selfcheck.ARGS[op](x):
+            for args in trials[op].samples(x):
                 given = selfcheck.held_on("cuda", op, args)
                 if refuse(op, *given) is None:
                     yield op, given
@@ -84,7 +85,7 @@ def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """M, N and K of 1 in all combinations, and one of each alone beside sizes that take every kind of tile."""
     for m, n, k in (*((m, n, k) for m in (1, 70) for n in (1, 33) for k in (1, 96)), (1, 4096, 4096), (300, 1, 4096)):
-        a, w = selfcheck.codes(m, k), selfcheck.codes(n, k)
+        a, w = samples.codes(m, k), samples.codes(n, k)
         yield "int8_mm", (a, w.t())
         plain = "none", torch.bfloat16, None, None
         yield "int8_scaled_mm", (a, w.t(), torch.rand(m, 1), torch.rand(n), None, None, None, *plain)

@@ -47,6 +47,14 @@ def in_turn(choices: Sequence[T], count: int = 1) -> list[T]:
     return [choices[(number + at) % len(choices)] for at in range(count)]
 
 
+def one_of(count: int, at: int) -> Any:
+    """A mark for one of ``count`` tests that check the same things in different ways: a run takes one of them."""
+    import pytest
+
+    number = seed()
+    return pytest.mark.nightly if number is not None and number % count != at else lambda test: test
+
+
 def drawn(choices: Iterable[T], share: float, name: str) -> Iterator[T]:
     """A random share of the choices, one after the other; all of them where all is taken."""
     chance = random.Random(f"{seed()} {name}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from compare import same
-from conftest import kernels_of
+from conftest import kernels_of, untouched
 from test_fake_quantize import saved_bytes
 from torch import Tensor
 
@@ -375,7 +375,7 @@ def test_a_learned_codebook_fits_its_data() -> None:
 @pytest.mark.parametrize("kernel", COMPILED)
 def test_offsets_beyond_2_31(kernel: str) -> None:
     """Elements beyond 2**31 of a lazily committed tensor, reached by strides."""
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    storage = untouched(2**31 + 4096, torch.bfloat16)
     x = storage.as_strided((2, 4096), (2**31, 1))
     x.copy_(torch.randn(2, 4096))
     scale = torch.tensor([[0.8], [0.9]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from compare import same
-from conftest import assert_ran, kernels_of
+from conftest import assert_ran, kernels_of, untouched
 from torch import Tensor
 
 import qkernels as qk
@@ -381,7 +381,7 @@ def test_fault_symmetric_int4_does_not_clip_the_maximum() -> None:
 @pytest.mark.parametrize("kernel", COMPILED)
 def test_fault_offsets_beyond_2_31(kernel: str) -> None:
     """Elements beyond 2**31 of a lazily committed tensor, reached by strides."""
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    storage = untouched(2**31 + 4096, torch.bfloat16)
     x = storage.as_strided((2, 4096), (2**31, 1))
     x.copy_(torch.randn(2, 4096))
     with qk.use_kernel(kernel):

@@ -18,6 +18,7 @@ from qkernels.ops import fake_quantize as ops
 from qkernels.ops import fake_quantize_learnable as learnable
 from qkernels.reference import fake_quantize as reference
 from qkernels.reference import fake_quantize_learnable as learnable_reference
+from qkernels.samples import trials
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
@@ -25,7 +26,7 @@ if not torch.cuda.is_available():
 GPU_KERNELS = [
     kernel
     for kernel in registry.kernels()
-    if selfcheck.device_of(kernel) == "cuda" and kernel.unsupported() is None and kernel.op in selfcheck.ARGS
+    if selfcheck.device_of(kernel) == "cuda" and kernel.unsupported() is None and kernel.op in trials
 ]
 ODD = (37, 1029)
 MANY, REPEATS = (300, 1040), 20  # of a sum that must come out the same every time
@@ -45,7 +46,7 @@ def example(kernel: registry.Kernel, size: tuple[int, int] | None = None) -> tup
     x = torch.randn(rows, columns + (-columns % 8 if "dynamic" in kernel.op else 0))
     half = x[:, : columns // 8 * 8].bfloat16()  # what a kernel for half types alone takes
     for values in (x, half, x[:, :8], torch.randn(2, 8, 5, 6)):
-        for args in selfcheck.ARGS[kernel.op](values):
+        for args in trials[kernel.op].samples(values):
             on_gpu = selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
             if kernel.unsupported(*on_gpu) is None:
                 return on_gpu
@@ -83,7 +84,7 @@ def test_takes_some_case(kernel: registry.Kernel) -> None:
     cases = (
         selfcheck.on("cuda", selfcheck.held_on("cuda", kernel.op, args))
         for x in selfcheck.inputs(kernel.name == "triton", dtypes_of(kernel))
-        for args in selfcheck.ARGS[kernel.op](x)
+        for args in trials[kernel.op].samples(x)
     )
     assert any(kernel.unsupported(*case) is None for case in cases)
 

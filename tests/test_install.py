@@ -75,14 +75,24 @@ def test_wheel_holds_the_libraries(built_before: Path) -> None:
 
 
 def test_only_what_changed_is_compiled(built_before: Path) -> None:
-    before = set((built_before / "build").rglob("*.o"))
-    assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
-    assert set((built_before / "build").rglob("*.o")) == before
-    changed = built_before / "csrc" / "cpu" / "host.cpp"
-    changed.write_text(changed.read_text() + "// changed\n")
-    assert setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY).returncode == 0
-    new = {path.name for path in set((built_before / "build").rglob("*.o")) - before}
-    assert new == {"host.o", "build_id.o"}
+    """A source, or a header that one source includes: that source again, and the file that holds the build's id."""
+    objects = {path: path.stat().st_mtime_ns for path in (built_before / "build").rglob("*.o")}
+
+    def compiled() -> set[str]:
+        done = setup(built_before, "-q", "build_ext", "--inplace", **CPU_ONLY)
+        assert done.returncode == 0, done.stderr
+        now = {path: path.stat().st_mtime_ns for path in (built_before / "build").rglob("*.o")}
+        changed = {path.name for path, when in now.items() if objects.get(path) != when}
+        objects.update(now)
+        return changed
+
+    assert compiled() == set()
+    header, source = built_before / "csrc" / "cpu" / "added.h", built_before / "csrc" / "cpu" / "host.cpp"
+    header.write_text("// added\n")
+    source.write_text(source.read_text() + '#include "cpu/added.h"\n')
+    assert compiled() == {"host.o", "build_id.o"}
+    header.write_text("// changed\n")
+    assert compiled() == {"host.o", "build_id.o"}
     done = run_python("import qkernels as qk; print(qk.library.cpu_missing)", root=built_before)
     assert done.stdout == "None\n", done.stderr
 

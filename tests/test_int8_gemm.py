@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compare import same
-from conftest import paths_of
+from conftest import paths_of, untouched
 from torch import Tensor
 
 import qkernels as qk
@@ -106,7 +106,7 @@ def test_mm_beyond_the_longest_k(kernel: str) -> None:
 
 def test_mm_beyond_2_31_elements(kernel: str) -> None:
     far = 2**31 + 64
-    memory = torch.empty(far + 4096, dtype=torch.int8)  # lazily committed: only the touched pages exist
+    memory = untouched(far + 4096, torch.int8)
     tail = codes(4096)
     memory[far:] = tail
     a = memory.as_strided((3, 64), (64, 1), far)

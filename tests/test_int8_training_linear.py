@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
+from qkernels import gemm_checks
 from qkernels.ops import int8_training as ops
-from qkernels.ops.quantize_transposed import _quantize_transposed
+from qkernels.ops.quantize_transposed import quantize_transposed_op
 from qkernels.reference import quantize_transposed as reference
 
 PRODUCTS = list(itertools.product(("int8", "float"), repeat=3))
@@ -60,7 +61,7 @@ def test_codes_equal_the_reference(kernel: str, name: str, dtype: torch.dtype) -
         for threads in (1, 2) if kernel.startswith("cpu_") else (1,):
             torch.set_num_threads(threads)
             with qk.use_kernel(kernel):
-                for a, b in zip(_quantize_transposed(x, *args), expected, strict=True):
+                for a, b in zip(quantize_transposed_op(x, *args), expected, strict=True):
                     same(a, b)
 
 
@@ -203,7 +204,7 @@ def test_strided_operands() -> None:
 
 def test_sums_longer_than_int32_allows() -> None:
     """A sequence of more tokens than one exact sum can take, and codes at their extremes throughout."""
-    tokens = ops.MAX_K + 20
+    tokens = gemm_checks.MAX_K + 20
     x, w, grad = torch.ones(tokens, 3), torch.ones(2, 3), torch.ones(tokens, 2)
     _, dx, dw, _ = results(x, w, None, grad)
     torch.testing.assert_close(dw, torch.full((2, 3), float(tokens)), rtol=1e-6, atol=0)
@@ -527,7 +528,7 @@ BAD = {
     "matrix": (lambda: qk.quantize_dynamic_transposed(X[0]), r"x: got shape \[6\]; accepted: 2 dims"),
     "matrix dtype": (lambda: qk.quantize_dynamic_transposed(X.int()), "x: got torch.int32; accepted: torch.float32"),
     "bits": (lambda: qk.quantize_dynamic_transposed(X, bits=9), "bits: got 9; accepted: 2 to 8"),
-    "quant_max": (lambda: _quantize_transposed(X, 128, None, 0, None), "quant_max: got 128; accepted: 1 to 127"),
+    "quant_max": (lambda: quantize_transposed_op(X, 128, None, 0, None), "quant_max: got 128; accepted: 1 to 127"),
     "offset": (
         lambda: qk.quantize_dynamic_transposed(X, seed=1, offset=torch.tensor(1.0)),
         r"offset: got torch.float32 of shape \[\]; accepted: an int, or one torch.int64 element on x's device",

@@ -137,7 +137,8 @@ def test_torch_too_old(copy: Path) -> None:
 def test_op_that_the_library_lacks() -> None:
     done = run_python("""
 import torch, qkernels as qk
-qk.library.define("missing_op", "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like, cpu=("scalar",))
+qk.library.define("missing_op", "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like,
+                  samples=None, cpu=("scalar",))
 qk.library.load()
 print(qk.which("missing_op")[0][1])
 print(torch.ops.qkernels.missing_op(torch.zeros(1)).item(), dict(qk.which("fake_quantize_forward"))["cpu_scalar"])

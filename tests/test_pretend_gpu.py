@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from sampling import one_of
 
 pytest.importorskip("triton")
 PRETEND = str(ROOT / "tests" / "pretend_gpu.py")
@@ -79,6 +80,7 @@ BENCH = ["host", "fake_quantize", "int8_gemm", "int4_gemm"]
 REST = ["fake_quantize-rest", "gemm-rest", "gemm-compiled", "fake_quantize-compiled"]
 
 
+@one_of(2, 0)
 def test_a_run_without_faults(tmp_path: Path) -> None:
     code, steps, back = gpu_run(tmp_path, "check", "bench", "--minutes", "10", tools=("nvcc", "compute-sanitizer"))
     assert list(steps) == ["machine", "build", *CHECK, *BENCH, *REST]
@@ -107,6 +109,7 @@ def test_a_run_without_faults(tmp_path: Path) -> None:
         assert text in table
 
 
+@one_of(2, 1)
 def test_a_run_with_five_faults(tmp_path: Path) -> None:
     """A build that fails, a wrong kernel, a step that hangs, a peer that no graph captures, no compute-sanitizer."""
     hung = tmp_path / "hung"

@@ -15,6 +15,7 @@ import qkernels as qk
 from qkernels import registry, selfcheck
 from qkernels.reference import fake_quantize as reference
 from qkernels.registry import Mendable
+from qkernels.samples import trials
 
 OP = "fake_quantize_forward"
 
@@ -91,9 +92,9 @@ def test_every_op_has_a_reference_and_self_test_cases() -> None:
     ops = {kernel.op for kernel in qk.kernels()}
     for op in ops:
         assert qk.kernels(op)[-1].name == "reference"
-    assert ops == set(selfcheck.ARGS), "selfcheck.ARGS must make arguments for every op, and for no other"
+    assert ops == set(trials)
     for op in ops:
-        assert any(True for x in selfcheck.inputs(quick=True) for _ in selfcheck.ARGS[op](x)), f"{op}: no quick case"
+        assert any(True for x in selfcheck.inputs(quick=True) for _ in trials[op].samples(x)), f"{op}: no quick case"
 
 
 def test_every_declared_kernel_is_compiled() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkernels import registry, selfcheck
+from qkernels.samples import Trial, trials
 
 
 def address(t: Tensor) -> int:
@@ -41,7 +42,7 @@ def test_copies_of_small_and_empty_tensors(shape: tuple[int, ...]) -> None:
 def op(monkeypatch: pytest.MonkeyPatch) -> str:
     """An op of one tensor that doubles it."""
     monkeypatch.setitem(registry._kernels, "double", [])
-    monkeypatch.setitem(selfcheck.ARGS, "double", lambda x: iter([(x,)]))
+    monkeypatch.setitem(trials, "double", Trial(lambda x: iter([(x,)])))
     registry.register("double", "reference", lambda x: x * 2, lambda *args: None)
     return "double"
 

@@ -24,13 +24,11 @@ LONG_FILES = {
     "csrc/cpu/int8_gemm_kernels.h",
     "qkernels/integrations/compressed_tensors.py",
     "qkernels/nn/fake_quantize.py",
-    "qkernels/ops/int4_gemm.py",
-    "qkernels/selfcheck.py",
 }
 
 # The parts of the package from the bottom up. A part imports only from the lines below its own.
 LAYERS = (
-    ("version", "registry", "host", "checks", "codebooks"),
+    ("version", "registry", "host", "checks", "codebooks", "samples"),
     ("loading", "layouts"),
     ("gemm_checks",),
     ("reference",),

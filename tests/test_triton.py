@@ -97,7 +97,7 @@ def test_pointwise(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
         same(on_triton(quantize_ops._quantize, x, *args, code), q)
         out = FLOATS[turn // 2 % 4]
         back = reference_quantize.dequantize(q, scale, zero_point, out)
-        same(on_triton(quantize_ops._dequantize, q, scale, zero_point, out), back)
+        same(on_triton(quantize_ops.dequantize_op, q, scale, zero_point, out), back)
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CASES, ids=str)
@@ -176,7 +176,7 @@ def test_dynamic(dtype: torch.dtype, symmetric: bool) -> None:
                 same(got, expected)
             if limits != (0, 255):
                 for got, expected in zip(
-                    on_triton(dynamic._quantize_dynamic, *args),
+                    on_triton(dynamic.quantize_dynamic_op, *args),
                     dynamic_reference.quantize_dynamic(*args),
                     strict=True,
                 ):

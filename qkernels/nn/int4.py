@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks, gemm_checks, layouts
-from ..ops.int4_gemm import PackedInt, int4_linear, quantize_groups
+from ..ops.int4_gemm import PackedInt, int4_linear
 from ..ops.packing import pack_bits, unpack_bits
 from ..ops.quantize import dequantize
+from ..ops.weight_groups import quantize_groups
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen

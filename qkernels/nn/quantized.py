@@ -15,7 +15,7 @@ from .. import checks
 from ..ops.dynamic import fake_quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.frozen import as_torch_jit_takes_them
-from ..ops.int4_gemm import reduce_for_a_process
+from ..ops.pickling import reduce_for_a_process
 from ..ops.quantize import choose_qparams
 from .fake_quantize import FakeQuantize, apply_keeping_dtype
 from .granularity import PerToken

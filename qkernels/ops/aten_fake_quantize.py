@@ -5,6 +5,7 @@ Beyond ``fake_quantize`` these need parameters per channel of one dim, and byte 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..layouts import mask_like
 from ..reference import aten_fake_quantize as reference
 from .autograd import is_kept, kept, masked, transformed
@@ -21,29 +22,44 @@ from .observe_fake_quantize import observed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
+
+def _channel_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for axis, channels in enumerate(x.shape):
+        zero_point = torch.randint(-8, 8, (channels,), dtype=torch.int32)
+        yield x, 0.01 + torch.rand(channels), zero_point, axis, *samples.INT4
+
+
+def _backward_bytes_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.empty_like(x, dtype=torch.bool).bernoulli_()
+
+
 _forward = _define(
     "fake_quantize_forward.channel",
     "(Tensor x, Tensor scale, Tensor zero_point, int axis, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.fake_quantize_forward,
     lambda x, *_: torch.empty_like(x),
+    samples=_channel_samples,
 )
 _forward_mask = _define(
     "fake_quantize_forward_mask.channel",
     "(Tensor x, Tensor scale, Tensor zero_point, int axis, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
     reference.fake_quantize_forward_mask,
     lambda x, *_: (torch.empty_like(x), mask_like(x)),
+    samples=_channel_samples,
 )
 _backward = _define(
     "fake_quantize_backward.channel",
     "(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int axis, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.fake_quantize_backward,
     lambda grad, x, *_: torch.empty_like(x),
+    samples=samples.backward(_channel_samples),
 )
 _backward_bytes = _define(
     "fake_quantize_backward_bytes",
     "(Tensor grad, Tensor mask) -> Tensor",
     reference.fake_quantize_backward_bytes,
     reference.empty_gradient,
+    samples=_backward_bytes_samples,
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, samples
 from ..layouts import mask_like
 from ..reference import codebook as reference
 from ..reference import transforms
@@ -15,23 +17,43 @@ from .autograd import is_kept, kept, learnable, masked, transformed
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
+
+def _codebook_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (scale, _), levels in zip(samples.qparams(x), (16, 256, 5, 33), strict=False):
+        yield x, scale * 9, torch.randn(levels)
+
+
+def _codebook_learnable_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in samples.backward(_codebook_samples)(x):
+            yield *case, 0.5, True
+
+
+def _dequantize_codebook_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, scale, codebook in _codebook_samples(x):
+        yield torch.randint(0, 256, x.shape, dtype=torch.uint8), scale, codebook, x.dtype
+
+
 _forward = _define(
     "fake_quantize_codebook_forward",
     "(Tensor x, Tensor scale, Tensor codebook) -> Tensor",
     reference.fake_quantize_codebook_forward,
     lambda x, scale, codebook: torch.empty_like(x),
+    samples=_codebook_samples,
 )
 _forward_mask = _define(
     "fake_quantize_codebook_forward_mask",
     "(Tensor x, Tensor scale, Tensor codebook) -> (Tensor, Tensor)",
     reference.fake_quantize_codebook_forward_mask,
     lambda x, scale, codebook: (torch.empty_like(x), mask_like(x)),
+    samples=_codebook_samples,
 )
 _backward = _define(
     "fake_quantize_codebook_backward",
     "(Tensor grad, Tensor x, Tensor scale, Tensor codebook) -> Tensor",
     reference.fake_quantize_codebook_backward,
     lambda grad, x, scale, codebook: torch.empty_like(x),
+    samples=samples.backward(_codebook_samples),
 )
 _learnable_backward = _define(
     "fake_quantize_codebook_learnable_backward",
@@ -43,18 +65,22 @@ _learnable_backward = _define(
         scale.new_empty(scale.shape),
         codebook.new_empty(codebook.shape if learn_codebook else 0),
     ),
+    samples=_codebook_learnable_samples,
+    sums=(1, 2),
 )
 _quantize = _define(
     "quantize_codebook",
     "(Tensor x, Tensor scale, Tensor codebook) -> Tensor",
     reference.quantize_codebook,
     lambda x, scale, codebook: torch.empty_like(x, dtype=torch.uint8),
+    samples=_codebook_samples,
 )
 _dequantize = _define(
     "dequantize_codebook",
     "(Tensor codes, Tensor scale, Tensor codebook, ScalarType dtype) -> Tensor",
     reference.dequantize_codebook,
     lambda codes, scale, codebook, dtype: torch.empty_like(codes, dtype=dtype),
+    samples=_dequantize_codebook_samples,
 )
 
 

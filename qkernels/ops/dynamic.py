@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, samples
 from ..layouts import mask_like
 from ..reference import dynamic as reference
 from ..reference import transforms
@@ -37,6 +37,7 @@ _dynamic_forward = _define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference.fake_quantize_dynamic_forward,
     _fake_dynamic,
+    samples=samples.dynamic,
 )
 
 
@@ -91,7 +92,7 @@ def group_size_argument(group_size: int | None) -> int:
     return 0 if group_size is None else group_size
 
 
-_quantize_dynamic = _define(
+quantize_dynamic_op = _define(
     "quantize_dynamic",
     "(Tensor x, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
     reference.quantize_dynamic,
@@ -99,6 +100,7 @@ _quantize_dynamic = _define(
         torch.empty_like(x, dtype=torch.int8),
         *fake_dynamic_qparams(x, group_size),
     ),
+    samples=samples.dynamic,
 )
 
 
@@ -118,4 +120,4 @@ def quantize_dynamic(
         RuntimeError: x's dtype, or a group_size that does not divide the last dim. ValueError: bits.
     """
     quant_min, quant_max = range_of_bits(bits)
-    return _quantize_dynamic(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)
+    return quantize_dynamic_op(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..layouts import mask_like
 from ..reference import fake_quantize as reference
 from ..reference import transforms
@@ -16,6 +17,15 @@ from .autograd import is_kept, kept, learnable, masked, straight_through, transf
 from .fake_quantize_learnable import learnable_backward, straight_through_backward
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
+
+
+def _fake_quantize_scalar_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, 0.3, 0, *samples.INT4
+    yield x, 0.05, -3, *samples.INT8
+
+
+def _backward_mask_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    yield x, torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
 
 
 def _scalar(fn: Any) -> Any:
@@ -36,6 +46,7 @@ _forward = _define(
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     reference.fake_quantize_forward,
     lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+    samples=samples.quantizer,
 )
 _forward_mask = _define(
     "fake_quantize_forward_mask",
@@ -43,6 +54,7 @@ _forward_mask = _define(
     "-> (Tensor, Tensor)",
     reference.fake_quantize_forward_mask,
     lambda x, *_: (torch.empty_like(x), mask_like(x)),
+    samples=samples.with_lsq(samples.quantizer),
 )
 _backward = _define(
     "fake_quantize_backward",
@@ -50,30 +62,35 @@ _backward = _define(
     "-> Tensor",
     reference.fake_quantize_backward,
     lambda grad, x, *_: torch.empty_like(x),
+    samples=samples.with_lsq(samples.backward(samples.quantizer)),
 )
 _forward_scalar = _define(
     "fake_quantize_forward.scalar",
     "(Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     _scalar(reference.fake_quantize_forward),
     lambda x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+    samples=_fake_quantize_scalar_samples,
 )
 _forward_mask_scalar = _define(
     "fake_quantize_forward_mask.scalar",
     "(Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> (Tensor, Tensor)",
     _scalar(reference.fake_quantize_forward_mask),
     lambda x, scale, zero_point, quant_min, quant_max: (torch.empty_like(x), mask_like(x)),
+    samples=_fake_quantize_scalar_samples,
 )
 _backward_scalar = _define(
     "fake_quantize_backward.scalar",
     "(Tensor grad, Tensor x, float scale, SymInt zero_point, SymInt quant_min, SymInt quant_max) -> Tensor",
     _scalar(reference.fake_quantize_backward),
     lambda grad, x, scale, zero_point, quant_min, quant_max: torch.empty_like(x),
+    samples=samples.backward(_fake_quantize_scalar_samples),
 )
 backward_mask = _define(
     "fake_quantize_backward_mask",
     "(Tensor grad, Tensor mask) -> Tensor",
     reference.fake_quantize_backward_mask,
     lambda grad, mask: torch.empty_like(grad),
+    samples=_backward_mask_samples,
 )
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import checks, library, samples
 from ..reference import fake_quantize_learnable as reference
+
+
+def _straight_through_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for *case, factor in samples.learnable(x):
+        for variant in checks.WITH_TERMS:
+            yield *case, variant, 0.2, factor
 
 
 def _fake(grad: Tensor, x: Tensor, scale: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,10 +31,14 @@ learnable_backward = _define(
     "bool lsq=False) -> (Tensor, Tensor, Tensor)",
     reference.fake_quantize_learnable_backward,
     cuda=True,
+    samples=samples.with_lsq(samples.learnable),
+    sums=(1, 2),
 )
 straight_through_backward = _define(
     "fake_quantize_straight_through_backward",
     "(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, "
     "str straight_through, float ewgs_delta, float grad_factor) -> (Tensor, Tensor, Tensor)",
     reference.fake_quantize_straight_through_backward,
+    samples=_straight_through_samples,
+    sums=(1, 2),
 )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, samples
 from ..reference import follow_range as reference
 from .autograd import transformed
+
+
+def _follow_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
+        yield x, torch.rand(shape), None, *samples.INT8, True, 0.1, 0.0
+        yield x, torch.rand(shape), torch.rand(shape).bfloat16(), *samples.INT4, False, 0.5, 0.25
+        yield x, torch.rand(shape), torch.zeros(shape, dtype=torch.int32), *samples.INT8, False, 1.0, 1.0
+
 
 _follow_range = library.define(
     "follow_range",
@@ -17,6 +28,7 @@ _follow_range = library.define(
     lambda *args: None,
     cpu=("avx512", "avx2", "scalar"),
     triton=True,
+    samples=_follow_samples,
 )
 
 

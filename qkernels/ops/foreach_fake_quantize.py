@@ -6,7 +6,7 @@ Ops take lists that a GPU kernel can turn into a table of pointers, passed by va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..reference import fake_quantize as single
 from ..reference import foreach_fake_quantize as reference
 from ..reference import transforms
@@ -22,11 +22,24 @@ from .autograd import again, entered, gradient_of, transformed, without_second_d
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
+
+def _foreach_samples(*wrapped: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
+    """The cases of an op of one tensor as one call of its op of many, a transposed copy of x in between."""
+
+    def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
+        calls = [case for make in wrapped for y in (x, x.t().contiguous() if x.dim() == 2 else x) for case in make(y)]
+        if calls:
+            yield tuple(list(values) for values in zip(*calls, strict=True))
+
+    return args
+
+
 _forward = _define(
     "foreach_fake_quantize_forward",
     "(Tensor[] xs, Tensor[] scales, Tensor?[] zero_points, SymInt[] quant_mins, SymInt[] quant_maxs) -> Tensor[]",
     reference.foreach_fake_quantize_forward,
     lambda xs, *_: [torch.empty_like(x) for x in xs],
+    samples=_foreach_samples(samples.quantizer),
 )
 _backward = _define(
     "foreach_fake_quantize_backward",
@@ -34,6 +47,7 @@ _backward = _define(
     "bool lsq=False) -> Tensor[]",
     reference.foreach_fake_quantize_backward,
     lambda grads, xs, *_: [torch.empty_like(x) for x in xs],
+    samples=samples.with_lsq(_foreach_samples(samples.backward(samples.quantizer))),
 )
 _learnable_backward = _define(
     "foreach_fake_quantize_learnable_backward",
@@ -45,6 +59,8 @@ _learnable_backward = _define(
         [scale.new_empty(scale.shape) for scale in scales],
         [scale.new_empty(scale.shape) for scale in scales],
     ),
+    samples=samples.with_lsq(_foreach_samples(samples.learnable)),
+    sums=(1, 2),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
+from collections.abc import Iterator
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -12,16 +12,48 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import checks, gemm_checks, layouts, library
+from .. import checks, gemm_checks, layouts, library, samples
 from ..reference import int4_gemm as reference
-from ..reference.ranges import stored
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
-from .dynamic import quantize_dynamic
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, through_weight, wants_gradient
-from .int8_gemm import _by_row
+from .int8_gemm import by_row
 from .packing import pack_bits, unpack_bits
-from .quantize import quantize
+from .pickling import reduce_for_a_process
+from .weight_groups import grouped, quantize_groups
+
+
+def _int4_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield (torch.randint(-8, 8, x.shape, dtype=torch.int8),)
+
+
+def _int4_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (q,) in _int4_pack_samples(x):
+        yield reference.int4_pack(q), *q.shape
+
+
+def _int4_linear_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Outputs in fp32, where another order of sums shows by its own size."""
+    if x.dim() == 2 and x.dtype != torch.float64:
+        in_groups = x.shape[1] > 64  # of 32, else one for each row
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)) if in_groups else x
+        k = x.shape[1]
+        size = 32 if in_groups else k
+        groups = layouts.groups_of(k, size)
+        data = reference.int4_pack(torch.randint(-8, 8, (33, k), dtype=torch.int8))
+        zero_point = torch.randint(-8, 8, (33, groups), dtype=torch.int8)
+        params = torch.rand(33, groups), zero_point, torch.randn(33, groups)
+        scale, zero_point, minimum = map(layouts.to_panels, params)
+        total, bias = torch.randn(33), torch.randn(33)
+        dynamic = None, None, *samples.INT8, torch.float32
+        yield x, data, scale, None, None, total, bias, size, 8, *dynamic
+        yield x, data, scale, zero_point, None, total, None, size, 8, *dynamic
+        static = torch.tensor([0.02]), torch.tensor([5], dtype=torch.int32), *samples.INT8, torch.float32
+        yield x, data, scale, None, minimum, total, bias, size, 8, *static
+        if x.isfinite().all():
+            yield x, data, scale, None, None, total, bias, size, 16, *dynamic
+            yield x, data, scale, zero_point, None, total, bias, size, 16, *dynamic
 
 
 def _fake_pack(q: Tensor) -> Tensor:
@@ -80,8 +112,22 @@ def _not_for_cuda(
     return None
 
 
+def _on_gpu(*args: Any) -> tuple[Any, ...]:
+    """The arguments of a sample with the weight in the layout of a GPU."""
+    x, data, scale, zero_point, minimum, total, bias, size, *rest = args
+    n, k = total.numel(), x.shape[-1]
+    halves = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, size), size)
+    groups = (None if t is None else layouts.by_group(t, n).t().contiguous() for t in (scale, zero_point, minimum))
+    return x, halves, *groups, total, bias, size, *rest
+
+
 _int4_pack = library.define(
-    "int4_pack", "(Tensor q) -> Tensor", reference.int4_pack, _fake_pack, cpu=("avx512vnni", "avx2", "scalar")
+    "int4_pack",
+    "(Tensor q) -> Tensor",
+    reference.int4_pack,
+    _fake_pack,
+    cpu=("avx512vnni", "avx2", "scalar"),
+    samples=_int4_pack_samples,
 )
 _int4_unpack = library.define(
     "int4_unpack",
@@ -89,6 +135,7 @@ _int4_unpack = library.define(
     reference.int4_unpack,
     lambda data, n, k: data.new_empty((n, k), dtype=torch.int8),
     cpu=("avx512vnni", "avx2", "scalar"),
+    samples=_int4_unpack_samples,
 )
 _int4_linear = library.define(
     "int4_linear",
@@ -101,44 +148,10 @@ _int4_linear = library.define(
     cuda=_not_for_cuda,
     triton=True,
     triton_first=True,  # until csrc/cuda's kernel has been measured on a GPU
+    samples=_int4_linear_samples,
+    on_gpu=_on_gpu,
+    sums=(0,),
 )
-
-
-def quantize_groups(
-    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
-    checks.dense("w", w)
-    if w.dim() != 2 or not w.is_floating_point():
-        raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
-    values = w.detach().float().contiguous()
-    if not bool(values.isfinite().all()):
-        raise ValueError("w: got NaN or infinite values; accepted: finite weights")
-    gemm_checks.bits(bits)
-    n, k = w.shape
-    size = k if group_size == -1 else group_size
-    gemm_checks.weight_group_size(size, k)
-    low, high = layouts.code_range(bits)
-    q, scale, zero_point = quantize_dynamic(
-        values, bits=bits, group_size=-1 if size == k else size, symmetric=symmetric
-    )
-    scale = scale.reshape(n, -1).expand(n, layouts.groups_of(k, size))
-    zero_point = zero_point.reshape(n, -1).expand_as(scale)
-    if scale_dtype != torch.float32:
-        if scale_dtype not in gemm_checks.SCALE_DTYPES:
-            raise RuntimeError(
-                f"scale_dtype: got {scale_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
-            )
-        rounded = stored(scale, scale_dtype)
-        if not bool(rounded.isfinite().all()):
-            raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
-        scale = rounded
-        if not symmetric and k:  # a subnormal scale may be half as large again as what was rounded
-            least = values.view(n, -1, size).amin(2).clamp(max=0)
-            own = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
-            zero_point = torch.where(scale < torch.finfo(scale_dtype).tiny, own, zero_point)
-        q = quantize(values, scale.float(), zero_point, quant_min=low, quant_max=high)
-    return q, scale, None if symmetric else zero_point.to(torch.int8)
 
 
 class PackedInt:
@@ -225,18 +238,18 @@ class PackedInt:
         gemm_checks.codes_of_bits("q", q, bits)
         n, k = q.shape
         gemm_checks.scale_dtype("scale", scale)
-        scale = _grouped("scale", scale, n, k)
+        scale = grouped("scale", scale, n, k)
         groups = scale.shape[1]
         group_size = k // groups if groups else k
         if zero_point is not None:
             checks.require(minimum is None, "minimum: got a tensor beside zero_point; accepted: one of them")
             gemm_checks.int_zero_point("zero_point", zero_point)
-            zero_point = _grouped("zero_point", zero_point, n, k, groups)
+            zero_point = grouped("zero_point", zero_point, n, k, groups)
             gemm_checks.codes_of_bits("zero_point", zero_point, bits)
             zero_point = zero_point.to(torch.int8)
         if minimum is not None:
             checks.require(bits == 4, f"minimum: got a tensor with {bits} bits; accepted with 4 bits")
-            minimum = _grouped("minimum", minimum, n, k, groups)
+            minimum = grouped("minimum", minimum, n, k, groups)
             checks.require(
                 minimum.dtype == scale.dtype, f"minimum: got {minimum.dtype}; accepted: scale's dtype, {scale.dtype}"
             )
@@ -305,14 +318,6 @@ class PackedInt:
         return f"{type(self).__name__}(shape={self.shape}, bits={self.bits}, group_size={self.group_size}, {kind})"
 
 
-def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
-    """For a pickle that a process started by this one reads: with the tensors that value holds, in shared memory.
-
-    Those that ``__reduce__`` makes would be gone before the process opens them.
-    """
-    return copyreg.__newobj__, (type(value),), dict(vars(value))  # type: ignore[attr-defined]
-
-
 class PackedInt4(PackedInt):
     """A ``PackedInt`` of 4 bits, codes −8…7; its arguments, errors and methods are as in ``PackedInt``."""
 
@@ -348,23 +353,6 @@ def _restore(
 
 
 torch.serialization.add_safe_globals([PackedInt, PackedInt4, _restore])  # torch.load(weights_only=True)
-
-
-def _grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) -> Tensor:
-    """t as [N, groups], of a number of groups that K can have."""
-    t = t.detach()
-    if t.numel() == 1 or t.shape == (n,):
-        t = t.reshape(-1, 1).expand(n, 1)
-    fits = t.dim() == 2 and t.shape[0] == n and (groups is None or t.shape[1] == groups)
-    if fits and groups is None:
-        per = t.shape[1]
-        fits = per == 1 or (per > 0 and k % per == 0 and k // per >= 16 and k // per % 8 == 0)
-    accepted = f"one element, [{n}] or [{n}, K / group_size] with group_size K = {k} or a multiple of 8 from 16 on"
-    checks.require(
-        fits,
-        f"{name}: got shape {list(t.shape)}; accepted: {accepted if groups is None else [n, groups]}",
-    )
-    return t
 
 
 def _rows_of(
@@ -493,8 +481,8 @@ def int4_linear(
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:
-        input_scale = _by_row("input_scale", input_scale, x)
-        input_zero_point = _by_row("input_zero_point", input_zero_point, x)
+        input_scale = by_row("input_scale", input_scale, x)
+        input_zero_point = by_row("input_zero_point", input_zero_point, x)
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.dtype == torch.int8 else x.dtype
     x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)

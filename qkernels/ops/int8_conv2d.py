@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,21 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .. import checks, gemm_checks, library
+from .. import checks, gemm_checks, layouts, library, samples
 from ..reference import int8_conv2d as reference
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
-from .int8_gemm import _int8_pack, _int8_unpack
+from .int8_gemm import int8_pack, int8_unpack
+
+
+def _int8_conv2d_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 4 and x.dtype != torch.float64:
+        q = samples.codes(6, 4 * x.shape[1])
+        data, colsum = layouts.int8_pack(q), q.sum(1, dtype=torch.int32)
+        weight = data[None], colsum, torch.rand(6), torch.randn(6)
+        zero_point = torch.tensor([5], dtype=torch.int32)
+        yield x, *weight, torch.tensor([0.02]), zero_point, *samples.INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1
 
 
 def _fake_conv2d(
@@ -47,6 +56,7 @@ _int8_conv2d = library.define(
     reference.int8_conv2d,
     _fake_conv2d,
     cpu=("avx512vnni", "avx2", "scalar"),
+    samples=_int8_conv2d_samples,
 )
 
 
@@ -85,7 +95,7 @@ class PackedInt8Conv2d:
         if scale.numel() != 1 and scale.shape not in ((n,), (n, 1, 1, 1)):
             raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1, 1, 1]")
         rows = q.permute(0, 2, 3, 1).reshape(groups, n // groups, -1)
-        packed = [_int8_pack(group) for group in rows]
+        packed = [int8_pack(group) for group in rows]
         data = torch.stack([data for data, _ in packed])
         colsum = torch.cat([colsum for _, colsum in packed])
         return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), (n, c, kh, kw), groups)
@@ -103,7 +113,7 @@ torch.serialization.add_safe_globals([PackedInt8Conv2d])  # torch.load(weights_o
 
 def _codes_of(data: Tensor, shape: Sequence[int]) -> Tensor:
     n, c, kh, kw = shape
-    rows = torch.cat([_int8_unpack(group, n // data.shape[0], c * kh * kw) for group in data.unbind(0)])
+    rows = torch.cat([int8_unpack(group, n // data.shape[0], c * kh * kw) for group in data.unbind(0)])
     return rows.view(n, kh, kw, c).permute(0, 3, 1, 2).contiguous()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import checks, gemm_checks, layouts, library
+from .. import checks, gemm_checks, layouts, library, samples
 from ..reference import int8_gemm as reference
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
@@ -25,6 +26,45 @@ from .frozen import (
 )
 
 _define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
+
+
+def _int8_mm_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        m, k = x.shape
+        yield samples.codes(m, k), samples.codes(33, k).t()
+        yield samples.codes(k, m).t(), samples.codes(k, 5)
+
+
+def _int8_scaled_mm_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for a, b in _int8_mm_samples(x):
+        m, n = a.shape[0], b.shape[1]
+        yield a, b, torch.rand(1), torch.rand(n), None, None, None, "none", torch.float32, None, None
+        zero_point = torch.randint(-8, 8, (m, 1), dtype=torch.int32)
+        rest = torch.rand(m, 1), torch.rand(n), zero_point, None, torch.randn(n)
+        yield a, b, *rest, "gelu", torch.bfloat16, None, None
+        yield a, b, *rest, "silu", torch.int8, torch.tensor(2.0), torch.tensor(-100)
+
+
+def _int8_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield (samples.codes(*x.shape),)
+
+
+def _int8_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for (w,) in _int8_pack_samples(x):
+        yield reference.int8_pack(w)[0], *w.shape
+
+
+def _int8_linear_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2 and x.dtype != torch.float64:
+        data, colsum = reference.int8_pack(samples.codes(33, x.shape[1]))
+        plain = "none", x.dtype, None, None
+        yield x, data, colsum, torch.rand(33), torch.randn(33), None, None, *samples.INT8, *plain
+        zero_point = torch.tensor([5], dtype=torch.int32)
+        yield x, data, colsum, torch.rand(33), None, torch.tensor([0.02]), zero_point, *samples.INT8, *plain
+        q, m = samples.codes(*x.shape), x.shape[0]
+        given = torch.rand(m), torch.randint(-8, 8, (m,)), *samples.INT8
+        yield q, data, colsum, torch.rand(33), None, *given, "relu", torch.int8, torch.tensor(2.0), zero_point
 
 
 def _fake_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +114,9 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], colsum.shape[0]), dtype=out_dtype)
 
 
-_int8_mm = _define("int8_mm", "(Tensor a, Tensor b) -> Tensor", reference.int8_mm, _fake_mm, triton=True)
+_int8_mm = _define(
+    "int8_mm", "(Tensor a, Tensor b) -> Tensor", reference.int8_mm, _fake_mm, triton=True, samples=_int8_mm_samples
+)
 _int8_scaled_mm = _define(
     "int8_scaled_mm",
     "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? zero_point_a, Tensor? colsum_b, Tensor? bias, "
@@ -82,14 +124,22 @@ _int8_scaled_mm = _define(
     reference.int8_scaled_mm,
     _fake_scaled_mm,
     triton=True,
+    samples=_int8_scaled_mm_samples,
 )
-_int8_pack = _define("int8_pack", "(Tensor w) -> (Tensor data, Tensor colsum)", reference.int8_pack, _fake_pack)
-_int8_unpack = _define(
+int8_pack = _define(
+    "int8_pack",
+    "(Tensor w) -> (Tensor data, Tensor colsum)",
+    reference.int8_pack,
+    _fake_pack,
+    samples=_int8_pack_samples,
+)
+int8_unpack = _define(
     "int8_unpack",
     "(Tensor data, SymInt n, SymInt k) -> Tensor",
     reference.int8_unpack,
     lambda data, n, k: data.new_empty((n, k)),
     cpu=("scalar",),
+    samples=_int8_unpack_samples,
 )
 _int8_linear = _define(
     "int8_linear",
@@ -99,6 +149,7 @@ _int8_linear = _define(
     reference.int8_linear,
     _fake_linear,
     triton=True,
+    samples=_int8_linear_samples,
 )
 
 
@@ -244,7 +295,7 @@ class PackedInt8:
             gemm_checks.max_k("w", q.shape[1])
             data, colsum = layouts.int8_to_rows(q), q.sum(1, dtype=torch.int32)
         else:
-            data, colsum = _int8_pack(q)
+            data, colsum = int8_pack(q)
         n, k = q.shape
         if scale.numel() != 1 and scale.shape not in ((n,), (n, 1)):
             raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1]")
@@ -259,7 +310,7 @@ class PackedInt8:
         """(q [N, K] int8, scale [N] fp32), exactly what was packed."""
         if self.layout == layouts.ROWS:
             return layouts.int8_unpack(self.data, *self.shape), self.scale
-        return _int8_unpack(self.data, *self.shape), self.scale
+        return int8_unpack(self.data, *self.shape), self.scale
 
     def __repr__(self) -> str:
         return f"PackedInt8(shape={self.shape})"
@@ -273,7 +324,7 @@ def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: 
     if layouts.int8_layout(data) == layouts.ROWS:
         q = data[start:stop, :k]
     else:
-        q = _int8_unpack(data[start // layouts.PANEL : -(-stop // layouts.PANEL)], stop - start, k)
+        q = int8_unpack(data[start // layouts.PANEL : -(-stop // layouts.PANEL)], stop - start, k)
     return q.float().mul_(scale[start:stop, None]).to(dtype)
 
 
@@ -329,7 +380,7 @@ def _differentiable_linear(
     return activated(z, activation, out_dtype)
 
 
-def _by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
+def by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
     """A value for each row of x, as the op takes it: [M]."""
     if values is None or values.numel() == 1:
         return values
@@ -390,8 +441,8 @@ def int8_linear(
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise RuntimeError(f"x: got shape {list(x.shape)}; accepted: [..., {packed.shape[1]}], the weight's K")
     if x.dtype == torch.int8:
-        input_scale = _by_row("input_scale", input_scale, x)
-        input_zero_point = _by_row("input_zero_point", input_zero_point, x)
+        input_scale = by_row("input_scale", input_scale, x)
+        input_zero_point = by_row("input_zero_point", input_zero_point, x)
     output = _output(activation, out_dtype, torch.bfloat16 if x.dtype == torch.int8 else x.dtype, out_scale)
     x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)
     if transformed() or wants_gradient(x, bias, input_scale):

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from .. import checks, gemm_checks
 from .autograd import entered, transformed
-from .dynamic import _quantize_dynamic
+from .dynamic import quantize_dynamic_op
 from .int8_gemm import int8_mm, int8_scaled_mm
-from .quantize import _dequantize
-from .quantize_transposed import _quantize_transposed
-from .stochastic import _numbers
+from .quantize import dequantize_op
+from .quantize_transposed import quantize_transposed_op
+from .stochastic import seed_and_offset
 
 QUANT_MAX = 127
 LONGEST_SUM = gemm_checks.MAX_K // 16 * 16  # so that every piece of a longer one begins aligned
@@ -46,12 +46,12 @@ def _product(
 
 
 def _rows(x: Tensor) -> Codes:
-    q, scale, _ = _quantize_dynamic(x, -1, -QUANT_MAX, QUANT_MAX, True)
+    q, scale, _ = quantize_dynamic_op(x, -1, -QUANT_MAX, QUANT_MAX, True)
     return q, scale, None, None
 
 
 def _both(x: Tensor) -> Codes:
-    return _quantize_transposed(x, QUANT_MAX, None, 0, None)
+    return quantize_transposed_op(x, QUANT_MAX, None, 0, None)
 
 
 def weight_codes(w: Tensor, output: bool, grad_input: bool) -> Codes:
@@ -103,7 +103,7 @@ def _gradients(
     _, grad_input, grad_weight = int8
     q = scale = q_t = scale_t = dx = dw = dbias = None
     if (needs_w and grad_weight) or (needs_x and grad_input and numbers[0] is not None):
-        q, scale, q_t, scale_t = _quantize_transposed(grad, QUANT_MAX, *numbers)
+        q, scale, q_t, scale_t = quantize_transposed_op(grad, QUANT_MAX, *numbers)
     elif needs_x and grad_input:
         q, scale, _, _ = _rows(grad)
     if needs_x and grad_input:
@@ -202,7 +202,7 @@ class _InTransforms(Function):
 
 
 def _floats(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if scale is None else _dequantize(t, scale, None, dtype)
+    return t.to(dtype) if scale is None else dequantize_op(t, scale, None, dtype)
 
 
 _linear = entered(_Int8TrainingLinear)
@@ -261,13 +261,13 @@ def int8_training_linear(
     shape = x.shape
     x = x.reshape(math.prod(shape[:-1]), shape[-1])
     if transformed():
-        numbers = (None, 0, None) if seed is None else _numbers(seed, offset)
+        numbers = (None, 0, None) if seed is None else seed_and_offset(seed, offset)
         return _InTransforms.apply(x, w, bias, int8, *numbers).reshape(*shape[:-1], w.shape[0])
     grad = torch.is_grad_enabled()
     keep_x, keep_w = grad and w.requires_grad, grad and x.requires_grad
     w_codes: Codes = codes or weight_codes(w, int8[0], int8[1] and keep_w)
     if keep_x or keep_w or (grad and bias is not None and bias.requires_grad):
-        numbers = (None, 0, None) if seed is None else _numbers(seed, offset)
+        numbers = (None, 0, None) if seed is None else seed_and_offset(seed, offset)
         y = _linear(x, w, bias, *w_codes, int8, keep_x, keep_w, *numbers)
     else:
         y = _output(x, w, bias, w_codes if int8[0] else NONE, _rows(x) if int8[0] else NONE)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .. import library
+from .. import library, samples
 from ..layouts import mask_like
 from ..reference import observe_fake_quantize as reference
 from ..reference import transforms
 from .autograd import already_masked, transformed
+
+
+def _observe_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    on = torch.ones(1, dtype=torch.int64)
+    for shape in {(1,), (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else (1,)}:
+        for symmetric in ((127.0, 1), (0.0, 0)):
+            low, high = -torch.rand(shape), torch.rand(shape)
+            zero_point = torch.zeros(shape, dtype=torch.int32)
+            yield x, on, on, low, high, torch.ones(shape), zero_point, 0.1, *samples.INT8, *symmetric
+
 
 _observe = library.define(
     "observe_fake_quantize",
@@ -24,6 +35,7 @@ _observe = library.define(
     cpu=("avx512", "avx2", "scalar"),
     cuda=True,
     triton=True,
+    samples=_observe_samples,
 )
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks, gemm_checks, layouts, library
 from ..reference import packing as reference
+
+
+def _pack_bits_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() > 0:
+        for bits in layouts.BITS:
+            low, high = layouts.code_range(bits)
+            yield torch.randint(low, high + 1, x.shape, dtype=torch.int8), bits
+
+
+def _unpack_bits_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for q, bits in _pack_bits_samples(x):
+        yield reference.pack_bits(q, bits), bits, q.shape[-1]
 
 
 def _fake_pack(q: Tensor, bits: int) -> Tensor:
@@ -25,6 +40,7 @@ _pack_bits = library.define(
     _fake_pack,
     cpu=("avx512", "avx2", "scalar"),
     triton=True,
+    samples=_pack_bits_samples,
 )
 _unpack_bits = library.define(
     "unpack_bits",
@@ -33,6 +49,7 @@ _unpack_bits = library.define(
     _fake_unpack,
     cpu=("avx512", "avx2", "scalar"),
     triton=True,
+    samples=_unpack_bits_samples,
 )
 
 

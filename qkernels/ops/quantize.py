@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..reference import quantize as reference
 from ..reference import transforms
 from ..reference.ranges import qparams_of_range, stored
@@ -17,17 +19,29 @@ from .statistics import mse_range, percentile_range
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True, triton=True)
 
 
+def _quantize_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in samples.quantizer(x):
+        yield *case, torch.int8
+
+
+def _dequantize_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for scale, zero_point in samples.qparams(x):
+        yield torch.randint(-128, 128, x.shape, dtype=torch.int8), scale, zero_point, x.dtype
+
+
 _quantize = _define(
     "quantize",
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, ScalarType dtype) -> Tensor",
     reference.quantize,
     lambda x, scale, zero_point, quant_min, quant_max, dtype: torch.empty_like(x, dtype=dtype),
+    samples=_quantize_samples,
 )
-_dequantize = _define(
+dequantize_op = _define(
     "dequantize",
     "(Tensor q, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     reference.dequantize,
     lambda q, scale, zero_point, dtype: torch.empty_like(q, dtype=dtype),
+    samples=_dequantize_samples,
 )
 
 
@@ -90,7 +104,7 @@ def dequantize(
         torch.is_grad_enabled() and (scale.requires_grad or (zero_point is not None and zero_point.requires_grad))
     ):
         return transforms.dequantize(q, scale, zero_point, dtype)
-    return _dequantize(q, scale, zero_point, dtype)
+    return dequantize_op(q, scale, zero_point, dtype)
 
 
 def choose_qparams(

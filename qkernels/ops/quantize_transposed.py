@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import layouts, library
 from ..reference import quantize_transposed as reference
 from ..reference.fake_quantize import compute_dtype
 from .dynamic import range_of_bits
-from .stochastic import _numbers
+from .stochastic import seed_and_offset
+
+
+def _transposed_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield x, 127, None, 0, None
+        yield x, 7, -5, 3, torch.tensor([2**40])
 
 
 def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,7 +32,7 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-_quantize_transposed = library.define(
+quantize_transposed_op = library.define(
     "quantize_dynamic_transposed",
     "(Tensor x, SymInt quant_max, SymInt? seed, SymInt offset, Tensor? offset_tensor) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -30,6 +40,7 @@ _quantize_transposed = library.define(
     _fake,
     cpu=("avx512", "avx2", "scalar"),
     triton=True,
+    samples=_transposed_samples,
 )
 
 
@@ -60,5 +71,5 @@ def quantize_dynamic_transposed(
     """
     quant_max = range_of_bits(bits)[1]
     if seed is None:
-        return _quantize_transposed(x.detach(), quant_max, None, 0, None)
-    return _quantize_transposed(x.detach(), quant_max, *_numbers(seed, offset))
+        return quantize_transposed_op(x.detach(), quant_max, None, 0, None)
+    return quantize_transposed_op(x.detach(), quant_max, *seed_and_offset(seed, offset))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..layouts import mask_like
 from ..reference import relu_fake_quantize as reference
 from ..reference import transforms
@@ -23,24 +23,29 @@ _forward = _define(
     f"(Tensor x, {_PARAMS}) -> Tensor",
     reference.relu_fake_quantize_forward,
     lambda x, *_: torch.empty_like(x),
+    samples=samples.quantizer,
 )
 _forward_mask = _define(
     "relu_fake_quantize_forward_mask",
     f"(Tensor x, {_PARAMS}, bool lsq=False) -> (Tensor, Tensor)",
     reference.relu_fake_quantize_forward_mask,
     lambda x, *_: (torch.empty_like(x), mask_like(x)),
+    samples=samples.with_lsq(samples.quantizer),
 )
 _backward = _define(
     "relu_fake_quantize_backward",
     f"(Tensor grad, Tensor x, {_PARAMS}, bool lsq=False) -> Tensor",
     reference.relu_fake_quantize_backward,
     lambda grad, x, *_: torch.empty_like(x),
+    samples=samples.with_lsq(samples.backward(samples.quantizer)),
 )
 _learnable_backward = _define(
     "relu_fake_quantize_learnable_backward",
     f"(Tensor grad, Tensor x, {_PARAMS}, float grad_factor, bool lsq=False) -> (Tensor, Tensor, Tensor)",
     reference.relu_fake_quantize_learnable_backward,
     lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
+    samples=samples.with_lsq(samples.learnable),
+    sums=(1, 2),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import library
+from .. import library, samples
 from ..reference import rms_norm_quantize as reference
 from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
@@ -19,6 +20,22 @@ from .dynamic import fake_dynamic_qparams, group_size_argument, range_of_bits
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _NORM = "Tensor x, Tensor? weight, float eps, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
+
+
+def _rms_norm_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in samples.dynamic(x):
+        if x.dim() > 0:
+            yield x, None, 1e-6, *rest
+            yield x, torch.rand(x.shape[-1]) + 0.5, 1e-6, *rest
+
+
+def _rms_norm_backward_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in _rms_norm_samples(x):
+            _, weight, _, _, low, high, symmetric = case
+            _, scale, zero_point, rstd = reference.rms_norm_fake_quantize_dynamic_forward(*case)
+            clipped = (None, None) if symmetric else (scale, zero_point)
+            yield torch.randn(x.shape).to(x.dtype), x, weight, rstd, *clipped, low, high, weight is not None
 
 
 def _fake_forward(dtype: torch.dtype | None) -> Any:
@@ -41,12 +58,18 @@ _forward = _define(
     f"({_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.rms_norm_fake_quantize_dynamic_forward,
     _fake_forward(None),
+    samples=_rms_norm_samples,
+    sums=(3,),
+    given=reference.given_rstd,
 )
 _quantize = _define(
     "rms_norm_quantize_dynamic",
     f"({_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.rms_norm_quantize_dynamic,
     _fake_forward(torch.int8),
+    samples=_rms_norm_samples,
+    sums=(3,),
+    given=reference.given_rstd_quantized,
 )
 _backward = _define(
     "rms_norm_fake_quantize_dynamic_backward",
@@ -54,6 +77,8 @@ _backward = _define(
     "SymInt quant_max, bool weight_grad) -> (Tensor, Tensor)",
     reference.rms_norm_fake_quantize_dynamic_backward,
     _fake_backward,
+    samples=_rms_norm_backward_samples,
+    sums=(0, 1),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import library
+from .. import library, samples
 from ..reference import silu_mul_quantize as reference
 from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype, inside_range
@@ -20,11 +21,25 @@ _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
 _PRODUCT = "Tensor gate, Tensor up, SymInt group_size, SymInt quant_min, SymInt quant_max, bool symmetric"
 
+
+def _silu_mul_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for _, *rest in samples.dynamic(x):
+        yield x, torch.randn(x.shape).to(x.dtype), *rest
+
+
+def _silu_mul_backward_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in _silu_mul_samples(x):
+        gate, up, _, low, high, symmetric = case
+        _, *clipped = reference.silu_mul_fake_quantize_dynamic_forward(*case)
+        yield torch.randn(x.shape).to(x.dtype), gate, up, *((None, None) if symmetric else clipped), low, high
+
+
 _forward = _define(
     "silu_mul_fake_quantize_dynamic_forward",
     f"({_PRODUCT}) -> (Tensor, Tensor, Tensor)",
     reference.silu_mul_fake_quantize_dynamic_forward,
     lambda gate, up, group_size, *_: (gate.new_empty(gate.shape), *fake_dynamic_qparams(gate, group_size)),
+    samples=_silu_mul_samples,
 )
 _quantize = _define(
     "silu_mul_quantize_dynamic",
@@ -34,6 +49,7 @@ _quantize = _define(
         gate.new_empty(gate.shape, dtype=torch.int8),
         *fake_dynamic_qparams(gate, group_size),
     ),
+    samples=_silu_mul_samples,
 )
 _backward = _define(
     "silu_mul_fake_quantize_dynamic_backward",
@@ -41,6 +57,7 @@ _backward = _define(
     "-> (Tensor, Tensor)",
     reference.silu_mul_fake_quantize_dynamic_backward,
     lambda grad, gate, up, *_: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+    samples=_silu_mul_backward_samples,
 )
 
 

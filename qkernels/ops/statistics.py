@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, library
+from .. import checks, library, samples
 from ..reference import statistics as reference
 from ..reference.ranges import qparams_of_range
 
@@ -17,6 +19,21 @@ _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 # Fractions of the full range that "mse" tries: 64 steps of 7 %, down to 1/79. Near its minimum the error changes with
 # the square of the distance: half a step costs less than 0.3 % of it.
 CANDIDATES, CANDIDATES_PER_OCTAVE = 64, 10
+
+
+def _histogram_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for shape in samples.granularities(x):
+        yield x, -2 * torch.rand(shape), torch.rand(shape), 37
+    yield x, torch.tensor([-2.0]), torch.tensor([2.0]), 2048
+
+
+def _errors_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for shape in samples.granularities(x):
+            scale = 0.01 + torch.rand(3, *shape)
+            yield x, scale, None, *samples.INT4
+            yield x, scale, torch.randint(-8, 8, scale.shape, dtype=torch.int32), *samples.INT4
+
 
 _histogram = _define(
     "histogram",
@@ -27,6 +44,7 @@ _histogram = _define(
         low.new_empty((*low.shape, 3), dtype=torch.int64),
     ),
     triton=True,
+    samples=_histogram_samples,
 )
 _quantization_errors = _define(
     "quantization_errors",
@@ -34,6 +52,8 @@ _quantization_errors = _define(
     reference.quantization_errors,
     lambda x, scale, zero_point, quant_min, quant_max: scale.new_empty(scale.shape, dtype=torch.float64),
     triton=True,
+    samples=_errors_samples,
+    sums=(0,),
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, samples
 from ..layouts import mask_like
 from ..reference import stochastic as reference
 from ..reference import transforms
@@ -17,12 +19,31 @@ from .quantize import range_of_codes
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
 
+
+def _stochastic_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in samples.quantizer(x):
+        yield *case, 3, 4, None
+        yield *case, -5, 0, torch.tensor([2**40])
+
+
+def _stochastic_backward_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.isfinite().all():
+        for case in samples.backward(_stochastic_samples)(x):
+            yield *case, 0.5
+
+
+def _quantize_stochastic_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for case in _stochastic_samples(x):
+        yield *case, torch.int8
+
+
 _forward = _define(
     "fake_quantize_stochastic_forward",
     "(Tensor x, Tensor scale, Tensor? zero_point, SymInt quant_min, SymInt quant_max, SymInt seed, SymInt offset, "
     "Tensor? offset_tensor) -> (Tensor, Tensor)",
     reference.fake_quantize_stochastic_forward,
     lambda x, *_: (torch.empty_like(x), mask_like(x)),
+    samples=_stochastic_samples,
 )
 _backward = _define(
     "fake_quantize_stochastic_backward",
@@ -30,6 +51,8 @@ _backward = _define(
     "SymInt offset, Tensor? offset_tensor, float grad_factor) -> (Tensor, Tensor, Tensor)",
     reference.fake_quantize_stochastic_backward,
     lambda grad, x, scale, *_: (torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)),
+    samples=_stochastic_backward_samples,
+    sums=(1, 2),
 )
 _quantize = _define(
     "quantize_stochastic",
@@ -37,6 +60,7 @@ _quantize = _define(
     "Tensor? offset_tensor, ScalarType dtype) -> Tensor",
     reference.quantize_stochastic,
     lambda x, *rest: torch.empty_like(x, dtype=rest[-1]),
+    samples=_quantize_stochastic_samples,
 )
 
 
@@ -86,7 +110,7 @@ def fake_quantize_stochastic(
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
     """
-    numbers = _numbers(seed, offset)
+    numbers = seed_and_offset(seed, offset)
     if transformed():
         return transforms.fake_quantize_stochastic(x, scale, zero_point, quant_min, quant_max, *numbers, grad_factor)
     if not torch.is_grad_enabled():
@@ -115,8 +139,8 @@ def quantize_stochastic(
     the result equals ``fake_quantize_stochastic`` bit for bit where x is not NaN. Not differentiable.
     """
     quant_min, quant_max = range_of_codes(quant_min, quant_max, dtype)
-    return _quantize(x, scale, zero_point, quant_min, quant_max, *_numbers(seed, offset), dtype)
+    return _quantize(x, scale, zero_point, quant_min, quant_max, *seed_and_offset(seed, offset), dtype)
 
 
-def _numbers(seed: int, offset: int | Tensor) -> tuple[int, int, Tensor | None]:
+def seed_and_offset(seed: int, offset: int | Tensor) -> tuple[int, int, Tensor | None]:
     return (seed, 0, offset) if isinstance(offset, Tensor) else (seed, offset, None)

@@ -31,6 +31,7 @@ def inside_range(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
+    checks.grad(grad, x)
     scale, zero_point = checks.channel_views(x, axis, scale, zero_point)
     return reference.fake_quantize_backward(grad, x, scale, zero_point, quant_min, quant_max)
 

@@ -31,7 +31,10 @@ def observe_fake_quantize(
     zero point symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite leaves the
     statistics as they are.
     """
-    checks.granularity("running_min", running_min, x)
+    checks.observe(x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point, quant_min, quant_max)
+    # Statistics of one element may have any shape.
+    running_max, zero_point = running_max.view_as(running_min), zero_point.view_as(running_min)
+    scale = scale.view_as(running_min)
     low, high = range_of(x, running_min)
     learn = observer_on.bool() & low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):

@@ -12,8 +12,8 @@ from .fake_quantize import expand, qparams
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.range_of_dtype(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = ((x.to(s.dtype) * inv).round() + z).clamp(quant_min, quant_max)
     return torch.empty_like(x, dtype=dtype).copy_(torch.where(q.isnan(), z, q))

@@ -121,9 +121,9 @@ def quantize_stochastic(
     offset_tensor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.offset(offset_tensor, x)
-    checks.range_of_dtype(quant_min, quant_max, dtype)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = round_stochastically(x.to(s.dtype) * inv, uniform(x, seed, offset, offset_tensor, s.dtype)) + z
     q = q.clamp(quant_min, quant_max)

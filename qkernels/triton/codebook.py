@@ -151,8 +151,8 @@ def fake_quantize_codebook_backward_kernel(
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    checks.codebook(x, scale, codebook)
     checks.grad(grad, x)
+    checks.codebook(x, scale, codebook)
     x, dx = dense_and_like(x)
     numel = x.numel()
     if numel:
@@ -196,8 +196,8 @@ def fake_quantize_codebook_learnable_backward_kernel(
 def fake_quantize_codebook_learnable_backward(
     grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float, learn_codebook: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.codebook(x, scale, codebook)
     checks.grad(grad, x)
+    checks.codebook(x, scale, codebook)
     x, dx = dense_and_like(x)
     count = codebook.numel()
     dcodebook = codebook.new_zeros(count if learn_codebook else 0)

@@ -72,20 +72,7 @@ def observe_fake_quantize(
     symmetric_steps: float,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    checks.floats_and_range(x, quant_min, quant_max)
-    for name, stat in (("running_min", running_min), ("running_max", running_max), ("scale", scale)):
-        checks.granularity(name, stat, x)
-        if stat.dtype != torch.float32 or not stat.is_contiguous() or stat.numel() != scale.numel():
-            raise RuntimeError(
-                f"{name}: got {stat.dtype} of shape {list(stat.shape)}; accepted: contiguous torch.float32 of one "
-                "shape for all statistics"
-            )
-    integers = zero_point.dtype in (torch.int32, torch.int64)
-    if not integers or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
-        raise RuntimeError(
-            f"zero_point: got {zero_point.dtype} of shape {list(zero_point.shape)}; accepted: contiguous torch.int32 "
-            f"or torch.int64 of scale's shape {list(scale.shape)}"
-        )
+    checks.observe(x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point, quant_min, quant_max)
     x, y = dense_and_like(x)
     mask = empty_mask(x)
     if x.numel() == 0:

@@ -55,8 +55,8 @@ def fill(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, qu
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.range_of_dtype(quant_min, quant_max, dtype)
+    checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     x, q = dense_and_like(x, dtype)
     fill(x, scale, zero_point, quant_min, quant_max, q)
     return q

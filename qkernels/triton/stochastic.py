@@ -94,9 +94,9 @@ def quantize_stochastic(
     offset_tensor: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    checks.range_of_dtype(quant_min, quant_max, dtype)
     checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.offset(offset_tensor, x)
-    checks.range_of_dtype(quant_min, quant_max, dtype)
     x, codes = dense_and_like(x, dtype)
     _forward(x, codes, None, scale, zero_point, quant_min, quant_max, Philox(seed, offset, offset_tensor))
     return codes
