@@ -1,8 +1,8 @@
 """Compiles what the Triton ops launch for every supported GPU, without having one; run by test_triton_compile.py.
 
 The ops are called on meta tensors with a launcher that writes down what it is given, and each distinct launch is
-compiled from that: what is checked is what runs. Prints the names of all kernels as a JSON line, then one for each
-launch and GPU.
+compiled from that: what is checked is what runs. One run compiles for two of the GPUs, and for all with --all. Prints
+the names of all kernels and the GPUs as a JSON line, then a line for each launch and GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from sampling import in_turn
 from torch import Tensor
 
 from qkernels import checks, layouts
@@ -121,6 +122,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for numbers in ((None, 0, None), (2**40, 3, None), (5, 0, on)):
             args = (meta(shape, dtype), 127, *numbers)
             yield "quantize_transposed", "quantize_dynamic_transposed", args
+    odd, drawn = meta((1001, 4097), dtype), (2**40, 3, on)  # no row begins at four random numbers
+    for scale_shape in ((1001, 1), (1, 4097)):
+        args = (odd, odd, meta(scale_shape), None, *int8, *drawn, 0.5)
+        yield "stochastic", "fake_quantize_stochastic_backward", args
     for op in ("forward", "forward_mask"):
         yield "fake_quantize", f"fake_quantize_{op}_scalar", (x, 0.1, 3, *int8)
     yield "fake_quantize", "fake_quantize_backward_scalar", (x, x, 0.1, 3, *int8)
@@ -337,13 +342,15 @@ def compiled(job: tuple[str, tuple[Any, ...], dict[str, Any], int]) -> str:
     )
 
 
-def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
-    """Each launch for each GPU; or a few of each kernel for each GPU, other ones for the next."""
+def jobs(everything: bool, arches: Sequence[int]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], int]]:
+    """Each launch for each of these GPUs; or a few of each kernel for each GPU, other ones for the next."""
     by_kernel: dict[str, list[Any]] = {}
     for launch in launches(everything):
         by_kernel.setdefault(launch[0], []).append(launch)
     for own in by_kernel.values():
         for number, arch in enumerate(ARCHITECTURES):
+            if arch not in arches:
+                continue
             able = [launch for launch in own if arch in launch[-1]]
             few = 3 if own[0][0].endswith("mm_kernel") else 1
             first = few * number % max(1, len(able))
@@ -353,9 +360,11 @@ def jobs(everything: bool) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any
 
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "the interpreter compiles nothing"
-    print(json.dumps(sorted(kernels())))
+    everything = "--all" in sys.argv
+    arches = ARCHITECTURES if everything else in_turn(ARCHITECTURES, 2)
+    print(json.dumps([sorted(kernels()), arches]))
     with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
-        for line in pool.imap_unordered(compiled, jobs("--all" in sys.argv), chunksize=4):
+        for line in pool.imap_unordered(compiled, jobs(everything, arches), chunksize=4):
             print(line, flush=True)
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 POINTWISE = re.compile(
     r"fake_quantize_(stochastic_|codebook_)?(forward|backward)_kernel|fake_quantize_backward_mask_kernel"
-    r"|(rms_norm|silu_mul)_(forward|backward)_kernel|quantize(_codebook)?_kernel"
+    r"|(rms_norm|silu_mul)_(forward|backward)_kernel|quantize(_codebook)?_kernel|learnable_sums_kernel"
 )
 ONLY_ON = {"int8_persistent_mm_kernel": (90,)}
 
@@ -103,7 +103,8 @@ def check(names: list[str], arches: list[int], lines: list[dict[str, Any]]) -> N
             check_int4_gemm(line)
         elif line["kernel"].endswith("mm_kernel"):
             check_gemm(line)
-        rows = line["kernel"].startswith(("rms_norm", "silu_mul"))  # of any length, and so on any boundary
+        # Rows of any length begin on any boundary.
+        rows = line["kernel"].startswith(("rms_norm", "silu_mul", "learnable_sums"))
         if POINTWISE.fullmatch(line["kernel"]) and not (rows and line["odd"]):
             assert line["widest_load"] == 128, line
     print()

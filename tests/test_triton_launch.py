@@ -25,7 +25,6 @@ NEVER_REMEMBERED = {
     "fake_quantize_codebook_learnable_backward",  # torch adds up and scatters
     "fake_quantize_stochastic_backward",  # another seed at each call, here and below
     "fake_quantize_stochastic_forward",
-    "fake_quantize_straight_through_backward",  # torch adds up
     "histogram",  # counts start at zero
     "observe_fake_quantize",  # whose two flags are one tensor in these calls
     "pack_bits",  # looks at all codes, on the CPU

@@ -57,7 +57,7 @@ def code(q, quant_max):
 @triton.jit(do_not_specialize=["philox"])
 def transposed_codes_kernel(
     x_ptr, largest_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, quant_max, rows, columns, q_stride, q_t_stride, philox,
-    QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, QUADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(columns, BLOCK_COLUMNS)
     tile = tl.program_id(0).to(tl.int64)
@@ -74,7 +74,7 @@ def transposed_codes_kernel(
     tl.store(scale_ptr + row, scale, mask=in_rows & (tile % across == 0))
     tl.store(scale_t_ptr + column, scale_t, mask=in_columns & (tile < across))
     steps, steps_t = x * inverse[:, None], x * inverse_t[None, :]
-    if philox is not None:
+    if STOCHASTIC:
         if QUADS:
             block = (row * columns + first_column)[:, None] // 4 + tl.arange(0, BLOCK_COLUMNS // 4)[None, :]
             u = uniforms_of_blocks(block, philox, x.dtype)
@@ -109,6 +109,6 @@ def quantize_dynamic_transposed(
     philox = None if seed is None else Philox(seed, offset, offset_tensor)
     launch(
         transposed_codes_kernel, grid, x, largest, q, scale, q_t, scale_t, float(quant_max), rows, columns, q.stride(0),
-        q_t.stride(0), philox, QUADS=columns % 4 == 0, **tile,
+        q_t.stride(0), philox, STOCHASTIC=philox is not None, QUADS=columns % 4 == 0, **tile,
     )  # fmt: skip
     return q, scale, q_t, scale_t

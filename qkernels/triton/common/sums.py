@@ -27,16 +27,15 @@ def terms_of(dy, steps, q, s, z, low, high, delta, TERMS: tl.constexpr):
     The references of the variants hold the formulas. Select, never multiply, so that an infinite dy outside the range
     does not become NaN.
     """
-    end = clamp(q, low, high) - z
     if TERMS == "pact":
         inside = (steps >= low - z) & (steps < high - z)
-        dscale = tl.where(inside, 0.0, dy * end)
+        dscale = tl.where(inside, 0.0, dy * (clamp(q, low, high) - z))
     else:
         if TERMS == "ewgs":  # the paper clips before it rounds
             inside = (steps >= low - z) & (steps <= high - z)
         else:
             inside = counts_inside(steps, q, z, low, high, TERMS == "lsq")
-        dscale = dy * (end - tl.where(inside, steps, 0.0))
+        dscale = dy * ((clamp(q, low, high) - z) - tl.where(inside, steps, 0.0))
     if TERMS == "ewgs":
         dscale = tl.where(inside, dscale * (1 + delta * steps), dscale)
     return inside, dscale, tl.where(inside, 0.0, (0.0 - dy) * s)
