@@ -41,7 +41,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 
 
 # A prepared codebook is three tables of SIZE numbers, a power of two: the levels in ascending order, the midpoints
-# between them (infinity beyond the last), and the levels as given; and their order in int32.
+# between them (infinity after the last), and the levels as given. Beside them lies the order of the levels in int32.
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -170,7 +170,7 @@ def fake_quantize_codebook_learnable_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, of_runs, of_levels, count, runs, inner, pieces,
     CODEBOOK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of RUNS runs, a piece of COLUMNS elements each; the sums of each run's piece and of each level in all."""
+    """dx of COLUMNS elements of each of RUNS runs; their sums for each run, and for each level in all."""
     program = tl.program_id(0).to(tl.int64)
     piece = program % pieces
     run = program // pieces * RUNS + tl.arange(0, RUNS)

@@ -1,10 +1,10 @@
 """The linear layer on int4 weights in Triton: codes go from registers to tensor cores, as int8, bf16 or fp16.
 
-Both codes of a byte are operands as they are, of two halves of x (see reference/int4_gemm.py): a mask makes an int8 of
-either, 16 times the code, and a few instructions for four codes make floats, so that no product is ever rounded. The
-weight is on the rows of the instruction for any M: it is the operand that comes from registers. The sums of a group are
-exact in int32 (of floats in fp32), then go to the output's by the group's scale. Where x has many rows and is floating,
-the weight is written out in x's dtype and torch multiplies.
+A byte holds two codes, which multiply two halves of x (drawn in layouts.py), so that both are operands as they lie. A
+mask makes an int8 of a code, 16 times its value; a few instructions make floats of four codes. No product is rounded.
+The weight is the operand that comes from registers. For most tiles it is on the rows of the instruction (see Int4Tile).
+The sums of a group are exact in int32, and fp32 for floats; times the group's scale they are added to the output's.
+Where x is floating and has many rows, a kernel writes the weight out in x's dtype, and torch multiplies.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from torch import Tensor
 from .. import gemm_checks, layouts
 from ..reference import int4_gemm as reference
 from .common import configs, gemm_configs
-from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, tile_at
-from .common.groups import bound
+from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once
 from .common.launch import launch
-from .common.numerics import INTERPRETED, narrow, widen
+from .common.numerics import INTERPRETED, bound, narrow, widen
 
 
 class Groups(NamedTuple):
-    """Of each group of the weight [groups, N], and with zero_point or minimum the sums of x [spans, M]."""
+    """What each group of the weight has [groups, N]; with zero_point or minimum, also the sums of x [spans, M]."""
 
     scale: Tensor | None
     zero_point: Tensor | None = None
@@ -141,7 +140,7 @@ def multiply(w, x, sums, SWAP: tl.constexpr):
 
 @triton.jit
 def added(y, sums, groups, group, span, m, n, m_end, n_end, here):
-    """y and what the sums of a span add to it; ``here``: the group is there (else there is nothing to add)."""
+    """y plus what the sums of a span add to it. ``here``: the group exists, else nothing is added."""
     at = tl.cast(group, tl.int64) * n_end + n
     scale = widen(tl.load(groups.scale + at, mask=here & (n < n_end), other=0.0))
     if groups.x_sums is None:
@@ -163,7 +162,7 @@ def finished(
     sums, groups, epilogue, m, n, m_end, n_end, dtype: tl.constexpr, ADD: tl.constexpr, STEP_X: tl.constexpr,
     STEP_Z: tl.constexpr,
 ):  # fmt: skip
-    """The output that sums make, which are those of the one group or the output's already. STEP 0: one for all rows."""
+    """The output. ``sums`` are those of the one group, or the output's already. STEP 0: one value for all rows."""
     if ADD == "end":
         y = added(tl.zeros(sums.shape, tl.float32), sums, groups, 0, 0, m, n, m_end, n_end, True)
     else:
@@ -185,15 +184,15 @@ def int4_mm_kernel(
     WHOLE: tl.constexpr, PART: tl.constexpr, STEP_X: tl.constexpr, STEP_Z: tl.constexpr, SWAP: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the layer over ``share`` of the ``total`` steps along K (see KLoop). PART: to be finished.
+    """One tile of the layer over ``share`` of the ``total`` steps along K (see KLoop).
 
-    WHOLE: x and every row of data, ``length`` bytes, are whole steps. ``k_end`` and what lies between rows of x are
-    multiples of 16.
+    PART: the join kernel finishes the tile. WHOLE: the steps divide x and every row of data, which has ``length``
+    bytes. ``k_end`` and the stride of x are multiples of 16.
     """
     W: tl.constexpr = x_ptr.dtype.element_ty if x_ptr.dtype.element_ty != tl.float32 else tl.bfloat16
     SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     OFFSET: tl.constexpr = groups.x_sums is not None
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
+    tile_m, tile_n = banded_tile(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
     part = tl.program_id(1)
     first = part * share
     last = tl.minimum(first + share, total)
@@ -222,7 +221,7 @@ def int4_mm_kernel(
     else:
         data_ptr += at
         x_ptr += at // HALF * (2 * HALF) + at % HALF
-        # With stages named for the loop itself, scales come as early as codes and x.
+        # With stages named for this loop, scales are fetched as early as codes and x.
         for step in tl.range(bound(first), bound(last), num_stages=STAGES):
             for i in tl.static_range(PIECES):
                 piece = step * PIECES + i
@@ -282,7 +281,7 @@ def int4_join_kernel(
 def int4_x_sums_kernel(
     sums_ptr, x_ptr, m_end, stride_x, group_size, span_size, spans, SPANS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The sums [spans, M] of the parts of a row of x that are one sum of products each: int32 of codes, else fp32."""
+    """The sums [spans, M] of x over each span of a row, in int32 for codes and else in fp32."""
     m = tl.program_id(0)
     span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
     per_group = tl.cdiv(group_size, span_size)

@@ -21,14 +21,13 @@ from .. import gemm_checks, layouts
 from ..reference import int8_gemm as reference
 from .common import configs, gemm_configs, tuning
 from .common.activation import activate
-from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, static_qparams, tile_at
-from .common.groups import bound
+from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once, static_qparams
 from .common.launch import launch
-from .common.numerics import clamp, narrow, reciprocal, rint, widen
+from .common.numerics import bound, clamp, narrow, reciprocal, rint, widen
 
 
 class Epilogue(NamedTuple):
-    """The tensors that finish a product; vectors are contiguous, and a kernel reads of each what its How says.
+    """The tensors that finish a product. Vectors are contiguous; How says whether a kernel steps through them.
 
     out = activation(((acc − zero_point·colsum)·scale_b)·scale_a + bias); with out_scale its int8 codes. Without scales
     out is acc.
@@ -44,7 +43,7 @@ class Epilogue(NamedTuple):
 
 
 class How(NamedTuple):
-    """How an epilogue is computed: known when the kernel is compiled. STEP 0: one value for all rows or columns."""
+    """How an epilogue is computed, as constexpr. A step of 0: there is one value for all rows or columns."""
 
     step_a: int = 0
     step_b: int = 0
@@ -60,7 +59,7 @@ def how_of(epilogue: Epilogue, wide: bool = False, activation: str = "none") -> 
 
 @triton.jit
 def scaled(acc, m, n, m_end, n_end, dtype: tl.constexpr, epilogue, HOW: tl.constexpr):
-    """What acc becomes (see Epilogue), rounded once. m and n index acc's dims, in either order."""
+    """The output that acc makes (see Epilogue), rounded once. m and n index acc's dims, in either order."""
     if epilogue.scale_a is None:
         return acc
     else:
@@ -115,7 +114,7 @@ def int8_mm_kernel(
     A tile that fills the registers is finished in PARTS.
     K and the strides are multiples of 16 and the pointers aligned, so that 16 bytes are copied at a time.
     """
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
+    tile_m, tile_n = banded_tile(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
     part = tl.program_id(1)
     first = part * share
     last = tl.minimum(first + share, k_end)
@@ -161,7 +160,7 @@ def int8_persistent_mm_kernel(
     HALF: tl.constexpr = BLOCK_N // PARTS
     tiles_m, tiles_n = tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N)
     for index in tl.range(bound(tl.program_id(0)), bound(tiles_m * tiles_n), bound(tl.num_programs(0)), flatten=True):
-        tile_m, tile_n = tile_at(index, tiles_m, tiles_n)
+        tile_m, tile_n = banded_tile(index, tiles_m, tiles_n)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         for k in range(0, bound(k_end), BLOCK_K):
             acc = tl.dot(a.load([tile_m * BLOCK_M, k]), b.load([tile_n * BLOCK_N, k]).T, acc, out_dtype=tl.int32)

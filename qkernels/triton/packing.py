@@ -1,4 +1,4 @@
-"""Packing of 2-, 3- and 4-bit codes in Triton: eight codes fill whole bytes, and are one integer on the way."""
+"""Packing of 2-, 3- and 4-bit codes in Triton. Eight codes fill whole bytes; the kernels hold them as one integer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 512  # times eight codes for each program
 
 @triton.jit
 def place(EIGHTS: tl.constexpr, eights, length):
-    """Row and number within it of EIGHTS times eight codes, and whether they are there."""
+    """For EIGHTS times eight codes: their row, their place in it, and whether they exist."""
     at = tl.program_id(0).to(tl.int64) * EIGHTS + tl.arange(0, EIGHTS)[:, None]
     return at // eights, at % eights, at < length
 

@@ -1,7 +1,7 @@
 """RMSNorm and dynamic quantization in one kernel: x is read once from memory, the result written once.
 
-Rows of up to 16384 elements stay in registers; longer ones are read three times, from cache. In the backward pass a
-fixed number of programs takes a share of the rows each and adds up its dweight in registers, so that dweight has one
+Rows of up to 16384 elements stay in registers; longer ones are read three times, from cache. In the backward pass each
+of a fixed number of programs takes a share of the rows and adds up its dweight in registers. So dweight has the same
 order of summation on every GPU.
 """
 
@@ -18,9 +18,9 @@ from .. import checks
 from ..reference import rms_norm_quantize as reference
 from .common import configs
 from .common.granularity import load_params
-from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.groups import extremes, qparams, quantized, store_qparams
 from .common.launch import launch
-from .common.numerics import divide, is_inside, narrow, reciprocal, rint, widen
+from .common.numerics import bound, divide, is_inside, narrow, reciprocal, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:

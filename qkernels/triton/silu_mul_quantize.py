@@ -17,9 +17,9 @@ from ..reference import silu_mul_quantize as reference
 from .common import configs
 from .common.activation import sigmoid
 from .common.granularity import load_params
-from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.groups import extremes, qparams, quantized, store_qparams
 from .common.launch import launch
-from .common.numerics import is_inside, narrow, rint, widen
+from .common.numerics import bound, is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
