@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
+from .common.configs import ceil_div, power_of_two
 from .common.granularity import block_index, block_params, granularity_of, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
@@ -72,7 +73,7 @@ def prepare_codebook_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
 def prepared(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, int]]:
     """The tables, the order, and the constexprs that tell their size."""
     codebook = codebook.contiguous()
-    size = triton.next_power_of_2(codebook.numel())
+    size = power_of_two(codebook.numel())
     tables = torch.empty(3 * size, dtype=dtype, device=codebook.device)
     order = torch.empty(size, dtype=torch.int32, device=codebook.device)
     launch(prepare_codebook_kernel, (1,), codebook, tables, order, codebook.numel(), SIZE=size)
@@ -206,8 +207,8 @@ def fake_quantize_codebook_learnable_backward(
     tables, order, size = prepared(codebook, compute_dtype(x))
     runs, inner = scale.numel(), x.numel() // scale.numel()
     rows, columns = configs.codebook_sums(inner)
-    pieces = triton.cdiv(inner, columns)
-    programs = triton.cdiv(runs, rows) * pieces
+    pieces = ceil_div(inner, columns)
+    programs = ceil_div(runs, rows) * pieces
     of_runs = torch.empty(runs, pieces, dtype=tables.dtype, device=x.device)
     of_levels = torch.empty(programs, size["SIZE"], dtype=tables.dtype, device=x.device) if learn_codebook else None
     launch(

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import gemm_checks, layouts
 from ..reference import int4_gemm as reference
 from .common import configs, gemm_configs
+from .common.configs import ceil_div, power_of_two
 from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once
 from .common.launch import launch
 from .common.numerics import INTERPRETED, bound, narrow, widen
@@ -410,15 +411,15 @@ def _multiply(
     padded, n_groups = gemm_configs.ceil_16(k), layouts.groups_of(k, group_size)
     stride = x.stride(0) if m > 1 else padded
     if groups.zero_point is not None or groups.minimum is not None:
-        spans = n_groups * configs.ceil_div(group_size, loop.span)
+        spans = n_groups * ceil_div(group_size, loop.span)
         x_sums = x.new_empty((spans, m), dtype=torch.int32 if size == 1 else torch.float32)
         tile_of_sums = gemm_configs.int4_x_sums(spans, loop.span)
         launch(
-            int4_x_sums_kernel, (m, configs.ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
+            int4_x_sums_kernel, (m, ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
             loop.span, spans, **tile_of_sums,
         )  # fmt: skip
         groups = groups._replace(x_sums=x_sums)
-    shares = configs.ceil_div(total, share)
+    shares = ceil_div(total, share)
     step_x, step_z = (int(t is not None and t.numel() > 1) for t in (epilogue.scale_x, epilogue.zero_point))
     how: dict[str, Any] = {"ADD": loop.add, "STEP_X": step_x, "STEP_Z": step_z}
     result = out
@@ -426,7 +427,7 @@ def _multiply(
         exact = loop.add == "end" and size == 1
         result = out.new_empty((shares, m, n), dtype=torch.int32 if exact else torch.float32)
     step = 2 * loop.width * loop.pieces
-    tiles = configs.ceil_div(m, tile.block_m) * configs.ceil_div(n, tile.block_n)
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
     launch(
         int4_mm_kernel, (tiles, shares), result, x, data, groups, epilogue if shares == 1 else Epilogue(), m, n, padded,
         data.shape[1], stride, n_groups, group_size, loop.span, loop.steps, share, total, HALF=loop.half,
@@ -435,8 +436,8 @@ def _multiply(
         maxnreg=configs.UNSPILLED,
     )  # fmt: skip
     if shares > 1:
-        block = min(1024, configs.power_of_two(n))
-        grid = m, configs.ceil_div(n, block)
+        block = min(1024, power_of_two(n))
+        grid = m, ceil_div(n, block)
         launch(int4_join_kernel, grid, out, result, groups, epilogue, m, n, PARTS=shares, BLOCK=block, **how)
 
 
@@ -447,7 +448,7 @@ def _multiply_dequantized(
     n, k = out.shape[1], x.shape[1]
     w = x.new_empty(n, k)
     tile = gemm_configs.INT4_DEQUANTIZE
-    grid = configs.ceil_div(n, tile["BLOCK_N"]), configs.ceil_div(data.shape[1], tile["WIDTH"])
+    grid = ceil_div(n, tile["BLOCK_N"]), ceil_div(data.shape[1], tile["WIDTH"])
     half = layouts.half_of(group_size, k)
     launch(int4_dequantize_kernel, grid, w, data, groups, n, k, data.shape[1], group_size, HALF=half, **tile)
     if bias is None and out.dtype == x.dtype:

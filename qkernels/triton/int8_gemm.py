@@ -19,8 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gemm_checks, layouts
 from ..reference import int8_gemm as reference
-from .common import configs, gemm_configs, tuning
+from .common import gemm_configs, tuning
 from .common.activation import activate
+from .common.configs import ceil_div, power_of_two
 from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once, static_qparams
 from .common.launch import launch
 from .common.numerics import bound, clamp, narrow, reciprocal, rint, widen
@@ -236,7 +237,7 @@ def run(
     """Starts the kernels of one product by one tile; ``qkernels tune`` measures them here."""
     (m, k), n = a.shape, b.shape[0]
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.warps}
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
     if tile.tma and splits == 1 and n * out.element_size() % 16 == 0:
         parts, stages = gemm_configs.persistent(tile, out.element_size())
         launch(
@@ -248,7 +249,7 @@ def run(
         )  # fmt: skip
         return
     share = gemm_configs.share_of_k(k, splits, tile.block_k)
-    shares = triton.cdiv(k, share)
+    shares = ceil_div(k, share)
     whole = shares == 1
     sums = out if whole else out.new_empty(shares, m, n, dtype=torch.int32)
     parts = gemm_configs.gemm_parts(tile, whole and (how.wide or how.activation in ("gelu", "silu")))
@@ -258,9 +259,9 @@ def run(
         WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        block = min(1024, configs.power_of_two(n))
+        block = min(1024, power_of_two(n))
         launch(
-            int8_join_kernel, (m, triton.cdiv(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block,
+            int8_join_kernel, (m, ceil_div(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import gemm_checks, layouts
+from .common.configs import ceil_div
 from .common.launch import launch
 
 BLOCK = 512  # times eight codes for each program
@@ -54,8 +55,8 @@ def unpack_bits_kernel(
 
 
 def grid_and_sizes(k: int, bits: int, rows: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    eights = triton.cdiv(k, 8)
-    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
+    eights = ceil_div(k, 8)
+    return (ceil_div(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..reference import rms_norm_quantize as reference
 from .common import configs
+from .common.configs import ceil_div
 from .common.granularity import load_params
 from .common.groups import extremes, qparams, quantized, store_qparams
 from .common.launch import launch
@@ -283,7 +284,7 @@ def rms_norm_fake_quantize_dynamic_backward(
     bounds = (float(quant_min), float(quant_max))
     config["CLIPS"] = scale is not None
     dx, partial = torch.empty_like(x), None
-    programs = triton.cdiv(rows, share)
+    programs = ceil_div(rows, share)
     if weight is not None and weight_grad:
         partial = torch.empty(programs, length, dtype=torch.float32, device=x.device)
     if length <= block:
@@ -295,7 +296,7 @@ def rms_norm_fake_quantize_dynamic_backward(
             **config,
         )  # fmt: skip
         if partial is not None:
-            grid = (programs, triton.cdiv(length, block))
+            grid = (programs, ceil_div(length, block))
             sizes = (rows, length, groups, group_size, share)
             launch(rms_norm_long_weight_kernel, grid, *before, partial, *bounds, *sizes, BLOCK=block, **config)
     if weight is None or partial is None:

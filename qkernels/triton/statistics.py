@@ -13,6 +13,7 @@ from .. import checks
 from ..reference import statistics as reference
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
+from .common.configs import ceil_div
 from .common.granularity import (
     COLUMN,
     LONG,
@@ -147,7 +148,7 @@ def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, qua
     rows = reference.blocks_of(x, shape).contiguous()  # a copy where channels are not the outermost dims
     length = rows.shape[1]
     block = configs.errors_block(length)
-    pieces = triton.cdiv(length, block)
+    pieces = ceil_div(length, block)
     partial = torch.empty((candidates, channels, pieces), dtype=torch.float64, device=x.device)
     launch(
         quantization_errors_kernel, (channels * pieces,), rows, scale.contiguous(),
