@@ -38,7 +38,7 @@ from qkernels import layouts, library, registry, samples, selfcheck
 from qkernels.registry import Kernel
 from qkernels.samples import trials
 from qkernels.triton.common import replay
-from qkernels.triton.common.replay import Remembered, Replay, _Map, kind_of
+from qkernels.triton.common.replay import Descriptor, Remembered, Replay, kind_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick: Counter[str] = Counter()  # compilations of the quick self-check
@@ -115,7 +115,7 @@ def listen() -> None:
 
 def place_of(arg: Any, pointer: bool, known: dict[int, str]) -> Any:
     """An argument as it can be compared between two calls: addresses by what lies there."""
-    if isinstance(arg, TensorDescriptor | _Map):
+    if isinstance(arg, TensorDescriptor | Descriptor):
         return place_of(arg.base.data_ptr(), True, known), list(arg.shape), list(arg.strides)
     if isinstance(arg, Tensor):
         arg, pointer = arg.data_ptr(), True
@@ -299,7 +299,7 @@ def check_choices() -> dict[str, Any]:
     held = weakref.ref(w.untyped_storage())
     for _ in range(3):
         (launch,) = started_by(functools.partial(qk.int8_mm, a, w.t()))
-    assert any(isinstance(arg, _Map) for arg in launch)
+    assert any(isinstance(arg, Descriptor) for arg in launch)
     del w, launch
     started.clear()
     gc.collect()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import same
 from conftest import kernels_of
 from torch import Tensor
 
@@ -72,10 +73,8 @@ def run(*args: Any) -> Tensor:
     return torch.ops.qkernels.int4_linear(*map(there, args)).cpu()
 
 
-def same(args: tuple[Any, ...]) -> None:
-    got, want = run(*args), reference.int4_linear(*args)
-    assert got.dtype == want.dtype
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+def check_same(args: tuple[Any, ...]) -> None:
+    same(run(*args), reference.int4_linear(*args))
 
 
 def within(args: tuple[Any, ...], w: Tensor, most: Tensor, unit: float) -> None:
@@ -110,7 +109,7 @@ def test_on_int8_activations_equals_the_reference_bit_for_bit(group_size: int, k
         x, *given = inputs(m, k, turn)
         bias = (None, torch.randn(n), torch.randn(n).half())[turn % 3]
         of, _, _ = weight(n, k, group_size, kind, FLOATS[turn % 3])
-        same((x, *of, bias, group_size, 8, *given, FLOATS[(turn + m) % 3]))
+        check_same((x, *of, bias, group_size, 8, *given, FLOATS[(turn + m) % 3]))
         turn += 1
 
 
@@ -141,7 +140,7 @@ def test_parts_of_k_and_tiles(
     x, bias = torch.randn(m, k), torch.randn(n)
     rest = bias, group_size, 8, None, None, -128, 127, torch.float32
     if splits == 1 or group_size == k:
-        same((x, *of, *rest))
+        check_same((x, *of, *rest))
     else:
         codes, scale, _ = reference.quantize_input(x, None, None, -128, 127)
         of_codes = (codes, *of, None, group_size, 8, scale, None, -128, 127, torch.float32)
@@ -180,7 +179,7 @@ def test_groups_longer_than_one_int32_sum(monkeypatch: pytest.MonkeyPatch) -> No
         for kind in KINDS[:2]:
             of, _, _ = weight(3, k, group_size, kind)
             x = torch.full((1, k), -128, dtype=torch.int8)
-            same((x, *of, None, group_size, 8, torch.ones(1), None, -128, 127, torch.float32))
+            check_same((x, *of, None, group_size, 8, torch.ones(1), None, -128, 127, torch.float32))
     gemm_configs.int4_linear.cache_clear()
 
 
@@ -194,7 +193,7 @@ def test_the_cpu_layout_is_taken_and_said_once() -> None:
         of = packed.data, packed.scale, packed.zero_point, packed.minimum, packed.weight_sum
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            same((torch.randn(3, 96), *of, None, 32, 8, None, None, -128, 127, torch.float32))
+            check_same((torch.randn(3, 96), *of, None, 32, 8, None, None, -128, 127, torch.float32))
         assert [("packed for the CPU" in str(w.message)) for w in said] == [True] * (not params)
 
 
@@ -223,14 +222,14 @@ def test_any_memory_of_x() -> None:
             assert got.shape == (*x.shape[:-1], 33)
             torch.testing.assert_close(got, run(x.contiguous(), *args), rtol=0, atol=0)
             if act_bits == 8:
-                same((x, *args))
+                check_same((x, *args))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 32), (3, 0, 32), (3, 4, 0)])
 def test_empty(m: int, n: int, k: int) -> None:
     of, _, _ = weight(n, k, k)
     for act_bits in (8, 16):
-        same((torch.randn(m, k), *of, torch.randn(n), k, act_bits, None, None, -128, 127, torch.bfloat16))
+        check_same((torch.randn(m, k), *of, torch.randn(n), k, act_bits, None, None, -128, 127, torch.bfloat16))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
@@ -240,7 +239,7 @@ def test_nan_inf_and_zeros(group_size: int) -> None:
     of[1][0] = 0  # groups whose weights are all zero
     x = torch.randn(6, 160)
     x[1, 3], x[2, 5], x[3], x[4] = torch.nan, torch.inf, 0, 3e38
-    same((x, *of, None, group_size, 8, None, None, -128, 127, torch.float32))
+    check_same((x, *of, None, group_size, 8, None, None, -128, 127, torch.float32))
     args = (*of, None, group_size, 16, None, None, -128, 127, torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         got, want = run(x.to(dtype), *args), reference.int4_linear(x.to(dtype), *args)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import same
 from conftest import kernels_of, run_python
 from int8_cases import ACTIVATIONS, OUTPUTS, codes, exact, layouts, linear_input, plain, scaled_args
 from torch import Tensor
@@ -63,11 +64,6 @@ def _untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def there(t: Tensor | None) -> Tensor | None:
     """On the device under test, in the same memory layout."""
     return t.to(DEVICE) if t is not None else None
-
-
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
+from .common.configs import ceil_div, power_of_two
 from .common.granularity import block_index, block_params, granularity_of, unsupported_granularity
 from .common.launch import launch
 from .common.numerics import effective_scale, is_inside, narrow, reciprocal, store_bits, widen
@@ -41,7 +42,7 @@ def unsupported(op: str, *args: Any) -> str | None:
 
 
 # A prepared codebook is three tables of SIZE numbers, a power of two: the levels in ascending order, the midpoints
-# between them (infinity beyond the last), and the levels as given; and their order in int32.
+# between them (infinity after the last), and the levels as given. Beside them lies the order of the levels in int32.
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -72,7 +73,7 @@ def prepare_codebook_kernel(codebook, tables, order, count, SIZE: tl.constexpr):
 def prepared(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, int]]:
     """The tables, the order, and the constexprs that tell their size."""
     codebook = codebook.contiguous()
-    size = triton.next_power_of_2(codebook.numel())
+    size = power_of_two(codebook.numel())
     tables = torch.empty(3 * size, dtype=dtype, device=codebook.device)
     order = torch.empty(size, dtype=torch.int32, device=codebook.device)
     launch(prepare_codebook_kernel, (1,), codebook, tables, order, codebook.numel(), SIZE=size)
@@ -170,7 +171,7 @@ def fake_quantize_codebook_learnable_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, scale, tables, of_runs, of_levels, count, runs, inner, pieces,
     CODEBOOK: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of RUNS runs, a piece of COLUMNS elements each; the sums of each run's piece and of each level in all."""
+    """dx of COLUMNS elements of each of RUNS runs; their sums for each run, and for each level in all."""
     program = tl.program_id(0).to(tl.int64)
     piece = program % pieces
     run = program // pieces * RUNS + tl.arange(0, RUNS)
@@ -206,8 +207,8 @@ def fake_quantize_codebook_learnable_backward(
     tables, order, size = prepared(codebook, compute_dtype(x))
     runs, inner = scale.numel(), x.numel() // scale.numel()
     rows, columns = configs.codebook_sums(inner)
-    pieces = triton.cdiv(inner, columns)
-    programs = triton.cdiv(runs, rows) * pieces
+    pieces = ceil_div(inner, columns)
+    programs = ceil_div(runs, rows) * pieces
     of_runs = torch.empty(runs, pieces, dtype=tables.dtype, device=x.device)
     of_levels = torch.empty(programs, size["SIZE"], dtype=tables.dtype, device=x.device) if learn_codebook else None
     launch(

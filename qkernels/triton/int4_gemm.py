@@ -1,10 +1,10 @@
 """The linear layer on int4 weights in Triton: codes go from registers to tensor cores, as int8, bf16 or fp16.
 
-Both codes of a byte are operands as they are, of two halves of x (see reference/int4_gemm.py): a mask makes an int8 of
-either, 16 times the code, and a few instructions for four codes make floats, so that no product is ever rounded. The
-weight is on the rows of the instruction for any M: it is the operand that comes from registers. The sums of a group are
-exact in int32 (of floats in fp32), then go to the output's by the group's scale. Where x has many rows and is floating,
-the weight is written out in x's dtype and torch multiplies.
+A byte holds two codes, which multiply two halves of x (drawn in layouts.py), so that both are operands as they lie. A
+mask makes an int8 of a code, 16 times its value; a few instructions make floats of four codes. No product is rounded.
+The weight is the operand that comes from registers. For most tiles it is on the rows of the instruction (see Int4Tile).
+The sums of a group are exact in int32, and fp32 for floats; times the group's scale they are added to the output's.
+Where x is floating and has many rows, a kernel writes the weight out in x's dtype, and torch multiplies.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from .. import gemm_checks, layouts
 from ..reference import int4_gemm as reference
 from .common import configs, gemm_configs
-from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, tile_at
-from .common.groups import bound
+from .common.configs import ceil_div, power_of_two
+from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once
 from .common.launch import launch
-from .common.numerics import INTERPRETED, narrow, widen
+from .common.numerics import INTERPRETED, bound, narrow, widen
 
 
 class Groups(NamedTuple):
-    """Of each group of the weight [groups, N], and with zero_point or minimum the sums of x [spans, M]."""
+    """What each group of the weight has [groups, N]; with zero_point or minimum, also the sums of x [spans, M]."""
 
     scale: Tensor | None
     zero_point: Tensor | None = None
@@ -141,7 +141,7 @@ def multiply(w, x, sums, SWAP: tl.constexpr):
 
 @triton.jit
 def added(y, sums, groups, group, span, m, n, m_end, n_end, here):
-    """y and what the sums of a span add to it; ``here``: the group is there (else there is nothing to add)."""
+    """y plus what the sums of a span add to it. ``here``: the group exists, else nothing is added."""
     at = tl.cast(group, tl.int64) * n_end + n
     scale = widen(tl.load(groups.scale + at, mask=here & (n < n_end), other=0.0))
     if groups.x_sums is None:
@@ -163,7 +163,7 @@ def finished(
     sums, groups, epilogue, m, n, m_end, n_end, dtype: tl.constexpr, ADD: tl.constexpr, STEP_X: tl.constexpr,
     STEP_Z: tl.constexpr,
 ):  # fmt: skip
-    """The output that sums make, which are those of the one group or the output's already. STEP 0: one for all rows."""
+    """The output. ``sums`` are those of the one group, or the output's already. STEP 0: one value for all rows."""
     if ADD == "end":
         y = added(tl.zeros(sums.shape, tl.float32), sums, groups, 0, 0, m, n, m_end, n_end, True)
     else:
@@ -185,15 +185,15 @@ def int4_mm_kernel(
     WHOLE: tl.constexpr, PART: tl.constexpr, STEP_X: tl.constexpr, STEP_Z: tl.constexpr, SWAP: tl.constexpr,
     STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the layer over ``share`` of the ``total`` steps along K (see KLoop). PART: to be finished.
+    """One tile of the layer over ``share`` of the ``total`` steps along K (see KLoop).
 
-    WHOLE: x and every row of data, ``length`` bytes, are whole steps. ``k_end`` and what lies between rows of x are
-    multiples of 16.
+    PART: the join kernel finishes the tile. WHOLE: the steps divide x and every row of data, which has ``length``
+    bytes. ``k_end`` and the stride of x are multiples of 16.
     """
     W: tl.constexpr = x_ptr.dtype.element_ty if x_ptr.dtype.element_ty != tl.float32 else tl.bfloat16
     SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 else tl.float32
     OFFSET: tl.constexpr = groups.x_sums is not None
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
+    tile_m, tile_n = banded_tile(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
     part = tl.program_id(1)
     first = part * share
     last = tl.minimum(first + share, total)
@@ -222,7 +222,7 @@ def int4_mm_kernel(
     else:
         data_ptr += at
         x_ptr += at // HALF * (2 * HALF) + at % HALF
-        # With stages named for the loop itself, scales come as early as codes and x.
+        # With stages named for this loop, scales are fetched as early as codes and x.
         for step in tl.range(bound(first), bound(last), num_stages=STAGES):
             for i in tl.static_range(PIECES):
                 piece = step * PIECES + i
@@ -282,7 +282,7 @@ def int4_join_kernel(
 def int4_x_sums_kernel(
     sums_ptr, x_ptr, m_end, stride_x, group_size, span_size, spans, SPANS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The sums [spans, M] of the parts of a row of x that are one sum of products each: int32 of codes, else fp32."""
+    """The sums [spans, M] of x over each span of a row, in int32 for codes and else in fp32."""
     m = tl.program_id(0)
     span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
     per_group = tl.cdiv(group_size, span_size)
@@ -411,15 +411,15 @@ def _multiply(
     padded, n_groups = gemm_configs.ceil_16(k), layouts.groups_of(k, group_size)
     stride = x.stride(0) if m > 1 else padded
     if groups.zero_point is not None or groups.minimum is not None:
-        spans = n_groups * configs.ceil_div(group_size, loop.span)
+        spans = n_groups * ceil_div(group_size, loop.span)
         x_sums = x.new_empty((spans, m), dtype=torch.int32 if size == 1 else torch.float32)
         tile_of_sums = gemm_configs.int4_x_sums(spans, loop.span)
         launch(
-            int4_x_sums_kernel, (m, configs.ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
+            int4_x_sums_kernel, (m, ceil_div(spans, tile_of_sums["SPANS"])), x_sums, x, m, stride, group_size,
             loop.span, spans, **tile_of_sums,
         )  # fmt: skip
         groups = groups._replace(x_sums=x_sums)
-    shares = configs.ceil_div(total, share)
+    shares = ceil_div(total, share)
     step_x, step_z = (int(t is not None and t.numel() > 1) for t in (epilogue.scale_x, epilogue.zero_point))
     how: dict[str, Any] = {"ADD": loop.add, "STEP_X": step_x, "STEP_Z": step_z}
     result = out
@@ -427,7 +427,7 @@ def _multiply(
         exact = loop.add == "end" and size == 1
         result = out.new_empty((shares, m, n), dtype=torch.int32 if exact else torch.float32)
     step = 2 * loop.width * loop.pieces
-    tiles = configs.ceil_div(m, tile.block_m) * configs.ceil_div(n, tile.block_n)
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
     launch(
         int4_mm_kernel, (tiles, shares), result, x, data, groups, epilogue if shares == 1 else Epilogue(), m, n, padded,
         data.shape[1], stride, n_groups, group_size, loop.span, loop.steps, share, total, HALF=loop.half,
@@ -436,8 +436,8 @@ def _multiply(
         maxnreg=configs.UNSPILLED,
     )  # fmt: skip
     if shares > 1:
-        block = min(1024, configs.power_of_two(n))
-        grid = m, configs.ceil_div(n, block)
+        block = min(1024, power_of_two(n))
+        grid = m, ceil_div(n, block)
         launch(int4_join_kernel, grid, out, result, groups, epilogue, m, n, PARTS=shares, BLOCK=block, **how)
 
 
@@ -448,7 +448,7 @@ def _multiply_dequantized(
     n, k = out.shape[1], x.shape[1]
     w = x.new_empty(n, k)
     tile = gemm_configs.INT4_DEQUANTIZE
-    grid = configs.ceil_div(n, tile["BLOCK_N"]), configs.ceil_div(data.shape[1], tile["WIDTH"])
+    grid = ceil_div(n, tile["BLOCK_N"]), ceil_div(data.shape[1], tile["WIDTH"])
     half = layouts.half_of(group_size, k)
     launch(int4_dequantize_kernel, grid, w, data, groups, n, k, data.shape[1], group_size, HALF=half, **tile)
     if bias is None and out.dtype == x.dtype:

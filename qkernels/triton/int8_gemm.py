@@ -19,16 +19,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gemm_checks, layouts
 from ..reference import int8_gemm as reference
-from .common import configs, gemm_configs, tuning
+from .common import gemm_configs, tuning
 from .common.activation import activate
-from .common.gemm import as_vector, gpu, pad_to_16, quantize_rows, say_once, static_qparams, tile_at
-from .common.groups import bound
+from .common.configs import ceil_div, power_of_two
+from .common.gemm import as_vector, banded_tile, gpu, pad_to_16, quantize_rows, say_once, static_qparams
 from .common.launch import launch
-from .common.numerics import clamp, narrow, reciprocal, rint, widen
+from .common.numerics import bound, clamp, narrow, reciprocal, rint, widen
 
 
 class Epilogue(NamedTuple):
-    """The tensors that finish a product; vectors are contiguous, and a kernel reads of each what its How says.
+    """The tensors that finish a product. Vectors are contiguous; How says whether a kernel steps through them.
 
     out = activation(((acc − zero_point·colsum)·scale_b)·scale_a + bias); with out_scale its int8 codes. Without scales
     out is acc.
@@ -44,7 +44,7 @@ class Epilogue(NamedTuple):
 
 
 class How(NamedTuple):
-    """How an epilogue is computed: known when the kernel is compiled. STEP 0: one value for all rows or columns."""
+    """How an epilogue is computed, as constexpr. A step of 0: there is one value for all rows or columns."""
 
     step_a: int = 0
     step_b: int = 0
@@ -60,7 +60,7 @@ def how_of(epilogue: Epilogue, wide: bool = False, activation: str = "none") -> 
 
 @triton.jit
 def scaled(acc, m, n, m_end, n_end, dtype: tl.constexpr, epilogue, HOW: tl.constexpr):
-    """What acc becomes (see Epilogue), rounded once. m and n index acc's dims, in either order."""
+    """The output that acc makes (see Epilogue), rounded once. m and n index acc's dims, in either order."""
     if epilogue.scale_a is None:
         return acc
     else:
@@ -115,7 +115,7 @@ def int8_mm_kernel(
     A tile that fills the registers is finished in PARTS.
     K and the strides are multiples of 16 and the pointers aligned, so that 16 bytes are copied at a time.
     """
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
+    tile_m, tile_n = banded_tile(tl.program_id(0), tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N))
     part = tl.program_id(1)
     first = part * share
     last = tl.minimum(first + share, k_end)
@@ -161,7 +161,7 @@ def int8_persistent_mm_kernel(
     HALF: tl.constexpr = BLOCK_N // PARTS
     tiles_m, tiles_n = tl.cdiv(m_end, BLOCK_M), tl.cdiv(n_end, BLOCK_N)
     for index in tl.range(bound(tl.program_id(0)), bound(tiles_m * tiles_n), bound(tl.num_programs(0)), flatten=True):
-        tile_m, tile_n = tile_at(index, tiles_m, tiles_n)
+        tile_m, tile_n = banded_tile(index, tiles_m, tiles_n)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         for k in range(0, bound(k_end), BLOCK_K):
             acc = tl.dot(a.load([tile_m * BLOCK_M, k]), b.load([tile_n * BLOCK_N, k]).T, acc, out_dtype=tl.int32)
@@ -237,7 +237,7 @@ def run(
     """Starts the kernels of one product by one tile; ``qkernels tune`` measures them here."""
     (m, k), n = a.shape, b.shape[0]
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "num_warps": tile.warps}
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    tiles = ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n)
     if tile.tma and splits == 1 and n * out.element_size() % 16 == 0:
         parts, stages = gemm_configs.persistent(tile, out.element_size())
         launch(
@@ -249,7 +249,7 @@ def run(
         )  # fmt: skip
         return
     share = gemm_configs.share_of_k(k, splits, tile.block_k)
-    shares = triton.cdiv(k, share)
+    shares = ceil_div(k, share)
     whole = shares == 1
     sums = out if whole else out.new_empty(shares, m, n, dtype=torch.int32)
     parts = gemm_configs.gemm_parts(tile, whole and (how.wide or how.activation in ("gelu", "silu")))
@@ -259,9 +259,9 @@ def run(
         WHOLE=k % tile.block_k == 0, SWAP=tile.swap, **blocks, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        block = min(1024, configs.power_of_two(n))
+        block = min(1024, power_of_two(n))
         launch(
-            int8_join_kernel, (m, triton.cdiv(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block,
+            int8_join_kernel, (m, ceil_div(n, block)), out, sums, epilogue, m, n, HOW=how, PARTS=shares, BLOCK=block,
         )  # fmt: skip
 
 

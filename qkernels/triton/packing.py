@@ -1,4 +1,4 @@
-"""Packing of 2-, 3- and 4-bit codes in Triton: eight codes fill whole bytes, and are one integer on the way."""
+"""Packing of 2-, 3- and 4-bit codes in Triton. Eight codes fill whole bytes; the kernels hold them as one integer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import gemm_checks, layouts
+from .common.configs import ceil_div
 from .common.launch import launch
 
 BLOCK = 512  # times eight codes for each program
@@ -15,7 +16,7 @@ BLOCK = 512  # times eight codes for each program
 
 @triton.jit
 def place(EIGHTS: tl.constexpr, eights, length):
-    """Row and number within it of EIGHTS times eight codes, and whether they are there."""
+    """For EIGHTS times eight codes: their row, their place in it, and whether they exist."""
     at = tl.program_id(0).to(tl.int64) * EIGHTS + tl.arange(0, EIGHTS)[:, None]
     return at // eights, at % eights, at < length
 
@@ -54,8 +55,8 @@ def unpack_bits_kernel(
 
 
 def grid_and_sizes(k: int, bits: int, rows: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    eights = triton.cdiv(k, 8)
-    return (triton.cdiv(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
+    eights = ceil_div(k, 8)
+    return (ceil_div(rows * eights, BLOCK),), (rows * eights, eights, k, layouts.packed_length(k, bits))
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks, layouts
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
+from .common.configs import ceil_div
 from .common.launch import launch
 from .common.numerics import TINY, clamp, divide, reciprocal, rint, widen, within_reach
 from .common.philox import Philox, round_stochastically, uniforms, uniforms_of_blocks
@@ -104,7 +105,7 @@ def quantize_dynamic_transposed(
         return q, scale.fill_(tiny), q_t, scale_t.fill_(tiny)
     largest = x.new_zeros(rows + columns, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
     tile = configs.transposed_tile(rows, columns)
-    grid = (configs.ceil_div(rows, tile["BLOCK_ROWS"]) * configs.ceil_div(columns, tile["BLOCK_COLUMNS"]),)
+    grid = (ceil_div(rows, tile["BLOCK_ROWS"]) * ceil_div(columns, tile["BLOCK_COLUMNS"]),)
     launch(transposed_magnitudes_kernel, grid, x, largest, rows, columns, **tile)
     philox = None if seed is None else Philox(seed, offset, offset_tensor)
     launch(

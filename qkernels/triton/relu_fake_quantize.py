@@ -1,4 +1,4 @@
-"""ReLU and fake quantization in Triton: the kernels of ``fake_quantize`` with RELU set."""
+"""ReLU and fake quantization in Triton: the kernels of fake quantization and of its sums, with RELU set."""
 
 from __future__ import annotations
 

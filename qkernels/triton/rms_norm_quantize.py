@@ -1,7 +1,7 @@
 """RMSNorm and dynamic quantization in one kernel: x is read once from memory, the result written once.
 
-Rows of up to 16384 elements stay in registers; longer ones are read three times, from cache. In the backward pass a
-fixed number of programs takes a share of the rows each and adds up its dweight in registers, so that dweight has one
+Rows of up to 16384 elements stay in registers; longer ones are read three times, from cache. In the backward pass each
+of a fixed number of programs takes a share of the rows and adds up its dweight in registers. So dweight has the same
 order of summation on every GPU.
 """
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from .. import checks
 from ..reference import rms_norm_quantize as reference
 from .common import configs
+from .common.configs import ceil_div
 from .common.granularity import load_params
-from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.groups import extremes, qparams, quantized, store_qparams
 from .common.launch import launch
-from .common.numerics import divide, is_inside, narrow, reciprocal, rint, widen
+from .common.numerics import bound, divide, is_inside, narrow, reciprocal, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -288,7 +289,7 @@ def rms_norm_fake_quantize_dynamic_backward(
     bounds = (float(quant_min), float(quant_max))
     config["CLIPS"] = scale is not None
     dx, partial = torch.empty_like(x), None
-    programs = triton.cdiv(rows, share)
+    programs = ceil_div(rows, share)
     if weight is not None and weight_grad:
         partial = torch.empty(programs, length, dtype=torch.float32, device=x.device)
     if length <= block:
@@ -300,7 +301,7 @@ def rms_norm_fake_quantize_dynamic_backward(
             **config,
         )  # fmt: skip
         if partial is not None:
-            grid = (programs, triton.cdiv(length, block))
+            grid = (programs, ceil_div(length, block))
             sizes = (rows, length, groups, group_size, share)
             launch(rms_norm_long_weight_kernel, grid, *before, partial, *bounds, *sizes, BLOCK=block, **config)
     if weight is None or partial is None:

@@ -16,10 +16,11 @@ from .. import checks
 from ..reference import silu_mul_quantize as reference
 from .common import configs
 from .common.activation import sigmoid
+from .common.configs import ceil_div
 from .common.granularity import load_params
-from .common.groups import bound, extremes, qparams, quantized, store_qparams
+from .common.groups import extremes, qparams, quantized, store_qparams
 from .common.launch import launch
-from .common.numerics import is_inside, narrow, rint, widen
+from .common.numerics import bound, is_inside, narrow, rint, widen
 
 
 def unsupported(op: str, *args: Any) -> str | None:
@@ -93,7 +94,7 @@ def _run(
     half = (high - low) // 2
     launch(
         silu_mul_forward_kernel if whole else silu_mul_long_forward_kernel,
-        (triton.cdiv(scale.numel(), tile["BLOCK_GROUPS"]),), gate.contiguous(), up.contiguous(), y, scale, zero_point,
+        (ceil_div(scale.numel(), tile["BLOCK_GROUPS"]),), gate.contiguous(), up.contiguous(), y, scale, zero_point,
         float(low), float(high), float(half), float(high - half), scale.numel(), group_size, SYMMETRIC=symmetric,
         **tile,
     )  # fmt: skip
@@ -170,9 +171,9 @@ def silu_mul_fake_quantize_dynamic_backward(
         scale, zero_point = scale.contiguous(), None if zero_point is None else zero_point.contiguous()
         groups = scale.numel()
     tile = configs.product_backward(numel // groups)
-    pieces = triton.cdiv(numel // groups, tile["BLOCK_SIZE"])
+    pieces = ceil_div(numel // groups, tile["BLOCK_SIZE"])
     launch(
-        silu_mul_backward_kernel, (triton.cdiv(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(),
+        silu_mul_backward_kernel, (ceil_div(groups, tile["BLOCK_GROUPS"]) * pieces,), grad.contiguous(),
         gate.contiguous(), up.contiguous(), scale, zero_point, dgate, dup, float(quant_min), float(quant_max), groups,
         numel // groups, CLIPS=scale is not None, **tile,
     )  # fmt: skip

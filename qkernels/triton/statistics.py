@@ -13,6 +13,7 @@ from .. import checks
 from ..reference import statistics as reference
 from ..reference.fake_quantize import compute_dtype
 from .common import configs
+from .common.configs import ceil_div
 from .common.granularity import (
     COLUMN,
     LONG,
@@ -67,7 +68,7 @@ def slot_of(x, low, high, inv, bins):
     t = (x - low) * inv
     t = tl.where(t == t, t, 0.0)  # 0·infinity: the range is empty, x is in it
     last = tl.cast(bins, x.dtype) - 1.0
-    inside = tl.minimum(tl.maximum(t, 0.0), last).to(tl.int32) + 1  # cut off: the floor, as it is not negative
+    inside = tl.minimum(tl.maximum(t, 0.0), last).to(tl.int32) + 1  # the floor, as t is not negative
     slot = tl.where(x >= low, tl.where(x <= high, inside, bins + 1), 0)
     return tl.where(x == x, slot, bins + 2)
 
@@ -85,7 +86,7 @@ def histogram_kernel(
     low, high, inv = tl.load(low_ptr + channel), tl.load(high_ptr + channel), tl.load(inv_ptr + channel)
     slot = slot_of(x, low, high, inv, bins)
     if MODE == ONE:
-        # The zeros after a ReLU would queue up at one address.
+        # All zeros go to one slot: counted one by one, those after a ReLU would wait for each other.
         zeros = tl.sum(((x == 0.0) & here).to(tl.int32))
         at = slot_of(tl.zeros_like(tl.load(low_ptr)), tl.load(low_ptr), tl.load(high_ptr), tl.load(inv_ptr), bins)
         tl.atomic_add(count_ptr + at, zeros.to(tl.int64), sem="relaxed")
@@ -132,7 +133,7 @@ def quantization_errors_kernel(
                 z = clamp(rint(widen(raw).to(x.dtype)), low, high)
             else:
                 z = raw.to(x.dtype)
-                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # on a GPU nobody has looked at it
+                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # no check looks at values on a GPU
         error = (clamp(rint(x * reciprocal(s)) + z, low, high) - z) * s - x
         total = tl.sum(tl.where(here, error * error, 0.0))
         tl.store(partial_ptr + at * pieces + piece, total.to(tl.float64))
@@ -147,7 +148,7 @@ def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, qua
     rows = reference.blocks_of(x, shape).contiguous()  # a copy where channels are not the outermost dims
     length = rows.shape[1]
     block = configs.errors_block(length)
-    pieces = triton.cdiv(length, block)
+    pieces = ceil_div(length, block)
     partial = torch.empty((candidates, channels, pieces), dtype=torch.float64, device=x.device)
     launch(
         quantization_errors_kernel, (channels * pieces,), rows, scale.contiguous(),

@@ -1,4 +1,4 @@
-"""Tiles: pure functions of the shape of a call, so that each can be compiled for every GPU without having one."""
+"""Tiles as pure functions of the shape of a call: a test compiles each of them for every GPU, and needs none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .granularity import COLUMN, LONG, NUMBERS, ONE, SHORT, TILE, Granularity
 
 
 def block(granularity: Granularity, numel: int) -> int:
-    """Elements of a block of 128 threads: less where each has parameters of its own, or where there are few blocks."""
+    """Elements of a block of 128 threads: fewer where elements have scales of their own or there are few blocks."""
     inner = granularity.view.inner
     tiles = inner >= 8 and inner & (inner - 1) == 0
     short = granularity.channels > 1 and inner < 2048 and not tiles
@@ -18,10 +18,10 @@ def block(granularity: Granularity, numel: int) -> int:
 
 @functools.lru_cache(4096)
 def by_granularity(granularity: Granularity, block: int, zero_point: int | None = None) -> dict[str, Any]:
-    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their parameters.
+    """The constexprs by which a kernel that takes x in blocks of ``block`` elements finds their scales.
 
-    ``zero_point``: 0 none, 1 one for each scale, 2 one for all; None for a kernel that knows of none. Not to be changed
-    by the caller.
+    ``zero_point`` is 0 for none, 1 for one per scale, 2 for one in all, and None for a kernel without ZERO_POINT. The
+    result is cached: callers must not change it.
     """
     view = granularity.view
     mode, inner = SHORT, 1
@@ -40,6 +40,7 @@ def by_granularity(granularity: Granularity, block: int, zero_point: int | None 
 
 @functools.cache
 def by_numbers(block: int) -> dict[str, Any]:
+    """The same where scale and zero point are numbers."""
     return {"ZERO_POINT": 0, "MODE": NUMBERS.value, "DIGITS": 1, "WRAP": 0, "BLOCK": block, "INNER": 1}
 
 
@@ -80,8 +81,8 @@ class Cut(NamedTuple):
 
 TILE_SIZE = 2048  # elements of a tile: 16 in each of 128 threads
 ONE_PASS = 16384  # longest row whose elements stay in registers between finding its range and quantizing it
-# All registers there are, as the limit that some kernels name: with none named, ptxas spills a register or two
-# of them to have more blocks at once.
+# The limit on registers that some kernels name: all that a thread can have. Without it ptxas spills one or two of their
+# registers so that more blocks run at once.
 UNSPILLED = 255
 
 
@@ -95,12 +96,12 @@ def ceil_div(a: int, b: int) -> int:
 
 @functools.lru_cache(4096)
 def cut(granularity: Granularity, numel: int) -> Cut:
-    """Runs that are long or hardly repeat are reduced along themselves, short ones that repeat down their columns."""
+    """Long runs, and runs that hardly repeat, are reduced along themselves; short ones that repeat, by columns."""
     view, runs = granularity.view, granularity.runs
     length = numel if granularity.channels == 1 else view.inner
     height, width = runs // view.period, view.period * view.inner
-    # Tiles move up to 16 times while there are a thousand programs left to fill a GPU, and more often where there would
-    # be more than a grid holds.
+    # A tile moves up to 16 times as long as a thousand programs remain to fill a GPU. It moves more often where a grid
+    # could not hold the programs.
     most = max(1, min(16, numel // (TILE_SIZE * 1024)), numel // (TILE_SIZE * 32768))
     if granularity.channels > 1 and height >= 8 and length < 256:
         cols = min(power_of_two(width), 128)
@@ -118,33 +119,30 @@ def cut(granularity: Granularity, numel: int) -> Cut:
 
 
 def join(outer: int, period: int, inner: int) -> dict[str, int]:
-    """Tile of the kernels that join partial results: channels by parts, few of each as each tile is compiled anew.
-
-    Registers: see UNSPILLED.
-    """
+    """Tile of the kernels that join partial results: channels by results. There are three, each compiled anew."""
     parts = next(parts for parts in (16, 128, 1024) if outer * inner <= parts or parts == 1024)
     return {"CHANNELS": 1024 // parts, "PARTS": parts, "maxnreg": UNSPILLED}
 
 
 def rows_in_registers(rows: int, length: int, least: int = 1) -> dict[str, int]:
-    """Tile of the kernels that keep whole rows, of at least ``least`` elements."""
+    """Tile of the kernels that keep whole rows in registers. Its rows have at least ``least`` elements."""
     cols = max(power_of_two(length), least)
     return {"ROWS": min(max(1, TILE_SIZE // cols), power_of_two(rows)), "COLS": cols}
 
 
 def warps(elements: int) -> int:
-    """Threads for at most 16 elements each, as far as a block can have them."""
+    """Warps that give each thread at most 16 elements, as far as a block can have them."""
     return max(1, min(32, elements // 512))
 
 
 def codebook_sums(inner: int) -> tuple[int, int]:
-    """Runs and columns of the tile of a program that sums over runs of ``inner`` elements."""
+    """Tile of a program that sums over runs of ``inner`` elements: runs, and elements of a run."""
     columns = min(TILE_SIZE, power_of_two(inner))
     return TILE_SIZE // columns, columns
 
 
 def errors_block(length: int) -> int:
-    """Elements of a channel that a program tries all candidates on."""
+    """Elements of a channel on which a program tries all candidates."""
     return min(4096, max(128, power_of_two(length)))
 
 
@@ -161,7 +159,7 @@ def group_tile(groups: int, group_size: int, most: int) -> tuple[bool, dict[str,
 
 
 def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
-    """Whether a row is one tile, and the tile. A longer row goes by tiles of up to LONG_TILE elements."""
+    """Whether a row is one tile, and the tile. A longer row is cut into tiles of up to LONG_TILE elements."""
     groups = length // group_size
     whole, tile = group_tile(groups, group_size, ONE_PASS)
     if whole and tile["BLOCK_GROUPS"] >= groups:
@@ -170,7 +168,7 @@ def norm_tile(length: int, group_size: int) -> tuple[bool, dict[str, int]]:
 
 
 def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
-    """Elements of a block, rows for each program, and warps. 512 programs on every GPU, so that sums are the same."""
+    """Elements of a block, rows per program, and options. Every GPU runs 512 programs, so that sums are the same."""
     block, config = power_of_two(length), {}
     if block > BACKWARD_ROW:
         block, config = min(TILE_SIZE, BACKWARD_ROW), {"maxnreg": UNSPILLED}
@@ -178,7 +176,7 @@ def norm_backward(rows: int, length: int) -> tuple[int, int, dict[str, int]]:
 
 
 def product_tile(groups: int, group_size: int) -> tuple[bool, dict[str, int]]:
-    """As ``group_tile``: groups of up to 16384 elements whole, short ones together in 2048."""
+    """As ``group_tile``. Groups of up to 16384 elements are whole; short groups share a tile of 2048."""
     return group_tile(groups, group_size, max(TILE_SIZE, min(power_of_two(group_size), ONE_PASS)))
 
 
@@ -189,12 +187,12 @@ def product_backward(group_size: int) -> dict[str, int]:
 
 
 def transposed_tile(rows: int, columns: int) -> dict[str, int]:
-    """Tile of the kernels that read a matrix once for itself and once for its transpose: whole sectors of either."""
+    """Tile of the kernels that make codes of a matrix and of its transpose: both are accessed in whole sectors."""
     tall, wide = min(64, power_of_two(rows)), max(4, min(64, power_of_two(columns)))
     return {"BLOCK_ROWS": tall, "BLOCK_COLUMNS": wide, "num_warps": max(1, tall * wide // 512)}
 
 
 def quantize_rows(length: int) -> dict[str, int]:
-    """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or pieces of 8192 elements."""
+    """Tile of the kernel that makes int8 codes of a row, padded to ``length``: the row, or 8192 elements of it."""
     block = min(max(power_of_two(length), 128), 2 * LONG_TILE)
     return {"BLOCK": block, "num_warps": warps(block), "maxnreg": UNSPILLED}

@@ -11,14 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, gemm_configs
-from .groups import bound
 from .launch import launch
-from .numerics import TINY, clamp, divide, effective_scale, reciprocal, rint, widen
+from .numerics import TINY, bound, clamp, divide, effective_scale, reciprocal, rint, widen
 
 
 @functools.cache
 def gpu(device: torch.device) -> tuple[int, int, str]:
-    """Architecture, multiprocessors and name; where there is no GPU (the interpreter), some GPU's."""
+    """Architecture, multiprocessors and name of the GPU. The interpreter, which has none, gets an A100's."""
     if device.type != "cuda":
         return 80, 108, ""
     properties = torch.cuda.get_device_properties(device)
@@ -26,8 +25,8 @@ def gpu(device: torch.device) -> tuple[int, int, str]:
 
 
 @triton.jit
-def tile_at(index, rows, cols):
-    """Row and column of a tile, in bands of 8 rows of tiles: what neighbours read stays in L2."""
+def banded_tile(index, rows, cols):
+    """Row and column of a tile. Tiles go in bands of 8 rows of tiles, so that what neighbours read stays in L2."""
     band = index // (8 * cols)
     height = tl.minimum(rows - band * 8, 8)
     rest = index % (8 * cols)
@@ -36,7 +35,7 @@ def tile_at(index, rows, cols):
 
 @triton.jit
 def static_qparams(scale_ptr, zero_point_ptr, z, low, high):
-    """One scale, NaN where it or its zero point is not valid, and the zero point, z where there is none."""
+    """The one scale, NaN if it or its zero point is not valid, and the zero point, or ``z`` if there is none."""
     scale = effective_scale(tl.load(scale_ptr).to(tl.float32))
     if zero_point_ptr is not None:
         z = tl.load(zero_point_ptr).to(tl.float32)
@@ -67,9 +66,10 @@ def quantize_rows_kernel(
     q_ptr, scale_ptr, x_ptr, input_scale_ptr, zero_point_ptr, low, high, half, middle, length, padded, stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of x as codes, zeros up to ``padded``, and its scale: NaN where a code is not the value's.
+    """The codes of a row of x, with zeros up to ``padded``, and its scale, which is NaN if x has no code somewhere.
 
-    By the row's range (input_scale_ptr is None), or by one scale and zero point. A row longer than BLOCK is read twice.
+    The scale comes from the row's range (input_scale_ptr is None), or there is one scale and zero point for all rows. A
+    row longer than BLOCK is read twice.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride

@@ -13,8 +13,8 @@ from .configs import TILE_SIZE, ceil_div, power_of_two
 class Tile(NamedTuple):
     """How the int8 GEMM cuts [M, K] x [K, N]: elements of a tile, its warps, and the tiles of K in flight.
 
-    swap: the weight is on the rows of the tensor core's instruction, which are 64 on sm_90. tma: as many programs as
-    multiprocessors, fed by TMA, where the output's rows are multiples of 16 bytes.
+    swap: the weight is on the rows of the tensor cores' instruction, which are 64 on sm_90. tma: as many programs run
+    as there are multiprocessors, and TMA feeds them. It needs an output whose rows are multiples of 16 bytes.
     """
 
     block_m: int
@@ -31,8 +31,8 @@ GEMM_COLUMNS = (1536, 5120, 12288)  # the same of N
 # Bytes of shared memory that a block can have.
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Up to 64 rows of a the time is that of reading the weight: as many blocks as multiprocessors, each with 40 KiB and
-# more in flight. Above that of arithmetic: the largest tile of which there are enough.
+# With up to 64 rows of a, reading the weight takes the time: there are as many blocks as multiprocessors, each with 40
+# KiB or more in flight. With more rows arithmetic takes it: the tile is the largest of which there are enough.
 _M16 = Tile(16, 32, 256, 4, 6, swap=True)
 _M16_WIDE = Tile(16, 64, 256, 4, 5, swap=True)
 _M32 = Tile(32, 32, 256, 4, 5, swap=True)
@@ -79,7 +79,7 @@ GEMM_TILES = {80: _SM80, 86: _SM89, 89: _SM89, 90: _SM90, 100: _SM80, 120: _SM89
 
 
 def gemm_arch(arch: int) -> int:
-    """The architecture of the table whose code and limits a GPU's are: 87 has 163 KiB, 103 and 110 are as 100."""
+    """The architecture of the tables that has a GPU's code and limits: 87 has 163 KiB as 80, 103 and 110 are as 100."""
     known = {87: 80, 88: 89, 101: 100, 103: 100, 110: 100, 121: 120}
     return arch if arch in GEMM_TILES else known.get(arch, 89)
 
@@ -97,18 +97,18 @@ def gemm_tile(arch: int, m: int, n: int) -> Tile:
 
 
 def persistent(tile: Tile, out_bytes: int) -> tuple[int, int]:
-    """Parts in which the persistent kernel writes a tile, whose memory is beside that of the stages, and stages."""
+    """In how many parts the persistent kernel writes a tile, and its stages: both take shared memory at once."""
     parts = 2 if tile.block_n == 256 else 1
     return parts, tile.stages if out_bytes * tile.block_m * tile.block_n // parts <= 32 << 10 else tile.stages - 1
 
 
 def is_full(tile: Tile) -> bool:
-    """Whether every thread holds 128 sums, the most that its registers have room for."""
+    """Whether every thread holds 128 sums. Its registers have no room for more."""
     return tile.block_m * tile.block_n == 128 * 32 * tile.warps
 
 
 def gemm_parts(tile: Tile, wide: bool) -> int:
-    """Parts in which the other kernel finishes a tile; ``wide``: by way of int64."""
+    """In how many parts the other kernel finishes a tile. ``wide``: in int64."""
     return 1 if tile.swap or not is_full(tile) else 4 if wide else 2
 
 
@@ -144,7 +144,7 @@ def gemm_fault(arch: int, tile: Tile) -> str | None:
     return None
 
 
-# What a block reads in a microsecond (half of what a multiprocessor can take in), and what a second kernel costs.
+# What a block reads in a microsecond (half of what a multiprocessor can read), and what a second kernel costs.
 _BYTES_PER_MICROSECOND = 60_000
 _JOIN_MICROSECONDS = 3.0
 
@@ -156,9 +156,9 @@ def gemm_splits(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> int
 
 
 def parts_of_k(tiles: int, bytes_of_k: int, k: int, least: int, multiprocessors: int) -> int:
-    """Into how many parts of ``least`` and more K is cut: as many as save more time than adding them up takes.
+    """Into how many parts K is cut, a power of two: as many as save more time than it takes to add them up.
 
-    A power of two. A tile reads ``bytes_of_k`` for each k.
+    A part is at least ``least`` long. A tile reads ``bytes_of_k`` for each k.
     """
     microseconds = bytes_of_k * k / _BYTES_PER_MICROSECOND
     best, shortest = 1, microseconds
@@ -172,16 +172,16 @@ def parts_of_k(tiles: int, bytes_of_k: int, k: int, least: int, multiprocessors:
 
 
 def share_of_k(k: int, splits: int, block_k: int) -> int:
-    """What each part of K takes: whole blocks, or all of it."""
+    """The length of each part of K: whole blocks, or all of K."""
     return k if splits == 1 else ceil_div(ceil_div(k, splits), block_k) * block_k
 
 
-# How much of the peak tiles of an area reach, as makers and other projects publish it; not measured here.
+# The share of peak speed that tiles of an area reach, as vendors and other projects publish it. Not measured here.
 _EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.9, 64 * 128: 0.75, 64 * 64: 0.6}
 
 
 def tile_by_waves(arch: int, m: int, n: int, multiprocessors: int) -> Tile:
-    """The tile whose waves over the multiprocessors end first, the table's own where that is no later.
+    """The tile whose waves over the multiprocessors end first. The table's own tile wins a tie.
 
     1024 × 6144 makes 192 tiles of 128 × 256, which keep 132 multiprocessors busy for 73 % of two waves, but 384 of
     128 × 128: 97 % of three.
@@ -201,7 +201,7 @@ def tile_by_waves(arch: int, m: int, n: int, multiprocessors: int) -> Tile:
 def int8_mm(arch: int, m: int, n: int, k: int, multiprocessors: int) -> tuple[Tile, int]:
     """Tile of an int8 product, and parts of K."""
     tile = tile_by_waves(arch, m, n, multiprocessors)
-    if n % 16 and is_full(tile):  # an address for every element that is stored: there is no room for those
+    if n % 16 and is_full(tile):  # each stored element needs its own address, and there is no room for those
         tile = tile._replace(block_n=min(tile.block_n, 128), warps=8)
     return tile, gemm_splits(tile, m, n, k, multiprocessors)
 
@@ -209,9 +209,10 @@ def int8_mm(arch: int, m: int, n: int, k: int, multiprocessors: int) -> tuple[Ti
 class Int4Tile(NamedTuple):
     """How the int4 linear layer cuts [M, K] x [K, N].
 
-    block_k: k of a step, two to a byte of the weight; a group size may call for less. swap: the weight is on the rows
-    of the instruction, and so comes from registers on sm_90 too, whose own instruction has 64 rows; floats of few rows
-    of x are better off with the instruction of the others, for which bytes are read four at a time.
+    block_k: k of a step, two to a byte of the weight. A group size may call for less. swap: the weight is on the rows
+    of the instruction, so that it comes from registers on sm_90 too, whose own instruction has 64 rows. Without swap
+    sm_90 takes the instruction of the other GPUs where x has few rows. Floats are faster so, as bytes are read four at
+    a time.
     """
 
     block_m: int
@@ -223,8 +224,8 @@ class Int4Tile(NamedTuple):
 
 
 INT4_ROWS = (16, 32, 64, 128)  # the ends of the classes of M; the last class has none
-# A tile for each class of M. Up to 64 rows the time is that of reading the weight, as for int8; above it is arithmetic,
-# which on floating activations is left to another kernel from INT4_DEQUANTIZED rows on.
+# A tile for each class of M. With up to 64 rows reading the weight takes the time, as for int8. With more rows
+# arithmetic takes it. From INT4_DEQUANTIZED rows on, floating activations are left to another kernel.
 _INT4_ON_8 = (
     Int4Tile(16, 64, 256, 4, 5),
     Int4Tile(32, 64, 256, 4, 4),
@@ -242,8 +243,8 @@ _INT4_ON_16 = (
 # fp32 is three bf16, each an operand of its own.
 _INT4_ON_32 = (Int4Tile(16, 64, 128, 4, 4, swap=False), *(Int4Tile(32, 64, 128, 4, 3, swap=False),) * 4)
 INT4_TILES = {1: _INT4_ON_8, 2: _INT4_ON_16, 4: _INT4_ON_32}  # by the bytes of an element of x
-# Rows from which on it is faster to write the weight out in x's dtype and to leave the product to cuBLAS: below, int4
-# kernels win on every GPU that others measured; at 256 rows they have lost.
+# From this many rows on, the weight is written out in x's dtype and cuBLAS multiplies. With fewer rows int4 kernels win
+# on every GPU that others measured; at 256 rows they have lost.
 INT4_DEQUANTIZED = 128
 
 
@@ -292,12 +293,13 @@ def int4_linear(
 
 
 class KLoop(NamedTuple):
-    """How the int4 kernel goes along K, where ``half`` is what two codes of a byte are apart.
+    """The int4 kernel's loop over K. The two codes of a byte are ``half`` apart in K.
 
-    add: when the sums of a group go to those of the output: at the "end" of the kernel (one group), after a "span" of
-    several steps, after each "piece" of a step, or after each of its "halves". "codes": a group size that the layout's
-    halves do not go into; every code is fetched by itself. A step is ``pieces`` loads of ``width`` bytes of a row;
-    ``span``: the k whose sum is one number, a group or MAX_GROUP of it; steps: of a span.
+    add: when the sums of a group are added to those of the output. That is at the "end" of the kernel (one group),
+    after a "span" of several steps, after each "piece" of a step, or after each of its "halves". With "codes" the
+    layout's halves do not divide the group size, and every code is fetched by itself. A step is ``pieces`` loads of
+    ``width`` bytes of a row. ``span``: the k whose sum is one number, a group or MAX_GROUP of it. ``steps``: the steps
+    of a span.
     """
 
     add: str
@@ -328,7 +330,7 @@ def int4_k_loop(group_size: int, k: int, block_k: int, integer: bool) -> KLoop:
 
 
 def int4_shares(loop: KLoop, k: int, group_size: int, splits: int) -> tuple[int, int]:
-    """Units of work along K, and how many of them a part takes: steps, but spans where codes go one by one."""
+    """The units of work along K, and how many of them a part takes. A unit is a step, or with "codes" a span."""
     if loop.add == "codes":
         total = k // group_size * ceil_div(group_size, loop.span)
     else:

@@ -1,9 +1,9 @@
-"""From (x, scale) to what kernels walk: runs of elements in memory order, and the element of scale of each.
+"""Which elements of x share a scale: x as runs of elements in memory order, and the channel of each run.
 
-A dense x in memory order is a sequence of runs of ``inner`` elements that share one channel, i.e. one element of scale.
-After ``period`` runs the pattern of channels repeats. Inside a period the channel is the run itself, or a mixed-radix
-number of three or six digits (size0, size1, …), each with its stride in scale: three are enough for blocks of two dims,
-six for blocks of one dim of four in any memory order.
+A dense x in memory order is a sequence of runs. A run is ``inner`` elements that share one channel, i.e. one element of
+scale. The pattern of channels repeats after ``period`` runs. Within a period the channel is the number of the run, or a
+mixed-radix number of three or six digits (size0, size1, …), each with its stride in scale. Three digits are enough for
+blocks of two dims, and six for blocks of one dim of four in any memory order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from .numerics import clamp, effective_scale, reciprocal, rint, widen
 
-# How a block of elements finds its parameters (constexprs of the kernels).
+# How a block of elements finds its parameters: the kernels' MODE.
 ONE: tl.constexpr = tl.constexpr(0)  # one channel for all
 NUMBERS: tl.constexpr = tl.constexpr(1)  # one channel, given by value
-LONG: tl.constexpr = tl.constexpr(2)  # a run is at least a block: two channels at most
-TILE: tl.constexpr = tl.constexpr(3)  # a block is whole runs, of a power of two
-SHORT: tl.constexpr = tl.constexpr(4)  # any shorter runs: element by element
+LONG: tl.constexpr = tl.constexpr(2)  # runs are as long as a block or longer: it meets two channels at most
+TILE: tl.constexpr = tl.constexpr(3)  # a block is whole runs, whose length is a power of two
+SHORT: tl.constexpr = tl.constexpr(4)  # other runs that are shorter than a block: each element finds its own channel
 COLUMN: tl.constexpr = tl.constexpr(5)  # runs of one element
 
 
 class View(NamedTuple):
-    """Plain numbers, which kernels take as one argument. ``*_magic`` = ceil(2**31 / n) divides by multiplication."""
+    """The numbers that kernels take as one argument. ``*_magic`` is ceil(2**31 / n): to multiply by it divides by n."""
 
     inner: int
     inner_magic: int
@@ -52,7 +52,7 @@ class Granularity(NamedTuple):
     view: View
     channels: int
     runs: int
-    digits: int  # 1: the channel is the number of the run in its period; 3, 6: of its digits
+    digits: int  # 1: the channel is the number of the run in its period; 3, 6: it has that many digits
 
 
 def _magic(n: int) -> int:
@@ -108,7 +108,7 @@ def _granularity(shape: tuple[int, ...], strides: tuple[int, ...], scale_shape: 
 
 
 def granularity_of(x: Tensor, scale: Tensor) -> Granularity:
-    """How scale speaks for a dense, non-empty x that is not ``unsupported_granularity``."""
+    """The granularity of a scale for a dense, non-empty x that is not ``unsupported_granularity``."""
     found = ONE_CHANNEL if scale.numel() == 1 else _granularity(x.shape, x.stride(), scale.shape)
     assert found is not None
     return found
@@ -168,8 +168,8 @@ def channel_of(position, view, DIGITS: tl.constexpr):
 
 @triton.jit
 def later_position(position, step, view, WRAP: tl.constexpr):
-    """Positions in the period ``step`` (a block of int32) runs after a position (an int64)."""
-    if WRAP == 0:  # the period never ends, but a block may
+    """Positions in the period that are ``step`` runs (a block of int32) after ``position`` (an int64)."""
+    if WRAP == 0:  # there is one period, and a block may go beyond its end
         return tl.minimum(position + step, view.period - 1)
     elif WRAP == 1:  # a period is longer than a block
         there = position + step
@@ -200,7 +200,7 @@ def load_params(
                 z = clamp(rint(widen(raw).to(DTYPE)), low, high)
             else:
                 z = raw.to(DTYPE)
-                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # on a GPU nobody has looked at it
+                z = tl.where((z >= low) & (z <= high), z, float("nan"))  # no check looks at values on a GPU
         return s, reciprocal(s), z
 
 

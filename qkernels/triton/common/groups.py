@@ -1,25 +1,16 @@
-"""Groups of a row that choose their own scale: what the fused dynamic kernels share."""
+"""What the fused dynamic kernels share: groups of a row, each of which chooses its own scale."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .numerics import INTERPRETED, TINY, choose_qparams, clamp, highest, lowest, narrow, reciprocal, rint
-
-
-@triton.jit
-def bound(n):
-    """n as a bound of range(): the interpreter has arrays of one element, which new versions of numpy do not take."""
-    if INTERPRETED:
-        return n.handle.data.item()
-    else:
-        return n
+from .numerics import TINY, choose_qparams, clamp, highest, lowest, narrow, reciprocal, rint
 
 
 @triton.jit
 def extremes(v, low, high, SYMMETRIC: tl.constexpr):
-    """Element by element, the least and greatest so far; of |v|, where symmetric. NaN stays."""
+    """The lowest and highest value so far, element by element; where symmetric, the highest |v|. NaN stays."""
     if SYMMETRIC:
         return low, tl.maximum(high, tl.abs(v), propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -29,9 +20,9 @@ def extremes(v, low, high, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def qparams(low, high, quant_min, quant_max, steps, middle, SYMMETRIC: tl.constexpr):
-    """Scale, its reciprocal and zero point, [groups, 1] each, of the ``extremes`` of [groups, size].
+    """Scale, its reciprocal and zero point, [groups, 1] each, from the ``extremes`` of [groups, size].
 
-    Zero is in every range, so that lanes beyond a group may hold it.
+    Every range includes zero, so lanes beyond a group may hold it.
     """
     if SYMMETRIC:
         # The bits of what is not negative order as integers, with NaN above infinity: no lane hides it.
@@ -45,9 +36,9 @@ def qparams(low, high, quant_min, quant_max, steps, middle, SYMMETRIC: tl.conste
 
 @triton.jit
 def quantized(v, scale, inv, zero_point, quant_min, quant_max, dtype: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """v as codes where dtype is int8 (NaN, which no code is, as the zero point), else quantized and back."""
+    """The codes of v where dtype is int8, else v quantized and back. NaN has no code: it gets the zero point."""
     q = rint(v * inv) + zero_point
-    if not SYMMETRIC:  # whose own range these values cannot leave
+    if not SYMMETRIC:  # a symmetric range holds all of its values
         q = clamp(q, quant_min, quant_max)
     if dtype == tl.int8:
         return tl.where(q != q, zero_point, q).to(tl.int8)

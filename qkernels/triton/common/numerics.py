@@ -1,7 +1,7 @@
-"""What every kernel computes with: exact rounding, IEEE division, scales with a floor, one bit per element.
+"""The arithmetic of the kernels: exact rounding, IEEE division, scales with a floor, one bit per element.
 
-On the GPU the exact operations are single PTX instructions; the interpreter, which knows no PTX, gets the same bits
-from plain arithmetic. Kernels are to be launched without FMA contraction (see launch.py).
+On a GPU the exact operations are single PTX instructions. The interpreter knows no PTX and gets the same bits from
+plain arithmetic. Kernels must be launched without FMA contraction (see launch.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
-# The largest numbers less four of their roundings.
+# The largest finite numbers, less four units in the last place.
 TOP: tl.constexpr = tl.constexpr(3.4028226550889045e38)
 TOP64: tl.constexpr = tl.constexpr(1.7976927062588728e308)
+
+
+@triton.jit
+def bound(n):
+    """n as a bound of range(). In the interpreter n is an array of one element, which new versions of numpy refuse."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    else:
+        return n
 
 
 @triton.jit
@@ -53,7 +62,7 @@ def round_to(x, dtype: tl.constexpr):
 
 
 def bits_of(number: float) -> int:
-    """The bits of a double, for kernels, which would get the number itself in fp32."""
+    """The bits of a double as an integer: Triton passes a float to a kernel in fp32."""
     bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
     return bits
 
@@ -138,7 +147,7 @@ def is_inside(q, low, high):
 
 @triton.jit
 def counts_inside(steps, q, z, low, high, LSQ: tl.constexpr):
-    """Where the gradient passes: the code q is in the range, or x/scale is before rounding, bounds excluded."""
+    """Where the gradient passes: where the code q is in the range; with LSQ where x/scale is, bounds excluded."""
     if LSQ:
         return (steps > low - z) & (steps < high - z)
     else:
@@ -147,7 +156,7 @@ def counts_inside(steps, q, z, low, high, LSQ: tl.constexpr):
 
 @triton.jit
 def store_bits(mask_ptr, inside, first, count, BLOCK: tl.constexpr):
-    """Stores BLOCK truth values (any shape) as bits, low bit first: those of elements ``first`` and on, ``count`` all.
+    """Stores BLOCK truth values (of any shape) as bits, low bit first: those of ``count`` elements from ``first`` on.
 
     ``first`` is a multiple of 8; bits beyond ``count`` must be False already.
     """
@@ -177,7 +186,7 @@ def _from_ordered(key):
 
 @triton.jit
 def lowest(x, axis: tl.constexpr):
-    """The minimum along an axis, NaN where there is one: as an integer, of which the lowest decodes to NaN."""
+    """The minimum along an axis, or NaN if there is one: as an integer NaN is the lowest here."""
     key = _ordered(x)
     return _from_ordered(
         tl.min(tl.where(x != x, (tl.zeros_like(key) - 1) << (key.dtype.primitive_bitwidth - 1), key), axis)
@@ -186,7 +195,7 @@ def lowest(x, axis: tl.constexpr):
 
 @triton.jit
 def highest(x, axis: tl.constexpr):
-    """The maximum along an axis, NaN where there is one: as an integer, of which the highest decodes to NaN."""
+    """The maximum along an axis, or NaN if there is one: as an integer NaN is the highest here."""
     key = _ordered(x)
     return _from_ordered(
         tl.max(tl.where(x != x, ~((tl.zeros_like(key) - 1) << (key.dtype.primitive_bitwidth - 1)), key), axis)

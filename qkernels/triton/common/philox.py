@@ -12,7 +12,7 @@ from .numerics import rint
 
 
 class Philox(NamedTuple):
-    """Which random numbers: the generator's seed, and its offset, to which an int64 on the device may be added."""
+    """The generator's seed and offset. An int64 in the device's memory may be added to the offset."""
 
     seed: int
     offset: int
@@ -39,14 +39,14 @@ def fraction(word, DTYPE: tl.constexpr):
 
 @triton.jit
 def uniforms_of_blocks(block, philox, DTYPE: tl.constexpr):
-    """u of four elements for each of ``block``'s numbers, in sequence along the last dim."""
+    """u of the four elements of each block, one after the other along the last dim."""
     w0, w1, w2, w3 = words(block, philox)
     return fraction(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)), DTYPE)
 
 
 @triton.jit
 def uniforms(element, philox, DTYPE: tl.constexpr):
-    """u of any elements, at four times the price."""
+    """u of any elements, at four times the cost."""
     w0, w1, w2, w3 = words(element >> 2, philox)
     at = element & 3
     return fraction(tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3)), DTYPE)

@@ -1,10 +1,10 @@
-"""Calls that start their kernels at once: what a call does is remembered by the kind of its arguments.
+"""Replay of calls: what a call does is remembered by the kind of its arguments, and done at once the next time.
 
-All that an op here does before it starts its kernels (checks, tiles, strides, Triton's own look at every argument)
-follows from dtypes, shapes, strides, devices, alignment and plain numbers. The second call with arguments of a kind
-is watched: the tensors that it allocates and the kernels that it starts are written down. Later calls of that kind
-allocate and start the same, which takes a fifth of the time. A call that does anything else with tensors (a copy, a
-sum), or whose tensors share memory in ways that the next call's may not, takes the long way every time.
+Before an op starts its kernels it checks its arguments and chooses tiles, and Triton looks at every argument. All of
+that follows from dtypes, shapes, strides, devices, alignment and plain numbers, which are the kind of a call. The
+second call of a kind is watched: the tensors that it allocates and the kernels that it starts are written down. Later
+calls of that kind allocate and start the same, which takes a fifth of the time. Two sorts of calls are never replayed:
+those that do anything else with tensors (a copy, a sum), and those whose tensors share memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import Launch, local
 from .numerics import INTERPRETED
 
-MOST = 4096  # kinds of calls of an op that are remembered; then those seen once are forgotten, or else all
+MOST = 4096  # kinds of calls of an op that are remembered; when it is full, those seen once are forgotten, or else all
 ALLOCATIONS = {"empty.memory_format", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 HARMLESS = set(ALLOCATIONS)  # of what a watched call may do, beside views
 
@@ -32,7 +32,7 @@ _forgotten = 0  # how often
 
 
 def forget() -> None:
-    """For what changes the kernels that a call starts: measured tiles."""
+    """Forgets all calls. Measured tiles call this, as they change the kernels that a call starts."""
     global _forgotten
     _forgotten += 1  # what is being watched meanwhile is not written down
     for memory in _memories:
@@ -60,7 +60,7 @@ class _Watched(TorchDispatchMode):
         return result
 
 
-class _Map:
+class Descriptor:
     """What Triton's launcher asks of a descriptor; ``TensorDescriptor`` itself checks everything once more."""
 
     __slots__ = ("address", "padding", "shape", "strides")
@@ -69,7 +69,7 @@ class _Map:
         self.address, self.shape, self.strides, self.padding = address, shape, strides, padding
 
     @property
-    def base(self) -> _Map:
+    def base(self) -> Descriptor:
         return self
 
     def data_ptr(self) -> int:
@@ -125,7 +125,7 @@ def _argument(arg: Any, places: Places) -> tuple[str, list[Any]]:
         return repr(arg), []
     if isinstance(arg, TensorDescriptor):
         number, beyond = places.of(arg.base)
-        return f"_Map(a[{number}] + {beyond}, *c[@])", [(list(arg.shape), list(arg.strides), arg.padding)]
+        return f"Descriptor(a[{number}] + {beyond}, *c[@])", [(list(arg.shape), list(arg.strides), arg.padding)]
     if isinstance(arg, Tensor):
         number, beyond = places.of(arg)
         return f"a[{number}] + {beyond}" if beyond else f"a[{number}]", []
@@ -149,7 +149,7 @@ def _start(launch: Launch, places: Places) -> Callable[[int, list[int]], None]:
     compiled, grid = launch.compiled, ", ".join(map(str, launch.grid))
     source = f"lambda stream, a: run({grid}, stream, function, packed, None, None, None, {', '.join(texts)})"
     names = {"run": compiled.run, "function": compiled.function, "packed": compiled.packed_metadata, "c": constants}
-    start: Callable[[int, list[int]], None] = eval(source, {**names, "_Map": _Map})
+    start: Callable[[int, list[int]], None] = eval(source, {**names, "Descriptor": Descriptor})
     return start
 
 
