@@ -47,7 +47,7 @@ inline typename V::Mask load_bytes(const uint8_t* p, int64_t n) {
 
 template <typename V, typename S, typename P>
 inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p, Bounds<V> b) {
-  for_each_16(n, [&](int64_t i, auto... tail) {
+  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
     const V z = p.zero_point(i, tail...);
     const V q = round(V::load(x + i, tail...) * p.inv(i, tail...)) + z;
     store_bytes(inside(q, b.low, b.high).bits(), mask + i, tail...);

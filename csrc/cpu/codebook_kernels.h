@@ -145,7 +145,7 @@ struct Ends {
 template <typename V, typename S, bool kMask, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, const Searcher<V>& search, BitWriter* bits) {
   const Ends<V> b(search.c);
-  for_each_16(n, [&](int64_t i, auto... tail) {
+  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
     const V v = V::load(x + i, tail...) * p.inv(i, tail...);
     if constexpr (kMask) bits->add(bits_of(inside(v, b.low, b.high).bits(), tail...), lanes_of(tail...));
     (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i, tail...)).store(y + i, tail...);

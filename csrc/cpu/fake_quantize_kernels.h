@@ -35,7 +35,7 @@ constexpr Inside inside_of(bool lsq) { return lsq ? Inside::open : Inside::round
 
 template <typename V, typename S, bool kMask, bool kLsq = false, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, Bounds<V> b, BitWriter* bits) {
-  for_each_16(n, [&](int64_t i, auto... tail) {
+  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
     const V z = p.zero_point(i, tail...), steps = V::load(x + i, tail...) * p.inv(i, tail...);
     const V q = round(steps) + z;
     if constexpr (kMask)

@@ -55,19 +55,23 @@ struct LearnableOp {
     const Uniform<V> p(qparams.of(channel));
     double scale_sum[16] = {}, zero_point_sum[16] = {};
     auto terms = all_terms.along(at, n);
-    for_each_summed(n, [&](int64_t first, int64_t count) {
-      V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
-      // Lanes beyond the last element have dy = 0 and x = 0: they add 0, or NaN where a parameter makes the sum NaN.
-      for_each_16(count, [&](int64_t k, auto... tail) {
-        const int64_t i = at + first + k;
-        terms(i, V::load(grad + i, tail...), V::load(x + i, tail...), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
-        d.store(dx + i, tail...);
-        scale_acc = scale_acc + ds;
-        zero_point_acc = zero_point_acc + dz;
-      });
-      add_lanes(scale_sum, scale_acc);
-      add_lanes(zero_point_sum, zero_point_acc);
-    });
+    V scale_acc = zero<V>(), zero_point_acc = zero<V>(), d, ds, dz;
+    for_each_16_summed(
+        n,
+        [&](int64_t k, auto... tail) {
+          // Lanes beyond the last element have dy = 0 and x = 0: they add 0, or NaN where a parameter makes the sum
+          // NaN.
+          const int64_t i = at + k;
+          terms(i, V::load(grad + i, tail...), V::load(x + i, tail...), p.inv_, p.scale_, p.zero_point_, b, d, ds, dz);
+          d.store(dx + i, tail...);
+          scale_acc = scale_acc + ds;
+          zero_point_acc = zero_point_acc + dz;
+        },
+        [&] {
+          add_lanes(scale_sum, scale_acc);
+          add_lanes(zero_point_sum, zero_point_acc);
+          scale_acc = zero_point_acc = zero<V>();
+        });
     return {tree_sum(scale_sum), tree_sum(zero_point_sum)};
   }
 

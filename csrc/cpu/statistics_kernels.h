@@ -137,15 +137,18 @@ struct ErrorsOp {
     for (int64_t k = 0; k < candidates; ++k) {
       const Uniform<V> p(qparams.of(k * runs.channels + channel));
       double sum[16] = {};
-      for_each_summed(n, [&](int64_t first, int64_t count) {
-        V acc = zero<V>();
-        // Lanes beyond the last element hold 0, whose error is 0, or NaN where a parameter makes all errors NaN.
-        for_each_16(count, [&](int64_t i, auto... tail) {
-          const V value = V::load(x + at + first + i, tail...);
-          acc = acc + square(value, p.inv_, p.scale_, p.zero_point_, low, high);
-        });
-        add_lanes(sum, acc);
-      });
+      V acc = zero<V>();
+      for_each_16_summed(
+          n,
+          [&](int64_t i, auto... tail) {
+            // Lanes beyond the last element hold 0, whose error is 0, or NaN where a parameter makes all errors NaN.
+            const V value = V::load(x + at + i, tail...);
+            acc = acc + square(value, p.inv_, p.scale_, p.zero_point_, low, high);
+          },
+          [&] {
+            add_lanes(sum, acc);
+            acc = zero<V>();
+          });
       sums[k] = tree_sum(sum);
     }
     return sums;

@@ -114,7 +114,7 @@ inline V round_stochastically(V steps, V u) {
 template <typename V, typename S, typename P, typename F>
 inline void for_each_code(const S* x, int64_t at, int64_t n, const P& p, const Philox& philox, F f) {
   Uniforms uniforms(philox, n);
-  for_each_16(n, [&](int64_t i, auto... tail) {
+  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
     const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
     f(round_stochastically(steps, uniforms.template at<V>(at + i)) + z, z, i, tail...);
   });

@@ -99,7 +99,7 @@ RowParams<Arithmetic<S>> row_params(const S* x, int64_t rows, int64_t length, co
       continue;
     }
     V acc = zero<V>();
-    for_each_16(length, [&](int64_t i, auto... tail) { acc = max_abs(acc, V::load(x + i, tail...)); });
+    for_each_16(length, [&](int64_t i, auto... tail) QK_INLINE { acc = max_abs(acc, V::load(x + i, tail...)); });
     high[r] = lane_max_abs(acc);
   }
   // As choose_qparams, lane by lane. min and max keep a NaN in their second operand.

@@ -11,15 +11,20 @@ constexpr int64_t kPiece = 16384;  // elements of a run that one partial result 
 constexpr int64_t kRows = 256;     // rows of short runs that one partial result covers
 constexpr int64_t kTile = 64;      // columns of a row that are kept in registers at a time
 
-// Calls add(first, count) for stretches of n elements: of at most 64 vectors each, and last of what is less than a
-// vector. A stretch is summed in fp32, the sums of stretches in fp64. So the fp32 result is right to its last bits, at
-// no cost.
-template <typename F>
-inline void for_each_summed(int64_t n, F add) {
-  constexpr int64_t kSummed = 64 * 16;
-  const int64_t whole = n / 16 * 16;
-  for (int64_t i = 0; i < whole; i += kSummed) add(i, std::min(kSummed, whole - i));
-  if (whole < n) add(whole, n - whole);
+// Calls f as for_each_16 does, and add() wherever what f has summed in fp32 is to be added up in fp64: after at most 64
+// vectors, and before and after what is less than a vector. So the fp32 result is right to its last bits, at no cost.
+template <typename F, typename G>
+inline void for_each_16_summed(int64_t n, F f, G add) {
+  int64_t i = 0;
+  while (i + 16 <= n) {
+    const int64_t stop = std::min(i + 64 * 16, n);
+    for (; i + 16 <= stop; i += 16) f(i);
+    add();
+  }
+  if (i < n) {
+    f(i, n - i);
+    add();
+  }
 }
 
 // Op has a type Partial, with `identity` and `merge`. `piece(at, n, channel)` reduces n elements of a run.

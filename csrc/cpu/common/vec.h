@@ -344,15 +344,18 @@ inline V zero() {
   return V::set1(0);
 }
 
-// Calls f(i) for every 16 of n elements, then f(i, count) for the rest. V::load, V::store and the parameters of sweep.h
-// take the same arguments, so that f says once what is done to 16 elements and to fewer: f is [](int64_t i, auto...
-// tail).
+// Calls f(i) for every 16 of n elements, then f(i, count) for the rest: f is [](int64_t i, auto... tail). V::load and
+// V::store and the parameters of sweep.h take these arguments, so that f says once what is done to 16 elements and to
+// fewer.
 template <typename F>
-inline void for_each_16(int64_t n, F f) {
+__attribute__((always_inline)) inline void for_each_16(int64_t n, F f) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) f(i);
   if (i < n) f(i, n - i);
 }
+
+// For an f that GCC 12 would otherwise inline too late: a fake quantization in groups of 32 took 5 to 9 % longer.
+#define QK_INLINE __attribute__((always_inline))
 
 // How many elements f was called for: lanes_of(tail...).
 constexpr int lanes_of() { return 16; }
