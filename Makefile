@@ -39,10 +39,10 @@ nightly:
 POISON = GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 # Two workers, a file to a worker, the files with long tests first (tests/conftest.py). One thread each: more would only
 # be in each other's way; tests that need threads ask for them.
-PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(MARKS)
+PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
-	$(PYTEST) --durations=10
+	$(PYTEST) $(MARKS) --durations=10
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
