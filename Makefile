@@ -53,6 +53,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(PYTHON) tests/headers.py
 
 # The sources with the oldest and the newest torch, by clang and for aarch64: two of these checks in each run.
 portable: $(VENV)/torch

@@ -124,7 +124,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             f"qkernels._{kind}",
-            [*(str(path) for path in sorted(Path("csrc", kind).glob("*.cu" if kind == "cuda" else "*.cpp"))), BUILD_ID],
+            [*map(str, sorted(Path("csrc", kind).rglob("*.cu" if kind == "cuda" else "*.cpp"))), BUILD_ID],
             extra_compile_args=[*FLAGS, "-Icsrc", f"-I{root / 'include'}", *own],
             extra_link_args=[f"-L{root / 'lib'}", *(f"-l{name}" for name in libraries[kind])],
             optional=optional,

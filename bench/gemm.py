@@ -10,15 +10,14 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import mmap
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import peers
 import torch
+from ceilings import cache_bytes, ceilings
 from laps import alternate, check, machine
 from shapes import INT4, Case, arguments, cases_of, flat, positive, shapes_of
 from torch import Tensor
@@ -107,15 +106,6 @@ def expected_rows(scheme: str, x: Tensor, w: Tensor, scale: Tensor | None) -> Te
     return y * 0.01 * 0.01 if scheme == "scaled" else y
 
 
-def cache_bytes() -> int:
-    """Of the largest cache that a core sees; 32 MiB where the system does not say."""
-    sizes = [
-        int(file.read_text().strip().removesuffix("K")) << 10
-        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    ]
-    return max(sizes, default=32 << 20)
-
-
 def rotating(calls: list[peers.Call]) -> peers.Call:
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
@@ -131,27 +121,6 @@ def least_bytes(case: Case) -> int:
     """Each operand read once, the output written once."""
     m, n, k = case.shape
     return weight_bytes(case) + m * k * (1 if case.scheme in ("raw", "scaled") else 4) + 4 * m * n
-
-
-def ceilings(threads: int) -> dict[str, float]:
-    """Operations per second of dot products in registers, bytes per second of memory read end to end."""
-    host = qk.library.host
-    if host is None:
-        return {}
-    area = mmap.mmap(-1, max(256 << 20, 4 * cache_bytes()))
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # as packed weights have them
-        area.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(area, dtype=torch.uint8).fill_(1)
-    part = memory.numel() // threads // 64 * 64
-
-    def best(call: Callable[[int], float]) -> float:
-        with ThreadPoolExecutor(threads) as pool:
-            return max(sum(pool.map(call, range(threads))) for _ in range(5))
-
-    return {
-        "ops_per_second": best(lambda thread: host.dot_ceiling(0.05)),
-        "bytes_per_second": best(lambda thread: host.read_ceiling(memory.data_ptr() + thread * part, part)),
-    }
 
 
 def measure(case: Case, threads: int, ceiling: dict[str, float], hot: bool, blocks: int) -> dict[str, Any]:

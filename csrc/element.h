@@ -1,4 +1,4 @@
-// Storage types of tensors and their conversion to and from the arithmetic type, one rounding, half to even.
+// Storage types of tensors, and their conversion to and from the arithmetic type with one rounding, half to even.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -41,5 +41,9 @@ inline S from_float(T value) {
     return static_cast<S>(value);
   }
 }
+
+// The type that elements of a storage type are computed in.
+template <typename S>
+using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 }  // namespace qkernels

@@ -1,5 +1,5 @@
-// The thin place where kernels meet torch, on any device: argument checks, allocation and memory layout. Kernels below
-// take raw pointers. Errors are thrown before any parallel region, where their text would be lost.
+// The one place that knows torch, on any device: how arguments are checked, allocated and laid out. Kernels take raw
+// pointers. Errors are thrown before any parallel region, which would lose their text.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -93,7 +93,7 @@ inline std::string device_name(Device device) {
   return text.str();
 }
 
-// That t is where x is, whose device is asked for once: each question is two calls into torch.
+// Checks that t is on the device of x. Callers ask for that device once, since each question is two calls into torch.
 inline void check_device(const char* name, const Tensor& t, Device accepted) {
   const Device got = device_of(t);
   if (got == accepted) return;
@@ -109,7 +109,7 @@ inline void check_floating(const char* name, const Tensor& t) {
            "; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16");
 }
 
-// A third of the price of torch::stable::empty, which goes through the dispatcher.
+// Costs a third of torch::stable::empty, which goes through the dispatcher.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             Device device = {aoti_torch_device_type_cpu(), 0}) {
   AtenTensorHandle handle = nullptr;

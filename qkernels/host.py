@@ -1,6 +1,6 @@
 """What the compiled CPU library says of the machine and of itself, and which of its paths the kernels take.
 
-Plain C functions (csrc/cpu/host.cpp) through ctypes, so that a library is bound to no version of Python.
+Plain C functions (csrc/cpu/common/host.cpp) through ctypes, so that a library is bound to no version of Python.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ class Host:
         """Raises OSError or AttributeError where ``library`` is not one of qkernels."""
         c = ctypes.CDLL(str(library))
         c.qkernels_isa_name.restype = c.qkernels_compiler.restype = c.qkernels_build_torch.restype = ctypes.c_char_p
-        c.qkernels_dot_ceiling.argtypes = [ctypes.c_double]
-        c.qkernels_read_ceiling.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        c.qkernels_dot_ceiling.restype = c.qkernels_read_ceiling.restype = ctypes.c_double
         self._c = c
         self._names = [name.decode() for name in iter(map(c.qkernels_isa_name, itertools.count()).__next__, None)]
 
@@ -54,11 +51,3 @@ class Host:
             "compiler": self._c.qkernels_compiler().decode().strip(),
             "torch": self._c.qkernels_build_torch().decode(),
         }
-
-    def dot_ceiling(self, seconds: float) -> float:
-        """Operations per second of int8 dot products in registers on the active path, on this thread."""
-        return float(self._c.qkernels_dot_ceiling(seconds))
-
-    def read_ceiling(self, address: int, bytes: int) -> float:
-        """Bytes per second of reading memory end to end on this thread."""
-        return float(self._c.qkernels_read_ceiling(address, bytes))

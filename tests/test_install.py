@@ -87,7 +87,7 @@ def test_only_what_changed_is_compiled(built_before: Path) -> None:
         return changed
 
     assert compiled() == set()
-    header, source = built_before / "csrc" / "cpu" / "added.h", built_before / "csrc" / "cpu" / "host.cpp"
+    header, source = built_before / "csrc" / "cpu" / "added.h", built_before / "csrc" / "cpu" / "common" / "host.cpp"
     header.write_text("// added\n")
     source.write_text(source.read_text() + '#include "cpu/added.h"\n')
     assert compiled() == {"host.o", "build_id.o"}
@@ -242,7 +242,7 @@ def test_no_compiler(source: Path, strict: bool) -> None:
 
 
 def test_source_that_does_not_compile(source: Path) -> None:
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+    for path in (source / "csrc" / "cpu").rglob("*.cpp"):
         path.write_text("#error broken\n")
     done = setup(source, "-q", "build_ext", "--inplace", **CPU_ONLY)
     assert done.returncode == 0

@@ -106,7 +106,7 @@ def test_built_for_another_version(copy: Path) -> None:
 def test_sources_changed_since_the_build(copy: Path) -> None:
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     assert run_python(PROBE, root=copy).stdout.startswith("missing: None")
-    source = copy / "csrc" / "cpu" / "isa.h"
+    source = copy / "csrc" / "cpu" / "common" / "isa.h"
     source.write_text(source.read_text() + "// changed\n")
     probe(copy, "is stale: csrc has changed since it was built")
 

@@ -19,9 +19,6 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs a so
 
 MOST_LINES = 500
 LONG_FILES = {
-    "csrc/cpu/aten_fake_quantize.cpp",
-    "csrc/cpu/int4_gemm_kernels.h",
-    "csrc/cpu/int8_gemm_kernels.h",
     "qkernels/integrations/compressed_tensors.py",
     "qkernels/nn/fake_quantize.py",
 }

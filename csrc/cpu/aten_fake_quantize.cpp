@@ -1,24 +1,12 @@
-// torch's own fake-quantize ops on the CPU: aten's schemas and arithmetic on this library's kernels. They sit in the
-// dispatcher under aten's names while qk.override_torch() is in force, and then take its calls without any Python.
-#include "granularity.h"
-#include "observe.h"
+// torch's own fake-quantize ops on the CPU: aten's schemas and arithmetic on this library's kernels.
+// aten_override.cpp puts them in aten's place.
+#include "cpu/aten_fake_quantize.h"
 
-namespace qkernels {
+#include "cpu/common/observe.h"
+#include "cpu/common/qparams.h"
 
-// How torch computes where its types matter; see aten_forward_exact.
-struct AtenRule {
-  double quant_min, quant_max;
-  bool rounds_after;   // a float zero point is added before rounding
-  bool float_product;  // the last product is fp32 even for fp64 inputs
-};
-
-}  // namespace qkernels
-
-#define QK_BODY "aten_fake_quantize_kernels.h"
-#include "foreach_isa.h"
-
-#include <memory>
-#include <tuple>
+#define QK_BODY "cpu/aten_fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
@@ -39,15 +27,15 @@ void check_channels(const char* name, const Tensor& param, const Tensor& x, int6
 }
 
 // x is dense.
-View view_of_axis(const Tensor& x, int64_t axis) {
-  View view;
-  view.inner = x.numel();
-  if (axis == kWholeTensor || x.sizes()[axis] <= 1 || view.inner == 0) return view;
-  view.channels = view.period = x.sizes()[axis];
-  view.runs = view.inner;
-  view.inner = x.strides()[axis];
-  view.runs /= view.inner;
-  return view;
+IndexedRuns runs_of_axis(const Tensor& x, int64_t axis) {
+  IndexedRuns runs;
+  runs.inner = x.numel();
+  if (axis == kWholeTensor || x.sizes()[axis] <= 1 || runs.inner == 0) return runs;
+  runs.channels = runs.period = x.sizes()[axis];
+  runs.count = runs.inner;
+  runs.inner = x.strides()[axis];
+  runs.count /= runs.inner;
+  return runs;
 }
 
 // scale's reciprocal as torch takes it, but finite: a dead channel's 0/0 must not become NaN.
@@ -63,13 +51,13 @@ void check_order(int64_t quant_min, int64_t quant_max) {
            "; accepted: at most quant_max");
 }
 
-Quantizer<float> empty_quantizer(int64_t quant_min, int64_t quant_max) {
+Qparams<float> qparams_of_range(int64_t quant_min, int64_t quant_max) {
   check_order(quant_min, quant_max);
   return {static_cast<float>(quant_min), static_cast<float>(quant_max), {}, {}};
 }
 
-Quantizer<float> from_numbers(double scale, double zero_point, int64_t quant_min, int64_t quant_max) {
-  auto q = empty_quantizer(quant_min, quant_max);
+Qparams<float> from_numbers(double scale, double zero_point, int64_t quant_min, int64_t quant_max) {
+  auto q = qparams_of_range(quant_min, quant_max);
   const float s = canonical(static_cast<float>(scale));
   q.first = {reciprocal(s), s, static_cast<float>(zero_point)};
   return q;
@@ -78,9 +66,9 @@ Quantizer<float> from_numbers(double scale, double zero_point, int64_t quant_min
 // For a learned zero point, which torch rounds and clamps into the range.
 enum class ZeroPoint { as_is, rounded };
 
-Quantizer<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                              ZeroPoint rule) {
-  auto q = empty_quantizer(quant_min, quant_max);
+Qparams<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+                            ZeroPoint rule) {
+  auto q = qparams_of_range(quant_min, quant_max);
   const int64_t channels = scale.numel();
   QK_CHECK(zero_point.numel() == channels, "zero_point: got shape ", shape_of(zero_point), "; accepted: scale's shape ",
            shape_of(scale));
@@ -100,7 +88,7 @@ Quantizer<float> from_tensors(const Tensor& scale, const Tensor& zero_point, int
   return q;
 }
 
-bool any_zero_point(const Quantizer<float>& q) {
+bool any_zero_point(const Qparams<float>& q) {
   if (q.others.empty()) return q.first.zero_point != 0;
   return std::any_of(q.others.begin(), q.others.end(), [](const auto& p) { return p.zero_point != 0; });
 }
@@ -124,18 +112,15 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-using Masked = std::tuple<Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-// y and the bool mask. `axis` may be kWholeTensor; `rounds_after`: the zero points are floats, and not all 0.
-Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
+// Returns y and the bool mask. `axis` may be kWholeTensor. `rounds_after`: the zero points are floats, and not all 0.
+Masked forward(const Tensor& x_any, const Qparams<float>& q, int64_t axis, int64_t quant_min, int64_t quant_max,
                bool rounds_after) {
   check_floating("x", x_any);
   Tensor y = empty_dense_like(x_any), mask = empty_strided(y.sizes(), y.strides(), ScalarType::Bool);
   const int64_t numel = x_any.numel();
   if (numel == 0) return {y, mask};
   const Tensor x = in_layout_of(x_any, y);
-  const View view = view_of_axis(x, axis);
+  const IndexedRuns runs = runs_of_axis(x, axis);
   constexpr int64_t exact = int64_t{1} << 24;
   const bool narrow = -exact <= quant_min && quant_max <= exact;
   for (int64_t c = 0; c < std::max<int64_t>(q.others.size(), 1); ++c)
@@ -151,11 +136,11 @@ Masked forward(const Tensor& x_any, const Quantizer<float>& q, int64_t axis, int
     S* out = static_cast<S*>(y.mutable_data_ptr());
     if constexpr (!std::is_same_v<S, double>) {
       if (in_fp32) {
-        QK_DISPATCH_ISA(aten_forward(view, q, numel, in, out, bytes));
+        QK_DISPATCH_ISA(aten_forward(runs, q, numel, in, out, bytes));
         return;
       }
     }
-    QK_DISPATCH_ISA(aten_forward_exact(view, q, rule, numel, in, out, bytes));
+    QK_DISPATCH_ISA(aten_forward_exact(runs, q, rule, numel, in, out, bytes));
   });
   return {y, mask};
 }
@@ -166,6 +151,66 @@ Masked unchanged(const Tensor& x) {
   if (x.numel()) std::memset(mask.mutable_data_ptr(), 1, x.numel());
   return {y, mask};
 }
+
+// A 1-d tensor of sums, in the dtype of `like`, or in fp32 where that dtype is not floating.
+Tensor sums_like(const std::vector<double>& values, const Tensor& like) {
+  const ScalarType dtype = is_floating(like.scalar_type()) ? like.scalar_type() : ScalarType::Float;
+  Tensor out = empty({static_cast<int64_t>(values.size())}, dtype);
+  dispatch_floating("scale", out, [&](auto tag) {
+    using S = decltype(tag);
+    S* p = static_cast<S*>(out.mutable_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
+  });
+  return out;
+}
+
+Gradients learnable_backward_of(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
+                                const Tensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
+                                double grad_factor) {
+  check_floating("x", x_any);
+  check_grad(grad_any, x_any);
+  const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::rounded);
+  const Tensor x = to_dense(x_any);
+  const Tensor grad = in_layout_of(grad_any, x);
+  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
+  std::vector<double> dscale(scale.numel()), dzero_point(scale.numel());
+  const int64_t numel = x.numel();
+  dispatch_floating("x", x, [&](auto tag) {
+    using S = decltype(tag);
+    using T = Arithmetic<S>;
+    if (numel == 0) return;
+    Qparams<T> wide{q.quant_min, q.quant_max, {}, {}};
+    wide.first = {q.first.inv, q.first.scale, q.first.zero_point};
+    for (const auto& p : q.others) wide.others.push_back({p.inv, p.scale, p.zero_point});
+    const IndexedRuns runs = runs_of_axis(x, axis);
+    const S* dy = static_cast<const S*>(grad.const_data_ptr());
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    QK_DISPATCH_ISA(learnable_backward(runs, wide, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
+  });
+  return {dx, sums_like(dscale, scale), sums_like(dzero_point, zero_point)};
+}
+
+void resize_and_fill(Tensor& t, int64_t numel, double value) {
+  const std::vector<int64_t> shape{numel};
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
+                                    torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
+                                    torch::stable::detail::from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::fill_(t, value);
+}
+
+// The zero point that torch.ao's observers give a symmetric range: 0 for signed dtypes.
+int64_t observers_middle(int64_t quant_min, int64_t quant_max) {
+  if (quant_min < 0) return std::min<int64_t>(0, quant_max);
+  if (quant_min == 0 && quant_max == UINT16_MAX) return 1 << 15;
+  return (quant_min + quant_max) / 2;
+}
+
+}  // namespace
+
+namespace aten {
 
 Masked per_tensor_cachemask(const Tensor& x, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
   check_order(quant_min, quant_max);
@@ -218,45 +263,6 @@ Tensor learnable_per_channel(const Tensor& x, const Tensor& scale, const Tensor&
   return std::get<0>(forward(x, q, axis, quant_min, quant_max, false));
 }
 
-// A 1-d tensor of sums, in the dtype of `like`, or fp32 where that is no floating one.
-Tensor sums_like(const std::vector<double>& values, const Tensor& like) {
-  const ScalarType dtype = is_floating(like.scalar_type()) ? like.scalar_type() : ScalarType::Float;
-  Tensor out = empty({static_cast<int64_t>(values.size())}, dtype);
-  dispatch_floating("scale", out, [&](auto tag) {
-    using S = decltype(tag);
-    S* p = static_cast<S*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
-  });
-  return out;
-}
-
-Gradients learnable_backward_of(const Tensor& grad_any, const Tensor& x_any, const Tensor& scale,
-                                const Tensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
-                                double grad_factor) {
-  check_floating("x", x_any);
-  check_grad(grad_any, x_any);
-  const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::rounded);
-  const Tensor x = to_dense(x_any);
-  const Tensor grad = in_layout_of(grad_any, x);
-  Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
-  std::vector<double> dscale(scale.numel()), dzero_point(scale.numel());
-  const int64_t numel = x.numel();
-  dispatch_floating("x", x, [&](auto tag) {
-    using S = decltype(tag);
-    using T = Arithmetic<S>;
-    if (numel == 0) return;
-    Quantizer<T> wide{q.quant_min, q.quant_max, {}, {}};
-    wide.first = {q.first.inv, q.first.scale, q.first.zero_point};
-    for (const auto& p : q.others) wide.others.push_back({p.inv, p.scale, p.zero_point});
-    const View view = view_of_axis(x, axis);
-    const S* dy = static_cast<const S*>(grad.const_data_ptr());
-    const S* in = static_cast<const S*>(x.const_data_ptr());
-    S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(learnable_backward(view, wide, numel, dy, in, out, grad_factor, dscale.data(), dzero_point.data()));
-  });
-  return {dx, sums_like(dscale, scale), sums_like(dzero_point, zero_point)};
-}
-
 Gradients learnable_per_tensor_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                         const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
                                         double grad_factor) {
@@ -272,23 +278,6 @@ Gradients learnable_per_channel_backward(const Tensor& grad, const Tensor& x, co
   check_channels("scale", scale, x, axis);
   check_channels("zero_point", zero_point, x, axis);
   return learnable_backward_of(grad, x, scale, zero_point, axis, quant_min, quant_max, grad_factor);
-}
-
-void resize_and_fill(Tensor& t, int64_t numel, double value) {
-  const std::vector<int64_t> shape{numel};
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
-                                    torch::stable::detail::from(IntHeaderOnlyArrayRef(shape.data(), shape.size())),
-                                    torch::stable::detail::from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-  torch::stable::fill_(t, value);
-}
-
-// The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes.
-int64_t observers_middle(int64_t quant_min, int64_t quant_max) {
-  if (quant_min < 0) return std::min<int64_t>(0, quant_max);
-  if (quant_min == 0 && quant_max == UINT16_MAX) return 1 << 15;
-  return (quant_min + quant_max) / 2;
 }
 
 // As observe_fake_quantize, with torch's resizing of empty statistics and a byte mask.
@@ -311,7 +300,7 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
   const auto resizes = [&](const Stat& stat) {
     return per_row && stat.tensor.numel() <= 1 && stat.tensor.numel() != channels;
   };
-  // Nothing is changed before everything is known to fit: what does not is torch's own, from the start.
+  // Nothing is changed before everything is known to fit: what does not fit is left to torch, as it came.
   const bool observes = is_set("observer_on", observer_on), quantizes = is_set("fake_quant_on", fake_quant_on);
   for (const Stat& stat : stats) {
     const ScalarType dtype = stat.tensor.scalar_type();
@@ -328,33 +317,22 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
   }
   for (Stat& stat : stats)
     if (resizes(stat)) resize_and_fill(stat.tensor, channels, stat.start);
-  const int64_t numel = x.numel();
-  if (observes && numel) {
+  if (observes && x.numel()) {
     const Tensor dense = to_dense(x);
     const double steps = symmetric ? static_cast<double>(quant_max - quant_min) / 2 : 0;
     const auto rule = QparamsRule::observed(quant_min, quant_max, steps, observers_middle(quant_min, quant_max));
-    const View view = view_of_axis(dense, axis);
-    std::vector<float> low(channels), high(channels);
-    dispatch_floating("x", dense, [&](auto tag) {
-      using S = decltype(tag);
-      std::vector<Arithmetic<S>> lo(channels), hi(channels);
-      const S* in = static_cast<const S*>(dense.const_data_ptr());
-      QK_DISPATCH_ISA(range(view, numel, in, lo.data(), hi.data()));
-      std::copy(lo.begin(), lo.end(), low.begin());
-      std::copy(hi.begin(), hi.end(), high.begin());
-    });
-    observe(low, high, static_cast<float>(averaging_const), rule, running_min, running_max, scale, zero_point);
+    const IndexedRuns runs = runs_of_axis(dense, axis);
+    observe(ranges_of(dense, runs), static_cast<float>(averaging_const), rule, running_min, running_max, scale,
+            zero_point);
   }
   if (!quantizes) return unchanged(x);
   const auto q = from_tensors(scale, zero_point, quant_min, quant_max, ZeroPoint::as_is);
   return forward(x, q, axis, quant_min, quant_max, false);
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+}  // namespace aten
+
+namespace {
 
 Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   check_floating("grad", grad_any);
@@ -362,7 +340,7 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   QK_CHECK(mask_any.scalar_type() == ScalarType::Bool && same_shape(grad_any, mask_any), "mask: got ",
            dtype_name(mask_any.scalar_type()), " of shape ", shape_of(mask_any),
            "; accepted: torch.bool of grad's shape ", shape_of(grad_any));
-  // In grad's layout, unless it has none of its own (the expanded one of a sum).
+  // In the layout of grad, unless grad is not dense, as the expanded gradient of a sum.
   const Tensor grad = is_dense(grad_any) ? grad_any : in_layout_of(grad_any, to_dense(mask_any));
   const Tensor mask = in_layout_of(mask_any, grad);
   Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type());
@@ -378,7 +356,8 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   return dx;
 }
 
-// The per-channel drop-in: the arithmetic of fake_quantize.cpp, with [C] parameters that speak for one dim of x.
+// The per-channel drop-in: the arithmetic of fake_quantize.cpp, with [C] parameters, one for each channel of dim
+// `axis`.
 
 template <typename F>
 void with_channels(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis, int64_t quant_min,
@@ -390,7 +369,7 @@ void with_channels(const Tensor& x, const Tensor& scale, const Tensor& zero_poin
            "; accepted: a floating dtype");
   dispatch_floating("x", x, [&](auto tag) {
     using T = Arithmetic<decltype(tag)>;
-    f(tag, quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}}));
+    f(tag, qparams_within(scale, zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max)));
   });
 }
 
@@ -404,10 +383,10 @@ Tensor channel_forward_into(const Tensor& x_any, const Tensor& scale, const Tens
     using S = decltype(tag);
     const int64_t numel = x.numel();
     if (numel == 0) return;
-    const View view = view_of_axis(x, axis);
+    const IndexedRuns runs = runs_of_axis(x, axis);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    QK_DISPATCH_ISA(forward(view, q, numel, in, out, bits));
+    QK_DISPATCH_ISA(forward(runs, q, numel, in, out, bits));
   });
   return y;
 }
@@ -436,94 +415,14 @@ Tensor channel_backward(const Tensor& grad_any, const Tensor& x_any, const Tenso
     using S = decltype(tag);
     const int64_t numel = x.numel();
     if (numel == 0) return;
-    const View view = view_of_axis(x, axis);
+    const IndexedRuns runs = runs_of_axis(x, axis);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(backward(view, q, numel, dy, in, out));
+    QK_DISPATCH_ISA(backward(runs, q, numel, dy, in, out));
   });
   return dx;
 }
-
-// aten's own is a product, which autograd can differentiate again; it sits above autograd, where tensors may be fakes.
-// The kernel is reached through an op of this library, which every layer below sees.
-Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
-  QK_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: got ", dtype_name(mask.scalar_type()),
-           "; accepted: torch.bool");
-  if (!aoti_torch_grad_mode_is_enabled()) {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(mask)};
-    if (!torch_call_dispatcher("qkernels::fake_quantize_backward_bytes", "", stack.data(), TORCH_ABI_VERSION))
-      return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  return multiply(grad, mask);  // any dtypes and shapes that torch multiplies
-}
-
-template <typename R>
-struct Results {
-  static constexpr size_t count = 1;
-  static R of(StableIValue* stack) { return torch::stable::detail::to<R>(stack[0]); }
-};
-template <>
-struct Results<Masked> {
-  static constexpr size_t count = 2;
-  static Masked of(StableIValue* stack) { return {Results<Tensor>::of(stack), Results<Tensor>::of(stack + 1)}; }
-};
-template <>
-struct Results<Gradients> {
-  static constexpr size_t count = 3;
-  static Gradients of(StableIValue* stack) {
-    return {Results<Tensor>::of(stack), Results<Tensor>::of(stack + 1), Results<Tensor>::of(stack + 2)};
-  }
-};
-
-// A call that the kernel refuses is torch's own, which Python keeps in the namespace qkernels_torch. The kernel's error
-// is raised where torch refuses too. std::invalid_argument is raised in any case.
-template <auto kernel, typename F = decltype(kernel)>
-struct OrTorchs;
-template <auto kernel, typename R, typename... Args>
-struct OrTorchs<kernel, R (*)(Args...)> {
-  static inline const char* name;
-
-  static R call(Args... args) {
-    try {
-      return kernel(args...);
-    } catch (const std::runtime_error&) {
-      std::array<StableIValue, std::max(sizeof...(Args), Results<R>::count)> stack{
-          torch::stable::detail::from(args)...};
-      const std::string op = std::string("qkernels_torch::") + name;
-      if (torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION)) throw;
-      return Results<R>::of(stack.data());
-    }
-  }
-};
-
-using torch::stable::detail::StableLibrary;
-
-struct AtenOverride {
-  StableLibrary cpu{StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__};
-  StableLibrary autograd{StableLibrary::Kind::IMPL, "aten", "AutogradCPU", __FILE__, __LINE__};
-
-  AtenOverride() {
-    reroute<&per_tensor_cachemask>("fake_quantize_per_tensor_affine_cachemask");
-    reroute<&per_tensor_cachemask_tensor_qparams>("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams");
-    reroute<&per_channel_cachemask>("fake_quantize_per_channel_affine_cachemask");
-    reroute<&learnable_per_tensor>("_fake_quantize_learnable_per_tensor_affine");
-    reroute<&learnable_per_tensor_backward>("_fake_quantize_learnable_per_tensor_affine_backward");
-    reroute<&learnable_per_channel>("_fake_quantize_learnable_per_channel_affine");
-    reroute<&learnable_per_channel_backward>("_fake_quantize_learnable_per_channel_affine_backward");
-    reroute<&fused_moving_avg_obs>("_fused_moving_avg_obs_fq_helper");
-    autograd.impl("fake_quantize_per_tensor_affine_cachemask_backward", TORCH_BOX(&cachemask_backward));
-    autograd.impl("fake_quantize_per_channel_affine_cachemask_backward", TORCH_BOX(&cachemask_backward));
-  }
-
-  template <auto kernel>
-  void reroute(const char* name) {
-    OrTorchs<kernel>::name = name;
-    cpu.impl(name, TORCH_BOX(&OrTorchs<kernel>::call));
-  }
-};
-
-std::unique_ptr<AtenOverride> aten_override;
 
 }  // namespace
 
@@ -535,14 +434,3 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
 }
 
 }  // namespace qkernels
-
-// Puts the kernels under aten's names into the dispatcher, or takes them out; 0 where that worked.
-extern "C" __attribute__((visibility("default"))) int qkernels_override_aten(int on) {
-  using namespace qkernels;
-  try {
-    aten_override = on ? std::make_unique<AtenOverride>() : nullptr;
-    return 0;
-  } catch (...) {
-    return 1;
-  }
-}

@@ -1,32 +1,9 @@
-// Non-uniform quantization on the CPU: checks and memory layout here, the kernels in codebook_kernels.h.
-#include "granularity.h"
+// Non-uniform quantization on the CPU: checks and memory layout. The kernels are in codebook_kernels.h.
+#include "cpu/codebook.h"
+#include "cpu/common/gradient.h"
 
-namespace qkernels {
-
-constexpr int kMaxLevels = 256;
-
-// A codebook as the kernels search it.
-//
-// The midpoints between ascending levels lie as a binary search visits them, breadth first: the search starts at node 1
-// and goes from node n to 2n, or to 2n + 1 where v lies above tree[n]; after `bits` steps the index is n − 2^bits. So
-// the first steps read one vector register. Beyond the last midpoint the tree holds infinity, above which nothing lies.
-template <typename T>
-struct Codebook {
-  alignas(64) T tree[kMaxLevels];
-  alignas(64) T level[kMaxLevels];  // ascending; dequantize: as given, NaN beyond the last
-  int bits = 4;
-  int64_t size = 0;
-  uint8_t order[kMaxLevels];  // where each level stands in the codebook as given
-  bool ordered = true;        // order[i] == i
-
-  T low() const { return level[0]; }
-  T high() const { return level[size - 1]; }
-};
-
-}  // namespace qkernels
-
-#define QK_BODY "codebook_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/codebook_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
@@ -83,7 +60,7 @@ void with_levels(const Tensor& x, const Tensor& scale, const Tensor& codebook, F
   check_cpu("x", x);
   dispatch_floating("x", x, [&](auto tag) {
     using T = Arithmetic<decltype(tag)>;
-    const auto scales = dequantizer<T>(x, scale, std::nullopt);
+    const auto scales = unclamped_qparams<T>(x, scale, std::nullopt);
     check_codebook(codebook);
     if (x.numel()) f(tag, ascending<T>(codebook), scales);
   });
@@ -96,11 +73,11 @@ std::tuple<Tensor, Tensor> forward_with(const Tensor& x_any, const Tensor& scale
   const Tensor x = in_layout_of(x_any, y);
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
-    QK_DISPATCH_ISA(forward(view, scales, levels, x.numel(), in, out, bits));
+    QK_DISPATCH_ISA(forward(runs, scales, levels, x.numel(), in, out, bits));
   });
   return {y, mask};
 }
@@ -123,24 +100,13 @@ Tensor fake_quantize_codebook_backward(const Tensor& grad_any, const Tensor& x_a
   Tensor dx = empty_strided(x.sizes(), x.strides(), x.scalar_type());
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    QK_DISPATCH_ISA(backward(view, scales, levels, x.numel(), dy, in, out));
+    QK_DISPATCH_ISA(backward(runs, scales, levels, x.numel(), dy, in, out));
   });
   return dx;
-}
-
-// A contiguous tensor of the shape and dtype of `like`, from fp64 values.
-Tensor from_double(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty(to_vector(like.sizes()), like.scalar_type());
-  dispatch_floating("scale", out, [&](auto tag) {
-    using S = decltype(tag);
-    S* p = static_cast<S*>(out.mutable_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) p[i] = from_float<S>(values[i]);
-  });
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_codebook_learnable_backward(const Tensor& grad_any,
@@ -155,12 +121,12 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_codebook_learnable_backward(con
   std::vector<double> dscale(scale.numel()), dcodebook;
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     std::vector<double> dlevels(learn_codebook ? levels.size : 0);
-    QK_DISPATCH_ISA(learnable_backward(view, scales, levels, x.numel(), dy, in, out, dscale, dlevels));
+    QK_DISPATCH_ISA(learnable_backward(runs, scales, levels, x.numel(), dy, in, out, dscale, dlevels));
     dcodebook.resize(dlevels.size());
     for (size_t i = 0; i < dlevels.size(); ++i) dcodebook[levels.order[i]] = dlevels[i] * grad_factor;
   });
@@ -176,10 +142,10 @@ Tensor quantize_codebook(const Tensor& x_any, const Tensor& scale, const Tensor&
   Tensor codes = empty_strided(x.sizes(), x.strides(), ScalarType::Byte);
   with_levels(x, scale, codebook, [&](auto tag, const auto& levels, const auto& scales) {
     using S = decltype(tag);
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
-    QK_DISPATCH_ISA(quantize(view, scales, levels, x.numel(), in, out));
+    QK_DISPATCH_ISA(quantize(runs, scales, levels, x.numel(), in, out));
   });
   return codes;
 }
@@ -194,14 +160,14 @@ Tensor dequantize_codebook(const Tensor& codes_any, const Tensor& scale, const T
   dispatch_floating("dtype", y, [&](auto tag) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
-    const auto scales = dequantizer<T>(codes, scale, std::nullopt);
+    const auto scales = unclamped_qparams<T>(codes, scale, std::nullopt);
     check_codebook(codebook);
     if (codes.numel() == 0) return;
     const auto levels = levels_of<T>(codebook);
-    const View view = view_of(codes, scale);
+    const IndexedRuns runs = indexed_runs(codes, scale);
     const uint8_t* in = static_cast<const uint8_t*>(codes.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    QK_DISPATCH_ISA(dequantize(view, scales, levels, codes.numel(), in, out));
+    QK_DISPATCH_ISA(dequantize(runs, scales, levels, codes.numel(), in, out));
   });
   return y;
 }

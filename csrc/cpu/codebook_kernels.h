@@ -1,8 +1,11 @@
-// The kernels of non-uniform quantization, compiled once per path by foreach_isa.h.
-#include "walk.h"
+// Non-uniform quantization.
+#include "cpu/codebook.h"
+#include "cpu/common/sweep.h"
 
-// Searches a codebook for 16 values at a time: `find` gives the indices of the nearest levels, `level` the levels of
-// indices. Written for any vector by lanes, and for F32 in instructions below.
+namespace qkernels::QK_NAMESPACE {
+
+// Searches a codebook for 16 values at a time. `find` gives the indices of the nearest levels, `level` the levels of
+// indices. This one works lane by lane; below, F32 has one for each vector path.
 template <typename V>
 struct Searcher {
   using T = typename V::Scalar;
@@ -38,9 +41,9 @@ struct Searcher {
   }
 };
 
-#if QK_LEVEL == 1
+#if QK_PATH == QK_PATH_AVX2
 
-// table[i mod N]. Up to 16 entries are two permutations; beyond, gathers from L1.
+// table[i mod N] for up to 16 entries, by two permutations. Larger tables are gathered from.
 template <int N>
 inline __m256 look_up(const float* table, __m256i i) {
   if constexpr (N == 8) {
@@ -81,7 +84,7 @@ struct Searcher<F32> {
   static Index index(F32 code) { return {_mm256_cvtps_epi32(code.lo), _mm256_cvtps_epi32(code.hi)}; }
 };
 
-#elif QK_LEVEL == 2
+#elif QK_PATH == QK_PATH_AVX512
 
 // table[i mod N]: one permutation for each 32 entries, where a gather takes 16 loads.
 template <int N>
@@ -134,32 +137,26 @@ struct Searcher<F32> {
 #endif
 
 template <typename V>
-struct Bounds {
+struct Ends {
   V low, high;
-  explicit Bounds(const Codebook<typename V::Scalar>& c) : low(V::set1(c.low())), high(V::set1(c.high())) {}
+  explicit Ends(const Codebook<typename V::Scalar>& c) : low(V::set1(c.low())), high(V::set1(c.high())) {}
 };
 
 template <typename V, typename S, bool kMask, typename P>
 inline void forward_stretch(const S* x, S* y, int64_t n, const P& p, const Searcher<V>& search, BitWriter* bits) {
-  const Bounds<V> b(search.c);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V v = V::load(x + i) * p.inv(i);
-    if constexpr (kMask) bits->add(inside(v, b.low, b.high).bits(), 16);
-    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i)).store(y + i);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V v = V::load(x + i, tail) * p.inv(i, tail);
-    if constexpr (kMask) bits->add(inside(v, b.low, b.high).bits() & ((1u << tail) - 1), static_cast<int>(tail));
-    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i, tail)).store(y + i, tail);
-  }
+  const Ends<V> b(search.c);
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V v = V::load(x + i, tail...) * p.inv(i, tail...);
+    if constexpr (kMask) bits->add(bits_of(inside(v, b.low, b.high).bits(), tail...), lanes_of(tail...));
+    (select(is_nan(v), v, search.level(search.find(v))) * p.scale(i, tail...)).store(y + i, tail...);
+  });
 }
 
 template <typename S>
-void forward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
              int64_t numel, const S* x, S* y, uint8_t* mask) {
   using V = typename VecOf<S>::type;
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
     if (mask) {
       BitWriter bits(mask, at);
@@ -172,70 +169,54 @@ void forward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Cod
 }
 
 template <typename S>
-void backward(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
               int64_t numel, const S* grad, const S* x, S* dx) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(codebook);
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const V v = V::load(x + at + i) * p.inv(i);
-      select(inside(v, b.low, b.high), V::load(grad + at + i), zero<V>()).store(dx + at + i);
-    }
-    if (const int64_t tail = n - i; tail > 0) {
-      const V v = V::load(x + at + i, tail) * p.inv(i, tail);
-      select(inside(v, b.low, b.high), V::load(grad + at + i, tail), zero<V>()).store(dx + at + i, tail);
-    }
+  const Ends<V> b(codebook);
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      const V v = V::load(x + at + i, tail...) * p.inv(i, tail...);
+      select(inside(v, b.low, b.high), V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
+    });
   });
 }
 
 template <typename S>
-void quantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void quantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
               int64_t numel, const S* x, uint8_t* codes) {
   using V = typename VecOf<S>::type;
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
-    for (int64_t i = 0; i < n; i += 16) {
-      const int64_t count = std::min<int64_t>(16, n - i);
+    for_each_16(n, [&](int64_t i, auto... tail) {
       uint8_t* out = codes + at + i;
-      V v = count == 16 ? V::load(x + at + i) * p.inv(i) : V::load(x + at + i, count) * p.inv(i, count);
+      V v = V::load(x + at + i, tail...) * p.inv(i, tail...);
       v = select(is_nan(v), zero<V>(), v);
-      const V code = search.code(search.find(v));
-      if (count == 16) {
-        code.store(out);
-      } else {
-        code.store(out, count);
-      }
+      search.code(search.find(v)).store(out, tail...);
       if (!codebook.ordered)
-        for (int64_t lane = 0; lane < count; ++lane) out[lane] = codebook.order[out[lane]];
-    }
+        for (int lane = 0; lane < lanes_of(tail...); ++lane) out[lane] = codebook.order[out[lane]];
+    });
   });
 }
 
 template <typename S>
-void dequantize(const View& view, const Quantizer<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
+void dequantize(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales, const Codebook<Arithmetic<S>>& codebook,
                 int64_t numel, const uint8_t* codes, S* y) {
   using V = typename VecOf<S>::type;
   const V last = V::set1(static_cast<Arithmetic<S>>(codebook.size - 1)), nan = V::set1(static_cast<Arithmetic<S>>(NAN));
-  for_each_stretch<V>(view, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, scales, numel, [&](int64_t at, int64_t n, const auto& p) {
     const Searcher<V> search(codebook);
-    for (int64_t i = 0; i < n; i += 16) {
-      const int64_t count = std::min<int64_t>(16, n - i);
-      V code = count == 16 ? V::load(codes + at + i) : V::load(codes + at + i, count);
+    for_each_16(n, [&](int64_t i, auto... tail) {
+      V code = V::load(codes + at + i, tail...);
       const auto known = inside(code, zero<V>(), last);
       code = min(last, code);  // the scalar path looks up what it is given
       const V value = select(known, search.level(search.index(code)), nan);
-      if (count == 16) {
-        (value * p.scale(i)).store(y + at + i);
-      } else {
-        (value * p.scale(i, count)).store(y + at + i, count);
-      }
-    }
+      (value * p.scale(i, tail...)).store(y + at + i, tail...);
+    });
   });
 }
 
-// Sums over what is quantized to each level, for one task. Lanes add to four tables in turn, since additions to one
-// address wait for each other; in fp64, since a table is emptied only once per task.
+// The sum of each level, over the elements of one task that are quantized to it. Lanes add to four tables in turn,
+// since additions to one address wait for each other. Sums are fp64, since a task may be long.
 struct LevelSums {
   double table[4][kMaxLevels];
   explicit LevelSums(int64_t levels) {
@@ -254,66 +235,61 @@ struct LevelSums {
   }
 };
 
-// The learnable backward for 16 elements, or the n that are left: dx is written, the level's sum is added to, the term
-// of the scale returned. Lanes beyond n have dy = 0 and x = 0: their term is 0, unless all of the run is NaN.
+// The learnable backward for the 16 elements from `at` on, or for the `tail` elements that are left; p has their
+// parameters from i on. Writes dx, adds to the sums of levels, and returns what each element adds to the sum of the
+// scale. Lanes beyond the tail have dy = 0 and x = 0: they add 0, unless a parameter is NaN, which makes the sum NaN.
 template <typename S, bool kCodebook>
 struct LearnableTerms {
   using V = typename VecOf<S>::type;
   Searcher<V> search;
-  Bounds<V> b;
+  Ends<V> b;
   const S *grad, *x;
   S* dx;
 
-  template <typename P>
-  V operator()(int64_t at, int64_t n, const P& p, int64_t i, LevelSums& sums) const {
-    const bool full = n == 16;
-    const V dy = full ? V::load(grad + at) : V::load(grad + at, n);
-    const V v = full ? V::load(x + at) * p.inv(i) : V::load(x + at, n) * p.inv(i, n);
+  template <typename P, typename... Tail>
+  V operator()(int64_t at, const P& p, int64_t i, LevelSums& sums, Tail... tail) const {
+    const V dy = V::load(grad + at, tail...);
+    const V v = V::load(x + at, tail...) * p.inv(i, tail...);
     const auto in = inside(v, b.low, b.high);
     const V d = select(in, dy, zero<V>());  // select, never multiply: an infinite dy must not become NaN
-    if (full) {
-      d.store(dx + at);
-    } else {
-      d.store(dx + at, n);
-    }
+    d.store(dx + at, tail...);
     const auto index = search.find(v);
-    if constexpr (kCodebook) sums.add(index, dy * (full ? p.scale(i) : p.scale(i, n)), n);
+    if constexpr (kCodebook) sums.add(index, dy * p.scale(i, tail...), lanes_of(tail...));
     return dy * (select(is_nan(v), v, search.level(index)) - select(in, v, zero<V>()));
   }
 };
 
-// Deterministic whatever the number of threads: fixed tasks, whose partial sums are added up in order.
+// The bits do not depend on the number of threads: tasks are fixed, and their sums are added up in order.
 constexpr int64_t kTask = 32768;  // elements of a task of even runs
 constexpr int64_t kTaskRows = 64;
 
 template <typename S, bool kCodebook>
-void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& scales,
+void learnable_backward_of(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales,
                            const Codebook<Arithmetic<S>>& codebook, int64_t numel, const S* grad, const S* x, S* dx,
                            std::vector<double>& dscale, std::vector<double>& dlevels) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  const LearnableTerms<S, kCodebook> terms{Searcher<V>(codebook), Bounds<V>(codebook), grad, x, dx};
+  const LearnableTerms<S, kCodebook> terms{Searcher<V>(codebook), Ends<V>(codebook), grad, x, dx};
   const int64_t levels = static_cast<int64_t>(dlevels.size());
   std::vector<double> of_levels;  // of each task
   int64_t tasks;
-  if (view.inner >= kShortRun || view.channels == 1) {
+  if (runs.inner >= kShortRun || runs.channels == 1) {
     // Even runs: a task is kTask elements in memory order. The part of run r in task t has its sum at r + t.
     tasks = (numel + kTask - 1) / kTask;
     of_levels.resize(tasks * levels);
-    std::vector<double> of_runs(tasks + view.runs);
+    std::vector<double> of_runs(tasks + runs.count);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         LevelSums sums(levels);
         const int64_t end = std::min((task + 1) * kTask, numel);
         for (int64_t at = task * kTask; at < end;) {
-          const int64_t run = at / view.inner, stop = std::min((run + 1) * view.inner, end);
-          const Uniform<V> p(scales.of(view.channel(run % view.period)));
+          const int64_t run = at / runs.inner, stop = std::min((run + 1) * runs.inner, end);
+          const Uniform<V> p(scales.of(runs.channel(run % runs.period)));
           double lanes[16] = {};
           while (at < stop) {  // in fp32 over at most 64 vectors, then in fp64
             V acc = zero<V>();
             const int64_t pause = std::min(at + 1024, stop);
-            for (; at + 16 <= pause; at += 16) acc = acc + terms(at, 16, p, 0, sums);
-            if (at < pause) acc = acc + terms(at, pause - at, p, 0, sums);
+            for_each_16(pause - at, [&](int64_t i, auto... tail) { acc = acc + terms(at + i, p, 0, sums, tail...); });
             at = pause;
             add_lanes(lanes, acc);
           }
@@ -322,58 +298,61 @@ void learnable_backward_of(const View& view, const Quantizer<Arithmetic<S>>& sca
         sums.store(of_levels.data() + task * levels, levels);
       }
     });
-    for (int64_t run = 0; run < view.runs; ++run) {
-      double& sum = dscale[view.channel(run % view.period)];
-      const int64_t last = ((run + 1) * view.inner - 1) / kTask;
-      for (int64_t task = run * view.inner / kTask; task <= last; ++task) sum += of_runs[run + task];
+    for (int64_t run = 0; run < runs.count; ++run) {
+      double& sum = dscale[runs.channel(run % runs.period)];
+      const int64_t last = ((run + 1) * runs.inner - 1) / kTask;
+      for (int64_t task = run * runs.inner / kTask; task <= last; ++task) sum += of_runs[run + task];
     }
   } else {
-    // Short runs: a task is up to 64 rows of up to kPattern columns, whose sums stay in cache. A row here is a whole
-    // number of periods, so that it fills vectors even where a period does not.
-    const int64_t period = view.period * view.inner;
+    // Short runs: a task is up to 64 rows of up to kPattern columns, whose sums stay in cache. A row here is one period
+    // or several, so that it fills vectors even where a period does not.
+    const int64_t period = runs.period * runs.inner;
     const int64_t row = std::max<int64_t>(1, 256 / period) * period;
     const int64_t rows = (numel + row - 1) / row;
-    const int64_t width = std::min(row, kPattern / view.inner * view.inner);
+    const int64_t width = std::min(row, kPattern / runs.inner * runs.inner);
     const int64_t across = (row + width - 1) / width, down = (rows + kTaskRows - 1) / kTaskRows;
-    const int64_t runs = row / view.inner;
+    const int64_t row_runs = row / runs.inner;
     tasks = down * across;
     of_levels.resize(tasks * levels);
-    std::vector<double> of_runs(down * runs);
+    std::vector<double> of_runs(down * row_runs);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         LevelSums sums(levels);
         const int64_t block = task / across, from = task % across * width;
         const int64_t columns = std::min(width, row - from);
         Expanded<T> params;
-        params.fill(scales, view, from, columns);
+        params.fill(scales, runs, from, columns);
         alignas(64) T acc[kPattern] = {};
         const int64_t stop = std::min((block + 1) * kTaskRows, rows);
         for (int64_t r = block * kTaskRows; r < stop; ++r) {
           const int64_t at = r * row + from, n = std::min(columns, numel - at);  // the last row may end early
-          for (int64_t i = 0; i < n; i += 16) {
-            const auto p = params.template from<V>(0);
-            (V::load(acc + i) + terms(at + i, std::min<int64_t>(16, n - i), p, i, sums)).store(acc + i);
-          }
+          const auto p = params.template from<V>(0);
+          for_each_16(n, [&](int64_t i, auto... tail) {
+            (V::load(acc + i) + terms(at + i, p, i, sums, tail...)).store(acc + i);
+          });
         }
         for (int64_t i = 0; i < columns; ++i)
-          of_runs[block * runs + (from + i) / view.inner] += static_cast<double>(acc[i]);
+          of_runs[block * row_runs + (from + i) / runs.inner] += static_cast<double>(acc[i]);
         sums.store(of_levels.data() + task * levels, levels);
       }
     });
     for (int64_t block = 0; block < down; ++block)
-      for (int64_t run = 0; run < runs; ++run) dscale[view.channel(run % view.period)] += of_runs[block * runs + run];
+      for (int64_t run = 0; run < row_runs; ++run)
+        dscale[runs.channel(run % runs.period)] += of_runs[block * row_runs + run];
   }
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < levels; ++i) dlevels[i] += of_levels[task * levels + i];
 }
 
 template <typename S>
-void learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& scales,
+void learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& scales,
                         const Codebook<Arithmetic<S>>& codebook, int64_t numel, const S* grad, const S* x, S* dx,
                         std::vector<double>& dscale, std::vector<double>& dlevels) {
   if (dlevels.empty()) {
-    learnable_backward_of<S, false>(view, scales, codebook, numel, grad, x, dx, dscale, dlevels);
+    learnable_backward_of<S, false>(runs, scales, codebook, numel, grad, x, dx, dscale, dlevels);
   } else {
-    learnable_backward_of<S, true>(view, scales, codebook, numel, grad, x, dx, dscale, dlevels);
+    learnable_backward_of<S, true>(runs, scales, codebook, numel, grad, x, dx, dscale, dlevels);
   }
 }
+
+}  // namespace qkernels::QK_NAMESPACE

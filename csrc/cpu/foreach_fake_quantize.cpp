@@ -1,13 +1,13 @@
-// Fake quantization of many tensors on the CPU: the kernels of fake_quantize_kernels.h, one thread to each small tensor
-// and all threads to each large one.
-#include "granularity.h"
+// Fake quantization of many tensors on the CPU, by the kernels for one tensor: one thread for each small tensor, all
+// threads for each large one.
+#include "cpu/common/qparams.h"
 
-#define QK_BODY "fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/fake_quantize_learnable_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 #include <variant>
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {
@@ -16,14 +16,14 @@ using Tensors = std::vector<Tensor>;
 using ZeroPoints = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// From here on one tensor alone keeps all threads busy: 4 tasks of the single op for each of 2.
+// So many elements keep all threads busy: of a single tensor they are 4 tasks for each of 2 threads.
 constexpr int64_t kLarge = 8 * kGrain;
 
-// One tensor of the list, ready to run: all that can fail or needs torch is done.
+// One tensor of the list. What can fail or needs torch is done when it is made.
 struct Job {
   Tensor x, grad, out;  // dense and in one layout; grad in backward passes only
-  View view;
-  std::variant<Quantizer<float>, Quantizer<double>> quantizer;
+  IndexedRuns runs;
+  std::variant<Qparams<float>, Qparams<double>> qparams;
   int64_t numel = 0;
   std::vector<double> dscale, dzero_point;  // in the learnable backward pass
   double grad_factor = 0;
@@ -56,10 +56,10 @@ std::vector<Job> jobs_of(const Lists& lists, Prepare prepare) {
     prepare(job, i);
     job.numel = job.x.numel();
     dispatch_floating("x", job.x, [&](auto tag) {
-      job.quantizer = quantizer<Arithmetic<decltype(tag)>>(job.x, lists.scales[i], lists.zero_points[i],
-                                                           lists.quant_mins[i], lists.quant_maxs[i]);
+      job.qparams = qparams<Arithmetic<decltype(tag)>>(job.x, lists.scales[i], lists.zero_points[i],
+                                                       lists.quant_mins[i], lists.quant_maxs[i]);
     });
-    job.view = view_of(job.x, lists.scales[i]);
+    job.runs = indexed_runs(job.x, lists.scales[i]);
   }
   return jobs;
 }
@@ -77,7 +77,7 @@ void run_all(std::vector<Job>& jobs, Run run) {
     first.push_back(elements);
     elements += job.numel;
   }
-  // Split by elements: a job belongs to the task that holds its first one.
+  // Tasks are ranges of elements; a job belongs to the task that holds its first element.
   torch::stable::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
     for (size_t i = std::lower_bound(first.begin(), first.end(), begin) - first.begin();
          i < small.size() && first[i] < end; ++i)
@@ -99,8 +99,7 @@ S* out_of(const Tensor& t) {
 
 template <typename F>
 void dispatch_job(const Job& job, F f) {
-  dispatch_floating("x", job.x,
-                    [&](auto tag) { f(tag, std::get<Quantizer<Arithmetic<decltype(tag)>>>(job.quantizer)); });
+  dispatch_floating("x", job.x, [&](auto tag) { f(tag, std::get<Qparams<Arithmetic<decltype(tag)>>>(job.qparams)); });
 }
 
 Tensors outputs_of(std::vector<Job>& jobs) {
@@ -117,9 +116,9 @@ Tensors foreach_fake_quantize_forward(Tensors xs, Tensors scales, ZeroPoints zer
     job.x = in_layout_of(xs[i], job.out);
   });
   run_all(jobs, [](const Job& job) {
-    dispatch_job(job, [&](auto tag, const auto& quantizer) {
+    dispatch_job(job, [&](auto tag, const auto& qparams) {
       using S = decltype(tag);
-      QK_DISPATCH_ISA(forward(job.view, quantizer, job.numel, in_of<S>(job.x), out_of<S>(job.out), nullptr));
+      QK_DISPATCH_ISA(forward(job.runs, qparams, job.numel, in_of<S>(job.x), out_of<S>(job.out), nullptr));
     });
   });
   return outputs_of(jobs);
@@ -139,13 +138,13 @@ Tensors foreach_fake_quantize_backward(Tensors grads, Tensors xs, Tensors scales
                                        Integers quant_mins, Integers quant_maxs, bool lsq) {
   auto jobs = backward_jobs(grads, {xs, scales, zero_points, quant_mins, quant_maxs});
   run_all(jobs, [lsq](const Job& job) {
-    dispatch_job(job, [&](auto tag, const auto& quantizer) {
+    dispatch_job(job, [&](auto tag, const auto& qparams) {
       using S = decltype(tag);
       const S *grad = in_of<S>(job.grad), *x = in_of<S>(job.x);
       if (lsq) {
-        QK_DISPATCH_ISA(backward<true>(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out)));
+        QK_DISPATCH_ISA(backward<true>(job.runs, qparams, job.numel, grad, x, out_of<S>(job.out)));
       } else {
-        QK_DISPATCH_ISA(backward(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out)));
+        QK_DISPATCH_ISA(backward(job.runs, qparams, job.numel, grad, x, out_of<S>(job.out)));
       }
     });
   });
@@ -166,15 +165,15 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
     jobs[i].grad_factor = grad_factors[i];
   }
   run_all(jobs, [lsq](Job& job) {
-    dispatch_job(job, [&](auto tag, const auto& quantizer) {
+    dispatch_job(job, [&](auto tag, const auto& qparams) {
       using S = decltype(tag);
       const S *grad = in_of<S>(job.grad), *x = in_of<S>(job.x);
       double *dscale = job.dscale.data(), *dzero_point = job.dzero_point.data();
       if (lsq) {
-        QK_DISPATCH_ISA(learnable_backward<true>(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out),
+        QK_DISPATCH_ISA(learnable_backward<true>(job.runs, qparams, job.numel, grad, x, out_of<S>(job.out),
                                                  job.grad_factor, dscale, dzero_point));
       } else {
-        QK_DISPATCH_ISA(learnable_backward(job.view, quantizer, job.numel, grad, x, out_of<S>(job.out), job.grad_factor,
+        QK_DISPATCH_ISA(learnable_backward(job.runs, qparams, job.numel, grad, x, out_of<S>(job.out), job.grad_factor,
                                            dscale, dzero_point));
       }
     });

@@ -1,8 +1,8 @@
 // int4_pack, int4_unpack and int4_linear on the CPU: checks, scratch memory and the split of work over threads. The
 // arithmetic is in int4_gemm_kernels.h.
-#include "int4_gemm.h"
+#include "cpu/int4_gemm/int4_gemm.h"
 
-#include "int8_ops.h"
+#include "cpu/common/int8_ops.h"
 
 namespace qkernels {
 namespace {
@@ -157,7 +157,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
   output.row_stride = n;
   output.bias = offset ? offset->data : nullptr;
   output.weight_sum = static_cast<const float*>(weight_sum.data_ptr());
-  RowQuantizer quantizer{};
+  RowQparams qparams{};
   std::optional<Values<float>> code_scale;
   std::optional<Values<int32_t>> code_zero_point;
   int32_t one_zero_point = 0;
@@ -171,8 +171,8 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
     if (input_zero_point)
       code_zero_point = zero_point_vector("input_zero_point", *input_zero_point, m, 0, "one element, [M] or [M, 1]");
   } else {
-    quantizer = input_quantizer(input_scale, input_zero_point, quant_min, quant_max);
-    one_zero_point = static_cast<int32_t>(quantizer.zero_point);
+    qparams = input_qparams(input_scale, input_zero_point, quant_min, quant_max);
+    one_zero_point = static_cast<int32_t>(qparams.zero_point);
     if (one_zero_point != 0) output.zero_point = &one_zero_point;
   }
   const Int4Kernels& kernels = int4_kernels();
@@ -209,7 +209,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
         if (codes)
           row_kernels.copy_codes(reinterpret_cast<const int8_t*>(from), 1, k, 0, row_codes);
         else
-          row_scales[static_cast<size_t>(r)] = row_kernels.quantize_row(from, type, k, quantizer, 0, row_codes);
+          row_scales[static_cast<size_t>(r)] = row_kernels.quantize_row(from, type, k, qparams, 0, row_codes);
         kernels.code_terms(reinterpret_cast<int8_t*>(row), k, group_size, affine, terms.data() + r, height);
       }
     });

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <memory>
 
-#include "int8_gemm.h"
-#include "int8_ops.h"
+#include "cpu/common/int8_ops.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels {
 namespace {
@@ -41,12 +41,12 @@ int64_t out_size(const char* side, int64_t padded, int64_t kernel, int64_t strid
 
 // x as codes [batch][padded.h][padded.w][channels], with the code of zero around it. Returns whether a NaN was met.
 bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, const Geometry& g,
-                    const RowQuantizer& quantizer, uint8_t* image) {
+                    const RowQparams& qparams, uint8_t* image) {
   const bool channels_last = x.stride(1) == 1 && x.stride(3) == g.channels;
   const int64_t stride_n = x.stride(0), stride_c = x.stride(1), stride_h = x.stride(2);
   const char* data = static_cast<const char*>(x.data_ptr());
   const int64_t bytes = static_cast<int64_t>(element_size(type));
-  const uint8_t zero = static_cast<uint8_t>(static_cast<int8_t>(quantizer.zero_point)) ^ kernels.flip;
+  const uint8_t zero = static_cast<uint8_t>(static_cast<int8_t>(qparams.zero_point)) ^ kernels.flip;
   const int64_t row_bytes = g.padded.w * g.channels;
   std::atomic<bool> nan{false};
   torch::stable::parallel_for(
@@ -65,12 +65,12 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
           row += border;
           const char* source = data + (n * stride_n + h * stride_h) * bytes;
           if (channels_last) {
-            if (std::isnan(kernels.quantize_row(source, type, g.in.w * g.channels, quantizer, kernels.flip, row)))
+            if (std::isnan(kernels.quantize_row(source, type, g.in.w * g.channels, qparams, kernels.flip, row)))
               nan = true;
             continue;
           }
           for (int64_t c = 0; c < g.channels; ++c) {
-            if (std::isnan(kernels.quantize_row(source + c * stride_c * bytes, type, g.in.w, quantizer, kernels.flip,
+            if (std::isnan(kernels.quantize_row(source + c * stride_c * bytes, type, g.in.w, qparams, kernels.flip,
                                                 plane.get())))
               nan = true;
             for (int64_t w = 0; w < g.in.w; ++w) row[w * g.channels + c] = plane[static_cast<size_t>(w)];
@@ -80,7 +80,7 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
   return nan;
 }
 
-// In pieces of 16 bytes: a call of memcpy costs more than most runs. Both sides have slack behind them.
+// Copies pieces of 16 bytes, since a call of memcpy costs more than most copies here. Both sides may be overrun.
 inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
   for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
 }
@@ -187,7 +187,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   const auto channel_scale = float_vector("scale", scale, g.out_channels, -1, false, "[C_out]");
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, g.out_channels, -1, false, "[C_out]");
-  const RowQuantizer quantizer = static_quantizer("input", input_scale, input_zero_point, quant_min, quant_max);
+  const RowQparams qparams = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max);
   const Int8Kernels& kernels = int8_kernels();
   record_isa(kernels.isa);
 
@@ -202,7 +202,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   // 64 bytes of slack: the last codes are read in groups of 4, 16 and 32.
   Tensor image_tensor = empty({g.batch * image_bytes + 64}, ScalarType::Byte);
   uint8_t* images = static_cast<uint8_t*>(image_tensor.data_ptr());
-  const bool nan = quantize_image(kernels, source, type, g, quantizer, images) || std::isnan(quantizer.scale);
+  const bool nan = quantize_image(kernels, source, type, g, qparams, images) || std::isnan(qparams.scale);
 
   PanelOutput output{};
   output.type = type;
@@ -210,7 +210,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
   output.scale_b = channel_scale.data;
   output.bias = offset ? offset->data : nullptr;
-  const int32_t zero_point = static_cast<int32_t>(quantizer.zero_point);
+  const int32_t zero_point = static_cast<int32_t>(qparams.zero_point);
   output.zero_point = &zero_point;
   output.wide = is_wide(std::abs(zero_point), k);
   const int8_t* weights = static_cast<const int8_t*>(data.data_ptr());
@@ -219,7 +219,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   if (g.group_channels() == 1 && g.group_out() == 1 && !nan) {
     output.out = out_data;
     output.channels = g.channels;
-    output.scale_a = &quantizer.scale;
+    output.scale_a = &qparams.scale;
     convolve_depthwise(kernels, images, weights, g, output);
     return out;
   }
@@ -235,7 +235,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   const int64_t work = panel_bytes(k) * group_panels * groups * (std::min(block, pixels) + 3);
   torch::stable::parallel_for(0, g.batch * blocks, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
     std::unique_ptr<uint8_t[]> scratch(in_place ? nullptr : new uint8_t[static_cast<size_t>(block * gathered)]);
-    std::vector<float> row_scales(static_cast<size_t>(block), quantizer.scale);
+    std::vector<float> row_scales(static_cast<size_t>(block), qparams.scale);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, first = task % blocks * block, height = std::min(block, pixels - first);
       const uint8_t* image = images + n * image_bytes;
@@ -247,7 +247,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
           if (!in_place) gather(image, g, h, w, group, scratch.get() + r * gathered);
           if (nan)
             row_scales[static_cast<size_t>(r)] =
-                nan_under(source, type, g, n, h, w, group) ? std::numeric_limits<float>::quiet_NaN() : quantizer.scale;
+                nan_under(source, type, g, n, h, w, group) ? std::numeric_limits<float>::quiet_NaN() : qparams.scale;
           if (++w == g.out.w) {
             w = 0;
             ++h;

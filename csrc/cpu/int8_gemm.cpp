@@ -1,10 +1,10 @@
 // int8_mm, int8_scaled_mm, int8_pack, int8_unpack and int8_linear on the CPU: checks, scratch memory and the split of
 // work over threads. The arithmetic is in int8_gemm_kernels.h.
-#include "int8_gemm.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 #include <memory>
 
-#include "int8_ops.h"
+#include "cpu/common/int8_ops.h"
 
 namespace qkernels {
 namespace {
@@ -54,7 +54,7 @@ void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor
                                     at(output, first, panel * kPanel));
         return;
       }
-      // Rows along k fill cache lines by themselves.
+      // Where k is contiguous, one panel already reads whole cache lines.
       const int64_t at_once = b_k == 1 ? 1 : std::min<int64_t>(kPackedPanels, end - begin);
       alignas(64) int32_t colsum[kPackedPanels * kPanel];
       std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(at_once * panel_bytes(k))]);
@@ -204,7 +204,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
   PanelOutput output{};
-  RowQuantizer quantizer{};
+  RowQparams qparams{};
   std::optional<Values<float>> code_scale;
   std::optional<Values<int32_t>> code_zero_point;
   int32_t zero_point = 0;
@@ -213,8 +213,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
     code_scale = float_vector("input_scale", *input_scale, m, 0, true, "one element, [M] or [M, 1]");
     if (input_zero_point) code_zero_point = set_zero_point(output, "input_zero_point", *input_zero_point, m, k);
   } else {
-    quantizer = input_quantizer(input_scale, input_zero_point, quant_min, quant_max);
-    zero_point = static_cast<int32_t>(quantizer.zero_point);
+    qparams = input_qparams(input_scale, input_zero_point, quant_min, quant_max);
+    zero_point = static_cast<int32_t>(qparams.zero_point);
     output.zero_point = &zero_point;
     output.wide = is_wide(std::abs(zero_point), k);
   }
@@ -247,7 +247,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, co
           kernels.copy_codes(reinterpret_cast<const int8_t*>(row), 1, k, kernels.flip, rows + r * stride);
         else
           row_scales[static_cast<size_t>(r)] =
-              kernels.quantize_row(row, type, k, quantizer, kernels.flip, rows + r * stride);
+              kernels.quantize_row(row, type, k, qparams, kernels.flip, rows + r * stride);
       }
     });
     PanelOutput part = output;

@@ -6,13 +6,13 @@
 #include "element.h"
 #include "tensor.h"
 
-#define QK_BODY "packing_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/packing_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // codes that outweigh waking a second thread
+constexpr int64_t kGrain = 32768;  // so many codes are worth waking a second thread
 
 int64_t packed_length(int64_t k, int64_t bits) { return (k * bits + 7) / 8; }
 

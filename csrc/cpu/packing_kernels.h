@@ -1,5 +1,7 @@
-// Low-bit codes to dense bytes and back; compiled once per path by foreach_isa.h, whose target's vectors the loops for
-// 4 bits become.
+// Low-bit codes to dense bytes and back. The compiler turns the loops for 4 bits into vectors of the path.
+#include "cpu/common/path.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Sets *found where a code is out of range.
 inline void pack_row(const int8_t* q, int64_t k, int bits, uint8_t* packed, bool* found) {
@@ -49,3 +51,5 @@ inline void unpack_row(const uint8_t* packed, int64_t k, int bits, int8_t* q) {
     filled -= bits;
   }
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,16 +1,12 @@
-// quantize_dynamic_transposed on the CPU: checks and memory layout here, the kernels in quantize_transposed_kernels.h.
+// quantize_dynamic_transposed on the CPU: checks and memory layout. The kernels are in
+// quantize_transposed_kernels.h.
 #include <utility>
 
-#include "granularity.h"
-#include "philox.h"
+#include "cpu/common/philox.h"
+#include "cpu/common/qparams.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of its own _mm256_undefined_* inside the intrinsics.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#define QK_BODY "quantize_transposed_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/quantize_transposed_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {

@@ -1,10 +1,13 @@
-// The kernels of quantize_dynamic_transposed, compiled once per path by foreach_isa.h: one pass over x [rows, columns]
-// for the magnitudes of all rows and columns, one for the codes of both.
-#include "stochastic_kernels.h"
+// quantize_dynamic_transposed: one pass over x [rows, columns] for the magnitudes of all rows and columns, one for the
+// codes of both.
+#include "cpu/common/ranges_kernels.h"
+#include "cpu/stochastic_kernels.h"
 
-constexpr int64_t kSquare = 64;  // a tile's rows and columns: what it writes of either output are whole cache lines
+namespace qkernels::QK_NAMESPACE {
 
-// Turns magnitudes into the scales that cover them, and gives their reciprocals; a multiple of 16 elements.
+constexpr int64_t kSquare = 64;  // the rows and columns of a tile: it writes whole cache lines of both outputs
+
+// Turns magnitudes into the scales that cover them, and gives their reciprocals. The length is a multiple of 16.
 template <typename T>
 void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& inverse) {
   using V = typename VecOf<T>::type;
@@ -16,23 +19,21 @@ void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& 
   }
 }
 
-// Largest |x| of each of R rows, and of their columns together with what `columns` holds already.
+// The largest |x| of each of R rows, and of each column, which `columns` keeps from row to row.
 template <int R, typename S>
 void magnitudes_of_rows(const S* x, int64_t length, Arithmetic<S>* rows, Arithmetic<S>* columns) {
   using V = typename VecOf<S>::type;
   V row[R];
   for (V& acc : row) acc = zero<V>();
-  for (int64_t c = 0; c < length; c += 16) {
-    const int64_t n = std::min<int64_t>(16, length - c);
+  for_each_16(length, [&](int64_t c, auto... tail) {
     V column = V::load(columns + c);
     for (int r = 0; r < R; ++r) {
-      const S* at = x + r * length + c;
-      const V v = n == 16 ? V::load(at) : V::load(at, n);
+      const V v = V::load(x + r * length + c, tail...);
       row[r] = max_abs(row[r], v);
       column = max_abs(column, v);
     }
     column.store(columns + c);
-  }
+  });
   for (int r = 0; r < R; ++r) rows[r] = lane_max_abs(row[r]);
 }
 
@@ -41,7 +42,7 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
                 std::vector<Arithmetic<S>>& columns) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  // Every piece of rows has column results of its own; a maximum does not depend on how many pieces there are.
+  // Every piece of rows has results of its own for the columns. A maximum does not depend on the number of pieces.
   const int64_t threads = torch::stable::get_num_threads(), width = static_cast<int64_t>(columns.size());
   const int64_t piece = std::max<int64_t>({1, (height + 4 * threads - 1) / (4 * threads), kGrain / (length + 1)});
   const int64_t pieces = (height + piece - 1) / piece;
@@ -61,9 +62,9 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
   }
 }
 
-// 16 x 16 bytes, `from` and `to` kSquare bytes a row.
+// Transposes 16 x 16 bytes; rows of both lie kSquare bytes apart.
 inline void transpose(const int8_t* from, int8_t* to) {
-#if QK_LEVEL > 0
+#if QK_PATH != QK_PATH_SCALAR
   __m128i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(from + i * kSquare));
   // Four times the perfect shuffle of rows i and i + 8: the transpose of 16 x 16.
@@ -94,7 +95,7 @@ struct Squares {
   int64_t q_t_stride;
 };
 
-// One tile; philox: null rounds to nearest.
+// Quantizes one tile. Without a philox it rounds to nearest.
 template <typename S>
 void quantize_square(const Squares<S>& t, int64_t first_row, int64_t first_column, const Philox* philox) {
   using V = typename VecOf<S>::type;
@@ -111,18 +112,13 @@ void quantize_square(const Squares<S>& t, int64_t first_row, int64_t first_colum
       const int64_t at = (first_row + r) * t.columns + first_column;
       int8_t* q = t.q + (first_row + r) * t.q_stride + first_column;
       const V inverse = V::set1(t.row_inverse[first_row + r]);
-      for (int64_t c = 0; c < width; c += 16) {
-        const int64_t n = std::min<int64_t>(16, width - c);
-        const V v = n == 16 ? V::load(t.x + at + c) : V::load(t.x + at + c, n);
+      for_each_16(width, [&](int64_t c, auto... tail) {
+        const V v = V::load(t.x + at + c, tail...);
         const V by_column = v * V::load(t.column_inverse + first_column + c);
         const auto [code, code_t] = rounded(at + c, v * inverse, by_column);
-        if (n == 16) {
-          code_of(code).store(q + c);
-        } else {
-          code_of(code).store(q + c, n);
-        }
+        code_of(code).store(q + c, tail...);
         code_of(code_t).store(block + r * kSquare + c);
-      }
+      });
     }
   };
   if (philox) {
@@ -162,3 +158,5 @@ void quantize_transposed(const S* x, int64_t rows, int64_t columns, const Qparam
     for (int64_t i = begin; i < end; ++i) quantize_square(squares, i / across * kSquare, i % across * kSquare, philox);
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,10 +1,10 @@
 // ReLU fused with fake quantization on the CPU; the kernels are in relu_fake_quantize_kernels.h.
-#include "granularity.h"
+#include "cpu/common/qparams.h"
 
-#define QK_BODY "relu_fake_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/relu_fake_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {
@@ -18,18 +18,18 @@ Tensor forward(const Tensor& x_any, const Tensor& scale, const std::optional<Ten
   const int64_t numel = x.numel();
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
-    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    const auto q = qparams<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
     if (mask && lsq) {
-      QK_DISPATCH_ISA(relu_forward_mask<true>(view, q, numel, in, out, bits));
+      QK_DISPATCH_ISA(relu_forward_mask<true>(runs, q, numel, in, out, bits));
     } else if (mask) {
-      QK_DISPATCH_ISA(relu_forward_mask<false>(view, q, numel, in, out, bits));
+      QK_DISPATCH_ISA(relu_forward_mask<false>(runs, q, numel, in, out, bits));
     } else {
-      QK_DISPATCH_ISA(relu_forward<false>(view, q, numel, in, out, nullptr));
+      QK_DISPATCH_ISA(relu_forward<false>(runs, q, numel, in, out, nullptr));
     }
   });
   return y;
@@ -58,16 +58,16 @@ Tensor relu_fake_quantize_backward(const Tensor& grad_any, const Tensor& x_any, 
   const int64_t numel = x.numel();
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
-    const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+    const auto q = qparams<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* dy = static_cast<const S*>(grad.const_data_ptr());
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     if (lsq) {
-      QK_DISPATCH_ISA(relu_backward<true>(view, q, numel, dy, in, out));
+      QK_DISPATCH_ISA(relu_backward<true>(runs, q, numel, dy, in, out));
     } else {
-      QK_DISPATCH_ISA(relu_backward(view, q, numel, dy, in, out));
+      QK_DISPATCH_ISA(relu_backward(runs, q, numel, dy, in, out));
     }
   });
   return dx;
@@ -80,12 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> relu_fake_quantize_learnable_backward(const T
                                                                          double grad_factor, bool lsq) {
   return learned(
       grad, x, scale, zero_point, quant_min, quant_max,
-      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+      [&](const auto& runs, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
           double* dzero_point) {
         if (lsq) {
-          QK_DISPATCH_ISA(relu_learnable_backward<true>(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+          QK_DISPATCH_ISA(relu_learnable_backward<true>(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
         } else {
-          QK_DISPATCH_ISA(relu_learnable_backward(view, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
+          QK_DISPATCH_ISA(relu_learnable_backward(runs, q, numel, dy, in, out, grad_factor, dscale, dzero_point));
         }
       });
 }

@@ -1,5 +1,7 @@
-// The kernels of ReLU fused with fake quantization, compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+// ReLU fused with fake quantization.
+#include "cpu/fake_quantize_learnable_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename V>
 inline V rectified(V v) {  // a NaN stays
@@ -11,7 +13,7 @@ inline typename V::Mask is_off(V v) {  // where ReLU gives 0, and no gradient
   return inside(v, V::set1(static_cast<typename V::Scalar>(-INFINITY)), zero<V>());
 }
 
-// Where the gradient of v passes, of which `steps` are left and q is the code.
+// Where the gradient of v passes. `steps` and q are those of the rectified v.
 template <bool kLsq, typename V>
 inline typename V::Mask passes(V v, V steps, V q, V z, const Bounds<V>& b) {
   const V nan = V::set1(static_cast<typename V::Scalar>(NAN));
@@ -20,20 +22,16 @@ inline typename V::Mask passes(V v, V steps, V q, V z, const Bounds<V>& b) {
 }
 
 template <bool kMask, bool kLsq = false, typename S>
-void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void relu_forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                   uint8_t* mask) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
       const V steps = rectified(v) * p.inv(i, tail...), q = round(steps) + z;
-      if constexpr (kMask) {
-        int count = 16;
-        ((count = static_cast<int>(tail)), ...);
-        bits.add(passes<kLsq>(v, steps, q, z, b).bits() & ((1u << count) - 1), count);
-      }
+      if constexpr (kMask) bits.add(bits_of(passes<kLsq>(v, steps, q, z, b).bits(), tail...), lanes_of(tail...));
       ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
     });
     if constexpr (kMask) bits.finish();
@@ -41,17 +39,17 @@ void relu_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, i
 }
 
 template <bool kLsq, typename S>
-void relu_forward_mask(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void relu_forward_mask(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                        uint8_t* mask) {
-  relu_forward<true, kLsq>(view, quantizer, numel, x, y, mask);
+  relu_forward<true, kLsq>(runs, qparams, numel, x, y, mask);
 }
 
 template <bool kLsq = false, typename S>
-void relu_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void relu_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                    const S* x, S* dx) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V v = V::load(x + at + i, tail...), z = p.zero_point(i, tail...);
       const V steps = rectified(v) * p.inv(i, tail...);
@@ -73,8 +71,11 @@ struct ReluTerms {
 };
 
 template <bool kLsq = false, typename S>
-void relu_learnable_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
-                             const S* x, S* dx, double grad_factor, double* dscale, double* dzero_point) {
+void relu_learnable_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel,
+                             const S* grad, const S* x, S* dx, double grad_factor, double* dscale,
+                             double* dzero_point) {
   using Terms = ReluTerms<typename VecOf<S>::type, inside_of(kLsq)>;
-  reduce_channels(view, numel, LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point});
+  reduce_channels(runs, numel, LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,18 +1,12 @@
 // RMSNorm fused with dynamic quantization on the CPU; the kernels are in rms_norm_quantize_kernels.h.
 #include <memory>
 
-#include "dynamic_rows.h"
+#include "cpu/common/dynamic_rows.h"
+#include "cpu/common/gradient.h"
+#include "cpu/rms_norm_quantize.h"
 
-namespace qkernels {
-
-constexpr int64_t kSummedRows = 16;  // rows whose share of the weight's gradient is summed in x's arithmetic type
-
-}  // namespace qkernels
-
-#define QK_BODY "rms_norm_quantize_kernels.h"
-#include "foreach_isa.h"
-
-#include "gradient.h"
+#define QK_BODY "cpu/rms_norm_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
@@ -28,7 +22,7 @@ void check(const Tensor& x, const std::optional<Tensor>& weight, int64_t group_s
   check_device("weight", *weight, device_of(x));
 }
 
-// Without a weight all are 1, which changes no bit.
+// Without a weight all values are 1, which changes no bit.
 template <typename T>
 std::vector<T> values_of(const std::optional<Tensor>& weight, int64_t length) {
   std::vector<T> values(length, 1);
@@ -97,9 +91,9 @@ std::tuple<Tensor, Tensor> rms_norm_fake_quantize_dynamic_backward(const Tensor&
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
-    const auto q = scale ? quantizer<T>(x, *scale, zero_point, quant_min, quant_max) : Quantizer<T>{0, 0, {}, {}};
+    const auto q = scale ? qparams<T>(x, *scale, zero_point, quant_min, quant_max) : Qparams<T>{0, 0, {}, {}};
     if (numel == 0) return;
-    const View view = scale ? view_of(x, *scale) : View{one_run(x), {}};
+    const IndexedRuns runs = scale ? indexed_runs(x, *scale) : IndexedRuns{one_run(x), {}};
     const std::vector<T> w = values_of<T>(weight, length);
     std::vector<T> sums(weight_grad ? (rows + kSummedRows - 1) / kSummedRows * length : 0);
     const S *dy = static_cast<const S*>(grad.const_data_ptr()), *in = static_cast<const S*>(x.const_data_ptr());
@@ -107,9 +101,9 @@ std::tuple<Tensor, Tensor> rms_norm_fake_quantize_dynamic_backward(const Tensor&
     S* out = static_cast<S*>(dx.mutable_data_ptr());
     T* s = weight_grad ? sums.data() : nullptr;
     if (scale) {
-      QK_DISPATCH_ISA(rms_norm_backward<true>(view, q, rows, length, dy, in, w.data(), r, out, s));
+      QK_DISPATCH_ISA(rms_norm_backward<true>(runs, q, rows, length, dy, in, w.data(), r, out, s));
     } else {
-      QK_DISPATCH_ISA(rms_norm_backward<false>(view, q, rows, length, dy, in, w.data(), r, out, s));
+      QK_DISPATCH_ISA(rms_norm_backward<false>(runs, q, rows, length, dy, in, w.data(), r, out, s));
     }
     for (size_t i = 0; i < sums.size(); i += length)
       for (int64_t j = 0; j < length; ++j) dweight[j] += static_cast<double>(sums[i + j]);

@@ -1,7 +1,10 @@
-// The kernels of RMSNorm fused with dynamic quantization, compiled once per path by foreach_isa.h.
-#include "dynamic_rows_kernels.h"
+// RMSNorm fused with dynamic quantization.
+#include "cpu/common/dynamic_rows_kernels.h"
+#include "cpu/rms_norm_quantize.h"
 
-// A sum in one order on every path: of up to 64 vectors lane by lane, then in fp64.
+namespace qkernels::QK_NAMESPACE {
+
+// A sum in one order on every path: lane by lane over up to 64 vectors, then in fp64.
 template <typename V>
 class Sum {
  public:
@@ -23,7 +26,7 @@ class Sum {
   double total_[16] = {};
 };
 
-// weight has a value for each element of a row.
+// `weight` holds a value for each element of a row.
 template <typename S, typename O>
 void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Arithmetic<S>* weight, Arithmetic<S> eps,
               O* out, Arithmetic<S>* scale, int32_t* zero_point, Arithmetic<S>* rstd) {
@@ -47,26 +50,26 @@ void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Ari
   });
 }
 
-// kClipped: the quantizer says where a value was clipped and gives no gradient. dweight, if not null, gets the sums of
-// every kSummedRows rows.
+// kClipped: where the qparams clip a value, it gets no gradient. dweight, if not null, gets the sums over every
+// kSummedRows rows.
 template <bool kClipped, typename S>
-void rms_norm_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t rows, int64_t length,
+void rms_norm_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t rows, int64_t length,
                        const S* grad, const S* x, const Arithmetic<S>* weight, const Arithmetic<S>* rstd, S* dx,
                        Arithmetic<S>* dweight) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  const int64_t step = std::min(view.inner, length);  // a run divides a row, or a row divides a run
+  const Bounds<V> b(qparams);
+  const int64_t step = std::min(runs.inner, length);  // a run divides a row, or a row divides a run
   const int64_t grain = std::max<int64_t>(1, kGrain / 2 / (kSummedRows * length));
   const int64_t blocks = (rows + kSummedRows - 1) / kSummedRows;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first * kSummedRows; row < std::min(last * kSummedRows, rows); ++row) {
       const int64_t at = row * length;
       const V r = V::set1(rstd[row]);
-      // Calls f(element, normalized x, gradient of the weighted one, gradient of n, ...) along the row.
+      // Calls f(i, n, gradient of n * weight, gradient of n, tail...) along the row, where n is the normalized x.
       const auto each = [&](auto f) {
         for (int64_t from = 0; from < length; from += step) {
-          const Uniform<V> p(quantizer.of(view.channel((at + from) / view.inner % view.period)));
+          const Uniform<V> p(qparams.of(runs.channel((at + from) / runs.inner % runs.period)));
           for_each_16(step, [&](int64_t within, auto... tail) {
             const int64_t i = from + within;
             const V n = V::load(x + at + i, tail...) * r, w = V::load(weight + i, tail...);
@@ -88,3 +91,5 @@ void rms_norm_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
     }
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

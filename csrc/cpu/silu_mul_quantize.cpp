@@ -1,11 +1,11 @@
 // SwiGLU's product fused with dynamic quantization on the CPU; the kernels are in silu_mul_quantize_kernels.h.
 #include <memory>
 
-#include "activation.h"
-#include "dynamic_rows.h"
+#include "cpu/common/activation.h"
+#include "cpu/common/dynamic_rows.h"
 
-#define QK_BODY "silu_mul_quantize_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/silu_mul_quantize_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
@@ -64,13 +64,13 @@ std::tuple<Tensor, Tensor> silu_mul_fake_quantize_dynamic_backward(const Tensor&
             *u = static_cast<const S*>(up.const_data_ptr());
     S *dg = static_cast<S*>(dgate.mutable_data_ptr()), *du = static_cast<S*>(dup.mutable_data_ptr());
     if (scale) {
-      const auto q = quantizer<T>(gate, *scale, zero_point, quant_min, quant_max);
+      const auto q = qparams<T>(gate, *scale, zero_point, quant_min, quant_max);
       if (numel == 0) return;
-      const View view = view_of(gate, *scale);
-      QK_DISPATCH_ISA(silu_mul_backward<true>(view, q, numel, dy, g, u, dg, du));
+      const IndexedRuns runs = indexed_runs(gate, *scale);
+      QK_DISPATCH_ISA(silu_mul_backward<true>(runs, q, numel, dy, g, u, dg, du));
     } else if (numel) {
-      const View view{one_run(gate), {}};
-      QK_DISPATCH_ISA(silu_mul_backward<false>(view, Quantizer<T>{}, numel, dy, g, u, dg, du));
+      const IndexedRuns runs{one_run(gate), {}};
+      QK_DISPATCH_ISA(silu_mul_backward<false>(runs, Qparams<T>{}, numel, dy, g, u, dg, du));
     }
   });
   return {dgate, dup};

@@ -1,6 +1,8 @@
-// The kernels of SwiGLU's product fused with dynamic quantization, compiled once per path by foreach_isa.h.
-#include "activation_kernels.h"
-#include "dynamic_rows_kernels.h"
+// SwiGLU's product fused with dynamic quantization.
+#include "cpu/common/activation_kernels.h"
+#include "cpu/common/dynamic_rows_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 template <typename V>
 inline V product(V gate, V up) {
@@ -19,14 +21,14 @@ void silu_mul(const Units& units, const QparamsRule& rule, const S* gate, const 
   });
 }
 
-// kClipped: the quantizer says where a value was clipped and gives no gradient.
+// kClipped: where the qparams clip a value, it gets no gradient.
 template <bool kClipped, typename S>
-void silu_mul_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void silu_mul_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                        const S* gate, const S* up, S* dgate, S* dup) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
+  const Bounds<V> b(qparams);
   const V one = V::set1(1);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     for_each_16(n, [&](int64_t i, auto... tail) {
       const V g = V::load(gate + at + i, tail...), u = V::load(up + at + i, tail...);
       const V s = sigmoid(g), silu = g * s;
@@ -40,3 +42,5 @@ void silu_mul_backward(const View& view, const Quantizer<Arithmetic<S>>& quantiz
     });
   });
 }
+
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,11 +1,11 @@
-// Calibration statistics on the CPU: checks and memory layout here, the kernels in statistics_kernels.h.
+// Calibration statistics on the CPU: checks and memory layout. The kernels are in statistics_kernels.h.
 #include <mutex>
 #include <tuple>
 
-#include "granularity.h"
+#include "cpu/common/qparams.h"
 
-#define QK_BODY "statistics_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/statistics_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
 namespace qkernels {
 namespace {
@@ -17,13 +17,13 @@ std::vector<T> values_of(const Tensor& param) {
   return values;
 }
 
-// The runs of a period sorted by channel, and where each channel's begin.
-std::pair<std::vector<int64_t>, std::vector<int64_t>> runs_by_channel(const View& view) {
-  std::vector<int64_t> first(view.channels + 1), order(view.period);
-  for (int64_t run = 0; run < view.period; ++run) ++first[view.channel(run) + 1];
+// The runs of a period sorted by channel, and where those of each channel begin.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> runs_by_channel(const IndexedRuns& runs) {
+  std::vector<int64_t> first(runs.channels + 1), order(runs.period);
+  for (int64_t run = 0; run < runs.period; ++run) ++first[runs.channel(run) + 1];
   std::partial_sum(first.begin(), first.end(), first.begin());
   std::vector<int64_t> next(first.begin(), first.end() - 1);
-  for (int64_t run = 0; run < view.period; ++run) order[next[view.channel(run)]++] = run;
+  for (int64_t run = 0; run < runs.period; ++run) order[next[runs.channel(run)]++] = run;
   return {order, first};
 }
 
@@ -50,16 +50,16 @@ std::tuple<Tensor, Tensor> histogram(const Tensor& x_any, const Tensor& low, con
   const int64_t numel = x.numel();
   Tensor counts = zeros(to_vector(low.sizes()), bins), outside = zeros(to_vector(low.sizes()), 3);
   if (numel == 0) return {counts, outside};
-  const View view = view_of(x, low);
+  const IndexedRuns runs = indexed_runs(x, low);
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     const auto lows = values_of<Arithmetic<S>>(low), highs = values_of<Arithmetic<S>>(high);
-    const auto [order, first] = runs_by_channel(view);
+    const auto [order, first] = runs_by_channel(runs);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     int64_t* inside = static_cast<int64_t*>(counts.mutable_data_ptr());
     int64_t* rest = static_cast<int64_t*>(outside.mutable_data_ptr());
-    const auto &runs = order, &starts = first;  // a structured binding cannot be captured
-    QK_DISPATCH_ISA(histogram(view, numel, in, lows.data(), highs.data(), bins, runs, starts, inside, rest));
+    const auto &sorted = order, &starts = first;  // a structured binding cannot be captured
+    QK_DISPATCH_ISA(histogram(runs, numel, in, lows.data(), highs.data(), bins, sorted, starts, inside, rest));
   });
   return {counts, outside};
 }
@@ -88,11 +88,11 @@ Tensor quantization_errors(const Tensor& x_any, const Tensor& scale, std::option
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
     using T = Arithmetic<S>;
-    const auto q = quantizer_of<T>(scale, zero_point, {static_cast<T>(quant_min), static_cast<T>(quant_max), {}, {}});
+    const auto q = qparams_within(scale, zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max));
     if (numel == 0 || errors.numel() == 0) return;
-    const View view = view_of(x, one);
+    const IndexedRuns runs = indexed_runs(x, one);
     const S* in = static_cast<const S*>(x.const_data_ptr());
-    QK_DISPATCH_ISA(quantization_errors(view, q, numel, in, shape[0], sums));
+    QK_DISPATCH_ISA(quantization_errors(runs, q, numel, in, shape[0], sums));
   });
   return errors;
 }

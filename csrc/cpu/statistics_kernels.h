@@ -1,7 +1,11 @@
-// Histograms and sums of quantization errors, compiled once per path by foreach_isa.h.
-#include "walk.h"
+// Histograms, and sums of quantization errors.
+#include <mutex>
 
-// Where values go: slot 0 counts what is below the range, 1 to bins what is inside, then above, then NaN.
+#include "cpu/common/reduce.h"
+
+namespace qkernels::QK_NAMESPACE {
+
+// The slot of a value: 0 below the range, 1 to bins inside it, bins + 1 above it, bins + 2 for NaN.
 template <typename V>
 struct Slots {
   using T = typename V::Scalar;
@@ -29,29 +33,22 @@ struct Slots {
   }
 };
 
-// Two tables in turn: where one value repeats (the zeros after a ReLU), each increment waits for the one before it.
+// Counts into two tables in turn: where one value repeats (the zeros after a ReLU), each increment of a counter waits
+// for the one before it.
 template <typename S>
 void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& slots, int64_t* even, int64_t* odd) {
   using V = typename VecOf<S>::type;
-  int32_t slot[16];
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    slots.of(V::load(x + i)).store(slot);
-    for (int lane = 0; lane < 16; lane += 2) {
-      ++even[slot[lane]];
-      ++odd[slot[lane + 1]];
-    }
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    slots.of(V::load(x + i, tail)).store(slot);
-    for (int64_t lane = 0; lane < tail; ++lane) ++even[slot[lane]];
-  }
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    int32_t slot[16];
+    slots.of(V::load(x + i, tail...)).store(slot);
+    for (int lane = 0; lane < lanes_of(tail...); ++lane) ++(lane % 2 ? odd : even)[slot[lane]];
+  });
 }
 
-// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel, `first`
-// where each channel's begin. Integer sums do not depend on who adds first.
+// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel; those of
+// channel c begin at first[c]. Integer sums do not depend on the order of additions.
 template <typename S>
-void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
+void histogram(const IndexedRuns& runs, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,
                int64_t bins, const std::vector<int64_t>& order, const std::vector<int64_t>& first, int64_t* counts,
                int64_t* outside) {
   using V = typename VecOf<S>::type;
@@ -65,7 +62,7 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
     rest[2] += even[bins + 2] + odd[bins + 2];
     std::fill(table.begin(), table.end(), 0);
   };
-  if (view.channels == 1) {
+  if (runs.channels == 1) {
     const Slots<V> where(low[0], high[0], bins);
     std::mutex adding;
     torch::stable::parallel_for(0, numel, std::max(kGrain, 8 * bins), [&](int64_t begin, int64_t end) {
@@ -76,21 +73,21 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
     });
     return;
   }
-  const int64_t repeats = view.runs / view.period;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (numel / view.channels + bins));
-  torch::stable::parallel_for(0, view.channels, grain, [&](int64_t begin, int64_t end) {
+  const int64_t repeats = runs.count / runs.period;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (numel / runs.channels + bins));
+  torch::stable::parallel_for(0, runs.channels, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> table(2 * slots);
     std::vector<S> gathered;
     for (int64_t channel = begin; channel < end; ++channel) {
       const Slots<V> where(low[channel], high[channel], bins);
       for (int64_t at = first[channel]; at < first[channel + 1]; ++at) {
         for (int64_t repeat = 0; repeat < repeats; ++repeat) {
-          const S* run = x + (repeat * view.period + order[at]) * view.inner;
-          if (view.inner >= kPattern) {
-            count_stretch(run, view.inner, where, table.data(), table.data() + slots);
+          const S* run = x + (repeat * runs.period + order[at]) * runs.inner;
+          if (runs.inner >= kPattern) {
+            count_stretch(run, runs.inner, where, table.data(), table.data() + slots);
             continue;
           }
-          gathered.insert(gathered.end(), run, run + view.inner);  // short runs would waste a vector
+          gathered.insert(gathered.end(), run, run + runs.inner);  // short runs would waste a vector
           if (gathered.size() < kPattern) continue;
           count_stretch<S>(gathered.data(), gathered.size(), where, table.data(), table.data() + slots);
           gathered.clear();
@@ -103,14 +100,15 @@ void histogram(const View& view, int64_t numel, const S* x, const Arithmetic<S>*
   });
 }
 
-// Squared errors of every candidate while a piece of x is in cache; quantizer holds [candidates][channels].
+// Sums the squared errors of every candidate while a piece of x is in cache. The qparams are those of
+// [candidates][channels].
 template <typename S>
 struct ErrorsOp {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
   using Partial = std::vector<double>;  // one sum for each candidate
-  const Quantizer<T>& quantizer;
-  const View& view;
+  const Qparams<T>& qparams;
+  const IndexedRuns& runs;
   const S* x;
   int64_t candidates;
   double* errors;
@@ -124,7 +122,7 @@ struct ErrorsOp {
     }
   }
   void result(int64_t channel, const Partial& sums) const {
-    for (int64_t k = 0; k < candidates; ++k) errors[k * view.channels + channel] = sums.empty() ? 0 : sums[k];
+    for (int64_t k = 0; k < candidates; ++k) errors[k * runs.channels + channel] = sums.empty() ? 0 : sums[k];
   }
 
   static inline V square(V value, V inv, V scale, V z, const V& low, const V& high) {
@@ -134,37 +132,33 @@ struct ErrorsOp {
   }
 
   Partial piece(int64_t at, int64_t n, int64_t channel) const {
-    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    const V low = V::set1(qparams.quant_min), high = V::set1(qparams.quant_max);
     Partial sums(candidates);
     for (int64_t k = 0; k < candidates; ++k) {
-      const Uniform<V> p(quantizer.of(k * view.channels + channel));
+      const Uniform<V> p(qparams.of(k * runs.channels + channel));
       double sum[16] = {};
-      int64_t i = 0;
-      while (i + 16 <= n) {  // as the learnable backward: at most 64 vectors in fp32, then fp64
-        const int64_t stop = std::min(i + 1024, n);
+      for_each_summed(n, [&](int64_t first, int64_t count) {
         V acc = zero<V>();
-        for (; i + 16 <= stop; i += 16)
-          acc = acc + square(V::load(x + at + i), p.inv_, p.scale_, p.zero_point_, low, high);
+        // Lanes beyond the last element hold 0, whose error is 0, or NaN where a parameter makes all errors NaN.
+        for_each_16(count, [&](int64_t i, auto... tail) {
+          const V value = V::load(x + at + first + i, tail...);
+          acc = acc + square(value, p.inv_, p.scale_, p.zero_point_, low, high);
+        });
         add_lanes(sum, acc);
-      }
-      if (const int64_t tail = n - i; tail > 0) {
-        T lane[16];
-        square(V::load(x + at + i, tail), p.inv_, p.scale_, p.zero_point_, low, high).store(lane);
-        for (int64_t j = 0; j < tail; ++j) sum[j] += static_cast<double>(lane[j]);
-      }
+      });
       sums[k] = tree_sum(sum);
     }
     return sums;
   }
 
   void column(int64_t at, int64_t row, int64_t rows, int64_t n, Partial* lanes) const {
-    const V low = V::set1(quantizer.quant_min), high = V::set1(quantizer.quant_max);
+    const V low = V::set1(qparams.quant_min), high = V::set1(qparams.quant_max);
     for (int64_t i = 0; i < n; ++i) lanes[i].resize(candidates);
     for (int64_t k = 0; k < candidates; ++k) {
       T inv[16] = {}, scale[16] = {}, zero_point[16] = {}, lane[16];
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t run = (at + i) % row / view.inner;
-        const auto& p = quantizer.of(k * view.channels + view.channel(run));
+        const int64_t run = (at + i) % row / runs.inner;
+        const auto& p = qparams.of(k * runs.channels + runs.channel(run));
         inv[i] = p.inv;
         scale[i] = p.scale;
         zero_point[i] = p.zero_point;
@@ -182,7 +176,9 @@ struct ErrorsOp {
 };
 
 template <typename S>
-void quantization_errors(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x,
+void quantization_errors(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x,
                          int64_t candidates, double* errors) {
-  reduce_channels(view, numel, ErrorsOp<S>{quantizer, view, x, candidates, errors});
+  reduce_channels(runs, numel, ErrorsOp<S>{qparams, runs, x, candidates, errors});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

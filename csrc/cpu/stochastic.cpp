@@ -1,11 +1,11 @@
-// Stochastic rounding on the CPU: checks and memory layout here, the kernels in stochastic_kernels.h.
-#include "granularity.h"
-#include "philox.h"
+// Stochastic rounding on the CPU: checks and memory layout. The kernels are in stochastic_kernels.h.
+#include "cpu/common/philox.h"
+#include "cpu/common/qparams.h"
 
-#define QK_BODY "stochastic_kernels.h"
-#include "foreach_isa.h"
+#define QK_BODY "cpu/stochastic_kernels.h"
+#include "cpu/common/foreach_isa.h"
 
-#include "gradient.h"
+#include "cpu/common/gradient.h"
 
 namespace qkernels {
 namespace {
@@ -21,13 +21,13 @@ std::tuple<Tensor, Tensor> fake_quantize_stochastic_forward(const Tensor& x_any,
   const Philox philox = generator(seed, offset, offset_tensor);
   dispatch_floating("x", x, [&](auto tag) {
     using S = decltype(tag);
-    const auto q = quantizer<Arithmetic<S>>(x_any, scale, zero_point, quant_min, quant_max);
+    const auto q = qparams<Arithmetic<S>>(x_any, scale, zero_point, quant_min, quant_max);
     if (numel == 0) return;
-    const View view = view_of(x, scale);
+    const IndexedRuns runs = indexed_runs(x, scale);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
     uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
-    QK_DISPATCH_ISA(stochastic_forward(view, q, numel, in, out, bits, philox));
+    QK_DISPATCH_ISA(stochastic_forward(runs, q, numel, in, out, bits, philox));
   });
   return {y, mask};
 }
@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_stochastic_backward(
   const Philox philox = generator(seed, offset, offset_tensor);
   return learned(
       grad, x, scale, zero_point, quant_min, quant_max,
-      [&](const auto& view, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
+      [&](const auto& runs, const auto& q, int64_t numel, const auto* dy, const auto* in, auto* out, double* dscale,
           double* dzero_point) {
-        QK_DISPATCH_ISA(stochastic_backward(view, q, numel, dy, in, out, philox, grad_factor, dscale, dzero_point));
+        QK_DISPATCH_ISA(stochastic_backward(runs, q, numel, dy, in, out, philox, grad_factor, dscale, dzero_point));
       });
 }
 
@@ -58,12 +58,12 @@ Tensor quantize_stochastic(const Tensor& x_any, const Tensor& scale, std::option
     codes = empty_strided(x.sizes(), x.strides(), dtype);
     dispatch_floating("x", x, [&](auto tag) {
       using S = decltype(tag);
-      const auto q = quantizer<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
+      const auto q = qparams<Arithmetic<S>>(x, scale, zero_point, quant_min, quant_max);
       if (numel == 0) return;
-      const View view = view_of(x, scale);
+      const IndexedRuns runs = indexed_runs(x, scale);
       const S* in = static_cast<const S*>(x.const_data_ptr());
       I* out = static_cast<I*>(codes.mutable_data_ptr());
-      QK_DISPATCH_ISA(quantize_stochastic(view, q, numel, in, out, philox));
+      QK_DISPATCH_ISA(quantize_stochastic(runs, q, numel, in, out, philox));
     });
   });
   return codes;

@@ -1,16 +1,19 @@
-// The stochastic-rounding kernels, compiled once per path by foreach_isa.h.
-#include "fake_quantize_kernels.h"
+// Stochastic rounding.
+#include "cpu/common/philox.h"
+#include "cpu/fake_quantize_learnable_kernels.h"
+
+namespace qkernels::QK_NAMESPACE {
 
 // Uniform numbers for elements in memory order: element i has word i % 4 of the block i / 4.
 //
-// The vector paths keep each word in the low half of a 64-bit lane, where one instruction multiplies it and the product
-// is at once the high and the low word that the next round wants; what lies in the high halves never reaches a result.
+// The vector paths keep each word in the low half of a 64-bit lane. One instruction multiplies it there, and the
+// product holds both words that the next round needs. What lies in the high halves never reaches a result.
 class Uniforms {
  public:
-  // `ahead`: how many elements from the first one on will be asked for.
+  // `ahead`: so many elements will be asked for.
   Uniforms(const Philox& philox, int64_t ahead) : philox_(philox), ahead_(std::min(ahead, kAhead)) {}
 
-  // u of elements [i, i + 16).
+  // The numbers of elements [i, i + 16).
   template <typename V>
   V at(int64_t i) {
     if (i < first_ || i + 16 > end_) fill(i);
@@ -33,10 +36,10 @@ class Uniforms {
     end_ = first_ + n;
   }
 
-#if QK_LEVEL == 2
+#if QK_PATH == QK_PATH_AVX512
   static constexpr int64_t kGroup = 32;
   void group(int64_t block, float* u) const {
-    // In this order of blocks the unpacking below gives them in sequence.
+    // The unpacking below puts blocks that come in this order into sequence.
     const __m512i blocks = _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
     __m512i c0 = blocks, c1 = _mm512_srli_epi64(blocks, 32);
     __m512i c2 = _mm512_set1_epi64(philox_.offset[0]), c3 = _mm512_set1_epi64(philox_.offset[1]);
@@ -57,7 +60,7 @@ class Uniforms {
   static void store(__m512i words, float* u) {
     _mm512_storeu_ps(u, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(kUnit)));
   }
-#elif QK_LEVEL == 1
+#elif QK_PATH == QK_PATH_AVX2
   static constexpr int64_t kGroup = 16;
   void group(int64_t block, float* u) const {
     const __m256i blocks = _mm256_add_epi64(_mm256_set1_epi64x(block), _mm256_setr_epi64x(0, 2, 1, 3));
@@ -107,62 +110,46 @@ inline V round_stochastically(V steps, V u) {
   return select(inside(u, steps - low, one), low, low + one);
 }
 
-// Calls f(i, count, q before the clamp, zero point) for the elements of a stretch that begins at element `at`.
+// Calls f(q before the clamp, zero point, i, tail...) for the elements of a stretch that begins at element `at`.
 template <typename V, typename S, typename P, typename F>
 inline void for_each_code(const S* x, int64_t at, int64_t n, const P& p, const Philox& philox, F f) {
   Uniforms uniforms(philox, n);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V z = p.zero_point(i);
-    f(i, 16, round_stochastically(V::load(x + at + i) * p.inv(i), uniforms.template at<V>(at + i)) + z, z);
-  }
-  if (const int64_t tail = n - i; tail > 0) {
-    const V z = p.zero_point(i, tail), steps = V::load(x + at + i, tail) * p.inv(i, tail);
-    f(i, tail, round_stochastically(steps, uniforms.template at<V>(at + i)) + z, z);
-  }
+  for_each_16(n, [&](int64_t i, auto... tail) {
+    const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
+    f(round_stochastically(steps, uniforms.template at<V>(at + i)) + z, z, i, tail...);
+  });
 }
 
 template <typename S>
-void stochastic_forward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, S* y,
+void stochastic_forward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x, S* y,
                         uint8_t* mask, const Philox& philox) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
     BitWriter bits(mask, at);
-    for_each_code<V>(x, at, n, p, philox, [&](int64_t i, int64_t count, V q, V z) {
-      const V steps = min(b.high, max(b.low, q)) - z;
-      const uint32_t in = inside(q, b.low, b.high).bits();
-      if (count == 16) {
-        bits.add(in, 16);
-        (steps * p.scale(i)).store(y + at + i);
-      } else {
-        bits.add(in & ((1u << count) - 1), static_cast<int>(count));
-        (steps * p.scale(i, count)).store(y + at + i, count);
-      }
+    for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
+      bits.add(bits_of(inside(q, b.low, b.high).bits(), tail...), lanes_of(tail...));
+      ((min(b.high, max(b.low, q)) - z) * p.scale(i, tail...)).store(y + at + i, tail...);
     });
     bits.finish();
   });
 }
 
 template <typename S, typename I>
-void quantize_stochastic(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* x, I* out,
-                         const Philox& philox) {
+void quantize_stochastic(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* x,
+                         I* out, const Philox& philox) {
   using V = typename VecOf<S>::type;
-  const Bounds<V> b(quantizer);
-  for_each_stretch<V>(view, quantizer, numel, [&](int64_t at, int64_t n, const auto& p) {
-    for_each_code<V>(x, at, n, p, philox, [&](int64_t i, int64_t count, V q, V z) {
+  const Bounds<V> b(qparams);
+  for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
+    for_each_code<V>(x, at, n, p, philox, [&](V q, V z, int64_t i, auto... tail) {
       V code = min(b.high, max(b.low, q));
       code = select(is_nan(code), z, code);
-      if (count == 16) {
-        code.store(out + at + i);
-      } else {
-        code.store(out + at + i, count);
-      }
+      code.store(out + at + i, tail...);
     });
   });
 }
 
-// LSQ's terms with the integer that the forward pass drew.
+// LSQ's terms, with the integer that the forward pass drew in place of the nearest one.
 template <typename V>
 struct StochasticTerms {
   struct Drawn {
@@ -182,11 +169,12 @@ struct StochasticTerms {
 };
 
 template <typename S>
-void stochastic_backward(const View& view, const Quantizer<Arithmetic<S>>& quantizer, int64_t numel, const S* grad,
+void stochastic_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                          const S* x, S* dx, const Philox& philox, double grad_factor, double* dscale,
                          double* dzero_point) {
   using Terms = StochasticTerms<typename VecOf<S>::type>;
-  reduce_channels(
-      view, numel,
-      LearnableOp<S, Terms>{quantizer, view, grad, x, dx, grad_factor, dscale, dzero_point, Terms{&philox}});
+  reduce_channels(runs, numel,
+                  LearnableOp<S, Terms>{qparams, runs, grad, x, dx, grad_factor, dscale, dzero_point, Terms{&philox}});
 }
+
+}  // namespace qkernels::QK_NAMESPACE

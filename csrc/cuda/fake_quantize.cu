@@ -1,4 +1,4 @@
-// Fake quantization on the GPU, element by element; see fake_quantize_learnable.cu and ranges.cu for the reductions.
+// Fake quantization on the GPU, element by element.
 #include "ops.cuh"
 #include "sweep.cuh"
 
@@ -109,7 +109,7 @@ struct BackwardOp {
   }
 };
 
-// The same from the mask that the forward pass left.
+// dx from the mask that the forward pass left.
 template <typename S>
 struct BackwardMaskOp {
   using T = float;
@@ -136,7 +136,7 @@ struct BackwardMaskOp {
   }
 };
 
-// All checked; mask: null where none is wanted.
+// Everything is checked already. A null mask: none is wanted.
 template <typename P>
 void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                  const Tensor& y, const Tensor* mask, Flag on, bool lsq = false) {
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor> forward_mask_with(const Tensor& x, const P& params, i
   return {y, mask};
 }
 
-// All dense and in one layout.
+// All tensors are dense and in one layout.
 template <typename P>
 void run_backward(const Gpu& gpu, const Tensor& grad, const Tensor& x, const P& params, int64_t quant_min,
                   int64_t quant_max, const Tensor& dx, bool lsq) {

@@ -4,7 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include "view.h"
+#include "qparams_rule.h"
+#include "runs.h"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "these kernels need compute capability 8.0 or later"

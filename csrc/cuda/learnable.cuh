@@ -1,4 +1,4 @@
-// What one tensor's or many tensors' gradients of learned scales and zero points add up.
+// The gradients of learned scales and zero points, for the ops of one tensor and of many.
 #pragma once
 
 #include "reduce.cuh"

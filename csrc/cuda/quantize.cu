@@ -1,4 +1,4 @@
-// Real quantization on the GPU; quantize_dynamic is in ranges.cu.
+// Quantization to integers on the GPU, and back.
 #include "ops.cuh"
 #include "sweep.cuh"
 

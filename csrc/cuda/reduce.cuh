@@ -1,5 +1,6 @@
-// Reductions per channel in two stages, the same bits on every run: each stage adds up in a fixed order and nothing is
-// added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of work:
+// Reductions per channel in two stages. They give the same bits on every run: each stage adds up in a fixed order, and
+// nothing is added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of
+// work:
 //   pieces   a stretch of one run, by 1 to 32 lanes or by a block: per tensor, rows, groups, NCHW
 //   columns  short runs that repeat ([*, C], channels last): a warp side by side over 32 vectors, eight rows deep
 // Stage 2 merges the pairs of each channel. Where a channel has but one piece, stage 1 gives the result itself.
@@ -44,11 +45,11 @@ struct Pieces {
     const int64_t longest = 16 * N * kThreads;    // of a piece: up to 16 vectors per lane are added in fp32
     const int64_t turn = kUnroll * N * kThreads;  // elements that a block takes at a time
     const int64_t split =
-        std::max(ceil_div(inner, longest), std::min(ceil_div(wanted, runs.runs), ceil_div(inner, turn)));
+        std::max(ceil_div(inner, longest), std::min(ceil_div(wanted, runs.count), ceil_div(inner, turn)));
     const int64_t unit = split > 1 ? turn : N;
     piece = ceil_div(ceil_div(inner, split), unit) * unit;
     per_run = Divider(ceil_div(inner, piece));
-    count = runs.runs * per_run.divisor;
+    count = runs.count * per_run.divisor;
     const int64_t vectors = ceil_div(std::min(piece, inner), N) + (inner % N != 0);
     lanes = vectors > 8 * kWarp ? kThreads : power_of_two_from(std::min<int64_t>(vectors, kWarp));
     direct = count == runs.channels;
@@ -62,7 +63,7 @@ __device__ __forceinline__ Pair<To> cast_pair(Pair<From> p) {
   return {static_cast<To>(p.a), static_cast<To>(p.b)};
 }
 
-// What block `block` of `blocks` adds up.
+// Adds up the pieces of block `block` of `blocks`.
 template <typename Op, typename C>
 __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename Op::T>& q, const C& channels,
                                            const Pieces& s, Pair<typename Op::T>* partial, int64_t block,
@@ -138,7 +139,7 @@ constexpr int kPieceBlocks = kFrugal || !Op::kQuantizes || Op::kWidth < 8 ? 3 : 
 
 template <typename Op>
 __global__ void __launch_bounds__(kThreads, kPieceBlocks<Op>)
-    pieces_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Pieces s, Pair<typename Op::T>* partial) {
+    pieces_kernel(Op op, Qparams<typename Op::T> q, DeviceRuns channels, Pieces s, Pair<typename Op::T>* partial) {
   let_next_start();
   if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
 }
@@ -150,7 +151,7 @@ struct Columns {
 
 template <typename Op>
 __global__ void __launch_bounds__(kThreads, 3)
-    columns_kernel(Op op, Qparams<typename Op::T> q, Channels channels, Columns s, Pair<typename Op::T>* partial) {
+    columns_kernel(Op op, Qparams<typename Op::T> q, DeviceRuns channels, Columns s, Pair<typename Op::T>* partial) {
   using T = typename Op::T;
   constexpr int N = Op::kWidth, kTogether = kFrugal && sizeof(typename Op::Loaded) == 16 ? 6 : 4;  // rows in flight
   let_next_start();
@@ -238,14 +239,14 @@ __device__ __forceinline__ void add_partials(const Op& op, const C& channels, co
 
 template <typename Op>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(Op op, Channels channels, Combine s, const Pair<typename Op::T>* partial) {
+    combine_kernel(Op op, DeviceRuns channels, Combine s, const Pair<typename Op::T>* partial) {
   wait_for_previous();
   if (op.wanted()) add_partials(op, channels, s, partial, blockIdx.x, gridDim.x);
 }
 
 template <typename Op>
 void combine(const Gpu& gpu, const Op& op, const Runs& runs, const Combine& s, const Pair<typename Op::T>* partial) {
-  gpu.launch_early(combine_kernel<Op>, s.blocks(), 1, kThreads, op, Channels(runs), s, partial);
+  gpu.launch_early(combine_kernel<Op>, s.blocks(), 1, kThreads, op, DeviceRuns(runs), s, partial);
 }
 
 inline int64_t blocks_wanted(const Gpu& gpu) { return int64_t{gpu.processors()} * 8; }  // enough to fill it
@@ -255,7 +256,7 @@ inline bool in_columns(const Runs& runs, int64_t numel, int64_t N) {
   return runs.channels > 1 && runs.inner < 2 * N && numel / (runs.period * runs.inner) >= 8;
 }
 
-// A place for pairs between the two stages.
+// Memory for the pairs that stage 1 leaves.
 template <typename P>
 class Workspace {
  public:
@@ -283,12 +284,12 @@ void reduce_columns(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
   const int64_t down = std::min<int64_t>({full, ceil_div(s.rows, kColumnRows), 65535});
   s.direct = down == 1 && width == runs.channels;
   const Workspace<Pair<typename Op::T>> partial(s.direct ? 0 : down * width, gpu.device());
-  gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, Channels(runs), s, partial.data());
+  gpu.launch(columns_kernel<Op>, across, down, kThreads, op, q, DeviceRuns(runs), s, partial.data());
   if (!s.direct)
     combine(gpu, op, runs, Combine(runs.channels, down * width / runs.channels, runs.inner), partial.data());
 }
 
-// numel: of x, which runs describes.
+// `runs` describes x, which has numel elements.
 template <typename Op>
 void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
                      bool aligned) {
@@ -299,7 +300,7 @@ void reduce_channels(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
   if (in_columns(runs, numel, N)) return reduce_columns(gpu, op.of_columns(), q, runs, numel, aligned);
   const Pieces s(runs, N, blocks_wanted(gpu), aligned);
   const Workspace<P> partial(s.direct ? 0 : s.count, gpu.device());
-  gpu.launch(pieces_kernel<Op>, s.blocks(), 1, kThreads, op, q, Channels(runs), s, partial.data());
+  gpu.launch(pieces_kernel<Op>, s.blocks(), 1, kThreads, op, q, DeviceRuns(runs), s, partial.data());
   if (!s.direct) combine(gpu, op, runs, s.combine(runs), partial.data());
 }
 

@@ -1,4 +1,4 @@
-// Elementwise kernels over a tensor of any granularity: parameters of each channel, and the walk in memory order.
+// Elementwise kernels over a tensor of any granularity, in memory order, and the parameters of each channel.
 #pragma once
 
 #include "common.cuh"
@@ -27,8 +27,8 @@ __device__ __forceinline__ bool is_inside(T q, T low, T high) {
   return q >= low && q <= high;
 }
 
-// Where the gradient passes: q, the rounded code before the clamp, lies in the range, or, with `lsq`, x/scale does
-// before rounding, bounds excluded. False for NaN.
+// Whether the gradient passes: where q, the rounded code before the clamp, lies in the range; with `lsq`, where x/scale
+// does before rounding, bounds excluded. False for NaN.
 template <typename T>
 __device__ __forceinline__ bool counts_inside(T unrounded, T q, T zero_point, T low, T high, bool lsq) {
   return lsq ? unrounded > low - zero_point && unrounded < high - zero_point : is_inside(q, low, high);
@@ -54,7 +54,7 @@ struct Qparams {
   T quant_min, quant_max;
   T scale_number = 1, zero_point_number = 0;
 
-  // What lies there for one channel, as it was read: loads without a branch or a use between them.
+  // What was read for one channel. Reading is apart from use, so that loads follow each other without a branch.
   struct Raw {
     T scale;
     unsigned low, high;  // of the zero point's bits
@@ -138,8 +138,8 @@ OwnedQparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int
   return q;
 }
 
-// Runs, as kernels carry them: by value and with division prepared.
-struct Channels {
+// Runs as kernels take them: by value, and with divisions prepared.
+struct DeviceRuns {
   static constexpr int kMost = 12;
   Divider inner;
   int count = 0;
@@ -147,11 +147,11 @@ struct Channels {
   Divider size[kMost];
   int64_t stride[kMost];
 
-  Channels() = default;
-  explicit Channels(const Runs& runs)
+  DeviceRuns() = default;
+  explicit DeviceRuns(const Runs& runs)
       : inner(std::max<int64_t>(runs.inner, 1)),
         count(static_cast<int>(runs.factors.size())),
-        in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.runs) {
+        in_order(runs.channels > 1 && runs.in_order() && runs.period == runs.count) {
     QK_CHECK(count <= kMost, "scale: got a granularity of ", count,
              " levels in x's memory order; accepted on a GPU: ", kMost);
     for (int f = 0; f < count; ++f) {
@@ -203,8 +203,8 @@ struct Cycle {
   __device__ __forceinline__ int64_t run_of(int64_t c, int64_t k) const { return c + k * channels.divisor; }
 };
 
-// The parameters of N elements from `at` on, in runs of `inner`. A loop over their runs that is not unrolled: unrolled,
-// its divisions alone are 40 times the code of everything else, and 5 s of compile time per kernel.
+// The parameters of N elements from `at` on, in runs of `inner`. The loop over their runs is not unrolled: its
+// divisions alone would be 40 times the code of everything else, and take 5 s of compile time per kernel.
 template <typename C, typename T, int N>
 __device__ __forceinline__ void fill(const Divider& inner, const C& channels, const Qparams<T>& q, int64_t at,
                                      int64_t numel, Params<T> (&out)[N]) {
@@ -241,17 +241,17 @@ constexpr int sweep_blocks() {
   return sizeof(typename Op::Loaded) <= 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
-// How many vectors are left before `end`, or as many as a lane's number can be added to.
+// How many vectors are left before `end`, but at most so many that the number of a lane can be added without overflow.
 __host__ __device__ constexpr int left_of(int64_t end, int64_t v) {
   return static_cast<int>(end - v < INT_MAX - kWarp ? end - v : INT_MAX - kWarp);
 }
 static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4,
               "lanes would overflow");
 
-// What takes long is asked for first: x, then the parameters, and only then is either used.
+// Reads take long. So x is read first, then the parameters, and only then is either used.
 template <typename Op, bool kShortRuns>
 __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
-    sweep_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Stretches s) {
+    sweep_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Stretches s) {
   using Q = Qparams<typename Op::T>;
   using P = Params<typename Op::T>;
   constexpr int N = Op::kWidth, kRaw = kShortRuns ? kUnroll : 1;
@@ -313,7 +313,7 @@ struct Elements {
 // ptxas spills to stay within 64 registers unless it is told that three blocks are enough.
 template <typename Op>
 __global__ void __launch_bounds__(kThreads, 3)
-    elements_kernel(Op given, Qparams<typename Op::T> q, Channels channels, Elements s) {
+    elements_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Elements s) {
   using P = Params<typename Op::T>;
   constexpr int N = Op::kWidth;
   Op op = given;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Whether a run of so many vectors is worth a block, and has no more blocks than a grid is high.
+// Whether a run of so many vectors is worth a block, and needs no more blocks than a grid is high.
 constexpr bool is_long(int64_t vectors) {
   return vectors >= 4 * kWarp && vectors <= int64_t{65535} * kThreads * kUnroll;
 }
@@ -360,7 +360,7 @@ void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
                      bool aligned) {
   constexpr int64_t N = Op::kWidth;
   const bool many = !kShortRuns && runs.channels > 1;
-  const int64_t count = many ? runs.runs : 1, vectors = ceil_div(numel / count, N);
+  const int64_t count = many ? runs.count : 1, vectors = ceil_div(numel / count, N);
   int64_t parts = ceil_div(vectors, kThreads * kUnroll);
   const int threads = static_cast<int>(ceil_div(ceil_div(vectors, parts * kUnroll), kWarp)) * kWarp;
   Stretches s{numel, aligned ? numel / N : 0, vectors, threads * kUnroll, threads, many, Divider()};
@@ -374,7 +374,7 @@ void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
     s.step_runs = s.unroll_step / s.short_run.divisor;
     s.step_rest = s.unroll_step % s.short_run.divisor;
   }
-  gpu.launch(sweep_kernel<Op, kShortRuns>, many ? count : parts, many ? parts : 1, threads, op, q, Channels(runs), s);
+  gpu.launch(sweep_kernel<Op, kShortRuns>, many ? count : parts, many ? parts : 1, threads, op, q, DeviceRuns(runs), s);
 }
 
 template <typename Op>
@@ -396,7 +396,7 @@ void sweep_elements(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
       blocks = ceil_div(s.step, kThreads);
     }
   }
-  gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, Channels(runs), s);
+  gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, DeviceRuns(runs), s);
 }
 
 // kGranular: whether Op has parameters at all.
@@ -418,7 +418,7 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   }
 }
 
-// Writes the mask bits of the n of N elements from `at` on; lanes of a warp that share a byte join them.
+// Writes the mask bits of n of the N elements from `at` on. Lanes of a warp that share a byte join their bits first.
 template <int N>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t at, int n, unsigned bits) {
   constexpr int kShare = 8 / N;

@@ -1,0 +1,16 @@
+// Ends one path of foreach_isa.h. The guards of shared kernel files are removed, so that the next path compiles these
+// files again.
+#undef QK_PATH
+#undef QK_NAMESPACE
+
+#undef QK_VEC
+#undef QK_SWEEP
+#undef QK_REDUCE
+#undef QK_RANGES_KERNELS
+#undef QK_ACTIVATION_KERNELS
+#undef QK_FAKE_QUANTIZE_KERNELS
+#undef QK_FAKE_QUANTIZE_LEARNABLE_KERNELS
+#undef QK_QUANTIZE_KERNELS
+#undef QK_INT8_EPILOGUE
+#undef QK_INT8_TILE
+#undef QK_INT4_GROUPS

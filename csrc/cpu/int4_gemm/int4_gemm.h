@@ -1,0 +1,78 @@
+// The int4 linear layer's core: activations, as int8 codes or floats, times packed int4 weights with scales by group.
+// Torch-free; one table of functions per instruction-set path.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/int8_gemm/int8_gemm.h"
+
+namespace qkernels {
+
+// Packed weights, the one layout of every path. [N, K] is cut into panels of 32 output channels (kPanel); a panel
+// holds, for each group of 4 consecutive k, 64 bytes, whose low bits are channels 0 to 15 and whose high bits are
+// channels 16 to 31, so that one load and two masks give two operands of 4-way dot products with 16 channels each:
+//
+//   data[panel][k / 4][channel % 16][k % 4] = (code of channel + 8) | (code of channel + 16, + 8) << 4
+//
+// Missing channels and k are zeros. Scales, zero points and minima are [panel][group][32].
+inline int64_t int4_panel_bytes(int64_t k) { return k_groups(k) * 64; }
+
+// An integer sum covers at most so many k: 16 * 15 * 128 * kMaxGroup < 2^31.
+constexpr int64_t kMaxGroup = 32768;
+
+// One panel of weights; the pointers are at its start.
+struct Int4Panel {
+  const uint8_t* data;
+  const void* scale;
+  const int8_t* zero_point;  // may be null
+  const void* minimum;       // may be null; of scale's type
+  Element type;              // of scale and minimum
+  int64_t k, group_size;
+  bool affine() const { return zero_point || minimum; }
+};
+
+inline int64_t sums_per_group(int64_t group_size) { return (group_size + kMaxGroup - 1) / kMaxGroup; }
+
+// Where a panel's results go:
+//   out = (y - zero_point * weight_sum) * scale + bias    of codes,    out = y + bias    of floats (scale is null)
+struct Int4Output {
+  void* out;
+  Element type;
+  int64_t row_stride, channels;
+  const float* bias;        // may be null
+  const float* weight_sum;  // of the panel's channels
+  const float* scale;
+  int64_t scale_step;
+  const int32_t* zero_point;  // may be null
+  int64_t zero_point_step;
+};
+
+// What a group of a row (at most kMaxGroup k) adds whatever the weights are; they lie as [group][term_stride]. Affine
+// weights need the sum of the row's elements, as a float. Other weights are stored as code + 8: for rows of codes the
+// sums start at -8 * the sum of the row's codes, an integer. Rows are read up to a multiple of 4 elements; what lies
+// beyond K must be finite.
+union Int4Term {
+  int32_t start;
+  float sum;
+};
+
+struct Int4Kernels {
+  Isa isa;
+  int tile_rows, float_tile_rows;
+  void (*pack_panel)(const int8_t* q, int64_t stride_n, int64_t stride_k, int64_t channels, int64_t k, uint8_t* data);
+  void (*unpack_panel)(const uint8_t* data, int64_t channels, int64_t k, int8_t* q);
+  void (*code_terms)(const int8_t* row, int64_t k, int64_t group_size, bool affine, Int4Term* terms,
+                     int64_t term_stride);
+  // Converts a row to fp32, with zeros up to a multiple of 4.
+  void (*widen_row)(const void* x, Element type, int64_t k, float* row);
+  void (*float_terms)(const float* row, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride);
+  void (*multiply)(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                   const Int4Panel& panel, const Int4Output& output);
+  void (*multiply_float)(const float* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                         const Int4Panel& panel, const Int4Output& output);
+};
+
+// The kernels of the best path that active_isa() allows.
+const Int4Kernels& int4_kernels();
+
+}  // namespace qkernels

@@ -1,0 +1,55 @@
+// The int4 GEMM kernels of one path, and their table.
+#include "cpu/int4_gemm/epilogue.h"
+#include "cpu/int4_gemm/pack.h"
+#include "cpu/int4_gemm/rows.h"
+#include "cpu/int4_gemm/tile.h"
+
+namespace qkernels::QK_NAMESPACE {
+namespace {
+
+template <typename X>
+using Tile = void (*)(const X*, int64_t, const Int4Term*, int64_t, const Int4Panel&, float*);
+
+template <bool kAffine, int... MR>
+constexpr std::array<Tile<int8_t>, sizeof...(MR)> make_tiles(std::integer_sequence<int, MR...>) {
+  return {tile<kAffine, MR + 1>...};
+}
+template <bool kAffine, int... MR>
+constexpr std::array<Tile<float>, sizeof...(MR)> make_float_tiles(std::integer_sequence<int, MR...>) {
+  return {float_tile<kAffine, MR + 1>...};
+}
+using TileRows = std::make_integer_sequence<int, kTileRows>;
+using FloatTileRows = std::make_integer_sequence<int, kFloatTileRows>;
+constexpr std::array<Tile<int8_t>, kTileRows> kTiles[2] = {make_tiles<false>(TileRows()), make_tiles<true>(TileRows())};
+constexpr std::array<Tile<float>, kFloatTileRows> kFloatTiles[2] = {make_float_tiles<false>(FloatTileRows()),
+                                                                    make_float_tiles<true>(FloatTileRows())};
+
+template <typename X, typename Tiles>
+inline void multiply_by(const Tiles& tiles, const X* rows, int64_t row_stride, const Int4Term* terms,
+                        int64_t term_stride, int64_t m, const Int4Panel& panel, const Int4Output& output) {
+  alignas(64) float y[std::tuple_size_v<Tiles> * kPanel];
+  const int64_t most = tiles.size(), blocks = (m + most - 1) / most;
+  for (int64_t i = 0, row = 0; i < blocks; ++i) {  // blocks of equal height
+    const int64_t height = (m - row) / (blocks - i);
+    std::memset(y, 0, static_cast<size_t>(height) * kPanel * sizeof(float));
+    tiles[static_cast<size_t>(height) - 1](rows + row * row_stride, row_stride, terms + row, term_stride, panel, y);
+    finish(y, height, row, output);
+    row += height;
+  }
+}
+
+void multiply(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+              const Int4Panel& panel, const Int4Output& output) {
+  multiply_by(kTiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+}
+
+void multiply_float(const float* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                    const Int4Panel& panel, const Int4Output& output) {
+  multiply_by(kFloatTiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+}
+
+constexpr Int4Kernels kKernels = {kIsa,       kTileRows, kFloatTileRows, pack_panel, unpack_panel,
+                                  code_terms, widen_row, float_terms,    multiply,   multiply_float};
+
+}  // namespace
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,0 +1,10 @@
+// Compiles int4_gemm_kernels.h once per path and chooses among the paths.
+#define QK_BODY "cpu/int4_gemm/int4_gemm_kernels.h"
+#define QK_USES_VNNI
+#include "cpu/common/foreach_isa.h"
+
+namespace qkernels {
+
+const Int4Kernels& int4_kernels() { return QK_OF_ACTIVE_ISA(kKernels); }
+
+}  // namespace qkernels

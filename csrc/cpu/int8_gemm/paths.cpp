@@ -1,0 +1,10 @@
+// Compiles int8_gemm_kernels.h once per path and chooses among the paths.
+#define QK_BODY "cpu/int8_gemm/int8_gemm_kernels.h"
+#define QK_USES_VNNI
+#include "cpu/common/foreach_isa.h"
+
+namespace qkernels {
+
+const Int8Kernels& int8_kernels() { return QK_OF_ACTIVE_ISA(kKernels); }
+
+}  // namespace qkernels
