@@ -6,8 +6,12 @@ VENV := $(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),build/venv-$(TORCH),.venv)
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 SOURCES := setup.py $(shell find build_tools csrc -type f -not -name '*.pyc')
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
+# One sanitizer a run, both in `make nightly`: together they compile for as long as all else. UBSan's checks stop the test.
+SANITIZERS = $(shell $(PYTHON) tests/sampling.py address undefined)
+SANITIZE = $(addprefix -fsanitize=,$(SANITIZERS)) $(if $(filter undefined,$(SANITIZERS)),-fno-sanitize-recover=undefined) -g1 -O1
 SANITIZED = $(shell grep -l 'mark.sanitized' tests/test_*.py)
+RUNTIME_address := asan
+RUNTIME_undefined := ubsan
 preload = $(shell gcc -print-file-name=lib$(1).so)
 
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
@@ -39,10 +43,10 @@ nightly:
 POISON = GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 # Two workers, a file to a worker, the files with long tests first (tests/conftest.py). One thread each: more would only
 # be in each other's way; tests that need threads ask for them.
-PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(MARKS)
+PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
-	$(PYTEST) --durations=10
+	$(PYTEST) $(MARKS) --durations=10
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
@@ -55,13 +59,13 @@ lint: $(VENV)/dev
 portable: $(VENV)/torch
 	$(PYTHON) tests/portable.py
 
-# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
+# The kernels' tests under AddressSanitizer or UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
 # other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
 asan-build: $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 
 asan: asan-build $(VENV)/dev
-	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call preload,asan) $(call preload,ubsan)" \
+	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(foreach name,$(SANITIZERS),$(call preload,$(RUNTIME_$(name))))" \
 	    $(PYTEST) --capture=sys -p no:cacheprovider \
 	    -k "not (compile or export or opcheck or subprocess or triton or reference] or -reference- or torch.float16 or torch.float64)" \
 	    $(SANITIZED)

@@ -2,6 +2,8 @@
 
 The seed is that of the checked-out commit, so that a run can be repeated, and the next commit gets another sample.
 QKERNELS_TEST_SEED sets another one; QKERNELS_TEST_SEED=all takes everything, as `make nightly` does.
+
+    python tests/sampling.py ONE OTHER ANOTHER      # prints the one whose turn it is
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import functools
 import os
 import random
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
@@ -77,3 +80,7 @@ def cases_of(params: Sequence[dict[str, Any]], name: str) -> set[int]:
             seen |= new
     others = [at for at in shuffled if at not in set(kept)]
     return {*kept, *others[: max(0, MOST_CASES - len(kept))]}
+
+
+if __name__ == "__main__":
+    print(*in_turn(sys.argv[1:]))
