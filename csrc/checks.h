@@ -97,7 +97,7 @@ inline void check_statistics(const Tensor& running_min, const Tensor& running_ma
              ": got ", dtype_name(stat->scalar_type()), " of shape ", shape_of(*stat),
              "; accepted: contiguous torch.float32 of one shape for all statistics");
   }
-  check_device("zero_point", zero_point, device);
+  check_param("zero_point", zero_point, x, device);
   const ScalarType dtype = zero_point.scalar_type();
   QK_CHECK((dtype == ScalarType::Int || dtype == ScalarType::Long) && zero_point.is_contiguous() &&
                zero_point.numel() == scale.numel(),

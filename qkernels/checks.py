@@ -285,6 +285,7 @@ def observe(
                 "shape for all statistics"
             )
     device("zero_point", zero_point, x)
+    granularity("zero_point", zero_point, x)
     integers = zero_point.dtype in (torch.int32, torch.int64)
     if not integers or not zero_point.is_contiguous() or zero_point.numel() != scale.numel():
         raise RuntimeError(
