@@ -53,6 +53,8 @@ def test_names_and_links_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", text):
         if "://" not in link:
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
+    for path in re.findall(r"`((?:bench|csrc|docs|examples|qkernels|tests)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
 
