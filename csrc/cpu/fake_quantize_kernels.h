@@ -66,7 +66,7 @@ void backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, in
   using V = typename VecOf<S>::type;
   const Bounds<V> b(qparams);
   for_each_stretch<V>(runs, qparams, numel, [&](int64_t at, int64_t n, const auto& p) {
-    for_each_16(n, [&](int64_t i, auto... tail) {
+    for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
       const V z = p.zero_point(i, tail...), steps = V::load(x + at + i, tail...) * p.inv(i, tail...);
       const auto in = counts_inside<inside_of(kLsq)>(steps, round(steps) + z, z, b);
       select(in, V::load(grad + at + i, tail...), zero<V>()).store(dx + at + i, tail...);
