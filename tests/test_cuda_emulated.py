@@ -36,7 +36,17 @@ def pytest_of(*arguments: str, **env: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "stem", ["fake_quantize", "quantize", "foreach_fake_quantize", "cuda_kernels", "cuda_int4_gemm"]
+    "stem",
+    [
+        "fake_quantize",
+        "fake_quantize_learnable",
+        "dynamic",
+        "observe_fake_quantize",
+        "quantize",
+        "foreach_fake_quantize",
+        "cuda_kernels",
+        "cuda_int4_gemm",
+    ],
 )
 def test_family_on_the_emulator(stem: str) -> None:
     assert " passed" in pytest_of("-k", TESTS, str(ROOT / "tests" / f"test_{stem}.py"))

@@ -456,7 +456,7 @@ BAD = {
     ),
     "delta": (
         lambda: qk.fake_quantize(X, ONE, quant_min=-8, quant_max=7, straight_through="ewgs", ewgs_delta=-1.0),
-        "ewgs_delta: got -1.0; accepted: finite, at least 0",
+        "ewgs_delta: got -1; accepted: finite, at least 0",
     ),
     "raw delta": (
         lambda: straight_through_backward(X, X, ONE, None, -8, 7, "ewgs", math.inf, 1.0),
