@@ -1,4 +1,4 @@
-"""FakeQuantize: the fake-quantize ops by the scale and zero point that a quantizer keeps, and what moves these."""
+"""FakeQuantize: a module that keeps a scale and zero point, moves them in training and fake-quantizes with them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .learned_scale import MSE_BITS, learned, learned_scale, pace
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
-AVERAGING_CONST = 0.01  # torch.ao's default: the statistics remember about the last hundred batches
-GROWTH = 0.1  # of the way to a larger range or mean magnitude of an input, at each training step
+AVERAGING_CONST = 0.01  # torch.ao's default: the averages remember about the last hundred batches
+GROWTH = 0.1  # the share of the way that each training step goes to a larger range or mean magnitude of an input
 
-# These take tensors and numbers and decide by them, so that torch.fx must not look inside.
+# These functions branch on their arguments, so torch.fx must not trace into them.
 for _function in (
     "fake_quantize",
     "observe_fake_quantize",
@@ -41,62 +41,69 @@ class FakeQuantize(QuantizerState):
 
     Args:
         bits: 2 to 8.
-        granularity: what one scale speaks for; all but ``PerTensor`` need ``shape`` unless quantizer is "dynamic".
-        symmetric: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary): the range is its
-            own mirror image, so a sign flip of a channel is exact. Else all 2**bits codes, with a zero point.
+        granularity: which elements share a scale; all but ``PerTensor`` need ``shape`` unless quantizer is "dynamic".
+        symmetric: True: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary); the range is
+            its own mirror image, so a sign flip of a channel is exact. False: all 2**bits codes, with a zero point.
         quantizer: where the scale comes from.
             - "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
-            - "minmax": the range of a weight as it is; of an input what ``calibrate`` saw.
+            - "minmax": a weight's present range, or the range of an input that ``calibrate`` saw.
             - "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
             - "dynamic": the tensor's own range at every call.
-        shape: shape of the tensor, where it is always the same (a weight).
-        straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" where the scale is learned, else
+        shape: shape of a tensor whose shape never changes (a weight).
+        straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" if the scale is learned, else
             "clip". "ema" and "dynamic" accept "clip" alone.
         feature_dims: for a tensor whose shape varies, how many trailing dims make up one sample. LSQ's gradient
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
-    A learned scale is start·exp(log_scale/sqrt(steps)), with the Parameter ``log_scale`` at zero where it starts and
-    steps the codes on the longer side of zero. An optimizer that moves every parameter by its learning rate (Adam) so
-    changes it by lr/sqrt(steps) of itself: 0.01 % at 8 bits and lr 1e-3, where the same step on the scale itself, of
-    1e-3, is all of it. Under SGD it moves as LSQ's own would from LSQ's start, 2·mean|x|/sqrt(steps), whatever its own
-    start is, but sqrt(steps) times slower: the gradient of log_scale is 2·dscale/(start·sqrt(steps)). Weight decay
-    pulls it towards its start, and it stays within 1/1024 to 1024 of that. The start of a weight of more than 4 bits
-    is its range as it is, in eval mode too, and the scale once to twice that: nothing is clipped, since at these widths
-    no clipping is worth its error (LSQ's gradient does ask for it). The start of an input of more than 4 bits grows
-    with its range, a tenth of the way at each training step, unless it was set by hand or by a method of ``calibrate``
-    that clips. At 4 bits or less the start of a weight moves as its mean magnitude does, and that of an input where a
-    batch has more than one and a half times the magnitude so far, a tenth of the way beyond: learned alone it could not
-    keep pace with a network that is trained from scratch. torch.func's transforms move none of these.
+    **Learned scales.** A learned scale is start·exp(log_scale/sqrt(steps)). The Parameter ``log_scale`` starts at zero;
+    ``steps`` counts the codes on the longer side of zero. An optimizer that moves every parameter by its learning rate
+    (Adam) therefore changes the scale by lr/sqrt(steps) of itself: by 0.01 % at 8 bits and lr 1e-3, whereas a step of
+    1e-3 on the scale itself would be as large as the scale. Under SGD the scale moves as LSQ's would from LSQ's start,
+    2·mean|x|/sqrt(steps), but sqrt(steps) times slower and independently of its own start: the gradient of log_scale is
+    2·dscale/(start·sqrt(steps)). Weight decay pulls the scale towards its start. The scale stays within 1/1024 to 1024
+    times its start.
 
-    ``scale`` and ``zero_point`` are what the next forward pass uses, of a weight whose range is followed what the last
-    one in training mode used; ``quantizer.scale = t`` sets a new start. A state_dict holds them in fp32, beside what a
-    learned scale needs to go on exactly (``log_scale``, ``start``, ``magnitude``), and ``bits``: one of another width
-    is refused.
+    **What moves the start.** Above 4 bits the start of a weight's scale follows the weight's present range, in eval
+    mode too, and the scale is once to twice the start, so that nothing is clipped: at these widths clipping costs more
+    error than it saves, although LSQ's gradient asks for it. Above 4 bits the start of an input's scale grows with the
+    input's range, a tenth of the way at each training step, unless the scale was set by hand or by a method of
+    ``calibrate`` that clips. At 4 bits or less the start of a weight's scale moves with the weight's mean magnitude;
+    that of an input's moves when a batch has more than one and a half times the magnitude so far, by a tenth of the
+    excess. By its gradient alone a scale could not keep pace with a network that is trained from scratch. torch.func's
+    transforms move no start.
 
-    "lsq" and "minmax" take a scale from the first tensor that they meet where ``calibrate`` has not set one: of a
-    weight always, of an input in training mode only (one wait for the device), else they raise RuntimeError; "ema"
-    gives NaN in eval mode before it saw its first batch, and under activation checkpointing counts a batch twice, as
-    BatchNorm does. A range of zeros alone is taken for that of the other channels, or of a new layer's weight
-    (1/sqrt(fan in)), or 1 for an input: it can be trained, and zeros stay zeros. Scales and statistics stay fp32 when
-    the module is cast (``model.bfloat16()``): a bf16 average cannot move by less than 1/256 of itself. log_scale, which
-    is a small change, is cast with the model, so that FSDP finds one dtype. From the second batch on nothing in the
-    forward pass waits for the device.
+    **State.** ``scale`` and ``zero_point`` are what the next forward pass uses; for a followed weight they are what the
+    last forward pass in training mode used. ``quantizer.scale = t`` sets a new start. A state_dict holds both in fp32,
+    with what a learned scale needs to go on exactly (``log_scale``, ``start``, ``magnitude``), and ``bits``: a
+    quantizer refuses a state of another width.
+
+    **First tensor.** If ``calibrate`` has set no scale, "lsq" and "minmax" take it from the first tensor that they get:
+    from a weight always, from an input in training mode only (one wait for the device); in eval mode an input without a
+    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch; under activation checkpointing it
+    counts a batch twice, as BatchNorm does. A channel whose range is zeros alone takes the mean range of the other
+    channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an input takes 1: the scale can be
+    trained, and zeros stay zeros.
+
+    Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``), because a bf16 average cannot move
+    by less than 1/256 of itself. log_scale holds a small change, so it is cast with the model, and FSDP finds one
+    dtype. From the second batch on nothing in the forward pass waits for the device.
     """
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
-        """Takes the range of a weight that is followed, as a forward pass in training mode does."""
+        """Takes the present range of a followed weight, as a forward pass in training mode does."""
         if self._ready and (self._follows() or (self.is_weight and self._paces())) and not x.is_meta:
             self._range(whole(x), in_place=True)
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Takes the scale from x: of a learned one of at most 4 bits the one that gives the smallest squared error, of
-        any other the one of x's range. A weight whose range is followed is followed from here on.
+        """Takes the scale from x, and from here on follows a weight's range.
+
+        A learned scale of at most 4 bits becomes the one with the smallest squared error, any other that of x's range.
 
         SQNR in dB at 8, 4, 3, 2 bits of Gaussian weights, 144 per channel: range 43.7, 18.5, 11.1, 2.2; LSQ's own
-        2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 43.7, 19.4, 13.5, 7.3. In QAT the range wins at 8
-        bits over LSQ's formula: its steps are six times finer.
+        2·mean|x|/sqrt(steps) 27.8, 15.2, 11.4, 6.4; smallest error 43.7, 19.4, 13.5, 7.3. In QAT at 8 bits the range
+        beats LSQ's formula, because its steps are six times finer.
         """
         checks.dense(self.name or "x", x)
         low, high = block_range(x, self._scale.shape)
@@ -110,18 +117,17 @@ class FakeQuantize(QuantizerState):
 
     @torch.no_grad()
     def observe_from(self, mean_abs: Tensor) -> None:
-        """Lets training move the range from where it was set on, for values of this mean magnitude."""
+        """Lets training move the range on from its present value, which was set for this mean magnitude."""
         if self.quantizer == "lsq":
             self._magnitude.copy_(mean_abs)
         self.enable_observer()
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
-        """Sets scale and zero point from the minimum and maximum to cover, in scale's shape. A weight whose range is
-        followed is not from here on.
+        """Sets scale and zero point to cover [low, high], both in scale's shape; a weight is no longer followed.
 
-        With the mean magnitude a learned scale of at most 4 bits takes LSQ's own start, 2·mean_abs/sqrt(steps), where
-        that covers less than the range.
+        mean_abs: the mean magnitude. If it is given, a learned scale of at most 4 bits takes LSQ's own start,
+        2·mean_abs/sqrt(steps), unless that covers more than the range.
         """
         self._materialize(low.device)
         if mean_abs is not None and self.quantizer == "lsq" and self.bits <= MSE_BITS:
@@ -141,7 +147,7 @@ class FakeQuantize(QuantizerState):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Changes the width and keeps the range: scale·steps stays, and so does what an optimizer knows of log_scale.
+        """Changes the width and keeps the range: scale·steps and log_scale stay, so an optimizer's state stays valid.
 
         Raises:
             ValueError: bits other than 2 to 8.
@@ -167,9 +173,9 @@ class FakeQuantize(QuantizerState):
 
     @torch.no_grad()
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Scale (positive) and int32 zero point (None where symmetric), as a forward pass of x in eval mode uses them.
+        """Scale (positive) and int32 zero point (None if symmetric), as a forward pass in eval mode uses them.
 
-        x: a weight, where its range is followed; None: those of the last forward pass.
+        x: the weight, for a quantizer that follows its range. None: as the last forward pass used them.
         """
         scale, zero_point = self._scale, self.zero_point
         if x is not None and self.is_weight:
@@ -234,7 +240,7 @@ class FakeQuantize(QuantizerState):
                 self.steps,
                 self.feature_dims if self._numel is None else None,
                 self._numel,
-                # Nothing of a weight that is followed is clipped; LSQ's mask would take its largest value for it.
+                # A followed weight is never clipped, but LSQ's mask would take its largest value for a clipped one.
                 "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
             )
         return fake_quantize(
@@ -247,7 +253,7 @@ class FakeQuantize(QuantizerState):
         )
 
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
-        """What x is quantized with: scale, of a learned one its start, and zero point."""
+        """The scale (for a learned scale its start) and the zero point to quantize x with."""
         scale, zero_point = self._scale, self.zero_point
         if self._paces():
             share = 1.0 if self.is_weight else GROWTH
@@ -261,23 +267,23 @@ class FakeQuantize(QuantizerState):
         return follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
 
     def _follows(self) -> bool:
-        """Whether the range is that of the weight as it is."""
+        """Whether the range is always the weight's present one."""
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
         fits = self.quantizer in ("lsq", "minmax") and not learned_at_few_bits
         return fits and self.is_weight and self._observes
 
     def _paces(self) -> bool:
-        """Whether the start of a scale learned at few bits moves with the mean magnitude of what it quantizes."""
+        """Whether the start of a scale learned at few bits moves with the mean magnitude of its tensor."""
         learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
         return learned_at_few_bits and self._observes and (self.is_weight or self.training) and not transformed()
 
     def _grows(self) -> bool:
-        """Whether the range of a learned input grows with what it is given."""
+        """Whether the range of an input with a learned scale grows with the values that it gets."""
         wide = self.quantizer == "lsq" and not self.is_weight and self.bits > MSE_BITS
         return wide and self.training and self._observes and not transformed()
 
     def _meet(self, x: Tensor) -> None:
-        """The first tensor of a quantizer without a scale, or on the meta device."""
+        """Handles x as the first tensor of a quantizer that has no scale or is on the meta device."""
         if not x.is_meta:
             self._materialize(x.device)
         if self.quantizer == "ema" and not self.is_weight:
@@ -305,7 +311,7 @@ class FakeQuantize(QuantizerState):
         return None if isinstance(self.granularity, PerTensor) else -1
 
 
-with contextlib.suppress(AttributeError):  # torch.ao's switches (model.apply(disable_observer), …) then find it
+with contextlib.suppress(AttributeError):  # so that torch.ao's switches find it: model.apply(disable_observer)
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
 
 

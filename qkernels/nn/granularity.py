@@ -1,4 +1,4 @@
-"""How much of a tensor one scale speaks for. Kernels never see these objects, only the shape of scale."""
+"""Granularities: which elements share a scale. Kernels never see these objects, only the shape of scale."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class PerToken:
-    """One scale for each row of the last dim, taken from the row itself (quantizer="dynamic" only)."""
+    """One scale for each row, taken from the row itself (quantizer="dynamic" only)."""
 
     def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         raise ValueError('granularity: got PerToken() with fixed scales; accepted: quantizer="dynamic", or PerTensor()')

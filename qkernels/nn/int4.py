@@ -1,4 +1,4 @@
-"""Int4Linear and Int4Embedding: layers on weights of 2, 3 or 4 bits, with a scale for each group along the rows."""
+"""Int4Linear and Int4Embedding: layers on weights of 2, 3 or 4 bits, with a scale for each group of a row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tracing import root_as_leaf
 def _logical_weight(
     shape: tuple[int, ...], bits: int, group_size: int, scale_dtype: torch.dtype, offset: str | None
 ) -> Logical:
-    """The tensors that a weight [N, K] is stored as; ``offset`` is what a group has besides its scale."""
+    """The tensors that store a weight [N, K]; ``offset``: what a group has besides its scale."""
     n, k = shape
     groups = (n, layouts.groups_of(k, group_size))
     return {
@@ -44,26 +44,26 @@ def _check_weight(weight_bits: int, group_size: int, k: int, scale_dtype: torch.
 
 
 class Int4Linear(QuantizedInputLayer):
-    """A linear layer on weights of 2 to 4 bits and int8 codes, or the input as it is (see ``int4_linear``).
+    """A linear layer on weights of 2 to 4 bits; its input is int8 codes or float (see ``int4_linear``).
 
     Args:
         in_features, out_features, bias: as nn.Linear.
-        weight_bits: of a code: 2, 3 or 4.
-        group_size: weights along in_features that share a scale: −1 for all, or a multiple of 8, from 16 on, that
+        weight_bits: width of a code: 2, 3 or 4.
+        group_size: how many weights along in_features share a scale: −1 for all, or a multiple of 8, at least 16, that
             divides in_features.
-        symmetric: a weight is code·scale. Else (code − zero_point)·scale.
+        symmetric: True: a weight is code·scale. False: a weight is (code − zero_point)·scale.
         minimum: with symmetric=False and 4 bits: a weight is (code + 8)·scale + minimum, without a zero point.
-        scale_dtype: of scales and minima: torch.float32, torch.bfloat16 or torch.float16.
-        act_bits: 8: the input becomes int8 codes on the way in. 16: it stays in float.
-        input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
-        dtype: of the ``weight`` that the layer shows.
+        scale_dtype: dtype of scales and minima: torch.float32, torch.bfloat16 or torch.float16.
+        act_bits: 8: the layer quantizes its input to int8 codes. 16: the input stays in float.
+        input: with act_bits 8: how the input is quantized; by default to 8 bits, per token from its own range.
+        dtype: dtype of ``weight``, the dequantized weight.
 
     state_dict: ``codes`` (uint8, as ``pack_bits`` packs them; version 0.1.0 calls them ``weight``), ``scale``
     [N, K/group_size], ``zero_point`` (int8) or ``minimum`` of scale's shape, and what ``QuantizedInputLayer`` adds. The
-    packed layout belongs to the device: it is made anew where the layer moves to a GPU.
+    packed layout depends on the device: the layer packs its weight anew when it moves to a GPU.
 
     x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype. Differentiable in x and bias (see
-    ``int8_linear``): adapters train through it; the weight is frozen.
+    ``int8_linear``), so that adapters train through it; the weight is frozen.
     """
 
     data: Tensor
@@ -118,10 +118,11 @@ class Int4Linear(QuantizedInputLayer):
     ) -> Int4Linear:
         """Quantizes a trained layer by the range of each group (see ``PackedInt.from_float``), inputs per token.
 
-        Takes over its hooks and what else was set on it.
+        The new layer takes over the hooks of ``linear`` and whatever else was set on it.
 
         Raises:
-            ValueError: the weight holds NaN or infinity. RuntimeError: group_size, act_bits, weight_bits, scale_dtype.
+            ValueError: the weight holds NaN or infinity.
+            RuntimeError: a group_size, act_bits, weight_bits or scale_dtype that the layer does not accept.
         """
         weight = check_finite(linear.weight)
         codes, scale, zero_point = quantize_groups(weight, weight_bits, group_size, symmetric, scale_dtype)
@@ -168,10 +169,10 @@ class Int4Linear(QuantizedInputLayer):
         *,
         minimum: Tensor | None = None,
     ) -> None:
-        """Packs codes [N, K] int8 with scales and zero points or minima as the layer was made for.
+        """Packs codes [N, K] int8 with their scales, and zero points or minima if the layer was made with them.
 
         Raises:
-            RuntimeError: a shape, dtype or value other than these (see ``PackedInt.from_quantized``).
+            RuntimeError: another shape, dtype or value (see ``PackedInt.from_quantized``).
         """
         given = {"zero_point": zero_point, "minimum": minimum}
         for name, t in given.items():
@@ -251,7 +252,7 @@ class Int4Linear(QuantizedInputLayer):
         )
 
     def _by_group(self, packed: Tensor) -> Tensor:
-        # A copy: a view of the padded panels would take all of them along when it is saved.
+        # This copies, because a view of the padded panels would save all of them.
         return layouts.by_group(packed.detach(), self.out_features).clone(memory_format=torch.contiguous_format)
 
     def _logical(self) -> Logical:
@@ -282,16 +283,16 @@ def _private_of(packed: PackedInt) -> dict[str, Tensor | None]:
 
 
 class Int4Embedding(QuantizedLayer):
-    """An embedding on codes of 2 to 4 bits: looks up packed rows, and unpacks and scales only those.
+    """An embedding on codes of 2 to 4 bits: it looks up packed rows, and unpacks and scales only those.
 
     Args:
         num_embeddings, embedding_dim, padding_idx: as nn.Embedding; the row at padding_idx is stored like any other,
             and a row of zeros stays zeros.
         weight_bits, group_size, symmetric, scale_dtype: as ``Int4Linear``, with groups along embedding_dim.
-        dtype: of the output; it follows where the model is cast (``model.bfloat16()``), scales do not.
+        dtype: dtype of the output. A cast of the model (``model.bfloat16()``) changes it, but not that of the scales.
 
     state_dict: ``codes`` (uint8, as ``pack_bits`` packs them; version 0.1.0 calls them ``weight``), ``scale``
-    [num_embeddings, embedding_dim/group_size] and where not symmetric ``zero_point`` (int8) of scale's shape.
+    [num_embeddings, embedding_dim/group_size] and, if not symmetric, ``zero_point`` (int8) of scale's shape.
 
     Indices [...], int32 or int64 → [..., embedding_dim] of dtype: (code − zero_point)·scale in fp32, rounded once. Not
     differentiable. An index outside 0…num_embeddings − 1 raises IndexError on the CPU.
@@ -337,13 +338,14 @@ class Int4Embedding(QuantizedLayer):
         weight_bits: int = 4,
         scale_dtype: torch.dtype = torch.float32,
     ) -> Int4Embedding:
-        """Quantizes a trained embedding by the range of each group; the output's dtype is its weight's.
+        """Quantizes a trained embedding by the range of each group; its weight's dtype becomes that of the output.
 
-        Takes over its hooks and what else was set on it.
+        The new layer takes over the hooks of ``embedding`` and whatever else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity, or the embedding has a max_norm, which changes its weight at
-                every call. RuntimeError: group_size, weight_bits or scale_dtype.
+                every call.
+            RuntimeError: a group_size, weight_bits or scale_dtype that the layer does not accept.
         """
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: got max_norm={embedding.max_norm}; accepted: None")
@@ -363,10 +365,10 @@ class Int4Embedding(QuantizedLayer):
         return take_over(layer, embedding, ("weight",)).train(embedding.training)
 
     def set_weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Takes codes [num_embeddings, embedding_dim] int8 with scales and zero points as in the state_dict.
+        """Takes codes [num_embeddings, embedding_dim] int8, with scales and zero points as in the state_dict.
 
         Raises:
-            RuntimeError: a shape or dtype other than these.
+            RuntimeError: another shape or dtype.
         """
         state = {"codes": pack_bits(codes, self.weight_bits), "scale": scale}
         self.load_state_dict(state if zero_point is None else {**state, "zero_point": zero_point})

@@ -1,4 +1,4 @@
-"""Int8Linear and Int8Conv2d: what ``convert`` makes of QAT layers; they run on the int8 kernels."""
+"""Int8Linear and Int8Conv2d, which run on the int8 kernels; ``convert`` makes them from QAT layers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .tracing import root_as_leaf
 
 
 class _Int8Layer(QuantizedInputLayer):
-    """What both layers share: codes of the weight in memory, in the state_dict too, and scales for output channels.
+    """What both layers share: they keep the weight as codes, in memory and in the state_dict, and its scales.
 
     With act_bits 8 the codes are packed for the int8 kernels and each output channel has one scale. With act_bits 16
-    the input stays in float and the weight is dequantized at each call, from codes of any group_size, with zero points
-    or without: memory and file are those of the codes.
+    the input stays in float, and each call dequantizes the weight from its codes, which may have any group_size and
+    zero points: the float weight takes space neither in memory nor in the file.
 
-    state_dict: ``codes``: int8 in the float layer's shape, or of 2 to 4 bits uint8 [⌈numel·bits/8⌉] as ``pack_bits``
-    packs the flattened codes; ``scale`` [N], or [N, K/group_size] where groups are shorter than an output channel; with
-    zero points ``zero_point`` of scale's shape, int8; and what ``QuantizedInputLayer`` adds. Files of version 0.1.0,
-    which call the codes ``weight`` and have a byte for each, are read.
+    state_dict: ``codes``, int8 in the float layer's shape, or at 2 to 4 bits uint8 [⌈numel·bits/8⌉], as ``pack_bits``
+    packs the flattened codes; ``scale`` [N], or [N, K/group_size] if groups are shorter than an output channel; if
+    there are zero points, ``zero_point`` of scale's shape, int8; and what ``QuantizedInputLayer`` adds. The layers also
+    load files of version 0.1.0, which call the codes ``weight`` and have a byte for each.
     """
 
     data: Tensor
@@ -80,10 +80,10 @@ class _Int8Layer(QuantizedInputLayer):
         return self.data if self.act_bits == 16 else self._packed().unpack()[0]
 
     def set_weight(self, codes: Tensor, scale: Tensor, bias: Tensor | None, zero_point: Tensor | None = None) -> None:
-        """Takes codes (int8, the float layer's shape) with one scale per output channel, or per group of them.
+        """Takes codes (int8, the float layer's shape) with one scale per output channel, or per group.
 
         Raises:
-            RuntimeError: codes have another shape, or there are zero points where the layer has none, or the reverse.
+            RuntimeError: codes have another shape, or zero_point is given and the layer has none, or the reverse.
         """
         checks.require(
             tuple(codes.shape) == self.weight_shape and codes.dtype == torch.int8,
@@ -142,16 +142,16 @@ class Int8Linear(_Int8Layer):
 
     Args:
         in_features, out_features, bias: as nn.Linear.
-        weight_bits: what the codes hold, 2 to 8; the kernels take a byte for each, files do not.
-        act_bits: 8: the input becomes int8 codes on the way in. 16: it stays in float, and so does the product, with
-            the weight as its codes say.
-        group_size, symmetric: with act_bits 16: weights along in_features that share a scale (−1: all), and whether
-            that is all or a zero point comes with it.
-        input: with act_bits 8, how the input is quantized; by default per token from its own range, 8 bits.
-        dtype: of the ``weight`` that the layer shows.
+        weight_bits: width of a code, 2 to 8. The kernels take a byte for each code; files pack codes of 2 to 4 bits.
+        act_bits: 8: the layer quantizes its input to int8 codes. 16: the input stays in float, and the layer computes
+            the product in float with the dequantized weight.
+        group_size: with act_bits 16: how many weights along in_features share a scale (−1: all).
+        symmetric: with act_bits 16: False gives each scale a zero point.
+        input: with act_bits 8: how the input is quantized; by default to 8 bits, per token from its own range.
+        dtype: dtype of ``weight``, the dequantized weight.
 
     x [..., in_features] fp32, bf16, fp16 or fp64 → [..., out_features] of x's dtype. Differentiable in x and bias (see
-    ``int8_linear``): adapters train through it; the weight is frozen.
+    ``int8_linear``), so that adapters train through it; the weight is frozen.
     """
 
     def __init__(
@@ -173,9 +173,9 @@ class Int8Linear(_Int8Layer):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, *, act_bits: int = 8) -> Int8Linear:
-        """Quantizes a trained layer: weights per output channel to amax/127, inputs per token at run time.
+        """Quantizes a trained layer: weights per output channel by amax/127, inputs per token at run time.
 
-        Takes over its hooks and what else was set on it.
+        The new layer takes over the hooks of ``linear`` and whatever else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
@@ -213,7 +213,7 @@ class Int8Linear(_Int8Layer):
         device = self.data.device
         stale = layouts.int8_layout(self.data) != layouts.int8_layout_on(device)
         if self.act_bits == 8 and device.type != "meta" and stale:
-            self._hold(self._pack(self._unpack()))  # it moved between the CPU and a GPU
+            self._hold(self._pack(self._unpack()))  # the layer moved between the CPU and a GPU
         return self
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
@@ -229,12 +229,12 @@ class Int8Linear(_Int8Layer):
 class Int8Conv2d(_Int8Layer):
     """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
 
-    weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; groups run along the flattened weight of an
-    output channel. By default the input is quantized per tensor from its own range; ``convert`` fixes the range that
-    was trained.
+    weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; a group of weights runs along the flattened
+    weight of an output channel. By default the layer quantizes its input per tensor from its own range; ``convert``
+    fixes the range that was trained.
 
-    x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory where
-    nn.Conv2d's is: where x or the weight suggests it. ``channels_last``: whether the weight does.
+    x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory when
+    nn.Conv2d's is: when x or the weight is. ``channels_last``: whether the weight is.
     Differentiable in x and bias; the weight is frozen.
     """
 
@@ -271,9 +271,9 @@ class Int8Conv2d(_Int8Layer):
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, *, act_bits: int = 8) -> Int8Conv2d:
-        """Quantizes a trained layer: weights per output channel to amax/127, the input per tensor at run time.
+        """Quantizes a trained layer: weights per output channel by amax/127, the input per tensor at run time.
 
-        Takes over its hooks and what else was set on it.
+        The new layer takes over the hooks of ``conv`` and whatever else was set on it.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
@@ -285,7 +285,7 @@ class Int8Conv2d(_Int8Layer):
 
     @classmethod
     def like(cls, conv: nn.Conv2d, **codes: Any) -> Int8Conv2d:
-        """A layer with the geometry of ``conv`` and no weights yet; ``codes``: the keyword arguments, and bias."""
+        """A layer with the geometry of ``conv``, without weights yet; ``codes``: bias and the keyword arguments."""
         codes.setdefault("bias", conv.bias is not None)
         layer = cls(
             conv.in_channels,
@@ -307,9 +307,9 @@ class Int8Conv2d(_Int8Layer):
         return self._convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
-        """The convolution with a geometry that need not be the layer's: a subclass may pass its own to F.conv2d."""
+        """The convolution with the given geometry: a subclass may pass another one than the layer's to F.conv2d."""
         out_dtype = self._out_dtype(input)
-        # The kernels pad evenly and with zeros; any other padding is exact before quantization.
+        # The kernels pad evenly and with zeros. Any other padding happens before quantization, where it is exact.
         sides = self._sides(padding, dilation)
         even = sides[0] == sides[1] and sides[2] == sides[3] and mode == "zeros"
         padding = (sides[2], sides[0]) if even else (0, 0)
@@ -338,7 +338,7 @@ class Int8Conv2d(_Int8Layer):
         if y.dtype != out_dtype:
             y = y.to(out_dtype)
         if not (_suggests_channels_last(batch) or (self.channels_last and batch.shape[0])):
-            # A copy, as .contiguous() takes the strides of channels_last for contiguous where sizes are 1.
+            # .contiguous() would not copy: with sizes of 1 it takes channels_last strides for contiguous ones.
             y = y.clone(memory_format=torch.contiguous_format)
         return y if x.dim() == 4 else y.squeeze(0)
 
@@ -350,7 +350,7 @@ class Int8Conv2d(_Int8Layer):
         )
 
     def _sides(self, padding: Any, dilation: Any) -> list[int]:
-        """What F.pad takes for a padding as in F.conv2d: left, right, top, bottom."""
+        """Turns a padding as in F.conv2d into that of F.pad: left, right, top, bottom."""
         if padding == "valid":
             return [0, 0, 0, 0]
         if padding == "same":
@@ -364,7 +364,7 @@ class Int8Conv2d(_Int8Layer):
         return weight.to(memory_format=torch.channels_last) if self.channels_last else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Conv2d:
-        # The float layer's weight would take the memory format: a small tensor in its place.
+        # fn may change the memory format of the float layer's weight; a small tensor in its place shows the result.
         format = torch.channels_last if self.channels_last else torch.contiguous_format
         sizes = [min(size, 2) for size in self.weight_shape]
         self.channels_last = _suggests_channels_last(
@@ -386,7 +386,8 @@ class Int8Conv2d(_Int8Layer):
 def _suggests_channels_last(x: Tensor) -> bool:
     """Whether torch's layers take x [N, C, H, W] for channels_last: its strides grow in the order C, W, H, N.
 
-    A stride of N that is C's again says no: of 1×1 images with one channel both formats have the same strides.
+    If the strides of N and C are equal the answer is no: for 1×1 images with one channel both formats have the same
+    strides.
     """
     n, c, h, w = x.shape
     of_n, of_c, of_h, of_w = x.stride()

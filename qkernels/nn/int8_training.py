@@ -22,7 +22,7 @@ _optimizer_steps = 0
 
 @functools.cache
 def _count_optimizer_steps() -> None:
-    """From now on; some optimizers write through ``.data``, which a tensor's version does not show."""
+    """Counts optimizer steps from now on: some optimizers write through ``.data``, which changes no version."""
 
     def count(*_: Any) -> None:
         global _optimizer_steps
@@ -37,14 +37,15 @@ class Int8TrainingLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         output, grad_input, grad_weight: "int8" or "float", for each of the three matrix products.
-        stochastic_rounding: rounds gradients stochastically, with numbers from torch's generator, as dropout:
-            ``torch.manual_seed`` repeats them, and activation checkpointing does.
+        stochastic_rounding: rounds gradients stochastically. The random numbers come from torch's generator, as those
+            of dropout do: ``torch.manual_seed`` and activation checkpointing repeat them.
 
-    In training mode the weight's codes are kept until the weight changes, so that gradient accumulation quantizes it
-    once for each optimizer step; they take two bytes for each weight. What counts as a change: an in-place operation
-    (also under no_grad), another tensor in the weight's place (as FSDP2 puts at every all-gather), a step of any
-    torch optimizer, a cast or a move. A write through ``weight.data`` outside an optimizer is not seen: call
-    ``forget_codes()`` after it. Compiled code quantizes the weight at every call.
+    In training mode the layer keeps the weight's codes until the weight changes, so that gradient accumulation
+    quantizes the weight once for each optimizer step; the codes take two bytes for each weight. These count as a
+    change: an in-place operation (also under no_grad), another tensor in the weight's place (FSDP2 sets one at every
+    all-gather), a step of any torch optimizer, a cast or a move. The layer does not see a write through
+    ``weight.data`` outside an optimizer: call ``forget_codes()`` after it. Compiled code quantizes the weight at every
+    call.
     """
 
     __call__ = call_as_leaf
@@ -76,7 +77,7 @@ class Int8TrainingLinear(nn.Linear):
         grad_weight: str = "int8",
         stochastic_rounding: bool = False,
     ) -> Int8TrainingLinear:
-        """A layer that shares the parameters, hooks and training mode of ``linear``."""
+        """Makes a layer that shares the parameters, hooks and training mode of ``linear``."""
         if type(linear) is not nn.Linear:
             raise TypeError(f"Int8TrainingLinear.from_float: got {type(linear).__name__}; accepted: Linear")
         layer = cls.__new__(cls)
@@ -113,7 +114,7 @@ class Int8TrainingLinear(nn.Linear):
             return None
         if (
             transformed() or type(w) not in (Tensor, nn.Parameter) or w.is_inference()
-        ):  # none need have memory, or count versions
+        ):  # such a tensor may have no memory and no version counter
             return None
         _count_optimizer_steps()
         key = (w._version, w.data_ptr(), w.dtype, _optimizer_steps, self.output, self.grad_input)
@@ -124,8 +125,8 @@ class Int8TrainingLinear(nn.Linear):
         return codes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 refills the same tensor without a trace in its version, but sets it anew each time (and, once it is
-        # sharded again, the shard: the codes of the whole weight would outlive it).
+        # FSDP2 refills the same tensor without a change of its version, but sets the attribute each time. It sets the
+        # shard after use, and the codes of the whole weight must not outlive the whole weight.
         if name == "weight":
             self.forget_codes()
         super().__setattr__(name, value)

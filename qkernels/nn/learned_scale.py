@@ -1,4 +1,4 @@
-"""Scales that are learned: how one is made of its parameter, how its gradient comes, and what moves its start."""
+"""Learned scales: how a scale follows from its parameter, how it gets its gradient, and what moves its start."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..ops.autograd import transformed
 from ..ops.fake_quantize import fake_quantize
 from .ranges import block_magnitude
 
-MSE_BITS = 4  # up to here a learned scale starts from the smallest squared error, above from the range
-LOG_LIMIT = math.log(1024)  # how far a learned scale gets from its start
-NOISE = 1.5  # times the mean magnitude so far: what a batch may have by chance, as the smallest ones do
+MSE_BITS = 4  # up to this width a learned scale starts from the smallest squared error, above it from the range
+LOG_LIMIT = math.log(1024)  # a learned scale stays within this factor of its start
+NOISE = 1.5  # a batch, above all a small one, may have this many times the mean magnitude so far by chance
 
 
 def learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
@@ -35,14 +35,14 @@ def learned(
     numel: int | None,
     straight_through: str,
 ) -> Tensor:
-    """fake_quantize by a learned scale, with LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
+    """fake_quantize with a learned scale and LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
     checks.dense("x", x)
     scale = learned_scale(start, log_scale, log_limits, steps)
     if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
-        # The class's docstring says why this is the gradient. The value of the added term is zero.
+        # The docstring of FakeQuantize says why this is the gradient. The value of the added term is zero.
         scale = scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
     if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
-        # Through .data: another call of this module in the same step may have saved it for the backward pass.
+        # .data hides the write from autograd: an earlier call in the same step may have saved the tensor for backward.
         zero_point.data.clamp_(quant_min, quant_max)
     if numel is None:
         numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
@@ -59,10 +59,10 @@ def learned(
 
 @torch.no_grad()
 def pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: float, in_place: bool) -> Tensor:
-    """The start of a learned scale, moved as x's mean magnitude has moved since.
+    """Moves the start of a learned scale in proportion to x's mean magnitude, which was ``magnitude`` at that start.
 
-    share: 1, or less: it moves that share of what the magnitude of a batch is above its noise. What was zeros so far
-    starts by LSQ's formula. in_place: start and magnitude are changed too.
+    share: at 1 the start follows fully. Below 1 it moves by that share of the excess of the batch's magnitude over its
+    noise. A channel that was all zero so far starts by LSQ's formula. in_place: start and magnitude are updated too.
     """
     if x.numel() == 0:
         return start
@@ -70,7 +70,7 @@ def pace(x: Tensor, start: Tensor, magnitude: Tensor, share: float, formula: flo
     if share < 1:
         now = torch.where(magnitude <= 0, now, magnitude + share * (now - NOISE * magnitude).clamp(min=0))
     ratio = now / magnitude
-    # Sums differ in their last bits with the number of threads, which is no move.
+    # The last bits of a sum depend on the number of threads: so small a change does not count as a move.
     counts = now.isfinite() & (now > 0) & ~((ratio - 1).abs() < 1e-5)
     moved = torch.where(magnitude > 0, start * ratio, torch.where(magnitude == 0, now * formula, start))
     moved = torch.where(counts, moved, start)

@@ -1,9 +1,9 @@
-"""Subclasses of Linear and Conv2d: their own forward runs at every call, and its product is the quantized one.
+"""Subclasses of Linear and Conv2d: their own forward runs at every call, and its product is quantized.
 
-The product is found where it happens, at the call of F.linear or F.conv2d with the layer's own weight: whether a
-forward pads its input, calls ``super().forward`` or ``self._conv_forward`` or the function itself makes no difference.
-All else that it does with its weight is done with the quantized values in float, so that the prepared and the converted
-layer compute the same, whichever way a forward takes for the input at hand.
+A TorchFunctionMode finds the product: the call of F.linear or F.conv2d with the layer's own weight. The forward may pad
+its input, and may call ``super().forward``, ``self._conv_forward`` or the function itself. Whatever else the forward
+does with its weight, it does with the quantized values in float. So the prepared and the converted layer compute the
+same, whichever branch the forward takes for an input.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Arguments = dict[str, Any]
 
 
 def has_own_forward(kind: type[nn.Module]) -> bool:
-    """Whether a subclass of Linear or Conv2d computes in another way than its parent."""
+    """Whether a subclass of Linear or Conv2d overrides its parent's forward."""
     parent = nn.Linear if issubclass(kind, nn.Linear) else nn.Conv2d
     names = ("forward", "__call__", "_conv_forward")
     return any(inspect.getattr_static(kind, n, None) is not inspect.getattr_static(parent, n, None) for n in names)
 
 
-# What a forward may ask its weight besides its values, and casts, which leave it the layer's own weight.
+# METADATA: what a forward may ask of its weight besides the values. CASTS: their result still counts as the weight.
 METADATA = frozenset(
     [
         getattr(Tensor, name).__get__
@@ -53,9 +53,9 @@ CASTS = frozenset((Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.
 
 
 class _Products(TorchFunctionMode):
-    """Hands every product with the weight ``own`` to ``product``, and ``value()`` to whatever else takes that weight.
+    """Hands every product with the weight ``own`` to ``product``; any other function gets ``value()`` as that weight.
 
-    own None: every product with a weight of this shape. What is called runs outside the mode.
+    own None: hands over every product whose weight has this shape. The functions called here run outside the mode.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class _Products(TorchFunctionMode):
 class Trial:
     """What one call of a float layer's own forward showed."""
 
-    reason: str | None = None  # why its product is not quantized unasked; None: it uses its weight there alone
-    refused: bool = False  # nor when asked
-    returns_product: bool = False  # as it is: what follows the layer follows the product
-    derives_weight: bool = False  # the product's weight is computed from the layer's
+    reason: str | None = None  # why only a rule may have its product quantized; None: it uses its weight there alone
+    refused: bool = False  # no rule may either
+    returns_product: bool = False  # the result is the product itself, so whatever follows the layer follows the product
+    derives_weight: bool = False  # the forward computes the product's weight from the layer's
 
 
 class _OwnForward(nn.Module):
-    """The first base of a layer that runs the forward of ``own_class``, with ``_product`` in place of its product."""
+    """The first base of a layer that runs the forward of ``own_class`` and replaces its product by ``_product``."""
 
     own_class: ClassVar[type[nn.Module]]
     base_class: ClassVar[type[nn.Module]]
@@ -112,7 +112,7 @@ class _OwnForward(nn.Module):
         raise NotImplementedError
 
     def _derived(self, own: Tensor, arguments: Arguments) -> None:
-        """Refuses a product with the layer's weight itself where its codes stand for what is computed from it."""
+        """Refuses a product with the layer's own weight: the codes stand for the weight that is computed from it."""
         if arguments["weight"] is own:
             raise RuntimeError(
                 f"{self.own_class.__name__}: got an input of shape {list(arguments['input'].shape)}, for which its "
@@ -129,7 +129,7 @@ class QATForward(_OwnForward):
         own: Any = self.weight
         shape = tuple(own.shape)
         if parametrize.is_parametrized(self, "weight"):
-            own = None  # it is another tensor at each access
+            own = None  # each access computes a new tensor
         value = None if self.weight_fake_quant is None else lambda: self.weight_fake_quant(own)  # type: ignore[operator]
         mode = _Products(shape, own, self._product, value)  # type: ignore[arg-type]
         if self.trial.derives_weight:
@@ -152,7 +152,7 @@ class QATForward(_OwnForward):
 
 
 class _Here(threading.local):
-    """What this thread alone sees: of a layer whose forward runs in it, what stands for its weight."""
+    """For this thread alone: the stand-in for the weight of each layer whose forward runs in the thread."""
 
     def __init__(self) -> None:
         self.stand_ins: dict[nn.Module, Tensor] = {}
@@ -162,13 +162,13 @@ _here = _Here()
 
 
 class ConvertedForward(_OwnForward):
-    """The product is that of ``base_class``, an int8 or int4 layer.
+    """Computes the product as ``base_class`` does, an int8 or int4 layer.
 
-    While the forward runs ``weight`` is a tensor of the right shape, device and dtype that takes no memory and stands
-    for the weight: whatever but a product asks for its values gets them, dequantized.
+    While the forward runs, ``weight`` is a stand-in: a tensor of the right shape, device and dtype that takes no
+    memory. A function other than the product that takes it gets the dequantized values instead.
     """
 
-    folded = False  # whether a BatchNorm is folded into the product, so that nothing may come between it and the result
+    folded = False  # whether a BatchNorm is folded into the product, which must then be the result
 
     @property
     def weight(self) -> Tensor:
@@ -181,7 +181,7 @@ class ConvertedForward(_OwnForward):
                 return node_of(self, *args, **kwargs)
         made: list[Tensor] = []
         stand_ins = _here.stand_ins
-        outermost = self not in stand_ins  # else a forward that calls its own layer
+        outermost = self not in stand_ins  # False: the forward has called its own layer
         if outermost:
             nan = torch.full((), torch.nan, dtype=self.dtype, device=self._device())  # type: ignore[operator, call-overload]
             stand_ins[self] = nan.expand(self.weight_shape)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ _made: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
 
 
 def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass ``own`` of Linear or Conv2d on top of ``base``, a QAT, int8 or int4 layer class."""
+    """A class with the forward of ``own``, a subclass of Linear or Conv2d, on ``base``, a QAT, int8 or int4 layer."""
     key = (mixin, own, base)
     if key in _made:
         return _made[key]
@@ -241,20 +241,20 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
     else:
         attributes["forward"] = _with_signature_of(own.forward, mixin.forward)
     if has_own_forward(own) and mixin is QATForward:
-        # super().forward of ``own`` is the float one, so that nothing is quantized twice.
+        # super().forward in ``own`` is then the float forward, so that nothing is quantized twice.
         parent = nn.Linear if issubclass(base, nn.Linear) else nn.Conv2d
         bases = (mixin, own, type(base.__name__, (base,), {"forward": parent.forward}))
     if mixin is ConvertedForward:
         attributes["extra_repr"] = base.extra_repr
     prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")
     made = _made[key] = type(prefix + own.__name__, bases, attributes)
-    if mixin is ConvertedForward:  # as the integer layers do
+    if mixin is ConvertedForward:  # the integer layers register their classes too
         ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
     return made
 
 
 def _with_signature_of(own: Callable[..., Any], mixin: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's forward, with the arguments that the user's takes for whoever asks: torch.fx, calibrate."""
+    """The mixin's forward with the signature of the user's, which torch.fx and calibrate look at."""
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +264,7 @@ def _with_signature_of(own: Callable[..., Any], mixin: Callable[..., Any]) -> Ca
 
 
 def _made_at_run_time(layer: nn.Module, state: dict[str, Any]) -> tuple[Any, ...]:
-    """What a copy or a pickle of the layer holds: not its class, but what that is made of."""
+    """What a copy or a pickle of the layer holds: instead of its class, the classes that the class is made of."""
     kind: Any = next(kind for kind in type(layer).__mro__ if "own_class" in vars(kind))
     return _blank, (kind.__mro__[1], kind.own_class, kind.base_class), state
 
@@ -275,7 +275,7 @@ def _blank(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]
 
 
 def with_forward_of(layer: nn.Module, qat: nn.Module) -> nn.Module:
-    """An int8 or int4 layer made for ``qat`` becomes one of its subclass of Linear or Conv2d too, if it has one."""
+    """Gives an int8 or int4 layer the forward of the subclass of Linear or Conv2d that ``qat`` has, if it has one."""
     if isinstance(qat, QATForward):
         layer.__class__ = own_forward_class(ConvertedForward, qat.own_class, type(layer))
     return layer
@@ -283,7 +283,7 @@ def with_forward_of(layer: nn.Module, qat: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def try_forward(twin: Any) -> Trial:
-    """Runs a layer that nothing else uses, on the meta device, where it costs nothing."""
+    """Runs ``twin``, a copy that nothing else uses, on the meta device, where that costs nothing."""
     name = type(twin).__name__
     weight, bias = twin.weight, twin.bias
     x = _example_input(twin)
@@ -304,7 +304,7 @@ def try_forward(twin: Any) -> Trial:
     try:
         with Watch():
             y = type(twin).forward(twin, x)
-    except Exception as error:  # a forward of the user's may raise anything; the reason passes on what it was
+    except Exception as error:  # a user's forward may raise anything; the reason repeats its message
         message = (str(error).splitlines() or [""])[0][:100]
         return Trial(f"the forward of {name} could not be tried on an input of shape {list(x.shape)} "
                      f"({type(error).__name__}: {message})")  # fmt: skip
@@ -332,7 +332,7 @@ def _example_input(layer: Any) -> Tensor:
 
 
 def product_weight(layer: nn.Module) -> Tensor:
-    """The weight that the layer's own forward hands to its product, now."""
+    """The weight that the layer's own forward hands to its product at present."""
     found: list[Tensor] = []
 
     def watch(func: Callable[..., Tensor], arguments: Arguments) -> Tensor:

@@ -1,4 +1,4 @@
-"""QATLinear and QATConv2d: the float layers with fake quantization of weight and input."""
+"""QATLinear and QATConv2d: float layers that fake-quantize their weight and input."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .replacing import take_hooks
 from .tracing import call_as_leaf
 
 Layer = TypeVar("Layer", bound=nn.Module)
-# What the old forms of weight_norm, spectral_norm and pruning keep of a tensor, behind its name.
+# Suffixes under which the old forms of weight_norm, spectral_norm and pruning keep the parts of a tensor.
 PARTS = ("_g", "_v", "_orig", "_u", "_mask")
 
 
 class _StartsAnew(nn.Module):
-    """A layer whose weight quantizer starts anew where a state_dict holds the weight and no scale for it."""
+    """A layer whose weight quantizer starts anew when a state_dict is loaded that holds the weight but no scale."""
 
     weight_fake_quant: FakeQuantize | None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         quantizer, own = self.weight_fake_quant, f"{prefix}weight_fake_quant."
-        # Under weight_norm, pruning and the like the weight is several tensors, of these names.
+        # weight_norm, pruning and the like split the weight into several tensors, whose names begin so.
         weight = (f"{prefix}weight", f"{prefix}parametrizations.weight.")
         loaded = any(key.startswith(weight) and not key.startswith(own) for key in state_dict)
         if quantizer is not None and loaded and f"{own}scale" not in state_dict:
@@ -39,8 +39,8 @@ class _StartsAnew(nn.Module):
 class QATLinear(_StartsAnew, nn.Linear):
     """nn.Linear whose weight and input pass through ``weight_fake_quant`` and ``input_fake_quant``; either may be None.
 
-    Parameters keep their names, so a float state_dict loads; a prepared one adds the quantizers' keys. Arguments are as
-    in ``nn.Linear``; ``from_float`` sets the quantizers.
+    Parameters keep their names, so a float state_dict loads; that of a prepared model adds the quantizers' keys.
+    Arguments are as in ``nn.Linear``; ``from_float`` sets the quantizers.
     """
 
     weight_fake_quant: FakeQuantize | None
@@ -51,9 +51,9 @@ class QATLinear(_StartsAnew, nn.Linear):
     def from_float(
         cls, linear: nn.Linear, *, weight: FakeQuantize | None = None, input: FakeQuantize | None = None
     ) -> QATLinear:
-        """A QAT layer that shares the parameters, hooks and training mode of ``linear``.
+        """Makes a QAT layer that shares the parameters, hooks and training mode of ``linear``.
 
-        A subclass of nn.Linear keeps its class as a base, and its own forward, whose product is then the quantized one.
+        A subclass of nn.Linear keeps its class as a base and its own forward, whose product is then quantized.
         """
         return _with_quantizers(cls, linear, weight, input)
 
@@ -67,13 +67,13 @@ class QATLinear(_StartsAnew, nn.Linear):
 class QATConv2d(_StartsAnew, nn.Conv2d):
     """nn.Conv2d with fake quantization, as ``QATLinear``.
 
-    A BatchNorm2d behind it stays an ordinary layer during training. Folding it into the weight before quantizing, as
-    is usual elsewhere, needs the folded weight at every step and, for batch statistics, a second convolution or a
-    division of the output. With one scale per output channel that is wasted work: quantization commutes with a factor
-    per channel, clamp(round(f·w / (|f|·s))) = sign(f)·clamp(round(w/s)), so quantizing w with scale s and multiplying
-    by f afterwards, as the BatchNorm does, *is* quantizing the folded weight with scale |f|·s. ``convert`` folds
-    exactly: the integer codes stay (with flipped sign where f = gamma/sqrt(var + eps) is negative, for which symmetric
-    code ranges are their own mirror image), scale becomes |f|·s, bias becomes beta + (bias − mean)·f.
+    A BatchNorm2d behind it stays an ordinary layer during training. Other libraries fold it into the weight before they
+    quantize, which needs the folded weight at every step and, for batch statistics, a second convolution or a division
+    of the output. With one scale per output channel that work is not needed, because quantization commutes with a
+    factor per channel: clamp(round(f·w / (|f|·s))) = sign(f)·clamp(round(w/s)). To quantize w with scale s and then
+    multiply by f, as the BatchNorm does, *is* to quantize the folded weight with scale |f|·s. ``convert`` folds
+    exactly: codes keep their magnitude and change their sign where f = gamma/sqrt(var + eps) is negative, which a
+    symmetric code range allows; scale becomes |f|·s, bias becomes beta + (bias − mean)·f.
     """
 
     weight_fake_quant: FakeQuantize | None
@@ -84,7 +84,7 @@ class QATConv2d(_StartsAnew, nn.Conv2d):
     def from_float(
         cls, conv: nn.Conv2d, *, weight: FakeQuantize | None = None, input: FakeQuantize | None = None
     ) -> QATConv2d:
-        """A QAT layer that shares the parameters, hooks and training mode of ``conv``."""
+        """Makes a QAT layer that shares the parameters, hooks and training mode of ``conv``."""
         return _with_quantizers(cls, conv, weight, input)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _qat_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     kind = type(module)
     if not parametrize.is_parametrized(module):
         return _qat_class_of(cls, kind)
-    # torch puts the properties of parametrized tensors into a class made for the instance.
+    # torch makes a class for each parametrized instance, which holds the properties of its parametrized tensors.
     made = _qat_class_of(cls, kind.__bases__[0])
     properties = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{made.__name__}", (made,), properties)
@@ -131,14 +131,15 @@ def _float_class(cls: type[nn.Module]) -> type[nn.Linear] | type[nn.Conv2d]:
 
 
 def _is_pruning(hook: Any) -> Any:
-    prune = sys.modules.get("torch.nn.utils.prune")  # not imported for its own sake: only who prunes has it
+    prune = sys.modules.get("torch.nn.utils.prune")  # whoever prunes has imported it; nobody else needs it
     return prune is not None and isinstance(hook, prune.BasePruningMethod)
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """The weight that the next product takes, where each forward computes it anew: weight_norm, spectral_norm, pruning.
+    """The weight that the next forward takes in its product.
 
-    Their old forms leave the one of the last forward in ``layer.weight``.
+    weight_norm, spectral_norm and pruning compute the weight anew in each forward; in their old forms ``layer.weight``
+    is still that of the last forward.
     """
     hooks: dict[int, Any] = dict(layer._forward_pre_hooks)
     for hook in hooks.values():
@@ -155,9 +156,9 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 
 def bake_weight(layer: nn.Module) -> None:
-    """Makes what weight_norm, spectral_norm, pruning and other parametrizations compute plain Parameters again.
+    """Replaces what weight_norm, spectral_norm, pruning and other parametrizations compute by plain Parameters.
 
-    Not by torch's functions: they write into the tensors that the layer may share with a copy.
+    torch's functions for this will not do: they write into tensors that the layer may share with a copy.
     """
     made: dict[str, Tensor] = {}
     if parametrize.is_parametrized(layer):
@@ -189,5 +190,5 @@ def bake_weight(layer: nn.Module) -> None:
 
 
 def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:
-    hook = getattr(hook, "hook", hook)  # torch wraps those that run before loading
+    hook = getattr(hook, "hook", hook)  # torch wraps the hooks that run before loading
     return getattr(hook, "fn", None) is norm

@@ -1,4 +1,4 @@
-"""What the layers on integer weights share: the state that leaves the process, and the codes of the input."""
+"""What the layers on integer weights share: how they save, load and copy their state, and quantize their input."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ from .tracing import call_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
-Reference = tuple[weakref.ref[Tensor], int]  # to a tensor of a certain version
+Reference = tuple[weakref.ref[Tensor], int]  # a tensor, and its version when the reference was taken
 
-OLD_NAME = {"codes": "weight"}  # what files of version 0.1.0 call a logical tensor
-# The logical tensors of a layer that is in a state_dict already, so that one with two names is stored once.
+OLD_NAME = {"codes": "weight"}  # logical tensor -> its name in files of version 0.1.0
+# The logical tensors that a state_dict got from a layer, so that a layer with two names is stored once.
 _saved: weakref.WeakKeyDictionary[QuantizedLayer, tuple[list[Reference], dict[str, Reference]]]
 _saved = weakref.WeakKeyDictionary()
 
 
 class QuantizedLayer(nn.Module):
-    """A layer in place of a float one, with private tensors in a kernel's order and logical ones in what is saved.
+    """A layer on integers in place of a float one.
 
-    ``weight`` is the float layer's, dequantized at each access into ``dtype``, which follows casts of the model; the
-    integers are ``codes``. A state_dict and a pickle hold the persistent tensors and those of ``_logical``, from which
-    ``_pack`` makes the private ones anew, in the order of whatever device they are on; only a process started by this
-    one gets them as they are, in shared memory. Loading takes all of them or none, and only of their own dtypes and
-    shapes: an error names the tensor and leaves the layer as it was, also where strict=False lets one be missing.
-    ``codes_form``, int32: the bits of a code, the weight's shape and the range of the codes of an input with a fixed
-    scale. It tells states apart that have the same shapes; files without it, of version 0.1.0, load as those allow.
+    It holds its weight in private tensors, packed for the kernels, and saves logical tensors, which are the same on
+    every device. ``weight`` is the float layer's weight, dequantized at each access into ``dtype``, which follows casts
+    of the model; ``codes`` are the integers. A state_dict and a pickle hold the persistent tensors and those of
+    ``_logical``; ``_pack`` makes the private tensors from these, for the device that they are on. Only a process that
+    this one starts gets the private tensors themselves, in shared memory. The layer loads all of its tensors or none,
+    and only with their own dtypes and shapes: an error names the tensor and leaves the layer as it was, even if
+    strict=False accepts a missing one. ``codes_form`` (int32) holds the bits of a code, the weight's shape and, if the
+    input has a fixed scale, the range of its codes. It tells apart states that have the same shapes; files of version
+    0.1.0 lack it and load if their shapes fit.
 
     Scales and ranges keep their dtypes when the model is cast, because the kernels compute in fp32 whatever x is. They
-    are Parameters that want no gradient (and get none). The first Parameter, ``weight_dtype``, stands for the weight
-    where a model is asked for its dtype and device: one zero of ``dtype``, which no state_dict holds.
+    are Parameters that want no gradient (and get none). Code that asks a model for its dtype and device looks at the
+    first Parameter: ``weight_dtype``, one zero of ``dtype``, which no state_dict holds.
     """
 
     weight_dtype: nn.Parameter
@@ -53,9 +55,9 @@ class QuantizedLayer(nn.Module):
     weight_shape: tuple[int, ...]
     private_buffers: tuple[str, ...] = ()
     private_parameters: tuple[str, ...] = ()
-    kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point")  # and what is private
-    tied_to: tuple[QuantizedLayer, ...] = ()  # the layer of the same float weight whose tensors this one shares
-    weight_elsewhere = False  # whether the float model holds the weight under an earlier name too
+    kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point")  # private tensors keep theirs too
+    tied_to: tuple[QuantizedLayer, ...] = ()  # a layer of the same float weight, with which this one shares tensors
+    weight_elsewhere = False  # whether the float model also holds the weight under an earlier name
 
     __call__ = call_as_leaf
 
@@ -76,12 +78,12 @@ class QuantizedLayer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of ``weight``."""
+        """The dtype of ``weight``."""
         return self._parameters["weight_dtype"].dtype  # type: ignore[union-attr]
 
     @property
     def codes_form(self) -> Tensor:
-        """What a state's tensors stand for, beyond their shapes."""
+        """What the shapes of a state's tensors do not tell (see the class)."""
         return torch.tensor(self._form_of_codes(), dtype=torch.int32, device="cpu")
 
     def _form_of_codes(self) -> list[int]:
@@ -117,7 +119,7 @@ class QuantizedLayer(nn.Module):
         return {}
 
     def _modernize(self, codes: Tensor) -> Tensor:
-        """Codes as files of version 0.1.0 hold them, as ``_logical`` says."""
+        """Brings codes as files of version 0.1.0 hold them to the form of ``_logical``."""
         return codes
 
     def _register_private(self) -> None:
@@ -127,11 +129,11 @@ class QuantizedLayer(nn.Module):
                 self.register_buffer(name, t, persistent=False)
             elif t is not None:
                 self.register_parameter(name, frozen(t))
-        # None last: torch.export takes a buffer's place in this dict for its place among the program's inputs.
+        # None goes last: torch.export takes a buffer's place in this dict for its place among the program's inputs.
         self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
 
     def _hold(self, private: dict[str, Tensor | None], in_place: bool = False) -> None:
-        """Takes the private tensors; in_place: writes them into those it has, which others may share, where it can."""
+        """Takes the private tensors; in_place: copies them, if possible, into the present ones, which may be shared."""
         device = next(t.device for t in private.values() if t is not None)
         if self.weight_dtype.device != device:
             self.weight_dtype = frozen(torch.zeros(1, dtype=self.dtype, device=device))
@@ -146,21 +148,21 @@ class QuantizedLayer(nn.Module):
                 self._buffers[name] = t
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def flat(t: Tensor) -> Tensor:  # a memory format is for images, and of the float layer's weight
+        def flat(t: Tensor) -> Tensor:  # a memory format is meant for the float weight of a convolution, not for codes
             return fn(t.reshape(-1)).view(t.shape) if t.dim() >= 4 else fn(t)
 
         names = {*self.kept_dtypes, *self.private_buffers, *self.private_parameters}
         kept = [t for held in (self._parameters, self._buffers) for name, t in held.items() if name in names]
         super()._apply(lambda t: apply_keeping_dtype(flat, t) if any(t is other for other in kept) else fn(t), recurse)
         if not (self.weight_dtype.is_meta or self.weight_dtype.is_inference()):
-            self.weight_dtype.detach().zero_()  # to_empty leaves memory as it was
+            self.weight_dtype.detach().zero_()  # to_empty does not initialize memory
         self._share()
         return self
 
     def tie(self, other: QuantizedLayer) -> None:
-        """Shares the tensors of a layer that was made of the same float weight, as long as both hold the same values.
+        """Shares the tensors of a layer made of the same float weight, as long as both hold the same values.
 
-        What is loaded, moved or unpickled is shared again if it is still the same.
+        After loading, moving or unpickling, tensors that are still the same are shared again.
         """
         self.tied_to = (other,)
         self._share()
@@ -172,7 +174,7 @@ class QuantizedLayer(nn.Module):
                 own[name] = b
 
     def _unshare(self) -> None:
-        """Before other values are written, which need not be those of the other layer."""
+        """Copies the shared tensors before new values are written: the other layer may not get the same ones."""
         for own, others, name in self._tied_names():
             if own[name] is others[name]:
                 t = own[name].detach().clone()
@@ -186,7 +188,7 @@ class QuantizedLayer(nn.Module):
                         yield own, others, name
 
     def _unpack_tied(self) -> dict[str, Tensor]:
-        """``_unpack``, or the same tensors as the layer gives whose private ones these are."""
+        """``_unpack``; if another layer has the same private tensors, that layer's result, so that both share it."""
         private = (*self.private_buffers, *self.private_parameters)
         for other in self.tied_to:
             if all(getattr(self, name) is getattr(other, name, None) for name in private):
@@ -194,8 +196,8 @@ class QuantizedLayer(nn.Module):
         return self._unpack()
 
     def _scale_of(self, name: str) -> Tensor:
-        """A frozen parameter as a tensor that wants no gradient, whatever requires_grad_ was told."""
-        t = self._parameters[name]  # not the attribute, which is no tensor where torch.fx traces
+        """A frozen parameter as a tensor that wants no gradient, even after a call of requires_grad_."""
+        t = self._parameters[name]  # the attribute is a Proxy, not a tensor, while torch.fx traces
         assert t is not None
         return t.detach() if t.requires_grad else t
 
@@ -213,13 +215,13 @@ class QuantizedLayer(nn.Module):
         return "weight_dtype", *self.private_parameters
 
     def _unpack_once(self) -> dict[str, Tensor]:
-        """``_unpack`` and ``codes_form``, or what it gave last where all of that is alive and nothing was changed."""
+        """``_unpack`` and ``codes_form``; the last result again if it is still alive and nothing has changed."""
 
         def unpack() -> dict[str, Tensor]:
             return {**self._unpack_tied(), "codes_form": self.codes_form}
 
         held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in held):  # they count no versions
+        if torch.is_inference_mode_enabled() or any(t.is_inference() for t in held):  # such tensors have no version
             return unpack()
         sources, made = _saved.get(self, ([], {}))
         tensors = {
@@ -288,10 +290,10 @@ class QuantizedLayer(nn.Module):
                 return
         taken = {"codes_form", *logical, *(old for name, old in OLD_NAME.items() if name in logical)}
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in taken}
-        others.update({prefix + name: self._parameters[name] for name in self._unsaved()})  # as it is
+        others.update({prefix + name: self._parameters[name] for name in self._unsaved()})  # they stay
         if isinstance(given.get("bias"), Tensor):
-            others[prefix + "bias"] = given["bias"].to(self.dtype)  # of another one where assigned
-        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, {}  # they ran
+            others[prefix + "bias"] = given["bias"].to(self.dtype)  # assign=True would keep its dtype
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, {}  # the hooks have run above
         try:
             super()._load_from_state_dict(others, prefix, *arguments)
         finally:
@@ -299,7 +301,7 @@ class QuantizedLayer(nn.Module):
         self._share()
 
     def _errors_of_form(self, prefix: str, form: Any) -> list[str]:
-        """Of a state's ``codes_form``, where it has one: codes of another weight may take as many bytes."""
+        """The errors of a state's ``codes_form``, if it has one: another weight's codes may take as many bytes."""
         own = self._form_of_codes()
         if form is None or (isinstance(form, Tensor) and (form.is_meta or form.tolist() == own)):
             return []
@@ -308,7 +310,7 @@ class QuantizedLayer(nn.Module):
         return [f"{prefix}codes_form: got {got}; accepted: {self._describe_form(own)}"]
 
     def _takes(self, name: str, value: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a tensor may be cast to the dtype that it is held in: not what the kernels compute with."""
+        """Whether a tensor's dtype fits: tensors that the kernels read need that very dtype, others are cast."""
         if name in self._logical() or name in self.kept_dtypes:
             return value.dtype == dtype
         return value.is_floating_point() == dtype.is_floating_point
@@ -332,7 +334,7 @@ class QuantizedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         logical = state.pop("_unpacked", None)
         super().__setstate__(state)
-        if logical is not None:  # None: from a parent process, with the private tensors
+        if logical is not None:  # None: the state comes from a parent process and has the private tensors
             self._hold(self._pack(logical))
             self._share()
 
@@ -351,16 +353,16 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 
 
 class QuantizedInputLayer(QuantizedLayer):
-    """A layer that quantizes its input on the way in (input None: takes it as it is).
+    """A layer that quantizes its input (input None: the input stays in float).
 
-    The bias has the float layer's dtype and follows casts of the model, as there; the kernels add it in fp32.
+    The bias has the float layer's dtype and follows casts of the model, as the float layer's does; the kernels add it
+    in fp32.
 
-    The result has the input's dtype, under autocast that of autocast. An fp64 input is computed in fp64, from the same
-    integers, without the integer kernels. Integers are refused: whoever has codes gives them, with their scale, to the
-    functions.
+    The result has the input's dtype, or autocast's under autocast. The layer computes an fp64 input in fp64, from the
+    same integers, without the integer kernels. It refuses integer inputs: codes go, with their scale, to the functions.
 
-    state_dict: ``bias`` [N] (of any floating dtype when it is loaded), and where the input's scale is fixed
-    ``input_scale`` [1] and ``input_zero_point`` [1].
+    state_dict: ``bias`` [N] (loaded from any floating dtype) and, if the input's scale is fixed, ``input_scale`` [1]
+    and ``input_zero_point`` [1].
     """
 
     bias: nn.Parameter | None
@@ -388,7 +390,7 @@ class QuantizedInputLayer(QuantizedLayer):
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32) if asymmetric else None)
 
     def _form_of_codes(self) -> list[int]:
-        """And the range of the input's codes, where the state holds a scale that belongs to one."""
+        """Adds the range of the input's codes, if the input's scale is fixed."""
         return super()._form_of_codes() + ([] if self.input_scale is None else [self.quant_min, self.quant_max])
 
     def _describe_form(self, form: list[int]) -> str:
@@ -396,7 +398,7 @@ class QuantizedInputLayer(QuantizedLayer):
         return super()._describe_form(form) + (f" and an input in {input[0]}…{input[1]}" if input else "")
 
     def set_input(self, input: FakeQuantize) -> None:
-        """Takes the scale and zero point of the quantizer that the layer was made with, where they are fixed."""
+        """Takes the scale and zero point of the quantizer that the layer was made with, if they are fixed."""
         if self.input_scale is None:
             return
         scale, zero_point = input.qparams()
@@ -405,7 +407,7 @@ class QuantizedInputLayer(QuantizedLayer):
             self.input_zero_point = zero_point.reshape(1)
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
-        """What the float layer returns for x."""
+        """The dtype that the float layer returns for x."""
         checks.dense("input", x)
         if not x.is_floating_point():
             raise RuntimeError(
@@ -432,7 +434,7 @@ class QuantizedInputLayer(QuantizedLayer):
         return scale, None if self.input_symmetric else zero_point
 
     def _input_values(self, x: Tensor) -> Tensor:
-        """What the codes of x stand for, in x's dtype; gradients pass, as through the kernels."""
+        """The values that the codes of x stand for, in x's dtype; gradients pass as through the kernels."""
         if self.input_bits is None:
             return x
         (x,) = as_torch_jit_takes_them(x)
@@ -464,7 +466,7 @@ class QuantizedInputLayer(QuantizedLayer):
 
 
 def frozen(t: Tensor) -> nn.Parameter:
-    """A Parameter that wants no gradient: scales."""
+    """A Parameter that wants no gradient, for scales."""
     return nn.Parameter(t, requires_grad=False)
 
 

@@ -19,13 +19,13 @@ QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """What ``fn`` (of Module._apply) does to t, less a change of dtype."""
+    """Applies ``fn`` (of Module._apply) to t, except that the dtype stays."""
     moved = fn(t)
     return moved if moved.dtype == t.dtype else t.to(moved.device)
 
 
 class QuantizerState(nn.Module):
-    """What ``FakeQuantize`` keeps; its arguments are described there."""
+    """The tensors and switches of ``FakeQuantize``, whose docstring describes the arguments."""
 
     log_scale: Tensor
     zero_point: Tensor | None
@@ -34,8 +34,8 @@ class QuantizerState(nn.Module):
     observer_on: Tensor
     fake_quant_on: Tensor
     calibrated: Tensor
-    _scale: Tensor  # of a learned scale its start
-    _magnitude: Tensor  # what mean |x| the start of a learned scale is for; -1: not known
+    _scale: Tensor  # for a learned scale: its start
+    _magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class QuantizerState(nn.Module):
         if straight_through is None:
             straight_through = "lsq" if quantizer == "lsq" else "clip"
         self.straight_through = straight_through
-        self.name = ""  # in the model, for errors
+        self.name = ""  # its name in the model, for errors
         self._set_width(bits)
         self._ready = True
         self._observes = self._quantizes = True
@@ -80,7 +80,7 @@ class QuantizerState(nn.Module):
                 )
             return
         scale_shape = granularity.scale_shape(shape)
-        self._span = 1.0  # how far a tensor of zeros is taken to reach
+        self._span = 1.0  # the largest magnitude that is assumed for a tensor of zeros
         if shape is not None:
             self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
             self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
@@ -103,7 +103,7 @@ class QuantizerState(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forgets all that was calibrated or learned; what torch calls after ``to_empty``."""
+        """Forgets all that was calibrated or learned; torch calls it after ``to_empty``."""
         if self.quantizer == "dynamic":
             return
         self._scale.fill_(torch.nan)
@@ -139,7 +139,7 @@ class QuantizerState(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The scale, fp32, in the shape that the granularity says; NaN where there is none yet."""
+        """The scale, fp32, in the shape that the granularity gives; NaN before it is known."""
         if self.quantizer == "lsq":
             return learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
         return self._scale
@@ -152,13 +152,13 @@ class QuantizerState(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the scale is known, or can be had from the weight (reads the device)."""
+        """Whether the scale is known or can be computed from the weight (waits for the device)."""
         if self.quantizer == "ema":
             return self._ready and not bool(self.running_min.isinf().any())
         return self._ready or self.is_weight or self._was_calibrated()
 
     def _was_calibrated(self) -> bool:
-        """Whether its tensors say so, into which another quantizer's may have been copied: averages of a model."""
+        """What its tensor says: averaging a model copies another quantizer's tensors into this one."""
         return self.quantizer != "ema" and not self.calibrated.is_meta and bool(self.calibrated)
 
     def _started(self) -> None:
@@ -172,8 +172,7 @@ class QuantizerState(nn.Module):
             self._ready = True
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Whether training moves the range of "ema", of weights that are followed and of learned inputs that grow, and
-        starts a scale."""
+        """Sets whether training starts a scale and moves ranges: of "ema", of followed weights, of growing inputs."""
         self._observes = enabled
         if self.quantizer != "dynamic":
             self.observer_on.fill_(enabled)
@@ -182,7 +181,7 @@ class QuantizerState(nn.Module):
         self.enable_observer(False)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Whether the forward pass quantizes; where not, x passes as it is and observers go on."""
+        """Sets whether the forward pass quantizes; if not, x passes unchanged and observers go on."""
         self._quantizes = enabled
         if self.quantizer != "dynamic":
             self.fake_quant_on.fill_(enabled)
@@ -198,12 +197,12 @@ class QuantizerState(nn.Module):
         return ", ".join(parts)
 
     def _materialize(self, device: torch.device) -> None:
-        """Leaves the meta device, where ``load_state_dict(float_state, assign=True)`` leaves a quantizer."""
+        """Moves the quantizer off the meta device, where ``load_state_dict(float_state, assign=True)`` leaves it."""
         if self._scale.is_meta:
             self.to_empty(device=device)
 
     def forget(self) -> None:
-        """Drops the scale: the next tensor starts it anew, of an input in training mode."""
+        """Drops the scale: the next weight sets it anew, or the next input in training mode."""
         if self.quantizer == "dynamic":
             return
         if self.quantizer != "ema":
@@ -217,7 +216,7 @@ class QuantizerState(nn.Module):
 
         was_empty = any(t.is_meta for t in self.buffers(recurse=False))
         super()._apply(apply, recurse)
-        if was_empty and not self._scale.is_meta:  # to_empty leaves memory as it was
+        if was_empty and not self._scale.is_meta:  # to_empty does not initialize memory
             self.reset_parameters()
         return self
 
@@ -274,7 +273,7 @@ class QuantizerState(nn.Module):
             self._observes = bool(state["observer_on"])
             if self.quantizer == "lsq":
                 log_scale = state.get("log_scale")
-                # A scale that was edited, or stands alone, is a new start.
+                # A scale that was edited, or that comes without a start, is a new start.
                 if (
                     start is not None
                     and log_scale is not None

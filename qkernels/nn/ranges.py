@@ -1,4 +1,4 @@
-"""From the values of a tensor to the range, scale and zero point of a quantizer."""
+"""The range, scale and zero point of a quantizer, computed from the values of a tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ops.quantize import choose_qparams
 
 
 def block_range(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum (fp32) of each block of x that one element of scale speaks for."""
+    """Minimum and maximum (fp32) of each block of x that shares an element of scale."""
     blocks, inner = _blocks(x, scale_shape)
     shape = tuple(scale_shape)
     return blocks.amin(inner).float().reshape(shape), blocks.amax(inner).float().reshape(shape)
@@ -54,8 +54,10 @@ def set_qparams(
     eps: float,
     zeros_span: float,
 ) -> None:
-    """Fills scale and zero point to cover [low, high]; where that is zeros alone the mean of the other ranges, or
-    zeros_span where there is none."""
+    """Sets scale and zero point to cover [low, high].
+
+    A channel whose range is zeros alone takes the mean of the other ranges, or zeros_span if all are zeros.
+    """
     low, high = low.float(), high.float()
     if zeros_span:
         amax = torch.maximum(-low, high)
@@ -70,17 +72,17 @@ def set_qparams(
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether t is what ``fully_shard`` has made of a Parameter, outside of a forward pass."""
+    """Whether t is a Parameter that ``fully_shard`` has sharded and that no forward pass has gathered now."""
     return hasattr(t, "full_tensor")
 
 
 def whole(t: Tensor) -> Tensor:
-    """t, gathered where it is sharded: every process has to take part."""
+    """t; a sharded t is gathered, in which every process has to take part."""
     return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def write(t: Tensor, value: Tensor) -> None:
-    """Copies a whole value, the same in every process, into t, which may be sharded."""
+    """Copies value into t, which may be sharded; value is whole and the same in every process."""
     if is_sharded(t):
         from torch.distributed.tensor import distribute_tensor
 
@@ -100,10 +102,10 @@ def follow(
     down: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``follow_range`` makes of scale and zero point; in_place: there too, but under torch.func, which forbids it.
+    """Scale and zero point as ``follow_range`` moves them.
 
-    The result is new tensors, since a backward pass may save them: another call of this module in the same step may
-    follow another range.
+    in_place: the given tensors are changed too, except under torch.func, which forbids it. The results are new tensors,
+    because a backward pass may save them and another call of this module in the same step may change the given ones.
     """
     rule: dict[str, Any] = {
         "quant_min": quant_min,
@@ -120,7 +122,7 @@ def follow(
 
 @torch.no_grad()
 def forget_zeros(running_min: Tensor, running_max: Tensor) -> None:
-    """Of channels that were zeros so far the average starts anew: it would clip what grows faster than it follows."""
+    """The average starts anew for channels that were all zero so far: it grows slower than they do and would clip."""
     zeros = (running_min == 0) & (running_max == 0)
     running_min.masked_fill_(zeros, torch.inf)
     running_max.masked_fill_(zeros, -torch.inf)

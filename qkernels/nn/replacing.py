@@ -1,4 +1,4 @@
-"""What a layer takes over from the one in whose place it comes."""
+"""What a layer takes over from the layer that it replaces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HOOKS = tuple(name for name in _MODULE_STATE if "hook" in name)
 
 
 def take_hooks(layer: nn.Module, source: nn.Module) -> None:
-    """Gives ``layer`` the hooks of ``source``; those that are called with their module get ``layer``."""
+    """Gives ``layer`` the hooks of ``source``; a hook that receives its module then receives ``layer``."""
     for name in _HOOKS:
         value = vars(source)[name]
         if isinstance(value, dict):
@@ -27,10 +27,10 @@ def take_hooks(layer: nn.Module, source: nn.Module) -> None:
 
 
 def take_over(layer: Layer, source: nn.Module, without: Collection[str] = ()) -> Layer:
-    """Gives ``layer`` the hooks of ``source``, in whose place it comes, and what a user has set on it.
+    """Gives ``layer`` the hooks of ``source``, which it replaces, and whatever a user has set on ``source``.
 
-    That is every attribute, buffer, parameter and submodule that ``layer`` has none of; what clashes with a name of its
-    own is left out with a warning. ``without``: what the class of source itself keeps.
+    The layer gets every attribute, buffer, parameter and submodule of ``source`` whose name it does not use itself; if
+    it does, a warning says that the source's is dropped. ``without``: names that the class of ``source`` itself sets.
     """
     take_hooks(layer, source)
     kinds = {

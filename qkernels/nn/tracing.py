@@ -1,4 +1,4 @@
-"""Layers of this package in graphs of torch.fx: one node each, as torch's own layers are."""
+"""Makes each layer of this package one node in a graph of torch.fx, as torch's own layers are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.fx import Proxy
 
 
 def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``nn.Module.__call__`` that tracers see as one call, where the default one looks into all but torch's modules.
+    """``nn.Module.__call__`` that a tracer records as one call; the default tracer would trace into the layer.
 
-    Hooks then run when the graph does, and ``convert`` finds the layers in it.
+    Hooks then run when the graph runs, and ``convert`` finds the layers in the graph.
     """
     first = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(first, Proxy):
@@ -26,21 +26,21 @@ def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def root_as_leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that is one node of the graph also where its layer is what a tracer starts from.
+    """A forward that is one node of the graph even if its layer is the tracer's root.
 
-    A tracer calls the forward of its root itself. The node is then a call of ``itself``, by which name the layer's
-    class gives the layer, and by which the graph's module gets it as its child.
+    A tracer calls the forward of its root directly. The node is then a call of the layer's property ``itself``, which
+    returns the layer; the graph's module gets the layer as its child under that name.
     """
 
     def traced(self: nn.Module, input: Any) -> Any:
         return node_of(self, input) if isinstance(input, Proxy) else forward(self, input)
 
-    traced.__annotations__ = {}  # which the graph's code would repeat
+    traced.__annotations__ = {}  # the graph's code would repeat them
     return traced
 
 
 def node_of(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
-    """The call of a layer in the graph that its arguments belong to."""
+    """Adds a call of the layer to the graph that its arguments belong to."""
     tracer: Any = next(value.tracer for value in (*args, *kwargs.values()) if isinstance(value, Proxy))
     name = "itself" if tracer.root is layer else tracer.path_of_module(layer)
     return tracer.create_proxy("call_module", name, args, kwargs)
