@@ -1,4 +1,4 @@
-"""calibrate: runs batches through a prepared model and sets every quantizer's scale from what it saw."""
+"""calibrate: runs batches through a prepared model and sets every quantizer's scale from the values that it gets."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .histogram import RangeHistogram
 
 METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "lsq")
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they pass all that they are given on
-MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would keep to the first one
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they pass all arguments on
+MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would stay near the first
 
 
 class _Statistics:
-    """Minimum, maximum and mean magnitude of all that one quantizer was given; its distribution where that counts."""
+    """Minimum, maximum and mean magnitude of all values that one quantizer got, and their histogram, if it is needed."""
 
     def __init__(self, name: str, quantizer: FakeQuantize, method: str, percentile: float) -> None:
         self.name, self.quantizer, self.method, self.percentile = name, quantizer, method, percentile
@@ -51,7 +51,7 @@ class _Statistics:
             what = "weight" if self.quantizer.is_weight else "input"
             raise ValueError(f"batches: the {what} of layer {layer!r} holds NaN or infinity; accepted: finite values")
         self.count += 1
-        if self.quantizer.is_weight:  # the same in every batch, and gone after it under FSDP
+        if self.quantizer.is_weight:  # it is the same in every batch; FSDP frees it after the first
             if self.chosen is None:
                 self.chosen = self._choose(x, low, high, mean)
         elif self.method in ("percentile", "mse"):
@@ -69,7 +69,7 @@ class _Statistics:
         self.values = (low, high, old_mean + share * (mean - old_mean))
 
     def _choose(self, weight: Tensor | None, low: Tensor, high: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
-        """What ``set_range`` is to take."""
+        """The arguments for ``set_range``."""
         quantizer, histogram = self.quantizer, self.histogram
         if self.method == "percentile":
             tails = low, high, self.percentile, quantizer.symmetric
@@ -80,12 +80,13 @@ class _Statistics:
         return (low, high, mean) if self.method == "lsq" else (low, high)
 
     def apply(self) -> None:
-        """Sets the quantizer's range, if it was given anything."""
+        """Sets the quantizer's range, if it got any values."""
         if self.values is None:
             return
         quantizer = self.quantizer
         quantizer.set_range(*(self.chosen or self._choose(None, *self.values)))
-        # What was clipped on purpose stays so, but where the scale moves with the mean magnitude: the share is kept.
+        # Training must not undo what the method clips. A scale that moves with the mean magnitude keeps the clipped
+        # share, so training may move it after any method.
         few_bits = quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS
         if quantizer.quantizer != "ema" and (few_bits or self.method in ("minmax", "lsq")):
             quantizer.observe_from(self.values[2])
@@ -101,31 +102,34 @@ def calibrate(
 ) -> None:
     """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
 
-    Runs ``model`` in eval mode without gradients and without quantization, so that each layer sees what the float
-    model gives it; modes are restored. A BatchNorm that has seen no batch yet normalizes by the batch, as it will in
-    training, and stays as it is. Weight quantizers start anew from the weights as they are now. Quantizers that no
-    batch reached are named in a warning; they start from their first batch in training. Progress is shown on a
-    terminal where tqdm is installed.
+    It runs ``model`` in eval mode without gradients and without quantization, so that each layer gets the float model's
+    values, and restores all modes. A BatchNorm that has seen no batch yet normalizes by the batch's statistics, as it
+    will in training, and keeps none. Weight quantizers start anew from the present weights. A warning names the
+    quantizers that no batch reached; they start from their first batch in training. If tqdm is installed, a terminal
+    shows the progress.
 
     Args:
         model: from ``prepare``.
-        batches: tensors (the input), tuples or lists (the model's arguments by position; of a model that takes one, as
-            from a loader of inputs and targets, the first element), or dicts (arguments by name).
-        method: "minmax": the extremes over all batches, at every width. "moving_average": an average of the batches'
-            extremes (the first, then value += 0.1·(batch − value)), which a single outlier moves less. "percentile":
-            what holds ``percentile`` % of all magnitudes (symmetric quantizers), or of the values counted from either
-            end. "mse": the fraction of the extremes, of 64 down to 1/79, that gives the smallest squared error: the
-            one to take at 4 bits and below, or for heavy tails. "lsq": of learned scales of at most 4 bits LSQ's
-            own start, 2·mean|x|/sqrt(steps), else the extremes. "auto": "mse" for learned scales of at most 4 bits,
-            else "minmax". "percentile" and "mse" look at weights themselves, at inputs through a histogram of 32768
-            bins.
+        batches: tensors (the input), tuples or lists (the model's arguments by position), or dicts (arguments by name).
+            A model that takes one argument gets the first element of a tuple: a loader gives inputs and targets.
+        method: how the range follows from the values.
+            - "minmax": the extremes over all batches.
+            - "moving_average": an average of the batches' extremes (the first, then value += 0.1·(batch − value)),
+              which a single outlier moves less.
+            - "percentile": the range that holds ``percentile`` % of all magnitudes (symmetric quantizers), or of the
+              values counted from either end.
+            - "mse": the fraction of the extremes, out of 64 from 1 down to 1/79, with the smallest squared error; best
+              at 4 bits and below, or for heavy tails.
+            - "lsq": LSQ's own start, 2·mean|x|/sqrt(steps), for learned scales of at most 4 bits, else the extremes.
+            - "auto": "mse" for learned scales of at most 4 bits, else "minmax".
+            "percentile" and "mse" look at the weights themselves, but at inputs through a histogram of 32768 bins.
         percentile: above 50, at most 100; the default clips one value in ten thousand.
         max_batches: how many batches to take at most; None: all.
 
     Raises:
-        ValueError: no batches, a method, percentile, max_batches or model other than these, or NaN or infinity in a
-            layer's input (names the layer). The model's scales then stay as they were.
-        TypeError: a batch of another form, or of more elements than the model takes arguments.
+        ValueError: there are no batches; method, percentile, max_batches or model has another value; or a layer's input
+            holds NaN or infinity (the text names the layer). The model's scales then stay as they were.
+        TypeError: a batch has another form, or more elements than the model takes arguments.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
@@ -164,7 +168,7 @@ def calibrate(
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """The items, counted on a terminal once they take more than a second."""
+    """The items; after a second tqdm, if installed, shows on a terminal how many are done."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -174,7 +178,7 @@ def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
 
 @contextlib.contextmanager
 def _as_it_will_train(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but for BatchNorms that will train and have no statistics yet: they take the batch's and keep none."""
+    """Eval mode, except for BatchNorms that will train and have no statistics: these use the batch's and keep none."""
     fresh = [
         module
         for module in model.modules()
@@ -200,7 +204,7 @@ def _as_it_will_train(model: nn.Module) -> Iterator[None]:
 
 
 def _has_seen_nothing(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether the running statistics are those of a new layer, and not loaded from a file that counts no batches."""
+    """Whether the running statistics are those of a new layer; a loaded file may hold others and count no batches."""
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or var is None or count is None or mean.is_meta:
         return False
@@ -215,9 +219,9 @@ def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on one batch: a tensor, a tuple or list of arguments, or a dict of arguments by name.
+    """Calls the model on one batch: a tensor, a tuple or list of arguments, or a dict of arguments by name.
 
-    Of a model that takes one argument, a tuple's first element is the input: a loader's pairs of inputs and targets.
+    A model that takes one argument gets a tuple's first element, because loaders give pairs of inputs and targets.
     """
     if isinstance(batch, Tensor):
         return model(batch)
@@ -252,7 +256,7 @@ def _positional(model: nn.Module) -> float:
 
 @contextlib.contextmanager
 def quantizers_replaced(model: nn.Module, fn: Callable[[FakeQuantize, Tensor], Tensor]) -> Iterator[None]:
-    """Every quantizer computes ``fn(quantizer, x)`` inside; the quantizers' own code carries no trace of it."""
+    """Inside, every quantizer computes ``fn(quantizer, x)``."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
     for quantizer in quantizers:
         quantizer.forward = lambda x, quantizer=quantizer: fn(quantizer, x)  # type: ignore[method-assign, misc]

@@ -28,13 +28,14 @@ class QSpec:
 
     Args:
         bits: 2 to 8.
-        granularity: what one scale speaks for. None: an output channel of a weight, the whole of an input.
-        symmetric: codes without a zero point, or with one.
+        granularity: which elements share a scale. None: an output channel of a weight, the whole of an input.
+        symmetric: True: codes without a zero point. False: codes with one.
         quantizer: where the scale comes from: "lsq" (learned), "minmax", "ema" or "dynamic".
-        straight_through: the convention of the gradient. None: "lsq" where the scale is learned, else "clip".
+        straight_through: how the gradient passes. None: "lsq" if the scale is learned, else "clip".
 
     Raises:
-        TypeError: a field of another type. ValueError: a value other than these, or fields that do not go together.
+        TypeError: a field has another type.
+        ValueError: a field has another value, or fields do not go together.
     """
 
     bits: int = 8
@@ -61,7 +62,7 @@ class QSpec:
             if inspect.isclass(self.granularity) and issubclass(self.granularity, Granularity):
                 hint = " (an instance, not the class)"
             raise TypeError(f"granularity: got {self.granularity!r}; accepted: {GRANULARITIES}{hint}")
-        # The quantizer checks what goes with what.
+        # The quantizer's constructor checks which fields go together.
         FakeQuantize(
             bits=self.bits,
             symmetric=self.symmetric,
@@ -113,15 +114,16 @@ class QConfig:
     """What ``prepare`` does to the Linear and Conv2d layers of a model.
 
     Args:
-        weight, input: specs of every layer; None leaves that tensor in float.
-        rules: pairs (pattern, overrides), the last one that matches a layer decides. A pattern is a glob on the module
-            name ("layer1.*") or a module type. Overrides are None (leave the layer in float) or a dict with "weight"
-            and/or "input": a QSpec, None, or a dict of the fields to change: ``("fc", {"weight": {"bits": 4}})``.
-            A rule that names a subclass of Linear or Conv2d by its type asks for layers that ``prepare`` would leave
-            in float because it cannot tell what their own forward computes.
+        weight, input: the spec of that tensor in every layer; None leaves the tensor in float.
+        rules: pairs (pattern, overrides), of which the last that matches a layer decides. A pattern is a glob on the
+            module name ("layer1.*") or a module type. Overrides are None (leave the layer in float) or a dict with
+            "weight" and/or "input": a QSpec, None, or a dict of the fields to change:
+            ``("fc", {"weight": {"bits": 4}})``. A rule that names a subclass of Linear or Conv2d by its type also takes
+            layers that ``prepare`` would leave in float because it cannot tell what their own forward computes.
 
     Raises:
-        TypeError: a field of another type. ValueError: an unknown name or key, or a value out of range.
+        TypeError: a field has another type.
+        ValueError: an unknown name or key, or a value out of range.
     """
 
     weight: QSpec | None = field(default_factory=QSpec)
@@ -166,7 +168,7 @@ class QConfig:
         return weight, input
 
     def names_type_of(self, name: str, module: nn.Module) -> bool:
-        """Whether the rule that decides asks for this subclass of Linear or Conv2d by its type."""
+        """Whether the rule that decides names this subclass of Linear or Conv2d by its type."""
         rule = self._rule_of(name, module)
         return (
             rule is not None

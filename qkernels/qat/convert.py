@@ -1,4 +1,4 @@
-"""convert: QAT layers become int8 and int4 layers that compute the same numbers."""
+"""convert: replaces QAT layers by int8 and int4 layers that compute the same numbers."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ QUANTIZERS = ("weight_fake_quant", "input_fake_quant")
 def convert(model: nn.Module) -> nn.Module:
     """A copy of a prepared model, in eval mode, whose QAT layers run on the int8 and int4 kernels.
 
-    Each layer computes what it computes in ``model`` in eval mode, to the rounding of its final float sum. Through a
-    whole model such a last bit may, at a near tie, flip a code of a later layer, a step of that layer's input: seldom
-    and no more than what as little noise at the input does to ``model`` itself, but not never. Over 41 architectures
-    the largest difference of any output was 2e-2 of the largest output; the perplexity of a language model with 135M
-    parameters went from 18.72 to 19.12. ``exact(model)`` evaluates the prepared model on the integers, with the numbers
-    of the converted one.
+    Each layer computes what it computes in ``model`` in eval mode, up to the rounding of its final float sum. At a near
+    tie such a last bit may flip a code of a later layer, which is a step of that layer's input. This is rare, and equal
+    noise at the input does as much to ``model`` itself. Over 41 architectures the largest difference of any output was
+    2e-2 of the largest output; the perplexity of a language model with 135M parameters went from 18.72 to 19.12.
+    ``exact(model)`` evaluates the prepared model on the integers, with the numbers of the converted model.
 
-    A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear`` of every granularity, with zero points or
-    without; where its input is not quantized it stays in float (act_bits 16). Other layers hold int8 codes: Linear of
-    5 to 8 bits and Conv2d of 2 to 8, as ``Int8Linear`` and ``Int8Conv2d``; where the input is not quantized with
-    act_bits 16, a float product with the weight as its codes say. Such a layer whose weight is shared with one that
-    stays in float (a language model's embedding) keeps the shared weight and quantizes it at each call, so that the
-    file holds it once. Layers of one weight that become the same codes share them, in memory and in the file. A layer
-    whose weight is not quantized stays as it is; ``report`` says so. A BatchNorm2d that alone follows a convolution is
-    folded into its scale and bias (see ``QATConv2d``).
+    - A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear``, at every granularity, with or without
+      zero points; if its input is not quantized, the input stays in float (act_bits 16).
+    - Linear layers of 5 to 8 bits and Conv2d layers of 2 to 8 become ``Int8Linear`` and ``Int8Conv2d``, on int8 codes;
+      if the input is not quantized (act_bits 16), they compute in float with the dequantized weight. If such a layer
+      shares its weight with a float layer (a language model's embedding), it keeps that weight and quantizes it at each
+      call, so that the file holds it once.
+    - Layers of one weight that get the same codes share them, in memory and in the file.
+    - A layer whose weight is not quantized stays as it is; ``report`` says so.
+    - A BatchNorm2d that alone follows a convolution is folded into its scale and bias (see ``QATConv2d``).
 
-    Layers keep their names, hooks and what else was set on them. Where a BatchNorm2d is folded an Identity takes over
-    its hooks, which see its output as before, and as their input that output too: a hook of the convolution sees the
-    normalized result. ``model`` itself is never changed.
+    Layers keep their names, hooks and whatever else was set on them. An Identity replaces a folded BatchNorm2d and
+    takes over its hooks. These hooks see the BatchNorm's output as before, but also as their input; a hook of the
+    convolution sees the normalized result. ``model`` itself is never changed.
 
     Raises:
-        ValueError: not a prepared model, not calibrated (names all such quantizers), or a weight that the kernels do
-            not take: with int8 codes, and the input quantized, per group or with a zero point; of 4 bits or less in
-            groups other than multiples of 8, from 16 on, or of a whole row.
+        ValueError: not a prepared model; quantizers that are not calibrated (the text names all); or a weight that the
+            kernels do not take. With int8 codes and a quantized input they take no groups and no zero point. At 4 bits
+            or less they take groups that are a multiple of 8 and at least 16, or a whole row.
     """
     check_calibrated(model)
     converted = copy_of(model).eval()
@@ -75,14 +75,14 @@ def check_calibrated(model: nn.Module) -> None:
 
 
 def bake_weights(model: nn.Module) -> None:
-    """Plain weights in the QAT layers of a copy in eval mode."""
+    """Makes plain weights in the QAT layers of a copy in eval mode (see ``bake_weight``)."""
     for layer in list(model.modules()):
         if isinstance(layer, QATLinear | QATConv2d):
             bake_weight(layer)
 
 
 def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
-    """Puts integer layers in place of the QAT layers of ``model``, which is in eval mode, and returns its root."""
+    """Replaces the QAT layers of ``model``, which is in eval mode, by integer layers and returns the model's root."""
     made: dict[nn.Module, nn.Module] = {}
     layers = [
         (name, layer)
@@ -115,7 +115,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
-    """Layers of one float weight share what they hold of it, if that is the same; ``shared``: of float layers too."""
+    """Lets layers of one float weight share equal tensors; ``shared``: ids of weights that float layers hold too."""
     first: dict[int, QuantizedLayer] = {}
     for _, source in layers:
         new = made.get(source)
@@ -139,7 +139,7 @@ def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
 
 
 def _own_names(layer: nn.Module) -> set[str]:
-    """What every module of the layer's class has."""
+    """Names that every module of the layer's class has."""
     tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     return tensors | {*QUANTIZERS, *getattr(layer, "__constants__", ())}
 

@@ -1,4 +1,4 @@
-"""exact: the prepared model, evaluated on the integers that the converted one computes with."""
+"""exact: evaluates a prepared model on the integers that the converted model computes with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prepare import copy_of
 
 
 class Exact(nn.Module):
-    """What ``exact`` returns. ``model`` is the prepared model itself, whose mode ``train`` and ``eval`` leave alone."""
+    """What ``exact`` returns. ``model`` is the prepared model itself; ``train`` and ``eval`` do not change its mode."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,25 +29,24 @@ class Exact(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_calibrated(self.model)
-        # The modules are copied, tensors are not but for quantizers', which may start a scale: what stays in float is
-        # shared with the model.
+        # This copies the modules and shares the tensors, except those of quantizers, which may start a scale.
         modules = [module for module in self.model.modules() if not isinstance(module, FakeQuantize)]
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         shadow = copy_of(self.model, {id(t): t for t in tensors}).eval()
         bake_weights(shadow)
         layout = [(name, id(module)) for name, module in self.model.named_modules()]
-        if layout != self._layout:  # tracing takes longer than all the rest
+        if layout != self._layout:  # find_folds traces the model, which takes longer than all the rest
             self._layout, self._folds = layout, find_folds(shadow)
         return replace_layers(shadow, self._folds)(*args, **kwargs)
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """Evaluates a prepared model on the integers: a module that computes what ``convert(model)`` does, bit for bit.
+    """Makes a module that computes what ``convert(model)`` does, bit for bit, on the integers.
 
-    Each call takes the weights, scales and statistics as they are then and quantizes them anew, so that one such module
-    serves a whole training. It runs in eval mode without gradients and shares every tensor with ``model``, which stays
-    as it is, in its own mode. A call costs what the converted model's does and a pass over the weights, as the
-    prepared model's does (with 16 convolutions of 64 channels, 32 images of 32×32: 6 % more than the converted one's).
+    Each call quantizes the present weights with the present scales and statistics, so one such module serves a whole
+    training. It runs in eval mode without gradients and shares every tensor with ``model``, which stays unchanged, in
+    its own mode. A call costs as much as one of the converted model plus a pass over the weights (with 16 convolutions
+    of 64 channels and 32 images of 32×32: 6 % more than the converted model).
 
     Raises:
         ValueError: as ``convert``, in part at the first call.

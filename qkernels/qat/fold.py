@@ -1,4 +1,4 @@
-"""Which BatchNorm follows which convolution, found by tracing the model with torch.fx."""
+"""Finds which BatchNorm follows which convolution, by tracing the model with torch.fx."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
 
-LEAVES = (nn.Linear, nn.Conv2d)  # subclasses of theirs too
+LEAVES = (nn.Linear, nn.Conv2d)  # subclasses are leaves too
 
 
 @dataclass
 class Folds:
-    """Pairs of a Conv2d and the BatchNorm2d that is its only user, and why every other BatchNorm stays."""
+    """Pairs of a Conv2d and the BatchNorm2d that alone uses its output; for every other BatchNorm, why it stays."""
 
     batch_norm_of: dict[str, str] = field(default_factory=dict)  # convolution -> BatchNorm
     kept: dict[str, str] = field(default_factory=dict)  # BatchNorm -> reason
@@ -24,7 +24,7 @@ class Folds:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
+    """Puts the model into eval mode, and afterwards every module back into its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -35,7 +35,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_folds(model: nn.Module) -> Folds:
-    """The foldable pairs of a float, prepared or converted model, in eval mode."""
+    """The foldable pairs of a float, prepared or converted model, traced in eval mode."""
     folds = Folds()
     norms = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -50,7 +50,7 @@ def find_folds(model: nn.Module) -> Folds:
     try:
         with eval_mode(model):
             graph = LayerTracer().trace(model)
-    except Exception as error:  # a model's forward may raise anything when traced; the report passes on what it was
+    except Exception as error:  # a model's forward may raise anything when traced; the report repeats its message
         reason = f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
         folds.kept = dict.fromkeys(norms, reason)
         return folds
@@ -84,7 +84,7 @@ def find_folds(model: nn.Module) -> Folds:
 
 
 def factor_and_bias(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp32: what the BatchNorm does in eval mode."""
+    """f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp32: the BatchNorm as factor and bias in eval."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)

@@ -1,4 +1,4 @@
-"""RangeHistogram: what a quantizer was given over many batches, in a fixed amount of memory."""
+"""RangeHistogram: the values that a quantizer got over many batches, in a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 from ..ops.fake_quantize import fake_quantize
 from ..ops.statistics import best_of, candidate_qparams, histogram
 
-# 256 KiB per tensor. The largest value lies in the outer half of the range, so that one 8-bit step of the full range
-# spans 64 to 128 bins, and 4 to 8 where only a sixteenth of the range is worth covering.
+# The bins take 256 KiB per tensor. The largest value lies in the outer half of the range, so an 8-bit step spans 64 to
+# 128 bins if the codes cover the full range, and 4 to 8 bins if they cover only a sixteenth of it.
 BINS = 32768
 
 
 class RangeHistogram:
-    """Counts of values in equal bins of [−limit, limit], where limit is a power of two above all magnitudes so far.
+    """Counts values in equal bins of [−limit, limit]; limit is a power of two above all magnitudes so far.
 
-    A batch that exceeds the limit doubles it, as often as it takes, and merges the bins two by two: no count is split
-    or estimated, as it would be for a range that grows by any other factor.
+    A batch that exceeds the limit doubles it as often as needed; each doubling merges bins two by two. So no count is
+    ever split or estimated; any other growth factor would require that.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)  # of scale: the granularity
+        self.shape = tuple(shape)  # scale's shape: one histogram for each element of scale
         self.exponent: int | None = None
         self.counts: Tensor | None = None
 
     def update(self, x: Tensor, amax: float) -> None:
-        """Adds x, none of whose magnitudes is above amax (finite)."""
+        """Adds x; amax is finite and no magnitude in x is above it."""
         exponent = max(math.frexp(amax)[1], -100)
         if self.exponent is not None and exponent <= self.exponent:
             exponent = self.exponent
@@ -48,7 +48,7 @@ class RangeHistogram:
         return steps * math.ldexp(2.0 / BINS, self.exponent)
 
     def percentile_range(self, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
-        """As ``ops.statistics.percentile_range``, with the ends rounded outwards to edges of bins."""
+        """As ``ops.statistics.percentile_range``, but rounds the ends outwards to edges of bins."""
         assert self.counts is not None
         edges, total = self.edges().to(low.dtype), self.counts.sum(-1, keepdim=True)
         rank = (total * (percentile / 100)).ceil().clamp(min=1)
@@ -63,7 +63,7 @@ class RangeHistogram:
     def mse_range(
         self, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """As ``ops.statistics.mse_range``, every value taken to be the middle of its bin."""
+        """As ``ops.statistics.mse_range``, but takes every value for the middle of its bin."""
         assert self.counts is not None
         fractions, scales, zero_points = candidate_qparams(low, high, quant_min, quant_max, symmetric, eps)
         edges = self.edges()
@@ -79,7 +79,7 @@ class RangeHistogram:
 def doubled(counts: Tensor, times: int) -> Tensor:
     """The counts over a range that is 2**times as wide."""
     quarter = BINS // 4
-    for _ in range(min(times, BINS.bit_length())):  # beyond, all lies in the two middle bins and stays there
+    for _ in range(min(times, BINS.bit_length())):  # after so many, all counts are in the two middle bins and stay
         counts = torch.nn.functional.pad(counts.unflatten(-1, (-1, 2)).sum(-1), (quarter, quarter))
     return counts
 

@@ -1,4 +1,4 @@
-"""prepare: float layers become QAT layers, in a copy of the model."""
+"""prepare: replaces float layers by QAT layers, in a copy of the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .config import QUANTIZABLE, QConfig, QSpec
 from .selection import check_convertible, float_reason, unsupported
 from .weight_readers import find_weight_readers
 
-NAMED = 5  # layers that a warning names; report lists all
+NAMED = 5  # how many layers a warning names; report lists all
 
 
 def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
@@ -28,23 +28,28 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
     Parameters keep their names. Weight quantizers start from the weights; input quantizers of kind "lsq" and "minmax"
     need ``calibrate`` before the first forward pass. ``model`` itself is never changed.
 
-    A subclass of Linear or Conv2d keeps its class as a base. One with a forward of its own (that pads its input, say)
-    is quantized where a trial on the meta device shows that it uses its weight in one F.linear or F.conv2d alone; the
-    quantizers then sit at each such product, and what else it does with its weight for another input sees its quantized
-    values. A rule that names its type also takes one that cannot be tried, or whose
-    product has a weight that the forward computes from its own (standardizes it, say): that is then quantized. Weights
-    under ``weight_norm``, ``spectral_norm``, pruning or another parametrization are quantized as these make them.
+    A subclass of Linear or Conv2d keeps its class as a base. ``prepare`` tries a subclass with its own forward (which
+    pads its input, say) on the meta device, and quantizes it if the forward uses its weight in one F.linear or F.conv2d
+    alone. The quantizers then act at each such product; if for another input the forward does something else with its
+    weight, it gets the quantized values. A rule that names the type also takes a layer that cannot be tried, and one
+    whose forward computes the product's weight from its own (standardizes it, say): the computed weight is then
+    quantized. So is the weight that ``weight_norm``, ``spectral_norm``, pruning or another parametrization computes.
 
-    A layer whose parent reads its weight instead of calling it stays in float, as ``out_proj`` of
-    nn.MultiheadAttention does. nn.TransformerEncoderLayer and nn.TransformerEncoder call their layers: their fused
-    paths, which would not, are switched off in the copy.
+    A layer stays in float if its parent reads its weight instead of calling it, as nn.MultiheadAttention does with
+    ``out_proj``. nn.TransformerEncoderLayer and nn.TransformerEncoder call their layers, except on their fused paths;
+    the copy has these switched off.
 
-    Layers that config selects and that stay in float are named by a warning with the reason, as are the largest ones
-    where less than half of the model's weights are selected; ``report`` lists every layer.
+    A warning names the layers that config selects but that stay in float, with the reasons. If config selects less than
+    half of the model's weights, it also names the largest other layers. ``report`` lists every layer.
+
+    Args:
+        model: a float model.
+        config: which layers are quantized, and how; None: ``QConfig()``.
 
     Raises:
         ValueError: nothing to quantize, weights that are not finite, or a spec that a layer or ``convert`` cannot take
-            (named). TypeError: not a model or a config.
+            (the text names the layer).
+        TypeError: model is not a module, or config not a ``QConfig``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
@@ -79,7 +84,7 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         )
     prepared = copy_of(model)
     made: dict[nn.Module, nn.Module] = {}
-    tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter: one weight has one scale
+    tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
     for name, (weight_spec, input_spec) in chosen.items():
         layer = prepared.get_submodule(name)
         trial = trials[name]
@@ -113,12 +118,12 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
 
 
 def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
-    """A deep copy; tensors that a forward pass left on a module are copied without their graph.
+    """A deep copy; it copies tensors that a forward pass left on a module without their graph.
 
-    What ``fully_shard`` has sharded is whole again in the copy, and no longer gathered at each call: every process that
-    holds a shard has to take part.
+    The copy holds whole tensors where ``fully_shard`` has sharded the model's, and gathers nothing at a call. Every
+    process that holds a shard has to take part.
 
-    ``memo``: tensors, by id, and what takes their place.
+    ``memo``: id of a tensor -> the tensor that replaces it.
     """
     copies: dict[int, Any] = {} if memo is None else memo  # type: ignore[assignment]
     sharded = [module for module in model.modules() if _is_sharded(module)]
@@ -139,19 +144,19 @@ def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Modul
 
 
 def whole(model: nn.Module) -> nn.Module:
-    """The model, or where something of it is sharded a copy of it that is not (see ``copy_of``)."""
+    """The model, or if parts of it are sharded, a copy that is not (see ``copy_of``)."""
     parts = any(hasattr(t, "full_tensor") for t in model.parameters()) or any(map(_is_sharded, model.modules()))
     return copy_of(model) if parts else model
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` gave it a class that has its own as the second base."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for its own sake
+    """Whether ``fully_shard`` gave the module a new class, whose second base is the original one."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it; nobody else needs it
     return fsdp is not None and hasattr(fsdp, "FSDPModule") and isinstance(module, fsdp.FSDPModule)
 
 
 def _without_gathering(name: str, value: Any) -> Any:
-    """An attribute of a sharded module; of its hooks those that torch.distributed has not set."""
+    """An attribute of a sharded module, without the hooks that torch.distributed has set."""
     if "hook" not in name or not isinstance(value, dict):
         return value
     makers = {key: getattr(getattr(hook, "hook", hook), "__module__", None) or "" for key, hook in value.items()}
@@ -160,9 +165,9 @@ def _without_gathering(name: str, value: Any) -> Any:
 
 
 def leave_fused_paths(model: nn.Module) -> None:
-    """Makes torch's Transformer layers call the QAT layers in them in eval mode too, instead of reading their weights.
+    """Makes torch's Transformer layers call their QAT layers in eval mode too, instead of reading their weights.
 
-    Both attributes are what torch itself sets where its fused path cannot serve; ``convert`` and copies keep them.
+    torch itself sets both attributes when its fused path cannot serve; ``convert`` and copies keep them.
     """
     for module in model.modules():
         if not any(isinstance(inner, QATLinear) for inner in module.modules()):
@@ -176,7 +181,7 @@ def leave_fused_paths(model: nn.Module) -> None:
 def _warn(
     model: nn.Module, chosen: Mapping[str, object], excluded: set[str], floats: dict[str, str], too: dict[str, str]
 ) -> None:
-    """At most one warning: what stays in float although config selects it, and what else nobody left out."""
+    """Gives at most one warning: which selected layers stay in float, and which large ones config does not select."""
     said = []
     if floats:
         said.append(f"{_count(floats)} that config selects stay in float: {_named(floats)}")
@@ -216,7 +221,7 @@ def _named(reasons: Mapping[str, str]) -> str:
 
 
 def replace_modules(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Puts ``substitute(module)`` for each module where it is not None, under all its names; returns the root."""
+    """Replaces each module, under all its names, by ``substitute(module)`` unless that is None; returns the root."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             new = None if child is None else substitute(child)

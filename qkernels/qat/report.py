@@ -1,4 +1,4 @@
-"""report: what quantization did to each layer, and what the whole model weighs."""
+"""report: what quantization does to each layer, and how many bytes the whole model takes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ CONVERTED_LAYERS = (Int8Linear, Int8Conv2d, Int4Linear, Int4Embedding)
 class LayerRow:
     """A layer with weights: quantized, or float like an Embedding, an LSTM or the projections of an attention.
 
-    Bits None: float. SQNR in dB, clipped as a share of the elements; None: not known, or not comparable. Bytes are
-    those of the tensors that the layer adds to the model's: a weight that an earlier row holds counts there.
+    Bits of None mean float. SQNR is in dB and clipped is a share of the elements; None: not known, or not comparable.
+    Bytes count the tensors that the layer adds to the model: a shared weight counts in the first row that holds it.
     """
 
     name: str
@@ -50,17 +50,17 @@ class LayerRow:
 
 @dataclass
 class Report:
-    """Rows per layer, totals for the model, and notes: why layers and BatchNorms stay float, and what else is to know.
+    """Rows per layer, totals for the model, and notes, such as why a layer or BatchNorm stays float.
 
-    quantized_bytes counts the tensors that the state_dict of the converted model holds, once per storage: what a file
-    of it takes, up to its header. float_bytes counts so the float model that it came from. Both include what no row
-    does: norms, and parameters and buffers of less than two dims.
+    quantized_bytes counts the tensors in the state_dict of the converted model, each storage once; a file of it takes
+    as much, plus its header. float_bytes counts the float model in the same way. Both totals include tensors that are
+    in no row: norms, and parameters and buffers of less than two dims.
 
     Attributes:
         layers: a row for each layer with weights.
-        float_bytes, quantized_bytes: of the whole model; ``ratio`` is the first over the second.
-        notes: why a layer is float and what else is to know, by the layer's name.
-        accuracy: what ``report`` was given.
+        float_bytes, quantized_bytes: bytes of the whole model; ``ratio`` is the first over the second.
+        notes: layer name -> why the layer is float, or another remark.
+        accuracy: the number that ``report`` got.
     """
 
     layers: list[LayerRow]
@@ -126,19 +126,19 @@ def report(
 ) -> Report:
     """Says what quantization does to ``model`` (prepared or converted), layer by layer and in total.
 
-    Every layer with weights has a row; those that stay float have a note with the reason. The sizes of a prepared model
-    are those of the model that it converts to, which is made for that and dropped.
+    Every layer with weights has a row; a layer that stays float has a note with the reason. For the sizes of a prepared
+    model, ``report`` converts a copy of it.
 
     Args:
-        model: from ``prepare`` or ``convert``; it is run in eval mode and left as it was.
-        example: one batch as for ``calibrate``. Gives the inputs' clipped share and, against float_model, the SQNR
-            of each layer's output, both of the layer's first call; a prepared model without float_model is compared
-            with itself unquantized. Quantized layers that nothing called are named in the notes.
-        float_model: the model before ``prepare``. A converted model needs it for its weights' SQNR.
-        accuracy: any number measured elsewhere, to be shown with the rest.
+        model: from ``prepare`` or ``convert``; it runs in eval mode and stays unchanged.
+        example: one batch as for ``calibrate``. With it the report gives the clipped share of each layer's input and
+            the SQNR of its output against float_model, both for the layer's first call. A prepared model without
+            float_model is compared with itself unquantized. The notes name quantized layers that nothing called.
+        float_model: the model before ``prepare``. A converted model needs it for the SQNR of its weights.
+        accuracy: any number measured elsewhere, shown with the rest.
 
     Returns:
-        A ``Report``: ``print`` shows its table, ``to_dict`` gives what can be written as JSON.
+        A ``Report``: ``print`` shows its table, ``to_dict`` gives a dict that can be written as JSON.
 
     Raises:
         ValueError: a model that is neither prepared nor converted.
@@ -149,7 +149,7 @@ def report(
         raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
     folds = find_folds(model)
     float_folds = {} if float_model is None else find_folds(float_model).batch_norm_of
-    # In a converted model the folded BatchNorm is gone; the float model still tells where it was.
+    # A converted model no longer has its folded BatchNorms; the float model shows where they were.
     folded = {
         conv: norm
         for conv, norm in float_folds.items()
@@ -178,7 +178,7 @@ def report(
     if prepared:
         try:
             stored = _converted(model)
-        except ValueError as error:  # layers changed after prepare
+        except ValueError as error:  # somebody changed layers after prepare
             notes[""] = f"sizes are those of the float model, as this one does not convert: {error}"
     quantized_bytes = _weigh(stored, rows, "quantized_bytes", _names_of_quantizers(model) if stored is model else ())
     source = model if float_model is None else float_model
@@ -189,9 +189,9 @@ def report(
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
-    """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf where equal, None for a reference of zeros.
+    """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf if equal, None for a reference of zeros.
 
-    None too where the shapes differ, as behind a routing that went another way.
+    None too if the shapes differ, which happens behind a routing that chose another way.
     """
     if reference.shape != approximation.shape:
         return None
@@ -222,7 +222,7 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         if isinstance(module, FakeQuantize) or name.startswith(inside):
             continue
         parametrized = parametrize.is_parametrized(module)
-        if parametrized or isinstance(module, QAT_LAYERS):  # what they hold is theirs
+        if parametrized or isinstance(module, QAT_LAYERS):  # the row of the layer counts its parametrizations
             prefix = f"{name}." if name else ""
             inside += (f"{prefix}parametrizations.",)
         if (
@@ -268,7 +268,7 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
 
 
 def _converted(model: nn.Module) -> nn.Module:
-    """The converted model, for its sizes: quantizers that are not calibrated take any range."""
+    """The converted model, for its sizes: quantizers that are not calibrated get an arbitrary range."""
     if not all(module.is_calibrated for module in model.modules() if isinstance(module, FakeQuantize)):
         model = copy_of(model)
         for module in model.modules():
@@ -284,9 +284,9 @@ def _names_of_quantizers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[str, ...]) -> int:
-    """Bytes of the tensors in the state_dict, once per storage; each row gets those that its layer is first to hold.
+    """Bytes of the tensors in the state_dict, each storage once; a storage adds to the row of its first layer.
 
-    ``without``: prefixes of what does not count.
+    ``without``: prefixes of tensors that do not count.
     """
     owners = {row.name: row for row in rows}
     seen: dict[int, int] = {}
@@ -306,13 +306,13 @@ def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[st
 
 
 def _holds(model: nn.Module, owner: str, key: str) -> bool:
-    """Whether the tensor is the layer's own, and not that of a module within it."""
+    """Whether the tensor is the layer's own, not that of a module in it."""
     rest = key.removeprefix(f"{owner}." if owner else "")
     return "." not in rest or rest.startswith("parametrizations.")
 
 
 def _as_float(row: LayerRow, layer: nn.Module) -> int:
-    """Sets the float bytes of a converted layer, whose float layer is not at hand; returns what they are larger."""
+    """Sets the float bytes of a converted layer without its float layer; returns by how much they grow."""
     before = row.float_bytes
     if isinstance(layer, CONVERTED_LAYERS):
         bias: Tensor | None = getattr(layer, "bias", None)
@@ -368,7 +368,7 @@ def _run_example(
 def _record(
     model: nn.Module, example: Any, modules: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """First floating input and output of the modules (given as row name -> module name), and which were called."""
+    """First floating input and output of the modules (row name -> module name), and the names of those called."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     called: set[str] = set()
@@ -400,7 +400,7 @@ def _record(
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    """The first tensor of floats within tuples, lists and dicts."""
+    """The first floating tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     if isinstance(value, Mapping):

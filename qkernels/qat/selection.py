@@ -1,4 +1,4 @@
-"""Which layers can be quantized, why others cannot, and which specs convert: prepare, convert and report ask here."""
+"""Which layers can be quantized, why others cannot, and which weights ``convert`` takes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .weight_readers import WeightReaders
 
 
 def to_int4(layer: nn.Module) -> bool:
-    """Whether ``convert`` makes an Int4Linear of the layer."""
+    """Whether ``convert`` turns the layer into an Int4Linear."""
     if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
         return False
     return layer.weight_fake_quant.bits in layouts.BITS
 
 
 def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
-    """Refuses a QAT layer whose weight no integer layer holds.
+    """Refuses a QAT layer whose weight no integer layer can hold.
 
     Raises:
-        ValueError: names the layer, what its weight is and what is accepted.
+        ValueError: no integer layer holds the weight. The text names the layer, its weight and what is accepted.
     """
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     if weight is None or (input is None and not to_int4(layer)):
-        return  # stays, or becomes a float layer
+        return  # the layer stays in float or gets a float product
     k = layer.weight[0].numel()
     granularity = weight.granularity
     try:
@@ -57,7 +57,7 @@ def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
 
 
 def float_reason(name: str, layer: nn.Module, readers: WeightReaders) -> tuple[str | None, Trial]:
-    """Why a Linear or Conv2d layer cannot be quantized, None: it can; and what its own forward does, if it has one."""
+    """Why a Linear or Conv2d layer cannot be quantized (None: it can), and what the trial of its own forward showed."""
     reason, trial = _outer_reason(name, layer, readers), Trial(returns_product=True)
     if reason is None and has_own_forward(_class_without_parametrizations(layer)):
         trial = try_forward(_twin_on_meta(layer))
@@ -106,7 +106,7 @@ def _class_without_parametrizations(layer: nn.Module) -> type[nn.Module]:
 
 
 def _taken_names(layer: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Names that a subclass gives a meaning of its own, and the QAT and integer layers another one."""
+    """Names to which both the subclass and the QAT or integer layers give a meaning."""
     plain: nn.Module
     made: tuple[nn.Module, ...]
     if issubclass(kind, nn.Linear):

@@ -1,4 +1,4 @@
-"""What a training loop asks of a prepared model: parameter groups, and switches on its quantizers."""
+"""What a training loop needs of a prepared model: parameter groups, and switches of its quantizers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .selection import check_convertible
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Two groups for a torch optimizer: the model's own parameters, and those of its quantizers without weight decay.
 
-    ``torch.optim.AdamW(qk.parameter_groups(model, lr=1e-4, weight_decay=0.01))``. Decay would pull a learned scale back
-    to its start and a zero point to zero. Both have the learning rate lr; a scale moves by a fraction of it (see
-    ``FakeQuantize``), and a schedule acts on both. Parameters that need no gradient are left out.
+    ``torch.optim.AdamW(qk.parameter_groups(model, lr=1e-4, weight_decay=0.01))``. Weight decay would pull a learned
+    scale back to its start and a zero point to zero. Both groups have the learning rate lr, of which a scale moves by a
+    fraction (see ``FakeQuantize``); a schedule acts on both. Parameters that need no gradient are in neither group.
 
     Args:
         model: from ``prepare``; a float model gives an empty second group.
         lr: learning rate of both groups.
-        weight_decay: of the model's own parameters.
+        weight_decay: weight decay of the model's own parameters.
 
     Returns:
-        Two dicts, the argument of any torch optimizer. It raises nothing.
+        Two dicts, as any torch optimizer takes them. The function raises nothing.
     """
     own = {id(p) for module in model.modules() if isinstance(module, FakeQuantize) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -39,15 +39,15 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
 
 
 def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
-    """Stops what moves the ranges of a prepared model in training, in place.
+    """Stops everything that moves the ranges of a prepared model in training, in place.
 
-    That is: the averages of "ema" quantizers, the ranges of weights that are followed, the growth of learned inputs,
-    and starts from a first batch. A weight that was followed keeps the range that it has now, so that the model in eval
-    mode stays as it is. Learned scales go on learning: ``requires_grad_(False)`` on them stops that.
+    This stops the averages of "ema" quantizers, the ranges of followed weights, the growth of input ranges with a
+    learned scale, and starts from a first batch. A followed weight keeps its present range, so the model computes the
+    same in eval mode. Learned scales go on learning; ``requires_grad_(False)`` on them stops that.
 
     Args:
         model: from ``prepare``.
-        frozen: False undoes it. A state_dict holds it.
+        frozen: False undoes it. A state_dict holds the switch.
 
     Raises:
         ValueError: the model has no quantizers.
@@ -60,7 +60,7 @@ def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
 
 @torch.no_grad()
 def _follow_weights(model: nn.Module) -> None:
-    """Weights may have changed since the last forward pass in training mode, or been trained in eval mode."""
+    """Takes the present range of each followed weight, which may have changed since a forward pass in training mode."""
     with eval_mode(model):
         for layer in model.modules():
             if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant is not None:
@@ -68,11 +68,11 @@ def _follow_weights(model: nn.Module) -> None:
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
-    """Switches all quantizers of a prepared model on or off, in place; off, they pass their input on and observe.
+    """Switches all quantizers of a prepared model on or off, in place; a quantizer that is off still observes.
 
     Args:
         model: from ``prepare``.
-        enabled: whether they quantize. A state_dict holds it.
+        enabled: whether the quantizers quantize; if not, they return their input. A state_dict holds the switch.
 
     Raises:
         ValueError: the model has no quantizers.
@@ -87,13 +87,14 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     Args:
         model: from ``prepare``.
         bits: 2 to 8.
-        where: a glob on the names of quantizers, as ``"*.weight_fake_quant"`` or ``"layer1.*"``.
+        where: a glob on the names of quantizers, such as ``"*.weight_fake_quant"`` or ``"layer1.*"``.
 
     Returns:
-        The names of the quantizers.
+        The names of the quantizers that changed.
 
     Raises:
-        ValueError: bits, no quantizer has such a name, or a weight that ``convert`` does not take at this width.
+        ValueError: bits other than 2 to 8, a glob that no quantizer's name matches, or a weight that ``convert`` does
+            not take at this width. All widths then stay.
     """
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:

@@ -1,7 +1,7 @@
-"""Which modules read the weight of a child instead of calling it, found in the source of their forward.
+"""Finds, in the source of their forward, the modules that read the weight of a child instead of calling the child.
 
-Such a module goes around whatever the child does with its weight, so fake quantization would be without effect.
-Sources that cannot be read (compiled, typed at a prompt) are passed over.
+Such a module bypasses whatever the child does with its weight, so fake quantization would have no effect. A module
+whose source cannot be read (compiled, typed at a prompt) counts as calling its children.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-# What a weight is asked for besides its values.
+# What a forward may ask of a weight besides its values.
 METADATA = frozenset(
     (
         "dtype",
@@ -47,30 +47,30 @@ METADATA = frozenset(
     )
 )
 ITERATION = frozenset(("enumerate", "zip", "reversed", "list", "tuple", "sorted"))
-PAIRS = frozenset(("enumerate", "items", "named_children", "named_modules"))  # with what is not a module in front
+PAIRS = frozenset(("enumerate", "items", "named_children", "named_modules"))  # they give pairs; the module is second
 CONTAINER_METHODS = frozenset(("children", "modules", "values", "items", "named_children", "named_modules"))
 
 
 @dataclass
 class WeightReaders:
-    """Names of the modules whose weight another one reads, with that one's class."""
+    """Modules whose weight another module reads: name -> that reader's class and method."""
 
-    instead: dict[str, str] = field(default_factory=dict)  # and which nothing calls
-    too: dict[str, str] = field(default_factory=dict)  # besides being called
+    instead: dict[str, str] = field(default_factory=dict)  # nothing calls these modules
+    too: dict[str, str] = field(default_factory=dict)  # these modules are called as well
 
 
 def find_weight_readers(model: nn.Module) -> WeightReaders:
-    """Of every module of ``model``; torch's Transformer layers count as calling, as ``prepare`` makes them do."""
+    """Searches every module of ``model``. torch's Transformer layers count as calling: ``prepare`` makes them call."""
     read: dict[nn.Module, str] = {}
     used: set[nn.Module] = set()
-    # A Sequential of which only parts are used runs nothing, so that its forward counts where something calls it.
+    # A Sequential uses its children only if something calls it: a forward may also use single children of it.
     sequential = {m for m in model.modules() if type(m).forward is nn.Sequential.forward and m is not model}
     wanted = [(module, "forward") for module in model.modules() if module._modules and module not in sequential]
     done = set(wanted)
     while wanted:
         module, method = wanted.pop()
         functions = _functions(type(module), method)  # type: ignore[arg-type]
-        if functions is None:  # it may call any of them
+        if functions is None:  # it has no source, so it may call any module in it
             used |= set(module.modules()) - {module}
             continue
         for function, source in functions:
@@ -94,7 +94,7 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
 
 @functools.cache
 def _functions(kind: type[nn.Module], method: str) -> tuple[tuple[ast.FunctionDef, str], ...] | None:
-    """The method and those that it reaches on self, parsed, each with its module; None: it has no source."""
+    """The method and the methods of self that it names, parsed, each with its Python module; None: it has no source."""
     found: dict[str, list[tuple[ast.FunctionDef, str]]] = {}
     wanted = [method]
     while wanted:
@@ -121,7 +121,7 @@ def _functions(kind: type[nn.Module], method: str) -> tuple[tuple[ast.FunctionDe
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self_name
             ]
             if not any(isinstance(node, ast.Name) and node.id == "super" for node in nodes):
-                break  # the parent's is not called
+                break  # the parent's method is not called
     return tuple(pair for pairs in found.values() for pair in pairs)
 
 
@@ -143,7 +143,7 @@ def _self_name(function: ast.FunctionDef) -> str | None:
 
 
 class _Visitor(ast.NodeVisitor):
-    """Follows the modules that expressions of one method stand for, through attributes, indices, loops and names."""
+    """Tracks which modules the expressions of a method stand for, through attributes, indices, loops and names."""
 
     def __init__(self, module: nn.Module, function: ast.FunctionDef) -> None:
         self.module = module
@@ -199,7 +199,7 @@ class _Visitor(ast.NodeVisitor):
             yield from children
 
     def _children(self, node: ast.expr) -> list[nn.Module]:
-        """What a loop over the expression walks."""
+        """The modules that a loop over the expression gives."""
         if isinstance(node, ast.Call):
             inner = [child for argument in node.args for child in self._children(argument)]
             if isinstance(node.func, ast.Name) and node.func.id in ITERATION:
@@ -222,7 +222,7 @@ class _Visitor(ast.NodeVisitor):
         self.visit(node.slice)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if not self._modules(node.value):  # a name for a module, not a use of it
+        if not self._modules(node.value):  # to give a module a name is not to use it
             self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> None:
@@ -238,7 +238,7 @@ class _Visitor(ast.NodeVisitor):
             self.visit(condition)
 
     def _reach(self, node: ast.expr) -> None:
-        """An expression that stands alone or ends a chain: whole modules are used, weights are read."""
+        """Notes what an expression that ends a chain does: it uses a module, reads its weight or names its method."""
         if isinstance(node, ast.Attribute) and node.attr in METADATA and _is_weight(node.value):
             return
         modules = self._modules(node)
@@ -259,7 +259,7 @@ class _Visitor(ast.NodeVisitor):
             self.visit(node.value)
 
     def _use(self, modules: Iterable[nn.Module]) -> None:
-        """What a module does with its own children its own forward says, if it has one."""
+        """Notes the modules as used, and the children of lists and dicts, which have no forward that says how."""
         for module in modules:
             self.used.add(module)
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
