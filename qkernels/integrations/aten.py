@@ -1,4 +1,4 @@
-"""torch's own fake-quantize ops on qkernels' kernels, for code that calls torch and torch.ao only."""
+"""Runs torch's own fake-quantize ops on qkernels' kernels, for code that calls only torch and torch.ao."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import checks, library, loading, registry
 from ..ops import aten_fake_quantize
 
 _lock = threading.Lock()
-_held: set[override_torch] = set()  # what is in force
+_held: set[override_torch] = set()  # the overrides in force
 _cuda: torch.library.Library | None = None
 _torchs: torch.library.Library | None = None
 
@@ -25,19 +25,18 @@ class override_torch:
     """Reroutes torch's fake-quantize ops to qkernels, in every thread, until restored; takes no arguments.
 
     ``with qk.override_torch():`` holds to the end of the block. A plain ``qk.override_torch()`` holds for the rest of
-    the process, or until ``restore()`` of the object it returned. Both nest and may end in any order: torch's own
-    kernels are back when the last one ended. Rerouted, at the dispatcher, forward and backward:
+    the process, or until ``restore()`` of the object that it returns. Both nest and may end in any order: torch's own
+    kernels are back when the last one has ended. The dispatcher reroutes, forward and backward,
     ``torch.fake_quantize_per_tensor_affine`` (both overloads), ``torch.fake_quantize_per_channel_affine``, their
     ``_cachemask`` forms, ``torch._fake_quantize_learnable_per_{tensor,channel}_affine`` and
     ``torch.fused_moving_avg_obs_fake_quant``; with them torch.ao's FakeQuantize, learnable and fused modules.
 
     On the CPU the C++ kernels take torch's schemas directly, no Python runs, and autograd, torch.compile, torch.export
-    and vmap see torch's ops as before. Compiled code holds those same ops: it is rerouted where it runs inside, and
-    is not where it runs outside, whenever it was compiled. Without the C++ kernels the CPU keeps torch's own, and a
-    warning says so.
+    and vmap see torch's ops as before. Compiled code holds those same ops: the override acts on it whenever it runs
+    inside, no matter when it was compiled. Without the C++ kernels the CPU keeps torch's own, and a warning says so.
 
-    Whatever torch computes is computed: a call that the kernels do not take (a range beyond ±2**24 in the fused
-    observer, statistics in bf16, many scales where one is read, ...) is torch's own from the start, on every device.
+    Every call that torch can compute still works: torch's own kernel runs a call that the kernels do not take (a range
+    beyond ±2**24 in the fused observer, statistics in bf16, many scales where one is read, ...), on every device.
     Otherwise the numbers are torch's, bit for bit, except where torch is wrong or refuses:
 
     - NaN stays NaN (torch: quant_min); a zero whose scale is 0, or has an infinite reciprocal, stays 0 (torch:
@@ -45,37 +44,39 @@ class override_torch:
     - Per channel, +inf and values beyond 2**63 steps saturate at quant_max (torch on the CPU: quant_min).
     - A clipped element has the gradient 0, whatever dy is (torch: 0·inf = NaN, and −0). Compiled code and second
       derivatives multiply by the mask as torch does.
-    - The learnable ops round a zero point the same way forward and backward (torch per tensor: another one backward
-      for every negative or half-way value); the sums of their gradients agree to rounding.
+    - The learnable ops round a zero point the same way forward and backward (torch's per-tensor op rounds every
+      negative or half-way value differently backward); the sums of their gradients agree to rounding.
     - The fused observer trains with the scale and zero point that torch.ao's observers compute for convert from the
-      same statistics, where torch's op trains with others. Symmetric scales so differ from torch's by up to 0.4 % in
-      −128 … 127, and with them 99.5 % of the weights under torch.ao's default configs: the observers, and this, take
-      max(−min, max) / 127.5, torch's op the larger of −min / 128 and max / 127. Where all values have one sign
-      torch's op is up to 2× away, and below its smallest scale, 6.1e-5, further. It keeps its averages in fp32, skips
-      a batch whose range is not finite, and with the observer off leaves scale and zero point as they are (torch takes
-      them from the statistics again). What an observer is told and its op is not cannot be followed: an ``eps`` other
-      than fp32's (2**-12 in torch.ao's symmetric qnnpack configs, which convert scales below it to it), quint8 without
-      a range of its own (zero point 128, here as with one: 127), a signed dtype with a range that starts at 0 (0, here
-      the middle), uint16 in part of its range (2**15).
+      same statistics; torch's op trains with others. This op, like the observers, takes max(−min, max) / 127.5; torch's
+      op takes the larger of −min / 128 and max / 127. So symmetric scales differ from torch's by up to 0.4 % in
+      −128 … 127, and with them 99.5 % of the weights under torch.ao's default configs. If all values have one sign
+      torch's op is up to 2× away, and below its smallest scale, 6.1e-5, further. This op keeps its averages in fp32,
+      skips a batch whose range is not finite, and leaves scale and zero point unchanged while the observer is off
+      (torch computes them from the statistics again). It cannot follow settings that an observer does not pass to its
+      op: an ``eps`` other than fp32's (torch.ao's symmetric qnnpack configs raise smaller scales to 2**-12 at convert);
+      quint8 without an explicit range (the observer's zero point is 128, here 127 as with a range); a signed dtype
+      whose range starts at 0 (the observer's is 0, here the middle); a part of uint16's range (the observer's is
+      2**15).
     - Against torch up to 2.11, 2 of 108,000 bf16 elements with fp16 zero points per channel differ by a step: later
       versions agree bit for bit.
-    - Accepted beside what torch takes: per channel any zero point dtype, any floating scale, a negative axis;
-      fp16, bf16 and fp64 in the learnable and fused ops.
+    - The ops also accept, per channel, any zero point dtype, any floating scale and a negative axis, and fp16, bf16 and
+      fp64 in the learnable and fused ops.
 
-    On CUDA the same ops are rerouted, eager and compiled, by Python, and never wait for the GPU. What is other there:
+    On CUDA Python reroutes the same ops, eager and compiled; they never wait for the GPU. The differences there are:
 
-    - A call stays torch's where no CUDA or Triton kernel can take it; and, of the ops that learn and observe nothing,
-      where x is fp64, the range exceeds ±2**24, a zero point is a floating tensor, or a scale or zero point given as a
-      number is none that both compute alike with (a negative or subnormal scale, a zero point outside the range).
-      Per tensor, scale tensors other than fp32 and zero points other than int32 are torch's too, which refuses them.
-    - In scale tensors a value below the smallest normal fp32 acts as that one, and a negative one gives NaN; in zero
-      point tensors an integer outside the range gives NaN (torch per channel reads it back and refuses).
-    - Eager calls of the differentiable ops keep a bit per element for the backward pass and write no byte mask. The
-      ``_cachemask`` ops, which are all that compiled code holds, must return one: it is unpacked from the bits, which
-      costs two passes over it, and their gradient is torch's product with it.
+    - torch's own kernel runs a call that no CUDA or Triton kernel can take. For ops that neither learn nor observe it
+      also runs a call in fp64, with a range beyond ±2**24, with a floating zero point tensor, or with a number for
+      scale or zero point that the kernels treat differently (a negative or subnormal scale, a zero point outside the
+      range). Per tensor, scale tensors other than fp32 and zero points other than int32 go to torch, which refuses
+      them.
+    - A value in a scale tensor below the smallest normal fp32 acts as that value, and a negative one gives NaN; an
+      integer outside the range in a zero point tensor gives NaN (torch per channel reads it back and refuses).
+    - Eager calls of the differentiable ops keep a bit per element for the backward pass and write no byte mask.
+      Compiled code holds only the ``_cachemask`` ops, which must return a byte mask: they unpack it from the bits,
+      which costs two passes over it, and their gradient is torch's product with the mask.
 
     Enter and leave while no other thread is inside one of these ops, as for any torch.library registration. While
-    ``use_kernel`` forces a CPU path, rerouted calls take it too; the other kernels have no part in them.
+    ``use_kernel`` forces a CPU path, rerouted calls take it too; forcing another kernel does not affect them.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class override_torch:
             _held.add(self)
 
     def restore(self) -> None:
-        """Ends this override; nothing happens where it has ended already."""
+        """Ends this override; does nothing if it has ended already."""
         with _lock:
             if self in _held:
                 _held.remove(self)
@@ -121,7 +122,7 @@ def _uninstall() -> None:
 
 
 def _cpu_kernels(on: bool) -> None:
-    """Puts the C++ kernels under aten's names into the dispatcher, or takes them out."""
+    """Registers the C++ kernels under aten's names with the dispatcher, or removes them."""
     if library.host is None:
         if on:
             warnings.warn(
@@ -141,7 +142,7 @@ def _cpu_kernels(on: bool) -> None:
 
 
 def _keep_torchs(device: str) -> torch.library.Library:
-    """Torch's own kernels under other names, by which the C++ kernels hand on what they refuse."""
+    """Registers torch's own kernels under other names, by which the C++ kernels call them for what they refuse."""
     kept = torch.library.Library("qkernels_torch", "FRAGMENT")
     for name in (*KERNELS, *(name for name in DROP_INS if "learnable" in name)):
         kept.define(str(getattr(torch.ops.aten, name).default._schema).removeprefix("aten::"))
@@ -150,7 +151,8 @@ def _keep_torchs(device: str) -> torch.library.Library:
 
 
 def _say_once_that_kernels_are_overridden() -> None:
-    # torch warns of the first override in a process, and from C++ only on stderr: here Python's filter holds.
+    # torch warns of the first override in a process. C++ writes that warning to stderr, past Python's filter, so this
+    # makes the first override here, where the filter holds.
     op = aten_fake_quantize._backward_bytes
     scratch = torch.library.Library(library.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
@@ -159,9 +161,9 @@ def _say_once_that_kernels_are_overridden() -> None:
     scratch._destroy()
 
 
-# On the GPU Python kernels take the calls. Each returns NotImplemented for a call that torch's own kernel is to take.
-# Two layers: above autograd the differentiable drop-ins, on plain tensors (tracers, transforms must see torch's ops);
-# at the device's own key the raw ops, with byte masks, where compiled code and everything else arrives.
+# On a GPU Python kernels take the calls; one returns NotImplemented to have torch's own kernel take the call. There are
+# two layers. Above autograd are the differentiable drop-ins, for plain tensors only, because tracers and transforms
+# must see torch's ops. At the device's own key are the raw ops with byte masks, for compiled code and all other calls.
 
 
 def _reroute(device: str) -> torch.library.Library:
@@ -186,7 +188,7 @@ def _unroute(rerouted: torch.library.Library) -> None:
 
 
 def _forget_choices() -> None:
-    """Where torch traces for a compiler it remembers in Python which kernel an op has at a key: not over a change."""
+    """Clears torch's caches of which kernel an op has at a key, which its tracing for compilers fills."""
     backward = (f"fake_quantize_per_{kind}_affine_cachemask_backward" for kind in ("tensor", "channel"))
     for name in (*DROP_INS, *KERNELS, *backward):
         packet, _, overload = name.partition(".")
@@ -228,12 +230,12 @@ def _exact(quant_min: int, quant_max: int) -> bool:
 
 
 def _beside(x: Tensor, *params: Any) -> bool:
-    """Whether the tensors among them are on x's device; torch reads some from others."""
+    """Whether the tensors among params are on x's device; torch also reads some from other devices."""
     return all(param.device == x.device for param in params if isinstance(param, Tensor))
 
 
 def _affine(x: Tensor, scale: Scale, zero_point: ZeroPoint, quant_min: int, quant_max: int) -> bool:
-    """Whether our arithmetic gives torch's bits here, as far as the host can see, and a kernel takes the call."""
+    """Whether a kernel takes the call and, as far as the host can see, gives torch's bits."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not _exact(quant_min, quant_max):
         return False
     if not _beside(x, scale, zero_point):
@@ -263,7 +265,7 @@ def _one(scale: Tensor, zero_point: Tensor) -> bool:
 
 
 def _as_torchs(scale: Tensor, zero_point: Tensor) -> bool:
-    """What torch's kernels for one scale and zero point in tensors take."""
+    """Whether torch's per-tensor kernels take this scale and zero point."""
     return _one(scale, zero_point) and scale.dtype == torch.float32 and zero_point.dtype == torch.int32
 
 
@@ -316,7 +318,7 @@ def _observes(x: Tensor, *args: Any) -> bool:
 
 
 def _with_bytes(masked: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """y and its mask, which is a bit per element, as a bool tensor in y's memory layout."""
+    """y, and its mask of a bit per element as a bool tensor in y's memory layout."""
     y, bits = masked
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     flat = (bits[:, None] >> shifts).bitwise_and_(1).view(torch.bool)
@@ -332,7 +334,7 @@ def _cachemask(x: Tensor, scale: float, zero_point: int, *quant_range: int) -> A
 def _cachemask_tensors(
     x: Tensor, scale: Tensor, zero_point: Tensor, enabled: Tensor, quant_min: int, quant_max: int
 ) -> Any:
-    """The switch is read on the device by the observer's kernel, with the observer itself off."""
+    """Runs the observer's kernel, with the observer off, because it reads the switch ``enabled`` on the device."""
     if not _as_torchs(scale, zero_point) or not _affine(x, scale, zero_point, quant_min, quant_max):
         return NotImplemented
     off = torch.zeros_like(enabled)

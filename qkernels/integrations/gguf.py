@@ -1,4 +1,4 @@
-"""Weights from GGUF files: Q4_0 and Q4_1 as packed int4, Q8_0 as codes and scales, all with exactly their values."""
+"""Reads weights from GGUF files: Q4_0 and Q4_1 as packed int4, Q8_0 as codes and scales, with exactly their values."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ _PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
 
 class GroupedInt8(NamedTuple):
-    """A tensor [..., K] of int8 codes with a scale for each 32 along K: Q8_0, which ``PackedInt8`` cannot hold.
+    """A Q8_0 tensor: [..., K] int8 codes with a scale for each 32 along K, which ``PackedInt8`` cannot hold.
 
-    ``PackedInt8.from_float(t.dequantize())`` quantizes anew, by output channel.
+    ``PackedInt8.from_float(t.dequantize())`` quantizes it anew, per output channel.
 
     Attributes:
-        q: [..., K] int8. scale: [..., K/32] fp16, any sign.
+        q: [..., K] int8.
+        scale: [..., K/32] fp16, any sign.
     """
 
     q: Tensor
     scale: Tensor
 
     def dequantize(self) -> Tensor:
-        """code·scale, [..., K] in fp32: exact, and the bits of ggml's own."""
+        """code·scale, [..., K] in fp32: exact, bit for bit as ggml computes it."""
         blocks = self.q.unflatten(-1, (-1, _GROUP)).float() * self.scale.float()[..., None]
         return blocks.flatten(-2)
 
@@ -36,24 +37,26 @@ class GroupedInt8(NamedTuple):
 def load(
     path: str | os.PathLike[str], *, dequantize_others: bool = False
 ) -> dict[str, PackedInt4 | list[PackedInt4] | GroupedInt8 | Tensor]:
-    """Reads the tensors of a GGUF file: names and order of rows are the file's, shapes are torch's ([N, K], K in rows).
+    """Reads the tensors of a GGUF file: names and the order of rows are the file's, shapes are torch's, [N, K].
 
-    Q4_0 becomes a symmetric ``PackedInt4`` with groups of 32 and fp16 scales, Q4_1 one with ``minimum``, and of a stack
-    of matrices [E, N, K], as experts are, a list of E of them; Q8_0 becomes ``GroupedInt8``. ``dequantize`` of each
-    gives the bits of ggml's own fp32 values. F32, F16, BF16, F64 and integer tensors come as torch tensors.
+    Q4_0 becomes a symmetric ``PackedInt4`` with groups of 32 and fp16 scales, Q4_1 a ``PackedInt4`` with ``minimum``.
+    A stack of matrices [E, N, K], such as experts, becomes a list of E of them. Q8_0 becomes ``GroupedInt8``.
+    ``dequantize`` of each gives ggml's fp32 values bit for bit. F32, F16, BF16, F64 and integer tensors become torch
+    tensors.
 
     Conversion to GGUF permutes rows of some models' attention weights (Llama's query and key, for another order of
-    rotary pairs): whoever loads them into a model of another origin must undo this.
+    rotary pairs). Undo this to load them into a model of another origin.
 
     Args:
-        path: a file, little-endian. A model that is split over files is one call for each.
-        dequantize_others: tensors of other quantized types (llama.cpp's Q4_0 files have a few of Q6_K) as fp32, by the
-            gguf package, instead of an error.
+        path: a little-endian file. A model that is split over files takes one call for each.
+        dequantize_others: tensors of other quantized types (llama.cpp's Q4_0 files have a few of Q6_K) become fp32, by
+            the gguf package, instead of an error.
 
     Raises:
         ValueError: not a whole GGUF file; a tensor of another quantized type, or of one that the gguf package cannot
-            dequantize; a Q4_0 or Q4_1 tensor of other than 2 or 3 dims. It names the tensor, or the file.
-        FileNotFoundError: no such file. ImportError: the gguf package is not installed.
+            dequantize; a Q4_0 or Q4_1 tensor of other than 2 or 3 dims. The text names the tensor or the file.
+        FileNotFoundError: no such file.
+        ImportError: the gguf package is not installed.
     """
     gguf = _gguf()
     path = Path(path)
@@ -61,7 +64,7 @@ def load(
         raise FileNotFoundError(f"{path}: no such file")
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # a broken file raises whatever its bytes lead numpy to
+    except Exception as error:  # numpy may raise anything on a broken file
         raise ValueError(f"{path}: not a whole GGUF file ({type(error).__name__}: {error})") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
         raise ValueError(f"{path}: got a big-endian file; accepted: little-endian")
@@ -90,11 +93,11 @@ def _tensor(gguf: Any, t: Any, dequantize_others: bool) -> PackedInt4 | list[Pac
             return torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
         except NotImplementedError as error:
             raise ValueError(f"{t.name}: got the type {kind}; the gguf package cannot dequantize it") from error
-    data = torch.from_numpy(t.data.copy())  # memory of its own: the file is mapped read-only
+    data = torch.from_numpy(t.data.copy())  # copied, because the file is mapped read-only
     if kind in _PLAIN:
         return data.view(torch.bfloat16) if kind == "BF16" else data
-    # A block of 32 codes: fp16 scale; of Q4_1 fp16 minimum; codes, of 4 bits 0…15 in the low bits of 16 bytes, 16…31 in
-    # the high.
+    # A block holds an fp16 scale, in Q4_1 an fp16 minimum, and 32 codes. Of 4-bit codes, 0 to 15 are in the low bits of
+    # 16 bytes and 16 to 31 in the high bits.
     blocks = data.unflatten(-1, (-1, gguf.GGML_QUANT_SIZES[t.tensor_type][1]))
     head = 4 if kind == "Q4_1" else 2
     params = blocks[..., :head].clone(memory_format=torch.contiguous_format).view(torch.float16)

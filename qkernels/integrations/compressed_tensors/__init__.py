@@ -1,6 +1,7 @@
-"""Checkpoints in the safetensors layouts of compressed-tensors (0.20), "pack-quantized" and "int-quantized".
+"""Reads and writes checkpoints in the safetensors layouts of compressed-tensors (0.20).
 
-Of a layer with a weight [N, K], b bits and G groups along K the files hold, low bits first,
+The layouts are "pack-quantized" and "int-quantized". For a layer with a weight [N, K], b bits and G groups along K the
+files hold, low bits first,
 
     pack-quantized  weight_packed      int32 [N, ⌈K·b/32⌉]: codes + 2**(b−1), one after the other along K
                     weight_shape       int64 [2]: N, K
@@ -9,7 +10,7 @@ Of a layer with a weight [N, K], b bits and G groups along K the files hold, low
                     weight_zero_point  integers of any dtype (its own writer: int8) [N, G]
     both            weight_scale       floating [N, G], G = 1 per channel; or [1] per tensor
 
-and config.json says of which layers, under "quantization_config".
+and config.json says under "quantization_config" which layers these are.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ __all__ = ["load", "quantization_config", "save"]
 def load(
     source: str | os.PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> dict[str, Packed | Tensor]:
-    """Reads a checkpoint; codes, scales and zero points come out exactly as they lie in it.
+    """Reads a checkpoint with exactly its codes, scales and zero points.
 
     Args:
         source: a directory with model.safetensors, or with the shards that model.safetensors.index.json names, and
-            config.json; one safetensors file, with config.json beside it or none; or the tensors by name.
-        config: instead of config.json, the whole of it or its "quantization_config". Without any the bits are those
-            that the shape of weight_packed allows, and an int8 weight has 8.
+            config.json; one safetensors file, with or without config.json beside it; or the tensors by name.
+        config: replaces config.json: the whole of it or its "quantization_config". Without any config the shape of
+            weight_packed decides the bits, and an int8 weight has 8.
 
     Returns:
-        For each quantized layer "<layer>.weight", of 4 bits as ``PackedInt4``, of 2 or 3 as ``PackedInt``, of 8 as
-        ``PackedInt8``, whose scales are [N] in fp32; every other tensor under its name, as it is.
+        For each quantized layer "<layer>.weight": ``PackedInt4`` for 4 bits, ``PackedInt`` for 2 or 3, ``PackedInt8``,
+        with scales [N] in fp32, for 8. Every other tensor, unchanged, under its name.
 
     Raises:
-        ValueError: a tensor is missing, misshapen or of another dtype, does not fit the config, or is nothing that a
-            packed form holds exactly: other bits, int8 with groups or zero points, activation order (g_idx), block and
-            floating-point formats, transformed or sparse weights. It names the tensor, or the file that is broken.
+        ValueError: a tensor is missing, has another shape or dtype, or does not fit the config; or no packed form holds
+            it exactly: other bits, int8 with groups or zero points, activation order (g_idx), block and floating-point
+            formats, transformed or sparse weights. The text names the tensor or the broken file.
         FileNotFoundError: no such file, or a shard that the index names is missing.
         ImportError: the safetensors package is not installed (files only).
     """
@@ -61,7 +62,7 @@ def load(
         if config is None and found is not None:
             config = quantization_of(found)
     schemes = schemes_of(config) if config is not None else None
-    layers = {}  # in the order of the tensors
+    layers = {}  # a dict, so that layers keep the order of the tensors
     for name, t in tensors.items():
         layer, dot, own = name.rpartition(".")
         if own in (*OF_QUANTIZED, *UNKNOWN) or (own == "weight" and t.dtype == torch.int8):
@@ -77,18 +78,18 @@ def save(
     act_bits: int = 16,
     scale_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes model.safetensors and, into config.json, ``quantization_config``; ``load`` gives the same back, exactly.
+    """Writes model.safetensors and, into config.json, ``quantization_config``; ``load`` reads exactly the same back.
 
     Args:
-        directory: made where it is missing. Of a config.json that is there, all but "quantization_config" stays.
-        tensors: packed weights under "<layer>.weight"; every other tensor under its name, as it is.
+        directory: it is made if it is missing. An existing config.json keeps all but its "quantization_config".
+        tensors: packed weights under "<layer>.weight"; every other tensor, unchanged, under its name.
         act_bits: see ``quantization_config``; 16 writes the layout pack-quantized, 8 int-quantized.
-        scale_dtype: of the scales of ``PackedInt8`` weights, which are fp32 in memory: torch.float32, torch.bfloat16 or
-            torch.float16, which must hold them exactly. Readers take the dtype of scales for that of the weight.
+        scale_dtype: dtype to write the scales of ``PackedInt8`` weights in, which are fp32 in memory: torch.float32,
+            torch.bfloat16 or torch.float16. It must hold them exactly. Readers take it for the dtype of the weight.
 
     Raises:
-        ValueError: a packed weight that the layouts cannot hold (with minima), or under another name; no packed weight;
-            scale_dtype or act_bits; a config.json that is none. Then nothing is written.
+        ValueError: a packed weight that the layouts cannot hold (with minima) or that has another name; no packed
+            weight; another scale_dtype or act_bits; a config.json that is not JSON. Then nothing is written.
         ImportError: the safetensors package is not installed.
     """
     safetensors = safetensors_torch()
@@ -106,7 +107,7 @@ def save(
     path = directory / CONFIG
     config = read_json(path) if path.exists() else {}
     directory.mkdir(parents=True, exist_ok=True)
-    # Under another name first: tensors that were loaded from here may still be read from the old file.
+    # This writes under another name first, because the tensors may still be mapped from the old file.
     partial = directory / f"{TENSORS}.part"
     safetensors.save_file(unshared(written), partial, metadata={"format": "pt"})
     os.replace(partial, directory / TENSORS)
@@ -119,8 +120,8 @@ def quantization_config(tensors: Mapping[str, Packed | Tensor], *, act_bits: int
 
     Args:
         tensors: as in ``save``.
-        act_bits: 16, activations stay floating; or 8, they are int8, each token by its own range, or by the layer's
-            "<layer>.input_scale", one element, where tensors have it (with "<layer>.input_zero_point" asymmetric).
+        act_bits: 16: activations stay in float. 8: they become int8 codes, per token from its own range; if tensors
+            hold "<layer>.input_scale", one element, with that scale (asymmetric with "<layer>.input_zero_point").
 
     Raises:
         ValueError: as ``save``.
@@ -159,7 +160,7 @@ def quantization_config(tensors: Mapping[str, Packed | Tensor], *, act_bits: int
 
 
 def _prefix(name: str, packed: object) -> str:
-    """What stands before a packed weight's own name."""
+    """The part of a packed weight's name before "weight"."""
     if not isinstance(packed, Packed):
         raise ValueError(f"{name}: got {type(packed).__name__}; accepted: PackedInt4, PackedInt8 or a tensor")
     prefix = name.removesuffix("weight")
@@ -169,7 +170,7 @@ def _prefix(name: str, packed: object) -> str:
 
 
 def _parts(name: str, packed: Packed, act_bits: int, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a packed weight."""
+    """The tensors that store a packed weight."""
     prefix = _prefix(name, packed)
     if isinstance(packed, PackedInt8):
         (q, fp32), zero_point, bits = packed.unpack(), None, 8

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: tensors of one file or of shards, and JSON, with errors that name the file."""
+"""Reads the files of a checkpoint: tensors of one file or of shards, and JSON; errors name the file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _file(safetensors: Any, path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return dict(safetensors.load_file(path))
-    except Exception as error:  # of the package's own class, which torch-only installations lack
+    except Exception as error:  # safetensors has its own class, which is not there to name without the package
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors writes no memory twice: tied weights get memory of their own."""
+    """Copies tied weights, because safetensors refuses tensors that share memory."""
     seen: set[int] = set()
     for name, t in tensors.items():
         storage = t.untyped_storage().data_ptr()

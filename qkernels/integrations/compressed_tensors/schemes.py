@@ -1,4 +1,4 @@
-"""What config.json says of the weights of a checkpoint, and which of it is a layer's."""
+"""What config.json says about the weights of a checkpoint, and which part of it holds for a layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
 
 
 class Scheme(NamedTuple):
-    """What config.json says of a group of layers' weights."""
+    """What config.json says about the weights of a group of layers."""
 
     targets: tuple[str, ...]
     kind: str
@@ -24,7 +24,7 @@ class Scheme(NamedTuple):
     group_size: int
 
     def fits(self, k: int, words: int | None, scale: Tensor) -> bool:
-        """Whether a weight [N, K] of so many int32 in a row (or of int8), with these scales, can be of this scheme."""
+        """Whether a weight [N, K] with ``words`` int32 in a row (None: int8) and this scale can have this scheme."""
         groups = groups_of(scale)
         if words is not None and words != words_of(k, self.bits):
             return False
@@ -56,7 +56,7 @@ def schemes_of(config: Mapping[str, Any]) -> list[Scheme]:
 
 
 def _scheme(name: str, group: Any) -> Scheme | None:
-    """None for a group that quantizes no weights. What is left out has the meaning that compressed-tensors gives it."""
+    """The scheme of a group; None if it quantizes no weights. Missing keys have compressed-tensors' defaults."""
     try:
         weights, targets = group["weights"], tuple(group["targets"])
         for target in targets:
@@ -84,7 +84,7 @@ def groups_of(scale: Tensor) -> int:
 
 
 def words_of(k: int, bits: int) -> int:
-    """int32 words of k codes."""
+    """How many int32 words k codes take."""
     return (k * bits + 31) // 32
 
 
@@ -96,7 +96,7 @@ def choose(
     words: int | None,
     scale: Tensor,
 ) -> tuple[int, bool]:
-    """(bits, symmetric) of a layer. Targets that are classes cannot be told from a file: there the shapes decide."""
+    """(bits, symmetric) of a layer. A file names no classes of layers: if targets are classes, the shapes decide."""
     weight = f"{prefix}weight" if words is None else f"{prefix}weight_packed"
     got = f"{weight}: got N, K = {list(shape)}{f' in rows of {words} int32' if words is not None else ''}"
     if schemes is None:

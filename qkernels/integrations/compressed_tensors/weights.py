@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as packed weights, and their codes in int32 words."""
+"""Makes packed weights of a checkpoint's tensors; reads and writes codes in int32 words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .schemes import Scheme, choose, groups_of, words_of
 
 Packed = PackedInt | PackedInt8
 OF_QUANTIZED = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
-UNKNOWN = ("weight_g_idx", "weight_global_scale")  # an order of K, a second scale: no packed form has them
+UNKNOWN = ("weight_g_idx", "weight_global_scale")  # an order of K and a second scale, which no packed form has
 
 
 def pack(prefix: str, layer: str, tensors: dict[str, Tensor], schemes: list[Scheme] | None) -> Packed:
-    """The weight of a layer, whose tensors it takes out of tensors."""
+    """Packs the weight of a layer and removes its tensors from ``tensors``."""
     own = {
         name: tensors.pop(prefix + name)
         for name in ("weight", *OF_QUANTIZED, *UNKNOWN)
@@ -71,7 +71,7 @@ def pack(prefix: str, layer: str, tensors: dict[str, Tensor], schemes: list[Sche
 
 
 def _shape_of(prefix: str, own: Mapping[str, Tensor]) -> tuple[int, int]:
-    """N, K of a layer's weight, whose tensors it checks."""
+    """Checks the tensors of a layer's weight and returns its N, K."""
     packed, weight = own.get("weight_packed"), own.get("weight")
     if packed is None:
         if weight is None:
@@ -102,21 +102,21 @@ def _shape_of(prefix: str, own: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _flipped(q: Tensor, bits: int) -> Tensor:
-    """int8 codes of two's complement as those that are offset by 2**(bits − 1), by their low bits; and back."""
+    """Turns two's-complement codes (int8) into codes with an offset of 2**(bits − 1), in the low bits; and back."""
     return q ^ -(1 << bits - 1)
 
 
 def _codes(words: Tensor, bits: int, k: int) -> Tensor:
     """The codes [rows, k] int8 in rows of int32."""
     rows, row = words.shape
-    # clone: contiguous() leaves the strides of dims of one element; flat: rows of none have strides that no view takes
+    # contiguous() would keep the strides of dims of one element, and no view takes the strides of empty rows.
     flat = words.clone(memory_format=torch.contiguous_format).flatten()
     octets = flat.view(torch.uint8).view(rows, 4 * row)[:, : layouts.packed_length(k, bits)].contiguous()
     return _flipped(octets.view(torch.int8) if bits == 8 else unpack_bits(octets, bits, k), bits)
 
 
 def in_words(q: Tensor, bits: int) -> Tensor:
-    """Codes [rows, k] int8 in rows of int32, the bits beyond the last zeros."""
+    """Codes [rows, k] int8 in rows of int32; the bits behind the last code are zero."""
     flipped = _flipped(q, bits)
     octets = flipped.view(torch.uint8) if bits == 8 else pack_bits(flipped, bits)
     padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4))
@@ -124,7 +124,7 @@ def in_words(q: Tensor, bits: int) -> Tensor:
 
 
 def _zero_points(name: str, zero_point: Tensor, bits: int, n: int, scale: Tensor, packed: bool) -> Tensor:
-    """int8 in scale's shape: beside weight_packed from int32 packed along N, else as they are, of any integer dtype."""
+    """Zero points as int8 in scale's shape: unpacked along N from int32 beside weight_packed, else cast to int8."""
     got, one_each = f"{name}: got {zero_point.dtype} of shape {list(zero_point.shape)}", zero_point.shape == scale.shape
     if not packed and scale.numel() == zero_point.numel() == 1:
         zero_point, one_each = zero_point.view(scale.shape), True
