@@ -1,4 +1,4 @@
-"""Schemas, fakes, autograd and public functions of every op; importing this defines them and loads the kernels."""
+"""Schemas, fakes, autograd and public functions of every op; the import defines the ops and loads their kernels."""
 
 from .. import library
 from . import (

@@ -1,6 +1,6 @@
-"""Fake quantization with torch's own signatures, as drop-ins.
+"""Drop-ins for torch's own fake-quantize functions, with torch's signatures.
 
-Beyond ``fake_quantize`` these need parameters per channel of one dim, and byte masks.
+Beyond ``fake_quantize`` they need parameters per channel of one dim, and byte masks.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _as_product(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = 
         return torch.mul(*args)
 
 
-# In a graph that is compiled this op becomes the product that torch itself writes there, which compilers can fuse.
+# In a graph for a compiler this op becomes the product that torch's own op is there, which compilers can fuse.
 torch.library.register_torch_dispatch(_backward_bytes.name(), FunctionalTensorMode, _as_product)
 
 
@@ -79,11 +79,11 @@ _masked = masked(_forward_mask)
 def fake_quantize_per_channel_affine(
     input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
 ) -> Tensor:
-    """As ``torch.fake_quantize_per_channel_affine``, with any integer or float zero point, bf16 scales and axis < 0.
+    """As ``torch.fake_quantize_per_channel_affine``; also takes any integer or float zero point, bf16 scales, axis < 0.
 
     Args:
         input: fp32, fp64, fp16 or bf16, any shape.
-        scale: [C], floating, one element for each channel; no gradient comes back to it.
+        scale: [C], floating, one element for each channel; it gets no gradient.
         zero_point: [C], integers in the range, or floats, which are rounded half to even.
         axis: the dim of the channels.
         quant_min, quant_max: inclusive integer range, within ±2**24.
@@ -110,7 +110,7 @@ def fake_quantize_per_tensor_affine(
 
     Args:
         input: fp32, fp64, fp16 or bf16, any shape.
-        scale, zero_point: numbers, or tensors of one element; no gradient comes back to them.
+        scale, zero_point: numbers, or tensors of one element; they get no gradient.
         quant_min, quant_max: inclusive integer range, within ±2**24.
 
     Returns:
@@ -151,7 +151,7 @@ def fake_quantize_learnable_per_tensor_affine(
 
 
 def rounded(zero_point: Tensor) -> Tensor:
-    # The learnable ops of torch round and clamp a zero point of any dtype; here an integer one must be in the range.
+    # torch's learnable ops clamp a zero point of any dtype; fake_quantize clamps only a float one.
     return zero_point if zero_point.is_floating_point() else zero_point.float()
 
 
@@ -166,7 +166,7 @@ def fake_quantize_learnable_per_channel_affine(
 ) -> Tensor:
     """As ``torch._fake_quantize_learnable_per_channel_affine``, in every floating dtype.
 
-    ``fake_quantize_learnable_per_tensor_affine`` with scale and zero_point of shape [C], for the channels of dim
+    It is ``fake_quantize_learnable_per_tensor_affine`` with scale and zero_point of shape [C] for the channels of dim
     ``axis``; the other arguments, result and errors are as in ``fake_quantize_learnable_per_tensor_affine``.
     """
     scale, zero_point = checks.channel_views(input, axis, scale, rounded(zero_point))
@@ -190,17 +190,18 @@ def fused_moving_avg_obs_fake_quant(
 ) -> Tensor:
     """As ``torch.fused_moving_avg_obs_fake_quant``, in every floating dtype.
 
-    It trains with the scale and zero point that torch.ao's observer computes at convert time from the same
-    statistics, where torch's own op trains with others: up to 2× in scale on ReLU data, and up to 0.4 % for symmetric
-    weights in −128 … 127, of which 99.5 % then differ (the observer takes max(−min, max) / 127.5, torch's op the larger
-    of −min / 128 and max / 127). A signed symmetric range has the zero point 0, an unsigned one its lower middle, all
-    of uint16 2**15; scales are floored at fp32's epsilon, as an observer's other eps is not told to its op.
+    It trains with the scale and zero point that torch.ao's observer computes at convert time from the same statistics.
+    torch's own op trains with others: their scale is up to 2× away on ReLU data, and up to 0.4 % for symmetric weights
+    in −128 … 127, of which 99.5 % then differ (the observer takes max(−min, max) / 127.5, torch's op the larger of
+    −min / 128 and max / 127). The zero point of a signed symmetric range is 0, that of an unsigned one its lower
+    middle, that of all of uint16 2**15. A scale is at least fp32's epsilon: an observer does not pass another eps on to
+    its op.
 
     Args:
         x: fp32, fp64, fp16 or bf16, any shape.
         observer_on, fake_quant_on, running_min, running_max, scale, zero_point, averaging_const: as in
-            ``observe_fake_quantize``; statistics stay fp32. As in torch, those of no or one element are resized to the
-            number of channels when per_row_fake_quant is set.
+            ``observe_fake_quantize``; statistics stay fp32. As in torch, with per_row_fake_quant the op resizes
+            statistics of no or one element to the number of channels.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         ch_axis: the dim of the channels, with per_row_fake_quant.
         per_row_fake_quant: one scale for each channel, instead of one for x.
@@ -235,7 +236,7 @@ def observed_arguments(
     per_row: bool,
     symmetric: bool,
 ) -> tuple[Any, ...]:
-    """The raw op's arguments for those of torch's; statistics of rows are resized where that must be."""
+    """Turns the arguments of torch's op into those of the raw op; resizes statistics of channels if needed."""
     stats: tuple[Tensor, ...] = (running_min, running_max, scale, zero_point)
     if per_row:
         channels = x.shape[axis]
@@ -249,7 +250,7 @@ def observed_arguments(
 
 
 def observers_middle(quant_min: int, quant_max: int) -> int:
-    """The zero point that torch.ao's observers give every symmetric range: 0 to signed dtypes."""
+    """The zero point that torch.ao's observers give a symmetric range."""
     if quant_min < 0:
         return min(0, quant_max)
     if (quant_min, quant_max) == (0, 2**16 - 1):

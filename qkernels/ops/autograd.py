@@ -1,8 +1,8 @@
-"""The ways back through a fake quantization, as old-style autograd.Functions made of an op's forward and backward.
+"""The ways back through a fake quantization: old-style autograd.Functions made of an op's forward and backward.
 
-Raw ops are not differentiable. A Function is entered only where a gradient is wanted: per call that costs a third of
-``register_autograd``. There are three, by what is kept until the backward pass: x, which lives until then anyway
-(``kept``); one bit per element (``masked``); x, because a scale is learned (``learnable``).
+Raw ops are not differentiable. The public functions enter a Function only if a gradient is wanted, which costs a third
+of ``register_autograd`` per call. There are three ways, by what they keep for the backward pass: x, which lives until
+then anyway (``kept``); one bit per element (``masked``); x, because a scale is learned (``learnable``).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch.autograd import Function, forward_ad
 
 from ..layouts import unpack_mask
 
-# Autograd nodes that keep their own output: keeping x for the backward pass costs nothing after these.
+# Autograd nodes that keep their own output, so that keeping x behind them costs nothing.
 _KEEPS_OUTPUT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"}
 
 _in_torch_func = torch._C._are_functorch_transforms_active
 
 
 def transformed() -> bool:
-    """Whether torch.func's transforms or forward mode are at work, for which an op is in ``reference.transforms``."""
+    """Whether torch.func's transforms or forward mode are active, for which ``reference.transforms`` has the ops."""
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
 def is_kept(x: Tensor) -> bool:
-    """Whether x lives until the backward pass anyway, so that recomputing from it needs no memory at all."""
+    """Whether x lives until the backward pass anyway, so that keeping it takes no memory."""
     return x.is_leaf or (not torch.compiler.is_compiling() and type(x.grad_fn).__name__ in _KEEPS_OUTPUT)
 
 
 def entered(function: type[Function]) -> Any:
-    """``function.apply`` without its look for setup_context, which takes 2 of the 8 µs of a small forward call.
+    """``function.apply`` without its search for setup_context, which takes 2 of the 8 µs of a small forward call.
 
-    For calls that are not ``transformed``.
+    It is only for calls that are not ``transformed``.
     """
     direct = super(Function, function).apply  # type: ignore[misc]
 
@@ -46,17 +46,19 @@ def entered(function: type[Function]) -> Any:
 
 
 def again(grad: Tensor) -> bool:
-    """Whether the gradient is itself to be differentiated (create_graph), which the raw ops cannot be."""
+    """Whether autograd will differentiate this gradient (create_graph), which raw ops do not allow."""
     return grad.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def kept(forward_op: Any, backward_op: Any, inside: Callable[..., Tensor], *, tensors: int = 3) -> Any:
-    """x alone needs a gradient and lives until then anyway: the backward pass recomputes from it.
+    """The way if x alone needs a gradient and lives until the backward pass, which recomputes all else from x.
 
     Args:
-        forward_op: (x, …) -> y, whose first ``tensors`` arguments are tensors.
-        backward_op: (grad, x, …) -> dx, with forward_op's arguments first. The Function takes all of them but grad.
-        inside: as backward_op without grad: where the gradient passes. It serves gradients that are differentiated.
+        forward_op: (x, …) -> y.
+        backward_op: (grad, x, …) -> dx, whose arguments after grad begin with forward_op's. The Function takes all of
+            these.
+        inside: takes backward_op's arguments without grad and returns where the gradient passes; create_graph uses it.
+        tensors: how many of the Function's arguments, the first ones, are tensors.
     """
     taken = len(forward_op._schema.arguments)
     nones = (None,) * (len(backward_op._schema.arguments) - 2)
@@ -78,7 +80,7 @@ def kept(forward_op: Any, backward_op: Any, inside: Callable[..., Tensor], *, te
 
 
 def masked(forward_op: Any) -> Any:
-    """x alone needs a gradient: of forward_op's result, (y, mask), one bit per element is kept."""
+    """The way if x alone needs a gradient: it keeps the mask of forward_op's (y, mask), one bit per element."""
     nones = (None,) * (len(forward_op._schema.arguments) - 1)
 
     class Masked(Function):
@@ -98,7 +100,7 @@ def masked(forward_op: Any) -> Any:
 
 def through_mask(ctx: Any, grad: Tensor) -> Tensor:
     (mask,) = ctx.saved_tensors
-    if grad.stride() != ctx.stride:  # the mask's bits are in the order of y's memory
+    if grad.stride() != ctx.stride:  # the mask's bits follow y's memory order
         grad = torch.empty_strided(grad.shape, ctx.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
     if again(grad):
         return torch.where(unpack_mask(mask, grad), grad, 0)
@@ -106,7 +108,7 @@ def through_mask(ctx: Any, grad: Tensor) -> Tensor:
 
 
 class _AlreadyMasked(Function):
-    """An op that returned its mask (dynamic, observed): the gradient passes where nothing was clipped."""
+    """For an op that has returned y and its mask (dynamic, observed): the gradient passes where x was not clipped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class _AlreadyMasked(Function):
 
 
 class _StraightThrough(Function):
-    """y in the forward pass, x's gradient in the backward pass: nothing was clipped, nothing is kept."""
+    """Returns y; its whole gradient goes to x, because nothing was clipped. It keeps nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -143,13 +145,14 @@ def learnable(
     tensors: int = 3,
     taken: int = 5,
 ) -> Any:
-    """Scale or a second parameter (zero point, codebook) is learned: x is kept, all else is recomputed in one pass.
+    """The way if scale or a second parameter (zero point, codebook) is learned: it keeps x and recomputes all else.
 
     Args:
-        forward: (x, scale, second, …) -> y, of the Function's first ``taken`` arguments.
-        backward: (grad, x, scale, second, …) -> dx, dscale and dsecond, of all arguments of the Function; the first
-            ``tensors`` of these are tensors.
-        no_second: what the error says where these gradients are differentiated.
+        forward: (x, scale, second, …) -> y, on the Function's first ``taken`` arguments.
+        backward: (grad, x, scale, second, …) -> dx, dscale and dsecond, on grad and all arguments of the Function.
+        no_second: the text of the error if these gradients are differentiated.
+        tensors: how many of the Function's arguments, the first ones, are tensors.
+        taken: how many of the Function's arguments forward takes.
     """
     run_forward, run_backward = forward, backward
 
@@ -177,16 +180,16 @@ def learnable(
 
 
 def gradient_of(param: Tensor, total: Tensor) -> Tensor:
-    """total, which has the shape of scale, as the gradient of a zero point that may be shared or of another dtype."""
+    """Brings total, in scale's shape, to the shape and dtype of a zero point, which may be one for all of scale."""
     if param.shape != total.shape or param.dtype != total.dtype:
         return (total.sum() if param.numel() == 1 else total).reshape(param.shape).to(param.dtype)
     return total
 
 
 def without_second_derivative(message: str, gradients: Sequence[Tensor], sources: Sequence[Any]) -> Any:
-    """Gradients that may be computed with a graph (create_graph), as torch's own may, but not differentiated.
+    """The gradients, which create_graph may ask for, as of torch's own ops, but which raise when differentiated.
 
-    ``message`` says so where they are; ``sources`` are the tensors that they were computed from.
+    ``message``: the text of that error. ``sources``: the tensors that the gradients were computed from.
     """
     return _NoSecondDerivative.apply(message, len(gradients), *gradients, *sources)
 

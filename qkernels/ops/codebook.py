@@ -100,8 +100,8 @@ def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_f
     Args:
         x: any shape; fp32, fp64, fp16 or bf16. Arithmetic is fp32 (fp64 for fp64).
         scale: positive; its shape is the granularity, as in ``fake_quantize``: ``[N, K/64]`` gives NF4's blocks of 64
-            (``w.abs().reshape(N, -1, 64).amax(-1)``). A scale of the largest magnitude clips nothing of a codebook
-            that reaches ±1.
+            (``w.abs().reshape(N, -1, 64).amax(-1)``). With the largest magnitude as scale, a codebook that reaches ±1
+            clips nothing.
         codebook: ``[L]``, 2 to 256 finite levels of a floating dtype in any order; see ``qk.codebooks``. A level that
             is NaN or infinite makes all of y NaN.
         grad_factor: multiplies the gradients of scale and codebook.
@@ -110,10 +110,10 @@ def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_f
         A tensor of x's shape, dtype and memory layout. A tie goes to the lower level, infinities to the end levels,
         NaN stays NaN.
 
-    The gradient of x passes where x/scale lies within the codebook, its ends included. Where scale or codebook
-    requires grad: the scale's is Σ dy·(level − x/scale) inside and Σ dy·level outside (as LSQ, arXiv 1902.08153), that
-    of a level Σ dy·scale over what is quantized to it; the sums are deterministic. For the backward pass x is kept
-    where it lives anyway or something is learned, else one bit per element.
+    The gradient of x passes where x/scale lies within the codebook, its ends included. The gradient of scale is
+    Σ dy·(level − x/scale) inside and Σ dy·level outside (as LSQ, arXiv 1902.08153); that of a level is Σ dy·scale over
+    the elements that are quantized to it; the sums are deterministic. The backward pass keeps x if x lives until then
+    anyway or scale or codebook requires grad, else one bit per element.
 
     Raises:
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
@@ -129,10 +129,10 @@ def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, *, grad_f
 
 
 def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """Codes (uint8, x's shape and memory layout): where the level nearest to x/scale stands in the codebook.
+    """Codes (uint8, x's shape and memory layout): the index in the codebook of the level nearest to x/scale.
 
-    Arguments as in ``fake_quantize_codebook``, to which ``dequantize_codebook`` of the codes is equal bit for bit where
-    x is not NaN. NaN, which no code holds, takes the code of 0. Not differentiable.
+    Arguments are as in ``fake_quantize_codebook``. ``dequantize_codebook`` of the codes equals
+    ``fake_quantize_codebook`` bit for bit where x is not NaN; NaN gets the code of 0. Not differentiable.
     """
     return _quantize(x.detach(), scale.detach(), codebook.detach())
 

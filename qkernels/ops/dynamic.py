@@ -1,4 +1,4 @@
-"""Quantization with ranges from x itself: ``fake_quantize_dynamic`` and ``quantize_dynamic``."""
+"""Quantization with the range of x itself: ``fake_quantize_dynamic`` and ``quantize_dynamic``."""
 
 from __future__ import annotations
 
@@ -63,16 +63,17 @@ def fake_quantize_dynamic(
         bits: 2 to 8; the range is −2**(bits−1) … 2**(bits−1)−1.
         group_size: −1: each row of the last dim (per token); None: the whole tensor; G: groups of G elements of the
             last dim, which G must divide.
-        symmetric: scale = amax / (2**(bits−1)−1), so the largest value is never clipped; else scale = (max − min) /
-            (2**bits−1) over a range that includes 0, with an integer zero point.
+        symmetric: True: scale = amax / (2**(bits−1)−1), so the largest value is never clipped. False: scale = (max −
+            min) / (2**bits−1) over a range that includes 0, with an integer zero point.
         return_qparams: also return scale (fp32; fp64 for fp64 x; shape ``[..., K/G]``) and zero_point (int32).
 
     Returns:
-        y, or (y, scale, zero_point). The range is a constant for the gradient: dx is dy where nothing was clipped,
+        y, or (y, scale, zero_point). The gradient takes the range for a constant: dx is dy where x was not clipped,
         which with symmetric=True is everywhere.
 
     Raises:
-        RuntimeError: x's dtype, or a group_size that does not divide the last dim. ValueError: bits.
+        RuntimeError: x has another dtype, or group_size does not divide the last dim.
+        ValueError: bits is not 2 to 8.
     """
     args = (group_size_argument(group_size), *range_of_bits(bits), symmetric)
     if transformed():
@@ -86,7 +87,7 @@ def fake_quantize_dynamic(
 
 
 def group_size_argument(group_size: int | None) -> int:
-    """The raw ops' number for a group size: 0 for the whole tensor."""
+    """The group size as the raw ops take it: 0 stands for the whole tensor."""
     if group_size == 0:
         raise RuntimeError("group_size: got 0; accepted: -1 (a row), None (the whole tensor), or a positive divisor")
     return 0 if group_size is None else group_size
@@ -107,17 +108,18 @@ quantize_dynamic_op = _define(
 def quantize_dynamic(
     x: Tensor, *, bits: int = 8, group_size: int | None = -1, symmetric: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers with ranges from x itself: the codes behind ``fake_quantize_dynamic``.
+    """The codes behind ``fake_quantize_dynamic``, with the range of x itself.
 
     Args:
         x, bits, group_size, symmetric: as in ``fake_quantize_dynamic``.
 
     Returns:
         q (int8, x's shape), scale (fp32, fp64 for fp64 x; ``[..., 1]``, ``[..., K/G]`` or ones) and zero_point (int32,
-        scale's shape). Not differentiable: the range, and so scale, is a constant for the gradient.
+        scale's shape). Not differentiable: gradients take the range, and so the scale, for a constant.
 
     Raises:
-        RuntimeError: x's dtype, or a group_size that does not divide the last dim. ValueError: bits.
+        RuntimeError: x has another dtype, or group_size does not divide the last dim.
+        ValueError: bits is not 2 to 8.
     """
     quant_min, quant_max = range_of_bits(bits)
     return quantize_dynamic_op(x.detach(), group_size_argument(group_size), quant_min, quant_max, symmetric)

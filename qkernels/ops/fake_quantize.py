@@ -29,7 +29,7 @@ def _backward_mask_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def _scalar(fn: Any) -> Any:
-    """The reference of an overload whose scale and zero point are numbers."""
+    """The reference of the overload whose scale and zero point are numbers."""
 
     def call(*args: Any) -> Any:
         *tensors, scale, zero_point, quant_min, quant_max = args
@@ -129,8 +129,8 @@ def fake_quantize(
             half to even and clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         grad_factor: multiplies the gradients of scale and zero_point (LSQ uses 1/sqrt(numel·quant_max)).
-        straight_through: what the backward pass makes of rounding and clipping, with v = x/scale. The conventions
-            differ first of all in the half steps between an end of the range and the last value that rounds to it.
+        straight_through: how the gradient passes rounding and clipping, with v = x/scale. The conventions differ above
+            all in the half steps between an end of the range and the last value that rounds to it.
             - "clip": torch's. dx = dy where round(v) + zero_point lies in the range, bounds included: the half steps
               are inside. dscale = grad_factor·Σ dy·(quant_min − zero_point below | quant_max − zero_point above |
               round(v) − v inside); dzero_point = −grad_factor·Σ dy·scale outside.
@@ -138,22 +138,22 @@ def fake_quantize(
               quant_min < v + zero_point < quant_max before rounding, bounds excluded: the half steps are outside.
             - "pass": dx = dy everywhere, clipped or not; scale and zero_point as in "clip".
             - "pact": PACT (arXiv 1805.06085) for any range: dx = dy where quant_min <= v + zero_point < quant_max
-              before rounding, and only what lies outside moves scale: dscale = grad_factor·Σ dy·(quant_min − zero_point
+              before rounding, and only elements outside move scale: dscale = grad_factor·Σ dy·(quant_min − zero_point
               | quant_max − zero_point). PACT's learned clip is alpha = scale·(quant_max − zero_point): compute scale =
-              alpha / (quant_max − zero_point) from a parameter alpha; where zero_point is quant_min, autograd then
-              gives it PACT's own Σ dy over x >= alpha.
+              alpha / (quant_max − zero_point) from a parameter alpha. If zero_point is quant_min, autograd then gives
+              alpha PACT's own gradient, Σ dy over x >= alpha.
             - "ewgs": EWGS (arXiv 2104.00903), which clips before it rounds: dx = dy·(1 + ewgs_delta·sign(dy)·(v −
               round(v))) where quant_min <= v + zero_point <= quant_max before rounding, bounds included as in the clamp
-              of the authors' code; scale and zero_point by the chain rule through that.
+              of the authors' code; the gradients of scale and zero_point follow from that by the chain rule.
         ewgs_delta: EWGS's factor per step of rounding error, at least 0. The paper measures the error in a range of
-            length 1: its delta divided by quant_max − quant_min is this one. The default is the fixed delta of the
-            authors' code, for 1 bit, where the two agree.
+            length 1, so this is the paper's delta divided by quant_max − quant_min. The default is the fixed delta of
+            the authors' code for 1 bit, where the two agree.
 
     Returns:
         A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
 
-    For the backward pass x is kept where it lives anyway, a scale is learned, or straight_through is "pact" or "ewgs";
-    else one bit per element, and for "pass" nothing.
+    The backward pass keeps x if x lives until then anyway, if a scale is learned, or if straight_through is "pact" or
+    "ewgs"; else it keeps one bit per element, and for "pass" nothing.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
@@ -180,21 +180,21 @@ def fake_quantize(
 def as_tensors(
     x: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point as the ops take them. No number is copied to a GPU, and a zero point of 0 is none."""
+    """Scale and zero point as the ops take them, without a copy to a GPU; a zero point of 0 becomes None."""
     if not isinstance(scale, Tensor):
         scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is None or isinstance(zero_point, Tensor):
         return scale, zero_point
     if isinstance(zero_point, float):
         raise RuntimeError(f"zero_point: got {zero_point}; accepted: an int, a tensor or None")
-    checks.zero_point_value(zero_point, quant_min, quant_max)  # a GPU would not look at it
+    checks.zero_point_value(zero_point, quant_min, quant_max)  # as a tensor on a GPU it would not be checked
     if zero_point == 0:
         return scale, None
     return scale, torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
 
 
 def fake_quantize_by_numbers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
-    """``fake_quantize`` per tensor with no tensor for scale and zero point, in the convention "clip"."""
+    """``fake_quantize`` per tensor with numbers for scale and zero point, in the convention "clip"."""
     if transformed():
         return _scalar(transforms.fake_quantize)(x, scale, zero_point, quant_min, quant_max)
     if torch.is_grad_enabled() and x.requires_grad:

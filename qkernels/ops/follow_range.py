@@ -1,4 +1,4 @@
-"""Scales that follow the range of what they quantize: ``follow_range`` in place, ``followed`` in new tensors."""
+"""Moves scales after the range of the tensor that they quantize: ``follow_range`` in place, ``followed`` as copies."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def follow_range(
     up: float = 1.0,
     down: float = 1.0,
 ) -> None:
-    """Moves scale and zero point, in place, towards those of x's own range; nothing synchronises.
+    """Moves scale and zero point, in place, towards those of x's range, without synchronisation.
 
     Args:
         x: any shape; fp32, fp64, fp16 or bf16.
         scale: fp32, contiguous; its shape is the granularity, as in ``fake_quantize``.
-        zero_point: None, or contiguous and of scale's shape: a floating dtype, or int32 where up and down are 0 or 1.
+        zero_point: None, or contiguous and of scale's shape: a floating dtype, or int32 if up and down are 0 or 1.
         quant_min, quant_max: inclusive integer range, within ±2**24.
         symmetric: as in ``choose_qparams``, which says what scale and zero point a range has.
-        up, down: 0 to 1, how far to go where the scale of the range is larger, and where it is smaller. 1 and 1 follow
-            the range; 0.1 and 0 let it grow.
+        up, down: 0 to 1: the share of the way that a scale goes if the range's is larger (up) or smaller (down). 1 and
+            1 follow the range; 0.1 and 0 let it grow.
 
-    What is zeros alone, or holds NaN or infinity, leaves its scale and zero point as they are, as does an empty x.
+    A channel of zeros alone, or with a NaN or infinity, keeps its scale and zero point; an empty x changes none.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or value does not fit; the message names it.
@@ -75,7 +75,7 @@ def followed(
     up: float,
     down: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``follow_range`` makes of scale and zero point, as new tensors; also in torch.func's transforms."""
+    """Scale and zero point as ``follow_range`` moves them, as new tensors; works in torch.func's transforms too."""
     if transformed():
         if x.numel():
             scale, zero_point = reference.followed(x, scale, zero_point, quant_min, quant_max, symmetric, up, down)

@@ -1,7 +1,7 @@
 """Fake quantization of many tensors in one call: ``foreach_fake_quantize`` over ``qkernels::foreach_fake_quantize_*``.
 
-A list costs one trip through Python, autograd and the dispatcher, where a loop over a model's weights costs one each.
-Ops take lists that a GPU kernel can turn into a table of pointers, passed by value, some 60 tensors to a launch.
+A list takes one pass through Python, autograd and the dispatcher; a loop over a model's weights takes one for each. A
+GPU kernel turns the ops' lists into a table of pointers, which it gets by value, some 60 tensors to a launch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), cuda=True)
 
 
 def _foreach_samples(*wrapped: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
-    """The cases of an op of one tensor as one call of its op of many, a transposed copy of x in between."""
+    """The cases of an op on one tensor as one call of its op on many, each on x and on a transposed copy of x."""
 
     def args(x: Tensor) -> Iterator[tuple[Any, ...]]:
         calls = [case for make in wrapped for y in (x, x.t().contiguous() if x.dim() == 2 else x) for case in make(y)]
@@ -68,7 +68,7 @@ NO_SECOND = "foreach_fake_quantize: learned scales have no second derivative; de
 
 
 class _ForeachFakeQuantize(Function):
-    """Every x is kept: a model's weights live until the backward pass anyway."""
+    """Keeps every x: a model's weights live until the backward pass anyway."""
 
     @staticmethod
     def forward(
@@ -114,7 +114,7 @@ _differentiable = entered(_ForeachFakeQuantize)
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """``value`` for each of the tensors: a number repeated, or a sequence as it is."""
+    """One value for each tensor: a number is repeated, a sequence is taken as given."""
     if not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
@@ -135,7 +135,7 @@ def foreach_fake_quantize(
     """``fake_quantize`` of every tensor of a list in one call, forward and backward: for the weights of a model.
 
     Args:
-        xs: tensors on one device, of any shapes and of any mixture of fp32, fp64, fp16 and bf16.
+        xs: tensors on one device, of any shapes and any mixture of fp32, fp64, fp16 and bf16.
         scales: one for each of xs, as in ``fake_quantize``: the shape of each is its granularity.
         zero_points: None, or one for each of xs: a tensor as in ``fake_quantize``, or None for 0.
         quant_min, quant_max: inclusive integer range: one for all, or one for each (layers of different bits).
@@ -143,14 +143,14 @@ def foreach_fake_quantize(
         straight_through: "clip" or "lsq", as in ``fake_quantize``, for all.
 
     Returns:
-        A list of tensors: bit for bit, gradients included, what ``fake_quantize`` gives for each.
+        A list with the result of ``fake_quantize`` for each, bit for bit, gradients included.
 
-    For the backward pass every x is kept, which costs nothing where it is a parameter or an activation that lives
-    anyway; ``fake_quantize`` itself keeps one bit per element of other activations. Where any scale or zero point
-    requires grad, the gradients of all are computed.
+    The backward pass keeps every x, which costs nothing for a parameter or an activation that lives until then anyway;
+    of other activations ``fake_quantize`` itself would keep one bit per element. If any scale or zero point requires
+    grad, the op computes the gradients of all.
 
     Raises:
-        RuntimeError: lists of different lengths, tensors on different devices, or what ``fake_quantize`` refuses.
+        RuntimeError: lists have different lengths, tensors are on different devices, or ``fake_quantize`` refuses one.
     """
     checks.clip_or_lsq(straight_through)
     count = len(xs)

@@ -1,8 +1,7 @@
-"""Gradients through layers on integer weights, which are frozen: what the linear layers and the convolution share.
+"""Gradients through layers on frozen integer weights: what the linear layers and the convolution share.
 
-A layer is differentiated as what it stands for: the float layer on its dequantized weight, behind the fake quantization
-of its input. The weight is dequantized in the backward pass, a block at a time; between the passes nothing is kept of
-it but the codes.
+The gradient of a layer is that of the float layer with its dequantized weight, behind the fake quantization of its
+input. The backward pass dequantizes the weight a block at a time; between the passes only the codes are kept.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..reference.activation import FUNCTIONS
 from .fake_quantize import fake_quantize
 from .quantize import dequantize
 
-BLOCK = 1 << 22  # weights that are floats at one time
+BLOCK = 1 << 22  # how many weights are dequantized at a time
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -27,7 +26,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def as_torch_jit_takes_them(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Without gradient while torch.jit traces: its graphs hold kernels, but no autograd.Function."""
+    """Detaches the tensors while torch.jit traces: its graphs hold kernels, but no autograd.Function."""
     return tuple(map(constant, tensors)) if torch.jit.is_tracing() else tensors
 
 
@@ -38,11 +37,11 @@ def constant(t: Tensor | None) -> Tensor | None:
 def represented(
     x: Tensor, scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> Tensor:  # fmt: skip
-    """What stands for x behind the gradient: its codes' values; x itself where its own range is never clipped."""
+    """The values through which the gradient passes: those of x's codes; with a dynamic scale, which clips none, x."""
     if scale is None:
         return x
     if x.dtype != torch.int8:
-        if not torch.compiler.is_compiling():  # it looks at values; the kernel looks again when it runs
+        if not torch.compiler.is_compiling():  # the check reads values, which tracing cannot; the kernel checks again
             gemm_checks.static("input", scale, zero_point, quant_min, quant_max)
         return fake_quantize(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     rows = x.reshape(-1, x.shape[-1])
@@ -52,7 +51,7 @@ def represented(
 
 
 def through_weight(grad: Tensor, n: int, k: int, rows: Callable[[int, int, torch.dtype], Tensor]) -> Tensor:
-    """grad [..., N] @ weight [N, K], of whose rows i…j ``rows`` gives the values in a dtype."""
+    """grad [..., N] @ weight [N, K]; ``rows(i, j, dtype)`` gives the weight's rows i…j."""
     # A CPU without matrix units multiplies 16-bit matrices many times slower than fp32 ones.
     flat = grad.reshape(-1, n) if grad.is_cuda else grad.reshape(-1, n).float()
     step = max(layouts.PANEL, BLOCK // max(k, 1) // layouts.PANEL * layouts.PANEL)
@@ -69,12 +68,12 @@ def through_weight(grad: Tensor, n: int, k: int, rows: Callable[[int, int, torch
 
 def bias_gradient(grad: Tensor, dims: tuple[int, ...], bias: torch.dtype) -> Tensor:
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    # No dims would be all dims.
+    # grad.sum(()) would sum over all dims.
     return (grad.sum(dims, dtype=wide) if dims else grad).to(bias)
 
 
 class _Activation(Function):
-    """The kernels' activation, bit for bit, with torch's own derivative."""
+    """The kernels' activation, bit for bit, with torch's derivative."""
 
     generate_vmap_rule = True
 
@@ -104,5 +103,5 @@ def _slope(activation: str, grad: Tensor, z: Tensor) -> Tensor:
 
 
 def activated(z: Tensor, activation: str | None, out_dtype: torch.dtype) -> Tensor:
-    """The end of a kernel's epilogue on fp32 z."""
+    """The last steps of a kernel's epilogue: the activation of z (fp32) and the rounding to out_dtype."""
     return (z if activation is None else _Activation.apply(z, activation)).to(out_dtype)

@@ -1,4 +1,4 @@
-"""The linear layer on packed int4 weights, which are frozen."""
+"""The linear layer on packed, frozen int4 weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _int4_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def _int4_linear_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Outputs in fp32, where another order of sums shows by its own size."""
+    """The outputs are fp32, so that no rounding of the output adds to the difference between two orders of sums."""
     if x.dim() == 2 and x.dtype != torch.float64:
-        in_groups = x.shape[1] > 64  # of 32, else one for each row
+        in_groups = x.shape[1] > 64  # groups of 32, else one group for each row
         x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)) if in_groups else x
         k = x.shape[1]
         size = 32 if in_groups else k
@@ -80,7 +80,7 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], weight_sum.shape[0]), dtype=out_dtype)
 
 
-MAX_CUDA_ROWS = 64  # of x, that csrc/cuda takes
+MAX_CUDA_ROWS = 64  # how many rows of x csrc/cuda takes
 
 
 def _not_for_cuda(
@@ -95,7 +95,7 @@ def _not_for_cuda(
     act_bits: int,
     *_: Any,
 ) -> str | None:
-    """Why a call is not for the kernel of csrc/cuda, which is for few rows of x."""
+    """Why the kernel of csrc/cuda, which is for few rows of x, does not take a call."""
     if act_bits != 16:
         return f"takes act_bits 16, got {act_bits}"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -113,7 +113,7 @@ def _not_for_cuda(
 
 
 def _on_gpu(*args: Any) -> tuple[Any, ...]:
-    """The arguments of a sample with the weight in the layout of a GPU."""
+    """The arguments of a sample, with the weight in a GPU's layout."""
     x, data, scale, zero_point, minimum, total, bias, size, *rest = args
     n, k = total.numel(), x.shape[-1]
     halves = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, size), size)
@@ -157,14 +157,15 @@ _int4_linear = library.define(
 class PackedInt:
     """A linear layer's weight [N, K] as integer codes of 2, 3 or 4 bits, two to a byte as the int4 kernels stream them.
 
-    A weight is code·scale of its group of ``group_size`` along K; (code − zero_point)·scale; or (code + 8)·scale +
-    minimum. The layout belongs to the device and to this version of the kernels and never leaves the
-    process: ``unpack`` and pickling give and take the logical tensors, ``to`` packs anew where a device has another.
-    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
+    Groups of ``group_size`` weights along K share a scale. A weight is code·scale, (code − zero_point)·scale, or
+    (code + 8)·scale + minimum. The layout depends on the device and on this version of the kernels and never leaves the
+    process: ``unpack`` and pickling use logical tensors, and ``to`` packs anew for a device with another layout.
+    It is frozen: no gradient flows back to the tensors that it is packed from.
 
     Attributes:
-        data: packed codes, uint8. scale, zero_point, minimum: of each group, in the kernel's order; see ``unpack``.
-        weight_sum: [N] fp32, the sum of each output channel's weights, which an input's zero point takes off.
+        data: packed codes, uint8.
+        scale, zero_point, minimum: one for each group, in the kernel's order; see ``unpack``.
+        weight_sum: [N] fp32, the sum of each output channel's weights, which corrects for an input's zero point.
         shape: (N, K). group_size: along K. bits: of a code.
     """
 
@@ -202,14 +203,14 @@ class PackedInt:
         Args:
             w: [N, K] floating.
             bits: 2, 3 or 4.
-            group_size: along K: a multiple of 8, from 16 on, that divides K; or −1 or K, one group for each row.
-            symmetric: scale = amax/7 and codes −7…7 (of 4 bits); else scale = range/15 and an integer zero point.
-            scale_dtype: torch.float32, torch.bfloat16 or torch.float16; the codes are those of the rounded scale, which
-                in fp16 is at least 2⁻²⁴, the smallest; so are the zero points of a subnormal one.
+            group_size: along K: a multiple of 8, at least 16, that divides K; or −1 or K for one group for each row.
+            symmetric: True: scale = amax/7, codes −7…7 (4 bits). False: scale = range/15 and an integer zero point.
+            scale_dtype: torch.float32, torch.bfloat16 or torch.float16. The codes, and the zero points of a subnormal
+                scale, follow from the rounded scale, which in fp16 is at least 2⁻²⁴, the smallest number.
 
         Raises:
-            ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold. RuntimeError:
-                group_size, bits or scale_dtype.
+            ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold.
+            RuntimeError: group_size, bits or scale_dtype is none of these.
         """
         q, scale, zero_point = quantize_groups(w, bits, group_size, symmetric, scale_dtype)
         return cls.from_quantized(q, scale, zero_point, bits=bits)
@@ -221,13 +222,13 @@ class PackedInt:
         """Packs codes q [N, K] int8, −8…7 for 4 bits.
 
         Args:
-            scale: [N, K/group_size] fp32, bf16 or fp16, kept as it is; its shape gives the group size. [N], [N, 1] and
-                one element are one group for each row. Any sign.
+            scale: [N, K/group_size] fp32, bf16 or fp16, kept unchanged; its shape gives the group size. [N], [N, 1] and
+                one element mean one group for each row. Any sign.
             zero_point: integers of scale's shape within the codes' range.
             minimum: scale's shape and dtype, the value of code −8, instead of a zero point; only with 4 bits.
 
         Raises:
-            RuntimeError: a shape, dtype or value other than these.
+            RuntimeError: another shape, dtype or value.
         """
         checks.require(
             q.dtype == torch.int8 and q.dim() == 2,
@@ -268,7 +269,7 @@ class PackedInt:
         group_size: int,
         bits: int,
     ) -> PackedInt:
-        """Logical tensors in the layout of the device that they are on."""
+        """Packs logical tensors in the layout of the device that they are on."""
         n, k = q.shape
         halves = layouts.int4_layout_on(q.device) == layouts.HALVES
         data = layouts.int4_to_halves(q, group_size) if halves else _int4_pack(q)
@@ -282,7 +283,7 @@ class PackedInt:
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(q [N, K] int8, scale, zero_point int8 or None, minimum or None), [N, K/group_size]: what was packed."""
         n, k = self.shape
-        # Copies: a view of the padded panels would take all of them along when it is saved.
+        # This copies, because a view of the padded panels would save all of them.
         scale, zero_point, minimum = (
             None if t is None else layouts.by_group(t, n).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
@@ -299,7 +300,7 @@ class PackedInt:
         return reference.weight_of(q, scale, offset, self.group_size).float()
 
     def to(self, device: torch.device | str) -> PackedInt:
-        """The same weight on another device, in its layout; itself where it is there already."""
+        """The same weight on another device, in that device's layout; itself if it is there already."""
         device = torch.device(device)
         if device == self.data.device and self.layout == layouts.int4_layout_on(device):
             return self
@@ -366,7 +367,7 @@ def _rows_of(
     stop: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight's rows start…stop, start a multiple of PANEL, of packed tensors."""
+    """The weight's rows start…stop from packed tensors; start is a multiple of PANEL."""
     n, panels = stop - start, slice(start // layouts.PANEL, -(-stop // layouts.PANEL))
     scale_rows, zero_point_rows, minimum_rows = (
         None if t is None else layouts.by_group(t[panels] if t.dim() == 3 else t[:, start:stop], n)[..., None]
@@ -387,7 +388,7 @@ def _rows_of(
 
 
 class _Int4Linear(Function):
-    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
 
     @staticmethod
     def forward(
@@ -450,14 +451,14 @@ def int4_linear(
     quant_max: int = 127,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias with int4 weights, on int8 activations (act_bits 8) or on x as it is (act_bits 16).
+    """x @ weight.T + bias with int4 weights, on int8 activations (act_bits 8) or on a float x (act_bits 16).
 
-    act_bits 8: x becomes int8 codes on the way in, or is codes already. The products of a group are summed exactly in
-    integers, the groups one after the other in fp32: y = Σ scale_g·acc_g, with zero points or minima
-    Σ (offset_g·Σx_g + scale_g·acc_g) where offset_g is the value of code −8; then out = (y − zero_point·weight_sum)·
-    scale_x + bias, rounded once. act_bits 16: sums in fp32, whatever x is, within (K + 4)·2⁻²³·Σ|x|·(15·|scale| +
-    |offset|) of the exact value. From 128 rows of x on, Triton's kernel rounds the weight to x's dtype and torch
-    multiplies: within 2⁻⁷·Σ|x|·(15·|scale| + |offset|) for bf16, 2⁻¹⁰ of it for fp16, and for fp32 as
+    act_bits 8: x is int8 codes or the op quantizes x to them. The op sums the products of a group exactly in integers,
+    then the groups in order in fp32: y = Σ scale_g·acc_g, or with zero points or minima Σ (offset_g·Σx_g +
+    scale_g·acc_g), where offset_g is the value of code −8. Then out = (y − zero_point·weight_sum)·scale_x + bias,
+    rounded once. act_bits 16: sums are in fp32 for every dtype of x, within (K + 4)·2⁻²³·Σ|x|·(15·|scale| + |offset|)
+    of the exact value. From 128 rows of x on, Triton's kernel rounds the weight to x's dtype and torch multiplies:
+    within 2⁻⁷·Σ|x|·(15·|scale| + |offset|) for bf16, within 2⁻¹⁰ of that sum for fp16, and for fp32 as
     ``torch.set_float32_matmul_precision`` says.
 
     Args:
@@ -466,15 +467,15 @@ def int4_linear(
         bias: [N], floating.
         input_scale, input_zero_point, quant_min, quant_max: with act_bits 8, as in ``int8_linear``; by default each row
             by its own range.
-        out_dtype: torch.float32, torch.bfloat16 or torch.float16; by default x's, of codes torch.bfloat16.
+        out_dtype: torch.float32, torch.bfloat16 or torch.float16; by default x's dtype, for codes torch.bfloat16.
 
     Returns:
         [..., N] of out_dtype. A NaN in x makes its row NaN.
 
-    Differentiable as ``int8_linear`` is, in x, bias and input_scale: dx = dy @ the dequantized weight.
+    Differentiable in x, bias and input_scale, as ``int8_linear``: dx = dy @ the dequantized weight.
 
     Raises:
-        RuntimeError: a shape, dtype or range other than these.
+        RuntimeError: another shape, dtype or range.
     """
     if x.is_nested:
         checks.dense("x", x)

@@ -1,4 +1,4 @@
-"""2-D convolution on packed int8 weights, which are frozen, with a statically quantized input."""
+"""2-D convolution on packed, frozen int8 weights, with a statically quantized input."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ _int8_conv2d = library.define(
 class PackedInt8Conv2d:
     """A convolution's weight [C_out, C_in/groups, kh, kw] as packed int8 codes with its scales.
 
-    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
+    It is frozen: no gradient flows back to the tensors that it is packed from.
 
     Attributes:
         data: packed codes, int8: for each group the layout of ``PackedInt8`` over K = (kh, kw, C_in/groups).
         colsum: [C_out] int32, the sum of each output channel's codes.
         scale: [C_out] fp32; weight ≈ code·scale.
         shape: (C_out, C_in/groups, kh, kw).
-        groups: of the convolution.
+        groups: number of the convolution's groups.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def _weight_of(data: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.d
 
 
 class _Int8Conv2d(Function):
-    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
 
     @staticmethod
     def forward(
@@ -190,13 +190,13 @@ def int8_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """conv2d(x, weight, bias) with x quantized to int8 on the way in; sums are exact, the float epilogue is fp32.
+    """conv2d(x, weight, bias) with x quantized to int8; sums are exact, the float epilogue is fp32.
 
     out = ((acc − zero_point·colsum)·weight_scale)·input_scale + bias, rounded once to x's dtype; the padding is
     an exact zero.
 
     Args:
-        x: [N, C, H, W]; fp32, bf16 or fp16; contiguous or channels_last are read in place.
+        x: [N, C, H, W]; fp32, bf16 or fp16. The op reads contiguous and channels_last memory in place.
         packed: the weight.
         bias: [C_out], floating.
         input_scale: one element; x's codes are clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max).
@@ -205,14 +205,14 @@ def int8_conv2d(
         stride, padding, dilation: as in ``torch.nn.functional.conv2d``, zero padding, one integer or (height, width).
 
     Returns:
-        [N, C_out, H_out, W_out] of x's dtype in channels_last memory. Infinities saturate; a NaN of x makes the outputs
-        NaN that see it.
+        [N, C_out, H_out, W_out] of x's dtype in channels_last memory. Infinities saturate; a NaN in x makes every
+        output that sees it NaN.
 
-    Differentiable in x, bias and input_scale as the float convolution by the dequantized weight behind
-    ``fake_quantize`` of x.
+    Differentiable in x, bias and input_scale, as the float convolution of ``fake_quantize(x)`` with the dequantized
+    weight.
 
     Raises:
-        RuntimeError: a shape, dtype or range other than these, or C·kh·kw/groups > 131071.
+        RuntimeError: another shape, dtype or range, or C·kh·kw/groups > 131071.
     """
     if x.is_nested:
         checks.dense("x", x)

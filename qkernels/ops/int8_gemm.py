@@ -1,4 +1,4 @@
-"""int8 matrix multiplication, and the linear layer on packed int8 weights, which are frozen."""
+"""int8 matrix multiplication, and the linear layer on packed, frozen int8 weights."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ _int8_linear = _define(
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Exact int32 product of int8 matrices, as ``torch._int_mm`` but for every shape and stride.
+    """Exact int32 product of int8 matrices, as ``torch._int_mm``, but for every shape and stride.
 
     Args:
         a: [M, K] int8.
@@ -197,21 +197,21 @@ def int8_scaled_mm(
         a: [M, K] int8; b: [K, N] int8, any strides, K ≤ 131071 (see ``int8_mm``).
         scale_a: one element, [M] or [M, 1], floating.
         scale_b: one element, [N] or [1, N], floating.
-        zero_point_a: one element, [M] or [M, 1], integers within int32; taken off as zero_point·colsum(b).
-        colsum_b: [N] int32, ``b.sum(0)`` where it is known: with a zero point it spares a GPU a pass over b.
+        zero_point_a: one element, [M] or [M, 1], integers within int32; the op subtracts zero_point·colsum(b).
+        colsum_b: [N] int32, ``b.sum(0)`` if it is known: with a zero point it saves a GPU a pass over b.
         bias: [N], floating.
         activation: None, "relu", "gelu" (the form with erf, within 4e-7) or "silu".
-        out_dtype: torch.float32, torch.bfloat16 (by default) or torch.float16: the result is rounded once. With
-            out_scale torch.int8.
-        out_scale: one element: the output is clamp(round(result/out_scale) + out_zero_point, −128, 127) in int8, the
-            codes that a next product takes; NaN becomes the zero point.
+        out_dtype: torch.float32, torch.bfloat16 (the default) or torch.float16: the result is rounded once. With
+            out_scale it is torch.int8.
+        out_scale: one element: the output is clamp(round(result/out_scale) + out_zero_point, −128, 127) in int8, codes
+            for a next product; NaN becomes the zero point.
         out_zero_point: one integer within −128…127; None: 0.
 
     Returns:
         [M, N] of out_dtype. Differentiable in scale_a, scale_b and bias; codes carry no gradient.
 
     Raises:
-        RuntimeError: a shape or dtype other than these.
+        RuntimeError: another shape or dtype.
     """
     output = _output(activation, out_dtype, torch.bfloat16, out_scale)
     scale_a, scale_b, bias = as_torch_jit_takes_them(scale_a, scale_b, bias)
@@ -236,7 +236,7 @@ def _differentiable_scaled_mm(
     out_dtype: torch.dtype,
     out_zero_point: Tensor | None,
 ) -> Tensor:
-    """``reference.epilogue`` on the exact product, in what autograd sees through."""
+    """``reference.epilogue`` on the exact product, written so that autograd can differentiate it."""
     gemm_checks.int8_scaled_mm(
         a, b, scale_a, scale_b, zero_point_a, colsum_b, bias, activation or "none", out_dtype, None, out_zero_point
     )
@@ -251,10 +251,10 @@ def _differentiable_scaled_mm(
 class PackedInt8:
     """A linear layer's weight [N, K] as int8 codes in the layout that the int8 kernels stream, with its scales.
 
-    It is frozen: packing takes the values of what it is made of, and no gradient comes back to them.
+    It is frozen: no gradient flows back to the tensors that it is packed from.
 
     Attributes:
-        data: packed codes, int8: in the order that ``layout`` names (see qkernels/layouts.py).
+        data: packed codes, int8, in the order that ``layout`` names (see qkernels/layouts.py).
         colsum: [N] int32, the sum of each output channel's codes.
         scale: [N] fp32; weight ≈ code·scale.
         shape: (N, K).
@@ -289,7 +289,8 @@ class PackedInt8:
         """Packs codes q [N, K] int8 with scale: one element, [N] or [N, 1].
 
         Raises:
-            ValueError: scale has another shape. RuntimeError: q is not int8 [N, K] with K ≤ 131071.
+            ValueError: scale has another shape.
+            RuntimeError: q is not int8 [N, K] with K ≤ 131071.
         """
         if layouts.int8_layout_on(q.device) == layouts.ROWS and q.dtype == torch.int8 and q.dim() == 2:
             gemm_checks.max_k("w", q.shape[1])
@@ -320,7 +321,7 @@ torch.serialization.add_safe_globals([PackedInt8])  # torch.load(weights_only=Tr
 
 
 def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """The weight's rows start…stop, start a multiple of PANEL, of packed data."""
+    """The weight's rows start…stop from packed data; start is a multiple of PANEL."""
     if layouts.int8_layout(data) == layouts.ROWS:
         q = data[start:stop, :k]
     else:
@@ -329,7 +330,7 @@ def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: 
 
 
 class _Int8Linear(Function):
-    """Of ``represented(x)``, which stands for x behind the gradient; kept are the codes of the weight."""
+    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
 
     @staticmethod
     def forward(
@@ -381,7 +382,7 @@ def _differentiable_linear(
 
 
 def by_row(name: str, values: Tensor | None, x: Tensor) -> Tensor | None:
-    """A value for each row of x, as the op takes it: [M]."""
+    """The values for the rows of x as the op takes them: one element or [M]."""
     if values is None or values.numel() == 1:
         return values
     if values.shape not in (x.shape[:-1], (*x.shape[:-1], 1)):
@@ -406,35 +407,35 @@ def int8_linear(
     out_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias) with x quantized to int8 on the way in, or codes already; sums are exact.
+    """activation(x @ weight.T + bias), where x is int8 codes or the op quantizes x to them; sums are exact.
 
     out = activation(((acc − zero_point·colsum)·weight_scale)·scale_x + bias) in fp32, rounded once.
 
     Args:
-        x: [..., K]; fp32, bf16 or fp16; or int8 codes, as ``quantize_dynamic``, ``rms_norm_quantize_dynamic``,
-            ``silu_mul_quantize_dynamic`` or a product with an out_scale give them.
+        x: [..., K]; fp32, bf16 or fp16; or int8 codes, from ``quantize_dynamic``, ``rms_norm_quantize_dynamic``,
+            ``silu_mul_quantize_dynamic`` or a product with an out_scale.
         packed: weight [N, K].
         bias: [N], floating.
         input_scale: None: dynamic, each row by its own scale amax/127. One element: static quantization,
-            q = clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max). Of codes: their scale, one element
-            or one for each row, [...] or [..., 1].
-        input_zero_point: one integer within quant_min…quant_max; only with input_scale; None: 0. Of codes: any integers
-            within int32, one or one for each row.
+            q = clamp(round(x/input_scale) + input_zero_point, quant_min, quant_max). For codes: their scale, one
+            element or one for each row, [...] or [..., 1].
+        input_zero_point: one integer within quant_min…quant_max; only with input_scale; None: 0. For codes: any
+            integers within int32, one or one for each row.
         quant_min, quant_max: inclusive range of a floating x's codes, within int8; a 4-bit activation has −8 and 7.
         activation, out_scale, out_zero_point: see ``int8_scaled_mm``.
-        out_dtype: of a floating result; by default x's dtype, of codes torch.bfloat16.
+        out_dtype: dtype of a floating result; by default x's dtype, for codes torch.bfloat16.
 
     Returns:
         [..., N] of x's dtype, of out_dtype, or with out_scale int8. A NaN in x makes its row NaN; an infinity saturates
         with a static scale and makes its row NaN with a dynamic one.
 
-    Differentiable, but for the weight, as the float layer behind ``fake_quantize`` of its input: dx = dy @ the
-    dequantized weight, straight through with a dynamic scale and 0 where a static one clips; bias and a floating
-    input_scale get theirs. Kept for the backward pass are the packed codes (with "gelu" and "silu" also fp32 sums).
-    int8 codes, in or out, carry no gradient.
+    The weight gets no gradient; all else is differentiable as the float layer on ``fake_quantize(x)``. dx = dy @ the
+    dequantized weight, which passes straight through with a dynamic scale and is 0 where a static one clips; bias and a
+    floating input_scale get gradients. The backward pass keeps the packed codes (with "gelu" and "silu" also fp32
+    sums). int8 codes, in or out, carry no gradient.
 
     Raises:
-        RuntimeError: a shape, dtype or range other than these.
+        RuntimeError: another shape, dtype or range.
     """
     if x.is_nested:
         checks.dense("x", x)

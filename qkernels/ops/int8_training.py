@@ -19,7 +19,7 @@ from .quantize_transposed import quantize_transposed_op
 from .stochastic import seed_and_offset
 
 QUANT_MAX = 127
-LONGEST_SUM = gemm_checks.MAX_K // 16 * 16  # so that every piece of a longer one begins aligned
+LONGEST_SUM = gemm_checks.MAX_K // 16 * 16  # a multiple of 16, so that every piece of a longer sum begins aligned
 
 Codes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NONE: Codes = (None, None, None, None)
@@ -55,7 +55,7 @@ def _both(x: Tensor) -> Codes:
 
 
 def weight_codes(w: Tensor, output: bool, grad_input: bool) -> Codes:
-    """What the products need of the weight: its rows for an int8 output, its columns for an int8 grad_input."""
+    """The codes that the products need of the weight: rows for an int8 output, columns too for an int8 grad_input."""
     if grad_input:
         return _both(w.detach())
     return _rows(w.detach()) if output else NONE
@@ -73,7 +73,7 @@ Numbers = tuple[int | None, int, Tensor | None]
 def _kept(
     x: Tensor, w: Tensor, codes: Codes, x_codes: Codes, int8: tuple[bool, bool, bool], keep_x: bool, keep_w: bool
 ) -> Codes:
-    """Weight and x as their gradients' products take them: codes of columns, codes of rows, or floats."""
+    """Weight and x as the gradients' products take them: codes of columns, codes of rows, or floats."""
     output, grad_input, grad_weight = int8
     weight: tuple[Tensor | None, ...] = (None, None)
     if keep_w:
@@ -121,7 +121,7 @@ def _gradients(
 
 
 class _Int8TrainingLinear(Function):
-    """Keeps one byte for each element of x where either product that involves x is int8."""
+    """Keeps one byte for each element of x if either product with x is int8."""
 
     @staticmethod
     def forward(
@@ -146,7 +146,7 @@ class _Int8TrainingLinear(Function):
 
 
 class _FirstDerivatives(Function):
-    """The identity; what it gives has no derivative."""
+    """The identity, whose derivative raises an error."""
 
     generate_vmap_rule = True
 
@@ -168,7 +168,7 @@ class _FirstDerivatives(Function):
 
 
 class _InTransforms(Function):
-    """As _Int8TrainingLinear for torch.func's transforms, which see what is saved: all codes are made anew."""
+    """``_Int8TrainingLinear`` for torch.func's transforms: it saves x and w, and the backward pass makes all codes."""
 
     generate_vmap_rule = True
 
@@ -222,36 +222,37 @@ def int8_training_linear(
 ) -> Tensor:
     """x @ w.t() + bias for training, with each of its three matrix products in int8 or in float.
 
-    Every int8 product quantizes both operands symmetrically, one scale for each row along which it sums: x by tokens
-    and w by output channels in the output, grad by tokens and w by input channels in grad_input, grad by output
-    channels and x by input channels in grad_weight. Sums are exact, scales and bias follow in fp32.
+    Every int8 product quantizes both operands symmetrically, with one scale for each row along which it sums. The
+    output has scales per token of x and per output channel of w, grad_input per token of grad and per input channel of
+    w, grad_weight per output channel of grad and per input channel of x. Sums are exact; scales and bias follow in
+    fp32.
 
     Args:
         x: [..., K]; fp32, bf16, fp16 or fp64.
-        w: [N, K], floating, of any of these dtypes; master weights may be fp32 where x is bf16.
+        w: [N, K], any of these dtypes; master weights may be fp32 with x in bf16.
         bias: [N], floating.
-        output, grad_input, grad_weight: "int8" or "float", for each product. With output="int8", one in float takes
-            the values that the output was computed from: output="int8", grad_input="float", grad_weight="float" is
-            W8A8 quantization-aware training, the output that of ``fake_quantize_dynamic`` on x and w up to the
-            rounding of float sums, the gradients straight-through.
-        seed, offset: None: gradients are rounded to nearest. Else stochastically, as in ``quantize_stochastic``, so
-            that they are right on average; the same numbers give the same bits. A tensor must not change before the
-            backward pass.
-        codes: ``quantize_dynamic_transposed(w)``, where it is known already: gradient accumulation need not repeat it.
-            The first two serve output, the others grad_input; what is not needed may be None.
+        output, grad_input, grad_weight: "int8" or "float", for each product. With output="int8" a product in float
+            takes the dequantized values behind the output. So output="int8", grad_input="float", grad_weight="float" is
+            W8A8 quantization-aware training: up to the rounding of float sums, the output is that of
+            ``fake_quantize_dynamic`` on x and w, and gradients pass straight through.
+        seed, offset: seed=None rounds gradients to nearest. Else rounding is stochastic, as in ``quantize_stochastic``,
+            so that gradients are right on average; the same numbers give the same bits. An offset tensor must not
+            change before the backward pass.
+        codes: ``quantize_dynamic_transposed(w)``, if it is known already, so that gradient accumulation need not repeat
+            it. The first two tensors serve output, the others grad_input; those that are not needed may be None.
 
     Returns:
-        [..., N] of x's dtype; under autocast of autocast's dtype, as F.linear, but from w as it is. Gradients have the
+        [..., N] of x's dtype; under autocast of autocast's dtype, as F.linear, but w is not cast. Gradients have the
         dtypes of x, w and bias; that of bias is an fp32 sum of the float gradient.
 
-    Kept for the backward pass: one byte for each element of x (x itself only with output="float" and
-    grad_weight="float"), and the weight's codes. A NaN or an infinity in a row of an operand makes the product's row
-    NaN. Sums longer than 131071 are cut into exact pieces, added in fp32. First derivatives in reverse mode only, also
-    under torch.func's transforms, where ``codes`` are made anew.
+    The backward pass keeps one byte for each element of x (x itself only with output="float" and grad_weight="float")
+    and the weight's codes. A NaN or an infinity in a row of an operand makes the product's row NaN. Sums longer than
+    131071 are cut into exact pieces, which are added in fp32. The op has first derivatives in reverse mode only, also
+    under torch.func's transforms, where it makes ``codes`` anew.
 
     Raises:
-        RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: output,
-            grad_input or grad_weight is another string.
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
+        ValueError: output, grad_input or grad_weight is another string.
     """
     int8 = _modes(output, grad_input, grad_weight)
     _check(x, w, bias, int8, codes)

@@ -1,4 +1,4 @@
-"""Observed fake quantization: ``observe_fake_quantize``, with moving averages that it updates itself."""
+"""Observed fake quantization: ``observe_fake_quantize``, which updates moving averages of the range."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def observe_fake_quantize(
 ) -> Tensor:
     """Updates moving-average statistics from x, then fake-quantizes x with them; no host synchronisation.
 
-    The four statistics are changed in place and have one shape, which is the granularity (see ``fake_quantize``). A
-    batch that is empty or whose range is not finite leaves them as they are.
+    The op changes the four statistics in place; they have one shape, which is the granularity (see ``fake_quantize``).
+    A batch that is empty or whose range is not finite does not change them.
 
     Args:
         x: any shape; fp32, fp64, fp16 or bf16.
         observer_on, fake_quant_on: one-element tensors, read on the device: whether x moves the statistics, and whether
-            it is quantized.
+            the op quantizes x.
         running_min, running_max: fp32; infinite values mean "none yet".
         scale: fp32.
         zero_point: int32 or int64.
@@ -70,7 +70,7 @@ def observe_fake_quantize(
         symmetric: whether the zero point is the middle of the range; a scale then never clips the observed extremes.
 
     Returns:
-        A tensor of x's shape, dtype and memory layout; x's values where fake_quant_on is 0. dx is dy where nothing was
+        A tensor of x's shape, dtype and memory layout, with x's values if fake_quant_on is 0. dx is dy where x was not
         clipped.
 
     Raises:
@@ -84,7 +84,7 @@ def observe_fake_quantize(
 
 
 def observed(x: Tensor, *args: Any) -> Tensor:
-    """The differentiable function of the raw op's arguments."""
+    """``observe_fake_quantize`` with the raw op's arguments, differentiable."""
     if transformed():
         return _observed_in_transforms(x, *args)
     y, mask = _observe(x.detach(), *args)
@@ -94,7 +94,7 @@ def observed(x: Tensor, *args: Any) -> Tensor:
 
 
 def _observed_in_transforms(x: Tensor, *args: Any) -> Tensor:
-    """Statistics are updated from the values themselves, whatever is differentiated; one batch at a time."""
+    """Updates the statistics from the plain values, outside the transforms, one batch at a time."""
     _, fake_quant_on, _, _, scale, zero_point, _, quant_min, quant_max, *_ = args
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         _observe(*(_plain(t).detach() for t in (x, *args[:6])), *args[6:])

@@ -1,4 +1,4 @@
-"""Packing of 2-, 3- and 4-bit codes into dense bytes: the form in which they are stored and exchanged."""
+"""Packs 2-, 3- and 4-bit codes into dense bytes, the form in which files hold them."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ _unpack_bits = library.define(
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
-    """Codes as bytes: code i of a row takes its bits from i·bits on, low bits first.
+    """Packs codes into bytes: code i of a row takes the bits from i·bits on, low bits first.
 
     Args:
         q: [..., K] int8, signed codes of ``bits`` bits.
         bits: 2, 3 or 4.
 
     Returns:
-        uint8 [..., ⌈K·bits/8⌉], contiguous; a row's last byte is filled up with zeros. Not differentiable.
+        uint8 [..., ⌈K·bits/8⌉], contiguous; zeros fill up the last byte of a row. Not differentiable.
 
     Raises:
-        RuntimeError: a dtype other than int8, other bits, or on the CPU a code out of range. On a GPU, where looking
-            would stop the stream, the low bits of each code are taken.
+        RuntimeError: a dtype other than int8, other bits, or on the CPU a code out of range. On a GPU, where a check of
+            values would stop the stream, the op takes the low bits of each code.
     """
     return _pack_bits(q, bits)
 
@@ -82,13 +82,13 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
         [..., k] int8.
 
     Raises:
-        RuntimeError: not uint8, or the last dim is not what k codes take.
+        RuntimeError: packed is not uint8, or its last dim is not the length of k codes.
     """
     return _unpack_bits(packed, bits, k)
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """int4 codes two to a byte along the last dim, low nibble first: ``pack_bits`` of 4 bits.
+    """Packs int4 codes two to a byte along the last dim, low nibble first: ``pack_bits`` of 4 bits.
 
     Args:
         q: [..., K] int8, codes −8…7.
@@ -107,7 +107,7 @@ def unpack_int4(packed: Tensor, k: int | None = None) -> Tensor:
 
     Args:
         packed: uint8 [..., ⌈k/2⌉].
-        k: length of a row; by default twice packed's last dim, else one less.
+        k: length of a row: twice packed's last dim (the default), or one less.
 
     Returns:
         [..., k] int8, codes −8…7.

@@ -1,4 +1,4 @@
-"""Pickling of what holds packed tensors and is pickled by its logical ones."""
+"""Pickling of objects that hold packed tensors and whose pickles hold logical ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def reduce_for_a_process(value: Any) -> tuple[Any, ...]:
-    """For a pickle that a process started by this one reads: with the tensors that value holds, in shared memory.
+    """Reduces value for a process that this one starts: to the very tensors that value holds, in shared memory.
 
-    Those that ``__reduce__`` makes would be gone before the process opens them.
+    Tensors that ``__reduce__`` makes would be freed before that process opens them.
     """
     return copyreg.__newobj__, (type(value),), dict(vars(value))  # type: ignore[attr-defined]

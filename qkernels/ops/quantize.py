@@ -1,4 +1,4 @@
-"""Real quantization: ``quantize``, ``dequantize``, ``quantize_dynamic``, ``choose_qparams``."""
+"""Quantization to integers and back: ``quantize``, ``dequantize``, ``choose_qparams``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def quantize(
     quant_max: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    """q = clamp(round(x/scale) + zero_point, quant_min, quant_max) as integers.
+    """Quantizes x to integers q = clamp(round(x/scale) + zero_point, quant_min, quant_max).
 
     Args:
         x: any shape; fp32, fp64, fp16 or bf16.
@@ -63,9 +63,9 @@ def quantize(
         dtype: torch.int8, torch.uint8 or torch.int32.
 
     Returns:
-        A tensor of x's shape and memory layout. Infinities saturate; NaN, which no integer holds, becomes the zero
-        point. ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit where x is not NaN. Integers
-        carry no gradient; ``fake_quantize`` does.
+        A tensor of x's shape and memory layout. Infinities saturate; NaN becomes the zero point. Where x is not NaN,
+        ``dequantize(quantize(x, …), …)`` equals ``fake_quantize(x, …)`` bit for bit. Integers carry no gradient;
+        ``fake_quantize`` does.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
@@ -74,7 +74,7 @@ def quantize(
 
 
 def range_of_codes(quant_min: int | None, quant_max: int | None, dtype: torch.dtype) -> tuple[int, int]:
-    """The range as given, by default all of dtype that fp32 holds exactly."""
+    """The given range; by default all codes of dtype that fp32 holds exactly."""
     checks.code_dtype("dtype", dtype)
     info, bound = torch.iinfo(dtype), checks.EXACT_INT
     return (
@@ -91,10 +91,10 @@ def dequantize(
     Args:
         q: int8, uint8 or int32, any shape.
         scale, zero_point: as in ``fake_quantize``.
-        dtype: of the result: torch.float32, torch.float64, torch.float16 or torch.bfloat16.
+        dtype: dtype of the result: torch.float32, torch.float64, torch.float16 or torch.bfloat16.
 
     Returns:
-        A tensor of q's shape and memory layout. Differentiable in scale, and straight through the rounding of a float
+        A tensor of q's shape and memory layout, differentiable in scale and, straight through its rounding, in a float
         zero_point.
 
     Raises:
@@ -122,19 +122,20 @@ def choose_qparams(
     """Scale (dtype of min_val) and int32 zero point that cover [min_val, max_val] and zero, element by element.
 
     Symmetric: scale = max(|min|, |max|) / ((quant_max − quant_min) // 2), which never clips an extreme. Asymmetric:
-    scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). Scales are floored at eps
-    and at the smallest normal fp32; of fp16 and bf16 ranges they are computed in fp32, rounded to the nearest that the
-    dtype holds and is above zero.
+    scale = (max − min) / (quant_max − quant_min), zero_point = quant_min − round(min/scale). A scale is at least eps
+    and at least the smallest normal fp32. For fp16 and bf16 ranges it is computed in fp32, then rounded to the nearest
+    positive value of the dtype.
 
     Args:
-        min_val, max_val: the range, of one shape; for the methods that look at x the shape is the granularity. fp32,
+        min_val, max_val: the range, both of one shape; for "percentile" and "mse" the shape is the granularity. fp32,
             fp64, fp16 or bf16.
         quant_min, quant_max: inclusive integer range.
         symmetric: whether the zero point is 0 and the range its own mirror image.
         eps: the smallest scale.
-        method: how much of the range to cover, where clipping a few outliers makes the steps for all others finer.
-            "minmax": all. "percentile": what holds ``percentile`` % of |x| (symmetric) or of x counted from either
-            end. "mse": the fraction, of 64 down to 1/79, that quantizes x with the smallest squared error.
+        method: how much of the range to cover; clipping a few outliers makes the steps finer for all other values.
+            "minmax": all. "percentile": the part that holds ``percentile`` % of |x| (symmetric) or of x counted from
+            either end. "mse": the fraction, out of 64 from 1 down to 1/79, that quantizes x with the smallest squared
+            error.
         x: the values themselves, for "percentile" and "mse".
         percentile: above 50, at most 100.
 
@@ -142,8 +143,8 @@ def choose_qparams(
         scale and zero_point, of min_val's shape.
 
     Raises:
-        RuntimeError: a dtype, shape or range other than these. ValueError: method, percentile, or no x where the method
-            looks at it.
+        RuntimeError: another dtype, shape or range.
+        ValueError: another method or percentile, or no x although the method needs it.
     """
     for name, t in (("min_val", min_val), ("max_val", max_val)):
         checks.dense(name, t)
@@ -166,7 +167,7 @@ def choose_qparams(
     dtype = min_val.dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return qparams_of_range(min_val, max_val, quant_min, quant_max, symmetric, eps)
-    # fp32 holds every range and step of these; the zero point is that of the rounded scale.
+    # fp32 holds every range and step of fp16 and bf16; the zero point belongs to the rounded scale.
     scale, zero_point = qparams_of_range(min_val.float(), max_val.float(), quant_min, quant_max, symmetric, eps)
     scale = stored(scale, dtype).clamp(max=torch.finfo(dtype).max)
     if not symmetric:

@@ -47,27 +47,27 @@ quantize_transposed_op = library.define(
 def quantize_dynamic_transposed(
     x: Tensor, *, bits: int = 8, seed: int | None = None, offset: int | Tensor = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The codes of x by rows and of x.t() by its own rows, in one read for the ranges and one for the codes.
+    """The codes of the rows of x and of the rows of x.t(), in one read for the ranges and one for the codes.
 
-    A matrix product sums along the rows of both operands, and a linear layer's three products sum along different
-    dims of the same matrices: x and weight along their rows in the output, weight and the output's gradient along
-    columns in the gradients. Here both forms come out as the product wants them, rows contiguous, with the scales
-    that belong to them.
+    A matrix product of codes sums along the rows of both operands. A linear layer's three products sum along different
+    dims of the same matrices: the output sums along the rows of x and weight, the gradients along columns of weight, x
+    and the output's gradient. This op returns both forms with contiguous rows, each with its own scales.
 
     Args:
         x: [R, C]; fp32, fp64, fp16 or bf16; any strides.
         bits: 2 to 8; codes are −(2**(bits−1)−1) … 2**(bits−1)−1, without a zero point.
-        seed, offset: None: round to nearest. Else stochastically, as ``quantize_stochastic``: element i of x, row by
-            row, draws its number once for both outputs.
+        seed, offset: seed=None rounds to nearest. Else rounding is stochastic, as in ``quantize_stochastic``: element i
+            of x, counted row by row, draws one number for both outputs.
 
     Returns:
         (q [R, C] int8, scale [R, 1], q_t [C, R] int8, scale_t [C, 1]). scale is fp32 (fp64 for fp64 x), the row's
         largest magnitude / (2**(bits−1)−1); x ≈ q·scale ≈ (q_t·scale_t).t(). Rows of q and q_t begin at multiples of
-        16 bytes: they are contiguous where C (for q_t: R) is a multiple of 16. A row with a NaN has a NaN scale, one
-        with an infinity an infinite scale and codes 0: products with either are NaN. Not differentiable.
+        16 bytes: they are contiguous if C (for q_t: R) is a multiple of 16. A row with a NaN has a NaN scale; a row
+        with an infinity has an infinite scale and codes of 0; products with either are NaN. Not differentiable.
 
     Raises:
-        RuntimeError: x is not a floating matrix. ValueError: bits.
+        RuntimeError: x is not a floating matrix.
+        ValueError: bits is not 2 to 8.
     """
     quant_max = range_of_bits(bits)[1]
     if seed is None:

@@ -68,11 +68,11 @@ def relu_fake_quantize(
     grad_factor: float = 1.0,
     straight_through: str = "clip",
 ) -> Tensor:
-    """``fake_quantize(torch.relu(x), …)`` in one pass, bit for bit, and its gradients too.
+    """``fake_quantize(torch.relu(x), …)`` in one pass, with the same bits, also in the gradients.
 
     Arguments, result and errors are those of ``fake_quantize``; numbers for scale and zero_point become one-element
-    tensors, straight_through is "clip" or "lsq". The gradient of x passes where x is positive and inside the range. For
-    the backward pass x is kept where it lives anyway or a scale is learned, else one bit per element: torch.relu alone
+    tensors, straight_through is "clip" or "lsq". The gradient of x passes where x is positive and inside the range. The
+    backward pass keeps x if x lives until then anyway or a scale is learned, else one bit per element; torch.relu alone
     would keep its whole output.
     """
     checks.clip_or_lsq(straight_through)

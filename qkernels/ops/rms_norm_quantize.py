@@ -83,7 +83,7 @@ _backward = _define(
 
 
 class _RmsNormFakeQuantize(Function):
-    """x is kept, and 4 bytes for each row (and, where values can be clipped, 8 for each scale)."""
+    """Keeps x, 4 bytes for each row and, if values can be clipped (symmetric=False), 8 for each scale."""
 
     @staticmethod
     def forward(
@@ -98,7 +98,7 @@ class _RmsNormFakeQuantize(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, rstd, scale, zero_point = ctx.saved_tensors
         back: Any = _backward
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: autograd differentiates this
             back, rstd = reference.rms_norm_fake_quantize_dynamic_backward, reference.rstd_of(x, ctx.eps)
         dx, dweight = back(grad, x, weight, rstd, scale, zero_point, *ctx.range, ctx.needs_input_grad[1])
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None, None, None
@@ -126,23 +126,24 @@ def rms_norm_fake_quantize_dynamic(
     """``fake_quantize_dynamic(rms_norm(x) * weight)`` in one pass over x.
 
     Args:
-        x: at least one dim, the last of which is normalised (RMSNorm, arXiv 1910.07467); fp32, fp64, fp16 or bf16.
+        x: at least one dim; the op normalises along the last (RMSNorm, arXiv 1910.07467). fp32, fp64, fp16 or bf16.
         weight: None or one value for each element of the last dim; any floating dtype.
-        eps: added to the mean square; None: the epsilon of the dtype that computes, as torch.nn.functional.rms_norm.
+        eps: added to the mean square; None: the epsilon of the compute dtype, as in torch.nn.functional.rms_norm.
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes; a GPU does it in plain torch.
+            passes; on a GPU it runs in plain torch.
 
     Returns:
         A contiguous tensor of x's shape and dtype. The normalised value goes to the quantizer in fp32 (fp64 for fp64)
-        and is rounded to x's dtype once, after it.
+        and is rounded once to x's dtype, after the quantizer.
 
-    The quantizer is straight-through as in ``fake_quantize_dynamic``; the gradients of x and weight through the norm
-    are exact, and dweight is summed in a fixed order. Kept for the backward pass: x, weight, 4 bytes for each row, and
-    8 for each scale with symmetric=False. Kernels may add the squares in any order: rstd is right to 2**-21, and each
-    kernel gives all bits that follow from its rstd.
+    Gradients pass the quantizer straight through, as in ``fake_quantize_dynamic``, and the norm exactly; dweight is
+    summed in a fixed order. The backward pass keeps x, weight, 4 bytes for each row, and with symmetric=False 8 for
+    each scale. Kernels may add the squares in any order: rstd is right to 2**-21, and given a kernel's rstd all other
+    bits are fixed.
 
     Raises:
-        RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: bits.
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
+        ValueError: bits is not 2 to 8.
     """
     args = _arguments(x, weight, eps, bits, group_size, symmetric)
     if transformed():
@@ -163,9 +164,9 @@ def rms_norm_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q int8, scale, zero_point int32) of ``rms_norm(x) * weight``; not differentiable.
 
-    Arguments are as in ``rms_norm_fake_quantize_dynamic``, whose values ``dequantize(q, scale, zero_point,
-    dtype=x.dtype)`` gives bit for bit where they are not NaN. q is contiguous, scale is fp32 (fp64 for fp64 x), both
-    as in ``quantize_dynamic``.
+    Arguments are as in ``rms_norm_fake_quantize_dynamic``. ``dequantize(q, scale, zero_point, dtype=x.dtype)`` gives
+    its values bit for bit where they are not NaN. q is contiguous; scale is fp32 (fp64 for fp64 x); scale and
+    zero_point are shaped as in ``quantize_dynamic``.
     """
     x, weight, *rest = _arguments(x, weight, eps, bits, group_size, symmetric)
     return _quantize(x.detach(), None if weight is None else weight.detach(), *rest)[:3]

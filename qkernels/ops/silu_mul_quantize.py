@@ -62,7 +62,7 @@ _backward = _define(
 
 
 class _SiluMulFakeQuantize(Function):
-    """gate and up are kept, and where values can be clipped 8 bytes for each scale."""
+    """Keeps gate and up, and if values can be clipped (symmetric=False), 8 bytes for each scale."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, group_size: int, low: int, high: int, symmetric: bool) -> Tensor:
@@ -81,7 +81,7 @@ class _SiluMulFakeQuantize(Function):
 def _differentiable(
     grad: Tensor, gate: Tensor, up: Tensor, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
-    """The backward op in what autograd can differentiate again (create_graph)."""
+    """The backward op written in torch's ops, so that autograd can differentiate it again (create_graph)."""
     g = gate.to(compute_dtype(gate))
     dy, u = grad.to(g.dtype), up.to(g.dtype)
     if scale is not None:
@@ -102,18 +102,19 @@ def silu_mul_fake_quantize_dynamic(
     Args:
         gate, up: one shape and dtype; fp32, fp64, fp16 or bf16 (SwiGLU: arXiv 2002.05202).
         bits, group_size, symmetric: as in ``fake_quantize_dynamic``. One range for the whole tensor (None) takes two
-            passes; a GPU does it in plain torch.
+            passes; on a GPU it runs in plain torch.
 
     Returns:
         A contiguous tensor of gate's shape and dtype. The product goes to the quantizer in fp32 (fp64 for fp64) and is
-        rounded to gate's dtype once, after it. silu is gate·sigmoid(gate), right to 2**-21 and the same bits in every
-        kernel; as in torch it is NaN at −inf.
+        rounded once to gate's dtype, after the quantizer. silu is gate·sigmoid(gate), right to 2**-21, with the same
+        bits in every kernel; as in torch it is NaN at −inf.
 
-    The quantizer is straight-through as in ``fake_quantize_dynamic``; the gradients of gate and up through the product
-    are exact. Kept for the backward pass: gate, up, and 8 bytes for each scale with symmetric=False.
+    Gradients pass the quantizer straight through, as in ``fake_quantize_dynamic``, and the product exactly. The
+    backward pass keeps gate, up, and with symmetric=False 8 bytes for each scale.
 
     Raises:
-        RuntimeError: an argument's dtype, device or shape does not fit; the message names it. ValueError: bits.
+        RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
+        ValueError: bits is not 2 to 8.
     """
     args = (gate, up, group_size_argument(group_size), *range_of_bits(bits), symmetric)
     if transformed():
@@ -128,8 +129,8 @@ def silu_mul_quantize_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q int8, scale, zero_point int32) of ``silu(gate) * up``; not differentiable.
 
-    Arguments are as in ``silu_mul_fake_quantize_dynamic``, whose values ``dequantize(q, scale, zero_point,
-    dtype=gate.dtype)`` gives bit for bit where they are not NaN. q is contiguous, scale is fp32 (fp64 for fp64), both
-    as in ``quantize_dynamic``.
+    Arguments are as in ``silu_mul_fake_quantize_dynamic``. ``dequantize(q, scale, zero_point, dtype=gate.dtype)`` gives
+    its values bit for bit where they are not NaN. q is contiguous; scale is fp32 (fp64 for fp64); scale and zero_point
+    are shaped as in ``quantize_dynamic``.
     """
     return _quantize(gate.detach(), up.detach(), group_size_argument(group_size), *range_of_bits(bits), symmetric)

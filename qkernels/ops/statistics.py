@@ -1,4 +1,4 @@
-"""Statistics for calibration: ``histogram``, ``quantization_errors``, and the ranges that they lead to."""
+"""Statistics for calibration, ``histogram`` and ``quantization_errors``, and the ranges that follow from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..reference.ranges import qparams_of_range
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"))
 
-# Fractions of the full range that "mse" tries: 64 steps of 7 %, down to 1/79. Near its minimum the error changes with
-# the square of the distance: half a step costs less than 0.3 % of it.
+# "mse" tries these fractions of the full range: 64 steps of 7 %, down to 1/79. Near its minimum the error grows with
+# the square of the distance, so that half a step costs less than 0.3 % of the error.
 CANDIDATES, CANDIDATES_PER_OCTAVE = 64, 10
 
 
@@ -58,18 +58,18 @@ _quantization_errors = _define(
 
 
 def histogram(x: Tensor, low: Tensor, high: Tensor, *, bins: int) -> tuple[Tensor, Tensor]:
-    """How many values of x lie in each of ``bins`` equal bins of [low, high]; nothing is lost and nothing synchronises.
+    """Counts the values of x in ``bins`` equal bins of [low, high], and all others, without synchronisation.
 
     Args:
         x: any shape; fp32, fp64, fp16 or bf16.
-        low, high: ends of the range, both inclusive, on x's device. Their shape is the granularity, as that of scale
-            in ``fake_quantize``: one element, or x's rank with every dim dividing x's.
+        low, high: ends of the range, both inclusive, on x's device. Their shape is the granularity, as is scale's in
+            ``fake_quantize``: one element, or x's rank with every dim dividing x's.
         bins: 1 to 2**20.
 
     Returns:
         counts (int64, ``[*low.shape, bins]``) and outside (int64, ``[*low.shape, 3]``): the values below low, above
-        high, and NaN. A value inside is counted in bin min(floor((x − low)·inv), bins − 1), inv = bins/(high − low),
-        each operation rounded to fp32 (fp64 for fp64): every kernel gives the same counts.
+        high, and NaN. A value inside counts in bin min(floor((x − low)·inv), bins − 1), inv = bins/(high − low). Each
+        operation is rounded to fp32 (fp64 for fp64), so that every kernel gives the same counts.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or value does not fit; the message names it.
@@ -84,13 +84,13 @@ def quantization_errors(
 
     Args:
         x: any shape; fp32, fp64, fp16 or bf16.
-        scale: ``[K, *granularity]``: each scale[k] is one candidate, of a shape as in ``fake_quantize``.
-        zero_point: None (0), or of scale's shape. Clamped into the range when it is a float.
+        scale: ``[K, *granularity]``: each scale[k] is one candidate, with a shape as in ``fake_quantize``.
+        zero_point: None (0), or of scale's shape. A float one is clamped into the range.
         quant_min, quant_max: inclusive integer range, within ±2**24.
 
     Returns:
-        fp64, of scale's shape: Σ (fake_quantize(x, scale[k]) − x)² over the values that each element speaks for.
-        Terms are fp32 (fp64 for fp64), sums are deterministic.
+        fp64, of scale's shape: Σ (fake_quantize(x, scale[k]) − x)² over the values that share each element of scale.
+        Terms are fp32 (fp64 for fp64); sums are deterministic.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
@@ -106,7 +106,7 @@ def check_percentile(percentile: float) -> None:
 def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The part of [low, high] that holds ``percentile`` % of |x| (symmetric), or of x counted from either end.
 
-    Ends are values of x: the smallest one that at least so many do not exceed.
+    The ends are values of x: each is the smallest value that at least ``percentile`` % of the values do not exceed.
     """
     check_percentile(percentile)
     checks.granularity("min_val", low, x)
@@ -138,7 +138,7 @@ def candidate_qparams(
 
 
 def best_of(fractions: Tensor, errors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The range shrunk to the fraction of the smallest error; of equals the widest."""
+    """The range shrunk to the fraction with the smallest error; among equal errors the widest range wins."""
     best = fractions.reshape(-1)[errors.argmin(0)]
     return low * best, high * best
 
@@ -146,7 +146,7 @@ def best_of(fractions: Tensor, errors: Tensor, low: Tensor, high: Tensor) -> tup
 def mse_range(
     x: Tensor, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """[low, high] shrunk to the one of the fractions that quantizes x with the smallest squared error."""
+    """[low, high] shrunk to the fraction that quantizes x with the smallest squared error."""
     fractions, scale, zero_point = candidate_qparams(low, high, quant_min, quant_max, symmetric, eps)
     errors = quantization_errors(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max)
     return best_of(fractions, errors, low, high)

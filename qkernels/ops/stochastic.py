@@ -64,7 +64,7 @@ _quantize = _define(
 )
 
 
-# Tensors come first in these; the backward pass draws the numbers of the forward pass again.
+# ``learnable`` wants tensors first, hence the order here. The backward pass draws the same random numbers again.
 _learnable = learnable(
     lambda x, scale, zero_point, offset_tensor, *numbers: _forward(x, scale, zero_point, *numbers, offset_tensor)[0],
     lambda grad, x, scale, zero_point, offset_tensor, *numbers: _backward(
@@ -87,25 +87,26 @@ def fake_quantize_stochastic(
     offset: int | Tensor = 0,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """``fake_quantize`` that rounds up with a probability of the fraction: right on average (E[y] = x in the range).
+    """``fake_quantize`` that rounds up with the fraction as probability: right on average (E[y] = x in the range).
 
     Args:
         x, scale, zero_point, quant_min, quant_max, grad_factor: as in ``fake_quantize``, with scale a tensor.
-        seed: any 64-bit integer; one per tensor that is to be rounded independently.
-        offset: any 64-bit integer, as a rule the step of the training loop. A one-element int64 tensor on x's device is
-            read there, without synchronisation: a CUDA graph that increments it draws anew at each replay, and a
-            compiled function needs no recompilation. It must not change between the forward and the backward pass.
+        seed: any 64-bit integer; tensors that should be rounded independently need different seeds.
+        offset: any 64-bit integer, usually the step of the training loop. It may be a one-element int64 tensor on x's
+            device; the op then reads it there, without synchronisation, so that a CUDA graph that increments it draws
+            anew at each replay and a compiled function needs no recompilation. It must not change between the forward
+            and the backward pass.
 
     Returns:
         A tensor of x's shape, dtype and memory layout. Infinities saturate, NaN stays NaN.
 
-    Element i of x in memory order compares the fraction of x/scale with u_i, 24 bits of Philox-4x32-10 (Salmon et al.,
-    SC 2011) keyed by seed at counter (i // 4, offset): the same seed and offset give the same y on every device and
-    kernel, with any number of threads, and when activation checkpointing computes it twice. u has a resolution of
-    2**-24, so the average is right to 2**-24 steps.
+    For element i of x in memory order the op compares the fraction of x/scale with u_i, 24 bits of Philox-4x32-10
+    (Salmon et al., SC 2011) with seed as key at counter (i // 4, offset). So the same seed and offset give the same y
+    on every device and kernel, with any number of threads, and when activation checkpointing computes it twice. u has a
+    resolution of 2**-24, so the average is right to 2**-24 steps.
 
-    dx is dy where the integer drawn lies in the range; scale and zero_point are learned as in LSQ with that integer.
-    For the backward pass one bit per element is kept, or x where scale or zero_point requires grad.
+    dx is dy where the drawn integer lies in the range; scale and zero_point learn as in LSQ, with that integer. The
+    backward pass keeps one bit per element, or x if scale or zero_point requires grad.
 
     Raises:
         RuntimeError: an argument's dtype, device, shape or range does not fit; the message names it.
@@ -133,7 +134,7 @@ def quantize_stochastic(
     offset: int | Tensor = 0,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    """The integers of ``fake_quantize_stochastic`` with the same seed and offset; for gradients in int8 training.
+    """The integers of ``fake_quantize_stochastic`` for the same seed and offset; int8 training rounds gradients so.
 
     Arguments are those of ``quantize`` and ``fake_quantize_stochastic``. NaN becomes the zero point. ``dequantize`` of
     the result equals ``fake_quantize_stochastic`` bit for bit where x is not NaN. Not differentiable.

@@ -1,4 +1,4 @@
-"""Weights in groups along K: their quantization, and the shape of what each group has."""
+"""Quantizes weights in groups along K, and brings scales and zero points to the shape [N, groups]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .quantize import quantize
 def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``PackedInt.from_float`` packs: codes [N, K] int8, scales and int8 zero points [N, K/group_size]."""
+    """Codes [N, K] int8, scales and int8 zero points [N, K/group_size], which ``PackedInt.from_float`` packs."""
     checks.dense("w", w)
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
@@ -40,7 +40,7 @@ def quantize_groups(
         if not bool(rounded.isfinite().all()):
             raise ValueError(f"w: got scales up to {float(scale.max()):g}; accepted: what {scale_dtype} holds")
         scale = rounded
-        if not symmetric and k:  # a subnormal scale may be half as large again as what was rounded
+        if not symmetric and k:  # a subnormal scale may be rounded up by half, which moves the zero point
             least = values.view(n, -1, size).amin(2).clamp(max=0)
             own = (low - (least / scale.float()).round()).clamp(low, high).to(torch.int32)
             zero_point = torch.where(scale < torch.finfo(scale_dtype).tiny, own, zero_point)
@@ -49,7 +49,7 @@ def quantize_groups(
 
 
 def grouped(name: str, t: Tensor, n: int, k: int, groups: int | None = None) -> Tensor:
-    """t as [N, groups], of a number of groups that K can have."""
+    """t as [N, groups]; K must be divisible into that number of groups."""
     t = t.detach()
     if t.numel() == 1 or t.shape == (n,):
         t = t.reshape(-1, 1).expand(n, 1)

@@ -28,7 +28,7 @@ MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.a
 
 
 class _Statistics:
-    """Minimum, maximum and mean magnitude of all values that one quantizer got, and their histogram, if it is needed."""
+    """Minimum, maximum and mean magnitude of all values that one quantizer got, and their histogram if it is needed."""
 
     def __init__(self, name: str, quantizer: FakeQuantize, method: str, percentile: float) -> None:
         self.name, self.quantizer, self.method, self.percentile = name, quantizer, method, percentile
