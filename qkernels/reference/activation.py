@@ -1,7 +1,6 @@
 """Activation functions that give the same bits in every kernel on every device.
 
-The exponential is written out in additions, multiplications and powers of two, each rounded once; the others follow
-from it.
+The exponential consists of additions, multiplications and powers of two, each rounded once; the other functions use it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch import Tensor
 class Exp:
     """How exp is computed in one dtype: 2**n · p(r), x = n·ln 2 + r, |r| ≤ ln(2)/2.
 
-    ln2_high has so few bits that n·ln2_high is exact. coefficients are p's, the highest power first. Beyond low the
-    result acts as exp(low), beyond high as infinity.
+    ln2_high has so few bits that n·ln2_high is exact. coefficients are those of p, the highest power first. Below low
+    the result is exp(low), above high it is infinity.
     """
 
     low: float
@@ -32,8 +31,8 @@ class Exp:
     mantissa_bits: int
 
 
-# Every constant is a number of its dtype. The fp32 polynomial has a relative error of 2**-28 (a minimax fit with the
-# first two coefficients held at 1), the fp64 one, a Taylor series, 2**-57.
+# Its dtype holds every constant exactly. The fp32 polynomial is a minimax fit with the first two coefficients held at 1
+# and has a relative error of 2**-28; the fp64 polynomial is a Taylor series and has one of 2**-57.
 EXP = {
     torch.float32: Exp(
         low=-87.25,
@@ -78,7 +77,7 @@ def exp(x: Tensor) -> Tensor:
     p = torch.full_like(r, c.coefficients[0])
     for coefficient in c.coefficients[1:]:
         p = p * r + coefficient
-    # Powers of two by their bits, in a table: up to torch 2.11 vmap takes no view in another dtype, of n's bits here.
+    # A table of powers of two, made from their bits: up to torch 2.11 vmap takes no view of n's bits in another dtype.
     exponents = torch.arange(2 * c.exponent_bias + 2, dtype=c.integer, device=x.device)
     powers = (exponents << c.mantissa_bits).view(x.dtype)
     return p * powers[n.nan_to_num().to(c.integer) + c.exponent_bias]
@@ -89,7 +88,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 # gelu(x) = x·Φ(x), and Φ(−|x|) = erfc(z)/2 = exp(−z²)·t·q(t), where z = |x|/√2 and t = 1/(1 + GELU_STEP·z). The
-# coefficients, the highest power first, are a minimax fit: the error of gelu in real numbers is below 4e-9.
+# coefficients of q, the highest power first, are a minimax fit: in real numbers gelu's error is below 4e-9.
 SQRT_HALF = 0.7071067690849304
 GELU_STEP = 0.3984375
 GELU = (
@@ -107,7 +106,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x·Φ(x) of fp32, the form with the error function, within 4e-7 for |x| ≤ 12."""
+    """x·Φ(x) for fp32 x, the form with the error function, within 4e-7 for |x| ≤ 12."""
     z = x.abs() * SQRT_HALF
     t = 1 / (1 + z * GELU_STEP)
     tail = torch.full_like(t, GELU[0])

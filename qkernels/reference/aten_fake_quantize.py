@@ -1,4 +1,4 @@
-"""In plain torch: fake quantization with parameters per channel of one dim, and the gradient through a bool mask."""
+"""Fake quantization with parameters per channel of one dim, and the gradient through a bool mask, in plain torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fake_quantize_backward(
 
 
 def fake_quantize_backward_bytes(grad: Tensor, mask: Tensor) -> Tensor:
-    """grad where mask is set, else 0; in grad's memory layout, or in mask's where grad is not dense."""
+    """grad where mask is set, else 0; in grad's memory layout, or in mask's if grad is not dense."""
     checks.bytes_mask(mask, grad)
     return empty_gradient(grad, mask).copy_(torch.where(mask, grad, 0))
 

@@ -1,8 +1,8 @@
 """Non-uniform quantization in plain torch: y = level · scale, with the level of the codebook nearest to x / scale.
 
-Arithmetic is fp32 (fp64 for fp64 inputs) and 1/scale is taken once, as in fake_quantize. "Nearest" is decided by the
-midpoints between neighbouring levels, in order: the level is the one below which as many midpoints lie as lie below
-x·(1/scale). A tie, x on a midpoint, goes to the lower level. NaN stays NaN; infinities go to the end levels.
+Arithmetic is fp32 (fp64 for fp64 inputs) and 1/scale is computed once, as in fake_quantize. The midpoints between
+neighbouring levels decide which level is nearest: if n midpoints lie below x·(1/scale), it is level n of the ascending
+levels, counted from 0. So an x on a midpoint goes to the lower level. NaN stays NaN; infinities go to the end levels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Levels(NamedTuple):
     """A codebook in ascending order."""
 
     ascending: Tensor
-    midpoints: Tensor  # one fewer
-    order: Tensor  # where each of them stands in the codebook
+    midpoints: Tensor  # one fewer than levels
+    order: Tensor  # index of each ascending level in the codebook
 
 
 def sound(codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """The levels in the compute dtype; all NaN where one of them is not finite, which no training run should miss."""
+    """The levels in the compute dtype; if one is not finite all become NaN, so that a training run shows it."""
     levels = codebook.detach().to(dtype)
     return torch.where(levels.isfinite().all(), levels, torch.nan)
 
@@ -48,7 +48,7 @@ def quantized(v: Tensor, levels: Levels) -> Tensor:
 
 
 def inside_levels(v: Tensor, levels: Levels) -> Tensor:
-    """Where v lies between the lowest and the highest level, both included; False for NaN."""
+    """Whether v lies between the lowest and the highest level, both included; False for NaN."""
     return (v >= levels.ascending[0]) & (v <= levels.ascending[-1])
 
 
@@ -70,7 +70,7 @@ def fake_quantize_codebook_forward(x: Tensor, scale: Tensor, codebook: Tensor) -
 
 
 def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """y, and one bit per element: whether the gradient passes."""
+    """y, and the mask: one bit per element, whether the gradient passes."""
     y = fake_quantize_codebook_forward(x, scale, codebook)
     return y, pack_mask(inside_codebook(x, scale, codebook), y)
 
@@ -86,8 +86,8 @@ def fake_quantize_codebook_learnable_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scale and codebook (empty unless learn_codebook), straight through the choice of the level.
 
-    dx = dy inside the codebook's range, else 0; dscale sums dy·(level − x/scale) inside and dy·level outside; a level
-    gets the sum of dy·scale over what is quantized to it (NaN counts for the lowest).
+    dx = dy inside the codebook's range, else 0; dscale sums dy·(level − x/scale) inside and dy·level outside; the
+    gradient of a level sums dy·scale over the elements that are quantized to it (NaN counts for the lowest).
     """
     checks.grad(grad, x)
     checks.codebook(x, scale, codebook)
@@ -107,7 +107,7 @@ def fake_quantize_codebook_learnable_backward(
 
 
 def quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """Codes: where the nearest level stands in the codebook as it was given. NaN takes the code of 0."""
+    """Codes: the index of the nearest level in the codebook as given. NaN gets the code of 0."""
     checks.codebook(x, scale, codebook)
     v, _, levels = scaled(x, scale, codebook)
     codes = levels.order[nearest(torch.where(v.isnan(), 0, v), levels)]

@@ -1,4 +1,4 @@
-"""Quantization with ranges from the values themselves, in plain torch."""
+"""Quantization with the range of x itself, in plain torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .ranges import qparams_of_range
 def fake_quantize_dynamic_forward(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, scale, zero point (int32) and the packed mask, with ranges taken from each group of x itself."""
+    """y, scale, zero point (int32) and the packed mask; each group of x has its own range."""
     checks.dynamic(x, group_size)
     checks.dynamic_range(quant_min, quant_max, None)
     scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
@@ -25,7 +25,7 @@ def fake_quantize_dynamic_forward(
 def dynamic_qparams(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and int32 zero point of each group: of the whole of x (0), of each row (-1), of group_size elements."""
+    """Scale and int32 zero point of each group: the whole of x (0), a row (-1), or group_size elements of a row."""
     values = x.detach().to(compute_dtype(x))
     rows = x.shape[:-1]
     shape = [1] * x.dim() if group_size == 0 else [*rows, 1 if group_size == -1 else x.shape[-1] // group_size]

@@ -1,8 +1,8 @@
 """Fake quantization in plain torch.
 
 y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale. Arithmetic is fp32 (fp64 for
-fp64 inputs), 1/scale is taken once, rounding is half to even, and the output is rounded once to x's dtype. The shape of
-scale is the granularity: one element, or x's rank with every dim dividing x's.
+fp64 inputs), 1/scale is computed once, rounding is half to even, and the output is rounded once to x's dtype. The shape
+of scale is the granularity: one element, or x's rank with every dim dividing x's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def expand(param: Tensor, x: Tensor) -> Tensor:
-    """``param`` repeated to the blocks of x that it speaks for."""
+    """Repeats each element of ``param`` over its block of x."""
     if param.numel() == 1:
         return param.reshape(())
     for dim, (blocks, size) in enumerate(zip(param.shape, x.shape, strict=True)):
@@ -35,9 +35,9 @@ def qparams(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scale, 1/scale and zero point in the compute dtype, expanded to x.
 
-    A scale below the smallest normal fp32 acts as that value; a negative or NaN one gives NaN. A float zero point is
-    rounded half to even and clamped into the range, forward and backward alike; an integer one outside it, which
-    ``checks.fake_quantize`` cannot see on a GPU, gives NaN.
+    A scale below the smallest normal fp32 acts as that value; a negative or NaN scale gives NaN. A float zero point is
+    rounded half to even and clamped into the range, forward and backward alike. An integer zero point outside the range
+    gives NaN; ``checks.fake_quantize`` refuses it, except on a GPU, where it does not look.
     """
     dtype = compute_dtype(x)
     s = expand(scale.detach(), x).to(dtype)
@@ -67,8 +67,8 @@ def inside_range(
 ) -> Tensor:
     """Where the gradient of x passes: a bool tensor, False for NaN.
 
-    The rounded code lies in the range, bounds included: nothing is clipped. Or, with lsq, x/scale + zero_point lies in
-    it before rounding, bounds excluded.
+    It passes where the rounded code lies in the range, bounds included; with lsq, where x/scale + zero_point lies in
+    the range before rounding, bounds excluded.
     """
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
     return counts_inside(x.to(s.dtype) * inv, z, quant_min, quant_max, lsq)

@@ -20,10 +20,10 @@ def fake_quantize_straight_through_backward(
     ewgs_delta: float,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and zero point; v = x/scale, and clip's own are those of the learnable backward.
+    """Gradients of x, scale and zero point, with v = x/scale; "clip" is in ``fake_quantize_learnable_backward``.
 
-    pass: dx = dy, the sums as clip's.
-    pact: dx = dy where quant_min − zp <= v < quant_max − zp, and only what lies outside counts for the sums
+    pass: dx = dy; the sums are those of "clip".
+    pact: dx = dy where quant_min − zp <= v < quant_max − zp; only elements outside count in the sums
     (arXiv 1805.06085, whose alpha is scale·(quant_max − zp)).
     ewgs: dx = dy·(1 + d·(v − round(v))) where quant_min − zp <= v <= quant_max − zp, with d = ewgs_delta·sign(dy)
     (arXiv 2104.00903, which clips before it rounds). By the chain rule the scale's term dy·(round(v) − v) becomes
@@ -77,9 +77,9 @@ def fake_quantize_learnable_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scale and zero point (LSQ, arXiv 1902.08153; LSQ+, arXiv 2004.09576).
 
-    dscale sums dy·{quant_min − zp | quant_max − zp | (q − zp) − x/scale} (below, above, inside the range), dzp sums
-    −dy·scale over what is outside; both times grad_factor. With lsq the range is asked of x/scale + zp before rounding,
-    bounds excluded, as in both papers; else of q, bounds included, as torch does.
+    dscale sums dy·{quant_min − zp | quant_max − zp | (q − zp) − x/scale} (below, above, inside the range); dzp sums
+    −dy·scale over elements outside; both are multiplied by grad_factor. With lsq an element is inside if x/scale + zp
+    before rounding lies in the range, bounds excluded, as in both papers; else if q does, bounds included, as in torch.
     """
     checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.grad(grad, x)

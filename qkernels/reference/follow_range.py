@@ -1,4 +1,4 @@
-"""Scales that follow the range of what they quantize, in plain torch."""
+"""Moves scales after the range of the tensor that they quantize, in plain torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def follow_range(
 ) -> None:
     """Moves scale and zero point, in place, towards those of the range of the elements that share them.
 
-    They go ``up`` of the way where that is the larger scale, else ``down`` of it; of zeros alone, of a range that is
-    not finite and of an empty x they stay.
+    They go the share ``up`` of the way if the range's scale is larger, else the share ``down``. They stay if x is
+    empty, all zero or has a range that is not finite.
     """
     checks.follow_range(x, scale, zero_point, quant_min, quant_max, up, down)
     if x.numel() == 0:
@@ -43,7 +43,7 @@ def followed(
     up: float,
     down: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``follow_range`` makes of scale and zero point, of an x that is not empty."""
+    """Scale and zero point as ``follow_range`` moves them, as new tensors; x is not empty."""
     low, high = range_of(x, scale)
     s, z = qparams_of_range(low, high, quant_min, quant_max, symmetric, 0.0)
     known = low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))

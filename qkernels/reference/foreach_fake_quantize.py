@@ -1,6 +1,6 @@
-"""Fake quantization of many tensors: the op of one tensor on each, in order.
+"""Fake quantization of many tensors: calls the op for one tensor on each, in order.
 
-Through the dispatcher, so that a device without a kernel of its own for lists runs its best kernel for each tensor.
+The calls go through the dispatcher, so that a device without a kernel for lists runs its best kernel on each tensor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def foreach_fake_quantize_learnable_backward(
     grad_factors: Sequence[float],
     lsq: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of the tensors, of the scales and of the zero points (these in scale's shape)."""
+    """Gradients of the tensors, of the scales and of the zero points (in the scales' shapes)."""
     checks.foreach(
         xs, grad_factor=grad_factors, grads=grads, scales=scales, zero_points=zero_points, quant_min=quant_mins,
         quant_max=quant_maxs,

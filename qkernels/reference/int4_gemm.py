@@ -1,7 +1,7 @@
-"""The linear layer on int4 weights in plain torch: integer sums group by group, then one order of float operations.
+"""The linear layer on int4 weights in plain torch: an exact sum for each group, then float operations in fixed order.
 
-A weight is code·scale of its group along K, (code − zero_point)·scale, or (code + 8)·scale + minimum: ``minimum`` is
-the value of the smallest code, as GGUF's Q4_1 stores it.
+With the parameters of its group along K, a weight is code·scale, (code − zero_point)·scale, or (code + 8)·scale +
+minimum; ``minimum`` is the value of the smallest code, as GGUF's Q4_1 stores it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def int4_unpack(data: Tensor, n: int, k: int) -> Tensor:
 def quantize_input(
     x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Codes [M, K], scales (one element or [M, 1]) and zero points (an int, or of as many elements) of rows x."""
+    """Codes [M, K] of x's rows, scales (one element or [M, 1]) and zero points (an int, one element or [M, 1])."""
     rows = x.detach().reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     if x.dtype == torch.int8:
         assert input_scale is not None
@@ -50,7 +50,7 @@ def quantize_input(
 
 
 def offset_of(scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None) -> Tensor | None:
-    """The value of code −8, in fp32."""
+    """The value of code −8, in fp32; None without zero points and minima."""
     if minimum is not None:
         return minimum.float()
     return None if zero_point is None else -(zero_point.float() + 8) * scale.float()
@@ -109,7 +109,7 @@ def int4_linear(
 
 
 def weight_of(q: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
-    """The weight [N, K] in fp64, exactly, but for the rounding of offset."""
+    """The weight [N, K] in fp64: exact, except that offset is rounded to fp32."""
     codes = q.double().reshape(q.shape[0], scale.shape[1], group_size)
     if offset is None:
         return (codes * scale.double()[..., None]).reshape(q.shape)

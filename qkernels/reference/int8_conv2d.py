@@ -1,4 +1,4 @@
-"""int8 convolution in plain torch: quantize the input per tensor, convolve the integers exactly, one float epilogue."""
+"""int8 convolution in plain torch: quantizes the input per tensor, convolves the integers exactly, ends in floats."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def int8_conv2d(
     weight = torch.cat([layouts.int8_unpack(panels, group_out, k) for panels in data])
     weight = weight.view(channels_out, *kernel_size, group_in).permute(0, 3, 1, 2)
     sides = (padding[1], padding[1], padding[0], padding[0])
-    # (q - zero_point) is zero in the padding: the code of an exact real zero.
+    # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.
     acc = conv2d(pad((q.long() - zero_point).double(), sides), weight.double(), None, stride, 0, dilation, groups)
     seen = conv2d(pad(nan.double(), sides), torch.ones_like(weight).double(), None, stride, 0, dilation, groups)
     rows = acc.long().permute(0, 2, 3, 1)

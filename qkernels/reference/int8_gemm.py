@@ -12,7 +12,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def exact_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Exact int64 sums: every partial sum is an integer below 2**53."""
+    """The exact product in int64: every partial sum is an integer below 2**53, which fp64 holds."""
     return (a.double() @ b.double()).long()
 
 
@@ -31,7 +31,7 @@ def epilogue(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
 ) -> Tensor:
-    """acc [M, N] exact; scale_a one element or [M, 1]; scale_b one element or [N]; bias [N]."""
+    """Scales, bias, activation and output. acc is [M, N], scale_a one element or [M, 1], scale_b one element or [N]."""
     y = acc.float() * scale_b.float() * scale_a.float()
     if bias is not None:
         y = y + bias.float()
@@ -65,7 +65,7 @@ def int8_scaled_mm(
 
 
 def int8_pack(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] in panels, and the sum of each channel."""
+    """Codes [N, K] in panels, and the sum of each output channel's codes."""
     gemm_checks.matrix_of_codes("w", w)
     return layouts.int8_pack(w), w.sum(1, dtype=torch.int32)
 
@@ -79,9 +79,9 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
 def static_qparams(
     of: str, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """The scale as fp32, floored at the smallest normal one and NaN where negative, and the zero point.
+    """The scale as fp32, at least the smallest normal number and NaN if it is negative; and the zero point.
 
-    A zero point beyond the range makes the scale NaN: on a GPU the host cannot look at it without waiting.
+    A zero point beyond the range makes the scale NaN, because on a GPU the host cannot check it without waiting.
     """
     gemm_checks.static(of, scale, zero_point, quant_min, quant_max)
     s = scale.detach().float().reshape(())
@@ -95,7 +95,7 @@ def static_qparams(
 def quantize_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor | int, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes, and which elements were NaN (their code is quant_min; the caller makes their outputs NaN)."""
+    """Codes, and which elements are NaN (their code is quant_min; the caller makes their outputs NaN)."""
     t = x.float() * (1 / scale)
     q = (t.round() + zero_point).clamp(quant_min, quant_max)
     return torch.where(t.isnan(), quant_min, q).to(torch.int8), t.isnan()

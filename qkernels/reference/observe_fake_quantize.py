@@ -1,4 +1,4 @@
-"""Observed fake quantization in plain torch: a moving-average observer and a fake quantization in one."""
+"""A moving-average observer and a fake quantization in one, in plain torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def observe_fake_quantize(
     symmetric_steps: float,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """Moving-average observer and fake quantization in one: updates the four statistics in place, returns y and mask.
+    """Updates the four statistics in place, then returns y and the mask.
 
-    running += averaging_const · (batch − running), from the first batch on where running is infinite. Statistics are
-    fp32 and have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|), with the
-    zero point symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite leaves the
-    statistics as they are.
+    running += averaging_const · (batch − running); an infinite running takes the batch's value. Statistics are fp32 and
+    have the shape of scale. symmetric_steps is the number of steps that cover max(|min|, |max|), with the zero point
+    symmetric_zero_point; 0 means asymmetric. A batch that is empty or whose range is not finite does not change the
+    statistics.
     """
     checks.observe(x, observer_on, fake_quant_on, running_min, running_max, scale, zero_point, quant_min, quant_max)
     # Statistics of one element may have any shape.
@@ -48,7 +48,7 @@ def observe_fake_quantize(
 
 
 def moving_average(running: Tensor, batch: Tensor, averaging_const: float) -> Tensor:
-    """running + averaging_const · (batch − running), also where that difference is beyond fp32."""
+    """running + averaging_const · (batch − running), also if the difference is beyond fp32."""
     momentum = torch.full_like(running, averaging_const)
     distance = batch - running
     near, far = running + momentum * distance, (1 - momentum) * running + momentum * batch
@@ -63,7 +63,7 @@ def observed_qparams(
     symmetric_steps: float,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    """As torch.ao's observers by default: the scale is floored at fp32's epsilon."""
+    """Scale and zero point of torch.ao's observers with their default eps: a scale is at least fp32's epsilon."""
     low, high = within_reach(low.clamp(max=0)), within_reach(high.clamp(min=0))
     eps = torch.finfo(torch.float32).eps
     if symmetric_steps:

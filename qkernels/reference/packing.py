@@ -17,7 +17,7 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
     eights = torch.nn.functional.pad(q, (0, -k % 8)).unflatten(-1, (-1, 8)).to(torch.int32) & (1 << bits) - 1
     stream = torch.zeros_like(eights[..., 0])
     for i in range(8):
-        stream |= eights[..., i] << i * bits  # 8 codes of 4 bits fill an int32: its sign bit is the last code's
+        stream |= eights[..., i] << i * bits  # 8 codes of 4 bits fill an int32 with its sign bit
     octets = torch.stack([stream >> 8 * i & 255 for i in range(bits)], -1).to(torch.uint8)
     return octets.flatten(-2)[..., : layouts.packed_length(k, bits)].contiguous()
 

@@ -1,4 +1,4 @@
-"""Real quantization in plain torch: q = clamp(round(x / scale) + zero_point, quant_min, quant_max), and back."""
+"""Quantization to integers in plain torch, q = clamp(round(x / scale) + zero_point, quant_min, quant_max), and back."""
 
 from __future__ import annotations
 

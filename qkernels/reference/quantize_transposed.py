@@ -14,9 +14,9 @@ from .stochastic import quantize_stochastic
 def quantize_dynamic_transposed(
     x: Tensor, quant_max: int, seed: int | None, offset: int, offset_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales [rows, 1] of the rows of x, then those of the rows of x.t(); one draw serves both."""
+    """Codes and scales [rows, 1] of x's rows, then of those of x.t(); one random number per element serves both."""
     checks.quantize_transposed(x, quant_max)
-    x = x.contiguous()  # element i draws the i-th number: row by row, however x lies in memory
+    x = x.contiguous()  # element i, counted row by row, draws the i-th number, whatever x's strides
 
     def codes(scale: Tensor) -> Tensor:
         if seed is None:

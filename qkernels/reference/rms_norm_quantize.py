@@ -1,8 +1,8 @@
 """RMSNorm and dynamic quantization in one, in plain torch.
 
 v = (x · rstd) · weight with rstd = 1/sqrt(mean(x²) + eps) over the last dim. v stays in the compute dtype (fp32; fp64
-for fp64 x): it is not rounded to x's dtype before it is quantized with the range of its own groups, as in
-``fake_quantize_dynamic``. The sum of squares is the one step whose order is free. Everything after rstd is exact: see
+for fp64 x): it is quantized, without rounding to x's dtype before, with the range of its own groups, as in
+``fake_quantize_dynamic``. Only the sum of squares may run in any order. Given rstd, all bits are fixed: see
 ``given_rstd`` and ``given_rstd_quantized``.
 """
 
@@ -18,7 +18,7 @@ from .quantize import quantize
 
 
 def rstd_of(x: Tensor, eps: float) -> Tensor:
-    """1/sqrt(mean(x²) + eps) of each row, shape [..., 1]; squares in the compute dtype, added in fp64."""
+    """1/sqrt(mean(x²) + eps) of each row, shape [..., 1]; squares are in the compute dtype, their sum in fp64."""
     values = x.to(compute_dtype(x))
     mean = values.square().sum(-1, keepdim=True, dtype=torch.float64).to(values.dtype) / x.shape[-1]
     return row_major(1 / (mean + eps).sqrt(), values.dtype)
@@ -36,7 +36,7 @@ def row_major(values: Tensor, dtype: torch.dtype) -> Tensor:
 def given_rstd(
     x: Tensor, weight: Tensor | None, rstd: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, scale and zero point; all kernels give these bits for the rstd that they computed."""
+    """y, scale and zero point; each kernel gives these bits for the rstd that it computed."""
     v = normalized(x, weight, rstd)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(fake_quantize_forward(v, scale, zero_point, quant_min, quant_max), x.dtype), scale, zero_point
@@ -45,7 +45,7 @@ def given_rstd(
 def given_rstd_quantized(
     x: Tensor, weight: Tensor | None, rstd: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``given_rstd``, with the codes in the place of y."""
+    """As ``given_rstd``, with codes instead of y."""
     v = normalized(x, weight, rstd)
     scale, zero_point = dynamic_qparams(v, group_size, quant_min, quant_max, symmetric)
     return row_major(quantize(v, scale, zero_point, quant_min, quant_max, torch.int8), torch.int8), scale, zero_point
@@ -64,7 +64,7 @@ def rms_norm_fake_quantize_dynamic_forward(
 def rms_norm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (int8), scale, zero point (int32) and rstd: dequantized, the values of the fake-quantize op bit for bit."""
+    """q (int8), scale, zero point (int32) and rstd; dequantized, q equals y of the fake-quantize op bit for bit."""
     checks.rms_norm(x, weight, group_size)
     checks.dynamic_range(quant_min, quant_max, torch.int8)
     rstd = rstd_of(x, eps)
@@ -84,10 +84,10 @@ def rms_norm_fake_quantize_dynamic_backward(
     quant_max: int,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight (empty unless weight_grad). A scale says what was clipped; without one nothing was.
+    """dx and dweight (empty unless weight_grad).
 
-    With n = x·rstd, dy the gradient where nothing was clipped and u = dy·weight: dx = (u − n·mean(u·n))·rstd and
-    dweight sums dy·n over the rows.
+    scale and zero_point tell what was clipped; scale None means that nothing was. With n = x·rstd, dy = grad where
+    nothing was clipped, else 0, and u = dy·weight: dx = (u − n·mean(u·n))·rstd, and dweight sums dy·n over the rows.
     """
     checks.rms_norm(x, weight, 0)
     checks.grad(grad, x)

@@ -1,8 +1,8 @@
 """SwiGLU's product and dynamic quantization in one, in plain torch.
 
-v = silu(gate) · up, in the compute dtype (fp32; fp64 for fp64), is quantized with the range of its own groups, as in
-``fake_quantize_dynamic``; it is not rounded to the inputs' dtype before that. silu is that of activation.py, the same
-bits in every kernel.
+v = silu(gate) · up is in the compute dtype (fp32; fp64 for fp64) and is quantized, without rounding to the inputs'
+dtype before, with the range of its own groups, as in ``fake_quantize_dynamic``. silu is that of activation.py, which
+gives the same bits in every kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def silu_mul_fake_quantize_dynamic_forward(
 def silu_mul_quantize_dynamic(
     gate: Tensor, up: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (int8), scale and zero point (int32): dequantized, the values of the fake-quantize op bit for bit."""
+    """q (int8), scale and zero point (int32); dequantized, q equals y of the fake-quantize op bit for bit."""
     checks.silu_mul(gate, up, group_size)
     checks.dynamic_range(quant_min, quant_max, torch.int8)
     v = product(gate, up)
@@ -54,7 +54,7 @@ def silu_mul_fake_quantize_dynamic_backward(
     quant_min: int,
     quant_max: int,
 ) -> tuple[Tensor, Tensor]:
-    """dgate and dup. A scale says what was clipped; without one nothing was."""
+    """dgate and dup. scale and zero_point tell what was clipped; scale None means that nothing was."""
     checks.silu_mul(gate, up, 0)
     checks.grad(grad, gate)
     if scale is not None:
@@ -68,6 +68,6 @@ def silu_mul_fake_quantize_dynamic_backward(
 
 
 def gradients(dy: Tensor, g: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Of g·s·u, where s is the sigmoid of g."""
+    """The gradients of g·s·u in g and u, where s is the sigmoid of g."""
     silu = g * s
     return (dy * u) * (s + silu * (1 - s)), dy * silu

@@ -1,4 +1,4 @@
-"""Statistics that calibration chooses ranges by, in plain torch: histograms and sums of squared quantization errors."""
+"""Statistics for the choice of ranges, in plain torch: histograms and sums of squared quantization errors."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from .fake_quantize_learnable import sum_to
 
 
 def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Counts of x in equal bins of [low, high], and of what lies outside: below, above, NaN.
+    """Counts of x in equal bins of [low, high], and counts of the values below, above and NaN.
 
-    Bin of a value inside: min(floor((x − low)·inv), bins − 1) with inv = bins/(high − low), each operation rounded to
-    fp32 (fp64 for fp64). An empty range (high = low) counts the values that equal it in bin 0.
+    A value inside counts in bin min(floor((x − low)·inv), bins − 1) with inv = bins/(high − low); each operation is
+    rounded to fp32 (fp64 for fp64). If high = low, bin 0 counts the values that equal them.
     """
     checks.histogram(x, low, high, bins)
     dtype = compute_dtype(x)
     values = x.detach().to(dtype)
     lo, hi = expand(low.detach().to(dtype), x), expand(high.detach().to(dtype), x)
-    inv = torch.full_like(lo, bins) / (hi - lo)  # bins / tensor would be bins · (1 / tensor)
+    inv = torch.full_like(lo, bins) / (hi - lo)  # torch computes int / tensor as int · (1 / tensor)
     at = ((values - lo) * inv).nan_to_num(0.0, posinf=float(bins)).clamp(0, bins - 1).long()
     at = torch.where(values <= hi, at + 1, bins + 1)  # slot 0: below; bins + 1: above; bins + 2: NaN
     at = torch.where(values >= lo, at, 0)
     at = torch.where(values.isnan(), bins + 2, at)
     slots = bins + 3
     channel = expand(torch.arange(low.numel(), device=x.device).reshape(low.shape), x)
-    counts = torch.zeros(low.numel() * slots, dtype=torch.int64, device=x.device)  # torch.bincount waits for a GPU
+    counts = torch.zeros(low.numel() * slots, dtype=torch.int64, device=x.device)  # torch.bincount would wait for a GPU
     counts = counts.scatter_add_(0, (at + channel * slots).reshape(-1), torch.ones_like(at).reshape(-1))
     counts = counts.reshape(*low.shape, slots)
     return counts[..., 1:-2].contiguous(), torch.cat((counts[..., :1], counts[..., -2:]), -1)
 
 
 def blocks_of(x: Tensor, shape: torch.Size) -> Tensor:
-    """x as ``[prod(shape), values that one element of shape speaks for]``."""
+    """x as ``[prod(shape), values of one block]``; ``shape`` is the granularity."""
     if shape.numel() == 1:
         return x.reshape(1, -1)
     split = [n for p, size in zip(shape, x.shape, strict=True) for n in (p, size // max(p, 1))]
@@ -43,7 +43,7 @@ def blocks_of(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
-    """Sums of (fake_quantize(x) − x)² for each candidate scale[k] over the blocks its elements speak for, in fp64.
+    """Sums of (fake_quantize(x) − x)², in fp64, over the block of each element of each candidate scale[k].
 
     The fake-quantized value is not rounded to x's dtype. Zero points are rounded and clamped as in fake_quantize.
     """

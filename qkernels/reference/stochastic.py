@@ -1,9 +1,9 @@
 """Stochastic rounding in plain torch, from a counter-based generator.
 
-q = floor(v) + (u < v − floor(v)) + zero_point with v = x/scale and u uniform in [0, 1). Comparing u with the fraction
-is exact, where floor(v + u) would round v + u. u is a function of (seed, offset) and of the element's place in memory
-alone: no kernel, device or number of threads can change it, and a second forward pass (activation checkpointing)
-repeats the first. The place counts in memory order, not in index order, because kernels walk memory.
+q = floor(v) + (u < v − floor(v)) + zero_point with v = x/scale and u uniform in [0, 1). The comparison of u with the
+fraction is exact, whereas floor(v + u) would round v + u. u depends only on (seed, offset) and on the element's place
+in memory: no kernel, device or number of threads can change it, and a second forward pass (activation checkpointing)
+repeats the first. Places count in memory order, not in index order, because kernels run through memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ROUNDS = 10
 
 
 def multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of the product of two 32-bit words, in int64 that never overflows."""
+    """High and low word of the product of two 32-bit words, computed in int64 without overflow."""
     low, high = (a & 0xFFFF) * b, (a >> 16) * b
     middle = high + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10 (Salmon et al., SC 2011): four random words from a counter of four and a key of two."""
+    """Philox-4x32-10 (Salmon et al., SC 2011): four random words from a counter of four words and a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -44,8 +44,8 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
 def uniform(x: Tensor, seed: int, offset: int, offset_tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """u for every element of x: multiples of 2**-24 in [0, 1).
 
-    Element i in memory order takes word i % 4 of Philox at counter (i // 4, offset), each 64 bits, low word first; the
-    key is the seed. u is the word's 24 high bits, as many as an fp32 fraction holds, times 2**-24.
+    Element i in memory order takes word i % 4 of Philox at counter (i // 4, offset), both of 64 bits, low word first;
+    the key is the seed. u is the word's 24 high bits, as many as an fp32 fraction holds, times 2**-24.
     """
     blocks = torch.arange((x.numel() + 3) // 4, device=x.device)
     number = torch.full((), offset, device=x.device) + (0 if offset_tensor is None else offset_tensor.reshape(()))
@@ -58,7 +58,7 @@ def uniform(x: Tensor, seed: int, offset: int, offset_tensor: Tensor | None, dty
 
 def round_stochastically(steps: Tensor, u: Tensor) -> Tensor:
     low = steps.floor()
-    # An infinity has a NaN fraction, and stays.
+    # The fraction of an infinity is NaN, so the comparison is false, and low + 1 is the infinity again.
     return torch.where(u >= steps - low, low, low + 1)
 
 
@@ -72,7 +72,7 @@ def fake_quantize_stochastic_forward(
     offset: int,
     offset_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y and the packed mask of what was not clipped."""
+    """y and the packed mask: set where x was not clipped."""
     checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.offset(offset_tensor, x)
     s, inv, z = qparams(x, scale, zero_point, quant_min, quant_max)
@@ -93,7 +93,7 @@ def fake_quantize_stochastic_backward(
     offset_tensor: Tensor | None,
     grad_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and zero point: LSQ's, with the q that the forward pass drew."""
+    """LSQ's gradients of x, scale and zero point, with the q that the forward pass drew."""
     checks.fake_quantize(x, scale, zero_point, quant_min, quant_max)
     checks.grad(grad, x)
     checks.offset(offset_tensor, x)

@@ -1,9 +1,9 @@
-"""The differentiable ops as expressions of torch's own: for torch.func's transforms and for forward mode.
+"""The differentiable ops as expressions in torch's ops, for torch.func's transforms and for forward mode.
 
-The kernels have one rule of differentiation, reverse mode in an autograd.Function. Here an op is a value, the kernels'
-bit for bit, that has the derivatives of a model: a short expression that states the op's straight-through convention,
-from which grad, vmap, jvp and every nest of them follow. What the model takes for constant is detached. Second
-derivatives are the model's too: zero in the range, where rounding has the derivative 1.
+The kernels have one rule of differentiation, reverse mode in an autograd.Function. Here an op returns the kernels'
+value, bit for bit, with the derivatives of a model. The model is a short expression that states the op's
+straight-through convention; grad, vmap, jvp and every nest of them follow from it. It detaches what it takes for
+constant. Second derivatives are the model's too: zero in the range, where rounding has the derivative 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .silu_mul_quantize import product
 
 
 def as_if(value: Tensor, model: Tensor) -> Tensor:
-    """value, differentiated as if it were model, which is finite. Taking off +0 keeps every bit, also that of −0."""
+    """value, differentiated as if it were model, which is finite. The subtraction of +0 keeps every bit, also −0's."""
     return value - (model.detach() - model).to(value.dtype)
 
 
 def no_change(t: Tensor, factor: float = 1.0) -> Tensor:
-    """Zeros whose derivative in t is factor."""
+    """Zeros, whose derivative in t is factor."""
     return (t - t.detach()) * factor
 
 
@@ -93,7 +93,7 @@ def _learned(
     straight_through: str = "clip",
     ewgs_delta: float = 0.0,
 ) -> Tensor:
-    """Of x/scale, ``steps``, and the integer that it became."""
+    """y from ``steps``, which is x/scale, and ``integer``, to which steps was rounded."""
     s, _, z = qparams(x, scale, zero_point, quant_min, quant_max)
     q = integer + z
     end = q.clamp(quant_min, quant_max) - z
@@ -105,8 +105,9 @@ def _learned(
         inside = counts_inside(steps, z, quant_min, quant_max, lsq=True)
     else:
         inside = (q >= quant_min) & (q <= quant_max)
-    # Inside y = round(v)·scale with v = x/scale and round's derivative 1, so x − scale·v + scale·round(v), v and
-    # round(v) constant; outside (bound − zero_point)·scale. Scale and zero point change times grad_factor.
+    # With v = x/scale, inside the range y = round(v)·scale, where round has the derivative 1; so the model is
+    # x − scale·v + scale·round(v) with v and round(v) constant. Outside the model is (bound − zero_point)·scale.
+    # grad_factor multiplies the derivatives in scale and zero point.
     values, learned = x.to(s.dtype), s + expand(no_change(scale.to(s.dtype), grad_factor), x)
     outside = end
     if zero_point is not None and zero_point.is_floating_point():
@@ -161,7 +162,7 @@ def fake_quantize_stochastic(
 def fake_quantize_dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, scale and zero point; the range is a constant."""
+    """y, scale and zero point; the derivatives take the range for a constant."""
     checks.dynamic(x, group_size)
     checks.dynamic_range(quant_min, quant_max, None)
     scale, zero_point = dynamic_qparams(x, group_size, quant_min, quant_max, symmetric)
@@ -189,7 +190,7 @@ def silu_mul_fake_quantize_dynamic(
 ) -> Tensor:
     checks.silu_mul(gate, up, group_size)
     g = gate.to(compute_dtype(gate))
-    # A product of its own bits, whose exponential torch cannot see through.
+    # The value is product's, whose exponential torch cannot differentiate; the derivatives are those of torch's silu.
     v = as_if(product(gate.detach(), up.detach()), torch.nn.functional.silu(g) * up.to(g.dtype))
     return fake_quantize_dynamic(v, group_size, quant_min, quant_max, symmetric)[0].to(gate.dtype)
 
@@ -225,7 +226,7 @@ def observe_fake_quantize(
     quant_min: int,
     quant_max: int,
 ) -> Tensor:
-    """After the statistics were updated, which are constants."""
+    """y, after the statistics were updated; the derivatives take these for constants."""
     y = fake_quantize(x, scale.detach(), zero_point.detach(), quant_min, quant_max)
     return torch.where(fake_quant_on.bool().reshape(()), y, x)
 
