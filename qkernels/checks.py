@@ -1,7 +1,7 @@
-"""The rules of arguments, each once: what the Python kernels and layers refuse, in the words of the C++ and CUDA ones.
+"""The rules of arguments, each once: what Python kernels and layers refuse, in the words of the C++ and CUDA kernels.
 
-First the rules that many ops share, then those of single ops under their names. Every function raises RuntimeError
-with "name: got …; accepted: …", or returns. Values on a GPU are not looked at: that would wait for it.
+The rules that many ops share come first, then those of single ops under their names. Every function returns or raises
+RuntimeError with "name: got …; accepted: …". No function looks at values on a GPU, because that would wait for it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-EXACT_INT = 2**24  # every integer up to here is an fp32
+EXACT_INT = 2**24  # fp32 holds every integer up to this magnitude
 MAX_BINS = 2**20
-LEVELS = (2, 256)  # of a codebook
+LEVELS = (2, 256)  # the least and the largest number of levels of a codebook
 CODE_DTYPES = (torch.int8, torch.uint8, torch.int32)
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
-# The straight-through conventions beside "clip". Those with terms of their own; "lsq" is an argument of clip's ops.
+# The straight-through conventions beside "clip". The ops of "clip" take "lsq" as an argument; those of WITH_TERMS have
+# terms of their own.
 WITH_TERMS = ("pass", "pact", "ewgs")
 VARIANTS = ("lsq", *WITH_TERMS)
 
@@ -28,8 +29,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def dense(name: str, t: Tensor) -> None:
-    """t is plain values in strided memory."""
-    if not isinstance(t, Tensor):  # what stands for one, where a graph is traced
+    """t holds plain values in strided memory."""
+    if not isinstance(t, Tensor):  # a Proxy, while torch.fx traces
         return
     if t.is_nested:
         got, way = "a nested tensor", "as its unbind() gives"
@@ -87,7 +88,7 @@ def code_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def range_of_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
-    """dtype holds every code of the range."""
+    """dtype can hold every code of the range."""
     code_dtype("dtype", dtype)
     info = torch.iinfo(dtype)
     if quant_min < info.min or quant_max > info.max:
@@ -122,7 +123,7 @@ def scale_of(scale: Tensor, x: Tensor) -> None:
 
 
 def scale_and_zero_point(scale: Tensor, zero_point: Tensor | None, x: Tensor) -> None:
-    """Both have a granularity of x, and zero_point that of scale or one element."""
+    """Both have a granularity of x; zero_point has scale's or one element."""
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is not None:
             device(name, param, x)
@@ -136,12 +137,12 @@ def scale_and_zero_point(scale: Tensor, zero_point: Tensor | None, x: Tensor) ->
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    """What every op with scale, zero point and a range asks of them."""
+    """The rules of every op with a scale, a zero point and a range."""
     floats_and_range(x, quant_min, quant_max)
     scale_and_zero_point(scale, zero_point, x)
     if zero_point is None:
         return
-    # Values are looked at only where that costs no synchronisation, and where there is one of each.
+    # Values are checked only without synchronisation, and not under vmap, which has many for one.
     seen = x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(zero_point)
     if seen and not zero_point.is_floating_point():
         z = zero_point.long()
@@ -179,7 +180,7 @@ def clip_or_lsq(variant: str) -> None:
 
 
 def dynamic(x: Tensor, group_size: int) -> None:
-    """x can be quantized in groups of its last dim: −1: whole rows, 0: the whole tensor."""
+    """x can be quantized in groups of its last dim (−1: whole rows, 0: the whole tensor)."""
     values("x", x)
     if group_size == 0:
         return
@@ -193,14 +194,14 @@ def dynamic(x: Tensor, group_size: int) -> None:
 
 
 def dynamic_range(quant_min: int, quant_max: int, dtype: torch.dtype | None) -> None:
-    """The range of an op that takes scales from x itself: of fake quantization (None), or of codes of dtype."""
+    """The range of an op that takes scales from x itself; dtype of its codes, or None for fake quantization."""
     if dtype is not None:
         range_of_dtype(quant_min, quant_max, dtype)
     quant_range(quant_min, quant_max)
 
 
 def channel_views(x: Tensor, axis: int, *params: Tensor) -> list[Tensor]:
-    """Per-channel [C] parameters in the shape that speaks for dim ``axis`` of x."""
+    """Views of per-channel [C] parameters with x's rank, so that their granularity is dim ``axis`` of x."""
     dims = x.dim()
     if not -dims <= axis < dims:
         raise RuntimeError(f"axis: got {axis}; accepted: {-dims} to {dims - 1}, x has {dims} dims")
@@ -253,7 +254,7 @@ def dequantize_codebook(codes: Tensor, scale: Tensor, codebook: Tensor, dtype: t
 
 
 def offset(offset_tensor: Tensor | None, x: Tensor) -> None:
-    """Of stochastic rounding."""
+    """The offset tensor of stochastic rounding."""
     if offset_tensor is None:
         return
     if offset_tensor.dtype != torch.int64 or offset_tensor.numel() != 1:
@@ -322,7 +323,7 @@ def follow_range(
 
 
 def foreach(xs: Sequence[Tensor], **others: Sequence[object]) -> None:
-    """The lists are of one length and the tensors on one device."""
+    """All lists have one length, and the tensors are on one device."""
     for name, given in others.items():
         if len(given) != len(xs):
             raise RuntimeError(f"{name}: got {len(given)} values; accepted: one for each of the {len(xs)} tensors")

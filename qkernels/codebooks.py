@@ -1,4 +1,4 @@
-"""Codebooks for ``fake_quantize_codebook``: ascending levels in fp32, scaled so that the largest magnitude is 1."""
+"""Codebooks for ``fake_quantize_codebook``: ascending fp32 levels, divided by the largest magnitude."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ def _codebook(levels: Sequence[float] | Tensor, signed: bool = False) -> Tensor:
     """The distinct levels, with their negatives if signed, ascending, divided by the largest magnitude."""
     t = torch.as_tensor(levels, dtype=torch.float32)
     t = torch.unique(torch.cat([-t, t]) if signed else t)
-    return t / t.abs().max() + 0.0  # 0 for −0
+    return t / t.abs().max() + 0.0  # turns −0 into 0
 
 
 def normal_float(bits: int) -> Tensor:
     """NormalFloat: 2**bits levels with equally many standard normal values each, and an exact 0.
 
-    Quantiles of the normal distribution at 2**(bits−1) + 1 probabilities from 1/2 up for the positive side and one
-    fewer for the negative one, ending short of 1 by the mean of 1/2**(bits+1) and 1/(2**(bits+1) − 2) (QLoRA, arXiv
-    2305.14314, section 3).
+    The levels are quantiles of the normal distribution: at 2**(bits−1) + 1 probabilities from 1/2 up for the positive
+    side, at one fewer for the negative side. The last probability is below 1 by the mean of 1/2**(bits+1) and
+    1/(2**(bits+1) − 2) (QLoRA, arXiv 2305.14314, section 3).
 
     Args:
         bits: 2 to 8.
 
     Returns:
-        The levels in rising order, fp32, the largest magnitude 1.
+        The levels in ascending order, fp32, the largest magnitude 1.
 
     Raises:
-        ValueError: bits.
+        ValueError: bits is not 2 to 8.
     """
     _check_bits(bits, 2, 8)
     half = 2 ** (bits - 1)
-    # To the bit as NF4 was published: 7 digits of the end, probabilities and the final division in fp32.
+    # This gives the published NF4 bit for bit: 7 digits of the end; probabilities and the final division in fp32.
     end = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
     positive, negative = (torch.special.ndtri(torch.linspace(end, 0.5, n).double()[:-1]) for n in (half + 1, half))
     return _codebook(torch.cat([-negative, torch.zeros(1), positive]))
 
 
 def nf4() -> Tensor:
-    """The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E); its scales are the absmax of blocks of 64."""
+    """The 16 levels of NF4 (QLoRA, arXiv 2305.14314, appendix E). NF4's scales are the absmax of blocks of 64."""
     return normal_float(4)
 
 
@@ -50,17 +50,17 @@ def fp4_e2m1() -> Tensor:
 
 
 def powers_of_two(bits: int, signed: bool = True) -> Tensor:
-    """0 and 1, 1/2, 1/4, …: as many as bits can tell apart (LogQuant, arXiv 1603.01025; INQ, arXiv 1702.03044).
+    """0 and 1, 1/2, 1/4, …: as many levels as bits encode (LogQuant, arXiv 1603.01025; INQ, arXiv 1702.03044).
 
     Args:
-        bits: 2 to 8; not signed 1 to 7, which reach the smallest normal fp32.
-        signed: whether the levels are ±2**−i for i < 2**(bits−1) − 1, or 2**−i for i < 2**bits − 1.
+        bits: 2 to 8; if not signed 1 to 7, where 7 reach the smallest normal fp32.
+        signed: True: the levels are ±2**−i for i < 2**(bits−1) − 1. False: 2**−i for i < 2**bits − 1.
 
     Returns:
-        The levels in rising order, 0 among them, fp32.
+        The levels in ascending order, with 0, fp32.
 
     Raises:
-        ValueError: bits.
+        ValueError: bits has another value.
     """
     _check_bits(bits, 1 + signed, 7 + signed)
     return _codebook([0.0, *(2.0**-i for i in range(2 ** (bits - signed) - 1))], signed)
@@ -69,19 +69,19 @@ def powers_of_two(bits: int, signed: bool = True) -> Tensor:
 def apot(bits: int, k: int = 2, signed: bool = True) -> Tensor:
     """Additive powers of two (APoT, arXiv 1909.13144): sums of n terms, each 0 or one of 2**k − 1 powers of two.
 
-    The bits that are not the sign make n = bits // k terms of k bits, and one more of the bits that are left. The
-    exponents −1, −2, −3, … are dealt to the terms in turn; the shorter term takes part in the last rounds.
+    The bits without the sign make n = bits // k terms of k bits, and a shorter term of the remaining bits. The terms
+    get the exponents −1, −2, −3, … in turn; the shorter term gets one in the last rounds only.
 
     Args:
         bits: 2 (signed: 3) to 8.
-        k: bits of a term, at least 1, which gives the uniform levels.
+        k: bits of a term, at least 1; 1 gives uniform levels.
         signed: whether one bit is the sign.
 
     Returns:
-        The levels in rising order, fp32, the largest magnitude 1.
+        The levels in ascending order, fp32, the largest magnitude 1.
 
     Raises:
-        ValueError: bits or k.
+        ValueError: bits or k has another value.
     """
     _check_bits(bits, 2 + signed, 8)
     magnitude_bits = bits - signed
@@ -114,17 +114,17 @@ def kmeans(x: Tensor, levels: int, *, weight: Tensor | None = None, iterations: 
         x: finite values, any shape.
         levels: 2 to 256.
         weight: how much each value counts, x's shape, not negative (e.g. squared gradients); None: all the same.
-        iterations: rounds of Lloyd's algorithm, each of which lowers the (weighted) squared error or leaves it.
+        iterations: rounds of Lloyd's algorithm, none of which raises the (weighted) squared error.
 
     Returns:
         codebook ``[levels]`` and scale ``[1]``, fp32, for ``fake_quantize_codebook(x, scale, codebook)``; their product
-        is what was found. Levels start as dense as the cube root of the density of the values, which is best for many
-        levels (Panter and Dite, Proc. IRE 39, 1951); one that no value is nearest to stays as it is.
+        is the levels found. The density of the first levels is the cube root of that of the values, which is best for
+        many levels (Panter and Dite, Proc. IRE 39, 1951). A level that is nearest to no value does not move.
 
-    x is sorted once; a round then takes time in proportion to the levels, not to x.
+    x is sorted once; the time of a round then depends on the number of levels, not on the size of x.
 
     Raises:
-        ValueError: x is empty or not finite, levels, or weight.
+        ValueError: x is empty or not finite, or levels or weight has another form.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels: got {levels}; accepted: 2 to 256")
@@ -135,7 +135,7 @@ def kmeans(x: Tensor, levels: int, *, weight: Tensor | None = None, iterations: 
     values, order = torch.sort(x.reshape(-1).float())
     values = values.double()
     shares = torch.ones_like(values) if weight is None else weight.reshape(-1)[order].double()
-    # Weights and weighted values, summed over all values before each.
+    # For each value the sums of the weights and of the weighted values before it.
     sums = torch.nn.functional.pad(torch.cumsum(torch.stack([shares, shares * values]), 1), (1, 0))
     best = _lloyd(values, sums, _start(values, sums[0], levels), iterations)
     scale = best.abs().max()
@@ -143,7 +143,7 @@ def kmeans(x: Tensor, levels: int, *, weight: Tensor | None = None, iterations: 
 
 
 def _start(values: Tensor, mass: Tensor, levels: int) -> Tensor:
-    """Levels in equal steps of ∫ density^(1/3); between quantiles of equal mass that integral is Σ gap^(2/3)."""
+    """Levels at equal steps of ∫ density^(1/3), which between quantiles of equal mass is Σ gap^(2/3)."""
     shares = torch.linspace(0, 1, 4097, dtype=torch.float64, device=values.device)
     quantiles = values[(torch.searchsorted(mass, shares * mass[-1]) - 1).clamp(0, len(values) - 1)]
     integral = torch.nn.functional.pad(torch.cumsum(torch.diff(quantiles) ** (2 / 3), 0), (1, 0))

@@ -1,4 +1,4 @@
-"""The main job: train a CNN in fp32 and with fake quantization, convert to int8, compare accuracy, size and speed."""
+"""The demo: trains a CNN in fp32 and with fake quantization, converts it to int8, compares accuracy, size and speed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXTRAS = {"tqdm": "tqdm", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
 class DemoError(Exception):
-    """Something that the user can mend, said in one line."""
+    """A problem that the user can solve, described in one line."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Data:
 
 @dataclass
 class Row:
-    """One line of the table. Times are medians with p20 and p80 in ms; sizes in bytes."""
+    """One line of the table. Times are medians with p20 and p80 in ms; sizes are in bytes."""
 
     name: str
     bits: int
@@ -62,7 +62,7 @@ class Row:
 
 
 def load_digits(seed: int) -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8×8, half for training and half for testing."""
+    """Loads scikit-learn's 1,797 handwritten digits, 8×8, half for training and half for testing."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -74,7 +74,7 @@ def load_digits(seed: int) -> Data:
 
 
 def load_idx(folder: Path) -> Data:
-    """The four files of an MNIST-like set: {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz."""
+    """Loads the four files of an MNIST-like set: {train,t10k}-{images-idx3,labels-idx1}-ubyte, plain or .gz."""
     parts = []
     for split in ("train", "t10k"):
         images_path, images = _read_idx(folder, f"{split}-images-idx3-ubyte", 3)
@@ -99,7 +99,7 @@ def _read_idx(folder: Path, name: str, dims: int) -> tuple[Path, Tensor]:
         content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DemoError(f"{path}: cannot be read ({error})") from None
-    # Header: two zero bytes, the dtype (8: unsigned byte), the number of dims, then each dim as big-endian 32 bits.
+    # The header is two zero bytes, the dtype (8: unsigned byte), the number of dims, each dim as big-endian 32 bits.
     header = 4 + 4 * dims
     if content[:4] != bytes((0, 0, 8, dims)):
         raise DemoError(
@@ -118,7 +118,7 @@ def _read_idx(folder: Path, name: str, dims: int) -> tuple[Path, Tensor]:
 class Net(nn.Module):
     """Four 3×3 convolutions with BatchNorm and a linear layer, 66k parameters.
 
-    Images above 16 pixels are halved twice more on the way in, so that any set trains in about the time of the digits.
+    Two more strides of 2 halve images above 16 pixels twice, so that any set trains in about the time of the digits.
     """
 
     def __init__(self, classes: int, pixels: int = 8) -> None:
@@ -139,15 +139,15 @@ class Net(nn.Module):
 
 
 def quantized(bits: int) -> QConfig:
-    """Weights and activations at ``bits``, first and last layer at 8 bits, as is usual in the literature."""
-    # Pixels have a known range: a fixed scale there spares the first convolution the gradient of its input.
+    """Weights and activations at ``bits``; the first and last layer at 8 bits, as is usual in the literature."""
+    # Pixels have a known range, so their scale can be fixed, and the first convolution needs no gradient of its input.
     first = {"weight": {"bits": 8}, "input": {"bits": 8, "quantizer": "minmax"}}
     last = {"weight": {"bits": 8}, "input": {"bits": 8}}
     return QConfig(QSpec(bits), QSpec(bits, symmetric=False), rules=[("first.*", first), ("last", last)])
 
 
 def train(model: nn.Module, data: Data, steps: range, total: int, seed: int, tick: Callable[[], object]) -> None:
-    """SGD over the steps of one cosine schedule of ``total`` steps; batches depend on the seed and the step alone."""
+    """Trains by SGD over ``steps`` of a cosine schedule of ``total`` steps; batches depend only on seed and step."""
     images, labels = data.train
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, fused=True)
@@ -178,12 +178,12 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def quantized_row(name: str, bits: int, prepared: nn.Module, data: Data) -> tuple[Row, nn.Module]:
-    """Converts, measures the converted model, and checks it against the fake-quantized one."""
+    """Converts a model, measures the result and compares it with the fake-quantized model."""
     converted = convert(prepared)
     images, labels = data.test
     real, simulated = predict(converted, images), predict(prepared, images)
     same = accuracy(real, simulated)
-    if same < 0.995:  # equal to rounding: a near tie may flip a code now and then, no more
+    if same < 0.995:  # both are equal up to rounding, which at a near tie may flip a code now and then
         raise RuntimeError(
             f"{name} {bits}: converted and fake-quantized model agree on {same:.2%} of the predictions only"
         )
@@ -201,7 +201,7 @@ def quantized_row(name: str, bits: int, prepared: nn.Module, data: Data) -> tupl
 
 
 def fold_float(model: nn.Module) -> nn.Module:
-    """The fp32 model as one would deploy it: BatchNorm folded into the convolutions."""
+    """The fp32 model for deployment, with BatchNorm folded into the convolutions."""
     folded = copy.deepcopy(model).eval()
     for conv, norm in find_folds(folded).batch_norm_of.items():
         fused = nn.utils.fusion.fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore[type-var, arg-type]
@@ -211,7 +211,7 @@ def fold_float(model: nn.Module) -> nn.Module:
 
 
 def interleaved(calls: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
-    """Times in ms of each callable, measured in alternating blocks so that all see the same machine."""
+    """Times in ms of each callable; blocks of the callables alternate, so that a change of the machine hits all."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, own in zip(calls, times, strict=True):
@@ -259,11 +259,11 @@ def run(
     """Trains, quantizes, converts and compares; prints the table, writes demo.json and demo.png, returns the results.
 
     Args:
-        data: folder of an idx-format set (MNIST, Fashion-MNIST, …). None: Fashion-MNIST where Debian's package has put
-            it, else scikit-learn's digits.
-        seed: of the split, the initial weights and the batches.
-        out_dir: where demo.json and demo.png go.
-        quick: a tenth of the steps, to see that everything works.
+        data: folder of an idx-format set (MNIST, Fashion-MNIST, …). None: Fashion-MNIST if Debian's package has
+            installed it, else scikit-learn's digits.
+        seed: seed of the split, the initial weights and the batches.
+        out_dir: folder for demo.json and demo.png.
+        quick: runs a tenth of the steps, to see that everything works.
 
     Raises:
         DemoError: a package is missing, or a data file is missing, truncated or of another format.
@@ -286,7 +286,7 @@ def run(
     fp32 = Net(int(loaded.train[1].max()) + 1, min(loaded.train[0].shape[2:]))
     calibration = loaded.train[0][: 4 * BATCH].split(BATCH)
     ticks = total + len(BITS) * (total - warm_up)
-    # disable=None: no bar where nobody watches it.
+    # disable=None shows the bar only on a terminal.
     with tqdm(total=ticks, unit="step", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
         bar.set_description("fp32")
         train(fp32, loaded, range(warm_up), total, seed, bar.update)
@@ -409,7 +409,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy against bits, size and latency, side by side."""
+    """Draws accuracy against bits, size and latency, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -437,7 +437,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 accuracy_axes.annotate(
                     f"{value:.1f}",
                     (i, value),
-                    xytext=(-8 if below else 0, -15),  # PTQ falls to the right: its labels keep clear of the line
+                    xytext=(-8 if below else 0, -15),  # PTQ's line falls to the right; this keeps its labels off it
                     textcoords="offset points",
                     ha="right" if below else "center",
                     color=color,
@@ -477,7 +477,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``python -m qkernels demo``: 0 when done, 2 with one line on stderr when the input cannot be used."""
+    """``python -m qkernels demo``: returns 0 when done, 2 with one line on stderr if it cannot use the input."""
     parser = argparse.ArgumentParser(prog="python -m qkernels demo", description=run.__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--data", metavar="DIR", help="folder of an idx-format set (train-images-idx3-ubyte[.gz], …)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The rules of arguments of the integer products: int8, int4, convolution, and packing; see ``checks``."""
+"""The rules of arguments of integer products (int8, int4, convolution) and of packing; see ``checks``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checks import ACTIVATIONS, device, int8_range, require, values
 
 MAX_K = 131071  # 128 * 128 * MAX_K < 2**31: no int8 dot product of this length overflows int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCALE_DTYPES = OUT_DTYPES  # of an int4 weight's groups
+SCALE_DTYPES = OUT_DTYPES  # dtypes of an int4 weight's scales
 
 
 def devices(x: Tensor, of: str = "x", **others: Tensor | None) -> None:
@@ -30,7 +30,7 @@ def activation(name: str) -> None:
 
 
 def vector(name: str, t: Tensor, n: int, shapes: str, *, dim: int | None = None, broadcast: bool = False) -> None:
-    """t holds n values: as [n], along ``dim`` of two dims, or as one value for all where ``broadcast``."""
+    """t holds n values, as [n] or along ``dim`` of two dims; with ``broadcast`` it may also be one value for all."""
     flat = t.dim() == 1 and t.shape[0] == n
     column = dim is not None and t.dim() == 2 and t.shape[dim] == n and t.shape[1 - dim] == 1
     require(
@@ -42,7 +42,7 @@ def vector(name: str, t: Tensor, n: int, shapes: str, *, dim: int | None = None,
 def int_zero_point(name: str, t: Tensor) -> None:
     integer = t.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
     require(integer, f"{name}: got {t.dtype}; accepted: an integer dtype up to torch.int64")
-    # Elsewhere a look at the values would wait for the device.
+    # On a GPU a check of values would wait for the device.
     if t.dtype == torch.int64 and t.device.type == "cpu" and t.numel():
         info = torch.iinfo(torch.int32)
         low, high = int(t.min()), int(t.max())
@@ -53,7 +53,7 @@ def int_zero_point(name: str, t: Tensor) -> None:
 
 
 def static(of: str, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
-    """One scale and zero point, the arguments ``of``_scale and ``of``_zero_point."""
+    """One scale and zero point for a whole tensor: the arguments ``of``_scale and ``of``_zero_point."""
     int8_range(quant_min, quant_max)
     require(scale.numel() == 1, f"{of}_scale: got shape {list(scale.shape)}; accepted: one element")
     values(f"{of}_scale", scale)
@@ -142,7 +142,7 @@ def int8_scaled_mm(
 
 
 def matrix_of_codes(name: str, q: Tensor) -> None:
-    """q [N, K] int8, to be packed."""
+    """q is an int8 matrix [N, K] that can be packed."""
     require(q.dtype == torch.int8, f"{name}: got {q.dtype}; accepted: torch.int8")
     require(q.dim() == 2, f"{name}: got shape {list(q.shape)}; accepted: [N, K]")
     max_k(name, q.shape[1])
@@ -174,7 +174,7 @@ def rows(x: Tensor) -> None:
 def input_quantizer(
     x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, quant_min: int, quant_max: int
 ) -> None:
-    """x is codes with a scale by row, or floats with one scale, or floats with the range of each row."""
+    """x is codes with a scale for each row or for all, or floats with one scale, or floats without (dynamic)."""
     if x.dtype == torch.int8:
         require(
             input_scale is not None, "input_scale: got None; accepted: the scale of the codes x, one element or [M]"
@@ -236,7 +236,7 @@ def conv2d_shape(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, int, int, int]:
-    """[N, C_out, H_out, W_out]; raises where the geometry does not fit together."""
+    """The output's shape [N, C_out, H_out, W_out]; raises if the geometry does not fit together."""
     require(x.dim() == 4, f"x: got shape {list(x.shape)}; accepted: [N, C, H, W]")
     require(
         groups >= 1 and x.shape[1] % groups == 0 and out_channels % groups == 0,
@@ -277,7 +277,7 @@ def int8_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, int, int, int]:
-    """The shape of the output."""
+    """Checks the arguments and returns the output's shape."""
     require(x.dtype in OUT_DTYPES, f"x: got {x.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
     devices(
         x, data=data, colsum=colsum, scale=scale, bias=bias, input_scale=input_scale, input_zero_point=input_zero_point
@@ -302,7 +302,7 @@ def int8_conv2d(
 
 
 def weight_group_size(group_size: int, k: int) -> None:
-    """Of an int4 weight [N, K]."""
+    """The group size of an int4 weight [N, K]."""
     require(
         group_size == k or (group_size >= 16 and group_size % 8 == 0 and k % group_size == 0),
         f"group_size: got {group_size}; accepted: -1 or K = {k}, or a multiple of 8, from 16 on, that divides it",
@@ -322,7 +322,7 @@ def int4_data(data: Tensor, n: int, k: int, group_size: int, layout: str) -> Non
 
 
 def int4_groups(name: str, t: Tensor, n: int, groups: int, layout: str) -> None:
-    """t is the scales, zero points or minima of an int4 weight in this layout."""
+    """t holds the scales, zero points or minima of an int4 weight in this layout."""
     expected = layouts.groups_shape(layout, n, groups)
     require(
         tuple(t.shape) == expected,
@@ -416,7 +416,7 @@ def unpack_bits(packed: Tensor, bits_: int, k: int) -> None:
 
 
 def codes_of_bits(name: str, q: Tensor, bits_: int) -> None:
-    """Codes out of range would change silently; on a GPU this waits for it, so ops do not ask there."""
+    """q holds codes of these bits; others would change silently. On a GPU this waits, so ops skip it there."""
     low, high = layouts.code_range(bits_)
     if q.numel() == 0 or q.is_meta:
         return

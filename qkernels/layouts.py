@@ -1,4 +1,4 @@
-"""How the ops lay data out in memory, each layout drawn where it is made."""
+"""How the ops lay data out in memory; a comment draws each layout beside the function that makes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def mask_like(x: Tensor) -> Tensor:
 
 
 def storage_flat(t: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order they lie in memory."""
+    """The elements of a dense tensor in memory order."""
     return torch.as_strided(t, (t.numel(),), (1,))
 
 
@@ -20,7 +20,7 @@ def pack_mask(inside: Tensor, like: Tensor) -> Tensor:
     """One bit per element in the storage order of ``like``, low bit first."""
     flat = storage_flat(torch.empty_like(like, dtype=torch.bool).copy_(inside))
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)  # made there: a list would be copied, a sync
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)  # a list would be copied, which synchronises
     return (bits * weights).sum(1, dtype=torch.uint8)
 
 
@@ -38,7 +38,7 @@ ALIGNMENT = 16  # bytes
 
 
 def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] int8, uninitialised, whose rows begin at multiples of 16 bytes."""
+    """Uninitialised int8 memory [rows, columns] whose rows begin at multiples of 16 bytes."""
     stride = (columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     return like.new_empty_strided((rows, columns), (stride, 1), dtype=torch.int8)
 
@@ -57,14 +57,14 @@ def panels_of(n: int) -> int:
     return (n + PANEL - 1) // PANEL
 
 
-# int8 in panels: the four codes that one dot-product instruction adds lie together, those of the panel's channels after
-# one another. Missing channels and k are zeros.
+# int8 in panels: the four codes along k that one dot-product instruction adds lie together, and so on for the panel's
+# channels in order. Missing channels and k are zeros.
 #
 #     data[panel][k // 4][channel % 32][k % 4]
 #     panel 0, step 0:  c0: k0 k1 k2 k3 | c1: k0 k1 k2 k3 | … | c31: k0 k1 k2 k3
 #              step 1:  c0: k4 k5 k6 k7 | …
 #
-# int8 in rows: [N, K] as it is, K padded by zeros to the 16 bytes that a GPU copies at a time.
+# int8 in rows: [N, K], with K padded by zeros to a multiple of the 16 bytes that a GPU copies at a time.
 
 
 def int8_layout(data: Tensor) -> str:
@@ -104,15 +104,16 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
     return data[:n, :k].clone(memory_format=torch.contiguous_format)
 
 
-# int4 in panels: a byte holds the code of a channel, plus 8, in its low bits and that of the channel 16 further in its
-# high bits, so that 64 bytes give two vectors of 16 channels; what is missing is 0. Scales, zero points and minima are
-# [panels, groups, 32].
+# int4 in panels: a byte holds the code of channel c, plus 8, in its low bits and that of channel c + 16 in its high
+# bits, so that 64 bytes give two vectors of 16 channels. Bytes of missing channels and k are 0. Scales, zero points and
+# minima are [panels, groups, 32].
 #
 #     data[panel][k // 4][channel % 16][k % 4]
 #     panel 0, step 0:  c0|c16: k0 k1 k2 k3 | c1|c17: k0 k1 k2 k3 | … | c15|c31: k0 k1 k2 k3
 #
-# int4 in halves: rows, in which a byte holds two codes that are ``half`` apart in k, so that its low bits and its high
-# bits are two operands of tensor cores as they are, each within one group. Scales and zero points are [groups, N].
+# int4 in halves: rows in which a byte holds the codes of k and k + half. So the low bits of ``half`` bytes are one
+# operand of tensor cores and the high bits another, without reordering, each within one group. Scales, zero points and
+# minima are [groups, N].
 #
 #     data[n][k // (2·half)][k % half]
 #     half 32:  k0|k32 k1|k33 … k31|k63 | k64|k96 …
@@ -133,7 +134,7 @@ def groups_of(k: int, group_size: int) -> int:
 
 
 def half_of(group_size: int, k: int) -> int:
-    """How far apart in k the two codes of a byte are."""
+    """The distance in k between the two codes of a byte."""
     return 64 if group_size == k else next((half for half in (64, 32, 16) if group_size % half == 0), 64)
 
 
@@ -145,7 +146,7 @@ def int4_shape(layout: str, n: int, k: int, group_size: int) -> tuple[int, ...]:
 
 
 def groups_shape(layout: str, n: int, groups: int) -> tuple[int, ...]:
-    """Of the scales, zero points or minima of an int4 weight."""
+    """The shape of an int4 weight's scales, zero points or minima."""
     return (panels_of(n), groups, PANEL) if layout == PANELS else (groups, n)
 
 
@@ -182,18 +183,18 @@ def int4_unpack(data: Tensor, n: int, k: int, group_size: int) -> Tensor:
 
 
 def to_panels(t: Tensor) -> Tensor:
-    """Scales, zero points or minima [N, groups] as panels hold them; those of missing channels are 0."""
+    """Scales, zero points or minima [N, groups] in panels; those of missing channels are 0."""
     n, groups = t.shape
     padded = torch.nn.functional.pad(t, (0, 0, 0, panels_of(n) * PANEL - n))
     return padded.view(panels_of(n), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def by_group(t: Tensor, n: int) -> Tensor:
-    """[N, groups] of scales, zero points or minima in either layout."""
+    """Scales, zero points or minima of either layout as [N, groups]."""
     return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
 
 
-# A stream of b-bit two's complement codes along the last dim, low bits first, as files hold them.
+# Files hold codes as a stream of b-bit two's complement numbers along the last dim, low bits first.
 
 BITS = (2, 3, 4)
 
@@ -203,5 +204,5 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def packed_length(k: int, bits: int) -> int:
-    """Bytes of a row of k codes; the bits beyond the last code are zeros."""
+    """How many bytes a row of k codes takes; the bits behind the last code are zero."""
     return (k * bits + 7) // 8

@@ -1,7 +1,7 @@
-"""The one place that knows torch.library: it defines ops, registers their kernels, and forces one on demand.
+"""Defines ops, registers their kernels and forces one on demand; no other file uses torch.library for that.
 
-An op is defined here in Python, with a fake and a reference. A compiled library then adds kernels at its dispatch
-key, where torch's dispatcher finds them without passing through Python. Everything else asks the registry.
+This file defines an op in Python, with a fake and a reference. A compiled library then adds kernels at its dispatch
+key, where torch's dispatcher finds them without Python. Every other call asks the registry.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .registry import Mendable
 from .samples import Samples, Trial, trials
 
 NAMESPACE = "qkernels"
-# The device of the CUDA kernels and its dispatch key. Tests run these kernels on an emulator, and change both.
+# The device of the CUDA kernels and its dispatch key. Tests that run these kernels on an emulator change both.
 gpu, GPU_KEY = "cuda", "CUDA"
 
 _cuda_lock = threading.Lock()
-cuda_state: list[str | None] = []  # empty until the first CUDA tensor, then why the kernels are missing
+cuda_state: list[str | None] = []  # empty until the first CUDA tensor, then the reason why the kernels are missing
 
 
 def cuda_missing() -> str | None:
-    """Why the CUDA kernels are not there (None: they are). Loads them at the first call."""
+    """Why the CUDA kernels are missing (None: they are loaded). The first call loads them."""
     if not cuda_state:
         with _cuda_lock:
             if not cuda_state:
@@ -46,7 +46,7 @@ def cuda_missing() -> str | None:
 
 
 def serve_triton() -> None:
-    """Puts Triton's functions where torch's dispatcher finds them, for the ops that csrc/cuda leaves to them."""
+    """Registers Triton's functions with torch's dispatcher for the ops that csrc/cuda does not hold."""
     if triton_missing(None) is not None:
         return
     for op in {kernel.op for kernel in registry.kernels() if kernel.name == "triton"}:
@@ -56,9 +56,10 @@ def serve_triton() -> None:
 
 
 def remembered_else_selected(op: str) -> Callable[..., Any]:
-    """Triton's function for calls that chose it and are remembered; any other is a choice between all kernels.
+    """Replays remembered calls of Triton's function; for any other call it selects among all kernels.
 
-    It remembers only what was chosen here, so that a kernel that was forced for a while is not the choice ever after.
+    It remembers only calls that it has selected itself, so that a forced kernel is not chosen later when it is not
+    forced.
     """
 
     @functools.cache
@@ -79,16 +80,16 @@ def remembered_else_selected(op: str) -> Callable[..., Any]:
     return call
 
 
-# Ops are defined before their kernels are loaded: see load().
+# load() sets these after every op is defined.
 host: Host | None = None
 cpu_missing: str | None = Mendable("the C++ kernels are not loaded yet")
-_op_missing: dict[tuple[str, str], str] = {}  # by dispatch key and op: why the loaded library has no kernel for it
+_op_missing: dict[tuple[str, str], str] = {}  # (dispatch key, op) -> why the loaded library has no kernel for the op
 
 
 def load() -> None:
-    """Loads the compiled libraries; called once, after every op is defined.
+    """Loads the compiled CPU kernels; called once, after every op is defined.
 
-    Raises ValueError where QKERNELS_CPU_ISA names no path that this CPU can take.
+    Raises ValueError if QKERNELS_CPU_ISA names no path that this CPU can take.
     """
     global host, cpu_missing
     host, cpu_missing = loading.load_cpu()
@@ -103,7 +104,7 @@ def load() -> None:
 
 
 def _note_missing(kind: str, key: str, kernels: str, environment: str = "") -> None:
-    """Notes each op for which the loaded library should hold a kernel of this kind and holds none."""
+    """Notes each op for which the loaded library should hold a kernel of this kind but does not."""
     for op in {kernel.op for kernel in registry.kernels() if kernel.name.startswith(kind)}:
         name = cuda_op(op) if kind == "cuda" else op
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
@@ -129,15 +130,16 @@ def define(
     """Defines ``qkernels::op`` and returns it.
 
     Args:
-        reference: the kernel of every device that has none better.
-        fake: gives the outputs' metadata for tracing, strides included.
-        samples, sums, given, on_gpu: how the op is tried; see ``samples.Trial``.
+        reference: the kernel for every device that has no better one.
+        fake: returns the outputs' metadata for tracing, strides included.
+        samples, sums, given, on_gpu: how the self-check tries the op; see ``samples.Trial``.
         cpu: the paths that csrc/cpu holds for the op, best first.
         cuda: whether csrc/cuda holds the op; or a function that says why csrc/cuda does not take a call. csrc/cuda
-            then holds the op as ``<op>_cuda``, because torch calls what lies at the op's own dispatch key unasked.
+            then holds the op as ``<op>_cuda``, because torch would call a kernel at the op's own dispatch key without
+            asking that function.
         triton: whether qkernels/triton holds a function of the op's name (with an underscore for a dot), in the
             module that has the name of the reference's module.
-        triton_first: whether Triton's kernel goes before the CUDA kernel where both take a call.
+        triton_first: whether Triton's kernel is preferred to the CUDA kernel if both take a call.
     """
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, schema)
@@ -155,7 +157,7 @@ def define(
     registry.register(op, registry.REFERENCE, reference, lambda *args: None)
     trials[op] = Trial(samples, sums, given, on_gpu, dispatched(op)._schema.is_mutable)
     torch.library.impl(name, "CompositeExplicitAutograd", selected(op))
-    torch.library.impl(name, "AutogradNestedTensor", _refused(op))  # which no composite kernel serves
+    torch.library.impl(name, "AutogradNestedTensor", _refused(op))  # torch calls no composite kernel at this key
     return dispatched(op)
 
 
@@ -168,7 +170,7 @@ def selected(op: str) -> Callable[..., Any]:
     refuse = _refused(op)
 
     def call(*args: Any) -> Any:
-        # Sparse, mkldnn and quantized tensors arrive here too, where a CPU kernel would send them back.
+        # Sparse, mkldnn and quantized tensors arrive here too; a CPU kernel's op would dispatch them back to here.
         for t in registry.flat(args):
             if isinstance(t, torch.Tensor) and (t.layout is not torch.strided or t.is_quantized):
                 refuse(*args)
@@ -178,7 +180,7 @@ def selected(op: str) -> Callable[..., Any]:
 
 
 def _refused(op: str) -> Callable[..., None]:
-    """Names the first argument that is not dense."""
+    """A function that raises an error for the first argument that is not dense."""
 
     def call(*args: Any) -> None:
         for argument, value in zip(dispatched(op)._schema.arguments, args, strict=False):
@@ -213,7 +215,7 @@ def _cpu_unsupported(op: str, isa: str) -> Callable[..., str | None]:
 
 
 def _elsewhere(kind: str, args: Sequence[Any]) -> str | None:
-    """That a tensor is on another kind of device, or None: asked of every kernel at every choice."""
+    """The reason if a tensor is on another kind of device, or None. Every choice calls this for every kernel."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             if arg.device.type != kind:
@@ -229,14 +231,14 @@ def _takes(kind: str, device: torch.device) -> str:
 
 
 def isa_missing(isa: str) -> str | None:
-    """Why no compiled kernel can take the path ``isa`` on this machine, or None where they can."""
+    """Why no compiled kernel can take the path ``isa`` on this machine, or None if they can."""
     if host is None:
         return cpu_missing
     names = host.isa_names()
     return f"this CPU has no {isa}" if names.index(isa) > names.index(host.supported_isa()) else None
 
 
-_partial: set[str] = set()  # ops of which csrc/cuda takes only some calls
+_partial: set[str] = set()  # ops for which csrc/cuda takes only some calls
 
 
 def cuda_op(op: str) -> str:
@@ -255,14 +257,14 @@ def _cuda_unsupported(op: str, unsuited: bool | Callable[..., str | None]) -> Ca
 
 
 def cuda_unusable() -> str | None:
-    """Why the CUDA kernels cannot run on this machine, or None where they can."""
+    """Why the CUDA kernels cannot run on this machine, or None if they can."""
     if gpu == "cuda" and torch.version.cuda is not None and not torch.cuda.is_available():
         return _no_gpu()
     return cuda_missing()
 
 
 def _no_gpu() -> str:
-    """Why torch can use no GPU, in its own words where it has some: a driver that is too old is the common case."""
+    """Why torch can use no GPU, in torch's words if it gives any: often the driver is too old."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -270,11 +272,11 @@ def _no_gpu() -> str:
     return "there is no GPU that torch can use"
 
 
-_triton_functions: dict[str, Callable[[], Any]] = {}  # each imports Triton at its first call
+_triton_functions: dict[str, Callable[[], Any]] = {}  # op -> a getter that imports Triton at its first call
 
 
 def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str | None]]:
-    """The function of qkernels.triton.<stem> that computes ``op``, imported at its first call, and why it cannot."""
+    """The function of qkernels.triton.<stem> for ``op``, imported at its first call, and its ``unsupported``."""
 
     @functools.cache
     def module() -> ModuleType:
@@ -305,7 +307,7 @@ def _triton(op: str, stem: str) -> tuple[Callable[..., Any], Callable[..., str |
 
 @functools.cache
 def triton_missing(device: torch.device | None) -> str | None:
-    """Why Triton kernels cannot run on a device (None: on this machine), or None where they can."""
+    """Why Triton kernels cannot run on a device (None: on this machine), or None if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
     if device is not None and device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"takes CUDA tensors, got one on {device}"
@@ -333,13 +335,13 @@ def _isa(name: str) -> Iterator[None]:
 
 
 _override: torch.library.Library | None = None
-_overridden: set[str] = set()  # the dispatch keys that it sends through the registry
+_overridden: set[str] = set()  # the dispatch keys that _override sends through the registry
 
 
 def route() -> None:
-    """Sends calls through the registry while a kernel is forced, and back after.
+    """Sends calls through the registry while a kernel is forced, and to torch's dispatcher again afterwards.
 
-    A forced CUDA kernel keeps its own key, where it is what torch's dispatcher calls.
+    A forced CUDA kernel keeps its own key, because torch's dispatcher calls it there anyway.
     """
     global _override, _overridden
     name = registry.forced[-1] if registry.forced else None
@@ -360,16 +362,16 @@ def route() -> None:
 
 @contextlib.contextmanager
 def use_kernel(name: str) -> Iterator[None]:
-    """Forces the kernel called ``name`` for every op called inside, in every thread; may be nested.
+    """Forces the kernel called ``name`` for every op that is called inside, in every thread; may be nested.
 
-    Raises RuntimeError where the kernel cannot run: on entry if the machine cannot run it at all, at the call if it
-    cannot take that call. A ``cpu_<isa>`` name caps the CPU path: an op without a path of that name takes its best
-    one below (``qk.kernels(op)`` lists them).
+    Raises RuntimeError if the kernel cannot run: on entry if the machine cannot run it at all, at the call if it cannot
+    take that call. A ``cpu_<isa>`` name caps the CPU path: an op without that path takes its best lower one
+    (``qk.kernels(op)`` lists them).
     """
     names = {kernel.name for kernel in registry.kernels()}
     if name not in names:
         raise ValueError(f"name: no kernel is named {name!r}; the kernels are {', '.join(sorted(names))}")
-    # Compiled CPU kernels sit in the dispatcher already; the path inside them is all there is to choose.
+    # Compiled CPU kernels are in the dispatcher already; only their path has to be chosen.
     compiled = name.startswith("cpu_")
     if reason := _unusable(name):
         raise RuntimeError(f"use_kernel: cannot run {name}: {reason}")
@@ -384,7 +386,7 @@ def use_kernel(name: str) -> Iterator[None]:
 
 
 def _unusable(name: str) -> str | None:
-    """Why this machine can run no kernel called ``name``, or None where it can."""
+    """Why this machine can run no kernel called ``name``, or None if it can."""
     if name.startswith("cpu_"):
         return isa_missing(name.removeprefix("cpu_"))
     if name == "cuda":

@@ -1,6 +1,6 @@
-"""The compiled libraries: where they are, whether they belong to this package, and the command that builds them.
+"""Finds, verifies and loads the compiled libraries, and gives the command that builds them.
 
-Knows files, torch's version and the driver, but no op: ``library`` asks it once for each library.
+This file knows files, torch's version and the driver, but no op; ``library`` calls it once for each library.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _version_of_torch() -> tuple[int, int]:
 
 
 def build_command(environment: str = "") -> str:
-    """The one command that compiles the kernels for this installation of the package; it fails where it cannot."""
-    # Without --no-cache-dir pip would serve a pure-Python wheel that it built and kept earlier.
+    """The command that compiles the kernels for this installation of the package, or fails if it cannot."""
+    # Without --no-cache-dir pip could install a pure-Python wheel that it has built and kept earlier.
     return (
         'pip install "setuptools>=77" && '
         f"{environment}{' ' * bool(environment)}QKERNELS_STRICT_BUILD=1 pip install --no-build-isolation --no-deps "
@@ -44,7 +44,7 @@ def build_command(environment: str = "") -> str:
 
 
 def _source() -> str:
-    """Where pip finds the sources of this package: the checkout, what it was installed from, or the package index."""
+    """Where pip finds this package's sources: the checkout, the installation's origin, or the package index."""
     checkout = Path(__file__).parent.parent
     if (checkout / "setup.py").exists():
         return f"-e {shlex.quote(str(checkout))}"
@@ -69,7 +69,7 @@ def _source() -> str:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a compiled library, or None. It is no Python module: its name has no tag of a Python version."""
+    """The file of a compiled library, or None. It is no Python module, so its name has no Python version."""
     path = Path(__file__).with_name(f"{name}.so")
     return path if path.exists() else None
 
@@ -79,7 +79,7 @@ def fault_of(module: Path) -> str | None:
     data = module.read_bytes()
     if len(data) < 64 or data[:4] != b"\x7fELF":
         return f"{module.name} is not a shared library"
-    # The section table is the end of an ELF file. Loading a file that was cut short can kill the process.
+    # An ELF file ends with its section table. To load a truncated file can kill the process.
     (table,) = struct.unpack_from("<Q", data, 0x28)
     entry_size, entries = struct.unpack_from("<HH", data, 0x3A)
     if len(data) < table + entry_size * entries:
@@ -95,13 +95,13 @@ def fault_of(module: Path) -> str | None:
 
 
 def _digest_of(csrc: Path) -> str:
-    """The digest that setup.py writes into a library: it names the sources that the library was built from."""
+    """The digest of the sources, as setup.py writes it into a library that it builds from them."""
     files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def unbuildable() -> str | None:
-    """Why no compiled library of any kind can run on this system and this torch, or None."""
+    """Why no compiled library can run on this system and with this torch, or None."""
     if sys.platform in ("win32", "cygwin", "darwin"):
         return f"the compiled kernels are for Linux, this is {platform.system()}"
     if _version_of_torch() < TORCH_MINIMUM:
@@ -113,7 +113,7 @@ def unbuildable() -> str | None:
 
 
 def load_cpu() -> tuple[Host | None, str | None]:
-    """Loads the CPU kernels. Returns what they say of the machine, or None and the reason why they are not there."""
+    """Loads the CPU kernels. Returns a ``Host``, which tells the CPU's paths, or None and the reason."""
     if reason := unbuildable():
         return None, reason
     file = module_file("_cpu")
@@ -130,7 +130,7 @@ def load_cpu() -> tuple[Host | None, str | None]:
 
 
 def load_cuda() -> str | None:
-    """Loads the CUDA kernels. Returns the reason why they are not there, or None if they are."""
+    """Loads the CUDA kernels. Returns None, or the reason why it cannot."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if reason := unbuildable():
@@ -163,7 +163,7 @@ def load_cuda() -> str | None:
 
 
 def _driver_too_old(cuda_library: Path) -> str | None:
-    """Why the machine's driver cannot run the library's code, or None. A driver runs code of its own major CUDA."""
+    """Why the driver cannot run the library's code, or None. A driver runs code up to its own major CUDA version."""
     found = re.search(rb"qkernels-cuda-version:(\d+)", cuda_library.read_bytes())
     if found is None:
         return None
@@ -188,7 +188,7 @@ def holds(arches: str, capability: tuple[int, int]) -> bool:
     """Whether code compiled for ``arches`` ("8.0;9.0a;12.0+PTX") runs on a GPU of this compute capability."""
     for arch in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", arches):
         built = int(arch[0]), int(arch[1])
-        if arch[2] == "a":  # code for one architecture and no other
+        if arch[2] == "a":  # such code runs on this architecture alone
             fits = built == capability
         else:
             fits = built[0] == capability[0] and built <= capability

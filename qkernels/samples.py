@@ -1,7 +1,7 @@
-"""Arguments to try an op's kernels with: how an op declares them, and what many ops have in common.
+"""Sample arguments, on which the self-check and the tests try an op's kernels: their declaration, and common ones.
 
-An op's samples are a function of one floating tensor x, of any shape, dtype and strides; it yields the arguments of one
-call after another, and none where the op cannot take such an x. The self-check and the tests run them.
+An op's samples are a function of one floating tensor x of any shape, dtype and strides. It yields the arguments of one
+call after another, and none if the op cannot take such an x.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Trial:
     mutates: bool = False
 
 
-trials: dict[str, Trial] = {}  # by op; library.define fills it
+trials: dict[str, Trial] = {}  # op -> its trial; library.define fills it
 
 
 def qparams(x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -72,7 +72,7 @@ def learnable(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def with_lsq(args: Callable[[Tensor], Iterator[tuple[Any, ...]]]) -> Callable[[Tensor], Any]:
-    """Every case of an op with its default convention, and with LSQ's own."""
+    """Every case of an op with its default convention and with "lsq"."""
 
     def both(x: Tensor) -> Iterator[tuple[Any, ...]]:
         for case in args(x):

@@ -1,4 +1,4 @@
-"""Every kernel that can run here against the reference, on small inputs: what `info` and `selfcheck` report."""
+"""Compares every kernel that can run here with the reference, on small inputs, for `info` and `selfcheck`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SHAPES: tuple[tuple[int, ...], ...] = ((3, 40), (1,), (2, 8, 5, 3), (37, 129), (
 
 ALIGNMENT = 16  # bytes: the widest access of a kernel
 
-# Sums over many elements: the reference adds them in another order. All other outputs must be equal bit by bit.
+# Tolerance of sums over many elements, which the reference adds in another order. All other outputs must be equal.
 SUM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one kernel did on all its cases; fault is the first disagreement with the reference, or what it raised."""
+    """The result of one kernel on all its cases; fault: its first difference from the reference, or its first error."""
 
     op: str
     kernel: str
@@ -46,7 +46,7 @@ def inputs(quick: bool, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Tens
         for dtype in (dtype for dtype in (QUICK_DTYPES if quick else DTYPES) if dtype in dtypes):
             x = torch.randn(shape, generator=generator).to(dtype)
             yield x
-            if at == 0:  # an address that allows no access of 16 bytes
+            if at == 0:  # its address does not allow accesses of 16 bytes
                 yield misaligned(x)
             if not quick and x.dim() >= 2:
                 yield x.transpose(0, 1)
@@ -60,12 +60,12 @@ def inputs(quick: bool, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Tens
 
 
 def device_of(kernel: Kernel) -> str:
-    """Where a kernel is checked: the GPU for those that only run there."""
+    """The device to check a kernel on: the GPU, if there is one, for CUDA and Triton kernels."""
     return "cuda" if kernel.name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def on(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the arguments on ``device``, strides and misalignment as they were."""
+    """Copies of the arguments on ``device``, with the same strides and misalignment."""
 
     def copied(arg: Any) -> Any:
         if isinstance(arg, Tensor):
@@ -79,32 +79,32 @@ def on(device: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def held_on(device: str, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with packed weights in the layout that the device's kernels read."""
+    """The arguments, with packed weights in the layout of the device's kernels."""
     on_gpu = trials[op].on_gpu
     return args if on_gpu is None or device == "cpu" else on_gpu(*args)
 
 
 def tensors_in(values: Any) -> tuple[Tensor, ...]:
-    """All tensors among values, which may be one tensor, None, or hold lists of them."""
+    """All tensors in values, which may be None, a tensor, or nested lists and tuples."""
     if isinstance(values, Tensor):
         return (values,)
     return tuple(t for value in values or () if isinstance(value, Tensor | list | tuple) for t in tensors_in(value))
 
 
 def outputs_of(kernel: Kernel, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What a kernel returned, then all tensors it was given, as an op may change them; on the CPU."""
+    """The outputs of a kernel, then its tensor arguments, which the op may have changed; all on the CPU."""
     device = device_of(kernel)
     if device != "cpu" or trials[kernel.op].mutates:
         args = on(device, args)
     with warnings.catch_warnings():
-        # Odd layouts are the point here.
+        # Unusual layouts are here on purpose.
         warnings.filterwarnings("ignore", message="qkernels: int[48]_.* at every call")
         outputs = tensors_in(kernel.fn(*args)) + tensors_in(args)
     return outputs if device == "cpu" else on("cpu", outputs)
 
 
 def layout(t: Tensor) -> list[int]:
-    """The strides that matter: of dims with more than one element."""
+    """The strides of dims with more than one element; no others matter."""
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel() > 0]
 
 
@@ -117,7 +117,7 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
     if trial.given is not None:
         x, weight, _, *rest = args
         expected = (*trial.given(x, weight, outputs[3], *rest), *expected[3:])
-    # An op of many tensors returns lists: its second and third are the second and third part of all outputs.
+    # An op on lists returns lists, which ``outputs`` holds one after the other.
     length = len(args[0]) if isinstance(args[0], list) else 1
     sums = [part * length + at for part in trial.sums for at in range(length)]
     for at, (got, want) in enumerate(zip(outputs, expected, strict=True)):
@@ -126,7 +126,7 @@ def disagreement(kernel: Kernel, expected: tuple[Tensor, ...], args: tuple[Any, 
             return f"output {at} is {got.dtype} {list(got.shape)} with strides {got.stride()}, not as the reference's"
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
             return f"output {at} differs from the reference's"
-    work = expected[0].numel() > 0 and all(t.numel() > 0 for t in tensors_in(args))  # nothing runs on empty tensors
+    work = expected[0].numel() > 0 and all(t.numel() > 0 for t in tensors_in(args))  # no path runs on empty tensors
     if host is not None and work and kernel.name.startswith("cpu_") and f"cpu_{host.last_isa()}" != kernel.name:
         return f"the path that ran is {host.last_isa()}"
     return None
@@ -139,9 +139,9 @@ def describe(args: tuple[Any, ...]) -> str:
 def check_op(
     op: str, kernels: list[Kernel], quick: bool, dtypes: Sequence[torch.dtype] = DTYPES, most: int | None = None
 ) -> Iterator[Outcome]:
-    """Every kernel on every input of these dtypes, ``most`` of them; one that raises is at fault, and the others go on.
+    """Runs every kernel on the inputs x of these dtypes, or on the first ``most``; each x gives several calls.
 
-    An input is one x, of which many calls are made.
+    A kernel that raises has a fault; the other kernels go on.
     """
     counts = dict.fromkeys((kernel.name for kernel in kernels), 0)
     faults: dict[str, str] = {}
@@ -159,7 +159,7 @@ def check_op(
                 counts[kernel.name] += 1
                 try:
                     fault = disagreement(kernel, expected[device], given)
-                except Exception as error:  # a compiler's own errors too: they are of any class
+                except Exception as error:  # a compiler's errors may have any class
                     fault = f"raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
                 if fault is not None:
                     faults.setdefault(kernel.name, f"{fault}, on ({describe(given)})")
@@ -168,10 +168,10 @@ def check_op(
 
 
 def run(quick: bool) -> Iterator[Outcome]:
-    """quick: the kernel of each op that this machine selects, on a few inputs; else all that can run, on many.
+    """Checks all kernels that can run, on many inputs; quick: only each op's preferred kernel, on a few inputs.
 
-    Quick for Triton is one input, as each kind of call is compiled first. Not what only Triton's interpreter runs: it
-    would take half an hour.
+    With quick Triton gets one input, because it compiles each kind of call first. Triton kernels are left out where
+    only the interpreter could run them, which would take half an hour.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
