@@ -93,7 +93,7 @@ gpu-bench:
 gpu:
 	@$(GPU_RUN) check bench
 
-# Prints the file of tiles that it measured: what later runs here read, and what configs.py may take over.
+# Prints the file of tiles that it measured: what later runs here read, and what gemm_configs.py may take over.
 gpu-tune:
 	@$(or $(GPU_PYTHON),python3) -m qkernels tune --minutes $(or $(MINUTES),9) --print
 

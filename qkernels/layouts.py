@@ -34,7 +34,7 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 # Rows of codes for a matrix unit, which loads a row in one piece where it begins at a multiple of 16 bytes.
 
-ALIGNMENT = 16  # bytes
+ALIGNMENT = 16  # bytes: the widest access of a kernel
 
 
 def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -44,7 +44,8 @@ def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 # Packed weights [N, K]. Each lies in one of two layouts: for a CPU in panels of 32 output channels, for a GPU in rows.
-# The kernels of a device take its layout alone, and the weight says by the name which one it is in; the number after
+# The kernels of a device take its layout alone. PackedInt8 and PackedInt4 carry the name of theirs. An op is given the
+# tensors alone: there int8_layout and int4_layout tell the name from the dims, and nothing else does. The number after
 # the name changes when the order of bytes does.
 
 PANELS = "panels-1"
@@ -78,7 +79,9 @@ def int8_layout_on(device: torch.device) -> str:
 
 
 def int8_shape(layout: str, n: int, k: int) -> tuple[int, ...]:
-    return (n, (k + 15) // 16 * 16) if layout == ROWS else (panels_of(n), (k + 3) // 4, PANEL, 4)
+    return (
+        (n, (k + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT) if layout == ROWS else (panels_of(n), (k + 3) // 4, PANEL, 4)
+    )
 
 
 def int8_pack(q: Tensor) -> Tensor:
@@ -188,9 +191,9 @@ def to_panels(t: Tensor) -> Tensor:
     return padded.view(panels_of(n), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def by_group(t: Tensor, n: int) -> Tensor:
+def by_group(t: Tensor, n: int, layout: str) -> Tensor:
     """[N, groups] of scales, zero points or minima in either layout."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
+    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if layout == PANELS else t.t()
 
 
 # A stream of b-bit two's complement codes along the last dim, low bits first, as files hold them.

@@ -26,8 +26,8 @@ class Trial:
     Attributes:
         samples: arguments of calls.
         sums: which outputs are sums over many elements, which kernels may add in another order than the reference.
-        given: where the first outputs follow exactly from the last, which is such a sum: the reference's first outputs,
-            computed from the sum that the kernel itself gave.
+        given: for an op whose first outputs follow exactly from such a sum: (arguments, a kernel's outputs) -> what
+            the reference gives for the first outputs with the sum that the kernel gave.
         on_gpu: the arguments as the kernels of a GPU take them, where these want packed weights in another layout.
         mutates: whether the op writes to some of its arguments.
     """

@@ -1,5 +1,5 @@
 // int8_mm, int8_scaled_mm, int8_pack, int8_unpack and int8_linear on the CPU: checks, scratch memory and the split of
-// work over threads. The arithmetic is in int8_gemm_kernels.h.
+// work over threads. The arithmetic is in int8_gemm/.
 #include "cpu/int8_gemm/int8_gemm.h"
 
 #include <memory>

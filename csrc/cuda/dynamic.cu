@@ -236,8 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
 std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t group_size, int64_t quant_min,
                                                     int64_t quant_max, bool symmetric) {
   check_group_size(x_any, group_size);
-  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   const Gpu gpu(x_any);
   auto [scale, zero_point] = empty_qparams(x_any, group_size, gpu.device());
   const Tensor x = to_dense(x_any);
