@@ -10,9 +10,10 @@
 // a half block both operands take k in the same order, but not in ascending order: of the four bytes of a word, 0 and 2
 // make one pair, and 1 and 3 the other.
 //
-// A tile is 128 channels by 128 k, and the tiles of the same channels are a column. Each block takes a stripe, which is
-// so many consecutive tiles, and the last of them may lie in another column than the first. It writes its sums of each
-// column in fp32. A second kernel adds up the sums of all blocks, in the order of k: the same bits every time.
+// A tile is 128 channels by 128 k, and the tiles of the same channels are a column. Each block takes a stripe of
+// consecutive tiles, which may go on from one column into the next; all stripes have the same length. A block writes
+// its sums of each column in fp32. A second kernel adds up the sums of all blocks in the order of k: the same bits
+// every time.
 #include "common.cuh"
 
 namespace qkernels {
