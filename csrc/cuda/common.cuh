@@ -181,7 +181,8 @@ class Gpu {
     start(kernel, grid_x, grid_y, threads, bytes, false, std::forward<Arguments>(arguments)...);
   }
 
-  // Launches a kernel that begins with wait_for_previous(). The kernel before it calls let_next_start().
+  // Launches a kernel that begins with wait_for_previous(). It may start early if the kernel before it calls
+  // let_next_start().
   template <typename... Parameters, typename... Arguments>
   void launch_early(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
                     Arguments&&... arguments) const {

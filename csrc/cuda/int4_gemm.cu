@@ -11,9 +11,9 @@
 // make one pair, and 1 and 3 the other.
 //
 // A tile is 128 channels by 128 k, and the tiles of the same channels are a column. Each block takes a stripe of
-// consecutive tiles, which may go on from one column into the next; all stripes have the same length. A block writes
-// its sums of each column in fp32. A second kernel adds up the sums of all blocks in the order of k: the same bits
-// every time.
+// consecutive tiles, which may go on from one column into the next; all but the last stripe have the same length. A
+// block writes its sums of each column in fp32. A second kernel adds up the sums of all blocks in the order of k: the
+// same bits every time.
 #include "common.cuh"
 
 namespace qkernels {
@@ -209,7 +209,7 @@ class Stripe {
 
  private:
   static constexpr int kHalves = Tile::kHalves;
-  static constexpr int kWords = kHalf / 16;  // of a channel and two half blocks, which a thread reads
+  static constexpr int kWords = kHalf / 16;  // that a thread reads of a channel and two half blocks
   static constexpr int kShare = kThreadsOf<kRows> / kBlock;
   static constexpr int kTiles = kRows / 8 / kShare;  // of 8 rows each, whose sums this thread holds
 
@@ -475,7 +475,7 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   a.length = static_cast<int>(length);
   a.steps = static_cast<int>(ceil_div(k, kDepth));
   a.halves_per_group = static_cast<int>(ceil_div(group_size, half));
-  if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // and those beyond K
+  if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // counts those beyond K too
   if (dtype == ScalarType::Half) {
     run_half<Half>(gpu, a, device, half);
   } else {

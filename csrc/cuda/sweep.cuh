@@ -43,7 +43,7 @@ __device__ __forceinline__ I code_of(T value, const Params<T>& p, T low, T high)
 }
 
 // The scale and the zero point of each channel, as they lie on the device. The host never reads their values. A wrong
-// one (a negative or NaN scale, an integer zero point outside of the range) acts as NaN, so that the outputs are NaN.
+// one (a negative or NaN scale, an integer zero point outside of the range) acts as NaN, which then propagates.
 template <typename T>
 struct Qparams {
   enum Kind { kNumber, kInt32, kInt64, kReal };
