@@ -377,9 +377,9 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 // A kernel that Gpu::launch_early launches may start before the previous kernel in the stream has ended, once every
-// block of that one has called let_next_start(). Its launch then takes no time of its own. Every thread of it must call
-// wait_for_previous(): only after that can it read what the previous kernel writes, and without that it could end
-// first, so that the stream's order would be lost.
+// block of the previous one has called let_next_start(). Its launch then takes no extra time. Every thread of the
+// kernel must call wait_for_previous(). Only after this call can it read what the previous kernel writes; without the
+// call the kernel could end before the previous one, and the stream's order would be lost.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -232,7 +232,7 @@ struct Stretches {
   int block_step, unroll_step;
   bool run_per_x;     // blockIdx.x is the number of the run, blockIdx.y that of the stretch in it; else x is one run
   Divider short_run;  // where runs are short: the vectors of one
-  int64_t step_runs = 0, step_rest = 0;  // unroll_step is so many short runs and so many vectors
+  int64_t step_runs = 0, step_rest = 0;  // unroll_step is step_runs short runs and step_rest vectors
 };
 
 // How many blocks a multiprocessor shall hold: more where a thread has fewer bytes in flight. 3, 4 and 5 blocks bound
