@@ -66,7 +66,7 @@ void check_groups(const char* name, const Tensor& t, int64_t n, int64_t groups) 
 }
 
 struct Weights {
-  Int4Panel first;  // panel
+  Int4Panel first;
   int64_t groups;
   Int4Panel at(int64_t panel) const {
     Int4Panel p = first;
