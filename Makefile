@@ -60,7 +60,7 @@ portable: $(VENV)/torch
 	$(PYTHON) tests/portable.py
 
 # The kernels' tests under AddressSanitizer or UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
-# other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
+# other types read and write memory as these do. --capture=sys lets the sanitizers' own text through.
 asan-build: $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 
