@@ -60,7 +60,7 @@ portable: $(VENV)/torch
 	$(PYTHON) tests/portable.py
 
 # The kernels' tests under AddressSanitizer or UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
-# other types walk memory as these do. --capture=sys lets the sanitizers' own text through.
+# other types read and write memory as these do. --capture=sys lets the sanitizers' own text through.
 asan-build: $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 
@@ -93,7 +93,7 @@ gpu-bench:
 gpu:
 	@$(GPU_RUN) check bench
 
-# Prints the file of tiles that it measured: what later runs here read, and what configs.py may take over.
+# Prints the file of tiles that it measured: what later runs here read, and what gemm_configs.py may take over.
 gpu-tune:
 	@$(or $(GPU_PYTHON),python3) -m qkernels tune --minutes $(or $(MINUTES),9) --print
 

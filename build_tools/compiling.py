@@ -1,10 +1,10 @@
 """Compiles one file at a time, and only where it or a file that it includes has changed."""
 
+import hashlib
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from setuptools.errors import CompileError
@@ -21,23 +21,44 @@ def run(command: list[str]) -> None:
     sys.stderr.write(done.stderr)  # warnings
 
 
+def read_for(built: Path) -> list[Path]:
+    """The files that the compiler of an object read, which it listed in a depfile beside the object."""
+    listed = built.with_suffix(".d").read_text().partition(":")[2].replace("\\\n", " ").strip()
+    return [Path(file.replace("\\ ", " ")) for file in re.split(r"(?<!\\)\s+", listed)]
+
+
+def state_of(files: list[Path]) -> str:
+    """What changes when one of these files does: its contents in this tree, its time elsewhere (torch, the system)."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} ".encode())
+        digest.update(str(file.stat().st_mtime_ns).encode() if file.is_absolute() else file.read_bytes())
+    return digest.hexdigest()
+
+
 def is_current(built: Path) -> bool:
-    """Whether an object is newer than every file that its compiler read, which the compiler listed beside it."""
-    depfile = built.with_suffix(".d")
-    if not built.exists() or not depfile.exists():
+    """Whether an object was compiled from the files that it includes as they are now."""
+    state = built.with_suffix(".state")
+    try:
+        return built.exists() and state.read_text() == state_of(read_for(built))
+    except OSError:  # it was not finished, or includes a file that is gone
         return False
-    read = re.split(r"(?<!\\)\s+", depfile.read_text().partition(":")[2].replace("\\\n", " ").strip())
-    files = [Path(file.replace("\\ ", " ")) for file in read]
-    return all(file.exists() and file.stat().st_mtime_ns <= built.stat().st_mtime_ns for file in files)
+
+
+def tree_of(folder: str) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in Path(folder).rglob("*") if path.is_file())
 
 
 def compile_if_stale(command: list[str], source: str, built: Path) -> str:
     """Makes the object ``built`` from a source, unless it is current; returns its name."""
     if not is_current(built):
         built.parent.mkdir(parents=True, exist_ok=True)
-        start = time.time_ns()  # the object's time, so that what is edited while the compiler runs makes it stale
+        state = built.with_suffix(".state")
+        state.unlink(missing_ok=True)
+        before = tree_of(Path(source).parts[0])
         unfinished = built.with_suffix(f".{os.getpid()}.part")
         run([*command, "-MD", "-MF", str(built.with_suffix(".d")), "-c", source, "-o", str(unfinished)])
-        os.utime(unfinished, ns=(start, start))
         unfinished.replace(built)
+        if tree_of(Path(source).parts[0]) == before:  # else a file was edited while the compiler read it
+            state.write_text(state_of(read_for(built)))
     return str(built)

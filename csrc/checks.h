@@ -1,4 +1,4 @@
-// Checks of the arguments that ops on every device share, and dispatch on dtypes.
+// Checks of arguments, which the ops of all devices share, and dispatch on dtypes.
 #pragma once
 
 #include <limits>
@@ -140,7 +140,7 @@ void dispatch_integer(const char* name, ScalarType dtype, F f) {
   }
 }
 
-// Checks that codes of type I hold the range.
+// Checks that type I holds all codes of the range.
 template <typename I>
 void check_codes_hold(ScalarType dtype, int64_t quant_min, int64_t quant_max) {
   using Limits = std::numeric_limits<I>;

@@ -17,7 +17,7 @@ namespace qkernels {
 
 template <typename T>
 QK_HOST_DEVICE T effective_scale(T scale) {
-  if (!(scale >= 0)) return static_cast<T>(NAN);  // a canonical one: the bf16 store relies on that
+  if (!(scale >= 0)) return static_cast<T>(NAN);  // a canonical NaN, which the bf16 store relies on
   return scale < static_cast<T>(FLT_MIN) ? static_cast<T>(FLT_MIN) : scale;
 }
 
@@ -49,15 +49,15 @@ struct QparamsRule {
     const int64_t steps = (quant_max - quant_min) / 2;
     return {quant_min, quant_max, symmetric, static_cast<double>(steps), quant_max - steps, FLT_MIN};
   }
-  // Has the floor of torch.ao's observers. Where steps is 0 the range is asymmetric.
+  // The smallest scale is that of torch.ao's observers. If steps is 0, the range is asymmetric.
   static QparamsRule observed(int64_t quant_min, int64_t quant_max, double steps, int64_t middle) {
     check_range(quant_min, quant_max);
     return {quant_min, quant_max, steps != 0, steps, middle, FLT_EPSILON};
   }
 };
 
-// One step of an observer. An infinite running value means that there is none yet. The distance of two finite values
-// may be larger than fp32 holds.
+// One step of an observer. An infinite running value means that there is none yet. The distance between two finite
+// values may be larger than fp32 holds; the other formula avoids it.
 QK_HOST_DEVICE inline float moving_average(float running, float batch, float momentum) {
   if (std::fabs(running) == INFINITY) return batch;
   const float distance = batch - running;
@@ -65,8 +65,8 @@ QK_HOST_DEVICE inline float moving_average(float running, float batch, float mom
   return running + momentum * distance;
 }
 
-// Finite ends of a range are limited to `top`, four roundings below the largest number: the scale may be rounded up,
-// and its multiple must not be infinite where the end is not.
+// Finite ends of a range are limited to `top`, four roundings below the largest number. The scale may be rounded up,
+// and even then its multiples must be finite.
 template <typename T>
 struct Reach {
   static constexpr T last = static_cast<T>(std::is_same_v<T, double> ? DBL_MAX : FLT_MAX);
@@ -92,7 +92,7 @@ QK_HOST_DEVICE ChosenQparams<T> choose_qparams(T low, T high, const QparamsRule&
     return {scale < floor ? floor : scale, static_cast<T>(rule.middle)};
   }
   const T quant_min = static_cast<T>(rule.quant_min), quant_max = static_cast<T>(rule.quant_max);
-  // Half the range over half the steps gives the same bits; the range itself may be larger than T holds.
+  // Half the range divided by half the steps gives the same bits. The whole range may be larger than T holds.
   constexpr T half = static_cast<T>(0.5);
   T scale = (high * half - low * half) / ((quant_max - quant_min) * half);
   scale = scale < floor ? floor : scale;

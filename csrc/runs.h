@@ -1,16 +1,17 @@
-// Granularity as kernels see it: x in memory order, as runs of elements that share one element of scale.
+// Granularity as kernels take it: x in memory order, cut into runs of elements that share one element of scale.
 #pragma once
 
 #include "tensor.h"
 
 namespace qkernels {
 
-// One level of x's memory order: `size` steps, each `stride` elements further in scale. Stride 0: one scale for all.
+// One level of x's memory order: `size` steps, each of which goes on by `stride` elements of scale. With stride 0 all
+// steps have the same element of scale.
 struct Factor {
   int64_t size, stride;
 };
 
-// x in memory order is a sequence of runs of `inner` elements that share one channel, i.e. one element of scale.
+// x in memory order is a sequence of runs. A run is `inner` elements of one channel, i.e. of one element of scale.
 struct Runs {
   int64_t channels = 1;  // elements of scale
   int64_t count = 1;     // of runs
@@ -22,21 +23,21 @@ struct Runs {
   bool in_order() const { return factors.size() <= 1; }  // the channel is the run's number in its period
 };
 
-// Where all of x shares one channel.
+// All of x is one channel.
 inline Runs one_run(const Tensor& x) {
   Runs runs;
   runs.inner = x.numel();
   return runs;
 }
 
-// x is dense. Any scale shape that divides x's, in any memory order of x.
+// x is dense, in any memory order. scale has any shape that divides x's.
 inline Runs runs_of(const Tensor& x, const Tensor& scale) {
   Runs runs = one_run(x);
   runs.channels = scale.numel();
   const int64_t numel = x.numel();
   if (runs.channels == 1 || numel == 0) return runs;
 
-  // A dim of size n = s·b has s elements of scale, each for b steps: two levels.
+  // A dim of size n = s·b, where each of s elements of scale holds for b steps, makes two levels.
   std::vector<int64_t> scale_stride(scale.dim());
   int64_t step = 1;
   for (int64_t i = scale.dim(); i-- > 0;) {

@@ -1,5 +1,5 @@
-// The one place that knows torch, on any device: how arguments are checked, allocated and laid out. Kernels take raw
-// pointers. Errors are thrown before any parallel region, which would lose their text.
+// What ops need of torch's tensors, on any device: checks, allocation, memory layout. Kernels take raw pointers. Errors
+// are thrown before any parallel region, which would lose their text.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,7 +28,7 @@ template <typename... Args>
   throw std::runtime_error(text.str());
 }
 
-// Each failure says the argument's name, what it was, and what is accepted.
+// An error names the argument, and says what it was and what is accepted.
 #define QK_CHECK(condition, ...)                     \
   do {                                               \
     if (!(condition)) ::qkernels::fail(__VA_ARGS__); \
@@ -93,7 +93,7 @@ inline std::string device_name(Device device) {
   return text.str();
 }
 
-// Checks that t is on the device of x. Callers ask for that device once, since each question is two calls into torch.
+// `accepted` is the device of x. Callers ask torch for it once, since that takes two calls into torch.
 inline void check_device(const char* name, const Tensor& t, Device accepted) {
   const Device got = device_of(t);
   if (got == accepted) return;
@@ -109,7 +109,7 @@ inline void check_floating(const char* name, const Tensor& t) {
            "; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16");
 }
 
-// Costs a third of torch::stable::empty, which goes through the dispatcher.
+// Takes a third of the time of torch::stable::empty, which goes through the dispatcher.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             Device device = {aoti_torch_device_type_cpu(), 0}) {
   AtenTensorHandle handle = nullptr;
@@ -161,7 +161,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// As torch.empty_like: the strides of a dense tensor, else those of its dense counterpart.
+// As torch.empty_like: with t's strides if t is dense, else with those of a dense tensor.
 inline Tensor empty_dense_like(const Tensor& t, Device device, std::optional<ScalarType> dtype = std::nullopt) {
   if (is_dense(t)) return empty_strided(t.sizes(), t.strides(), dtype.value_or(t.scalar_type()), device);
   const Tensor dense = torch::stable::empty_like(t);
@@ -172,7 +172,7 @@ inline Tensor empty_dense_like(const Tensor& t, std::optional<ScalarType> dtype 
   return empty_dense_like(t, device_of(t), dtype);
 }
 
-// `t` itself where it is laid out as `like` (a dense tensor of the same shape), else a copy that is.
+// `t` itself if it has the layout of `like`, a dense tensor of the same shape; else a copy that has.
 inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   if (same_layout(t, like)) return t;
   Tensor copy = empty_strided(like.sizes(), like.strides(), t.scalar_type(), device_of(t));

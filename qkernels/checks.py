@@ -150,6 +150,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
         zero_point_value(int(outside[0]) if outside.numel() else quant_min, quant_min, quant_max)
 
 
+def finite_weight(w: Tensor) -> None:
+    """w is a finite floating matrix, else ValueError."""
+    dense("w", w)
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
+    if not bool(w.detach().float().isfinite().all()):
+        raise ValueError("w: got NaN or infinite values; accepted: finite weights")
+
+
 def grad(grad: Tensor, x: Tensor) -> None:
     device("grad", grad, x)
     if grad.dtype != x.dtype:

@@ -339,6 +339,10 @@ def scale_dtype(name: str, t: Tensor) -> None:
     )
 
 
+def activation_bits(act_bits: int) -> None:
+    require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+
+
 def int4_linear(
     x: Tensor,
     data: Tensor,
@@ -356,7 +360,7 @@ def int4_linear(
     out_dtype: torch.dtype,
 ) -> None:
     rows(x)
-    require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+    activation_bits(act_bits)
     require(
         out_dtype in OUT_DTYPES, f"out_dtype: got {out_dtype}; accepted: torch.float32, torch.bfloat16, torch.float16"
     )

@@ -32,9 +32,9 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     return inside
 
 
-# Rows of codes for a matrix unit, which loads a row in one piece where it begins at a multiple of 16 bytes.
+# Rows of codes for a matrix unit, which loads a row in one piece if it begins at a multiple of 16 bytes.
 
-ALIGNMENT = 16  # bytes
+ALIGNMENT = 16  # bytes of a kernel's widest access
 
 
 def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -43,9 +43,10 @@ def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty_strided((rows, columns), (stride, 1), dtype=torch.int8)
 
 
-# Packed weights [N, K]. Each lies in one of two layouts: for a CPU in panels of 32 output channels, for a GPU in rows.
-# The kernels of a device take its layout alone, and the weight says by the name which one it is in; the number after
-# the name changes when the order of bytes does.
+# A packed weight [N, K] has one of two layouts: panels of 32 output channels for a CPU, rows for a GPU. The kernels of
+# a device take only its layout. PackedInt8 and PackedInt4 carry the layout's name. An op gets only tensors; there
+# int8_layout and int4_layout, and no other code, tell the layout from the dims. The number in a name changes when the
+# order of bytes changes.
 
 PANELS = "panels-1"
 ROWS = "rows-1"  # int8
@@ -78,7 +79,9 @@ def int8_layout_on(device: torch.device) -> str:
 
 
 def int8_shape(layout: str, n: int, k: int) -> tuple[int, ...]:
-    return (n, (k + 15) // 16 * 16) if layout == ROWS else (panels_of(n), (k + 3) // 4, PANEL, 4)
+    return (
+        (n, (k + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT) if layout == ROWS else (panels_of(n), (k + 3) // 4, PANEL, 4)
+    )
 
 
 def int8_pack(q: Tensor) -> Tensor:
@@ -189,9 +192,9 @@ def to_panels(t: Tensor) -> Tensor:
     return padded.view(panels_of(n), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def by_group(t: Tensor, n: int) -> Tensor:
+def by_group(t: Tensor, n: int, layout: str) -> Tensor:
     """Scales, zero points or minima of either layout as [N, groups]."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if t.dim() == 3 else t.t()
+    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if layout == PANELS else t.t()
 
 
 # Files hold codes as a stream of b-bit two's complement numbers along the last dim, low bits first.

@@ -21,14 +21,14 @@ INT8 = (-128, 127)
 
 @dataclass(frozen=True)
 class Trial:
-    """How the kernels of an op are tried against its reference.
+    """How to compare the kernels of an op with its reference.
 
     Attributes:
-        samples: arguments of calls.
-        sums: which outputs are sums over many elements, which kernels may add in another order than the reference.
-        given: where the first outputs follow exactly from the last, which is such a sum: the reference's first outputs,
-            computed from the sum that the kernel itself gave.
-        on_gpu: the arguments as the kernels of a GPU take them, where these want packed weights in another layout.
+        samples: the arguments of calls.
+        sums: indices of the outputs that are sums over many elements; kernels may add these in another order.
+        given: for an op whose first outputs follow exactly from such a sum: (arguments, a kernel's outputs) -> the
+            reference's first outputs, computed from the kernel's sum.
+        on_gpu: turns the arguments into those for a GPU's kernels, which want packed weights in another layout.
         mutates: whether the op writes to some of its arguments.
     """
 

@@ -46,6 +46,7 @@ def pytest_of(*arguments: str, **env: str) -> str:
         "foreach_fake_quantize",
         "cuda_kernels",
         "cuda_int4_gemm",
+        "refusals",
     ],
 )
 def test_family_on_the_emulator(stem: str) -> None:

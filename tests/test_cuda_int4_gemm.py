@@ -144,6 +144,8 @@ def test_choice(loaded: pytest.MonkeyPatch) -> None:
     args = arguments(4, 16, 128, 32)
     kernels = {kernel.name: kernel for kernel in qk.kernels("int4_linear")}
     names = [name for name in kernels if not name.startswith("cpu_")]
+    if "triton" not in kernels:
+        pytest.skip("the emulator registers the CUDA kernels alone")
     assert names == ["triton", "cuda", "reference"]
     ran: list[str] = []
 

@@ -38,7 +38,7 @@ IndexedRuns runs_of_axis(const Tensor& x, int64_t axis) {
   return runs;
 }
 
-// scale's reciprocal as torch takes it, but finite: a dead channel's 0/0 must not become NaN.
+// scale's reciprocal as in torch, but finite, so that a dead channel's 0/0 does not become NaN.
 float reciprocal(float scale) {
   const float inv = 1.0f / scale;
   return std::isinf(inv) ? std::copysign(FLT_MAX, inv) : inv;
@@ -241,7 +241,7 @@ Masked per_channel_cachemask(const Tensor& x, const Tensor& scale, const Tensor&
   for (int64_t c = 0; !is_float && c < scale.numel(); ++c)
     QK_CHECK(q.quant_min <= q.of(c).zero_point && q.of(c).zero_point <= q.quant_max, "`zero_point` must be between ",
              "`quant_min` and `quant_max`: got ", q.of(c).zero_point, "; accepted: ", quant_min, " to ", quant_max);
-  // Adding zeros before rounding changes nothing, except that torch takes the sum to fp32.
+  // Adding zeros before rounding changes nothing, except that torch computes the sum in fp32.
   const bool rounds_after = is_float && (any_zero_point(q) || x.scalar_type() == ScalarType::Double);
   return forward(x, q, axis, quant_min, quant_max, rounds_after);
 }
@@ -300,7 +300,8 @@ Masked fused_moving_avg_obs(const Tensor& x, const Tensor& observer_on, const Te
   const auto resizes = [&](const Stat& stat) {
     return per_row && stat.tensor.numel() <= 1 && stat.tensor.numel() != channels;
   };
-  // Nothing is changed before everything is known to fit: what does not fit is left to torch, as it came.
+  // Checks everything before it changes anything, because a call that does not fit goes to torch with its arguments as
+  // they were.
   const bool observes = is_set("observer_on", observer_on), quantizes = is_set("fake_quant_on", fake_quant_on);
   for (const Stat& stat : stats) {
     const ScalarType dtype = stat.tensor.scalar_type();
@@ -340,7 +341,7 @@ Tensor backward_bytes_of(const Tensor& grad_any, const Tensor& mask_any) {
   QK_CHECK(mask_any.scalar_type() == ScalarType::Bool && same_shape(grad_any, mask_any), "mask: got ",
            dtype_name(mask_any.scalar_type()), " of shape ", shape_of(mask_any),
            "; accepted: torch.bool of grad's shape ", shape_of(grad_any));
-  // In the layout of grad, unless grad is not dense, as the expanded gradient of a sum.
+  // dx has the layout of grad; or that of mask where grad is not dense, as the expanded gradient of a sum.
   const Tensor grad = is_dense(grad_any) ? grad_any : in_layout_of(grad_any, to_dense(mask_any));
   const Tensor mask = in_layout_of(mask_any, grad);
   Tensor dx = empty_strided(grad.sizes(), grad.strides(), grad.scalar_type());

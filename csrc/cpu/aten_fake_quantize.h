@@ -1,4 +1,4 @@
-// torch's own fake-quantize ops: what torch's arithmetic depends on, and the kernels that take aten's place.
+// torch's own fake-quantize ops: the rules of torch's arithmetic, and the kernels that take aten's place.
 #pragma once
 
 #include <tuple>
@@ -7,7 +7,7 @@
 
 namespace qkernels {
 
-// How torch computes where its types matter; see aten_forward_exact.
+// How torch computes where the types of the arguments matter; see aten_forward_exact.
 struct AtenRule {
   double quant_min, quant_max;
   bool rounds_after;   // a float zero point is added before rounding

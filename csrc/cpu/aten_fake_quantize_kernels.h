@@ -55,7 +55,7 @@ inline void bytes_stretch(const S* x, S* y, uint8_t* mask, int64_t n, const P& p
   });
 }
 
-// For fp32 and half inputs, integer zero points and ranges within 2**24: there fp32 arithmetic gives torch's bits.
+// For fp32 and half inputs with integer zero points and ranges within 2**24, where fp32 arithmetic gives torch's bits.
 template <typename S>
 void aten_forward(const IndexedRuns& runs, const Qparams<float>& qparams, int64_t numel, const S* x, S* y,
                   uint8_t* mask) {
@@ -65,7 +65,7 @@ void aten_forward(const IndexedRuns& runs, const Qparams<float>& qparams, int64_
   });
 }
 
-// Everything else, element by element, in the types that torch computes in.
+// For all other inputs: element by element, in the types that torch computes in.
 template <typename S>
 void aten_forward_exact(const IndexedRuns& runs, const Qparams<float>& qparams, const AtenRule& rule, int64_t numel,
                         const S* x, S* y, uint8_t* mask) {
@@ -76,8 +76,8 @@ void aten_forward_exact(const IndexedRuns& runs, const Qparams<float>& qparams, 
       const T value = static_cast<T>(to_float(x[i])), inv = p.inv, z = p.zero_point;
       T q;
       if (rule.rounds_after) {
-        // torch's AVX2 and AVX-512 code contracts this one product and sum, and rounds an fp32; adding 0 turns −0 into
-        // 0, as its integers do.
+        // torch's AVX2 and AVX-512 code computes this product and sum by one fused multiply-add, and rounds the result
+        // in fp32. Adding 0 turns −0 into 0, which torch's conversion to integers does.
         const float sum = std::is_same_v<T, double> ? static_cast<float>(__builtin_fma(value, inv, z))
                                                     : __builtin_fmaf(value, inv, z);
         q = __builtin_rintf(sum) + 0.0f;

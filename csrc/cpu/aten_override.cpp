@@ -14,8 +14,8 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// aten's own backward is a product, which autograd can differentiate again. This one sits above autograd too, where
-// tensors may be fakes: so it calls an op of this library, which every layer below handles.
+// aten's own backward is a product, which autograd can differentiate again. This function is called above autograd too,
+// where tensors may be fakes. So it calls an op of this library, which every layer below handles.
 Tensor cachemask_backward(const Tensor& grad, const Tensor& mask) {
   QK_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: got ", dtype_name(mask.scalar_type()),
            "; accepted: torch.bool");

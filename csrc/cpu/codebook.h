@@ -9,8 +9,8 @@ constexpr int kMaxLevels = 256;
 
 // A codebook as the kernels search it.
 //
-// `tree` holds the midpoints between ascending levels, breadth first, as a binary search visits them: the search starts
-// at node 1 and goes from node n to 2n, or to 2n + 1 where v lies above tree[n]; after `bits` steps the index is
+// `tree` holds the midpoints between ascending levels, breadth first, as a binary search visits them. The search starts
+// at node 1. From node n it goes to 2n, or to 2n + 1 if v lies above tree[n]. After `bits` steps the index is
 // n − 2^bits. So the first steps find their midpoints in one vector register. Nodes without a midpoint hold infinity.
 template <typename T>
 struct Codebook {

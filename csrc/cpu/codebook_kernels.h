@@ -4,8 +4,8 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Searches a codebook for 16 values at a time. `find` gives the indices of the nearest levels, `level` the levels of
-// indices. This one works lane by lane; below, F32 has one for each vector path.
+// Searches a codebook for 16 values at a time. `find` gives the indices of the nearest levels, and `level` the levels
+// that indices stand for. This Searcher works lane by lane; below, F32 has one for each vector path.
 template <typename V>
 struct Searcher {
   using T = typename V::Scalar;
@@ -43,7 +43,7 @@ struct Searcher {
 
 #if QK_PATH == QK_PATH_AVX2
 
-// table[i mod N] for up to 16 entries, by two permutations. Larger tables are gathered from.
+// table[i mod N] for up to 16 entries, by two permutations. From larger tables it is gathered.
 template <int N>
 inline __m256 look_up(const float* table, __m256i i) {
   if constexpr (N == 8) {
@@ -236,8 +236,8 @@ struct LevelSums {
 };
 
 // The learnable backward for the 16 elements from `at` on, or for the `tail` elements that are left; p has their
-// parameters from i on. Writes dx, adds to the sums of levels, and returns what each element adds to the sum of the
-// scale. Lanes beyond the tail have dy = 0 and x = 0: they add 0, unless a parameter is NaN, which makes the sum NaN.
+// parameters from i on. Writes dx, adds to the sums of levels, and returns each element's term of the scale. Lanes
+// beyond the tail have dy = 0 and x = 0: they add 0, unless a parameter is NaN, which makes the sum NaN.
 template <typename S, bool kCodebook>
 struct LearnableTerms {
   using V = typename VecOf<S>::type;
@@ -251,7 +251,7 @@ struct LearnableTerms {
     const V dy = V::load(grad + at, tail...);
     const V v = V::load(x + at, tail...) * p.inv(i, tail...);
     const auto in = inside(v, b.low, b.high);
-    const V d = select(in, dy, zero<V>());  // select, never multiply: an infinite dy must not become NaN
+    const V d = select(in, dy, zero<V>());  // selected and not multiplied: an infinite dy must not become NaN
     d.store(dx + at, tail...);
     const auto index = search.find(v);
     if constexpr (kCodebook) sums.add(index, dy * p.scale(i, tail...), lanes_of(tail...));

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
   Tensor &scale = std::get<0>(qparams), &zero_point = std::get<1>(qparams);
   const int64_t numel = x.numel();
   Tensor y = empty_dense_like(x), mask = empty_mask(symmetric ? 0 : numel, x);
-  // Contiguous rows take one pass. Else the ranges come first, and then y in the memory order of x.
+  // Contiguous rows take one pass. Otherwise the ranges of all channels come first, and then y in x's memory order.
   const bool one_pass = group_size != 0 && x.is_contiguous();
   const Tensor rows = group_size == 0 ? to_dense(x) : to_contiguous(x);
   dispatch_floating("x", x, [&](auto tag) {
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t gro
     int8_t* out = static_cast<int8_t*>(q.mutable_data_ptr());
     QK_DISPATCH_ISA(quantize_dynamic(count, length, rule, in, out, s, z));
   });
-  // In the memory order of x, where that is not row by row.
+  // Otherwise q is written in x's memory order.
   if (!one_pass) q = quantize(x, scale, zero_point, quant_min, quant_max, ScalarType::Char);
   return {q, scale, zero_point};
 }

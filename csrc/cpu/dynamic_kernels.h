@@ -14,14 +14,14 @@ inline void symmetric_stretch(const S* x, S* y, int64_t n, V inv, V scale) {
   });
 }
 
-// Each row of `length` elements gives its own scale while it is in cache, then is quantized with it.
+// Each row of `length` elements is read for its scale, and then quantized with it while it is in cache.
 template <typename S>
 void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, S* y, Arithmetic<S>* scale,
                      int32_t* zero_point, uint8_t* mask) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
   const Bounds<V> b(Qparams<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
-  // Sixteen rows at a time, which begin at a whole byte of the mask.
+  // Tasks take sixteen rows at a time, which begin at a whole byte of the mask.
   const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(length, 1));
   torch::stable::parallel_for(0, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
     for (int64_t block = first * 16; block < std::min(last * 16, rows); block += 16) {
@@ -47,7 +47,7 @@ void dynamic_forward(int64_t rows, int64_t length, const QparamsRule& rule, cons
   });
 }
 
-// Each row of `length` elements gives its own scale while it is in cache, then is quantized with it.
+// Each row of `length` elements is read for its scale, and then quantized with it while it is in cache.
 template <typename S>
 void quantize_dynamic(int64_t rows, int64_t length, const QparamsRule& rule, const S* x, int8_t* q,
                       Arithmetic<S>* scale, int32_t* zero_point) {

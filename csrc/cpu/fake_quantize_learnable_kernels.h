@@ -7,9 +7,9 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// dx, and what an element adds to the sums, as in LSQ. `along(at, n)` gives the terms for elements [at, at + n), and a
-// call is for the 16 elements from i on. dx is selected and not multiplied: an infinite dy outside of the range must
-// not become NaN.
+// Gives dx and the terms of LSQ, which are what each element adds to the sums. `along(at, n)` returns the terms for
+// elements [at, at + n), and one call computes them for the 16 elements from i on. dx is selected and not multiplied:
+// an infinite dy outside of the range must not become NaN.
 template <typename V, Inside kInside = Inside::rounded>
 struct LearnedTerms {
   LearnedTerms along(int64_t, int64_t) const { return *this; }
@@ -121,7 +121,8 @@ struct PassTerms {
   }
 };
 
-// Before rounding, a value is clipped below the range, at its upper end and above: alpha <= x in the paper.
+// PACT. A value is clipped if, before rounding, it is below the range, at its upper end or above (alpha <= x in the
+// paper).
 template <typename V>
 struct PactTerms {
   PactTerms along(int64_t, int64_t) const { return *this; }
@@ -137,8 +138,8 @@ struct PactTerms {
   }
 };
 
-// d is delta with the sign of dy. The gradient of rounding is 1 + d·(steps − rounded), and that of the scale follows
-// from it. The paper clips before it rounds.
+// EWGS. d is delta with the sign of dy. The gradient of rounding is 1 + d·(steps − rounded), and that of the scale
+// follows from it. As in the paper, a value is clipped before it is rounded.
 template <typename V>
 struct EwgsTerms {
   typename V::Scalar delta;

@@ -16,10 +16,10 @@ using Tensors = std::vector<Tensor>;
 using ZeroPoints = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// So many elements keep all threads busy: of a single tensor they are 4 tasks for each of 2 threads.
+// From so many elements on, a single tensor keeps all threads busy: it makes 4 tasks for each of 2 threads.
 constexpr int64_t kLarge = 8 * kGrain;
 
-// One tensor of the list. What can fail or needs torch is done when it is made.
+// One tensor of the list. All that can fail or that calls torch is done when the job is made.
 struct Job {
   Tensor x, grad, out;  // dense and in one layout; grad in backward passes only
   IndexedRuns runs;
@@ -69,7 +69,7 @@ std::vector<Job> jobs_of(const Lists& lists, Prepare prepare) {
 template <typename Run>
 void run_all(std::vector<Job>& jobs, Run run) {
   std::vector<Job*> small;
-  std::vector<int64_t> first;  // the elements before each small job, in blocks
+  std::vector<int64_t> first;  // the number of elements in the small jobs before each of them
   int64_t elements = 0;
   for (Job& job : jobs) {
     if (job.numel == 0 || job.numel >= kLarge) continue;

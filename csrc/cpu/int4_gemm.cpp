@@ -1,5 +1,5 @@
 // int4_pack, int4_unpack and int4_linear on the CPU: checks, scratch memory and the split of work over threads. The
-// arithmetic is in int4_gemm_kernels.h.
+// arithmetic is in int4_gemm/.
 #include "cpu/int4_gemm/int4_gemm.h"
 
 #include "cpu/common/int8_ops.h"
@@ -66,7 +66,7 @@ void check_groups(const char* name, const Tensor& t, int64_t n, int64_t groups) 
 }
 
 struct Weights {
-  Int4Panel first;  // panel
+  Int4Panel first;
   int64_t groups;
   Int4Panel at(int64_t panel) const {
     Int4Panel p = first;

@@ -40,7 +40,8 @@ int64_t out_size(const char* side, int64_t padded, int64_t kernel, int64_t strid
   return (padded - reach) / stride + 1;
 }
 
-// x as codes [batch][padded.h][padded.w][channels], with the code of zero around it. Returns whether a NaN was met.
+// Writes x as codes [batch][padded.h][padded.w][channels], with the code of 0 in the padding. Returns whether x holds a
+// NaN.
 bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, const Geometry& g,
                     const RowQparams& qparams, uint8_t* image) {
   const bool channels_last = x.stride(1) == 1 && x.stride(3) == g.channels;
@@ -81,7 +82,8 @@ bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, c
   return nan;
 }
 
-// Copies pieces of 16 bytes, since a call of memcpy costs more than most copies here. Both sides may be overrun.
+// Copies 16 bytes at a time, since a call of memcpy costs more than most copies here. May read and write up to 15 bytes
+// beyond n.
 inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
   for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
 }
@@ -125,7 +127,8 @@ bool nan_under(const Tensor& x, Element type, const Geometry& g, int64_t n, int6
   return false;
 }
 
-// One filter per channel, without NaN in x: rows of output pixels, 32 channels at a time, straight from the image.
+// One filter per channel, where x holds no NaN. Rows of output pixels are computed straight from the image, 32 channels
+// at a time.
 void convolve_depthwise(const Int8Kernels& kernels, const uint8_t* images, const int8_t* data, const Geometry& g,
                         const PanelOutput& output) {
   const int64_t n_taps = g.kernel.h * g.kernel.w, blocks = panels(g.channels);
@@ -241,7 +244,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
       const int64_t n = task / blocks, first = task % blocks * block, height = std::min(block, pixels - first);
       const uint8_t* image = images + n * image_bytes;
       for (int64_t group = 0; group < groups; ++group) {
-        // The codes of each output pixel of the block, and the scale: NaN where a NaN was met.
+        // Each output pixel of the block has a row of codes and a scale, which is NaN if a NaN lies under the pixel.
         const uint8_t* rows = in_place ? image + first * g.channels + group * g.group_channels() : scratch.get();
         int64_t h = first / g.out.w, w = first % g.out.w;
         for (int64_t r = 0; r < height; ++r) {

@@ -1,5 +1,5 @@
 // int8_mm, int8_scaled_mm, int8_pack, int8_unpack and int8_linear on the CPU: checks, scratch memory and the split of
-// work over threads. The arithmetic is in int8_gemm_kernels.h.
+// work over threads. The arithmetic is in int8_gemm/.
 #include "cpu/int8_gemm/int8_gemm.h"
 
 #include <memory>
@@ -24,7 +24,7 @@ void multiply_packed(const Int8Kernels& kernels, const uint8_t* rows, int64_t ro
   });
 }
 
-// a [M, K] times b [K, N] of any strides into output.
+// Multiplies a [M, K] by b [K, N], of any strides, into output.
 void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor& b, const PanelOutput& output) {
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   if (m == 0 || n == 0) return;
@@ -116,7 +116,7 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, c
   if (bias) offset = float_vector("bias", *bias, n, -1, false, "[N]");
   std::optional<Values<int32_t>> zero_point;
   if (zero_point_a) zero_point = set_zero_point(output, "zero_point_a", *zero_point_a, m, k);
-  if (colsum_b) {  // adding up the columns costs nothing here: they are read anyway
+  if (colsum_b) {  // checked but not used: the columns are read anyway, and adding them up costs nothing
     check_vector("colsum_b", *colsum_b, n, -1, false, "[N]");
     QK_CHECK(colsum_b->scalar_type() == ScalarType::Int, "colsum_b: got ", dtype_name(colsum_b->scalar_type()),
              "; accepted: torch.int32");

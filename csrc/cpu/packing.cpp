@@ -12,7 +12,7 @@
 namespace qkernels {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // so many codes are worth waking a second thread
+constexpr int64_t kGrain = 32768;  // codes that are worth waking a second thread for
 
 int64_t packed_length(int64_t k, int64_t bits) { return (k * bits + 7) / 8; }
 

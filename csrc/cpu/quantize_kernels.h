@@ -11,7 +11,7 @@ inline void quantize_stretch(const S* x, I* q, int64_t n, const P& p, V low, V h
   for_each_16(n, [&](int64_t i, auto... tail) {
     const V z = p.zero_point(i, tail...), steps = round(V::load(x + i, tail...) * p.inv(i, tail...));
     V code = min(high, max(low, steps + z));
-    code = select(is_nan(code), z, code);  // no integer is NaN: it becomes the code of zero
+    code = select(is_nan(code), z, code);  // no integer is NaN: a NaN becomes the zero point
     code.store(q + i, tail...);
   });
 }

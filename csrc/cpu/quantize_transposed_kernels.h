@@ -1,11 +1,11 @@
-// quantize_dynamic_transposed: one pass over x [rows, columns] for the magnitudes of all rows and columns, one for the
-// codes of both.
+// quantize_dynamic_transposed. One pass over x [rows, columns] finds the magnitudes of all rows and columns. A second
+// pass writes the codes of both outputs.
 #include "cpu/common/ranges_kernels.h"
 #include "cpu/stochastic_kernels.h"
 
 namespace qkernels::QK_NAMESPACE {
 
-constexpr int64_t kSquare = 64;  // the rows and columns of a tile: it writes whole cache lines of both outputs
+constexpr int64_t kSquare = 64;  // rows and columns of a tile, which so writes whole cache lines of both outputs
 
 // Turns magnitudes into the scales that cover them, and gives their reciprocals. The length is a multiple of 16.
 template <typename T>
@@ -19,7 +19,7 @@ void scales_of(std::vector<T>& values, const QparamsRule& rule, std::vector<T>& 
   }
 }
 
-// The largest |x| of each of R rows, and of each column, which `columns` keeps from row to row.
+// The largest |x| of each of R rows; `columns` becomes the largest |x| of each column in these and the earlier rows.
 template <int R, typename S>
 void magnitudes_of_rows(const S* x, int64_t length, Arithmetic<S>* rows, Arithmetic<S>* columns) {
   using V = typename VecOf<S>::type;
@@ -42,7 +42,7 @@ void magnitudes(const S* x, int64_t height, int64_t length, std::vector<Arithmet
                 std::vector<Arithmetic<S>>& columns) {
   using T = Arithmetic<S>;
   using V = typename VecOf<S>::type;
-  // Every piece of rows has results of its own for the columns. A maximum does not depend on the number of pieces.
+  // Each piece of rows has its own maxima of the columns. The result does not depend on the number of pieces.
   const int64_t threads = torch::stable::get_num_threads(), width = static_cast<int64_t>(columns.size());
   const int64_t piece = std::max<int64_t>({1, (height + 4 * threads - 1) / (4 * threads), kGrain / (length + 1)});
   const int64_t pieces = (height + piece - 1) / piece;
@@ -67,7 +67,7 @@ inline void transpose(const int8_t* from, int8_t* to) {
 #if QK_PATH != QK_PATH_SCALAR
   __m128i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(from + i * kSquare));
-  // Four times the perfect shuffle of rows i and i + 8: the transpose of 16 x 16.
+  // Interleaving rows i and i + 8 four times transposes 16 x 16 bytes.
   for (int round = 0; round < 4; ++round) {
     for (int i = 0; i < 8; ++i) {
       b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
@@ -82,7 +82,7 @@ inline void transpose(const int8_t* from, int8_t* to) {
 #endif
 }
 
-// What a tile is made of: x, the reciprocals of its scales, and both outputs with the strides of their rows.
+// What a tile is made from: x and the reciprocals of its scales; and both outputs, with the strides of their rows.
 template <typename S>
 struct Squares {
   const S* x;
@@ -124,7 +124,7 @@ void quantize_square(const Squares<S>& t, int64_t first_row, int64_t first_colum
   if (philox) {
     Uniforms uniforms(*philox, width);
     fill([&](int64_t i, V steps, V steps_t) {
-      const V u = uniforms.template at<V>(i);  // one draw for both: each by itself is right on average
+      const V u = uniforms.template at<V>(i);  // one number for both: each code alone is right on average
       return std::pair(round_stochastically(steps, u), round_stochastically(steps_t, u));
     });
   } else {

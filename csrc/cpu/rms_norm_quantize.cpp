@@ -41,7 +41,7 @@ std::vector<T> values_of(const std::optional<Tensor>& weight, int64_t length) {
   std::vector<T> values(length, 1);
   if (weight)
     for_each_value<T>(*weight, [&](int64_t i, T value) {
-      values[i] = value == value ? value : static_cast<T>(NAN);  // a canonical one: the bf16 store relies on that
+      values[i] = value == value ? value : static_cast<T>(NAN);  // a canonical NaN, which the bf16 store relies on
     });
   return values;
 }

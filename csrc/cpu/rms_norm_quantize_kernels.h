@@ -50,7 +50,7 @@ void rms_norm(const Units& units, const QparamsRule& rule, const S* x, const Ari
   });
 }
 
-// kClipped: where the qparams clip a value, it gets no gradient. dweight, if not null, gets the sums over every
+// kClipped: a value that the qparams clip gets no gradient. dweight, if not null, gets the sums over each block of
 // kSummedRows rows.
 template <bool kClipped, typename S>
 void rms_norm_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t rows, int64_t length,

@@ -21,7 +21,7 @@ void silu_mul(const Units& units, const QparamsRule& rule, const S* gate, const 
   });
 }
 
-// kClipped: where the qparams clip a value, it gets no gradient.
+// kClipped: a value that the qparams clip gets no gradient.
 template <bool kClipped, typename S>
 void silu_mul_backward(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& qparams, int64_t numel, const S* grad,
                        const S* gate, const S* up, S* dgate, S* dup) {

@@ -23,7 +23,7 @@ struct Slots {
 
   V of(V x) const {
     V t = (x - low) * inv;
-    t = select(is_nan(t), zero<V>(), t);  // 0·infinity: the range is empty, x is in it
+    t = select(is_nan(t), zero<V>(), t);  // 0·infinity, where low, high and x are equal
     const V rounded = round(t);
     const V floor = select(inside(rounded, zero<V>(), t), rounded, rounded - one);
     V slot = min(last, floor + one);
@@ -33,8 +33,8 @@ struct Slots {
   }
 };
 
-// Counts into two tables in turn: where one value repeats (the zeros after a ReLU), each increment of a counter waits
-// for the one before it.
+// Counts into two tables in turn, because an increment of a counter waits for the one before it where one value repeats
+// (the zeros after a ReLU).
 template <typename S>
 void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& slots, int64_t* even, int64_t* odd) {
   using V = typename VecOf<S>::type;
@@ -45,7 +45,7 @@ void count_stretch(const S* x, int64_t n, const Slots<typename VecOf<S>::type>& 
   });
 }
 
-// counts: [channels][bins], outside: [channels][3]. `order` lists the runs of a period channel by channel; those of
+// counts is [channels][bins] and outside [channels][3]. `order` lists the runs of a period channel by channel; those of
 // channel c begin at first[c]. Integer sums do not depend on the order of additions.
 template <typename S>
 void histogram(const IndexedRuns& runs, int64_t numel, const S* x, const Arithmetic<S>* low, const Arithmetic<S>* high,

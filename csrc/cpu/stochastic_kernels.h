@@ -10,7 +10,7 @@ namespace qkernels::QK_NAMESPACE {
 // product holds both words that the next round needs. What lies in the high halves never reaches a result.
 class Uniforms {
  public:
-  // `ahead`: so many elements will be asked for.
+  // `ahead`: how many elements will be asked for.
   Uniforms(const Philox& philox, int64_t ahead) : philox_(philox), ahead_(std::min(ahead, kAhead)) {}
 
   // The numbers of elements [i, i + 16).
@@ -39,7 +39,7 @@ class Uniforms {
 #if QK_PATH == QK_PATH_AVX512
   static constexpr int64_t kGroup = 32;
   void group(int64_t block, float* u) const {
-    // The unpacking below puts blocks that come in this order into sequence.
+    // The unpacking below puts the numbers of blocks in this order into the order of elements.
     const __m512i blocks = _mm512_add_epi64(_mm512_set1_epi64(block), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
     __m512i c0 = blocks, c1 = _mm512_srli_epi64(blocks, 32);
     __m512i c2 = _mm512_set1_epi64(philox_.offset[0]), c3 = _mm512_set1_epi64(philox_.offset[1]);
@@ -101,7 +101,7 @@ class Uniforms {
 #endif
 };
 
-// floor(steps), and one more where u lies below the fraction. An infinity has a NaN fraction, and stays.
+// floor(steps), plus one where u lies below the fraction. The fraction of an infinity is NaN, so the infinity stays.
 template <typename V>
 inline V round_stochastically(V steps, V u) {
   using T = typename V::Scalar;
@@ -149,7 +149,7 @@ void quantize_stochastic(const IndexedRuns& runs, const Qparams<Arithmetic<S>>& 
   });
 }
 
-// LSQ's terms, with the integer that the forward pass drew in place of the nearest one.
+// LSQ's terms, but with the integer that the forward pass drew, not the nearest one.
 template <typename V>
 struct StochasticTerms {
   struct Drawn {

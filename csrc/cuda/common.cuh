@@ -1,5 +1,5 @@
-// What all kernels share: reductions of lanes, division, arguments read on the device; and the one place that launches.
-// Kernels take raw pointers and 64-bit offsets.
+// What all CUDA kernels share: merging values over threads, division by multiplication, arguments that are read on the
+// device, and class Gpu, which launches every kernel. Kernels take raw pointers and 64-bit offsets.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,8 +25,8 @@ __device__ __forceinline__ Pair<T> from_lane(Pair<T> value, int step) {
   return {from_lane(value.a, step), from_lane(value.b, step)};
 }
 
-// The merged values of `lanes` neighbouring threads (a power of two up to a warp, or a whole block), in a fixed order;
-// every one of them gets the result.
+// Merges the values of `lanes` neighbouring threads (a power of two up to a warp, or a whole block) in a fixed order.
+// Each of these threads gets the result.
 template <typename V, typename Merge>
 __device__ __forceinline__ V merge_lanes(V value, int lanes, Merge merge) {
   for (int step = lanes < kWarp ? lanes / 2 : kWarp / 2; step > 0; step /= 2)
@@ -34,7 +34,7 @@ __device__ __forceinline__ V merge_lanes(V value, int lanes, Merge merge) {
   if (lanes > kWarp) {
     __shared__ V of_warp[32];
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    __syncthreads();  // the values of the call before have been read
+    __syncthreads();  // before it, threads may still read what the previous call wrote
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
     __syncthreads();
     value = of_warp[0];
@@ -43,7 +43,8 @@ __device__ __forceinline__ V merge_lanes(V value, int lanes, Merge merge) {
   return value;
 }
 
-// n / divisor for 0 <= n < 2^63 by multiplication: a tenth of the instructions of a 64-bit division, and no call.
+// Computes n / divisor for 0 <= n < 2^63 by multiplication. This takes a tenth of the instructions of a 64-bit
+// division, and no function call.
 struct Divider {
   int64_t divisor = 1;
   uint64_t magic = 1;
@@ -66,11 +67,11 @@ struct Divider {
   }
 };
 
-// A one-element tensor of any dtype, read on the device: whether it is not zero.
+// Reads a one-element tensor of any dtype on the device, and says whether its value is not zero.
 struct Flag {
   const void* data = nullptr;
   int size = 0;           // bytes
-  uint64_t counted = ~0;  // bits: not the sign of a floating zero
+  uint64_t counted = ~0;  // bits: all but a float's sign, since -0 is zero
 
   Flag() = default;
   explicit Flag(const Tensor& t) : data(t.const_data_ptr()), size(static_cast<int>(t.element_size())) {
@@ -87,7 +88,7 @@ struct Flag {
   }
 };
 
-// The floating dtypes, as numbers that kernels branch on.
+// A number for each floating dtype, on which kernels branch.
 inline int number_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return 0;
@@ -114,14 +115,15 @@ struct RealOutput {
   }
 };
 
-// Reads from a tensor of any floating dtype, as fp32.
+// Reads elements of a tensor of any floating dtype, as fp32.
 struct RealInput {
   const void* data = nullptr;
   int dtype = 0;
 
   RealInput() = default;
   explicit RealInput(const Tensor& t) : data(t.const_data_ptr()), dtype(number_of(t.scalar_type())) {}
-  // The bits of element i of a dtype of up to four bytes, and what they mean: a load and, later, its use.
+  // bits() loads element i of a dtype of up to four bytes, and value_of() converts it. The two are apart, so that a
+  // kernel can work on something else until the load is done.
   __device__ __forceinline__ unsigned bits(int64_t i) const {
     return dtype == 0 ? static_cast<const unsigned*>(data)[i] : static_cast<const unsigned short*>(data)[i];
   }
@@ -145,7 +147,7 @@ inline bool is_aligned(std::initializer_list<const void*> pointers) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One call of an op on the GPU of `x`: its device is current, launches go to torch's current stream.
+// The GPU of `x`, for one call of an op: makes it the current device, and launches kernels on torch's current stream.
 class Gpu {
  public:
   explicit Gpu(const Tensor& x) : Gpu(device_of(x)) {}
@@ -161,14 +163,15 @@ class Gpu {
   int processors() const { return attribute<cudaDevAttrMultiProcessorCount>(); }
   int shared_of_processor() const { return attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(); }  // bytes
 
-  // Passes the arguments by value; grid.x is at most 2^31 - 1, which only kernels that loop may ask for more than.
+  // Passes the arguments by value. A grid has at most 2^31 - 1 blocks along x. Only a kernel that loops over its work
+  // may be launched with a larger grid_x.
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
               Arguments&&... arguments) const {
     start(kernel, grid_x, grid_y, threads, 0, false, std::forward<Arguments>(arguments)...);
   }
 
-  // With bytes of dynamic_shared().
+  // Launches a kernel that uses `bytes` of dynamic_shared().
   template <typename... Parameters, typename... Arguments>
   void launch_shared(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads, int bytes,
                      Arguments&&... arguments) const {
@@ -178,7 +181,8 @@ class Gpu {
     start(kernel, grid_x, grid_y, threads, bytes, false, std::forward<Arguments>(arguments)...);
   }
 
-  // A kernel that begins with wait_for_previous(), after one with let_next_start().
+  // Launches a kernel that begins with wait_for_previous(). It may start early if the kernel before it calls
+  // let_next_start().
   template <typename... Parameters, typename... Arguments>
   void launch_early(void (*kernel)(Parameters...), int64_t grid_x, int64_t grid_y, int threads,
                     Arguments&&... arguments) const {
@@ -188,7 +192,7 @@ class Gpu {
 
  private:
 #ifdef EMULATED
-  static constexpr bool kAskAgain = true;  // tests change what the device has
+  static constexpr bool kAskAgain = true;  // tests change the device's attributes
 #else
   static constexpr bool kAskAgain = false;
 #endif
@@ -209,8 +213,9 @@ class Gpu {
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
   }
 
-  // Whether the code that this device runs has the instructions for an early start: compiled for 9.0 or later, and not
-  // only run there, as PTX for 8.0 may be. The same for all kernels of the library; asked for once.
+  // Whether a kernel can start early. Only code that was compiled for 9.0 or later has the instructions for this: PTX
+  // for 8.0 lacks them, even where it runs on a later GPU. The answer holds for all kernels of the library, so the
+  // runtime is asked once.
   bool waits(const void* kernel) const {
     static std::atomic<int> known[64];
     std::atomic<int>& slot = known[std::max(index_, 0) % 64];
@@ -224,7 +229,7 @@ class Gpu {
     return version >= 90;
   }
 
-  // An attribute of the device; asked for once.
+  // An attribute of the device. The runtime is asked for it once.
   template <cudaDeviceAttr kAttribute>
   int attribute() const {
     static std::atomic<int> known[64];
@@ -239,7 +244,7 @@ class Gpu {
 
   static void check(cudaError_t error) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // an error of the launch itself is taken off the list, so that it is not reported twice
+    cudaGetLastError();  // forgets the error, so that the next check does not report it again
     fail("CUDA: ", cudaGetErrorString(error));
   }
 

@@ -5,24 +5,24 @@
 namespace qkernels {
 namespace {
 
-// Rows that fit registers: the threads that share a row hold all of it, each kHeld vectors of kTogether rows at a time.
+// Rows that fit registers. The threads that share a row hold all of it: each holds kHeld vectors of kTogether rows.
 struct Rows {
   int64_t count, length;
-  int vectors, lanes;  // of a row: its vectors, and its threads, a power of two up to a warp or the whole block
+  int vectors, lanes;  // of a row; lanes: the threads that share it, a power of two up to a warp or the whole block
 };
 
 constexpr int kRowVectors = 4;
 
-// What is known of all rows. kSymmetric and kAsymmetric: rows are whole vectors at aligned addresses, and the range is
-// symmetric, which needs only the largest absolute value, or it is not. kRagged: nothing.
+// What a kernel takes for granted. kSymmetric, kAsymmetric: rows are whole vectors at aligned addresses, and the range
+// is symmetric, so that the largest absolute value is enough, or asymmetric. kRagged: neither of these.
 enum RowKind { kSymmetric, kAsymmetric, kRagged };
 
-// The most threads for a row. A kernel for 1024 has 64 registers; so a multiprocessor holds two blocks of 512, of which
-// one loads while the other computes. For ragged rows 64 registers would spill.
+// The most threads that share a row. A kernel for 1024 threads has 64 registers for each; so a multiprocessor holds two
+// blocks of 512, of which one loads while the other computes. With ragged rows 64 registers would spill.
 constexpr int row_threads(RowKind kind) { return kind == kRagged ? 768 : 1024; }
 
-// The least and the greatest of elements and 0; with kAbsolute only the greatest absolute value. A NaN stays. Halves
-// are compared two at a time, packed as they were loaded.
+// The minimum and the maximum of 0 and the elements; with kAbsolute only the largest absolute value. NaN where an
+// element is. Elements of a half type are compared two at a time, packed as they were loaded.
 template <typename S, bool kAbsolute>
 struct Extent {
   using T = Arithmetic<S>;
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : row_threads(kKind), kH
   constexpr int N = kVector<S>, kTogether = kRowVectors / kHeld;
   constexpr bool kWhole = kKind != kRagged;
   if (kWhole) rule.symmetric = kKind == kSymmetric;
-  const int shift = s.lanes > kWarp ? 10 : __ffs(s.lanes) - 1;  // a block has no more threads than 2^10
+  const int shift = s.lanes > kWarp ? 10 : __ffs(s.lanes) - 1;  // a block has at most 2^10 threads, so group is 0
   const int group = static_cast<int>(threadIdx.x) >> shift, lane = static_cast<int>(threadIdx.x) - (group << shift);
   const int groups = s.lanes > kWarp ? 1 : static_cast<int>(blockDim.x) >> shift;
-  // The row's elements [first, last) of this lane's h-th vector, from `at` on.
+  // Finds this lane's h-th vector of a row: it begins at element `at`, and its elements [first, last) are the row's.
   const auto find = [&](int64_t row, int h, int64_t& at, int& first, int& last) {
     if (kWhole) {
       at = row * s.length + (lane + h * s.lanes) * N;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : row_threads(kKind), kH
       int64_t at;
       int first, last;
       find(begin + t * groups, h, at, first, last);
-      held[t][h] = load<kWhole, N>(x + at, first, last);  // zeros beyond the row, which every range includes
+      held[t][h] = load<kWhole, N>(x + at, first, last);  // beyond the row 0, which every range includes
     }
 #pragma unroll
   for (int t = 0; t < kTogether; ++t) {
@@ -139,18 +139,19 @@ __global__ void __launch_bounds__(kHeld == 1 ? kThreads : row_threads(kKind), kH
         out = narrow<S>(values);
       }
       store<kWhole>(y + at, out, first, last);
-      // A symmetric range clips nothing and leaves no mask. With a mask, rows are whole bytes of it: first is 0.
+      // A symmetric range clips nothing, so it has no mask. Where there is a mask, a row is whole bytes of it, so first
+      // is 0.
       if (kKind != kSymmetric && mask) store_bits<N>(mask, at, last, bits);
     }
   }
 }
 
-// Runs the rows kernel where rows are contiguous and fit registers. Returns whether they are.
+// Runs rows_kernel if rows fit registers. Returns whether it did. Rows are contiguous.
 template <typename S, typename Out>
 bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* scale, int32_t* zero_point,
               const QparamsRule& rule, int64_t count, int64_t length) {
   constexpr int64_t N = kVector<S>;
-  constexpr bool kRight = std::is_same_v<S, double>;  // fp64 is here to be right, not fast: one kernel, not three
+  constexpr bool kRight = std::is_same_v<S, double>;  // fp64 has to be right, not fast: one kernel, not three
   const bool whole = !kRight && length % N == 0 && is_aligned({x, y});
   const int64_t vectors = whole ? length / N : ceil_div(length, N) + (length % N != 0);
   if (length == 0 || vectors > row_threads(whole ? kSymmetric : kRagged) * kRowVectors || (mask && length % 8 != 0))
@@ -178,7 +179,7 @@ bool run_rows(const Gpu& gpu, const S* x, Out* y, uint8_t* mask, Arithmetic<S>* 
   return true;
 }
 
-// Scale and zero point of each channel.
+// Writes the scale and the zero point that a channel's range gives.
 template <typename T>
 struct ChooseQparams {
   QparamsRule rule;
@@ -193,7 +194,7 @@ struct ChooseQparams {
   }
 };
 
-// Scale and zero point of each group of a dense x, in any memory order.
+// Writes the scale and the zero point of each channel. x is dense, in any memory order.
 void dynamic_qparams(const Gpu& gpu, const Tensor& x, const QparamsRule& rule, const Tensor& scale,
                      const Tensor& zero_point) {
   dispatch_floating("x", x, [&](auto tag) {
@@ -236,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_dynamic_forward(const T
 std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x_any, int64_t group_size, int64_t quant_min,
                                                     int64_t quant_max, bool symmetric) {
   check_group_size(x_any, group_size);
-  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   check_codes_hold<int8_t>(ScalarType::Char, quant_min, quant_max);
+  const auto rule = QparamsRule::dynamic(quant_min, quant_max, symmetric);
   const Gpu gpu(x_any);
   auto [scale, zero_point] = empty_qparams(x_any, group_size, gpu.device());
   const Tensor x = to_dense(x_any);

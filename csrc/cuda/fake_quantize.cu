@@ -5,7 +5,7 @@
 namespace qkernels {
 namespace {
 
-// y = (clamp(round(x/scale) + zp) - zp)*scale, and with kMask one bit for each x whose gradient passes.
+// y = (clamp(round(x/scale) + zp) - zp)*scale, and with kMask a bit for each element: whether its gradient passes.
 template <typename S, bool kMask>
 struct ForwardOp {
   using T = Arithmetic<S>;
@@ -15,7 +15,7 @@ struct ForwardOp {
   S* y;
   uint8_t* mask;
   T low, high;
-  Flag on;  // where it is given and not set, x passes through
+  Flag on;  // where it has a tensor and is not set, y = x
   bool lsq = false;
   bool through = false;
 
@@ -47,7 +47,8 @@ struct ForwardOp {
   }
 };
 
-// What a call of the fake-quantize ops needs beside its tensors: qparams and runs, from tensors or from numbers.
+// Where a call's qparams come from: TensorParams from tensors, ScalarParams from numbers. Both check them, and make the
+// Runs and the Qparams of the call.
 struct TensorParams {
   const Tensor& scale;
   const std::optional<Tensor>& zero_point;
@@ -109,7 +110,7 @@ struct BackwardOp {
   }
 };
 
-// dx from the mask that the forward pass left.
+// dx from the mask that the forward pass wrote.
 template <typename S>
 struct BackwardMaskOp {
   using T = float;
@@ -136,7 +137,7 @@ struct BackwardMaskOp {
   }
 };
 
-// Everything is checked already. A null mask: none is wanted.
+// Checks nothing. If `mask` is null, no mask is written.
 template <typename P>
 void run_forward(const Gpu& gpu, const Tensor& x_any, const P& params, int64_t quant_min, int64_t quant_max,
                  const Tensor& y, const Tensor* mask, Flag on, bool lsq = false) {

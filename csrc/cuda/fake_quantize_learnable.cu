@@ -1,4 +1,4 @@
-// Gradients of learned scales and zero points (LSQ, LSQ+): one pass over grad and x writes dx and leaves sums.
+// Gradients of learned scales and zero points (LSQ, LSQ+). One pass over grad and x writes dx and adds up the terms.
 #include "learnable.cuh"
 #include "ops.cuh"
 

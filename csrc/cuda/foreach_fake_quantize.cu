@@ -1,6 +1,7 @@
-// Fake quantization of many tensors on the GPU. A table of tensors goes to each launch by value: those of one dtype, as
-// many as 4 KB of arguments hold. Blocks are dealt out by elements. A tensor whose scale varies along more than one
-// dimension, or whose gradients are added up by columns, is left to the op of one tensor.
+// Fake quantization of many tensors on the GPU. Each launch takes a table of tensors by value: tensors of one dtype, as
+// many as fit the 4 KB of arguments. The number of blocks for a tensor follows from its elements. A tensor whose scale
+// varies along more than one dimension, or whose gradients are reduced by columns (reduce.cuh), is left to the op of
+// one tensor.
 #include "learnable.cuh"
 #include "ops.cuh"
 
@@ -11,10 +12,11 @@ template <typename Item>
 struct Table {
   static constexpr int kMost = (4096 - 8) / (sizeof(Item) + 8);
   Item items[kMost];
-  int64_t end[kMost];  // the blocks of an item and of those before it
+  int64_t end[kMost];  // the number of blocks of an item and of all items before it
   int count;
 
-  // The item that the block belongs to; `block` becomes its number there.
+  // Returns the item that `block` belongs to. `block` becomes its number in that item, and `blocks` how many the item
+  // has.
   __device__ __forceinline__ const Item& find(int64_t& block, int64_t& blocks) const {
     int low = 0, high = count - 1;
     while (low < high) {
@@ -39,7 +41,7 @@ class Batch {
   // early: the kernel begins with wait_for_previous().
   Batch(const Gpu& gpu, void (*kernel)(Table<Item>), bool early = false) : gpu_(gpu), kernel_(kernel), early_(early) {}
   void add(const Item& item, int64_t blocks) {
-    blocks = std::min(blocks, kGrid);  // kernels loop
+    blocks = std::min(blocks, kGrid);  // kernels loop over the rest
     if (count_ == Table<Item>::kMost || (count_ && end_[count_ - 1] + blocks > kGrid)) flush();
     items_.push_back(item);
     end_[count_] = (count_ ? end_[count_ - 1] : 0) + blocks;
@@ -183,7 +185,7 @@ using Tensors = std::vector<Tensor>;
 using ZeroPoints = std::vector<std::optional<Tensor>>;
 using Integers = std::vector<int64_t>;
 
-// One tensor of the list, checked; dense and in one layout with its gradient and its output.
+// One tensor of the list, which is checked. x, grad and out are dense and in one layout.
 struct Job {
   Tensor grad, x, out;
   const Tensor& scale;
@@ -218,7 +220,7 @@ struct Lists {
     check("quant_min", quant_mins.size());
     check("quant_max", quant_maxs.size());
   }
-  // What can fail fails here, before the first launch.
+  // Makes the jobs. All errors are thrown here, before the first launch.
   std::vector<Job> jobs(Device device) const {
     for (size_t i = 0; i < xs.size(); ++i) {
       const Device got = device_of(xs[i]);
@@ -248,7 +250,7 @@ struct Lists {
   }
 };
 
-// Calls run(a value of the dtype) for each of the dtypes that occur.
+// Calls run(a value of the storage type, dtype) for each dtype that occurs.
 template <typename F>
 void for_each_dtype(const std::vector<Job>& jobs, F run) {
   for (ScalarType dtype : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double})
@@ -271,7 +273,7 @@ Tensors elementwise(const Lists& lists, bool lsq = false) {
   const std::vector<Job> jobs = lists.jobs(gpu.device());
   for_each_dtype(jobs, [&](auto tag, ScalarType dtype) {
     using S = decltype(tag);
-    std::vector<OwnedQparams<Arithmetic<S>>> held;  // until their last launch
+    std::vector<OwnedQparams<Arithmetic<S>>> held;  // keeps tensors alive until the last launch
     Batch<Elements<S>> batch(gpu, foreach_kernel<S, kBackward>);
     for (const Job& job : jobs) {
       const int64_t numel = job.x.numel();
@@ -326,7 +328,7 @@ std::tuple<Tensors, Tensors, Tensors> foreach_fake_quantize_learnable_backward(T
     using T = Arithmetic<S>;
     constexpr bool kLsq = decltype(open)::value;
     constexpr int64_t N = kVector<S>;
-    std::vector<OwnedQparams<T>> params;  // until their last launch
+    std::vector<OwnedQparams<T>> params;  // keeps tensors alive until the last launch
     std::vector<Sums<S, kLsq>> all;
     std::vector<const Runs*> runs;
     int64_t pairs = 0;

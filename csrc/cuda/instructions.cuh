@@ -1,5 +1,5 @@
-// What kernels ask of the GPU, one function for an instruction or a few. Without __CUDA_ARCH__ (the host pass, and the
-// tests' emulator) each is its meaning in plain C++.
+// Functions for single instructions of the GPU, or for a few. Where __CUDA_ARCH__ is not defined (the compiler's host
+// pass, and the emulator of the tests) each does the same in plain C++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace qkernels {
 
-// On sm_90 the same code takes fewer registers than elsewhere, and more blocks fit.
+// On sm_90 the same code takes fewer registers than elsewhere, so more blocks fit a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr bool kFrugal = true;
 #else
@@ -52,7 +52,8 @@ struct Word<2> {
   using type = unsigned short;
 };
 
-// The compiler splits a plain 16-byte store in two where it is not sure that nothing is read in between.
+// Stores 16 bytes by one instruction. The compiler splits a plain store in two where it cannot rule out a read between
+// them.
 __device__ __forceinline__ void store_word(uint4* p, uint4 word) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
@@ -67,7 +68,8 @@ __device__ __forceinline__ void store_word(W* p, W word) {
   *p = word;
 }
 
-// The compiler unpacks halves where they are loaded, into twice the registers, unless a look at them comes between.
+// Keeps elements of a half type packed in registers, two to each. Otherwise the compiler widens them as soon as they
+// are loaded, and they take twice the registers until they are used.
 template <typename T>
 __device__ __forceinline__ void keep_packed(T& loaded) {
 #ifdef __CUDA_ARCH__
@@ -81,7 +83,8 @@ __device__ __forceinline__ void keep_packed(T& loaded) {
 #endif
 }
 
-// Whole vectors, from and to addresses that are multiples of their size (of 16 bytes where they are larger).
+// Load and store a whole vector, at an address that is a multiple of its size, or of 16 bytes where it is larger. Where
+// `there` is false, nothing is read and the elements are 0.
 template <int N, typename T>
 __device__ __forceinline__ Vec<T, N> load_vector(const T* p, bool there = true) {
   constexpr int kBytes = sizeof(Vec<T, N>), kWord = kBytes < 16 ? kBytes : 16;
@@ -106,7 +109,8 @@ __device__ __forceinline__ void store_vector(T* p, const Vec<T, N>& value) {
   for (int i = 0; i < kBytes / kWord; ++i) store_word(reinterpret_cast<W*>(p) + i, words[i]);
 }
 
-// Elements [first, last) of a vector, one by one: at ragged ends and misaligned addresses. The others read as 0.
+// Load and store elements [first, last) of a vector one by one, at ragged ends and misaligned addresses. The others
+// load as 0.
 template <int N, typename T>
 __device__ __forceinline__ Vec<T, N> load_some(const T* p, int first, int last) {
   Vec<T, N> out;
@@ -128,7 +132,8 @@ __device__ __forceinline__ bool is_vector(const T* p, int first, int last) {
   return first == 0 && last == N && reinterpret_cast<uintptr_t>(p) % kWord == 0;
 }
 
-// Elements [first, last) of a vector; kWhole: known to be all of them, at an aligned address, or none (last is 0).
+// Load and store elements [first, last) of a vector. kWhole: these are known to be all elements, at an aligned address,
+// or none (last is 0).
 template <bool kWhole, int N, typename T>
 __device__ __forceinline__ Vec<T, N> load(const T* p, int first, int last) {
   if (kWhole) return load_vector<N>(p, last > 0);
@@ -167,7 +172,7 @@ __device__ __forceinline__ Arithmetic<S> widen(S value) {
   }
 }
 
-// Element k; of bf16 from the word that holds two, by one instruction and not by two.
+// Widens element k. In bf16 it comes from the word that holds two elements, by one instruction instead of two.
 template <typename S, int N>
 __device__ __forceinline__ Arithmetic<S> widen(const Vec<S, N>& in, int k) {
   if constexpr (std::is_same_v<S, BFloat16>) {
@@ -182,7 +187,7 @@ __device__ __forceinline__ Arithmetic<S> widen(const Vec<S, N>& in, int k) {
   }
 }
 
-// One rounding, half to even; two values at a time where there is an instruction for it.
+// Rounds each value once, half to even; two values at a time where there is an instruction for it.
 template <typename S, typename T, int N>
 __device__ __forceinline__ Vec<S, N> narrow(const T (&values)[N]) {
   Vec<S, N> out;
@@ -208,7 +213,7 @@ __device__ __forceinline__ Vec<S, N> narrow(const T (&values)[N]) {
   return out;
 }
 
-// Minimum and maximum that keep NaN.
+// Minimum and maximum, which are NaN where either operand is.
 template <typename T>
 __device__ __forceinline__ T nan_min(T a, T b) {
 #ifdef __CUDA_ARCH__
@@ -233,7 +238,8 @@ __device__ __forceinline__ T nan_max(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-// f of each half of two words, rounded once: what instructions on pairs of halves mean.
+// Two words each hold two numbers of the half type S. Applies f to the two low ones and to the two high ones, and
+// rounds each result once, as the instructions on such pairs do.
 template <typename S, typename F>
 unsigned by_halves(unsigned a, unsigned b, F f) {
   unsigned out = 0;
@@ -244,7 +250,7 @@ unsigned by_halves(unsigned a, unsigned b, F f) {
   return out;
 }
 
-// The same of two numbers of a half type at once.
+// The same for two numbers of a half type in each word.
 template <typename S>
 __device__ __forceinline__ unsigned min_pair(unsigned a, unsigned b) {
 #ifdef __CUDA_ARCH__
@@ -283,8 +289,9 @@ __device__ __forceinline__ T clamp(T value, T low, T high) {
 __device__ __forceinline__ float round_even(float value) { return rintf(value); }
 __device__ __forceinline__ double round_even(double value) { return rint(value); }
 
-// 1 / scale as IEEE has it, for a scale that is NaN or no less than the smallest normal number. The compiler's division
-// takes the same three instructions, but calls a function for what lies outside their range, and spills around it.
+// 1 / scale, rounded as IEEE prescribes, for a scale that is NaN or at least the smallest normal number. The compiler's
+// division takes the same three instructions, but calls a function for values outside of their range, and spills
+// registers around the call.
 __device__ __forceinline__ double reciprocal(double scale) { return 1 / scale; }
 __device__ __forceinline__ float reciprocal(float scale) {
 #ifdef __CUDA_ARCH__
@@ -294,7 +301,8 @@ __device__ __forceinline__ float reciprocal(float scale) {
     return __fmaf_rn(y, __fmaf_rn(-scale, y, 1), y);
   }
   if (scale > FLT_MAX) return 0;
-  // Subnormal: rounded once, from more digits than any of these reciprocals is near to a tie. NaN stays.
+  // The reciprocal is subnormal. It is rounded once, from an fp64 value that is nearer to it than any of these
+  // reciprocals is to a tie. NaN stays.
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(scale * 0x1p-64f));
   double wide = y * 0x1p-64;
 #pragma unroll
@@ -315,7 +323,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 #endif
 }
 
-// For copy_async: what is read once leaves the L2 cache first.
+// A policy for copy_async: what it reads leaves the L2 cache first, since nothing reads it again.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy = 0;
 #ifdef __CUDA_ARCH__
@@ -324,7 +332,8 @@ __device__ __forceinline__ uint64_t evict_first() {
   return policy;
 }
 
-// Starts a copy of 16 bytes to shared memory, past the L1 cache; of zeros where `there` is false: nothing is read then.
+// Starts a copy of 16 bytes to shared memory, past the L1 cache. Where `there` is false it reads nothing and writes
+// zeros.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #ifdef __CUDA_ARCH__
   asm volatile(
@@ -347,7 +356,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Makes one group of the copies that this thread has started since the last group.
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -356,7 +365,8 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits for this thread's groups of copies but for the last kPending; other threads see them after a barrier.
+// Waits until all groups of this thread's copies are done, except for the last kPending. Other threads see the copies
+// after a barrier.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDA_ARCH__
@@ -366,9 +376,10 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// A kernel may start before the one ahead of it in the stream has ended, where it is launched so (Gpu::launch_early)
-// and where every block of that one has allowed it: its launch then takes no time of its own. What the one ahead writes
-// it can read only after wait_for_previous(), which every thread has to call so that the stream's order stays whole.
+// A kernel that Gpu::launch_early launches may start before the previous kernel in the stream has ended, once every
+// block of the previous one has called let_next_start(). Its launch then takes no extra time. Every thread of the
+// kernel must call wait_for_previous(). Only after this call can it read what the previous kernel writes; without the
+// call the kernel could end before the previous one, and the stream's order would be lost.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -383,9 +394,11 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// d = a·b + d on the tensor cores: a [16, 16] and b [16, 8] of a half type, two to a word, d in fp32. With g = lane / 4
-// and t = lane % 4 a thread holds of a: rows g, g + 8, g, g + 8 at k = 2t, 2t, 2t + 8, 2t + 8 and the k after; of b:
-// column g at k = 2t, 2t + 8 and the k after; of d: rows g, g, g + 8, g + 8 in columns 2t, 2t + 1, 2t, 2t + 1.
+// d = a·b + d on the tensor cores. a [16, 16] and b [16, 8] are of a half type, two elements to a word; d is fp32. With
+// g = lane / 4 and t = lane % 4 a thread holds
+//   of a   rows g, g + 8, g, g + 8 at k = 2t, 2t, 2t + 8, 2t + 8, each with the k after it
+//   of b   column g at k = 2t, 2t + 8, each with the k after it
+//   of d   rows g, g, g + 8, g + 8 in columns 2t, 2t + 1, 2t, 2t + 1
 template <typename S>
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #ifdef __CUDA_ARCH__
@@ -406,7 +419,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
 #endif
 }
 
-// (a & b) ^ c in one instruction; with two constants among them the compiler makes two.
+// (a & b) ^ c in one instruction. Where two of the operands are constants, the compiler would take two.
 __device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
 #ifdef __CUDA_ARCH__
   unsigned out;
@@ -417,7 +430,7 @@ __device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) 
 #endif
 }
 
-// a·b + c of two numbers of a half type, each rounded once.
+// a·b + c for the two numbers of a half type in each word. Each result is rounded once.
 template <typename S>
 __device__ __forceinline__ unsigned fma_pair(unsigned a, unsigned b, unsigned c) {
   unsigned out = 0;

@@ -1,15 +1,19 @@
-// The linear layer on int4 weights for up to 64 rows of x in a half type, where the time is that of reading the weight.
+// The linear layer on int4 weights for up to 64 rows of x in a half type, where reading the weight takes most time.
 //
-// The weight is the left operand of m16n8k16, so that few rows of x waste little: a warp has 32 output channels and all
-// rows of x. Codes become numbers in registers, exactly: bits below those of 1024 (fp16) or 128 (bf16), from which that
-// is taken off. Products of codes are summed on the tensor cores within a half block of a group, and then scaled.
+// The weight is the left operand of the instruction m16n8k16, so that few rows of x waste little: a warp has 32 output
+// channels and all rows of x. Codes become numbers in registers, exactly: the bits of a code replace the lowest bits of
+// the number 1024 (fp16) or 128 (bf16), which is then subtracted. Tensor cores sum the products of a half block, which
+// is `half` consecutive k of one group; then the group's scale multiplies the sum.
 //
-// The layout (qkernels/reference/int4_gemm.py) puts codes that are half a block apart in one byte. A thread reads 16
-// or 8 bytes of a channel, and multiplies their low bits by one half block of x and their high bits by the next; the
-// order of k within is its own, the same for both operands: bytes 0 and 2 of a word are a pair, 1 and 3 the other.
+// In the weight's layout, halves (qkernels/layouts.py), a byte holds the codes of k and of k + half. A thread reads 16
+// or 8 bytes of a channel. It multiplies their low bits by one half block of x, and their high bits by the next. Within
+// a half block both operands take k in the same order, but not in ascending order: of the four bytes of a word, 0 and 2
+// make one pair, and 1 and 3 the other.
 //
-// Tiles of 128 channels by 128 k are dealt out in stripes of equal length, across the ends of columns. What a block
-// sums of a column it leaves in fp32, and a second kernel adds that up in the order of k: the same bits every time.
+// A tile is 128 channels by 128 k, and the tiles of the same channels are a column. Each block takes a stripe of
+// consecutive tiles, which may go on from one column into the next; all but the last stripe have the same length. A
+// block writes its sums of each column in fp32. A second kernel adds up the sums of all blocks in the order of k: the
+// same bits every time.
 #include "common.cuh"
 
 namespace qkernels {
@@ -18,9 +22,9 @@ namespace {
 constexpr int kBlock = 128;         // output channels of a tile
 constexpr int kDepth = 128;         // k of a tile
 constexpr int kBytes = kDepth / 2;  // of a channel in a tile
-constexpr int kStrips = 2;          // of 16 channels, to a warp
+constexpr int kStrips = 2;          // of 16 channels each, for a warp
 constexpr int kMostRows = 64;
-constexpr int kMostShared = 99 << 10;  // bytes that a block can have on the smallest GPUs
+constexpr int kMostShared = 99 << 10;  // bytes of shared memory that a block can have on every GPU
 
 struct Linear {
   const void* x;             // [m, k]
@@ -29,7 +33,7 @@ struct Linear {
   const int8_t* zero_point;  // [groups, n], or null
   RealInput bias;            // [n]; its data may be null
   RealOutput y;              // [m, n]
-  float* partial;            // [block + column][rows][kBlock]: a place for each block's part of a column
+  float* partial;            // [block + column][rows][kBlock]: the sums of a block in a column
   int rows;                  // of a tile, m or more
   int m, n, k, length;
   int steps;             // tiles along k
@@ -38,28 +42,28 @@ struct Linear {
   Divider per_column, per_block;  // tiles
 };
 
-// A tile in shared memory. Rows of x are padded so that the 16 bytes that eight threads read at once are in different
-// banks; those of the weight are as it is.
+// A tile in shared memory. Rows of x are padded, so that eight threads that read 16 bytes each at once read different
+// banks. Rows of the weight need no padding for that.
 template <typename S, int kHalf, int kRows>
 struct alignas(16) Stage {
   static constexpr int kHalves = kDepth / kHalf;
   uint8_t data[kBytes / kHalf][kBlock][kHalf];
   S x[kRows][kDepth + (kHalf == 64 ? 8 : 32)];
   float scale[kHalves][kBlock];
-  unsigned other[kHalves][kBlock];  // the minimum, or what dequantization adds, for a zero point
+  unsigned other[kHalves][kBlock];  // the minimum, or the number that dequantization adds for a zero point
 };
 
 template <int kRows>
 constexpr int kStages = kRows == 64 ? 3 : 4;
 template <int kRows>
-constexpr int kThreadsOf = kRows == 64 ? 2 * kBlock : kBlock;  // 64 rows are shared by two threads
+constexpr int kThreadsOf = kRows == 64 ? 2 * kBlock : kBlock;  // two threads share 64 rows
 template <int kRows>
 constexpr int kBlocks = kRows == 8    ? 4
                         : kRows == 16 ? 3
                         : kRows == 32 ? 2
-                                      : 1;  // on a multiprocessor at least
+                                      : 1;  // that a multiprocessor holds, at least
 
-// A code's four bits are set into those of this number, where they count 1 each.
+// A code's four bits replace the lowest bits of this number, of which the last one counts 1.
 template <typename S>
 constexpr int kBase = std::is_same_v<S, Half> ? 1024 : 128;
 template <typename S>
@@ -76,16 +80,16 @@ __device__ __forceinline__ unsigned pair_of(float value) {
   return word;
 }
 
-// Codes at bits 0–3 and 16–19, their sign bits flipped and so 8 more, as two numbers. All of this is exact: with a zero
-// point within −8…7, as packed weights have it.
+// Turns the codes at bits 0–3 and 16–19 into two numbers. It flips their sign bits, which adds 8 to each, and then adds
+// `added`. All of this is exact where zero points are −8 to 7, as those of packed weights are.
 template <typename S>
 __device__ __forceinline__ unsigned dequantize_pair(unsigned word, unsigned added) {
   return fma_pair<S>(and_xor(word, 0x000f000f, kBaseBits<S> | 0x00080008), kOne<S>, added);
 }
 
-// Where a stripe is: the column of tiles, the tile, and the group that its first half block belongs to.
+// A place in a stripe: a column, a tile of it, and the group of the tile's first half block.
 struct Cursor {
-  int column, step, group, left;  // left: half blocks of the group from here on
+  int column, step, group, left;  // left: half blocks of the group, from this one on
 
   __device__ __forceinline__ Cursor(const Linear& a, int64_t tile)
       : column(static_cast<int>(a.per_column.divide(tile))), step(static_cast<int>(tile) - column * a.steps) {}
@@ -106,7 +110,7 @@ class Stripe {
     clear();
   }
 
-  // What dequantization needs of a tile beside the codes, as it was read: for the channel of this thread.
+  // The scales and the zero points or minima of a tile for the channel of this thread, as they were read.
   struct Parameters {
     unsigned scale[Tile::kHalves], other[Tile::kHalves];
   };
@@ -155,6 +159,7 @@ class Stripe {
     }
   }
 
+  // Converts the parameters of a tile and writes them to shared memory.
   __device__ __forceinline__ void keep(Tile& to, const Parameters& parameters) const {
     if (threadIdx.x >= kBlock) return;
 #pragma unroll
@@ -171,7 +176,7 @@ class Stripe {
   }
 
   __device__ __forceinline__ void add(const Tile& tile) {
-#pragma unroll(kMinimum ? 1 : kHalves / 2)  // together they would take more registers than there are
+#pragma unroll(kMinimum ? 1 : kHalves / 2)  // with minima, unrolling takes more registers than there are
     for (int block = 0; block < kHalves / 2; ++block) {
       Vec<unsigned, kWords> words[kStrips][2];
 #pragma unroll
@@ -185,7 +190,7 @@ class Stripe {
     }
   }
 
-  // Leaves the sums of a column to the second kernel.
+  // Writes the sums of a column for the second kernel, and begins anew.
   __device__ __forceinline__ void write(int column) {
     float* partial = a_.partial + (static_cast<int64_t>(blockIdx.x) + column) * kRows * kBlock;
 #pragma unroll
@@ -204,18 +209,18 @@ class Stripe {
 
  private:
   static constexpr int kHalves = Tile::kHalves;
-  static constexpr int kWords = kHalf / 16;  // of a channel, half blocks of both kinds, that a thread multiplies
+  static constexpr int kWords = kHalf / 16;  // that a thread reads of a channel and two half blocks
   static constexpr int kShare = kThreadsOf<kRows> / kBlock;
-  static constexpr int kTiles = kRows / 8 / kShare;  // of 8 rows, that this thread holds sums of
+  static constexpr int kTiles = kRows / 8 / kShare;  // of 8 rows each, whose sums this thread holds
 
   __device__ static __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-  // Of the tile: what this thread holds sums of, from the first row on.
+  // The first row and the channels of a tile that this thread holds sums of.
   __device__ static __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / kBlock * (8 * kTiles); }
   __device__ static __forceinline__ int channel(int strip, int r) {
     return static_cast<int>(threadIdx.x) % kBlock / kWarp * (16 * kStrips) + 16 * strip + 8 * r + lane() / 4;
   }
 
-  // The half block of the words' bits from kShift on.
+  // Adds one half block: that of the words' low bits (kShift 0) or of their high bits (kShift 4).
   template <int kShift>
   __device__ __forceinline__ void add_half(const Tile& tile, int half,
                                            const Vec<unsigned, kWords> (&words)[kStrips][2]) {
@@ -300,7 +305,8 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
   Work work(a, first);
   Cursor at(a, first);
 
-  // Parameters are read when copies start, and put to shared memory an iteration later, when they have come.
+  // The parameters of a tile are read when its copies start. An iteration later, when they have arrived, they are
+  // written to shared memory.
   typename Work::Parameters parameters[kFlight - 1];
 #pragma unroll
   for (int i = 0; i < kFlight - 1; ++i) {
@@ -316,7 +322,7 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     wait_copies<kFlight - 2>();
-    __syncthreads();  // the tile is there for all, and the one before has been read by all
+    __syncthreads();  // from here on all threads see this tile, and none still reads the one before
     const int before = slot == 0 ? kFlight - 1 : slot - 1, newest = before == 0 ? kFlight - 1 : before - 1;
     if (i + kFlight - 2 < count) work.keep(stages[newest], last);
     if (i + kFlight - 1 < count) work.read(stages[before], last);
@@ -330,8 +336,7 @@ __global__ void __launch_bounds__(kThreadsOf<kRows>, kBlocks<kRows>)
   }
 }
 
-// y of a row and a column of tiles, from what each block that had a part in the column has
-// left.
+// Adds up the sums that blocks wrote for a row of x and a column, and writes y.
 __global__ void __launch_bounds__(kBlock) int4_sum_kernel(const __grid_constant__ Linear a) {
   const int64_t column = blockIdx.x, row = blockIdx.y, n = column * kBlock + threadIdx.x, first = column * a.steps;
   const int64_t begin = a.per_block.divide(first), end = a.per_block.divide(first + a.steps - 1);
@@ -350,8 +355,8 @@ void run(const Gpu& gpu, Linear a, Device device) {
   static_assert(kShared <= kMostShared);
   const int64_t columns = ceil_div(a.n, kBlock);
   a.tiles = columns * a.steps;
-  // The runtime keeps 1 KiB of each block's shared memory. A stripe is no shorter than what is in flight of it, unless
-  // multiprocessors would have none.
+  // The runtime reserves 1 KiB of shared memory for each block. A stripe has at least as many tiles as are in flight at
+  // once, unless some multiprocessors would then have no stripe.
   const int resident = std::clamp(gpu.shared_of_processor() / (kShared + 1024), 1, kBlocks<kRows>);
   a.per_column = Divider(a.steps);
   a.per_block = Divider(std::max(ceil_div(a.tiles, int64_t{gpu.processors()} * resident),
@@ -395,7 +400,7 @@ void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t colum
 
 bool is_half_or_float(ScalarType dtype) { return is_floating(dtype) && dtype != ScalarType::Double; }
 
-// Contiguous and at a multiple of 16 bytes, which memory of torch's own is.
+// `t` itself if it is contiguous and begins at a multiple of 16 bytes, as memory from torch does; else such a copy.
 Tensor to_aligned(const Tensor& t) {
   if (t.is_contiguous() && is_aligned({t.const_data_ptr()})) return t;
   Tensor copy = empty(to_vector(t.sizes()), t.scalar_type(), device_of(t));
@@ -470,7 +475,7 @@ Tensor int4_linear(const Tensor& x_any, const Tensor& data_any, const Tensor& sc
   a.length = static_cast<int>(length);
   a.steps = static_cast<int>(ceil_div(k, kDepth));
   a.halves_per_group = static_cast<int>(ceil_div(group_size, half));
-  if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // with those beyond K
+  if (groups == 1) a.halves_per_group = a.steps * (kDepth / half);  // counts those beyond K too
   if (dtype == ScalarType::Half) {
     run_half<Half>(gpu, a, device, half);
   } else {

@@ -1,4 +1,4 @@
-// The gradients of learned scales and zero points, for the ops of one tensor and of many.
+// Gradients of learned scales and zero points, for the op of one tensor and for the op of many tensors.
 #pragma once
 
 #include "reduce.cuh"
@@ -20,7 +20,8 @@ struct LearnableOp {
   double grad_factor;
   RealOutput dscale, dzero_point;
 
-  // By columns each element of a vector has sums and parameters of its own, five registers: halves go by four.
+  // By columns each element of a vector has two sums and three parameters of its own, which take five registers. So
+  // vectors of a half type have four elements there, instead of eight.
   auto of_columns() const {
     constexpr int kNarrow = std::min(kElements, 4);
     return LearnableOp<S, kLsq, kNarrow>{grad, x, dx, low, high, grad_factor, dscale, dzero_point};
@@ -37,7 +38,7 @@ struct LearnableOp {
     return {qkernels::load<kWhole, kWidth>(grad + at, first, last),
             qkernels::load<kWhole, kWidth>(x + at, first, last)};
   }
-  // Select, never multiply, so that an infinite dy outside the range does not become NaN.
+  // dx is selected and not multiplied: an infinite dy outside the range must not become NaN.
   template <bool kWhole, typename P>
   __device__ __forceinline__ void terms(int64_t at, int first, int last, const Loaded& in, P params,
                                         Pair<T> (&out)[kWidth]) const {
@@ -61,7 +62,7 @@ struct LearnableOp {
   }
 };
 
-// Calls f with `lsq` as a constant.
+// Calls f with `lsq` as a compile-time constant.
 template <typename F>
 void with_convention(bool lsq, F f) {
   if (lsq) {

@@ -18,7 +18,8 @@ struct IntOutput {
   }
 };
 
-// One step of the moving averages of each channel, and the scale and the zero point that they give.
+// Moves a channel's running minimum and maximum towards its range in x, and writes the scale and the zero point that
+// they give.
 struct Observe {
   QparamsRule rule;
   Flag observer_on;
@@ -30,7 +31,7 @@ struct Observe {
   template <typename T>
   __device__ void operator()(int64_t channel, T least, T most) const {
     const float low = static_cast<float>(least), high = static_cast<float>(most);
-    if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity must not be learned
+    if (!(fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX)) return;  // NaN and infinity change nothing
     const float new_low = moving_average(running_min[channel], low, momentum);
     const float new_high = moving_average(running_max[channel], high, momentum);
     running_min[channel] = new_low;

@@ -76,7 +76,7 @@ Tensor dequantize(const Tensor& q_any, const Tensor& scale, std::optional<Tensor
     dispatch_floating("dtype", dtype, [&](auto tag) {
       using S = decltype(tag);
       using T = Arithmetic<S>;
-      const T infinity = std::numeric_limits<T>::infinity();  // no range to clamp to, and a zero point of any value
+      const T infinity = std::numeric_limits<T>::infinity();  // nothing is clamped, and any zero point is valid
       const auto params = qparams_within<T>(scale, zero_point, -infinity, infinity);
       const DequantizeOp<I, S> op{static_cast<const I*>(q.const_data_ptr()), static_cast<S*>(y.mutable_data_ptr())};
       sweep(gpu, op, params, runs_of(q, scale), q.numel(), is_aligned({op.q, op.y}));

@@ -1,11 +1,11 @@
-// Ranges of channels, for the ops that take the range from x itself.
+// The range of each channel, for ops that take ranges from x itself.
 #pragma once
 
 #include "reduce.cuh"
 
 namespace qkernels {
 
-// The minimum and the maximum of each channel, which then(channel, minimum, maximum) makes something of.
+// An Op of reduce.cuh that finds the minimum and the maximum of each channel and calls then(channel, minimum, maximum).
 template <typename S, typename Then>
 struct RangeOp {
   using T = Arithmetic<S>;

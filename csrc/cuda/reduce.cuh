@@ -1,12 +1,16 @@
 // Reductions per channel in two stages. They give the same bits on every run: each stage adds up in a fixed order, and
-// nothing is added atomically. Stage 1 reads x once, in one of two ways, and leaves one pair of values per piece of
-// work:
-//   pieces   a stretch of one run, by 1 to 32 lanes or by a block: per tensor, rows, groups, NCHW
-//   columns  short runs that repeat ([*, C], channels last): a warp side by side over 32 vectors, eight rows deep
-// Stage 2 merges the pairs of each channel. Where a channel has but one piece, stage 1 gives the result itself.
+// nothing is added atomically. Stage 1 reads x once and writes one pair of values for each piece of work, which is
+// either of these:
+//   pieces   a stretch of one run, which 1 to 32 lanes or a block reduce: for scales per tensor, row or group, and NCHW
+//   columns  a column of short runs that repeat ([*, C], channels last): the lanes of a warp read 32 vectors side by
+//            side, and the eight warps of a block read eight rows
+// Stage 2 merges the pairs of each channel. Where each channel has only one pair, stage 1 gives the result itself.
 //
-// Op: T, kWidth, Loaded, identity(), merge(a, b), wanted(), load<kWhole>(at, first, last), terms<kWhole>(at, first,
-// last, loaded, parameters of k, out) with one pair for each element, result(channel, Pair<Total>).
+// An Op has the types T (of arithmetic), Total (of results) and Loaded; kWidth, the elements of a vector; kQuantizes,
+// whether it takes parameters; of_columns(), the Op for reductions by columns; identity() and merge(a, b); wanted(),
+// whether there is anything to do; load<kWhole>(at, first, last); terms<kWhole>(at, first, last, loaded, params, out),
+// which sets out to one pair for each element, where params(k) are the parameters of element k; and
+// result(channel, Pair<Total>), which takes the result of a channel.
 #pragma once
 
 #include "sweep.cuh"
@@ -21,8 +25,9 @@ inline int power_of_two_from(int64_t n) {
   return p;
 }
 
+// What stage 2 merges, and with how many lanes for each channel.
 struct Combine {
-  int64_t channels, slots;  // slots of a channel: divisor of per_run for each run of its own
+  int64_t channels, slots;  // slots: pairs of one channel, per_run for each of its runs
   Divider per_run;
   int lanes;
 
@@ -34,15 +39,16 @@ struct Combine {
   int64_t blocks() const { return ceil_div(channels, kThreads / lanes); }
 };
 
+// How stage 1 cuts the runs of x into pieces.
 struct Pieces {
   int64_t inner, piece, count;
   Divider per_run;
   int lanes;
   bool aligned, direct;
 
-  // In vectors of N elements, for a GPU that `wanted` blocks fill.
+  // N: elements of a vector. wanted: how many blocks fill the GPU.
   Pieces(const Runs& runs, int64_t N, int64_t wanted, bool aligned) : inner(runs.inner), aligned(aligned) {
-    const int64_t longest = 16 * N * kThreads;    // of a piece: up to 16 vectors per lane are added in fp32
+    const int64_t longest = 16 * N * kThreads;    // elements of a piece: a lane adds up to 16 vectors in fp32
     const int64_t turn = kUnroll * N * kThreads;  // elements that a block takes at a time
     const int64_t split =
         std::max(ceil_div(inner, longest), std::min(ceil_div(wanted, runs.count), ceil_div(inner, turn)));
@@ -63,7 +69,7 @@ __device__ __forceinline__ Pair<To> cast_pair(Pair<From> p) {
   return {static_cast<To>(p.a), static_cast<To>(p.b)};
 }
 
-// Adds up the pieces of block `block` of `blocks`.
+// Reduces the pieces that fall to block number `block` of `blocks`.
 template <typename Op, typename C>
 __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename Op::T>& q, const C& channels,
                                            const Pieces& s, Pair<typename Op::T>* partial, int64_t block,
@@ -133,7 +139,7 @@ __device__ __forceinline__ void add_pieces(const Op& op, const Qparams<typename 
   }
 }
 
-// Blocks that a multiprocessor is to hold, which bounds their registers: at 3 they have 80.
+// How many blocks a multiprocessor shall hold. This bounds the registers of a thread: with 3 blocks it has 80.
 template <typename Op>
 constexpr int kPieceBlocks = kFrugal || !Op::kQuantizes || Op::kWidth < 8 ? 3 : 2;
 
@@ -144,8 +150,9 @@ __global__ void __launch_bounds__(kThreads, kPieceBlocks<Op>)
   if (op.wanted()) add_pieces(op, q, channels, s, partial, blockIdx.x, gridDim.x);
 }
 
+// x as rows that begin with the same channel.
 struct Columns {
-  int64_t numel, rows, vectors;  // vectors in a row: a multiple of what the channels repeat after
+  int64_t numel, rows, vectors;  // vectors of a row, which is a whole number of periods of the channels
   bool aligned, direct;
 };
 
@@ -214,7 +221,7 @@ template <typename Op, typename C>
 __device__ __forceinline__ void add_partials(const Op& op, const C& channels, const Combine& s,
                                              const Pair<typename Op::T>* partial, int64_t block, int64_t blocks) {
   using Total = typename Op::Total;
-  constexpr int kReads = 4;  // under way at once: each takes as long as all else here
+  constexpr int kReads = 4;  // reads in flight: one takes as long as all else here
   const int shift = __ffs(s.lanes) - 1;
   const int lane = threadIdx.x & (s.lanes - 1), group = threadIdx.x >> shift, groups = kThreads >> shift;
   for (int64_t begin = block * groups; begin < s.channels; begin += blocks * groups) {
@@ -249,14 +256,14 @@ void combine(const Gpu& gpu, const Op& op, const Runs& runs, const Combine& s, c
   gpu.launch_early(combine_kernel<Op>, s.blocks(), 1, kThreads, op, DeviceRuns(runs), s, partial);
 }
 
-inline int64_t blocks_wanted(const Gpu& gpu) { return int64_t{gpu.processors()} * 8; }  // enough to fill it
+inline int64_t blocks_wanted(const Gpu& gpu) { return int64_t{gpu.processors()} * 8; }  // enough to fill the GPU
 
-// Whether x, with some elements, is better added up by columns than by pieces, in vectors of N elements.
+// Whether x is better reduced by columns than by pieces. N: elements of a vector.
 inline bool in_columns(const Runs& runs, int64_t numel, int64_t N) {
   return runs.channels > 1 && runs.inner < 2 * N && numel / (runs.period * runs.inner) >= 8;
 }
 
-// Memory for the pairs that stage 1 leaves.
+// Memory for the pairs that stage 1 writes.
 template <typename P>
 class Workspace {
  public:
@@ -273,10 +280,10 @@ template <typename Op>
 void reduce_columns(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
                     bool aligned) {
   constexpr int64_t N = Op::kWidth;
-  constexpr int64_t kMostDepth = 64;  // rows per thread that are added in fp32
+  constexpr int64_t kMostDepth = 64;  // rows that a thread adds up in fp32
   const int64_t pattern = runs.period * runs.inner;
   Columns s{numel, 0, pattern / gcd(pattern, N), aligned, false};
-  // Narrow patterns are repeated side by side, so that few lanes have no column.
+  // A row holds several periods where they are short, so that few lanes are left without a column.
   s.vectors *= std::max<int64_t>(1, std::min(8 * kWarp / s.vectors, numel / N / s.vectors));
   const int64_t width = s.vectors * N, across = ceil_div(s.vectors, kWarp);
   s.rows = ceil_div(numel, width);

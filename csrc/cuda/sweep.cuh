@@ -1,4 +1,4 @@
-// Elementwise kernels over a tensor of any granularity, in memory order, and the parameters of each channel.
+// Elementwise kernels over x in memory order, for a scale of any granularity, and the parameters of each channel.
 #pragma once
 
 #include "common.cuh"
@@ -10,7 +10,7 @@ struct Params {
   T inv, scale, zero_point;
 };
 
-// x / scale + zero_point, rounded but not clamped.
+// round(x / scale) + zero_point, not clamped.
 template <typename T>
 __device__ __forceinline__ T steps_of(T value, const Params<T>& p) {
   return round_even(value * p.inv) + p.zero_point;
@@ -21,20 +21,20 @@ __device__ __forceinline__ T fake_quantized(T steps, const Params<T>& p, T low, 
   return (clamp(steps, low, high) - p.zero_point) * p.scale;
 }
 
-// Whether q lies in the range: false for NaN.
+// Whether q lies in the range. False for NaN.
 template <typename T>
 __device__ __forceinline__ bool is_inside(T q, T low, T high) {
   return q >= low && q <= high;
 }
 
-// Whether the gradient passes: where q, the rounded code before the clamp, lies in the range; with `lsq`, where x/scale
-// does before rounding, bounds excluded. False for NaN.
+// Whether the gradient passes: where q, the rounded code before the clamp, lies in the range, bounds included; with
+// `lsq`, where the value before rounding lies in it, bounds excluded. False for NaN.
 template <typename T>
 __device__ __forceinline__ bool counts_inside(T unrounded, T q, T zero_point, T low, T high, bool lsq) {
   return lsq ? unrounded > low - zero_point && unrounded < high - zero_point : is_inside(q, low, high);
 }
 
-// The integer of one value. No integer is NaN: it becomes the zero point, and quant_min where that is NaN too.
+// The code of one value. No integer is NaN: a NaN becomes the zero point, or quant_min where that is NaN too.
 template <typename I, typename T>
 __device__ __forceinline__ I code_of(T value, const Params<T>& p, T low, T high) {
   T q = clamp(steps_of(value, p), low, high);
@@ -42,22 +42,22 @@ __device__ __forceinline__ I code_of(T value, const Params<T>& p, T low, T high)
   return static_cast<I>(static_cast<int>(q));
 }
 
-// scale and zero_point as they lie on the device; their values are never read on the host. What cannot be right (a
-// negative or NaN scale, an integer zero point outside the range) becomes NaN, and so do the outputs.
+// The scale and the zero point of each channel, as they lie on the device. The host never reads their values. A wrong
+// one (a negative or NaN scale, an integer zero point outside of the range) acts as NaN, which then propagates.
 template <typename T>
 struct Qparams {
   enum Kind { kNumber, kInt32, kInt64, kReal };
-  const T* scale = nullptr;  // null: `number`
+  const T* scale = nullptr;  // null: scale_number is the scale
   const void* zero_point = nullptr;
   Kind kind = kNumber;
   bool shared = true;  // one zero point for all channels
   T quant_min, quant_max;
   T scale_number = 1, zero_point_number = 0;
 
-  // What was read for one channel. Reading is apart from use, so that loads follow each other without a branch.
+  // What was read for one channel. read() and of() are apart, so that loads follow each other without a branch.
   struct Raw {
     T scale;
-    unsigned low, high;  // of the zero point's bits
+    unsigned low, high;  // halves of the zero point's bits
   };
   __device__ __forceinline__ Raw read(int64_t channel) const {
     Raw raw{scale_number, 0, 0};
@@ -89,7 +89,7 @@ struct Qparams {
   }
 };
 
-// A contiguous tensor of one dtype: `t` itself nearly always.
+// `t` itself if it is contiguous and of the dtype, as nearly always; else a copy that is.
 inline Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype && t.is_contiguous()) return t;
   Tensor copy = empty(to_vector(t.sizes()), dtype, device_of(t));
@@ -138,7 +138,7 @@ OwnedQparams<T> qparams(double scale, int64_t zero_point, int64_t quant_min, int
   return q;
 }
 
-// Runs as kernels take them: by value, and with divisions prepared.
+// Runs as kernels take them: by value, with a Divider for each division.
 struct DeviceRuns {
   static constexpr int kMost = 12;
   Divider inner;
@@ -193,7 +193,7 @@ struct DeviceRuns {
   }
 };
 
-// The same for a scale along one dimension, or none, of x in memory order: its channels follow each other in a cycle.
+// The same for a scale that varies along at most one dimension of x: the channels of consecutive runs form a cycle.
 struct Cycle {
   Divider channels;
 
@@ -203,8 +203,9 @@ struct Cycle {
   __device__ __forceinline__ int64_t run_of(int64_t c, int64_t k) const { return c + k * channels.divisor; }
 };
 
-// The parameters of N elements from `at` on, in runs of `inner`. The loop over their runs is not unrolled: its
-// divisions alone would be 40 times the code of everything else, and take 5 s of compile time per kernel.
+// Fills `out` with the parameters of N elements from `at` on, in runs of `inner`. The loop over their runs is not
+// unrolled: otherwise its divisions alone would be 40 times the code of everything else, and take 5 s of compile time
+// per kernel.
 template <typename C, typename T, int N>
 __device__ __forceinline__ void fill(const Divider& inner, const C& channels, const Qparams<T>& q, int64_t at,
                                      int64_t numel, Params<T> (&out)[N]) {
@@ -220,35 +221,36 @@ __device__ __forceinline__ void fill(const Divider& inner, const C& channels, co
   }
 }
 
-// Op: kWidth elements per vector, Loaded, load<kWhole>(at, n), begin() once these loads are on their way, then
-// run<kWhole>(at, n, loaded, parameters of k). kWhole: n is kWidth, or 0 and nothing is read or written.
+// An Op has T, the type of arithmetic; kWidth, the elements of a vector; Loaded, what load<kWhole>(at, n) returns;
+// begin(), which is called once before run; and run<kWhole>(at, n, loaded, params), where params(k) are the parameters
+// of element k. kWhole: n is kWidth, or it is 0 and nothing is read or written.
 
-// A stretch of vectors for each block: of one run of elements that share a channel, or of all of x where runs are
-// short. A thread visits kUnroll of them, unroll_step apart.
+// Each block takes a stretch of vectors: of one run, or of all of x where runs are short. A thread takes kUnroll of
+// them, unroll_step apart.
 struct Stretches {
-  int64_t numel, whole, vectors;  // whole: vectors that can be read as such; vectors: of a run, or of x
+  int64_t numel, whole, vectors;  // whole: vectors of x that are full and aligned; vectors: of a run, or of x
   int block_step, unroll_step;
-  bool run_per_x;     // the block's number along x is that of its run, along y that in the run; else there is one run
+  bool run_per_x;     // blockIdx.x is the number of the run, blockIdx.y that of the stretch in it; else x is one run
   Divider short_run;  // where runs are short: the vectors of one
-  int64_t step_runs = 0, step_rest = 0;  // unroll_step in short runs, and what is left
+  int64_t step_runs = 0, step_rest = 0;  // unroll_step is step_runs short runs and step_rest vectors
 };
 
-// Blocks that a multiprocessor is to hold, which bounds their registers at 80, 64 and 48: more where a thread has fewer
-// bytes in flight.
+// How many blocks a multiprocessor shall hold: more where a thread has fewer bytes in flight. 3, 4 and 5 blocks bound
+// the registers of a thread at 80, 64 and 48.
 template <typename Op, bool kShortRuns>
 constexpr int sweep_blocks() {
   if (kShortRuns) return 3;
   return sizeof(typename Op::Loaded) <= 16 && (kFrugal || Op::kWidth < 8) ? 5 : 4;
 }
 
-// How many vectors are left before `end`, but at most so many that the number of a lane can be added without overflow.
+// How many vectors there are from v to `end`, limited so that the number of a lane can be added without overflow.
 __host__ __device__ constexpr int left_of(int64_t end, int64_t v) {
   return static_cast<int>(end - v < INT_MAX - kWarp ? end - v : INT_MAX - kWarp);
 }
 static_assert(int64_t{left_of(int64_t{1} << 40, 0)} + kWarp - 1 <= INT_MAX && left_of(5, 9) == -4,
               "lanes would overflow");
 
-// Reads take long. So x is read first, then the parameters, and only then is either used.
+// Reads take long. So the kernel starts to read x, then the parameters, and only then uses either.
 template <typename Op, bool kShortRuns>
 __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
     sweep_kernel(Op given, Qparams<typename Op::T> q, DeviceRuns channels, Stretches s) {
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
   const int64_t run = s.run_per_x ? blockIdx.x : 0, end = (run + 1) * s.vectors;
   const int64_t v = run * s.vectors + int64_t{s.run_per_x ? blockIdx.y : blockIdx.x} * s.block_step + threadIdx.x;
   const int left = left_of(end, v), lane = threadIdx.x % kWarp;
-  if (left + lane <= 0) return;  // whole warps
+  if (left + lane <= 0) return;  // alike in all lanes of a warp
   if (__builtin_expect(end <= s.whole || v - lane + kWarp + (kUnroll - 1) * s.unroll_step <= s.whole, 1)) {
     typename Op::Loaded loaded[kUnroll];
     typename Q::Raw raw[kRaw];
@@ -302,8 +304,8 @@ __global__ void __launch_bounds__(kThreads, sweep_blocks<Op, kShortRuns>())
   }
 }
 
-// Vectors with elements of more than one channel: every step-th of them to a thread. With `hoisted` the step is a
-// multiple of what the channels repeat after: a thread then meets the same channels all the time, and reads their
+// For vectors with elements of more than one channel. A thread takes every step-th vector. With `hoisted`, step is a
+// whole number of periods of the channels: all vectors of a thread then have the same channels, and it reads their
 // parameters once.
 struct Elements {
   int64_t numel, vectors, step;
@@ -319,15 +321,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   Op op = given;
   op.begin();
   int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (v >= s.step) return;  // whole warps
+  if (v >= s.step) return;  // alike in all lanes of a warp
   P own[N];
   if (s.hoisted) fill(channels.inner, channels, q, v * N, s.numel, own);
   const auto params = [&](int k) -> const P& { return own[k]; };
   const int64_t lane = threadIdx.x % kWarp;
   for (; v - lane < s.vectors; v += kUnroll * s.step) {
     const int64_t last = v - lane + kWarp - 1 + (kUnroll - 1) * s.step;
-    // For the whole warp alike. Four vectors at a time only where their parameters are known already: else the code to
-    // find them would be there five times.
+    // The condition is the same in all lanes of a warp. A thread takes four vectors at a time only where it has their
+    // parameters already: otherwise the code that finds them would exist five times.
     if (s.hoisted && s.aligned && (last + 1) * N <= s.numel) {
       typename Op::Loaded loaded[kUnroll];
 #pragma unroll
@@ -347,14 +349,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Whether a run of so many vectors is worth a block, and needs no more blocks than a grid is high.
+// Whether a run of so many vectors is worth a block, and needs no more blocks than a grid may have along y.
 constexpr bool is_long(int64_t vectors) {
   return vectors >= 4 * kWarp && vectors <= int64_t{65535} * kThreads * kUnroll;
 }
 
 constexpr int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
-// kShortRuns: the stretches are of all of x.
+// kShortRuns: the stretches are of all of x, not of one run.
 template <bool kShortRuns, typename Op>
 void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
                      bool aligned) {
@@ -364,7 +366,7 @@ void sweep_stretches(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>
   int64_t parts = ceil_div(vectors, kThreads * kUnroll);
   const int threads = static_cast<int>(ceil_div(ceil_div(vectors, parts * kUnroll), kWarp)) * kWarp;
   Stretches s{numel, aligned ? numel / N : 0, vectors, threads * kUnroll, threads, many, Divider()};
-  if (count * parts < 2 * gpu.processors()) {  // too few to fill the GPU with kUnroll vectors to a thread
+  if (count * parts < 2 * gpu.processors()) {  // with kUnroll vectors to a thread x does not fill the GPU
     parts = ceil_div(vectors, threads);
     s.block_step = threads;
     s.unroll_step = static_cast<int>(parts) * threads;
@@ -386,7 +388,7 @@ void sweep_elements(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
   if (blocks < 2 * gpu.processors()) blocks = ceil_div(vectors, kThreads);
   Elements s{numel, vectors, blocks * kThreads, false, aligned};
   if (runs.channels > 1) {
-    const int64_t pattern = runs.period * runs.inner;  // elements that the channels repeat after
+    const int64_t pattern = runs.period * runs.inner;  // elements of a period of the channels
     const int64_t period = pattern / gcd(pattern, N);  // vectors
     const int64_t step = period / gcd(period, kWarp) * kWarp;
     const int64_t threads = std::min<int64_t>(vectors, int64_t{gpu.processors()} * 3 * kThreads);
@@ -399,7 +401,7 @@ void sweep_elements(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>&
   gpu.launch(elements_kernel<Op>, blocks, 1, kThreads, op, q, DeviceRuns(runs), s);
 }
 
-// kGranular: whether Op has parameters at all.
+// kGranular: whether Op uses parameters.
 template <typename Op, bool kGranular = true>
 void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const Runs& runs, int64_t numel,
            bool aligned) {
@@ -408,8 +410,8 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   if constexpr (!kGranular) {
     sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
   } else if constexpr (std::is_same_v<typename Op::T, double>) {
-    sweep_elements(gpu, op, q, runs, numel, aligned);  // fp64 is here to be right, not fast: one kernel, not three
-  } else if (runs.channels == 1 || (runs.inner % 8 == 0 && is_long(runs.inner / N))) {  // whole bytes of a mask
+    sweep_elements(gpu, op, q, runs, numel, aligned);  // fp64 has to be right, not fast: one kernel, not three
+  } else if (runs.channels == 1 || (runs.inner % 8 == 0 && is_long(runs.inner / N))) {  // % 8: whole bytes of a mask
     sweep_stretches<false>(gpu, op, q, runs, numel, aligned);
   } else if (runs.inner % N == 0) {
     sweep_stretches<true>(gpu, op, q, runs, numel, aligned);
@@ -418,7 +420,8 @@ void sweep(const Gpu& gpu, const Op& op, const Qparams<typename Op::T>& q, const
   }
 }
 
-// Writes the mask bits of n of the N elements from `at` on. Lanes of a warp that share a byte join their bits first.
+// Writes the mask bits of the first n of N elements from `at` on. Lanes that share a byte join their bits first, so all
+// lanes of a warp have to call this.
 template <int N>
 __device__ __forceinline__ void store_bits(uint8_t* mask, int64_t at, int n, unsigned bits) {
   constexpr int kShare = 8 / N;

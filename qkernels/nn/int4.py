@@ -95,7 +95,7 @@ class Int4Linear(QuantizedInputLayer):
             f"minimum: got True with symmetric={symmetric}, weight_bits={weight_bits}; accepted: with symmetric=False, "
             "weight_bits=4",
         )
-        checks.require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        gemm_checks.activation_bits(act_bits)
         checks.require(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
         if act_bits == 8 and input is None:
             input = FakeQuantize(granularity=PerToken(), quantizer="dynamic")
@@ -253,7 +253,9 @@ class Int4Linear(QuantizedInputLayer):
 
     def _by_group(self, packed: Tensor) -> Tensor:
         # This copies, because a view of the padded panels would save all of them.
-        return layouts.by_group(packed.detach(), self.out_features).clone(memory_format=torch.contiguous_format)
+        return layouts.by_group(packed.detach(), self.out_features, layouts.int4_layout(self.data)).clone(
+            memory_format=torch.contiguous_format
+        )
 
     def _logical(self) -> Logical:
         return _logical_weight(self.weight_shape, self.weight_bits, self.group_size, self.scale_dtype, self.offset)

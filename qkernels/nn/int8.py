@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks, layouts
+from .. import checks, gemm_checks, layouts
 from ..ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from ..ops.int8_gemm import PackedInt8, int8_linear
 from ..ops.packing import pack_bits, unpack_bits
@@ -54,7 +54,7 @@ class _Int8Layer(QuantizedInputLayer):
         dtype: torch.dtype,
     ) -> None:
         checks.require(2 <= weight_bits <= 8, f"weight_bits: got {weight_bits}; accepted: 2 to 8")
-        checks.require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
+        gemm_checks.activation_bits(act_bits)
         checks.require(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
         k = math.prod(weight_shape[1:])
         whole = group_size in (-1, k)

@@ -1,48 +1,11 @@
 """Schemas, fakes, autograd and public functions of every op; the import defines the ops and loads their kernels."""
 
+import importlib
+import pkgutil
+
 from .. import library
-from . import (
-    aten_fake_quantize,
-    codebook,
-    dynamic,
-    fake_quantize,
-    fake_quantize_learnable,
-    foreach_fake_quantize,
-    int4_gemm,
-    int8_conv2d,
-    int8_gemm,
-    int8_training,
-    observe_fake_quantize,
-    packing,
-    quantize,
-    quantize_transposed,
-    relu_fake_quantize,
-    rms_norm_quantize,
-    silu_mul_quantize,
-    statistics,
-    stochastic,
-)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 library.load()
-
-__all__ = [
-    "aten_fake_quantize",
-    "codebook",
-    "dynamic",
-    "fake_quantize",
-    "fake_quantize_learnable",
-    "foreach_fake_quantize",
-    "int4_gemm",
-    "int8_conv2d",
-    "int8_gemm",
-    "int8_training",
-    "observe_fake_quantize",
-    "packing",
-    "quantize",
-    "quantize_transposed",
-    "relu_fake_quantize",
-    "rms_norm_quantize",
-    "silu_mul_quantize",
-    "statistics",
-    "stochastic",
-]

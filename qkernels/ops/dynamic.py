@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, samples
-from ..layouts import mask_like
+from .. import layouts, library, samples
 from ..reference import dynamic as reference
 from ..reference import transforms
 from ..reference.fake_quantize import compute_dtype
@@ -22,7 +21,12 @@ def _fake_dynamic(
     x: Tensor, group_size: int, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale, zero_point = fake_dynamic_qparams(x, group_size)
-    return torch.empty_like(x), scale, zero_point, x.new_empty(0, dtype=torch.uint8) if symmetric else mask_like(x)
+    return (
+        torch.empty_like(x),
+        scale,
+        zero_point,
+        x.new_empty(0, dtype=torch.uint8) if symmetric else layouts.mask_like(x),
+    )
 
 
 def fake_dynamic_qparams(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +49,7 @@ def range_of_bits(bits: int) -> tuple[int, int]:
     """The signed integer range of ``bits`` bits, e.g. (−128, 127) for 8."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: got {bits}; accepted: 2 to 8")
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return layouts.code_range(bits)
 
 
 def fake_quantize_dynamic(

@@ -161,11 +161,8 @@ def fake_quantize(
     lsq = straight_through == "lsq"
     if straight_through != "clip" and not lsq:
         return _by_variant(x, scale, zero_point, quant_min, quant_max, straight_through, ewgs_delta, grad_factor)
-    if not isinstance(scale, Tensor):
-        if isinstance(zero_point, Tensor):
-            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
-        if not lsq:
-            return fake_quantize_by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
+    if not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor) and not lsq:
+        return fake_quantize_by_numbers(x, scale, 0 if zero_point is None else zero_point, quant_min, quant_max)
     scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
         return transforms.fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
@@ -182,6 +179,8 @@ def as_tensors(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point as the ops take them, without a copy to a GPU; a zero point of 0 becomes None."""
     if not isinstance(scale, Tensor):
+        if isinstance(zero_point, Tensor):
+            raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
         scale = torch.full((1,), scale, dtype=reference.compute_dtype(x), device=x.device)
     if zero_point is None or isinstance(zero_point, Tensor):
         return scale, zero_point

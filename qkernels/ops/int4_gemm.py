@@ -114,11 +114,11 @@ def _not_for_cuda(
 
 def _on_gpu(*args: Any) -> tuple[Any, ...]:
     """The arguments of a sample, with the weight in a GPU's layout."""
-    x, data, scale, zero_point, minimum, total, bias, size, *rest = args
+    x, data, *params, total, bias, size = args[:8]
     n, k = total.numel(), x.shape[-1]
     halves = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, size), size)
-    groups = (None if t is None else layouts.by_group(t, n).t().contiguous() for t in (scale, zero_point, minimum))
-    return x, halves, *groups, total, bias, size, *rest
+    groups = (None if t is None else layouts.by_group(t, n, layouts.PANELS).t().contiguous() for t in params)
+    return x, halves, *groups, total, bias, size, *args[8:]
 
 
 _int4_pack = library.define(
@@ -285,7 +285,7 @@ class PackedInt:
         n, k = self.shape
         # This copies, because a view of the padded panels would save all of them.
         scale, zero_point, minimum = (
-            None if t is None else layouts.by_group(t, n).clone(memory_format=torch.contiguous_format)
+            None if t is None else layouts.by_group(t, n, self.layout).clone(memory_format=torch.contiguous_format)
             for t in (self.scale, self.zero_point, self.minimum)
         )
         assert scale is not None
@@ -368,16 +368,15 @@ def _rows_of(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight's rows start…stop from packed tensors; start is a multiple of PANEL."""
-    n, panels = stop - start, slice(start // layouts.PANEL, -(-stop // layouts.PANEL))
+    n, layout = stop - start, layouts.int4_layout(data)
+    in_panels = layout == layouts.PANELS
+    panels = slice(start // layouts.PANEL, -(-stop // layouts.PANEL))
+    part = (panels,) if in_panels else (slice(None), slice(start, stop))
     scale_rows, zero_point_rows, minimum_rows = (
-        None if t is None else layouts.by_group(t[panels] if t.dim() == 3 else t[:, start:stop], n)[..., None]
-        for t in (scale, zero_point, minimum)
+        None if t is None else layouts.by_group(t[part], n, layout)[..., None] for t in (scale, zero_point, minimum)
     )
     assert scale_rows is not None
-    if layouts.int4_layout(data) == layouts.PANELS:
-        q = _int4_unpack(data[panels], n, k)
-    else:
-        q = layouts.int4_unpack(data[start:stop], n, k, group_size)
+    q = _int4_unpack(data[panels], n, k) if in_panels else layouts.int4_unpack(data[start:stop], n, k, group_size)
     w = q.view(n, scale_rows.shape[1], group_size).float()
     if zero_point_rows is not None:
         w = w.sub_(zero_point_rows)

@@ -273,12 +273,8 @@ class PackedInt8:
         Raises:
             ValueError: w is not a finite floating matrix.
         """
-        checks.dense("w", w)
-        if w.dim() != 2 or not w.is_floating_point():
-            raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
+        checks.finite_weight(w)
         values = w.detach().float()
-        if not bool(values.isfinite().all()):
-            raise ValueError("w: got NaN or infinite values; accepted: finite weights")
         amax = values.abs().amax(1) if w.shape[1] else values.new_zeros(w.shape[0])
         scale = (amax / 127).clamp(min=reference.TINY)
         q = (values * (1 / scale)[:, None]).round().clamp(-127, 127).to(torch.int8)

@@ -77,11 +77,11 @@ def relu_fake_quantize(
     """
     checks.clip_or_lsq(straight_through)
     lsq = straight_through == "lsq"
-    if not isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
-        raise RuntimeError("zero_point: got a tensor beside a float scale; accepted: an int or None")
     scale, zero_point = as_tensors(x, scale, zero_point, quant_min, quant_max)
     if transformed():
-        return transforms.relu_fake_quantize(x, scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
+        return transforms.fake_quantize(
+            x.relu(), scale, zero_point, quant_min, quant_max, grad_factor, straight_through
+        )
     if torch.is_grad_enabled():
         if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
             return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor, lsq)

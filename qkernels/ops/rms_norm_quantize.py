@@ -60,7 +60,7 @@ _forward = _define(
     _fake_forward(None),
     samples=_rms_norm_samples,
     sums=(3,),
-    given=reference.given_rstd,
+    given=lambda args, outputs: reference.given_rstd(args[0], args[1], outputs[3], *args[3:]),
 )
 _quantize = _define(
     "rms_norm_quantize_dynamic",
@@ -69,7 +69,7 @@ _quantize = _define(
     _fake_forward(torch.int8),
     samples=_rms_norm_samples,
     sums=(3,),
-    given=reference.given_rstd_quantized,
+    given=lambda args, outputs: reference.given_rstd_quantized(args[0], args[1], outputs[3], *args[3:]),
 )
 _backward = _define(
     "rms_norm_fake_quantize_dynamic_backward",

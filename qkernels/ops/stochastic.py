@@ -14,7 +14,6 @@ from ..layouts import mask_like
 from ..reference import stochastic as reference
 from ..reference import transforms
 from .autograd import already_masked, learnable, transformed
-from .fake_quantize import NO_SECOND
 from .quantize import range_of_codes
 
 _define = partial(library.define, cpu=("avx512", "avx2", "scalar"), triton=True)
@@ -70,7 +69,7 @@ _learnable = learnable(
     lambda grad, x, scale, zero_point, offset_tensor, *numbers: _backward(
         grad, x, scale, zero_point, *numbers[:-1], offset_tensor, numbers[-1]
     ),
-    no_second=NO_SECOND,
+    no_second="fake_quantize_stochastic: learned scales have no second derivative; detach scale and zero_point",
     tensors=4,
     taken=8,
 )

@@ -15,12 +15,8 @@ def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, K] int8, scales and int8 zero points [N, K/group_size], which ``PackedInt.from_float`` packs."""
-    checks.dense("w", w)
-    if w.dim() != 2 or not w.is_floating_point():
-        raise ValueError(f"w: got {w.dtype} of shape {list(w.shape)}; accepted: floating [N, K]")
+    checks.finite_weight(w)
     values = w.detach().float().contiguous()
-    if not bool(values.isfinite().all()):
-        raise ValueError("w: got NaN or infinite values; accepted: finite weights")
     gemm_checks.bits(bits)
     n, k = w.shape
     size = k if group_size == -1 else group_size

@@ -76,6 +76,7 @@ def fake_quantize_codebook_forward_mask(x: Tensor, scale: Tensor, codebook: Tens
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    checks.values("x", x)
     checks.grad(grad, x)
     checks.codebook(x, scale, codebook)
     return torch.empty_like(x).copy_(torch.where(inside_codebook(x, scale, codebook), grad, 0))
@@ -89,6 +90,7 @@ def fake_quantize_codebook_learnable_backward(
     dx = dy inside the codebook's range, else 0; dscale sums dy·(level − x/scale) inside and dy·level outside; the
     gradient of a level sums dy·scale over the elements that are quantized to it (NaN counts for the lowest).
     """
+    checks.values("x", x)
     checks.grad(grad, x)
     checks.codebook(x, scale, codebook)
     v, s, levels = scaled(x, scale, codebook)

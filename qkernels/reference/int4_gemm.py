@@ -78,11 +78,12 @@ def int4_linear(
     )  # fmt: skip
     n, k = weight_sum.numel(), x.shape[-1]
     q = layouts.int4_unpack(data, n, k, group_size)
-    scale = layouts.by_group(scale, n).float()
+    layout = layouts.int4_layout(data)
+    scale = layouts.by_group(scale, n, layout).float()
     offset = offset_of(
         scale,
-        None if zero_point is None else layouts.by_group(zero_point, n),
-        None if minimum is None else layouts.by_group(minimum, n),
+        None if zero_point is None else layouts.by_group(zero_point, n, layout),
+        None if minimum is None else layouts.by_group(minimum, n, layout),
     )
     if act_bits == 16:
         rows = x.detach().reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)

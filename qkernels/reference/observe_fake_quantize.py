@@ -70,4 +70,4 @@ def observed_qparams(
         scale = (torch.maximum(-low, high) / symmetric_steps).clamp(min=eps)
         return scale, torch.full_like(scale, symmetric_zero_point, dtype=torch.int32)
     scale = step_of(low, high, quant_max - quant_min).clamp(min=eps)
-    return scale, (quant_min - (low / scale).round()).clamp(quant_min, quant_max).to(torch.int32)
+    return scale, (quant_min - (low / scale).round()).clamp(quant_min, quant_max).nan_to_num(quant_min).to(torch.int32)

@@ -195,18 +195,6 @@ def silu_mul_fake_quantize_dynamic(
     return fake_quantize_dynamic(v, group_size, quant_min, quant_max, symmetric)[0].to(gate.dtype)
 
 
-def relu_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    grad_factor: float,
-    straight_through: str,
-) -> Tensor:
-    return fake_quantize(x.relu(), scale, zero_point, quant_min, quant_max, grad_factor, straight_through)
-
-
 def fake_quantize_codebook(x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float) -> Tensor:
     checks.codebook(x, scale, codebook)
     v, s, levels = codebooks.scaled(x, scale, codebook)

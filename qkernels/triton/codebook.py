@@ -152,6 +152,7 @@ def fake_quantize_codebook_backward_kernel(
 
 
 def fake_quantize_codebook_backward(grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    checks.values("x", x)
     checks.grad(grad, x)
     checks.codebook(x, scale, codebook)
     x, dx = dense_and_like(x)
@@ -197,6 +198,7 @@ def fake_quantize_codebook_learnable_backward_kernel(
 def fake_quantize_codebook_learnable_backward(
     grad: Tensor, x: Tensor, scale: Tensor, codebook: Tensor, grad_factor: float, learn_codebook: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.values("x", x)
     checks.grad(grad, x)
     checks.codebook(x, scale, codebook)
     x, dx = dense_and_like(x)

@@ -355,7 +355,9 @@ def int4_linear(
         )
         data = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, group_size), group_size)
         params = (scale, zero_point, minimum)
-        groups = Groups(*(None if t is None else layouts.by_group(t, n).t().contiguous() for t in params))
+        groups = Groups(
+            *(None if t is None else layouts.by_group(t, n, layouts.PANELS).t().contiguous() for t in params)
+        )
     else:
         groups = Groups(scale, zero_point, minimum)
     offset = None if bias is None else as_vector(bias)

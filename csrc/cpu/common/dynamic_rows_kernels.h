@@ -8,7 +8,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-constexpr int64_t kValues = 4096;  // elements of the buffer, or a unit if it is longer
+constexpr int64_t kValues = 4096;  // elements of the buffer; a longer unit has a buffer of its length
 
 // O is the storage type of fake-quantized values, or int8_t for codes.
 template <typename V, typename O>
@@ -17,7 +17,7 @@ inline void quantize_values(const typename V::Scalar* values, O* out, int64_t n,
   for_each_16(n, [&](int64_t i, auto... tail) {
     V q = min(b.high, max(b.low, round(V::load(values + i, tail...) * p.inv_) + p.zero_point_));
     if constexpr (std::is_same_v<O, int8_t>) {
-      q = select(is_nan(q), p.zero_point_, q);  // no integer is NaN: it becomes the code of zero
+      q = select(is_nan(q), p.zero_point_, q);  // no integer is NaN: a NaN becomes the zero point
     } else {
       q = (q - p.zero_point_) * p.scale_;
     }
@@ -42,7 +42,7 @@ void quantize_units(const Units& units, const QparamsRule& rule, O* out, typenam
                     F fill) {
   using T = typename V::Scalar;
   const Bounds<V> b(Qparams<T>{static_cast<T>(rule.quant_min), static_cast<T>(rule.quant_max), {}, {}});
-  if (units.whole) {  // one range: all values are kept until it is known
+  if (units.whole) {  // one range for all, so all values are kept until it is known
     const IndexedRuns all{{1, 1, 1, units.count * units.length, {}}, {}};
     const std::unique_ptr<T[]> values(new T[all.inner]);
     in_blocks(units, [&](int64_t first, int64_t count) { fill(first, count, &values[first * units.length]); });

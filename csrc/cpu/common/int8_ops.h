@@ -18,14 +18,13 @@ inline void check_k(const char* name, int64_t k) {
   QK_CHECK(k <= kMaxK, name, ": got K = ", k, "; accepted: K <= ", kMaxK, ", where int8 products sum exactly in int32");
 }
 
-// ``also`` names what else is accepted there.
+// `also` ends the error: what else is accepted.
 inline Element element_of(const char* name, ScalarType dtype, const char* also = "") {
   switch (dtype) {
     case ScalarType::Float: return Element::f32;
     case ScalarType::BFloat16: return Element::bf16;
     case ScalarType::Half: return Element::f16;
-    default:
-      fail(name, ": got ", dtype_name(dtype), "; accepted: torch.float32, torch.bfloat16, torch.float16", also);
+    default: fail(name, ": got ", dtype_name(dtype), "; accepted: torch.float32, torch.bfloat16, torch.float16", also);
   }
 }
 
@@ -44,8 +43,8 @@ struct Values {
   int64_t step;  // 0: one value for all
 };
 
-// Accepts [n]; with `dim` 0 or 1 also two dims, of which `dim` holds n and the other 1; with `broadcast` also one
-// element. `shapes` says this in the error.
+// Accepts [n]; with `dim` 0 or 1 also two dims, where `dim` has n elements and the other 1; with `broadcast` also one
+// element. `shapes` is the text for this in the error.
 inline void check_vector(const char* name, const Tensor& t, int64_t n, int dim, bool broadcast, const char* shapes) {
   check_cpu(name, t);
   const bool flat = t.dim() == 1 && t.size(0) == n;
@@ -135,7 +134,7 @@ inline bool is_wide(int64_t zero_point_magnitude, int64_t k) {
 // Rows of codes in scratch memory. The extra 64 bytes keep rows of 4096 codes out of each other's cache sets.
 inline int64_t code_row_stride(int64_t k) { return (k + 63) / 64 * 64 + 64; }
 
-// From so many elements, or multiply-accumulates, on a task is worth a second thread, which takes 2 to 5 us to wake.
+// How many elements, or multiply-accumulates, are worth a task of their own: a second thread takes 2 to 5 us to wake.
 constexpr int64_t kPointwiseGrain = 16384;
 constexpr int64_t kMultiplyGrain = 1 << 20;
 
@@ -190,7 +189,7 @@ inline Activation activation_of(const std::string& name) {
   fail("activation: got '", name, "'; accepted: none, relu, gelu, silu");
 }
 
-// Sets what becomes of a scaled sum: its activation, and its type or how it becomes codes.
+// Sets what a scaled sum becomes: its activation, and the type of the output or the qparams of its codes.
 inline void set_output(PanelOutput& o, const std::string& activation, ScalarType out_dtype,
                        const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
   o.activation = activation_of(activation);
@@ -210,7 +209,7 @@ inline void set_output(PanelOutput& o, const std::string& activation, ScalarType
   o.out_zero_point = qparams.zero_point;
 }
 
-// Sets the zero points of the rows of a, and returns what holds them.
+// Sets the zero points of the rows of a, and returns the values that o then points to.
 inline Values<int32_t> set_zero_point(PanelOutput& o, const char* name, const Tensor& zero_point, int64_t m,
                                       int64_t k) {
   Values<int32_t> values = zero_point_vector(name, zero_point, m, 0, "one element, [M] or [M, 1]");

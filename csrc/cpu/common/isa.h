@@ -45,7 +45,7 @@ inline void record_isa(Isa isa) { isa_state.last.store(static_cast<int>(isa), st
 
 #define QK_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-// clang knows no preferred width, and drops a whole target attribute where it does not know one feature.
+// clang has no preferred width, and ignores a whole target attribute if it does not know one feature in it.
 #define QK_PREFER_512
 #define QK_TARGET_BEGIN(...) QK_PRAGMA(clang attribute push(__attribute__((target(__VA_ARGS__))), apply_to = function))
 #define QK_TARGET_END QK_PRAGMA(clang attribute pop)

@@ -1,4 +1,4 @@
-// Calls from the file of one op into that of another, so that no kernel is compiled twice.
+// Functions that the file of one op offers to those of others, so that no kernel is compiled twice.
 #pragma once
 
 #include "tensor.h"

@@ -12,7 +12,7 @@ struct Philox {
   static constexpr int kRounds = 10;
   static constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 
-  uint64_t key[kRounds][2];  // for each round; a word in 64 bits, as the vector paths multiply it
+  uint64_t key[kRounds][2];  // for each round; each word takes 64 bits, as the vector paths need it
   uint64_t offset[2];        // the upper half of the counter; the lower half is the number of a block of four elements
 
   Philox(uint64_t seed, uint64_t number) : offset{number & 0xffffffff, number >> 32} {
@@ -26,7 +26,7 @@ struct Philox {
   }
 };
 
-// Makes it from the arguments of an op that rounds stochastically.
+// The Philox for the arguments of an op that rounds stochastically.
 inline Philox generator(int64_t seed, int64_t offset, const std::optional<Tensor>& offset_tensor) {
   uint64_t number = static_cast<uint64_t>(offset);
   if (offset_tensor) {

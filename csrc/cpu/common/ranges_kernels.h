@@ -78,8 +78,9 @@ inline V within_reach(V high) {
   return select(inside(high, top, last), top, high);
 }
 
-// Scale, its reciprocal and zero point of up to 16 rows, from the range of each. Sixteen rows at a time, because a
-// division for one costs as much as for 16: with groups of 32 elements it would cost three times as much as all else.
+// The parameters of up to 16 rows, each from the range of its row. They are computed for 16 rows at a time, because a
+// division for one row costs as much as for 16: with groups of 32 elements it would cost three times as much as all
+// else.
 template <typename T>
 struct RowParams {
   T inv[16], scale[16], zero_point[16];

@@ -11,8 +11,9 @@ constexpr int64_t kPiece = 16384;  // elements of a run that one partial result 
 constexpr int64_t kRows = 256;     // rows of short runs that one partial result covers
 constexpr int64_t kTile = 64;      // columns of a row that are kept in registers at a time
 
-// Calls f as for_each_16 does, and add() wherever what f has summed in fp32 is to be added up in fp64: after at most 64
-// vectors, and before and after what is less than a vector. So the fp32 result is right to its last bits, at no cost.
+// Calls f as for_each_16 does. f sums in fp32, and add() adds its sums to totals in fp64. add() is called after at most
+// 64 vectors, and once more after a rest of less than a vector. So the result is right to the last bits of fp32, at no
+// cost.
 template <typename F, typename G>
 inline void for_each_16_summed(int64_t n, F f, G add) {
   int64_t i = 0;
@@ -56,7 +57,8 @@ void reduce_channels(const IndexedRuns& runs, int64_t numel, const Op& op) {
     for (int64_t c = 0; c < runs.channels; ++c) op.result(c, total[c]);
     return;
   }
-  // Short runs: a task takes a block of rows, and of each row the runs that fit a tile, and reduces column by column.
+  // Short runs. A row here is one period. A task takes the runs of a tile in each row of a block of rows, and reduces
+  // them column by column.
   const int64_t rows = numel / row;
   const int64_t blocks = (rows + kRows - 1) / kRows;
   const int64_t tile_runs = kTile / runs.inner;

@@ -1,4 +1,4 @@
-// How kernels visit the elements of a tensor of any granularity, and the parameters that each element has.
+// How kernels visit the elements of x for a scale of any granularity, and which parameters each element has.
 #ifndef QK_SWEEP
 #define QK_SWEEP
 
@@ -7,7 +7,7 @@
 
 namespace qkernels::QK_NAMESPACE {
 
-// Runs shorter than a vector would waste it. Their parameters are laid out element by element instead.
+// A run shorter than this would waste lanes of a vector. The parameters of such runs are laid out element by element.
 constexpr int64_t kShortRun = 16;
 constexpr int64_t kPattern = 1024;
 
@@ -70,7 +70,8 @@ void for_each_stretch(const IndexedRuns& runs, const Qparams<typename V::Scalar>
   constexpr int64_t kBlock = 1024;
   const int64_t row = runs.period * runs.inner;
   const bool is_short = runs.inner < kShortRun && runs.channels > 1;
-  // Rows shorter than kPattern are laid out several times, so that stretches are long even where rows are not.
+  // A row here is one period. Rows shorter than kPattern are laid out several times, so that stretches are long even
+  // where rows are short.
   const int64_t repeated = row <= kPattern ? kPattern / std::max<int64_t>(row, 1) * row : 0;
   torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t first, int64_t last) {
     int64_t at = first * kBlock;
@@ -103,7 +104,7 @@ void for_each_stretch(const IndexedRuns& runs, const Qparams<typename V::Scalar>
 class BitWriter {
  public:
   BitWriter(uint8_t* bytes, int64_t element) : out_(bytes ? bytes + element / 8 : nullptr), fill_(element % 8) {
-    // A stretch may begin inside a byte, which the stretch before it, in the same task, began.
+    // A stretch may begin inside a byte. The stretch before it, of the same task, has written the byte's lower bits.
     if (fill_ && bytes) held_ = *out_ & ((1u << fill_) - 1);
   }
   void add(uint32_t bits, int n) {

@@ -180,7 +180,7 @@ struct F32 {
     _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
   }
-  static __m256i narrow(__m256 f) {  // bf16 in the low half of each lane; see the avx512 one
+  static __m256i narrow(__m256 f) {  // bf16 in the low half of each lane, rounded as in F32::narrow of AVX-512
     const __m256i u = _mm256_castps_si256(f);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
@@ -221,7 +221,7 @@ inline F32 round(F32 a) {
   return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// The bits of |a| order as integers, with NaN above infinity.
+// As integers, the bits of |a| are ordered as the values are, with NaN above infinity.
 inline __m256 larger_abs(__m256 acc, __m256 a) {
   const __m256i abs = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(acc), abs));
@@ -312,7 +312,7 @@ inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 min(F32 bound, F32 a) { return {_mm512_min_ps(bound.v, a.v)}; }
 inline F32 max(F32 bound, F32 a) { return {_mm512_max_ps(bound.v, a.v)}; }
 inline F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// The bits of |a| order as integers, with NaN above infinity.
+// As integers, the bits of |a| are ordered as the values are, with NaN above infinity.
 inline F32 max_abs(F32 acc, F32 a) {
   const __m512i abs = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
   return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(acc.v), abs))};
@@ -388,7 +388,7 @@ inline typename V::Scalar lane_max(V a) {  // NaN if any lane is
   return best;
 }
 
-// lane_max of what max_abs gave: the bits order as integers here too.
+// lane_max of what max_abs returned, whose bits are ordered as integers too.
 template <typename V>
 inline typename V::Scalar lane_max_abs(V a) {
 #if QK_PATH != QK_PATH_SCALAR

@@ -21,7 +21,7 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_s
     const int64_t steps = (last - first + 3) / 4;
     for (int64_t begin = 0; begin < steps; begin += 8) {
       const int64_t end = std::min(begin + 8, steps);
-      for (int strip = 0; strip < 16; strip += 8) {  // channels strip… and 16 + strip…, 8 of each
+      for (int strip = 0; strip < 16; strip += 8) {  // 8 channels from strip on, and 8 from 16 + strip on
         __m256i acc[MR][2];
 #pragma GCC unroll 4
         for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();

@@ -10,8 +10,8 @@ constexpr int kFloatTileRows = 12;
 
 // Adds the products of MR rows of codes and one panel to y[MR][32].
 // One block of assembly makes the products of a group, because GCC 12 spills the sums of a tile when it sees what they
-// are used for: with 8 rows, groups of 128 and one thread intrinsics reach 68 to 150 GOPS, this 400. Weights are
-// prefetched 1 KiB ahead; without that it is 270 GOPS where they come from beyond the second-level cache.
+// are used for: with 8 rows, groups of 128 and one thread, intrinsics reach 68 to 150 GOPS, and this code 400. Weights
+// are prefetched 1 KiB ahead; without that it reaches 270 GOPS where they come from beyond the second-level cache.
 // The sums of row r are in zmm(2r) for channels 0 to 15 and in zmm(2r + 1) for 16 to 31; 24 and 25 hold weights first
 // and are free afterwards.
 // clang-format off
@@ -43,7 +43,7 @@ constexpr int kFloatTileRows = 12;
 #define QK_ZERO(low, high, codes, r)                                                                                  \
   "vpxord %%zmm" #low ",%%zmm" #low ",%%zmm" #low "\n\t"                                                              \
   "vpxord %%zmm" #high ",%%zmm" #high ",%%zmm" #high "\n\t"
-// Starts at -8 * the sum of the row's codes, and for high bits at 16 times that.
+// The sums start at -8 * the sum of the row's codes. Those of the high bits start at 16 times that.
 #define QK_START(low, high, codes, r)                                                                                 \
   "vpbroadcastd 4*" #r "(%[terms]),%%zmm" #low "\n\t"                                                                 \
   "vpslld $4,%%zmm" #low ",%%zmm" #high "\n\t"
@@ -54,7 +54,7 @@ constexpr int kFloatTileRows = 12;
   "vpsrad $4,%%zmm" #high ",%%zmm" #high "\n\t"                                                                       \
   "vcvtdq2ps %%zmm" #low ",%%zmm" #low "\n\t"                                                                         \
   "vcvtdq2ps %%zmm" #high ",%%zmm" #high "\n\t"
-// The products of floats: of the first to the fourth of 4 k.
+// The products of floats with the first, the second, the third and the fourth of 4 k.
 #define QK_FMA_0(low, high, x, r)                                                                                     \
   "vfmadd231ps 0" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
   "vfmadd231ps 0" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"

@@ -8,8 +8,8 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-// Calls f(first k, end, number of the scale, number of the term) for each group of a row. A group longer than kMaxGroup
-// comes in parts.
+// Calls f(first k, end, number of the scale, number of the term) for each group of a row. For a group longer than
+// kMaxGroup there is a call for each part of it.
 template <typename F>
 inline void for_each_group(int64_t k, int64_t group_size, F f) {
   int64_t term = 0, group = 0;
@@ -27,7 +27,7 @@ inline F32 load_values(const void* values, Element type, int64_t at) {
   }
 }
 
-// For one group of a panel, in two halves of 16 channels: the scale, and the value that the code -8 stands for.
+// The scale of one group of a panel, and the value that the code -8 stands for, each as two vectors of 16 channels.
 struct GroupValues {
   F32 scale[2], offset[2];
 
@@ -46,7 +46,7 @@ struct GroupValues {
   }
 };
 
-// Adds a group to y[16], 16 channels of a row: first offset * sum, then scale * dot.
+// Adds a group to y, 16 channels of a row: first offset * sum, then scale * dot.
 template <bool kAffine>
 inline void add_group(const GroupValues& values, int h, const Int4Term& term, F32 dot, float* y) {
   F32 total = F32::load(y);

@@ -1,5 +1,5 @@
-// The int4 linear layer's core: activations, as int8 codes or floats, times packed int4 weights with scales by group.
-// Torch-free; one table of functions per instruction-set path.
+// The int4 GEMM core of the linear op: activations, as int8 codes or floats, times packed int4 weights with a scale for
+// each group. Torch-free; one table of functions per instruction-set path.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 
 namespace qkernels {
 
-// Packed weights, the one layout of every path. [N, K] is cut into panels of 32 output channels (kPanel); a panel
-// holds, for each group of 4 consecutive k, 64 bytes, whose low bits are channels 0 to 15 and whose high bits are
-// channels 16 to 31, so that one load and two masks give two operands of 4-way dot products with 16 channels each:
+// Packed weights, in the same layout for every path. [N, K] is cut into panels of 32 output channels (kPanel). A panel
+// holds 64 bytes for each 4 consecutive k. Their low bits are channels 0 to 15, and their high bits channels 16 to 31.
+// So one load and two masks give two operands of 4-way dot products, with 16 channels each:
 //
 //   data[panel][k / 4][channel % 16][k % 4] = (code of channel + 8) | (code of channel + 16, + 8) << 4
 //
 // Missing channels and k are zeros. Scales, zero points and minima are [panel][group][32].
 inline int64_t int4_panel_bytes(int64_t k) { return k_groups(k) * 64; }
 
-// An integer sum covers at most so many k: 16 * 15 * 128 * kMaxGroup < 2^31.
+// The most k that one integer sum covers: 16 * 15 * 128 * kMaxGroup < 2^31.
 constexpr int64_t kMaxGroup = 32768;
 
 // One panel of weights; the pointers are at its start.
@@ -47,10 +47,10 @@ struct Int4Output {
   int64_t zero_point_step;
 };
 
-// What a group of a row (at most kMaxGroup k) adds whatever the weights are; they lie as [group][term_stride]. Affine
-// weights need the sum of the row's elements, as a float. Other weights are stored as code + 8: for rows of codes the
-// sums start at -8 * the sum of the row's codes, an integer. Rows are read up to a multiple of 4 elements; what lies
-// beyond K must be finite.
+// What a group of a row (at most kMaxGroup k) contributes whatever the weights are. Terms lie as [group][term_stride].
+// Affine weights need the sum of the row's elements in the group, as a float. Other weights are stored as code + 8, so
+// that for rows of codes the integer sums start at -8 * the sum of the row's codes in the group. Rows are read up to a
+// multiple of 4 elements; those beyond K must be finite.
 union Int4Term {
   int32_t start;
   float sum;

@@ -11,8 +11,8 @@ constexpr int kTileRows = 2;
 constexpr int kUnpackedRows = 2;
 
 // The dot products of MR rows and one panel: sums[MR][32].
-// Bytes are widened to int16, and pairs of products summed in int32, which is exact: the byte instruction would
-// saturate.
+// Bytes are widened to int16, and pairs of products are summed in int32. This is exact, while the instruction for bytes
+// would saturate.
 template <int MR>
 void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
   for (int half = 0; half < kPanel; half += 16) {

@@ -61,7 +61,7 @@ inline void finish_float(const float* v, const PanelOutput& o, int64_t row) {
   store_row(values, o, row);
 }
 
-// The codes of 16 results; no code is NaN, which becomes the zero point.
+// The codes of 16 results. No code is NaN: a NaN becomes the zero point.
 inline F32 to_codes(F32 v, const PanelOutput& o) {
   const F32 zero_point = F32::set1(o.out_zero_point), steps = round(v * F32::set1(o.out_inverse));
   const F32 code = min(F32::set1(127), max(F32::set1(-128), steps + zero_point));

@@ -9,9 +9,9 @@
 
 namespace qkernels {
 
-// Packed weights, the one layout of every path. [N, K] is cut into panels of 32 output channels; a panel holds, for
-// each group of 4 consecutive k, the 4 bytes of channel 0, of channel 1, … of channel 31, so that one 64-byte load
-// feeds 16 channels of a 4-way dot product and a panel is one forward stream:
+// Packed weights, in the same layout for every path. [N, K] is cut into panels of 32 output channels. A panel holds,
+// for each 4 consecutive k, the 4 bytes of channel 0, of channel 1, … of channel 31. So one 64-byte load gives the
+// operands of 16 channels to a 4-way dot product, and a panel is one forward stream:
 //
 //   data[panel][k / 4][channel % 32][k % 4]        missing channels and k are zeros
 constexpr int kPanel = 32;
@@ -51,14 +51,14 @@ struct PanelOutput {
   float out_inverse, out_zero_point;  // i8 stores round(out * out_inverse) + out_zero_point
 };
 
-// Activation codes are XORed with `flip`: 0x80 where the dot-product instruction takes unsigned bytes, which adds
-// 128 * colsum to every sum; the epilogue takes it off again, modulo 2^32. A row is read up to a multiple of 4 codes;
-// what lies beyond K meets zero weights.
+// Activation codes are XORed with `flip`. It is 0x80 where the dot-product instruction takes unsigned bytes. This adds
+// 128 * colsum to every sum, which the epilogue subtracts, modulo 2^32. A row is read up to a multiple of 4 codes;
+// those beyond K are multiplied by zero weights.
 struct Int8Kernels {
   Isa isa;
   uint8_t flip;
   int tile_rows;
-  int unpacked_rows;  // up to here one read of unpacked weights is cheaper than packing them
+  int unpacked_rows;  // up to so many rows, multiplying by unpacked weights is cheaper than packing
   void (*copy_codes)(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, uint8_t* row);
   // Returns the row's scale: NaN where the row holds a NaN (or, for a dynamic scale, an infinity).
   float (*quantize_row)(const void* x, Element type, int64_t k, const RowQparams& qparams, uint8_t flip, uint8_t* row);
@@ -67,12 +67,12 @@ struct Int8Kernels {
                       int32_t* colsum);
   void (*multiply)(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
                    const PanelOutput& output);
-  // The same for weights that are not packed: b is [channels, K] with K contiguous, rows hold codes that are not
+  // The same for weights that are not packed. b is [channels, K] with K contiguous, and rows hold codes that are not
   // flipped.
   void (*multiply_unpacked)(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n,
                             int64_t k, const PanelOutput& output);
-  // One filter per channel: for 32 neighbouring channels of `pixels` outputs, `step` codes apart in the input,
-  // the sum over t of codes[taps[t] + channel] * weights[t][channel].
+  // One filter per channel. For 32 neighbouring channels of `pixels` outputs, which lie `step` codes apart in the
+  // input, it computes the sum over t of codes[taps[t] + channel] * weights[t][channel].
   void (*multiply_depthwise)(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
                              const int32_t* weights, const PanelOutput& output);
 };

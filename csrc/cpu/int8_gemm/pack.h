@@ -5,7 +5,7 @@ namespace qkernels::QK_NAMESPACE {
 namespace {
 
 #if QK_PATH != QK_PATH_SCALAR
-// How far ahead b is prefetched, in rows and in bytes: it is read in too many streams for the hardware to follow.
+// How far ahead b is prefetched, in rows and in bytes. It is read in more streams than hardware prefetchers follow.
 constexpr int64_t kRowsAhead = 16, kBytesAhead = 256;
 
 inline void keep_group(const __m256i codes, int8_t* out, __m256i& total) {
@@ -13,7 +13,8 @@ inline void keep_group(const __m256i codes, int8_t* out, __m256i& total) {
   total = add_groups(total, codes);
 }
 
-// Reads 8 groups of 4 codes along k for each of 8 channels, and writes them along the channels.
+// Reads 8 times 4 codes along k for each of 8 channels, and writes them so that the channels of each 4 k follow each
+// other.
 inline void transpose_groups(const int8_t* b, int64_t stride_n, int8_t* out, __m256i& total) {
   __m256i r[8], t[8];
 #pragma GCC unroll 8
@@ -37,7 +38,7 @@ inline void transpose_groups(const int8_t* b, int64_t stride_n, int8_t* out, __m
   }
 }
 
-// Makes 4 codes of each of 32 channels from 4 rows of 32 channels.
+// Reads 4 rows of 32 channels, and writes 4 codes along k for each channel.
 inline void interleave_rows(const int8_t* b, int64_t stride_k, int8_t* out, __m256i (&total)[4]) {
   __m256i r[4];
 #pragma GCC unroll 4
@@ -51,7 +52,8 @@ inline void interleave_rows(const int8_t* b, int64_t stride_k, int8_t* out, __m2
   keep_group(_mm256_permute2x128_si256(c0, c4, 0x31), out + 64, total[2]);
   keep_group(_mm256_permute2x128_si256(c8, c12, 0x31), out + 96, total[3]);
 }
-// Packs whole groups of full panels, and adds up their codes in totals[channel]. Returns how many k are done.
+// Packs full panels, up to the last k that whole vectors cover, and adds up their codes in totals[channel]. Returns how
+// many k are done.
 inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, int64_t full, int64_t k, int8_t* data,
                          int32_t* totals) {
   int64_t done = 0;
@@ -65,7 +67,7 @@ inline int64_t pack_fast(const int8_t* b, int64_t stride_n, int64_t stride_k, in
       const int8_t* rows = b + panel * kPanel * stride_n;
       int8_t* out = data + panel * bytes;
       __m256i total[4] = {};
-      // Whole cache lines: those of rows of 4096 bytes would push each other out before a second visit.
+      // Reads whole cache lines at once: the lines of rows of 4096 bytes would evict each other before a second visit.
       for (done = 0; done + 64 <= k; done += 64)
         for (int c = 0; c < kPanel; c += 8) {
           for (int i = 0; i < 8 && done + kBytesAhead < k; ++i)

@@ -12,7 +12,7 @@ void copy_codes(const int8_t* codes, int64_t stride, int64_t k, uint8_t flip, ui
     for (int64_t i = 0; i < k; ++i) row[i] = static_cast<uint8_t>(codes[i * stride]) ^ flip;
 }
 
-constexpr int64_t kChunk = 1024;  // so many floats of a row are converted at a time: 4 KiB of stack
+constexpr int64_t kChunk = 1024;  // floats of a row that are converted at a time: 4 KiB of stack
 
 inline const float* as_floats(const float* x, int64_t, float*) { return x; }
 
@@ -29,7 +29,7 @@ inline const float* as_floats(const Half* x, int64_t n, float* buffer) {
   return buffer;
 }
 
-// The largest |x|, as bits. Bits order as floats do, with NaN above infinity.
+// The bits of the largest |x|. As integers, bits are ordered as the values are, with NaN above infinity.
 inline uint32_t max_magnitude(const float* x, int64_t n) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {

@@ -4,7 +4,6 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-// The dot products of 4 channels with MR rows, and with a row of ones.
 #if QK_PATH == QK_PATH_AVX512VNNI
 // The sum of the lanes of each of 4 vectors.
 inline __m128i sum_lanes(const __m512i (&v)[4]) {
@@ -15,6 +14,7 @@ inline __m128i sum_lanes(const __m512i (&v)[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
+// The dot products of 4 channels with MR rows, and with a row of ones, which gives colsum.
 template <int MR>
 inline void dot_columns(const int8_t* a, int64_t stride, const int8_t* b, int64_t stride_n, int64_t k,
                         const int32_t* rowsum, int32_t* sums, int32_t* colsum) {

@@ -1,4 +1,4 @@
-"""What ``python -m qkernels tune`` measured on this machine's GPU: tiles that go before those of configs.py.
+"""What ``python -m qkernels tune`` measured on this machine's GPU: tiles that go before those of gemm_configs.py.
 
 One JSON file for each kind of GPU, in $QKERNELS_TUNE_DIR, else in qkernels/ of the user's cache folder. Read once, at
 the first product; no file, no effect.
