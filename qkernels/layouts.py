@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mask_like(x: Tensor) -> Tensor:
-    """Uninitialised memory for one bit per element of x, eight to a byte."""
+    """Uninitialised memory for a mask: one bit per element of x, eight to a byte."""
     return x.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
 
 
@@ -17,7 +17,7 @@ def storage_flat(t: Tensor) -> Tensor:
 
 
 def pack_mask(inside: Tensor, like: Tensor) -> Tensor:
-    """One bit per element in the storage order of ``like``, low bit first."""
+    """Packs a mask: one bit per element in the memory order of ``like``, low bit first."""
     flat = storage_flat(torch.empty_like(like, dtype=torch.bool).copy_(inside))
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)  # a list would be copied, which synchronises

@@ -242,7 +242,7 @@ _partial: set[str] = set()  # ops for which csrc/cuda takes only some calls
 
 
 def cuda_op(op: str) -> str:
-    """The op at whose dispatch key csrc/cuda's kernel for ``op`` is."""
+    """The name of the op whose dispatch key holds csrc/cuda's kernel for ``op``."""
     return f"{op}_cuda" if op in _partial else op
 
 

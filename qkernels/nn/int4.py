@@ -35,7 +35,7 @@ def _logical_weight(
 
 
 def _check_weight(weight_bits: int, group_size: int, k: int, scale_dtype: torch.dtype) -> int:
-    """The group size, with −1 resolved."""
+    """Checks the arguments and returns the group size, with −1 resolved."""
     gemm_checks.bits(weight_bits)
     gemm_checks.scale_dtype("scale_dtype", torch.empty(0, dtype=scale_dtype))
     group_size = k if group_size == -1 else group_size
@@ -152,12 +152,12 @@ class Int4Linear(QuantizedInputLayer):
 
     @property
     def zero_point(self) -> Tensor | None:
-        """[N, K/group_size] in int8; None: there are none."""
+        """[N, K/group_size] in int8; None: the layer has no zero points."""
         return None if self.packed_zero_point is None else self._by_group(self.packed_zero_point)
 
     @property
     def minimum(self) -> Tensor | None:
-        """[N, K/group_size] in scale's dtype, the value of code −8; None: there are none."""
+        """[N, K/group_size] in scale's dtype, the value of code −8; None: the layer has no minima."""
         return None if self.packed_minimum is None else self._by_group(self.packed_minimum)
 
     def set_weight(

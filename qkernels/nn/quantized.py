@@ -107,7 +107,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _logical(self) -> Logical:
-        """Names, dtypes and shapes of the tensors that the private ones stand for; None: not in this layer."""
+        """Names, dtypes and shapes of the tensors that the private ones stand for; None: this layer has none."""
         return {}
 
     def _pack(self, logical: dict[str, Tensor]) -> dict[str, Tensor | None]:

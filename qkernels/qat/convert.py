@@ -92,7 +92,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     shared = _float_weights(model, {layer for _, layer in layers})
     for name, layer in layers:
         check_convertible(name, layer)
-        if not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):  # integers have no NaN to show
+        if not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):  # integer codes cannot hold a NaN
             raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         if to_int4(layer):
             made[layer] = _int4_layer(layer)  # type: ignore[arg-type]

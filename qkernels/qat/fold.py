@@ -84,7 +84,7 @@ def find_folds(model: nn.Module) -> Folds:
 
 
 def factor_and_bias(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp32: the BatchNorm as factor and bias in eval."""
+    """The BatchNorm in eval mode: f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp32."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
