@@ -62,7 +62,7 @@ class override_torch:
     - The ops also accept, per channel, any zero point dtype, any floating scale and a negative axis, and fp16, bf16 and
       fp64 in the learnable and fused ops.
 
-    On CUDA Python reroutes the same ops, eager and compiled; they never wait for the GPU. The differences there are:
+    On CUDA, Python code reroutes the same ops, eager and compiled, without waiting for the GPU. The differences are:
 
     - torch's own kernel runs a call that no CUDA or Triton kernel can take. For ops that neither learn nor observe it
       also runs a call in fp64, with a range beyond ±2**24, with a floating zero point tensor, or with a number for

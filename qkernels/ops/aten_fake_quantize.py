@@ -68,7 +68,7 @@ def _as_product(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = 
         return torch.mul(*args)
 
 
-# In a graph for a compiler this op becomes the product that torch's own op is there, which compilers can fuse.
+# In a compiler's graph this op becomes a product, as torch's own op does, because compilers can fuse a product.
 torch.library.register_torch_dispatch(_backward_bytes.name(), FunctionalTensorMode, _as_product)
 
 

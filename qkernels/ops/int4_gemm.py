@@ -387,7 +387,7 @@ def _rows_of(
 
 
 class _Int4Linear(Function):
-    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
+    """Sends x's gradient to ``values``, which ``represented(x)`` gives. Keeps the codes of the weight."""
 
     @staticmethod
     def forward(

@@ -122,7 +122,7 @@ def _weight_of(data: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.d
 
 
 class _Int8Conv2d(Function):
-    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
+    """Sends x's gradient to ``values``, which ``represented(x)`` gives. Keeps the codes of the weight."""
 
     @staticmethod
     def forward(

@@ -326,7 +326,7 @@ def _rows_of(data: Tensor, scale: Tensor, k: int, start: int, stop: int, dtype: 
 
 
 class _Int8Linear(Function):
-    """Its gradient goes to ``values``, made by ``represented(x)``. It keeps the codes of the weight."""
+    """Sends x's gradient to ``values``, which ``represented(x)`` gives. Keeps the codes of the weight."""
 
     @staticmethod
     def forward(

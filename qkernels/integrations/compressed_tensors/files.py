@@ -53,7 +53,7 @@ def _file(safetensors: Any, path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return dict(safetensors.load_file(path))
-    except Exception as error:  # safetensors' own class needs the package imported
+    except Exception as error:  # a SafetensorError, which only that package defines
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
