@@ -81,6 +81,11 @@ def test_imports_go_downwards() -> None:
     assert upwards == set()
 
 
+def test_no_private_name_is_imported() -> None:
+    own = [(module, name.rpartition(".")[2]) for module, name in imports() if name.split(".")[0] == "qkernels"]
+    assert [(module, name) for module, name in own if name.startswith("_") and name != "__version__"] == []
+
+
 def test_what_ships_imports_neither_tests_nor_benchmarks() -> None:
     beside = {"tests", "bench", *(path.stem for folder in ("tests", "bench") for path in (ROOT / folder).glob("*.py"))}
     assert [(module, name) for module, name in imports() if name.split(".")[0] in beside] == []
