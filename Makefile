@@ -60,12 +60,13 @@ portable: $(VENV)/torch
 	$(PYTHON) tests/portable.py
 
 # The kernels' tests under AddressSanitizer or UndefinedBehaviorSanitizer, on a build of their own, in fp32 and bf16: the
-# other types read and write memory as these do. --capture=sys lets the sanitizers' own text through.
+# other types read and write memory as these do. --capture=sys lets the sanitizers' own text through. ASan looks for libstdc++'s
+# throw when the process starts, before Python has loaded it.
 asan-build: $(VENV)/installed
 	QKERNELS_STRICT_BUILD=1 QKERNELS_CXXFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build -b build/asan --build-lib build/asan/lib
 
 asan: asan-build $(VENV)/dev
-	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(foreach name,$(SANITIZERS),$(call preload,$(RUNTIME_$(name))))" \
+	PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(foreach name,$(SANITIZERS),$(call preload,$(RUNTIME_$(name)))) $(call preload,stdc++)" \
 	    $(PYTEST) --capture=sys -p no:cacheprovider \
 	    -k "not (compile or export or opcheck or subprocess or triton or reference] or -reference- or torch.float16 or torch.float64)" \
 	    $(SANITIZED)
