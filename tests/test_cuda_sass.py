@@ -211,7 +211,7 @@ def test_dynamic_rows_know_their_range_and_their_alignment(hopper: dict[str, sas
 
 def test_an_observers_flag_is_one_load(hopper: dict[str, sass.Kernel]) -> None:
     """Of one, two, four or eight bytes; never byte by byte."""
-    for name, kernel in of(hopper, r"RangeOp<", 9).items():
+    for name, kernel in of(hopper, r"RangeOp<\w+, Observe>", 9).items():
         assert kernel.in_loops(r"LDG\S*\.U8") == [], name
         assert sum(text.startswith("LDG.E.U8") for _, text in kernel.code) == 1, name
     for name, kernel in of(hopper, r"sweep_kernel<ForwardOp<\w+, true>", 6).items():
