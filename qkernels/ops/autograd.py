@@ -60,15 +60,19 @@ def kept(forward_op: Any, backward_op: Any, inside: Callable[..., Tensor], *, te
         inside: takes backward_op's arguments without grad and returns where the gradient passes; create_graph uses it.
         tensors: how many of the Function's arguments, the first ones, are tensors.
     """
-    taken = len(forward_op._schema.arguments)
+    last = len(forward_op._schema.arguments) - 3
     nones = (None,) * (len(backward_op._schema.arguments) - 2)
 
     class Kept(Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            ctx.save_for_backward(*args[:tensors])
-            ctx.rest = args[tensors:]
-            return forward_op(*args[:taken])
+        def forward(ctx: Any, x: Tensor, scale: Any, second: Any, *rest: Any) -> Any:
+            if tensors == 1:
+                ctx.save_for_backward(x)
+                ctx.rest = (scale, second, *rest)
+            else:
+                ctx.save_for_backward(x, scale, second)
+                ctx.rest = rest
+            return forward_op(x, scale, second, *rest[:last])
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
@@ -154,14 +158,18 @@ def learnable(
         tensors: how many of the Function's arguments, the first ones, are tensors.
         taken: how many of the Function's arguments forward takes.
     """
-    run_forward, run_backward = forward, backward
+    run_forward, run_backward, more, last = forward, backward, tensors - 3, taken - 3
 
     class Learnable(Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            ctx.save_for_backward(*args[:tensors])
-            ctx.rest = args[tensors:]
-            return run_forward(*args[:taken])
+        def forward(ctx: Any, x: Tensor, scale: Tensor, second: Tensor | None, *rest: Any) -> Any:
+            if more:
+                ctx.save_for_backward(x, scale, second, *rest[:more])
+                ctx.rest = rest[more:]
+            else:
+                ctx.save_for_backward(x, scale, second)
+                ctx.rest = rest
+            return run_forward(x, scale, second, *rest[:last])
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
