@@ -93,6 +93,9 @@ def test_only_what_changed_is_compiled(built_before: Path) -> None:
     assert compiled() == {"host.o", "build_id.o"}
     header.write_text("// changed\n")
     assert compiled() == {"host.o", "build_id.o"}
+    header.write_text("// added\n")  # put back, with a time before that of the object
+    os.utime(header, ns=(0, 0))
+    assert compiled() == {"host.o"}  # the build id of these contents was compiled before
     done = run_python("import qkernels as qk; print(qk.library.cpu_missing)", root=built_before)
     assert done.stdout == "None\n", done.stderr
 
