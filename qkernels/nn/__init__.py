@@ -5,9 +5,13 @@ from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
-from .qat import QATConv2d, QATLinear
+from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_classes import QAT_CLASSES
+from .qat_layer import QATLayer
+from .quantized_parameters import QATParameters
 
 __all__ = [
+    "QAT_CLASSES",
     "FakeQuantize",
     "Granularity",
     "Int4Embedding",
@@ -19,6 +23,10 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATConv1d",
     "QATConv2d",
+    "QATConv3d",
+    "QATLayer",
     "QATLinear",
+    "QATParameters",
 ]

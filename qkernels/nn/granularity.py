@@ -16,18 +16,30 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each index of dim ``axis``: ``[N, 1]`` for a Linear weight, ``[O, 1, 1, 1]`` for a Conv2d."""
+    """One scale for each index of dim ``axis``: ``[N, 1]`` for a Linear weight, ``[O, 1, 1, 1]`` for a Conv2d.
 
-    axis: int = 0
+    Several axes, as a tuple: one scale for each combination of indices: (0, 1) gives expert weights [E, N, K] the
+    scales ``[E, N, 1]``.
+    """
+
+    axis: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        _check_int("axis", self.axis)
+        if isinstance(self.axis, tuple):
+            if not self.axis:
+                raise ValueError("axis: got (); accepted: at least one axis")
+            for axis in self.axis:
+                _check_int("axis", axis)
+        else:
+            _check_int("axis", self.axis)
 
     def scale_shape(self, shape: Sequence[int] | None) -> tuple[int, ...]:
         shape = _known(self, shape)
-        if not -len(shape) <= self.axis < len(shape):
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if not all(-len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(f"granularity: got {self}; accepted: an axis of the tensor, whose shape is {list(shape)}")
-        return tuple(n if dim == self.axis % len(shape) else 1 for dim, n in enumerate(shape))
+        channels = {axis % len(shape) for axis in axes}
+        return tuple(n if dim in channels else 1 for dim, n in enumerate(shape))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Subclasses of Linear and Conv2d: their own forward runs at every call, and its product is quantized.
+"""Subclasses of Linear and the convolutions: their own forward runs at every call, and its product is quantized.
 
-A TorchFunctionMode finds the product: the call of F.linear or F.conv2d with the layer's own weight. The forward may pad
+A TorchFunctionMode finds the product: the call of F.linear or F.conv2d, say, with the layer's own weight. The forward may pad
 its input, and may call ``super().forward``, ``self._conv_forward`` or the function itself. Whatever else the forward
 does with its weight, it does with the quantized values in float. So the prepared and the converted layer compute the
 same, whichever branch the forward takes for an input.
@@ -27,15 +27,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .int8 import Int8Conv2d
 from .tracing import node_of
 
-PRODUCTS = (F.linear, torch.conv2d)  # F.conv2d is torch.conv2d
+FLOAT_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRODUCTS = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)  # F.conv2d is torch.conv2d
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1}  # the defaults of F.conv2d
 Arguments = dict[str, Any]
 
 
+def product_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Which of torch's layers with one product a class derives from."""
+    return next(parent for parent in FLOAT_CLASSES if issubclass(kind, parent))
+
+
 def has_own_forward(kind: type[nn.Module]) -> bool:
-    """Whether a subclass of Linear or Conv2d overrides its parent's forward."""
-    parent = nn.Linear if issubclass(kind, nn.Linear) else nn.Conv2d
+    """Whether a subclass of Linear or a convolution overrides its parent's forward."""
+    parent = product_class(kind)
     names = ("forward", "__call__", "_conv_forward")
     return any(inspect.getattr_static(kind, n, None) is not inspect.getattr_static(parent, n, None) for n in names)
 
@@ -141,7 +147,8 @@ class QATForward(_OwnForward):
 
             mode = _Products(shape, None, derived)
         with mode:
-            return self.own_class.forward(self, *args, **kwargs)
+            y = self.own_class.forward(self, *args, **kwargs)
+        return y if self.output_fake_quant is None else self.output_fake_quant(y)  # type: ignore[operator]
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         if self.input_fake_quant is not None:
@@ -230,11 +237,11 @@ _made: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
 
 
 def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """A class with the forward of ``own``, a subclass of Linear or Conv2d, on ``base``, a QAT, int8 or int4 layer."""
+    """A class with the forward of ``own``, a subclass of one of FLOAT_CLASSES, on ``base``, a QAT or integer layer."""
     key = (mixin, own, base)
     if key in _made:
         return _made[key]
-    attributes: dict[str, Any] = {"own_class": own, "base_class": base, "__module__": own.__module__}
+    attributes: dict[str, Any] = {"own_class": own, "base_class": base, "float_type": own, "__module__": own.__module__}
     bases: tuple[type, ...] = (mixin, own, base)
     if not has_own_forward(own):
         attributes["forward"] = base.forward
@@ -242,11 +249,10 @@ def own_forward_class(mixin: type[_OwnForward], own: type[nn.Module], base: type
         attributes["forward"] = _with_signature_of(own.forward, mixin.forward)
     if has_own_forward(own) and mixin is QATForward:
         # super().forward in ``own`` is then the float forward, so that nothing is quantized twice.
-        parent = nn.Linear if issubclass(base, nn.Linear) else nn.Conv2d
-        bases = (mixin, own, type(base.__name__, (base,), {"forward": parent.forward}))
+        bases = (mixin, own, type(base.__name__, (base,), {"forward": product_class(base).forward}))
     if mixin is ConvertedForward:
         attributes["extra_repr"] = base.extra_repr
-    prefix = "QAT" if mixin is QATForward else base.__name__.removesuffix("Linear").removesuffix("Conv2d")
+    prefix = "QAT" if mixin is QATForward else base.__name__.rstrip("123d").removesuffix("Conv").removesuffix("Linear")
     made = _made[key] = type(prefix + own.__name__, bases, attributes)
     if mixin is ConvertedForward:  # the integer layers register their classes too
         ForkingPickler.register(made, lambda layer: _made_at_run_time(layer, dict(vars(layer))))
@@ -309,7 +315,7 @@ def try_forward(twin: Any) -> Trial:
         return Trial(f"the forward of {name} could not be tried on an input of shape {list(x.shape)} "
                      f"({type(error).__name__}: {message})")  # fmt: skip
     if len(products) != 1:
-        return Trial(f"the forward of {name} does not use its weight in one F.linear or F.conv2d", refused=True)
+        return Trial(f"the forward of {name} does not use its weight in one product, such as F.linear", refused=True)
     arguments, product = products[0]
     if arguments.get("bias") is not bias or arguments.get("groups", 1) != getattr(twin, "groups", 1):
         return Trial(f"the forward of {name} computes its product with another bias or groups than its own", True)
@@ -327,7 +333,7 @@ def _example_input(layer: Any) -> Tensor:
         shape: tuple[int, ...] = (2, layer.in_features)
     else:
         side = max(32, *(2 * d * k for d, k in zip(layer.dilation, layer.kernel_size, strict=True)))
-        shape = (1, layer.in_channels, side, side)
+        shape = (1, layer.in_channels, *[side] * len(layer.kernel_size))
     return torch.zeros(shape, device=layer.weight.device, dtype=layer.weight.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 class QuantizerState(nn.Module):
     """The tensors and switches of ``FakeQuantize``, whose docstring describes the arguments."""
 
+    integer_codes: ClassVar[bool] = True  # whether its values are integers, less a zero point, times a scale
     log_scale: Tensor
     zero_point: Tensor | None
     running_min: Tensor

@@ -6,19 +6,22 @@ import dataclasses
 import difflib
 import fnmatch
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from ..nn.granularity import Granularity, PerChannel, PerTensor, PerToken
+from ..nn.qat_classes import QUANTIZABLE
+from ..nn.qat_layer import Role
 from ..nn.quantizer_state import QUANTIZERS
 
-QUANTIZABLE = (nn.Linear, nn.Conv2d)
 Overrides = Mapping[str, Any]
+Rule = tuple[str | type[nn.Module], Overrides | None]
+FIELDS = ("weight", "input", "output", "residual")
+KINDS = (*FIELDS, "hidden", "cell", "memory", "attention")  # of tensors, in rules
 GRANULARITIES = "PerTensor(), PerChannel(axis), PerGroup(size), PerToken()"
 
 
@@ -55,7 +58,7 @@ class QSpec:
         if self.quantizer not in QUANTIZERS:
             raise ValueError(
                 f"quantizer: got {self.quantizer!r}; accepted: {', '.join(QUANTIZERS)}"
-                + _nearest(self.quantizer, QUANTIZERS)
+                + nearest(self.quantizer, QUANTIZERS)
             )
         if self.granularity is not None and not isinstance(self.granularity, Granularity):
             hint = ""
@@ -70,56 +73,61 @@ class QSpec:
             straight_through=self.straight_through,
         )
 
-    def for_weight(self, layer: nn.Module) -> FakeQuantize:
-        granularity = PerChannel() if self.granularity is None else self.granularity
-        if not (granularity in (PerTensor(), PerChannel(0)) or isinstance(granularity, PerGroup)):
+    def for_weight(self, weight: Tensor, channel: int | tuple[int, ...] = 0) -> FakeQuantize:
+        """A quantizer for a parameter, by default with one scale per index of the dims ``channel``."""
+        granularity = self.granularity
+        if granularity is None:
+            granularity = PerChannel(channel) if weight.dim() > 1 else PerTensor()
+        if isinstance(granularity, PerToken):
             raise ValueError(
-                f"weight granularity: got {granularity}; accepted: PerTensor(), PerChannel(0), PerGroup(size)"
+                f"weight granularity: got {granularity}; accepted: PerTensor(), PerChannel(axis), PerGroup(size)"
             )
-        shape: Any = layer.weight.shape
-        return FakeQuantize(
-            bits=self.bits,
-            granularity=granularity,
-            symmetric=self.symmetric,
-            quantizer=self.quantizer,
-            shape=shape,
-            straight_through=self.straight_through,
-        )
+        return self._quantizer(granularity, shape=weight.shape)
 
-    def for_input(self, layer: nn.Module) -> FakeQuantize:
+    def for_values(self, role: Role) -> FakeQuantize:
+        """A quantizer for a tensor that varies: an input, an output, a state."""
         granularity = PerTensor() if self.granularity is None else self.granularity
         if granularity != PerTensor():
-            if granularity != PerToken() or not isinstance(layer, nn.Linear):
-                accepted = "PerTensor(), PerToken()" if isinstance(layer, nn.Linear) else "PerTensor()"
-                raise ValueError(
-                    f"input granularity of {type(layer).__name__}: got {granularity}; accepted: {accepted}"
-                )
+            if granularity != PerToken() or not role.per_token:
+                accepted = "PerTensor(), PerToken()" if role.per_token else "PerTensor()"
+                raise ValueError(f"{role.kind} granularity: got {granularity}; accepted: {accepted}")
             if self.quantizer != "dynamic" or not self.symmetric:
                 raise ValueError(
-                    f'input: got PerToken() with quantizer="{self.quantizer}", symmetric={self.symmetric}; accepted: '
-                    'PerToken() with quantizer="dynamic", symmetric=True'
+                    f'{role.kind}: got PerToken() with quantizer="{self.quantizer}", symmetric={self.symmetric}; '
+                    'accepted: PerToken() with quantizer="dynamic", symmetric=True'
                 )
+        return self._quantizer(granularity, feature_dims=role.feature_dims)
+
+    def _quantizer(self, granularity: Granularity, **options: Any) -> FakeQuantize:
         return FakeQuantize(
             bits=self.bits,
             granularity=granularity,
             symmetric=self.symmetric,
             quantizer=self.quantizer,
-            feature_dims=1 if isinstance(layer, nn.Linear) else 3,
             straight_through=self.straight_through,
+            **options,
         )
 
 
 @dataclass(frozen=True)
 class QConfig:
-    """What ``prepare`` does to the Linear and Conv2d layers of a model.
+    """What ``prepare`` does to the layers of a model (``qkernels.nn.QAT_CLASSES`` lists their kinds).
 
     Args:
-        weight, input: the spec of that tensor in every layer; None leaves the tensor in float.
+        weight, input, output: the spec of that tensor in every layer; None leaves the tensor in float.
+        residual: the spec for the result of ``qk.nn.Add`` and ``qk.nn.Cat`` and of torch's FloatFunctional.
         rules: pairs (pattern, overrides), of which the last that matches a layer decides. A pattern is a glob on the
-            module name ("layer1.*") or a module type. Overrides are None (leave the layer in float) or a dict with
-            "weight" and/or "input": a QSpec, None, or a dict of the fields to change:
-            ``("fc", {"weight": {"bits": 4}})``. A rule that names a subclass of Linear or Conv2d by its type also takes
-            layers that ``prepare`` would leave in float because it cannot tell what their own forward computes.
+            module name ("layer1.*"), a module type, or a glob on the full names of parameters that matches no module
+            ("*.experts.gate_up_proj"). Overrides are None (leave it in float) or a dict of a QSpec, None, or a dict of
+            the fields to change, by kind of tensor: ``("fc", {"weight": {"bits": 4}})``. The kinds are those above and
+
+            - "hidden", "cell": the states of recurrent layers;
+            - "memory": key and value of an attention whose query is another tensor;
+            - "attention": what goes into the attention's products: queries, keys and values.
+
+            A parameter that a rule names is quantized wherever it is read; it takes "weight" alone. A rule that names a
+            subclass of Linear or a convolution by its type also takes layers that ``prepare`` would leave in float
+            because it cannot tell what their own forward computes.
 
     Raises:
         TypeError: a field has another type.
@@ -128,10 +136,12 @@ class QConfig:
 
     weight: QSpec | None = field(default_factory=QSpec)
     input: QSpec | None = field(default_factory=lambda: QSpec(symmetric=False))
+    output: QSpec | None = None
+    residual: QSpec | None = None
     rules: Sequence[tuple[str | type[nn.Module], Overrides | None]] = ()
 
     def __post_init__(self) -> None:
-        for key in ("weight", "input"):
+        for key in FIELDS:
             spec = getattr(self, key)
             if spec is not None and not isinstance(spec, QSpec):
                 raise TypeError(f"{key}: got {spec!r}; accepted: {_spec_like(spec)}, None")
@@ -150,26 +160,31 @@ class QConfig:
                 raise TypeError(
                     f"{where}: got {overrides!r} as its overrides; accepted: None, a dict with 'weight' and/or 'input'"
                 )
-            _check_keys(where, overrides, ("weight", "input"))
+            _check_keys(where, overrides, KINDS)
             for key in overrides:
                 try:
-                    _override(getattr(self, key), overrides, key)
+                    _override(getattr(self, key, None), overrides, key)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{where}, {error}") from None
 
-    def specs(self, name: str, module: nn.Module) -> tuple[QSpec | None, QSpec | None]:
-        """Specs of weight and input of the layer called ``name``."""
-        weight, input = self.weight, self.input
-        rule = self._rule_of(name, module)
-        if rule is not None:
-            if rule[1] is None:
-                return None, None
-            return _override(weight, rule[1], "weight"), _override(input, rule[1], "input")
-        return weight, input
+    def specs(self, name: str, module: nn.Module) -> dict[str, QSpec | None]:
+        """The spec of each kind of tensor in the layer called ``name``."""
+        specs: dict[str, QSpec | None] = {kind: getattr(self, kind, None) for kind in KINDS}
+        rule = self.rule_of(name, module)
+        if rule is None:
+            return specs
+        if rule[1] is None:
+            return dict.fromkeys(KINDS)
+        return {kind: _override(spec, rule[1], kind) for kind, spec in specs.items()}
+
+    def asks_for(self, kind: str, name: str, module: nn.Module) -> bool:
+        """Whether the rule that decides names this kind of tensor."""
+        rule = self.rule_of(name, module)
+        return rule is not None and rule[1] is not None and kind in rule[1]
 
     def names_type_of(self, name: str, module: nn.Module) -> bool:
-        """Whether the rule that decides names this subclass of Linear or Conv2d by its type."""
-        rule = self._rule_of(name, module)
+        """Whether the rule that decides names by its type a subclass of a layer that can be quantized."""
+        rule = self.rule_of(name, module)
         return (
             rule is not None
             and rule[1] is not None
@@ -178,13 +193,41 @@ class QConfig:
             and rule[0] not in QUANTIZABLE
         )
 
-    def _rule_of(self, name: str, module: nn.Module) -> tuple[str | type[nn.Module], Overrides | None] | None:
+    def rule_of(self, name: str, module: nn.Module) -> Rule | None:
+        """The rule that decides for a module; None: the fields of the config do."""
         return next((rule for rule in reversed(self.rules) if _matches(rule[0], name, module)), None)
 
-    def warn_of_idle_rules(self, layers: Mapping[str, nn.Module]) -> None:
-        for pattern, _ in self.rules:
-            if not any(_matches(pattern, name, module) for name, module in layers.items()):
-                warnings.warn(f"rules: {pattern!r} matches no Linear or Conv2d layer of the model", stacklevel=3)
+    def parameter_specs(self, model: nn.Module) -> dict[str, QSpec | None]:
+        """Full names of the parameters that rules name, with their specs; None: a rule leaves them in float."""
+        modules = dict(model.named_modules())
+        found: dict[str, QSpec | None] = {}
+        for pattern, overrides in self.rules:
+            if not isinstance(pattern, str) or any(fnmatch.fnmatchcase(name, pattern) for name in modules):
+                continue
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                exact = name == pattern
+                if not fnmatch.fnmatchcase(name, pattern) or not (exact or parameter.dim() > 1):
+                    continue
+                if overrides is None:
+                    found[name] = None
+                    continue
+                extra = [kind for kind in overrides if kind != "weight"]
+                if extra:
+                    raise ValueError(
+                        f"rules: {pattern!r} matches the parameter {name!r} and gives {extra[0]!r}; accepted: 'weight'"
+                    )
+                found[name] = _override(self.weight, overrides, "weight")
+        return found
+
+    def idle_rules(self, modules: Mapping[str, nn.Module], parameters: Iterable[str]) -> list[str | type[nn.Module]]:
+        """The patterns that match none of these modules and parameters."""
+        names = list(parameters)
+        return [
+            pattern
+            for pattern, _ in self.rules
+            if not any(_matches(pattern, name, module) for name, module in modules.items())
+            and not (isinstance(pattern, str) and any(fnmatch.fnmatchcase(name, pattern) for name in names))
+        ]
 
 
 def _matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bool:
@@ -216,9 +259,10 @@ def _check_type(name: str, value: Any, kind: type, accepted: str) -> None:
 def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{where}: got the key {key!r}; accepted: {', '.join(known)}{_nearest(key, known)}")
+            raise ValueError(f"{where}: got the key {key!r}; accepted: {', '.join(known)}{nearest(key, known)}")
 
 
-def _nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The hint that ends an error about an unknown name; empty if no known one is like it."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,15 +12,14 @@ from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.own_forward import QATForward, with_forward_of
-from ..nn.qat import QATConv2d, QATLinear, bake_weight
+from ..nn.qat import QATConv2d, QATLinear
+from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .fold import Folds, factor_and_bias, find_folds
 from .prepare import copy_of, replace_modules
-from .selection import check_convertible, to_int4
-
-QUANTIZERS = ("weight_fake_quant", "input_fake_quant")
+from .selection import no_integers, to_int4
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -39,17 +38,19 @@ def convert(model: nn.Module) -> nn.Module:
       shares its weight with a float layer (a language model's embedding), it keeps that weight and quantizes it at each
       call, so that the file holds it once.
     - Layers of one weight that get the same codes share them, in memory and in the file.
-    - A layer whose weight is not quantized stays as it is; ``report`` says so.
-    - A BatchNorm2d that alone follows a convolution is folded into its scale and bias (see ``QATConv2d``).
+    - All other layers stay float layers, with the quantized values as their weights and with the quantizers of their
+      inputs and states. ``report`` says why: no integer kernel for such a layer, values that are no integers times a
+      scale, or a granularity that the kernels do not take (with int8 codes and a quantized input they take no groups
+      and no zero point; at 4 bits or less they take groups that are a multiple of 8 and at least 16, or a whole row).
+    - A BatchNorm2d that alone follows a convolution is folded into its scale and bias (see ``QATConvolution``).
 
     Layers keep their names, hooks and whatever else was set on them. An Identity replaces a folded BatchNorm2d and
     takes over its hooks. These hooks see the BatchNorm's output as before, but also as their input; a hook of the
     convolution sees the normalized result. ``model`` itself is never changed.
 
     Raises:
-        ValueError: not a prepared model; quantizers that are not calibrated (the text names all); or a weight that the
-            kernels do not take. With int8 codes and a quantized input they take no groups and no zero point. At 4 bits
-            or less they take groups that are a multiple of 8 and at least 16, or a whole row.
+        ValueError: not a prepared model; quantizers that are not calibrated (the text names all); weights that are not
+            finite; or fake quantization that is switched off.
     """
     check_calibrated(model)
     converted = copy_of(model).eval()
@@ -77,28 +78,31 @@ def check_calibrated(model: nn.Module) -> None:
 def bake_weights(model: nn.Module) -> None:
     """Makes plain weights in the QAT layers of a copy in eval mode (see ``bake_weight``)."""
     for layer in list(model.modules()):
-        if isinstance(layer, QATLinear | QATConv2d):
+        if isinstance(layer, QATLayer):
             bake_weight(layer)
 
 
 def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     """Replaces the QAT layers of ``model``, which is in eval mode, by integer layers and returns the model's root."""
     made: dict[nn.Module, nn.Module] = {}
-    layers = [
+    found = [
         (name, layer)
         for name, layer in model.named_modules()
-        if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant is not None
+        if isinstance(layer, QATLayer) and any(layer.quantized_weights())
     ]
+    for name, layer in found:
+        for parameter, _ in layer.quantized_weights():
+            weight = layer.unquantized(parameter)
+            if not weight.is_meta and not bool(weight.isfinite().all()):  # integer codes cannot hold a NaN
+                raise ValueError(f"model: the {parameter} of {name!r} holds NaN or infinity; accepted: finite weights")
+    layers = [(name, layer) for name, layer in found if no_integers(layer) is None]
     shared = _float_weights(model, {layer for _, layer in layers})
     for name, layer in layers:
-        check_convertible(name, layer)
-        if not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):  # integer codes cannot hold a NaN
-            raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
         if to_int4(layer):
             made[layer] = _int4_layer(layer)  # type: ignore[arg-type]
         elif layer.input_fake_quant is None:
             if id(layer.weight) not in shared:
-                made[layer] = _weight_only_layer(layer)
+                made[layer] = _weight_only_layer(layer)  # type: ignore[arg-type]
         else:
             norm = None
             if name in folds.batch_norm_of:
@@ -111,7 +115,32 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     for source, new in made.items():
         if isinstance(source, QATLinear | QATConv2d):
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
+    reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
+    for layer, burnt in _burnt_in(list(reasons)).items():
+        made[layer] = burnt
+        burnt.__dict__["burnt_in"] = reasons[layer]  # for report
     return replace_modules(model, made.get)
+
+
+@torch.no_grad()
+def _burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
+    """The layers with the values of the quantized weights in their float parameters; inputs stay quantized."""
+    values: dict[tuple[int, int], nn.Parameter] = {}
+    made: dict[QATLayer, nn.Module] = {}
+    for layer in layers:
+        for name, role, quantizer in list(layer.own_quantizers()):
+            quantizer.disable_observer()
+            if role.kind != "weight":
+                continue
+            weight = layer.unquantized(role.parameter)
+            key = id(weight), id(quantizer)
+            if key not in values:
+                values[key] = nn.Parameter(quantizer(weight).detach().clone(), weight.requires_grad)
+            layer._parameters[role.parameter] = values[key]
+            del layer._modules[name + SUFFIX]
+            layer.__dict__[name + SUFFIX] = None
+        made[layer] = layer if any(layer.own_quantizers()) else layer.to_float()
+    return made
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
@@ -141,7 +170,8 @@ def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
 def _own_names(layer: nn.Module) -> set[str]:
     """Names that every module of the layer's class has."""
     tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    return tensors | {*QUANTIZERS, *getattr(layer, "__constants__", ())}
+    quantizers = {name + SUFFIX for name in type(layer).roles(layer)} if isinstance(layer, QATLayer) else set()
+    return tensors | quantizers | set(getattr(layer, "__constants__", ()))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""prepare: replaces float layers by QAT layers, in a copy of the model."""
+"""prepare: replaces float layers by QAT layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,41 +15,60 @@ from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.own_forward import QATForward, Trial, product_weight
-from ..nn.qat import QATConv2d, QATLinear, effective_weight
-from .config import QUANTIZABLE, QConfig, QSpec
-from .selection import check_convertible, float_reason, unsupported
-from .weight_readers import find_weight_readers
+from ..nn.qat_classes import qat_class_of
+from ..nn.qat_layer import SUFFIX, QATLayer, Role, copied_state, effective_weight
+from ..nn.quantized_parameters import QATParameters
+from ..nn.replacing import take_hooks
+from .config import QConfig, QSpec, Rule, nearest
+from .selection import float_reason, unsupported
+from .weight_readers import WeightReaders, find_weight_readers
 
-NAMED = 5  # how many layers a warning names; report lists all
+Specs = dict[str, QSpec | None]
 
 
-def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
-    """A copy of ``model`` whose Linear and Conv2d layers train with fake quantization.
+@dataclass
+class _Plan:
+    """What ``prepare`` is going to do, found before anything changes."""
+
+    specs: dict[str, Specs] = field(default_factory=dict)  # layer -> the spec of each kind of tensor
+    classes: dict[str, type[QATLayer]] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    parameters: dict[str, dict[str, QSpec]] = field(default_factory=dict)  # module -> parameter -> spec
+    floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
+    excluded: set[str] = field(default_factory=set)
+
+
+def prepare(model: nn.Module, config: QConfig | None = None, *, inplace: bool = False) -> nn.Module:
+    """A copy of ``model`` whose layers train with fake quantization.
 
     Parameters keep their names. Weight quantizers start from the weights; input quantizers of kind "lsq" and "minmax"
-    need ``calibrate`` before the first forward pass. ``model`` itself is never changed.
+    need ``calibrate`` before the first forward pass.
 
-    A subclass of Linear or Conv2d keeps its class as a base. ``prepare`` tries a subclass with its own forward (which
-    pads its input, say) on the meta device, and quantizes it if the forward uses its weight in one F.linear or F.conv2d
-    alone. The quantizers then act at each such product; if for another input the forward does something else with its
-    weight, it gets the quantized values. A rule that names the type also takes a layer that cannot be tried, and one
-    whose forward computes the product's weight from its own (standardizes it, say): the computed weight is then
-    quantized. So is the weight that ``weight_norm``, ``spectral_norm``, pruning or another parametrization computes.
+    A subclass of a layer keeps its class as a base. Where it has its own forward, that must call the parent's by
+    ``super().forward``. A subclass of Linear or a convolution may also compute its product itself: ``prepare`` tries it
+    on the meta device, and quantizes it if its forward uses its weight in one product alone. The quantizers then act at
+    each such product; if for another input the forward does something else with its weight, it gets the quantized
+    values. A rule that names the type also takes a layer that cannot be tried, and one whose forward computes the
+    product's weight from its own (standardizes it, say): the computed weight is then quantized. So is the weight that
+    ``weight_norm``, ``spectral_norm``, pruning or another parametrization computes.
 
-    A layer stays in float if its parent reads its weight instead of calling it, as nn.MultiheadAttention does with
-    ``out_proj``. nn.TransformerEncoderLayer and nn.TransformerEncoder call their layers, except on their fused paths;
-    the copy has these switched off.
+    A layer stays in float if its parent reads its weight instead of calling it; a rule that names the parameter
+    (``("read.weight", {"weight": {}})``) quantizes it wherever it is read. nn.TransformerEncoderLayer and
+    nn.TransformerEncoder call their layers, except on their fused paths, which the prepared model has switched off.
 
-    A warning names the layers that config selects but that stay in float, with the reasons. If config selects less than
-    half of the model's weights, it also names the largest other layers. ``report`` lists every layer.
+    A warning names, with the reasons, the layers that config selects but that stay in float, and the other modules
+    whose weights stay in float unless a rule leaves them there. ``report`` lists every layer.
 
     Args:
         model: a float model.
         config: which layers are quantized, and how; None: ``QConfig()``.
+        inplace: True: changes ``model`` itself, each module of which stays the same object, and returns it. False: the
+            model stays as it was.
 
     Raises:
-        ValueError: nothing to quantize, weights that are not finite, or a spec that a layer or ``convert`` cannot take
-            (the text names the layer).
+        ValueError: nothing to quantize, a model that is prepared already, a name in the rules that matches nothing,
+            weights that are not finite, or a spec that a layer cannot take (the text names the layer). The model then
+            stays as it was.
         TypeError: model is not a module, or config not a ``QConfig``.
     """
     if not isinstance(model, nn.Module):
@@ -57,64 +77,142 @@ def prepare(model: nn.Module, config: QConfig | None = None) -> nn.Module:
         hint = f"QConfig(weight={config})" if isinstance(config, QSpec) else "a QConfig such as QConfig(QSpec(bits=4))"
         raise TypeError(f"config: got {config!r}; accepted: {hint}, None")
     config = QConfig() if config is None else config
-    if any(isinstance(module, FakeQuantize) for module in model.modules()):
-        raise ValueError("model: got one that is prepared already; accepted: a float model")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
-    config.warn_of_idle_rules(layers)
+    done = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
+    if done:
+        raise ValueError(f"model: got one that is prepared already (it holds {done[0]!r}); accepted: a float model")
+    if inplace and is_sharded_model(model):
+        raise ValueError("inplace: got True with a model under fully_shard; accepted: False, or a call before sharding")
+    _check_rules(model, config)
     readers = find_weight_readers(model)
-    chosen: dict[str, tuple[QSpec | None, QSpec | None]] = {}
-    trials: dict[str, Trial] = {}
-    floats: dict[str, str] = {}
-    excluded = set()
-    for name, module in layers.items():
-        specs = config.specs(name, module)
-        if not any(specs):
-            excluded.add(name)
+    plan = _plan(model, config, readers)
+    if not plan.specs and not plan.parameters:
+        raise ValueError(
+            "model: holds no layer that config selects; accepted: a model with layers such as Linear or Conv2d that "
+            "the rules do not leave in float" + (f" ({_named(plan.floats)})" if plan.floats else "")
+        )
+    prepared = model if inplace else copy_of(model)
+    made = _quantized_layers(prepared, plan)
+    _warn(model, plan, {name: reader for name, reader in readers.too.items() if name in plan.specs})
+    if inplace:
+        for layer, qat in made.items():
+            become(layer, qat)
+    else:
+        prepared = replace_modules(prepared, made.get)
+    leave_fused_paths(prepared)
+    return prepared
+
+
+def _check_rules(model: nn.Module, config: QConfig) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in config.idle_rules(modules, parameters):
+        if isinstance(pattern, str):
+            raise ValueError(
+                f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
+            )
+        warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
+
+
+def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
+    plan = _Plan()
+    for name, spec in config.parameter_specs(model).items():
+        owner, _, parameter = name.rpartition(".")
+        if spec is not None:
+            plan.parameters.setdefault(owner, {})[parameter] = spec
+    for name, module in model.named_modules():
+        cls = qat_class_of(module)
+        if cls is None or name in plan.parameters:
             continue
-        reason, trial = float_reason(name, module, readers)
+        kinds = {role.kind for role in cls.roles(module).values()}
+        specs = {kind: spec for kind, spec in config.specs(name, module).items() if kind in kinds}
+        _check_kinds(name, kinds, config.rule_of(name, module))
+        if not any(specs.values()):
+            plan.excluded.add(name)
+            continue
+        reason, trial = float_reason(name, module, cls, readers)
         asked = trial.reason is not None and not trial.refused and config.names_type_of(name, module)
         if reason is None or asked:
-            chosen[name], trials[name] = specs, trial
+            plan.specs[name], plan.classes[name], plan.trials[name] = specs, cls, trial
         else:
-            floats[name] = reason
-    if not chosen:
-        raise ValueError(
-            "model: holds no layer that config selects; accepted: a model with Linear or Conv2d layers that the rules "
-            "do not leave in float" + (f" ({_named(floats)})" if floats else "")
-        )
-    prepared = copy_of(model)
-    made: dict[nn.Module, nn.Module] = {}
+            plan.floats[name] = reason
+    return plan
+
+
+def _check_kinds(name: str, kinds: set[str], rule: Rule | None) -> None:
+    """Refuses a rule for this very layer, or for layers of its class, that names a tensor which the layer has not."""
+    if rule is None or rule[1] is None or not (rule[0] == name or isinstance(rule[0], type)):
+        return
+    for kind in rule[1]:
+        if kind not in kinds:
+            raise ValueError(
+                f"config, layer {name!r}: a rule gives {kind!r}; accepted for this layer: {', '.join(sorted(kinds))}"
+            )
+
+
+def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer]:
+    """The QAT layers that replace layers of ``model``, which stays as it is."""
+    made: dict[nn.Module, QATLayer] = {}
     tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
-    for name, (weight_spec, input_spec) in chosen.items():
-        layer = prepared.get_submodule(name)
-        trial = trials[name]
+    for name, specs in plan.specs.items():
+        layer, cls, trial = model.get_submodule(name), plan.classes[name], plan.trials[name]
+        quantizers: dict[str, FakeQuantize | None] = {}
+        for key, role in cls.roles(layer).items():
+            spec = specs[role.kind]
+            if spec is not None:
+                quantizers[key] = _quantizer(name, key, layer, role, spec, trial, tied)
+        made[layer] = cls.from_float(layer, **quantizers)
+        if isinstance(made[layer], QATForward):
+            made[layer].trial = trial  # type: ignore[assignment]
+    for name, parameters in plan.parameters.items():
+        module = model.get_submodule(name)
+        found = {}
+        for parameter, spec in parameters.items():
+            role = QATParameters.role_of(module, parameter)
+            found[parameter] = _quantizer(name, parameter, module, role, spec, Trial(), tied)
+        made[module] = QATParameters.of(module, found)
+    return made
+
+
+def _quantizer(
+    name: str,
+    key: str,
+    layer: nn.Module,
+    role: Role,
+    spec: QSpec,
+    trial: Trial,
+    tied: dict[tuple[int, QSpec], FakeQuantize],
+) -> FakeQuantize:
+    """The quantizer for one tensor of the layer; layers of one weight and one spec share the weight's."""
+    where = f"{name}.{key}{SUFFIX}".removeprefix(".")
+    try:
+        if not role.parameter:
+            quantizer = spec.for_values(role)
+            quantizer.name = where
+            return quantizer
         with torch.no_grad():
-            effective = product_weight(layer) if trial.derives_weight else effective_weight(layer)
-        if not effective.is_meta and not bool(effective.isfinite().all()):
-            raise ValueError(f"model: the weight of {name!r} holds NaN or infinity; accepted: finite weights")
-        try:
-            weight = None if weight_spec is None else weight_spec.for_weight(layer)
-            input = None if input_spec is None else input_spec.for_input(layer)
-        except ValueError as error:
-            raise ValueError(f"config, layer {name!r}: {error}") from None
-        if weight is not None and weight_spec is not None and effective is layer.weight:
-            weight = tied.setdefault((id(effective), weight_spec), weight)
-        new = weight is not None and not weight.name
-        if weight is not None and new and weight.quantizer != "dynamic" and not effective.is_meta:
-            weight.to(effective.device).start(effective)
-        for quantizer, kind in ((weight, "weight"), (input, "input")):
-            if quantizer is not None and not quantizer.name:
-                quantizer.name = f"{name}.{kind}_fake_quant".removeprefix(".")
-        qat = (QATLinear if isinstance(layer, nn.Linear) else QATConv2d).from_float(layer, weight=weight, input=input)  # type: ignore[arg-type]
-        if isinstance(qat, QATForward):
-            qat.trial = trial
-        check_convertible(name, qat)
-        made[layer] = qat
-    prepared = replace_modules(prepared, made.get)
-    leave_fused_paths(prepared)
-    too = {name: reader for name, reader in readers.too.items() if name in chosen}
-    _warn(model, chosen, excluded, floats, too)
-    return prepared
+            weight = product_weight(layer) if trial.derives_weight else effective_weight(layer, role.parameter)
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            raise ValueError(f"its {role.parameter} holds NaN or infinity; accepted: finite weights")
+        parameter = layer._parameters.get(role.parameter)
+        shared = tied.get((id(parameter), spec)) if weight is parameter else None
+        if shared is not None:
+            return shared
+        quantizer = spec.for_weight(weight, role.channel)
+    except ValueError as error:
+        raise ValueError(f"config, layer {name!r}: {error}") from None
+    quantizer.name = where
+    if quantizer.quantizer != "dynamic" and not weight.is_meta:
+        quantizer.to(weight.device).start(weight)
+    if weight is parameter:
+        tied[id(parameter), spec] = quantizer
+    return quantizer
+
+
+def become(module: nn.Module, new: nn.Module) -> None:
+    """Gives ``module`` the class and the state of ``new``, which was made of it: references to it stay valid."""
+    module.__class__ = new.__class__
+    module.__dict__ = copied_state(new)
+    take_hooks(module, new)
 
 
 def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
@@ -145,8 +243,12 @@ def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Modul
 
 def whole(model: nn.Module) -> nn.Module:
     """The model, or if parts of it are sharded, a copy that is not (see ``copy_of``)."""
-    parts = any(hasattr(t, "full_tensor") for t in model.parameters()) or any(map(_is_sharded, model.modules()))
-    return copy_of(model) if parts else model
+    return copy_of(model) if is_sharded_model(model) else model
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has sharded the model or parts of it."""
+    return any(hasattr(t, "full_tensor") for t in model.parameters()) or any(map(_is_sharded, model.modules()))
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -170,7 +272,7 @@ def leave_fused_paths(model: nn.Module) -> None:
     torch itself sets both attributes when its fused path cannot serve; ``convert`` and copies keep them.
     """
     for module in model.modules():
-        if not any(isinstance(inner, QATLinear) for inner in module.modules()):
+        if not any(isinstance(inner, QATLayer) for inner in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
@@ -178,34 +280,27 @@ def leave_fused_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _warn(
-    model: nn.Module, chosen: Mapping[str, object], excluded: set[str], floats: dict[str, str], too: dict[str, str]
-) -> None:
-    """Gives at most one warning: which selected layers stay in float, and which large ones config does not select."""
+def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
+    """Gives at most one warning: which layers stay in float, and why."""
     said = []
-    if floats:
-        said.append(f"{_count(floats)} that config selects stay in float: {_named(floats)}")
+    if plan.floats:
+        said.append(f"{_count(plan.floats)} that config selects stay in float: {_named(plan.floats)}")
     if too:
         reasons = {name: f"{reader} also reads its weight, and gets it in float" for name, reader in too.items()}
         said.append(f"{_count(too)} quantized only where called: {_named(reasons)}")
-    owners: dict[Tensor, str] = {}
+    apart = {
+        id(p)
+        for name in (*plan.specs, *plan.excluded, *plan.floats)
+        for p in model.get_submodule(name).parameters(recurse=False)
+    }
+    others = {}
     for name, module in model.named_modules():
-        for tensor in module.parameters(recurse=False):
-            owners.setdefault(tensor, name)
-    apart = {p for name in (*chosen, *excluded) for p in model.get_submodule(name).parameters()}
-    left: dict[str, int] = {}
-    for tensor, name in owners.items():
-        if tensor not in apart and not is_lazy(tensor):
-            left[name] = left.get(name, 0) + tensor.numel()
-    selected = sum(p.numel() for p in {p for name in chosen for p in model.get_submodule(name).parameters()})
-    total = selected + sum(left.values())
-    if selected < total / 2:
-        largest = sorted(left, key=lambda name: -left[name])
-        reasons = {
-            name: f"{left[name] / total:.0%}: {floats.get(name) or unsupported(model.get_submodule(name))}"
-            for name in largest
-        }
-        said.append(f"only {selected / total:.0%} of the weights are selected; the largest others: {_named(reasons)}")
+        left = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in apart}
+        left = {key: p for key, p in left.items() if key not in plan.parameters.get(name, ())}
+        if any(is_lazy(p) or (p.dim() > 1 and p.is_floating_point()) for p in left.values()):
+            others[name] = unsupported(module)
+    if others:
+        said.append(f"{_count(others)} that config does not select stay in float: {_named(others)}")
     if said:
         warnings.warn("prepare: " + "; ".join(said) + ". report lists every layer.", stacklevel=3)
 
@@ -215,9 +310,11 @@ def _count(layers: Mapping[str, str]) -> str:
 
 
 def _named(reasons: Mapping[str, str]) -> str:
-    names = list(reasons)
-    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(f"{name or '(model)'} ({reasons[name]})" for name in names[:NAMED]) + more
+    """All names; those with one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name or "(model)")
+    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def replace_modules(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

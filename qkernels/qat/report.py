@@ -15,16 +15,15 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.qat import QATConv2d, QATLinear, effective_weight
+from ..nn.qat_classes import qat_class_of
+from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
-from .config import QUANTIZABLE
 from .convert import convert
 from .fold import eval_mode, factor_and_bias, find_folds
 from .prepare import copy_of, whole
-from .selection import float_reason, unsupported
+from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-QAT_LAYERS = (QATLinear, QATConv2d)
 CONVERTED_LAYERS = (Int8Linear, Int8Conv2d, Int4Linear, Int4Embedding)
 
 
@@ -222,12 +221,12 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         if isinstance(module, FakeQuantize) or name.startswith(inside):
             continue
         parametrized = parametrize.is_parametrized(module)
-        if parametrized or isinstance(module, QAT_LAYERS):  # the row of the layer counts its parametrizations
+        if parametrized or isinstance(module, QATLayer):  # the row of the layer counts its parametrizations
             prefix = f"{name}." if name else ""
             inside += (f"{prefix}parametrizations.",)
         if (
             _is_quantized(module)
-            or isinstance(module, QUANTIZABLE)
+            or qat_class_of(module) is not None
             or parametrized
             or any(p is not None and p.dim() > 1 and p.is_floating_point() for p in module._parameters.values())
         ):
@@ -235,34 +234,50 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, QAT_LAYERS + CONVERTED_LAYERS)
+    return isinstance(layer, (QATLayer, *CONVERTED_LAYERS))
 
 
 def _row(name: str, layer: nn.Module) -> LayerRow:
     kind = type(layer).__name__
     if isinstance(layer, CONVERTED_LAYERS):
         return LayerRow(name, kind, layer.weight_bits, getattr(layer, "input_bits", None))
-    if not isinstance(layer, QAT_LAYERS):
+    if not isinstance(layer, QATLayer):
         return LayerRow(name, kind, None, None)
-    quantizer, input = layer.weight_fake_quant, layer.input_fake_quant
-    row = LayerRow(name, kind, None if quantizer is None else quantizer.bits, None if input is None else input.bits)
-    weight = effective_weight(layer).detach()
-    if quantizer is not None and quantizer.is_calibrated and not weight.is_meta:
-        _, scale, zero_point = quantizer.quantize(weight)
-        row.weight_sqnr = sqnr(weight, _eval(quantizer, weight))
-        row.weight_clipped = clipped_share(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
+    input = layer.quantizer_of("input")
+    weights = [(effective_weight(layer, key).detach(), quantizer) for key, quantizer in layer.quantized_weights()]
+    row = LayerRow(name, kind, None, None if input is None else input.bits)
+    if weights:
+        row.weight_bits = min(quantizer.bits for _, quantizer in weights)
+    if weights and all(quantizer.is_calibrated and not weight.is_meta for weight, quantizer in weights):
+        flat = [(weight.flatten(), _eval(quantizer, weight).flatten()) for weight, quantizer in weights]
+        row.weight_sqnr = sqnr(torch.cat([weight for weight, _ in flat]), torch.cat([values for _, values in flat]))
+        if all(quantizer.integer_codes for _, quantizer in weights):
+            clipped = sum(weight.numel() * _clipped_weights(weight, quantizer) for weight, quantizer in weights)
+            row.weight_clipped = clipped / max(sum(weight.numel() for weight, _ in weights), 1)
     return row
+
+
+def _clipped_weights(weight: Tensor, quantizer: FakeQuantize) -> float:
+    _, scale, zero_point = quantizer.quantize(weight)
+    return clipped_share(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
 
 
 def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
     if name in readers.too and _is_quantized(layer):
         return f"{readers.too[name]} also reads its weight, and gets it in float"
-    if isinstance(layer, QAT_LAYERS) and layer.weight_fake_quant is None:
-        return "not convertible: its weight is not quantized"
+    burnt_in = getattr(layer, "burnt_in", None)
+    if isinstance(burnt_in, str):
+        return f"float weights that hold quantized values: {burnt_in}"
+    if isinstance(layer, QATLayer):
+        if not any(layer.quantized_weights()):
+            return "not convertible: its weight is not quantized"
+        reason = no_integers(layer)
+        return None if reason is None else f"converts to float weights that hold the quantized values: {reason}"
     if _is_quantized(layer):
         return None
-    if isinstance(layer, QUANTIZABLE):
-        reason = float_reason(name, layer, readers)[0] or "no rule or default of the config selects it"
+    cls = qat_class_of(layer)
+    if cls is not None:
+        reason = float_reason(name, layer, cls, readers)[0] or "no rule or default of the config selects it"
         return f"weight stays float: {reason}"
     return f"weight stays float: {unsupported(layer)}"
 
@@ -337,7 +352,7 @@ def _run_example(
         if float_model is not None:
             with eval_mode(float_model):
                 _, references, _ = _record(float_model, example, {name: folded.get(name, name) for name in layers})
-        elif any(isinstance(layer, QAT_LAYERS) for layer in layers.values()):
+        elif any(isinstance(layer, QATLayer) for layer in layers.values()):
             with quantizers_replaced(model, lambda quantizer, x: x):
                 _, references, _ = _record(model, example, {name: name for name in layers})
     for row in rows:
@@ -359,9 +374,8 @@ def _run_example(
                     layer.quant_min,  # type: ignore[arg-type, union-attr]
                     layer.quant_max,  # type: ignore[arg-type, union-attr]
                 )
-        elif isinstance(layer, QAT_LAYERS) and layer.input_fake_quant is not None:
-            quantizer = layer.input_fake_quant
-            if quantizer.quantizer != "dynamic":
+        elif isinstance(layer, QATLayer) and (quantizer := layer.quantizer_of("input")) is not None:
+            if quantizer.quantizer != "dynamic" and quantizer.integer_codes:
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
 
 

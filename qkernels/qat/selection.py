@@ -11,61 +11,67 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .. import gemm_checks, layouts
-from ..nn.granularity import PerGroup
+from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.own_forward import Trial, has_own_forward, try_forward
-from ..nn.qat import QATConv2d, QATLinear, bake_weight
-from .config import QUANTIZABLE
+from ..nn.own_forward import QATForward, Trial, has_own_forward, try_forward
+from ..nn.qat import QATConv2d, QATLinear, QATProductLayer
+from ..nn.qat_classes import qat_class_of
+from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from .weight_readers import WeightReaders
 
 
 def to_int4(layer: nn.Module) -> bool:
-    """Whether ``convert`` turns the layer into an Int4Linear."""
+    """Whether ``convert`` turns the layer into an Int4Linear, if its weight is one that the kernels take."""
     if not isinstance(layer, QATLinear) or layer.weight_fake_quant is None:
         return False
     return layer.weight_fake_quant.bits in layouts.BITS
 
 
-def check_convertible(name: str, layer: QATLinear | QATConv2d) -> None:
-    """Refuses a QAT layer whose weight no integer layer can hold.
-
-    Raises:
-        ValueError: no integer layer holds the weight. The text names the layer, its weight and what is accepted.
-    """
+def no_integers(layer: QATLayer) -> str | None:
+    """Why no integer layer computes what a QAT layer with a quantized weight does; None: one does."""
+    if not isinstance(layer, QATLinear | QATConv2d):
+        return f"there is no integer kernel for {type(layer).float_class.__name__}"
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
-    if weight is None or (input is None and not to_int4(layer)):
-        return  # the layer stays in float or gets a float product
-    k = layer.weight[0].numel()
+    assert weight is not None
+    if layer.output_fake_quant is not None and isinstance(layer, QATForward):
+        return "its forward is its own and its output is quantized"
     granularity = weight.granularity
+    if not weight.integer_codes:
+        return f'the values of "{weight.quantizer}" are no integers times a scale'
+    k = layer.weight[0].numel()
+    if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
+        return f"its weight has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
+    if input is None and not to_int4(layer):
+        return None  # the product is computed in float
     try:
         gemm_checks.max_k("weight", k)
         if to_int4(layer):
             gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
     except RuntimeError as error:
-        raise ValueError(f"model: the weight of {name!r} has {granularity}; {error}") from None
+        return f"its weight has {granularity}; {error}"
+    if input is not None and not input.integer_codes:
+        return f'the values of its input\'s quantizer "{input.quantizer}" are no integers times a scale'
     if to_int4(layer):
-        return
+        return None
     if isinstance(granularity, PerGroup):
-        raise ValueError(
-            f"model: the weight of {name!r} has {granularity}; accepted by the int8 layers: PerChannel(0), PerTensor()"
-        )
+        return f"its weight has {granularity}; the int8 kernels take PerChannel(0) or PerTensor()"
     if not weight.symmetric:
-        raise ValueError(
-            f"model: the weight of {name!r} is quantized with a zero point; accepted by the int8 layers: symmetric=True"
-        )
+        return "its weight is quantized with a zero point; the int8 kernels take symmetric=True"
+    return None
 
 
-def float_reason(name: str, layer: nn.Module, readers: WeightReaders) -> tuple[str | None, Trial]:
-    """Why a Linear or Conv2d layer cannot be quantized (None: it can), and what the trial of its own forward showed."""
-    reason, trial = _outer_reason(name, layer, readers), Trial(returns_product=True)
-    if reason is None and has_own_forward(_class_without_parametrizations(layer)):
+def float_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: WeightReaders) -> tuple[str | None, Trial]:
+    """Why a layer cannot become a ``cls`` (None: it can), and what the trial of its own forward showed."""
+    reason, trial = _outer_reason(name, layer, cls, readers), Trial(returns_product=True)
+    kind = class_without_parametrizations(layer)
+    if reason is None and issubclass(cls, QATProductLayer) and has_own_forward(kind):
         trial = try_forward(_twin_on_meta(layer))
         reason = trial.reason
     return reason, trial
 
 
-def _outer_reason(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
+def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: WeightReaders) -> str | None:
     if name in readers.instead:
         return f"{readers.instead[name]} reads its weight instead of calling it"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
@@ -74,14 +80,16 @@ def _outer_reason(name: str, layer: nn.Module, readers: WeightReaders) -> str | 
         return "its shape is not known before the first batch; call the model once, then prepare it"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        return f"its weight is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
-    kind = _class_without_parametrizations(layer)
-    if kind not in QUANTIZABLE:
-        taken = _taken_names(layer, kind)
+    for role in cls.roles(layer).values():
+        weight = getattr(layer, role.parameter, None) if role.parameter else None
+        if weight is not None and (not weight.is_floating_point() or weight.layout != torch.strided):
+            return f"its {role.parameter} is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
+    kind = class_without_parametrizations(layer)
+    if kind is not cls.float_class:
+        taken = _taken_names(layer, kind, cls)
         if taken:
             return f"its attribute {taken[0]!r} is also one of the quantized layer's"
+        return cls.float_reason(kind)
     return None
 
 
@@ -96,23 +104,24 @@ def _twin_on_meta(layer: nn.Module) -> nn.Module:
 
 
 def unsupported(module: nn.Module) -> str:
-    """Why ``prepare`` passes over a module other than Linear and Conv2d."""
-    return f"{type(module).__name__}, where Linear and Conv2d are quantized"
+    """Why ``prepare`` passes over a module that holds weights and is no layer that it knows."""
+    names = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1 and p.is_floating_point()]
+    kind = type(module).__name__
+    if qat_class_of(module) is not None:
+        return "neither a rule nor a default of the config selects it"
+    return f"{kind} is no layer that prepare knows; a rule can name its parameter {' or '.join(map(repr, names))}"
 
 
-def _class_without_parametrizations(layer: nn.Module) -> type[nn.Module]:
-    kind = type(layer)
-    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(layer) else kind
-
-
-def _taken_names(layer: nn.Module, kind: type[nn.Module]) -> list[str]:
+def _taken_names(layer: nn.Module, kind: type[nn.Module], cls: type[QATLayer]) -> list[str]:
     """Names to which both the subclass and the QAT or integer layers give a meaning."""
-    plain: nn.Module
-    made: tuple[nn.Module, ...]
-    if issubclass(kind, nn.Linear):
-        plain, made = nn.Linear(1, 1, device="meta"), (Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1))
-    else:
-        plain, made = nn.Conv2d(1, 1, 1, device="meta"), (Int8Conv2d(1, 1, 1),)
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
-    own -= {*vars(plain), *plain._parameters, *dir(type(plain)), "from_float", "like"}
-    return sorted(name for name in own if name in QATLinear.__annotations__ or any(hasattr(new, name) for new in made))
+    own -= {*dir(cls.float_class), "from_float", "like"}
+    given = {name for name in own if name.endswith(SUFFIX)} | (own & set(dir(cls)))
+    if cls in (QATLinear, QATConv2d):
+        plain = nn.Linear(1, 1, device="meta") if cls is QATLinear else nn.Conv2d(1, 1, 1, device="meta")
+        made: tuple[nn.Module, ...] = (Int8Conv2d(1, 1, 1),)
+        if cls is QATLinear:
+            made = Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1)
+        own -= {*vars(plain), *plain._parameters, *plain._buffers, *plain._modules}
+        given |= {name for name in own if any(hasattr(new, name) for new in made)}
+    return sorted(given)

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.qat import QATConv2d, QATLinear, effective_weight
+from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import quantizers_of
 from .fold import eval_mode
-from .selection import check_convertible
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -63,8 +62,9 @@ def _follow_weights(model: nn.Module) -> None:
     """Takes the present range of each followed weight, which may have changed since a forward pass in training mode."""
     with eval_mode(model):
         for layer in model.modules():
-            if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant is not None:
-                layer.weight_fake_quant.follow(effective_weight(layer))
+            if isinstance(layer, QATLayer):
+                for name, quantizer in layer.quantized_weights():
+                    quantizer.follow(effective_weight(layer, name))
 
 
 def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
@@ -93,8 +93,8 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
         The names of the quantizers that changed.
 
     Raises:
-        ValueError: bits other than 2 to 8, a glob that no quantizer's name matches, or a weight that ``convert`` does
-            not take at this width. All widths then stay.
+        ValueError: bits other than 2 to 8, a width that a quantizer does not take, or a glob that no quantizer's name
+            matches. All widths then stay.
     """
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
@@ -104,9 +104,6 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     try:
         for quantizer in before:
             quantizer.set_bits(bits)
-        for name, layer in model.named_modules():
-            if isinstance(layer, QATLinear | QATConv2d) and layer.weight_fake_quant in before:
-                check_convertible(name, layer)
     except ValueError:
         for quantizer, width in before.items():
             quantizer.set_bits(width)

@@ -1,0 +1,16 @@
+"""Which QAT layer stands for which layer of torch."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_layer import QATLayer
+
+QAT_CLASSES: tuple[type[QATLayer], ...] = (QATLinear, QATConv1d, QATConv2d, QATConv3d)
+QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
+
+
+def qat_class_of(module: nn.Module) -> type[QATLayer] | None:
+    """The QAT layer for a module; None: there is none for its class."""
+    return next((kind for kind in QAT_CLASSES if isinstance(module, kind.float_class)), None)
