@@ -1,5 +1,7 @@
 """convert: converted models compute what the prepared ones do, with batch norms folded, on int8 and int4."""
 
+import re
+
 import pytest
 import torch
 from qat_models import ConvNet, assert_same_numbers, assert_unchanged, images, one_layer, randomize, snapshot
@@ -219,31 +221,36 @@ def test_weight_only_above_4_bits_holds_codes_and_computes_in_float():
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "reason"),
     [
-        (QSpec(5, PerGroup(16)), r"'0'.*PerGroup.*accepted by the int8 layers"),
-        (QSpec(8, symmetric=False), "'0'.*zero point"),
+        (QSpec(5, PerGroup(16)), r"its weight has PerGroup\(size=16\); the int8 kernels take PerChannel\(0\)"),
+        (QSpec(8, symmetric=False), "its weight is quantized with a zero point"),
         (
             QSpec(4, PerGroup(8)),
-            r"'0' has PerGroup\(size=8\); group_size: got 8; accepted: .* K = 48, or a multiple of 8",
+            r"has PerGroup\(size=8\); group_size: got 8; accepted: .* K = 48, or a multiple of 8",
         ),
-        (QSpec(2, PerGroup(12), symmetric=False), r"'0' has PerGroup\(size=12\); group_size: got 12; accepted"),
+        (QSpec(2, PerGroup(12), symmetric=False), r"has PerGroup\(size=12\); group_size: got 12; accepted"),
+        (QSpec(8, PerChannel(1)), r"its weight has PerChannel\(axis=1\)"),
     ],
 )
 @pytest.mark.parametrize("input", [QSpec(quantizer="dynamic"), None])
-def test_prepare_and_convert_refuse_weights_that_the_kernels_do_not_take(spec, message, input):
-    if input is None and spec.bits > 4:
-        pytest.skip("becomes a float layer")
+def test_weights_that_the_kernels_do_not_take_are_burnt_in(spec, reason, input):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 8))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        prepare(model, QConfig(spec, input))
-    assert_unchanged(model, before)
-    changed = prepare(model, QConfig(QSpec(8), input or QSpec()))  # by hand, after prepare
-    changed[0] = QATLinear.from_float(model[0], weight=spec.for_weight(model[0]), input=changed[0].input_fake_quant)
-    calibrate(changed, [torch.randn(2, 48)])
-    with pytest.raises(ValueError, match=message):
-        convert(changed)
+    prepared = prepare(model, QConfig(spec, input))
+    x = torch.randn(4, 48)
+    converted = convert(prepared)
+    if input is None and spec.bits > 4 and spec.granularity != PerChannel(1):
+        assert type(converted[0]) is Int8Linear
+        return
+    quantizer = prepared[0].weight_fake_quant.eval()
+    assert torch.equal(converted[0].weight, quantizer(model[0].weight))
+    assert torch.equal(converted(x), prepared.eval()(x))
+    assert type(converted[0]) is (nn.Linear if input is None else QATLinear)
+    for made in (report(prepared), report(converted)):
+        assert re.search(reason, made.notes["0"])
+    converted.load_state_dict(converted.state_dict())
+    assert report(prepared).quantized_bytes == report(converted).quantized_bytes
 
 
 INPUTS = {

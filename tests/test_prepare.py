@@ -134,10 +134,10 @@ INSTEAD = ["read", "named", "shared", "layers.0", "loop.0", "loop.1", "deep.inne
 def test_layers_whose_weight_a_parent_reads_stay_in_float_and_are_named():
     torch.manual_seed(0)
     model, x = Reader(), torch.randn(5, 8)
-    with pytest.warns(UserWarning, match="^prepare: 8 layers that config selects stay in float: read ") as caught:
+    with pytest.warns(UserWarning, match="^prepare: 8 layers that config selects stay in float: read, ") as caught:
         prepared = prepare(model)
     (text,) = [str(w.message) for w in caught]
-    assert "read (Reader.forward reads its weight instead of calling it)" in text
+    assert "deep.inner.0, conv (Reader.forward reads its weight instead of calling it)" in text
     assert "shared (Reader.helper reads" in text
     assert "1 layer quantized only where called: both (Reader.forward also reads its weight" in text
     quantized = {name for name, module in prepared.named_modules() if isinstance(module, QATLinear | QATConv2d)}
@@ -234,27 +234,19 @@ def test_errors_name_the_argument(make, error, message):
 
 
 @pytest.mark.parametrize(
-    ("layer", "weight", "message"),
+    ("layer", "weight", "reason"),
     [
-        (nn.Linear(64, 4), QSpec(8, symmetric=False), "'0' is quantized with a zero point; accepted by the int8"),
-        (nn.Linear(64, 4), QSpec(5, symmetric=False), "zero point"),
-        (nn.Linear(64, 4), QSpec(8, PerGroup(32)), r"'0' has PerGroup\(size=32\); accepted by the int8 layers"),
-        (nn.Linear(64, 4), QSpec(4, PerGroup(8)), "group_size: got 8"),
-        (nn.Conv2d(2, 4, 4), QSpec(4, PerGroup(2)), r"PerGroup\(size=2\); accepted by the int8 layers"),
+        (nn.Conv2d(2, 4, 4), QSpec(4, PerGroup(2)), r"PerGroup\(size=2\); the int8 kernels take"),
         (nn.Conv2d(2, 4, 4), QSpec(4, symmetric=False), "zero point"),
         (nn.Linear(131072, 1), QSpec(8), "K = 131072; accepted: K <= 131071"),
         (nn.Linear(131072, 1), QSpec(4), "K = 131072"),
     ],
 )
-def test_prepare_refuses_what_convert_refuses_with_the_same_words(layer, weight, message):
-    model = nn.Sequential(layer)
-    with pytest.raises(ValueError, match=message) as refused:
-        prepare(model, QConfig(weight))
-    prepared = prepare(model, QConfig(weight, None)) if "accepted by" in message and weight.bits > 4 else None
-    if prepared is not None:  # weight-only: converts to floats, until an input quantizer is put in
-        prepared[0].input_fake_quant = QSpec(quantizer="dynamic").for_input(prepared[0])
-        with pytest.raises(ValueError, match=f"^{re.escape(str(refused.value))}$"):
-            convert(prepared)
+def test_report_says_before_training_what_no_kernel_takes(layer, weight, reason):
+    prepared = prepare(nn.Sequential(layer), QConfig(weight))
+    assert re.search(
+        f"converts to float weights that hold the quantized values: .*{reason}", report(prepared).notes["0"]
+    )
 
 
 @pytest.mark.parametrize("weight_bits", [8, 5, 4, 2])

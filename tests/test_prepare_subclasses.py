@@ -230,7 +230,7 @@ def replaced_forward() -> nn.Linear:
     [
         (lambda: Standardized(1, 1, 3), "the forward of Standardized computes another weight from its own"),
         (lambda: Styled(8, 8), r"the forward of Styled could not be tried.*\[2, 8\] \(TypeError.*style"),
-        (lambda: Doubled(8, 8), "does not use its weight in one F.linear or F.conv2d"),
+        (lambda: Doubled(8, 8), "does not use its weight in one product, such as F.linear"),
         (lambda: Penalized(8, 8), "the forward of Penalized uses its weight elsewhere too, in norm"),
         (lambda: LateBias(8, 8), "another bias or groups"),
         (lambda: Taken(8, 8), "its attribute 'scale' is also one of"),
@@ -293,16 +293,28 @@ def test_a_rule_by_type_asks_for_a_weight_that_the_forward_computes(bits):
     assert torch.equal(pickle.loads(pickle.dumps(converted))(x), converted(x))
 
 
-def test_warns_when_most_weights_stay_in_float():
-    model = nn.Sequential(nn.Embedding(100, 16), nn.LSTM(16, 8), nn.Linear(8, 8))
-    with pytest.warns(UserWarning, match="^prepare: only 3% of the weights are selected") as caught:
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.offset = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return x + self.table.sum(0) + self.offset
+
+
+def test_warns_of_weights_that_stay_in_float():
+    model = nn.Sequential(Table(), nn.Linear(8, 8), Table())
+    with pytest.warns(
+        UserWarning, match="^prepare: 2 layers that config does not select stay in float: 0, 2 "
+    ) as caught:
         prepare(model)
     (text,) = [str(w.message) for w in caught]
-    assert "0 (64%: Embedding, where Linear and Conv2d are quantized), 1 (33%: LSTM" in text
+    assert "(Table is no layer that prepare knows; a rule can name its parameter 'table')" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(nn.Sequential(nn.Linear(64, 64), nn.Linear(8, 8)), QConfig(rules=[("0", None)]))  # left out on purpose
-        prepare(nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)))
+        prepare(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+        prepare(model, QConfig(rules=[("*.table", {"weight": {}})]))
 
 
 def test_compile_and_export_of_a_subclass():

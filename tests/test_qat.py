@@ -87,8 +87,10 @@ def test_rules():
     default = prepare(model)
     assert default[0].weight_fake_quant.granularity == PerChannel(0)
     assert not default[0].input_fake_quant.symmetric
-    with pytest.warns(UserWarning, match="'head' matches no Linear"):
-        prepare(model, QConfig(rules=[("head", None)]))
+    with pytest.raises(ValueError, match=r"'1\.O' matches no module and no parameter.*did you mean '1\.[01]'"):
+        prepare(model, QConfig(rules=[("1.O", None)]))
+    with pytest.warns(UserWarning, match="Conv3d matches no module"):
+        prepare(model, QConfig(rules=[(nn.Conv3d, None)]))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +107,16 @@ def test_rules():
         (lambda: prepare(nn.Linear(2, 2), QConfig(None, None)), "holds no layer"),
         (lambda: prepare(prepare(nn.Linear(2, 2))), "prepared already"),
         (lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerToken()))), 'PerToken.*"dynamic"'),
-        (lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerChannel()))), "input granularity of Linear"),
+        (
+            lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerChannel()))),
+            r"layer '' \(Linear\): input granularity: got PerChannel",
+        ),
         (
             lambda: prepare(nn.Conv2d(2, 2, 1), QConfig(input=QSpec(8, PerToken(), quantizer="dynamic"))),
-            "input granularity of Conv2d",
+            r"layer '' \(Conv2d\): input granularity: got PerToken",
         ),
-        (lambda: prepare(nn.Linear(2, 2), QConfig(QSpec(8, PerChannel(1)))), "weight granularity"),
+        (lambda: prepare(nn.Linear(2, 2), QConfig(QSpec(8, PerToken()))), "weight granularity"),
+        (lambda: prepare(nn.Linear(2, 2), QConfig(QSpec(8, PerChannel(2)))), "an axis of the tensor"),
         (lambda: prepare(nn.Linear(6, 2), QConfig(QSpec(8, PerGroup(4)))), "divides the last dim, 6"),
         (lambda: calibrate(nn.Linear(2, 2), [torch.ones(2)]), "without quantizers"),
         (lambda: convert(nn.Linear(2, 2)), "without quantizers"),

@@ -1,9 +1,9 @@
 """Subclasses of Linear and the convolutions: their own forward runs at every call, and its product is quantized.
 
-A TorchFunctionMode finds the product: the call of F.linear or F.conv2d, say, with the layer's own weight. The forward may pad
-its input, and may call ``super().forward``, ``self._conv_forward`` or the function itself. Whatever else the forward
-does with its weight, it does with the quantized values in float. So the prepared and the converted layer compute the
-same, whichever branch the forward takes for an input.
+A TorchFunctionMode finds the product: the call of F.linear or F.conv2d, say, with the layer's own weight. The forward
+may pad its input, and may call ``super().forward``, ``self._conv_forward`` or the function itself. Whatever else the
+forward does with its weight, it does with the quantized values in float. So the prepared and the converted layer
+compute the same, whichever branch the forward takes for an input.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Role:
     Args:
         kind: which spec of a QConfig it takes: "weight", "input", "output", "hidden", …
         parameter: of a weight: the name of the Parameter.
-        channel: of a weight: the dim, or dims, of its output channels, which have a scale each unless the spec says more.
+        channel: of a weight: the dim, or dims, of its output channels; each has a scale unless the spec says otherwise.
         feature_dims: of any other tensor: how many trailing dims make up one sample.
         per_token: whether that tensor is a list of rows, each of which may have a scale of its own.
     """

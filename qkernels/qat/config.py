@@ -115,11 +115,12 @@ class QConfig:
 
     Args:
         weight, input, output: the spec of that tensor in every layer; None leaves the tensor in float.
-        residual: the spec for the result of ``qk.nn.Add`` and ``qk.nn.Cat`` and of torch's FloatFunctional.
+        residual: the spec for the results of ``qk.nn.Add``, ``qk.nn.Cat`` and torch's FloatFunctional.
         rules: pairs (pattern, overrides), of which the last that matches a layer decides. A pattern is a glob on the
-            module name ("layer1.*"), a module type, or a glob on the full names of parameters that matches no module
-            ("*.experts.gate_up_proj"). Overrides are None (leave it in float) or a dict of a QSpec, None, or a dict of
-            the fields to change, by kind of tensor: ``("fc", {"weight": {"bits": 4}})``. The kinds are those above and
+            module name (``"layer1.*"``), a module type, or a glob on the full names of parameters that matches no
+            module (``"*.experts.gate_up_proj"``). Overrides are None (leave it in float) or a dict that gives kinds of
+            tensors a QSpec, None, or a dict of the fields to change: ``("fc", {"weight": {"bits": 4}})``. The kinds are
+            those above and
 
             - "hidden", "cell": the states of recurrent layers;
             - "memory": key and value of an attention whose query is another tensor;

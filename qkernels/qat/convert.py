@@ -21,6 +21,8 @@ from .fold import Folds, factor_and_bias, find_folds
 from .prepare import copy_of, replace_modules
 from .selection import no_integers, to_int4
 
+BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
+
 
 def convert(model: nn.Module) -> nn.Module:
     """A copy of a prepared model, in eval mode, whose QAT layers run on the int8 and int4 kernels.
@@ -118,7 +120,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
     for layer, burnt in _burnt_in(list(reasons)).items():
         made[layer] = burnt
-        burnt.__dict__["burnt_in"] = reasons[layer]  # for report
+        burnt.__dict__[BURNT_IN] = reasons[layer]
     return replace_modules(model, made.get)
 
 

@@ -183,27 +183,26 @@ def _quantizer(
     tied: dict[tuple[int, QSpec], FakeQuantize],
 ) -> FakeQuantize:
     """The quantizer for one tensor of the layer; layers of one weight and one spec share the weight's."""
-    where = f"{name}.{key}{SUFFIX}".removeprefix(".")
-    try:
-        if not role.parameter:
-            quantizer = spec.for_values(role)
-            quantizer.name = where
-            return quantizer
+    weight = parameter = shared = None
+    if role.parameter:
         with torch.no_grad():
             weight = product_weight(layer) if trial.derives_weight else effective_weight(layer, role.parameter)
         if not weight.is_meta and not bool(weight.isfinite().all()):
-            raise ValueError(f"its {role.parameter} holds NaN or infinity; accepted: finite weights")
+            raise ValueError(f"model: the {role.parameter} of {name!r} holds NaN or infinity; accepted: finite weights")
         parameter = layer._parameters.get(role.parameter)
         shared = tied.get((id(parameter), spec)) if weight is parameter else None
-        if shared is not None:
-            return shared
-        quantizer = spec.for_weight(weight, role.channel)
+    if shared is not None:
+        return shared
+    try:
+        quantizer = spec.for_values(role) if weight is None else spec.for_weight(weight, role.channel)
     except ValueError as error:
-        raise ValueError(f"config, layer {name!r}: {error}") from None
-    quantizer.name = where
-    if quantizer.quantizer != "dynamic" and not weight.is_meta:
+        raise ValueError(
+            f"config, layer {name!r} ({type(layer).__name__}): {error}; a rule gives a layer its own spec, or None"
+        ) from None
+    quantizer.name = f"{name}.{key}{SUFFIX}".removeprefix(".")
+    if weight is not None and quantizer.quantizer != "dynamic" and not weight.is_meta:
         quantizer.to(weight.device).start(weight)
-    if weight is parameter:
+    if weight is not None and weight is parameter:
         tied[id(parameter), spec] = quantizer
     return quantizer
 

@@ -18,7 +18,7 @@ from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
-from .convert import convert
+from .convert import BURNT_IN, convert
 from .fold import eval_mode, factor_and_bias, find_folds
 from .prepare import copy_of, whole
 from .selection import float_reason, no_integers, unsupported
@@ -234,7 +234,7 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, (QATLayer, *CONVERTED_LAYERS))
+    return isinstance(layer, (QATLayer, *CONVERTED_LAYERS)) or hasattr(layer, BURNT_IN)
 
 
 def _row(name: str, layer: nn.Module) -> LayerRow:
@@ -265,9 +265,8 @@ def _clipped_weights(weight: Tensor, quantizer: FakeQuantize) -> float:
 def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
     if name in readers.too and _is_quantized(layer):
         return f"{readers.too[name]} also reads its weight, and gets it in float"
-    burnt_in = getattr(layer, "burnt_in", None)
-    if isinstance(burnt_in, str):
-        return f"float weights that hold quantized values: {burnt_in}"
+    if hasattr(layer, BURNT_IN):
+        return f"float weights that hold quantized values: {getattr(layer, BURNT_IN)}"
     if isinstance(layer, QATLayer):
         if not any(layer.quantized_weights()):
             return "not convertible: its weight is not quantized"
@@ -374,8 +373,9 @@ def _run_example(
                     layer.quant_min,  # type: ignore[arg-type, union-attr]
                     layer.quant_max,  # type: ignore[arg-type, union-attr]
                 )
-        elif isinstance(layer, QATLayer) and (quantizer := layer.quantizer_of("input")) is not None:
-            if quantizer.quantizer != "dynamic" and quantizer.integer_codes:
+        elif isinstance(layer, QATLayer):
+            quantizer = layer.quantizer_of("input")
+            if quantizer is not None and quantizer.quantizer != "dynamic" and quantizer.integer_codes:
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
 
 
