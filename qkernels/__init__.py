@@ -38,8 +38,10 @@ from .qat import (
     freeze_observers,
     parameter_groups,
     prepare,
+    presets,
     report,
     set_bits,
+    unprepare,
 )
 from .registry import kernels, which
 from .version import __version__ as __version__
@@ -91,6 +93,7 @@ __all__ = [
     "pack_int4",
     "parameter_groups",
     "prepare",
+    "presets",
     "qat",
     "quantization_errors",
     "quantize",
@@ -109,6 +112,7 @@ __all__ = [
     "silu_mul_quantize_dynamic",
     "unpack_bits",
     "unpack_int4",
+    "unprepare",
     "use_kernel",
     "which",
 ]

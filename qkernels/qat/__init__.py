@@ -1,12 +1,15 @@
-"""The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, exact, report."""
+"""The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
 from .calibrate import calibrate
 from .config import QConfig, QSpec
+from .config_json import from_json, to_json
 from .convert import convert
 from .exact import exact
 from .prepare import prepare
+from .presets import presets
 from .report import Report, report
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
+from .unprepare import unprepare
 
 __all__ = [
     "QConfig",
@@ -17,8 +20,12 @@ __all__ = [
     "enable_fake_quant",
     "exact",
     "freeze_observers",
+    "from_json",
     "parameter_groups",
     "prepare",
+    "presets",
     "report",
     "set_bits",
+    "to_json",
+    "unprepare",
 ]

@@ -109,7 +109,7 @@ class QSpec:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QConfig:
     """What ``prepare`` does to the layers of a model (``qkernels.nn.QAT_CLASSES`` lists their kinds).
 
@@ -167,6 +167,12 @@ class QConfig:
                     _override(getattr(self, key, None), overrides, key)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{where}, {error}") from None
+
+    def __repr__(self) -> str:
+        """Python that makes an equal config, where torch and the names of qkernels are imported."""
+        rules = ", ".join(f"({_shown(pattern)}, {_shown(overrides)})" for pattern, overrides in self.rules)
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
+        return f"QConfig({fields}, rules=[{rules}])"
 
     def specs(self, name: str, module: nn.Module) -> dict[str, QSpec | None]:
         """The spec of each kind of tensor in the layer called ``name``."""
@@ -233,6 +239,13 @@ class QConfig:
 
 def _matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else isinstance(module, pattern)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, type):
+        return repr(value)
+    public = getattr(nn, value.__name__, None) is value
+    return f"torch.nn.{value.__name__}" if public else f"{value.__module__}.{value.__qualname__}"
 
 
 def _override(spec: QSpec | None, overrides: Overrides, key: str) -> QSpec | None:

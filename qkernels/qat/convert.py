@@ -60,14 +60,14 @@ def convert(model: nn.Module) -> nn.Module:
     return replace_layers(converted, find_folds(converted))
 
 
-def check_calibrated(model: nn.Module) -> None:
-    off = [name for name, quantizer in quantizers_of(model).items() if not quantizer.quantizes]
+def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:
+    quantizers = {name: q for name, q in quantizers_of(model).items() if q.is_weight or not weights_only}
+    off = [name for name, quantizer in quantizers.items() if not quantizer.quantizes]
     if off:
         raise ValueError(
-            f"model: fake quantization is switched off in {', '.join(off)}; call qk.enable_fake_quant(model) before "
-            "convert"
+            f"model: fake quantization is switched off in {', '.join(off)}; call qk.enable_fake_quant(model) first"
         )
-    unknown = [repr(name) for name, quantizer in quantizers_of(model).items() if not quantizer.is_calibrated]
+    unknown = [repr(name) for name, quantizer in quantizers.items() if not quantizer.is_calibrated]
     if unknown:
         raise ValueError(
             f"model: {unknown[0]} is not calibrated"
@@ -118,21 +118,21 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(source, QATLinear | QATConv2d):
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
     reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
-    for layer, burnt in _burnt_in(list(reasons)).items():
+    for layer, burnt in burnt_in(list(reasons)).items():
         made[layer] = burnt
         burnt.__dict__[BURNT_IN] = reasons[layer]
     return replace_modules(model, made.get)
 
 
 @torch.no_grad()
-def _burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
+def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
     """The layers with the values of the quantized weights in their float parameters; inputs stay quantized."""
     values: dict[tuple[int, int], nn.Parameter] = {}
     made: dict[QATLayer, nn.Module] = {}
     for layer in layers:
         for name, role, quantizer in list(layer.own_quantizers()):
-            quantizer.disable_observer()
             if role.kind != "weight":
+                quantizer.disable_observer()
                 continue
             weight = layer.unquantized(role.parameter)
             key = id(weight), id(quantizer)

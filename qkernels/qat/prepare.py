@@ -20,10 +20,17 @@ from ..nn.qat_layer import SUFFIX, QATLayer, Role, copied_state, effective_weigh
 from ..nn.quantized_parameters import QATParameters
 from ..nn.replacing import take_hooks
 from .config import QConfig, QSpec, Rule, nearest
+from .presets import presets
 from .selection import float_reason, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
 Specs = dict[str, QSpec | None]
+# The attribute by which torch's Transformer modules take their fused path, and where its value is kept.
+FUSED_PATHS: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+SWITCHED_OFF = "fused_path_of_the_float_model"
 
 
 @dataclass
@@ -38,7 +45,7 @@ class _Plan:
     excluded: set[str] = field(default_factory=set)
 
 
-def prepare(model: nn.Module, config: QConfig | None = None, *, inplace: bool = False) -> nn.Module:
+def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
     """A copy of ``model`` whose layers train with fake quantization.
 
     Parameters keep their names. Weight quantizers start from the weights; input quantizers of kind "lsq" and "minmax"
@@ -61,7 +68,7 @@ def prepare(model: nn.Module, config: QConfig | None = None, *, inplace: bool = 
 
     Args:
         model: a float model.
-        config: which layers are quantized, and how; None: ``QConfig()``.
+        config: which layers are quantized, and how: a ``QConfig``, a name of ``presets``, or None: ``QConfig()``.
         inplace: True: changes ``model`` itself, each module of which stays the same object, and returns it. False: the
             model stays as it was.
 
@@ -69,10 +76,14 @@ def prepare(model: nn.Module, config: QConfig | None = None, *, inplace: bool = 
         ValueError: nothing to quantize, a model that is prepared already, a name in the rules that matches nothing,
             weights that are not finite, or a spec that a layer cannot take (the text names the layer). The model then
             stays as it was.
-        TypeError: model is not a module, or config not a ``QConfig``.
+        TypeError: model is not a module, or config has another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    if isinstance(config, str):
+        if config not in presets:
+            raise ValueError(f"config: got {config!r}; accepted: {', '.join(presets)}{nearest(config, presets)}")
+        config = presets[config]
     if config is not None and not isinstance(config, QConfig):
         hint = f"QConfig(weight={config})" if isinstance(config, QSpec) else "a QConfig such as QConfig(QSpec(bits=4))"
         raise TypeError(f"config: got {config!r}; accepted: {hint}, None")
@@ -273,10 +284,10 @@ def leave_fused_paths(model: nn.Module) -> None:
     for module in model.modules():
         if not any(isinstance(inner, QATLayer) for inner in module.modules()):
             continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+        for kind, name in FUSED_PATHS.items():
+            if isinstance(module, kind) and getattr(module, name):
+                module.__dict__.setdefault(SWITCHED_OFF, getattr(module, name))
+                setattr(module, name, type(getattr(module, name))(0))
 
 
 def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:

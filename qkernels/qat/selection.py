@@ -31,7 +31,7 @@ def to_int4(layer: nn.Module) -> bool:
 def no_integers(layer: QATLayer) -> str | None:
     """Why no integer layer computes what a QAT layer with a quantized weight does; None: one does."""
     if not isinstance(layer, QATLinear | QATConv2d):
-        return f"there is no integer kernel for {type(layer).float_class.__name__}"
+        return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
     if layer.output_fake_quant is not None and isinstance(layer, QATForward):

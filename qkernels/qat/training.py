@@ -67,18 +67,31 @@ def _follow_weights(model: nn.Module) -> None:
                     quantizer.follow(effective_weight(layer, name))
 
 
-def enable_fake_quant(model: nn.Module, enabled: bool = True) -> None:
-    """Switches all quantizers of a prepared model on or off, in place; a quantizer that is off still observes.
+def enable_fake_quant(
+    model: nn.Module, enabled: bool | None = None, *, weights: bool | None = None, inputs: bool | None = None
+) -> None:
+    """Switches quantizers of a prepared model on or off, in place; a quantizer that is off still observes.
+
+    ``enable_fake_quant(model, False)`` switches all off, ``enable_fake_quant(model, weights=False)`` those of weights.
 
     Args:
         model: from ``prepare``.
-        enabled: whether the quantizers quantize; if not, they return their input. A state_dict holds the switch.
+        enabled: whether the quantizers quantize; if not, they return their input. None: True, unless weights or inputs
+            is given. A state_dict holds the switches.
+        weights: the same for the quantizers of weights alone; None: as ``enabled``, which leaves them as they are if it
+            is None beside ``inputs``.
+        inputs: the same for all other quantizers: of inputs, outputs and states.
 
     Raises:
         ValueError: the model has no quantizers.
     """
+    if enabled is None and weights is None and inputs is None:
+        enabled = True
     for quantizer in quantizers_of(model).values():
-        quantizer.enable_fake_quant(enabled)
+        wanted = weights if quantizer.is_weight else inputs
+        wanted = enabled if wanted is None else wanted
+        if wanted is not None:
+            quantizer.enable_fake_quant(wanted)
 
 
 def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
