@@ -53,7 +53,7 @@ def model_and_batches() -> tuple[nn.Module, list[list[Tensor]]]:
 
 def quantizers_of(model: nn.Module) -> dict[str, Tensor]:
     parts = ("scale", "zero_point", "magnitude", "start", "calibrated")
-    return {key: value.clone() for key, value in model.state_dict().items() if key.rpartition(".")[2] in parts}
+    return {key: value.detach().clone() for key, value in model.state_dict().items() if key.rpartition(".")[2] in parts}
 
 
 def calibrated(model: nn.Module, batches: Any, **options: Any) -> dict[str, Tensor]:
@@ -77,6 +77,9 @@ def refused(model: nn.Module, batches: Any, **options: Any) -> tuple[str, bool]:
 
 
 def work(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
     model, parts = model_and_batches()
@@ -86,6 +89,11 @@ def work(rank: int, folder: str) -> None:
     found["fallback"] = calibrated(model, mine, fallback=(-2, 8))
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
     found["DistributedDataParallel"] = calibrated(wrapped, [] if rank else mine)
+    sharded = copy.deepcopy(model)
+    fully_shard(sharded)  # the root alone: both ranks gather all weights at once, whichever expert they call
+    qk.calibrate(sharded, mine[:2])
+    state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in sharded.state_dict().items()}
+    found["fully_shard"] = {key: state[key] for key in quantizers_of(model)}
     alone = [dist.new_group([each]) for each in range(2)]
     found["alone"] = calibrated(model, mine, group=alone[rank])
     found["NaN"] = refused(model, [*mine, mine[0] * torch.nan] if rank else mine)
@@ -148,6 +156,12 @@ def test_distributed_data_parallel(found: list[dict[str, Any]]) -> None:
     wrapped = [{key.removeprefix("module."): t for key, t in each["DistributedDataParallel"].items()} for each in found]
     assert_equal(wrapped[0], wrapped[1])
     assert_equal(wrapped[0], found[0]["none on rank 1"])
+
+
+def test_fully_shard(found: list[dict[str, Any]]) -> None:
+    assert_equal(found[0]["fully_shard"], found[1]["fully_shard"])
+    model, parts = model_and_batches()
+    assert_equal(found[0]["fully_shard"], calibrated(model, [*parts[0], *parts[1][:2]]), rtol=1e-6)
 
 
 def test_a_group_of_one_combines_nothing(found: list[dict[str, Any]]) -> None:
