@@ -6,90 +6,26 @@ import contextlib
 import inspect
 import itertools
 import math
+import operator
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from .. import checks
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.learned_scale import MSE_BITS
-from ..nn.ranges import block_statistics
-from ..ops import statistics as ops
+from ..ops.statistics import check_percentile
 from .fold import eval_mode
-from .histogram import RangeHistogram
+from .observed import Observed, Unusable
+from .ranks import Ranks, Status
 
-METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "lsq")
+METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "entropy", "lsq")
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # they pass all arguments on
-MOVING_AVERAGE = 0.1  # calibration sees tens of batches, not thousands: torch.ao's 0.01 would stay near the first
-
-
-class _Statistics:
-    """Minimum, maximum and mean magnitude of all values that one quantizer got, and their histogram if it is needed."""
-
-    def __init__(self, name: str, quantizer: FakeQuantize, method: str, percentile: float) -> None:
-        self.name, self.quantizer, self.method, self.percentile = name, quantizer, method, percentile
-        if method == "auto":
-            self.method = "mse" if quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS else "minmax"
-        self.scale_shape = quantizer.scale.shape
-        self.chosen: tuple[Tensor, ...] | None = None
-        self.histogram = RangeHistogram(self.scale_shape)
-        self.values: tuple[Tensor, Tensor, Tensor] | None = None
-        self.count = 0
-
-    def update(self, x: Tensor) -> None:
-        checks.dense(self.name, x)
-        if x.numel() == 0:
-            return
-        low, high, mean = block_statistics(x, self.scale_shape)
-        amax = float(torch.maximum(-low, high).max())
-        if not math.isfinite(amax):
-            layer = self.name.rpartition(".")[0] or "model"
-            what = "weight" if self.quantizer.is_weight else "input"
-            raise ValueError(f"batches: the {what} of layer {layer!r} holds NaN or infinity; accepted: finite values")
-        self.count += 1
-        if self.quantizer.is_weight:  # it is the same in every batch; FSDP frees it after the first
-            if self.chosen is None:
-                self.chosen = self._choose(x, low, high, mean)
-        elif self.method in ("percentile", "mse"):
-            self.histogram.update(x, amax)
-        if self.values is None:
-            self.values = (low, high, mean)
-            return
-        old_low, old_high, old_mean = self.values
-        if self.method != "moving_average":
-            share = 1 / self.count
-            low, high = torch.minimum(old_low, low), torch.maximum(old_high, high)
-        else:
-            share = MOVING_AVERAGE
-            low, high = old_low + share * (low - old_low), old_high + share * (high - old_high)
-        self.values = (low, high, old_mean + share * (mean - old_mean))
-
-    def _choose(self, weight: Tensor | None, low: Tensor, high: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
-        """The arguments for ``set_range``."""
-        quantizer, histogram = self.quantizer, self.histogram
-        if self.method == "percentile":
-            tails = low, high, self.percentile, quantizer.symmetric
-            return ops.percentile_range(weight, *tails) if weight is not None else histogram.percentile_range(*tails)
-        if self.method == "mse":
-            rule = low, high, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric, 0.0
-            return ops.mse_range(weight, *rule) if weight is not None else histogram.mse_range(*rule)
-        return (low, high, mean) if self.method == "lsq" else (low, high)
-
-    def apply(self) -> None:
-        """Sets the quantizer's range, if it got any values."""
-        if self.values is None:
-            return
-        quantizer = self.quantizer
-        quantizer.set_range(*(self.chosen or self._choose(None, *self.values)))
-        # Training must not undo what the method clips. A scale that moves with the mean magnitude keeps the clipped
-        # share, so training may move it after any method.
-        few_bits = quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS
-        if quantizer.quantizer != "ema" and (few_bits or self.method in ("minmax", "lsq")):
-            quantizer.observe_from(self.values[2])
 
 
 def calibrate(
@@ -99,81 +35,208 @@ def calibrate(
     method: str = "auto",
     percentile: float = 99.99,
     max_batches: int | None = None,
+    fallback: float | tuple[float, float] | None = None,
+    group: Any = None,
 ) -> None:
     """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
 
     It runs ``model`` in eval mode without gradients and without quantization, so that each layer gets the float model's
     values, and restores all modes. A BatchNorm that has seen no batch yet normalizes by the batch's statistics, as it
     will in training, and keeps none. Weight quantizers start anew from the present weights. A warning names the
-    quantizers that no batch reached; they start from their first batch in training. If tqdm is installed, a terminal
-    shows the progress.
+    quantizers that no batch reached; without a fallback they start from their first batch in training. If tqdm is
+    installed, a terminal shows the progress. Memory does not grow with the number of batches.
+
+    **Many processes.** If torch.distributed is initialized, every process calls ``calibrate`` with its own share of the
+    batches. What all of them saw is combined before a scale is set, so that all have the same scales, also where one
+    had fewer batches, or none for a layer. (Under ``fully_shard`` and SyncBatchNorm each forward pass communicates, so
+    there the numbers must be equal.) If one process fails, all raise.
 
     Args:
         model: from ``prepare``.
-        batches: tensors (the input), tuples or lists (the model's arguments by position), or dicts (arguments by name).
-            A model that takes one argument gets the first element of a tuple: a loader gives inputs and targets.
+        batches: any iterable of tensors (the input), tuples or lists (the model's arguments by position), or dicts
+            (arguments by name). A model that takes one argument gets the first element of a tuple: a loader gives
+            inputs and targets. A PackedSequence counts as a tensor. Batches without samples are skipped.
         method: how the range follows from the values.
             - "minmax": the extremes over all batches.
             - "moving_average": an average of the batches' extremes (the first, then value += 0.1·(batch − value)),
-              which a single outlier moves less.
+              which a single outlier moves less. Over processes: the mean of their averages.
             - "percentile": the range that holds ``percentile`` % of all magnitudes (symmetric quantizers), or of the
               values counted from either end.
             - "mse": the fraction of the extremes, out of 64 from 1 down to 1/79, with the smallest squared error; best
               at 4 bits and below, or for heavy tails.
+            - "entropy": of the same fractions the one with the smallest divergence (Kullback and Leibler) between the
+              inputs' histogram and its quantized form, TensorRT's scheme; outliers move it least. Weights as with
+              "auto": a channel's few hundred values fill no histogram, and their extremes lose nothing at 8 bits
+              (arXiv 2004.09602).
             - "lsq": LSQ's own start, 2·mean|x|/sqrt(steps), for learned scales of at most 4 bits, else the extremes.
             - "auto": "mse" for learned scales of at most 4 bits, else "minmax".
-            "percentile" and "mse" look at the weights themselves, but at inputs through a histogram of 32768 bins.
+            "percentile" and "mse" look at the weights themselves. They and "entropy" look at inputs through a histogram
+            of 32768 bins.
         percentile: above 50, at most 100; the default clips one value in ten thousand.
-        max_batches: how many batches to take at most; None: all.
+        max_batches: how many batches to take at most; None: all. No further batch is asked for.
+        fallback: the range of input quantizers that no batch reached, such as those of an expert that no token was
+            routed to: r for (−r, r), or (low, high). It is a number that the caller knows from such layers, since
+            nothing that this function saw tells what a layer will get; training moves it on as "minmax" does. None:
+            they stay as they are. Weights need none: without a scale they start from themselves.
+        group: the process group to combine over, of processes that hold the same model; None: the default group.
 
     Raises:
-        ValueError: there are no batches; method, percentile, max_batches or model has another value; or a layer's input
-            holds NaN or infinity (the text names the layer). The model's scales then stay as they were.
-        TypeError: a batch has another form, or more elements than the model takes arguments.
+        ValueError: there are no batches, or none with samples; an argument has another value; or a layer's input holds
+            NaN or infinity.
+        TypeError: batches is no iterable, or a batch has another form or more elements than the model takes arguments.
+        RuntimeError: another process failed.
+        What the model raises on a batch is raised as TypeError, ValueError or RuntimeError. The text gives the batch's
+        index, counted from 0, and the layer. The model stays as it was after every error.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: at least 1, or None for all")
-    ops.check_percentile(percentile)
-    quantizers = quantizers_of(model)
-    statistics = {
-        quantizer: _Statistics(name, quantizer, method, percentile)
-        for name, quantizer in quantizers.items()
-        if quantizer.quantizer != "dynamic"
-    }
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"max_batches: got {max_batches}; accepted: a whole number of at least 1, or None for all")
+    check_percentile(percentile)
+    fallback_range = _range_of(fallback)
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
+        raise TypeError(
+            f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
+        )
+    quantizers = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
+    observed = [Observed(name, quantizer, method, percentile) for name, quantizer in quantizers.items()]
+    ranks = Ranks(group)
 
-    def observe(quantizer: FakeQuantize, x: Tensor) -> Tensor:
-        if quantizer in statistics:
-            statistics[quantizer].update(x)
-        return x
+    def status(error: str | None, ran: int = 0, taken: int = 0) -> Status:
+        reached = tuple(item.seen is not None for item in observed)
+        return Status(error, tuple(quantizers), reached, taken, ran > 0)
 
-    seen = 0
-    with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
-        for batch in _progress(itertools.islice(batches, max_batches), "calibrate: batches"):
-            call(model, batch)
-            seen += 1
-    if not seen:
-        raise ValueError("batches: got none; accepted: at least one batch of inputs")
+    try:
+        counts = _run(model, batches, max_batches, observed)
+    except Exception as error:
+        ranks.agree(status(f"{type(error).__name__}: {error}"))  # the others must not wait for this one
+        raise
+    statuses = ranks.agree(status(None, *counts))
+    taken = sum(each.batches for each in statuses)
+    if not taken:
+        raise ValueError(
+            "batches: got none; accepted: at least one batch of inputs (a generator or iterator can be read once only)"
+        )
+    if not any(each.samples for each in statuses):
+        raise ValueError(f"batches: got {taken} without samples; accepted: at least one batch with samples")
     with torch.no_grad():
-        for observed in _progress(statistics.values(), "calibrate: scales"):
-            observed.apply()
-    unreached = [observed.name for observed in statistics.values() if observed.values is None]
+        if ranks.size > 1:
+            for at, item in enumerate(observed):
+                # A weight is the same everywhere: the first rank that has read it tells.
+                first = next((rank for rank, each in enumerate(statuses) if each.reached[at]), 0)
+                told = item.state() if ranks.rank == first or not item.quantizer.is_weight else None
+                item.take(ranks.gather(told), _device_of(model, item.quantizer))
+        reached = [item for item in observed if item.seen is not None]
+        ranges = [item.range() for item in _progress(reached, "calibrate: scales", len(reached))]
+        for item, arguments in zip(reached, ranges, strict=True):
+            item.apply(arguments)
+        unreached = [item for item in observed if item.seen is None]
+        inputs = [item for item in unreached if not item.quantizer.is_weight]
+        if fallback_range is not None:
+            for item in inputs:
+                item.fall_back(*fallback_range, _device_of(model, item.quantizer))
     if unreached:
+        advice = "fallback= gives inputs a range" if fallback_range is None else f"inputs got {fallback_range}"
         warnings.warn(
-            f"qk.calibrate: no batch reached {', '.join(unreached)}: not called, or its parent reads its weight "
-            "instead of calling it",
+            f"qk.calibrate: no batch reached {', '.join(item.name for item in unreached)}: not called, or its parent "
+            f"reads its weight instead of calling it{f'; {advice}' if inputs else ''}",
             stacklevel=2,
         )
 
 
-def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+def _range_of(fallback: Any) -> tuple[float, float] | None:
+    if fallback is None:
+        return None
+    ends = fallback if isinstance(fallback, tuple | list) else (-fallback, fallback) if _is_finite(fallback) else ()
+    if len(ends) != 2 or not all(map(_is_finite, ends)) or not ends[0] < ends[1]:
+        raise ValueError(
+            f"fallback: got {fallback!r}; accepted: a positive number r for the range (-r, r), a pair (low, high) of "
+            "finite numbers with low < high, or None"
+        )
+    return float(ends[0]), float(ends[1])
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _run(
+    model: nn.Module, batches: Iterable[Any], max_batches: int | None, observed: list[Observed]
+) -> tuple[int, int]:
+    """Lets each quantizer see its values; returns how many batches were run, and how many were taken."""
+    of = {item.quantizer: item for item in observed}
+    runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
+    taken = ran = 0
+    given = operator.length_hint(batches, -1)  # -1: not known
+    total = max_batches if given < 0 else min(given, max_batches or given)
+
+    def observe(quantizer: FakeQuantize, x: Tensor) -> Tensor:
+        if quantizer in of:
+            of[quantizer].add(x, f"batches[{taken}]")
+        return x
+
+    with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
+        for batch in _progress(itertools.islice(batches, max_batches), "calibrate: batches", total):
+            args, kwargs = _arguments(model, batch, f"batches[{taken}]")
+            if not _is_empty((args, kwargs)):
+                try:
+                    runs(*args, **kwargs)
+                except Unusable:
+                    raise
+                except Exception as error:
+                    raise _failure(error, model, f"batches[{taken}]") from error
+                ran += 1
+            for item in observed:
+                item.end_batch()
+            taken += 1
+    return ran, taken
+
+
+def _is_empty(arguments: Any) -> bool:
+    """Whether there are tensors in the arguments, and none has elements."""
+    sizes = [t.numel() for t in _tensors(arguments)]
+    return bool(sizes) and not any(sizes)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _failure(error: Exception, model: nn.Module, batch: str) -> Exception:
+    """What the model raised, with the batch and the innermost of its layers whose code was running."""
+    names = {module: name for name, module in model.named_modules() if not isinstance(module, FakeQuantize)}
+    where = "the model"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(module):
+            where = f"layer {names[module]!r} ({type(module).__name__})"
+    kind = next((kind for kind in (TypeError, ValueError) if isinstance(error, kind)), RuntimeError)
+    text = f"{batch}: {where} failed with {type(error).__name__}: {error}"
+    if "accepted: " not in text:
+        text += "; accepted: batches that the model takes in eval mode, by shape, dtype and device"
+    return kind(text)
+
+
+def _device_of(model: nn.Module, quantizer: FakeQuantize) -> torch.device:
+    """The quantizer's device; of one on the meta device, the model's."""
+    tensors = itertools.chain([quantizer.scale], model.parameters(), model.buffers())
+    return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
+
+
+def _progress(items: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
     """The items; after a second tqdm, if installed, shows on a terminal how many are done."""
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=what, disable=None, delay=1, leave=False)
+    return tqdm(items, desc=what, total=total, disable=None, delay=1, leave=False)
 
 
 @contextlib.contextmanager
@@ -189,18 +252,18 @@ def _as_it_will_train(model: nn.Module) -> Iterator[None]:
         warnings.warn(
             f"qk.calibrate: {len(idle)} BatchNorm layers are in eval mode and have seen no batch, so that they change "
             "nothing; if they are to train, call model.train() before calibrate",
-            stacklevel=4,
+            stacklevel=5,
         )
-    before = [(norm, norm.momentum) for norm in fresh]
+    momenta = [norm.momentum for norm in fresh]
     try:
         with eval_mode(model):
             for norm in fresh:
                 norm.training, norm.momentum = True, 0.0
             yield
     finally:
-        for norm, momentum in before:
+        for norm, momentum in zip(fresh, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.zero_()  # type: ignore[union-attr]
+            norm.reset_running_stats()  # momentum 0 keeps them, unless a batch holds NaN
 
 
 def _has_seen_nothing(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -223,32 +286,47 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     A model that takes one argument gets a tuple's first element, because loaders give pairs of inputs and targets.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
+    args, kwargs = _arguments(model, batch, "batches")
+    return model(*args, **kwargs)
+
+
+def _arguments(model: nn.Module, batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the model, by position and by name, that the batch stands for."""
+    if isinstance(batch, Tensor | PackedSequence):  # the latter is a tuple too
+        return (batch,), {}
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return (), dict(batch)
     if not isinstance(batch, tuple | list) or not batch:
         raise TypeError(
-            f"batches: got a {type(batch).__name__}; accepted: tensors, tuples or lists of the model's arguments, or "
-            "dicts of arguments by name"
+            f"{name}: got {'an empty' if isinstance(batch, tuple | list) else 'a'} {type(batch).__name__}; accepted: "
+            "tensors, tuples or lists of the model's arguments, or dicts of arguments by name"
         )
     most = _positional(model)
     if most == 1:
-        return model(batch[0])
+        return (batch[0],), {}
     if len(batch) > most:
         raise TypeError(
-            f"batches: got a {type(batch).__name__} of {len(batch)} elements for a model that takes {most:.0f} "
+            f"{name}: got a {type(batch).__name__} of {len(batch)} elements for a model that takes {most:.0f} "
             "arguments; accepted: at most as many, or a dict of arguments by name"
         )
-    return model(*batch)
+    return tuple(batch), {}
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model without wrappers that pass all arguments on, and without torch.compile."""
+    inside: Any = model
+    while True:
+        if isinstance(inside, WRAPPERS):
+            inside = inside.module
+        elif hasattr(inside, "_orig_mod"):
+            inside = inside._orig_mod
+        else:
+            return inside  # type: ignore[no-any-return]
 
 
 def _positional(model: nn.Module) -> float:
     """How many arguments the model takes by position."""
-    inside: Any = getattr(model, "_orig_mod", model)
-    while isinstance(inside, WRAPPERS):
-        inside = inside.module
-    parameters = inspect.signature(inside.forward).parameters.values()
+    parameters = inspect.signature(_inside(model).forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -256,12 +334,17 @@ def _positional(model: nn.Module) -> float:
 
 @contextlib.contextmanager
 def quantizers_replaced(model: nn.Module, fn: Callable[[FakeQuantize, Tensor], Tensor]) -> Iterator[None]:
-    """Inside, every quantizer computes ``fn(quantizer, x)``."""
+    """Inside, every quantizer computes ``fn(quantizer, x)``, and what torch.compile compiled runs as it was before."""
     quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    own = {quantizer: vars(quantizer)["forward"] for quantizer in quantizers if "forward" in vars(quantizer)}
     for quantizer in quantizers:
         quantizer.forward = lambda x, quantizer=quantizer: fn(quantizer, x)  # type: ignore[method-assign, misc]
+    compiles = "torch._dynamo" in sys.modules  # who compiles has imported it; to import it takes a second
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+            yield
     finally:
         for quantizer in quantizers:
             del quantizer.forward
+        for quantizer, forward in own.items():
+            quantizer.forward = forward  # type: ignore[method-assign]

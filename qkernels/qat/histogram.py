@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.fake_quantize import fake_quantize
 from ..ops.statistics import best_of, candidate_qparams, histogram
+from . import entropy
 
 # The bins take 256 KiB per tensor. The largest value lies in the outer half of the range, so an 8-bit step spans 64 to
 # 128 bins if the codes cover the full range, and 4 to 8 bins if they cover only a sixteenth of it.
@@ -30,15 +31,18 @@ class RangeHistogram:
 
     def update(self, x: Tensor, amax: float) -> None:
         """Adds x; amax is finite and no magnitude in x is above it."""
-        exponent = max(math.frexp(amax)[1], -100)
-        if self.exponent is not None and exponent <= self.exponent:
-            exponent = self.exponent
+        exponent = max(math.frexp(amax)[1], -100, -100 if self.exponent is None else self.exponent)
         if exponent >= 127:  # the width of the range is beyond fp32
             x = x.double()
         limit = torch.full(self.shape, math.ldexp(1.0, exponent), dtype=torch.float64, device=x.device)
-        counts, _ = histogram(x, -limit, limit, bins=BINS)
+        self.add(histogram(x, -limit, limit, bins=BINS)[0], exponent)
+
+    def add(self, counts: Tensor, exponent: int) -> None:
+        """Adds the counts of another histogram, whose limit is 2**exponent."""
         if self.counts is not None and self.exponent is not None:
-            counts += doubled(self.counts, exponent - self.exponent)
+            top = max(exponent, self.exponent)
+            counts = doubled(counts, top - exponent) + doubled(self.counts, top - self.exponent)
+            exponent = top
         self.counts, self.exponent = counts, exponent
 
     def edges(self) -> Tensor:
@@ -74,6 +78,15 @@ class RangeHistogram:
             error = fake_quantize(middles, *qparams, quant_min=quant_min, quant_max=quant_max) - middles
             errors.append((error.double().square() * self.counts).sum(-1))
         return best_of(fractions, torch.stack(errors), low, high)
+
+    def entropy_range(
+        self, low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[low, high] shrunk by the method "entropy"."""
+        assert self.counts is not None
+        pooled = self.counts.unflatten(-1, (entropy.BINS, -1)).sum(-1)
+        edges = self.edges()[:: BINS // entropy.BINS]
+        return entropy.entropy_range(pooled, edges, low, high, quant_min, quant_max, symmetric)
 
 
 def doubled(counts: Tensor, times: int) -> Tensor:
