@@ -65,7 +65,7 @@ def calibrate(
             - "mse": the fraction of the extremes, out of 64 from 1 down to 1/79, with the smallest squared error; best
               at 4 bits and below, or for heavy tails.
             - "entropy": of the same fractions the one with the smallest divergence (Kullback and Leibler) between the
-              inputs' histogram and its quantized form, TensorRT's scheme; outliers move it least. Weights as with
+              inputs' histogram and its quantized form, TensorRT's scheme, which outliers move little. Weights as with
               "auto": a channel's few hundred values fill no histogram, and their extremes lose nothing at 8 bits
               (arXiv 2004.09602).
             - "lsq": LSQ's own start, 2·mean|x|/sqrt(steps), for learned scales of at most 4 bits, else the extremes.
