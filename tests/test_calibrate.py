@@ -179,6 +179,22 @@ def test_every_iterable_and_no_batch_too_many() -> None:
     assert span(prepared.input_fake_quant) == pytest.approx(36)
 
 
+class Endless:
+    """Batches of a class that has a length but does not tell it."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self):
+        return itertools.repeat(torch.full((2, 2), 5.0))
+
+
+def test_the_length_of_an_iterable_is_not_needed() -> None:
+    prepared = qk.prepare(nn.Linear(2, 2), MINMAX)
+    qk.calibrate(prepared, Endless(), max_batches=2)
+    assert span(prepared.input_fake_quant) == pytest.approx(5)
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -406,6 +422,15 @@ def test_an_overflow_midway_names_the_layer_that_gets_it() -> None:
     )
     with pytest.raises(ValueError, match=message):
         qk.calibrate(prepared, [torch.ones(2, 4), torch.full((2, 4), 1e38)])
+
+
+def test_a_batch_norm_keeps_nothing_of_a_batch_that_is_refused() -> None:
+    prepared = qk.prepare(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    before = snapshot(prepared)
+    with pytest.raises(ValueError, match=r"batches\[1\]: the input of layer '1' holds NaN"):
+        qk.calibrate(prepared, [GOOD, GOOD * math.nan])
+    assert prepared[0].running_mean.isfinite().all()
+    assert_unchanged(prepared, before)
 
 
 def test_other_errors() -> None:

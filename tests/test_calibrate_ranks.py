@@ -97,6 +97,7 @@ def work(rank: int, folder: str) -> None:
     alone = [dist.new_group([each]) for each in range(2)]
     found["alone"] = calibrated(model, mine, group=alone[rank])
     found["NaN"] = refused(model, [*mine, mine[0] * torch.nan] if rank else mine)
+    found["no batches"] = refused(model, None if rank else mine)
     found["no data"] = refused(model, iter(()))
     other = model if rank else qk.prepare(Experts().eval(), qk.QConfig(rules=[("none", None)]))
     found["other model"] = refused(other, mine)
@@ -175,6 +176,10 @@ def test_an_error_reaches_every_rank_and_changes_no_scale(found: list[dict[str, 
     nan = r"batches[3]: the input of layer 'stem' holds NaN"
     expected = {
         "NaN": (f"RuntimeError: batches: rank 1 failed: Unusable: {nan}", f"Unusable: {nan}"),
+        "no batches": (
+            "RuntimeError: batches: rank 1 failed: TypeError: batches: got a None",
+            "TypeError: batches: got a No",
+        ),
         "no data": ("ValueError: batches: got none", "ValueError: batches: got none"),
         "other model": (
             "RuntimeError: model: rank 1 has other quantizers (none.",

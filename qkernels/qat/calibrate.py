@@ -65,7 +65,7 @@ def calibrate(
             - "mse": the fraction of the extremes, out of 64 from 1 down to 1/79, with the smallest squared error; best
               at 4 bits and below, or for heavy tails.
             - "entropy": of the same fractions the one with the smallest divergence (Kullback and Leibler) between the
-              inputs' histogram and its quantized form, TensorRT's scheme; outliers move it least. Weights as with
+              inputs' histogram and its quantized form, TensorRT's scheme, which outliers move little. Weights as with
               "auto": a channel's few hundred values fill no histogram, and their extremes lose nothing at 8 bits
               (arXiv 2004.09602).
             - "lsq": LSQ's own start, 2·mean|x|/sqrt(steps), for learned scales of at most 4 bits, else the extremes.
@@ -94,11 +94,6 @@ def calibrate(
         raise ValueError(f"max_batches: got {max_batches}; accepted: a whole number of at least 1, or None for all")
     check_percentile(percentile)
     fallback_range = _range_of(fallback)
-    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
-        raise TypeError(
-            f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
-        )
     quantizers = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
     observed = [Observed(name, quantizer, method, percentile) for name, quantizer in quantizers.items()]
     ranks = Ranks(group)
@@ -165,10 +160,17 @@ def _run(
     model: nn.Module, batches: Iterable[Any], max_batches: int | None, observed: list[Observed]
 ) -> tuple[int, int]:
     """Lets each quantizer see its values; returns how many batches were run, and how many were taken."""
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
+        raise TypeError(
+            f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
+        )
     of = {item.quantizer: item for item in observed}
     runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
     taken = ran = 0
-    given = operator.length_hint(batches, -1)  # -1: not known
+    given = -1  # not known, also where the iterable's class declares a length and then refuses it
+    with contextlib.suppress(NotImplementedError):
+        given = operator.length_hint(batches, -1)
     total = max_batches if given < 0 else min(given, max_batches or given)
 
     def observe(quantizer: FakeQuantize, x: Tensor) -> Tensor:
