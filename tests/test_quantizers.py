@@ -316,6 +316,10 @@ def test_ternary_has_integers_and_converts():
     with torch.no_grad():
         prepared.weight.mul_(3)
     torch.testing.assert_close(quantizer.scale * 3, quantizer.qparams(prepared.weight)[0])
+    for method in ("minmax", "moving_average", "percentile", "mse", "lsq"):
+        qk.calibrate(prepared, [x], method=method)
+        prepared(x)
+        torch.testing.assert_close(quantizer.qparams(prepared.weight)[0], prepared.weight.abs().mean(1, keepdim=True))
     qk.freeze_observers(prepared)
     assert torch.equal(quantizer.scale, quantizer.qparams(prepared.weight)[0])
 

@@ -263,7 +263,7 @@ def test_specs():
     with pytest.raises(TypeError, match="symmetric: got 1, a int; accepted: True, False, None"):
         qk.QSpec(symmetric=1)
     for weight, input, message in (("pact", "lsq", "for a weight"), ("lsq", "dorefa", "for an input")):
-        with pytest.raises(ValueError, match=f"config, layer 'hidden': quantizer: got .* {message}"):
+        with pytest.raises(ValueError, match=f"config, layer 'hidden'.*: quantizer: got .* {message}"):
             qk.prepare(Tiny(), qk.QConfig(qk.QSpec(quantizer=weight), qk.QSpec(quantizer=input)))
 
 

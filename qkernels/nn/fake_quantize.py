@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -106,8 +105,6 @@ class FakeQuantize(QuantizerState):
     **Integers.** ``integer_codes`` says whether the forward pass computes integers times a scale, which ``quantize``
     returns. Levels of a codebook, of "midrise" and of "dorefa" are none.
     """
-
-    integer_codes: ClassVar[bool] = True
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:

@@ -97,9 +97,15 @@ def dorefa(t: Tensor, scale: Tensor, n: int) -> Tensor:
 class TernaryQuantizer(FakeQuantize, quantizers=("ternary",)):
     """Weights as −1, 0 or 1 times the mean magnitude of those that share a scale (BitNet b1.58, arXiv 2402.17764).
 
-    The gradient passes all weights, clipped or not, as the paper's does. "mse" and "percentile" of ``calibrate`` set
-    another scale, which then stays; the best for Gaussian weights is one and a half times the mean magnitude.
+    The gradient passes all weights, clipped or not, as the paper's does. No range decides the scale, so that a method of
+    ``calibrate`` changes nothing. ``quantizer.scale = t`` does: the best scale for Gaussian weights, for one, is one and
+    a half times the mean magnitude.
     """
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor, mean_abs: Tensor | None = None) -> None:
+        super().set_range(low, high, mean_abs)
+        self.enable_observer()
 
     @torch.no_grad()
     def observe_from(self, mean_abs: Tensor) -> None:
