@@ -79,6 +79,32 @@ def test_training(name, tmp_path):
         assert torch.equal(resumed.eval()(x), y)
 
 
+@pytest.mark.parametrize("method", ["mse", "entropy", "minmax"])
+def test_calibration_measures_no_codes_where_there_are_none(method):
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 8), nn.Linear(8, 6)
+    for name in ("nf4", "apot", "po2", "midrise"):
+        prepared = qk.prepare(model, configuration(name))
+        qk.calibrate(prepared, [x], method=method)
+        assert torch.equal(prepared.input_fake_quant.scale, x.abs().max().reshape(1))
+        assert torch.equal(prepared.weight_fake_quant.scale, model.weight.detach().abs().amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ["auto", "minmax", "lsq", "mse"])
+def test_calibration_of_other_learned_scales_is_that_of_lsq(method):
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 8), nn.Linear(8, 6)
+    scales = {}
+    for name, symmetric in (("lsq", True), ("ewgs", True), ("lsq", False), ("lsq+", False)):
+        spec = qk.QSpec(4, quantizer=name, symmetric=symmetric)
+        prepared = qk.prepare(model, qk.QConfig(spec, spec))
+        qk.calibrate(prepared, [x], method=method)
+        prepared(x)
+        scales[name, symmetric] = [q.scale for q in (prepared.weight_fake_quant, prepared.input_fake_quant)]
+    for ours, lsq in ((("ewgs", True), ("lsq", True)), (("lsq+", False), ("lsq", False))):
+        assert all(map(torch.equal, scales[ours], scales[lsq]))
+
+
 @pytest.mark.parametrize("name", KEEPING)
 def test_states_copies_and_casts(name):
     torch.manual_seed(0)

@@ -97,9 +97,9 @@ def dorefa(t: Tensor, scale: Tensor, n: int) -> Tensor:
 class TernaryQuantizer(FakeQuantize, quantizers=("ternary",)):
     """Weights as −1, 0 or 1 times the mean magnitude of those that share a scale (BitNet b1.58, arXiv 2402.17764).
 
-    The gradient passes all weights, clipped or not, as the paper's does. No range decides the scale, so that a method of
-    ``calibrate`` changes nothing. ``quantizer.scale = t`` does: the best scale for Gaussian weights, for one, is one and
-    a half times the mean magnitude.
+    The gradient passes all weights, clipped or not, as the paper's does. No range decides the scale, so a method of
+    ``calibrate`` changes nothing. ``quantizer.scale = t`` sets another and stops the following: the best scale for
+    Gaussian weights is one and a half times the mean magnitude.
     """
 
     @torch.no_grad()
