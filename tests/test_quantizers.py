@@ -178,6 +178,24 @@ def test_pact_of_values_below_zero():
     assert quantizer.zero_point.tolist() == [-8]
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "entropy", "moving_average"])
+def test_pact_starts_from_what_is_above_zero(method):
+    torch.manual_seed(0)
+    x = torch.randn(500, 4)
+    x[0, 0] = -20  # decides nothing
+    scales = []
+    for given in (x, x.clamp(min=0)):
+        quantizer = made("pact")
+        quantizer(given)
+        prepared = qk.prepare(nn.Linear(4, 4), qk.QConfig(None, qk.QSpec(4, quantizer="pact")))
+        qk.calibrate(prepared, [given, given[:250]], method=method)
+        scales.append((quantizer.scale, prepared.input_fake_quant.scale))
+    assert torch.equal(scales[0][0], scales[1][0])
+    tolerance = 0.3 if method in ("percentile", "entropy") else 0.02  # which count what is below zero, too
+    torch.testing.assert_close(scales[0][1], scales[1][1], rtol=tolerance, atol=0)
+    assert 0.5 < scales[0][1] * 15 / x.max() < 1.01
+
+
 def test_lsq_plus_is_lsq_with_a_zero_point():
     torch.manual_seed(0)
     w, dy = torch.rand(4, 8) - 0.2, torch.randn(4, 8)

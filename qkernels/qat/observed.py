@@ -149,7 +149,8 @@ class Observed:
         return self._range(self.seen, None) if self.weight_range is None else self.weight_range
 
     def _range(self, seen: Seen, weight: Tensor | None) -> tuple[Tensor, ...]:
-        quantizer, ends = self.quantizer, (seen.low, seen.high)
+        quantizer = self.quantizer
+        ends = (seen.low.clamp(min=0) if quantizer.quantizer == "pact" else seen.low, seen.high)
         rule = *ends, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric
         if self.method == "percentile":
             tails = *ends, self.percentile, quantizer.symmetric
