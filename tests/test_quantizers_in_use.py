@@ -3,10 +3,12 @@
 import copy
 import inspect
 import io
+import os
 import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from named_quantizers import KEEPING, NEW, WITHOUT_INTEGERS, made, width
 from torch import nn
 from torch.nn import functional as F
@@ -77,6 +79,41 @@ def test_training(name, tmp_path):
         for key, value in after.items():
             assert torch.equal(value, resumed.state_dict()[key]), key
         assert torch.equal(resumed.eval()(x), y)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/rendezvous")
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_bf16_models(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    x = problem()[0].bfloat16()
+    for name in ("pact", "stochastic", "dorefa", "midrise", "kmeans"):
+        torch.manual_seed(0)
+        plain = qk.prepare(Tiny(), configuration(name))
+        qk.calibrate(plain, [x.float()])
+        plain = plain.bfloat16()
+        sharded = fully_shard(copy.deepcopy(plain))
+        for model in (plain, sharded):
+            optimizer = torch.optim.SGD(qk.parameter_groups(model, lr=0.1))
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(x).float().square().mean().backward()
+                optimizer.step()
+        state = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in sharded.state_dict().items()}
+        for key, value in plain.state_dict().items():
+            assert torch.equal(state[key], value), (name, key)
+        resumed = qk.prepare(Tiny(), configuration(name)).bfloat16()
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.eval()(x), sharded.eval()(x)), name
+        for model in (plain, sharded):
+            model.hidden.weight_fake_quant.start(2 * plain.hidden.weight)
+        assert torch.equal(plain.eval()(x), sharded(x)), name
 
 
 @pytest.mark.parametrize("method", ["mse", "entropy", "minmax"])
