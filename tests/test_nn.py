@@ -337,7 +337,7 @@ def test_float_state_dict_loads_and_prepared_one_adds_only_quantizers():
     ("options", "message"),
     [
         ({"bits": 9}, "bits: got 9"),
-        ({"quantizer": "pact"}, "quantizer: got 'pact'"),
+        ({"quantizer": "pack"}, "quantizer: got 'pack'"),
         ({"granularity": PerChannel()}, "shape: got None"),
         ({"granularity": PerChannel(2), "shape": (3, 4)}, "an axis of the tensor"),
         ({"granularity": PerGroup(5), "shape": (3, 4)}, "divides the last dim, 4"),

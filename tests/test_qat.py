@@ -97,7 +97,7 @@ def test_rules():
     ("make", "message"),
     [
         (lambda: QSpec(1), "bits: got 1"),
-        (lambda: QSpec(quantizer="dorefa"), "quantizer: got 'dorefa'"),
+        (lambda: QSpec(quantizer="dorefer"), "quantizer: got 'dorefer'; .*; did you mean 'dorefa'"),
         (lambda: QConfig(rules=[("fc", {"bias": 8})]), r"rules\[0\]: got the key 'bias'"),
         (
             lambda: prepare(nn.Linear(2, 2), QConfig(rules=[("", {"weight": {"bit": 4}})])),

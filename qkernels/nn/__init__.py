@@ -1,5 +1,6 @@
 """Modules: fake quantization with state, QAT layers, int8 and int4 layers, and the granularities that describe them."""
 
+from . import codebook_quantizers, learned_quantizers, rounding_quantizers  # noqa: F401  # FakeQuantize constructs them
 from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear

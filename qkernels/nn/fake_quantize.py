@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.autograd import transformed
-from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic, range_of_bits
+from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from .granularity import PerChannel, PerGroup, PerTensor
-from .learned_scale import MSE_BITS, learned, learned_scale, pace
+from .learned_scale import learned, learned_scale, pace
+from .quantizer_rules import check_bits
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
@@ -44,14 +46,26 @@ class FakeQuantize(QuantizerState):
         granularity: which elements share a scale; all but ``PerTensor`` need ``shape`` unless quantizer is "dynamic".
         symmetric: True: codes −(2**(bits−1)−1) … 2**(bits−1)−1 without a zero point (2 bits are ternary); the range is
             its own mirror image, so a sign flip of a channel is exact. False: all 2**bits codes, with a zero point.
-        quantizer: where the scale comes from.
-            - "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point (LSQ+, arXiv 2004.09576).
+            None: False for "lsq+" and "pact", True for all others.
+        quantizer: where the scale comes from, and the levels.
+            - "lsq": it is learned (LSQ, arXiv 1902.08153), and so is the zero point, if there is one.
+            - "lsq+": it is learned, and so is the zero point, which there always is (LSQ+, arXiv 2004.09576).
+            - "pact": the upper end of an input's range is learned, the lower one is 0 (PACT, arXiv 1805.06085).
+            - "ewgs": as "lsq", with a gradient that grows with the rounding error (EWGS, arXiv 2104.00903). The
+              attribute ``ewgs_delta``, which a loop may change, is that of ``fake_quantize``; no state_dict holds it.
             - "minmax": a weight's present range, or the range of an input that ``calibrate`` saw.
             - "ema": moving averages of the minimum and maximum, updated by every forward pass in training mode.
             - "dynamic": the tensor's own range at every call.
+            - "stochastic": that of "minmax"; rounding is stochastic in training mode, to the nearest in eval mode.
+            - "dorefa": weights, tanh of which is rounded to 2**bits levels without a zero (DoReFa, arXiv 1606.06160).
+            - "ternary": weights of 2 bits, whose scale is the present mean magnitude (BitNet b1.58, arXiv 2402.17764).
+            - "nf4", "apot", "po2": a codebook of ``qk.codebooks``, scaled to the range that "minmax" has.
+            - "kmeans": weights, by levels that k-means finds in the first one; training moves them.
+            - "midrise": uniform levels with zero between two of them (ParetoQ's SEQ, arXiv 2502.02631).
         shape: shape of a tensor whose shape never changes (a weight).
-        straight_through: how gradients pass, as in ``fake_quantize``; None: "lsq" if the scale is learned, else
-            "clip". "ema" and "dynamic" accept "clip" alone.
+        straight_through: how gradients pass, as in ``fake_quantize``. None: "lsq" for "lsq" and "lsq+", "pact" and
+            "ewgs" for these two, "pass" for "ternary" and "kmeans", "clip" for all others. "lsq", "lsq+", "minmax" and
+            "ternary" accept every other way too.
         feature_dims: for a tensor whose shape varies, how many trailing dims make up one sample. LSQ's gradient
             factor counts them alone, so that the learning rate of the scale does not depend on the batch size.
 
@@ -87,6 +101,9 @@ class FakeQuantize(QuantizerState):
     Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``), because a bf16 average cannot move
     by less than 1/256 of itself. log_scale holds a small change, so it is cast with the model, and FSDP finds one
     dtype. From the second batch on nothing in the forward pass waits for the device.
+
+    **Integers.** ``integer_codes`` says whether the forward pass computes integers times a scale, which ``quantize``
+    returns. Levels of a codebook, of "midrise" and of "dorefa" are none.
     """
 
     @torch.no_grad()
@@ -109,7 +126,7 @@ class FakeQuantize(QuantizerState):
         low, high = block_range(x, self._scale.shape)
         if not bool(low.isfinite().all() & high.isfinite().all()):
             raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
-        if self.quantizer == "lsq" and self.bits <= MSE_BITS:
+        if self.learns_at_few_bits:
             values = x.detach().float() if x.dtype == torch.float64 else x.detach()
             low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, 0.0)
         self.set_range(low, high)
@@ -118,7 +135,7 @@ class FakeQuantize(QuantizerState):
     @torch.no_grad()
     def observe_from(self, mean_abs: Tensor) -> None:
         """Lets training move the range on from its present value, which was set for this mean magnitude."""
-        if self.quantizer == "lsq":
+        if self.learns:
             self._magnitude.copy_(mean_abs)
         self.enable_observer()
 
@@ -130,7 +147,7 @@ class FakeQuantize(QuantizerState):
         2·mean_abs/sqrt(steps), unless that covers more than the range.
         """
         self._materialize(low.device)
-        if mean_abs is not None and self.quantizer == "lsq" and self.bits <= MSE_BITS:
+        if mean_abs is not None and self.learns_at_few_bits:
             span = torch.maximum(-low, high) if self.symmetric else high.clamp(min=0) - low.clamp(max=0)
             part = (2 * math.sqrt(self.steps) * mean_abs / span).clamp(max=1).nan_to_num(1.0)
             low, high = low * part, high * part
@@ -150,9 +167,9 @@ class FakeQuantize(QuantizerState):
         """Changes the width and keeps the range: scale·steps and log_scale stay, so an optimizer's state stays valid.
 
         Raises:
-            ValueError: bits other than 2 to 8.
+            ValueError: bits other than the quantizer takes.
         """
-        range_of_bits(bits)
+        check_bits(self.quantizer, bits)
         scale = None if self.quantizer == "dynamic" else self.scale.clone()
         before, lowest = self.steps, self.quant_min
         self._set_width(bits)
@@ -162,7 +179,7 @@ class FakeQuantize(QuantizerState):
             self.set_range(self.running_min, self.running_max)
             return
         scale *= before / self.steps
-        if self.quantizer == "lsq":
+        if self.learns:
             scale /= learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
             self._magnitude.fill_(-1)
         self._scale.copy_(scale)
@@ -180,7 +197,7 @@ class FakeQuantize(QuantizerState):
         scale, zero_point = self._scale, self.zero_point
         if x is not None and self.is_weight:
             scale, zero_point = self._range(x, in_place=False)
-        if self.quantizer == "lsq":
+        if self.learns:
             scale = learned_scale(scale, whole(self.log_scale), self._log_limits(), self.steps)
         if self.symmetric or zero_point is None:
             return scale, None
@@ -188,7 +205,17 @@ class FakeQuantize(QuantizerState):
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The integers behind forward's result in eval mode: codes (int8, x's shape), scale, zero point (None: 0)."""
+        """The integers behind forward's result in eval mode: codes (int8, x's shape), scale, zero point (None: 0).
+
+        Raises:
+            RuntimeError: there are none (``integer_codes`` is False).
+        """
+        if not self.integer_codes:
+            raise RuntimeError(
+                f'{self.name or "quantizer"}: got quantizer="{self.quantizer}", whose levels are no integers times a '
+                "scale; accepted: a quantizer with integer_codes (for a codebook's indices: qk.quantize_codebook(x, "
+                "quantizer.qparams(x)[0], quantizer.levels))"
+            )
         if self.quantizer == "dynamic":
             rows = self._rows(x)
             q, scale, zero_point = quantize_dynamic(
@@ -227,8 +254,16 @@ class FakeQuantize(QuantizerState):
                 quant_max=self.quant_max,
                 symmetric=self.symmetric,
             )
+        return self._fake_quantized(x)
+
+    def _fake_quantized(self, x: Tensor) -> Tensor:
+        """The forward pass of a quantizer that keeps a scale and has one now."""
         scale, zero_point = self._range(x, in_place=self.training)
-        if self.quantizer == "lsq":
+        return self._with_qparams(x, scale, zero_point)
+
+    def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """x quantized and back with what ``_range`` gave for it."""
+        if self.learns:
             return learned(
                 x,
                 scale,
@@ -242,6 +277,7 @@ class FakeQuantize(QuantizerState):
                 self._numel,
                 # A followed weight is never clipped, but LSQ's mask would take its largest value for a clipped one.
                 "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
+                self.ewgs_delta,
             )
         return fake_quantize(
             x,
@@ -250,6 +286,7 @@ class FakeQuantize(QuantizerState):
             quant_min=self.quant_min,
             quant_max=self.quant_max,
             straight_through=self.straight_through,
+            ewgs_delta=self.ewgs_delta,
         )
 
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
@@ -268,18 +305,16 @@ class FakeQuantize(QuantizerState):
 
     def _follows(self) -> bool:
         """Whether the range is always the weight's present one."""
-        learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
-        fits = self.quantizer in ("lsq", "minmax") and not learned_at_few_bits
-        return fits and self.is_weight and self._observes
+        moves = self.quantizer not in ("ema", "dynamic") and not self.learns_at_few_bits
+        return moves and self.is_weight and self._observes
 
     def _paces(self) -> bool:
         """Whether the start of a scale learned at few bits moves with the mean magnitude of its tensor."""
-        learned_at_few_bits = self.quantizer == "lsq" and self.bits <= MSE_BITS
-        return learned_at_few_bits and self._observes and (self.is_weight or self.training) and not transformed()
+        return self.learns_at_few_bits and self._observes and (self.is_weight or self.training) and not transformed()
 
     def _grows(self) -> bool:
         """Whether the range of an input with a learned scale grows with the values that it gets."""
-        wide = self.quantizer == "lsq" and not self.is_weight and self.bits > MSE_BITS
+        wide = self.learns and not self.is_weight and not self.learns_at_few_bits
         return wide and self.training and self._observes and not transformed()
 
     def _meet(self, x: Tensor) -> None:
@@ -310,6 +345,12 @@ class FakeQuantize(QuantizerState):
             return self.granularity.size
         return None if isinstance(self.granularity, PerTensor) else -1
 
+
+# What help() shows: __new__ names none of the arguments.
+_signature = inspect.signature(QuantizerState.__init__)
+FakeQuantize.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=list(_signature.parameters.values())[1:]
+)
 
 with contextlib.suppress(AttributeError):  # so that torch.ao's switches find it: model.apply(disable_observer)
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)

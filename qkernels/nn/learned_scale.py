@@ -34,6 +34,7 @@ def learned(
     feature_dims: int | None,
     numel: int | None,
     straight_through: str,
+    ewgs_delta: float,
 ) -> Tensor:
     """fake_quantize with a learned scale and LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
     checks.dense("x", x)
@@ -54,6 +55,7 @@ def learned(
         quant_max=quant_max,
         grad_factor=(numel * steps) ** -0.5 if numel else 1.0,
         straight_through=straight_through,
+        ewgs_delta=ewgs_delta,
     )
 
 

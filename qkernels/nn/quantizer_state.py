@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..ops.dynamic import range_of_bits
 from .granularity import Granularity, PerChannel, PerTensor
 from .learned_scale import LOG_LIMIT, MSE_BITS, learned_scale
+from .quantizer_rules import check_bits, check_tensor, resolve
 from .ranges import is_sharded, whole
 
-QUANTIZERS = ("lsq", "minmax", "ema", "dynamic")
+LEARNED = ("lsq", "lsq+", "pact", "ewgs")
+EWGS_SLACK = 2**-22  # two last bits of fp32
+
+_classes: dict[str, type[QuantizerState]] = {}  # the quantizers that have a class of their own, by name
 
 
 def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -25,7 +28,11 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 class QuantizerState(nn.Module):
-    """The tensors and switches of ``FakeQuantize``, whose docstring describes the arguments."""
+    """The tensors and switches of ``FakeQuantize``, whose docstring describes the arguments.
+
+    A quantizer that needs more than ``FakeQuantize`` has a subclass, which names it: ``class C(FakeQuantize,
+    quantizers=("nf4",))``. To construct a FakeQuantize of that name is to construct one of that class.
+    """
 
     integer_codes: ClassVar[bool] = True  # whether its values are integers, less a zero point, times a scale
     log_scale: Tensor
@@ -37,13 +44,22 @@ class QuantizerState(nn.Module):
     calibrated: Tensor
     _scale: Tensor  # for a learned scale: its start
     _magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
+    ewgs_delta: float = 1e-3  # a plain attribute, not a tensor: EWGS's authors change it every some epochs
+
+    def __init_subclass__(cls, quantizers: Sequence[str] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _classes.update(dict.fromkeys(quantizers, cls))
+
+    def __new__(cls, *args: Any, quantizer: str = "lsq", **options: Any) -> QuantizerState:
+        own = _classes.get(quantizer, cls)
+        return super().__new__(own if issubclass(own, cls) else cls)
 
     def __init__(
         self,
         *,
         bits: int = 8,
         granularity: Granularity | None = None,
-        symmetric: bool = True,
+        symmetric: bool | None = None,
         quantizer: str = "lsq",
         shape: Sequence[int] | None = None,
         feature_dims: int = 1,
@@ -51,27 +67,17 @@ class QuantizerState(nn.Module):
     ) -> None:
         super().__init__()
         self.granularity = granularity = PerTensor() if granularity is None else granularity
-        self.symmetric = symmetric
+        self.symmetric, self.straight_through = resolve(quantizer, bits, symmetric, straight_through)
         self.quantizer = quantizer
+        if not isinstance(self, _classes.get(quantizer, QuantizerState)):
+            raise ValueError(f'quantizer: got "{quantizer}" in {type(self).__name__}; accepted: FakeQuantize itself')
         self.feature_dims = feature_dims
-        if straight_through is None:
-            straight_through = "lsq" if quantizer == "lsq" else "clip"
-        self.straight_through = straight_through
         self.name = ""  # its name in the model, for errors
         self._set_width(bits)
         self._ready = True
         self._observes = self._quantizes = True
-        if quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
-        if straight_through not in ("clip", *checks.VARIANTS):
-            raise ValueError(
-                f"straight_through: got {straight_through!r}; accepted: clip, {', '.join(checks.VARIANTS)}"
-            )
-        if straight_through != "clip" and quantizer in ("ema", "dynamic"):
-            raise ValueError(
-                f"straight_through: got {straight_through!r} with quantizer=\"{quantizer}\"; accepted: 'clip'"
-            )
         self.is_weight = shape is not None
+        check_tensor(quantizer, self.is_weight)
         self._numel: int | None = None
         if quantizer == "dynamic":
             if isinstance(granularity, PerChannel) and granularity.axis != 0:
@@ -85,22 +91,26 @@ class QuantizerState(nn.Module):
         if shape is not None:
             self._numel = math.prod(shape) // max(math.prod(scale_shape), 1)
             self._span = 4 * max(math.prod(shape[1:]), 1) ** -0.5
+        self._register(scale_shape)
+        self.reset_parameters()
+
+    def _register(self, scale_shape: Sequence[int]) -> None:
+        """Makes the tensors, which ``reset_parameters`` fills."""
         self.register_buffer("_scale", torch.empty(scale_shape), persistent=False)
-        if quantizer == "lsq":
+        if self.learns:
             self.register_buffer("_magnitude", torch.empty(scale_shape), persistent=False)
             self.log_scale = nn.Parameter(torch.empty(scale_shape))
-            self.zero_point = None if symmetric else nn.Parameter(torch.empty(scale_shape))
+            self.zero_point = None if self.symmetric else nn.Parameter(torch.empty(scale_shape))
         else:
             zero_point = torch.empty(scale_shape, dtype=torch.int32)
-            self.register_buffer("zero_point", None if symmetric and quantizer == "minmax" else zero_point)
-        if quantizer == "ema":
+            self.register_buffer("zero_point", None if self.symmetric and self.quantizer != "ema" else zero_point)
+        if self.quantizer == "ema":
             self.register_buffer("running_min", torch.empty(scale_shape))
             self.register_buffer("running_max", torch.empty(scale_shape))
         else:
             self.register_buffer("calibrated", torch.empty(1, dtype=torch.bool))
         self.register_buffer("observer_on", torch.empty(1, dtype=torch.uint8))
         self.register_buffer("fake_quant_on", torch.empty(1, dtype=torch.uint8))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -110,7 +120,7 @@ class QuantizerState(nn.Module):
         self._scale.fill_(torch.nan)
         if self.zero_point is not None:
             self.zero_point.zero_()
-        if self.quantizer == "lsq":
+        if self.learns:
             self.log_scale.zero_()
             self._magnitude.fill_(-1)
         if self.quantizer == "ema":
@@ -123,6 +133,7 @@ class QuantizerState(nn.Module):
         self._ready = self.quantizer == "ema" and not self._scale.is_meta
 
     def _set_width(self, bits: int) -> None:
+        check_bits(self.quantizer, bits)
         quant_min, self.quant_max = range_of_bits(bits)
         self.quant_min = -self.quant_max if self.symmetric else quant_min
         self.steps = self.quant_max - (0 if self.symmetric else self.quant_min)
@@ -134,6 +145,16 @@ class QuantizerState(nn.Module):
         return self._bits
 
     @property
+    def learns(self) -> bool:
+        """Whether the scale is learned."""
+        return self.quantizer in LEARNED
+
+    @property
+    def learns_at_few_bits(self) -> bool:
+        """Whether the scale is learned, from a start that has the smallest squared error instead of the range."""
+        return self.learns and self.bits <= MSE_BITS
+
+    @property
     def quantizes(self) -> bool:
         """Whether the forward pass quantizes; ``enable_fake_quant`` switches it."""
         return self._quantizes
@@ -141,7 +162,7 @@ class QuantizerState(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The scale, fp32, in the shape that the granularity gives; NaN before it is known."""
-        if self.quantizer == "lsq":
+        if self.learns:
             return learned_scale(self._scale, whole(self.log_scale), self._log_limits(), self.steps)
         return self._scale
 
@@ -163,10 +184,10 @@ class QuantizerState(nn.Module):
         return self.quantizer != "ema" and not self.calibrated.is_meta and bool(self.calibrated)
 
     def _started(self) -> None:
-        if self.quantizer == "lsq":
+        if self.learns:
             self.log_scale.zero_()
             self._magnitude.fill_(-1)
-        if self.quantizer == "lsq" or (self.is_weight and self.quantizer == "minmax"):
+        if self.learns or (self.is_weight and self.quantizer not in ("ema", "dynamic")):
             self.disable_observer()
         if self.quantizer != "ema":
             self.calibrated.fill_(True)
@@ -191,7 +212,11 @@ class QuantizerState(nn.Module):
         self.enable_fake_quant(False)
 
     def _log_limits(self) -> tuple[float, float]:
-        return (0.0, math.log(2)) if self.is_weight and self.bits > MSE_BITS else (-LOG_LIMIT, LOG_LIMIT)
+        """The least and the largest logarithm of a learned scale over its start."""
+        if not (self.is_weight and self.bits > MSE_BITS):
+            return -LOG_LIMIT, LOG_LIMIT
+        # EWGS clips before it rounds: by the rounding of its scale the largest weight would often count as clipped.
+        return EWGS_SLACK if self.straight_through == "ewgs" else 0.0, math.log(2)
 
     def extra_repr(self) -> str:
         parts = (f"{name}={getattr(self, name)!r}" for name in ("bits", "granularity", "symmetric", "quantizer"))
@@ -229,7 +254,7 @@ class QuantizerState(nn.Module):
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
-        if self.quantizer == "lsq":
+        if self.learns:
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
             destination[prefix + "magnitude"] = self._magnitude.detach()
@@ -272,7 +297,7 @@ class QuantizerState(nn.Module):
             for name, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):
                 state.setdefault(name, torch.tensor([value], dtype=torch.uint8))
             self._observes = bool(state["observer_on"])
-            if self.quantizer == "lsq":
+            if self.learns:
                 log_scale = state.get("log_scale")
                 # A scale that was edited, or that comes without a start, is a new start.
                 if (

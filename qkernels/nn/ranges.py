@@ -43,6 +43,13 @@ def _blocks(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, tuple[int, .
     return x.reshape(split), tuple(range(1, len(split), 2))
 
 
+def per_element(scale: Tensor, x: Tensor) -> Tensor:
+    """Scale in a shape that broadcasts with x, whose blocks of the last dim may share an element of it."""
+    if scale.numel() == 1 or scale.shape[-1] in (1, x.shape[-1]):
+        return scale
+    return scale.repeat_interleave(x.shape[-1] // scale.shape[-1], -1)
+
+
 def set_qparams(
     scale: Tensor,
     zero_point: Tensor | None,

@@ -16,7 +16,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import Granularity, PerChannel, PerTensor, PerToken
 from ..nn.qat_classes import QUANTIZABLE
 from ..nn.qat_layer import Role
-from ..nn.quantizer_state import QUANTIZERS
+from ..nn.quantizer_rules import QUANTIZERS, resolve
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]
@@ -32,9 +32,10 @@ class QSpec:
     Args:
         bits: 2 to 8.
         granularity: which elements share a scale. None: an output channel of a weight, the whole of an input.
-        symmetric: True: codes without a zero point. False: codes with one.
-        quantizer: where the scale comes from: "lsq" (learned), "minmax", "ema" or "dynamic".
-        straight_through: how the gradient passes. None: "lsq" if the scale is learned, else "clip".
+        symmetric: True: codes without a zero point. False: codes with one. None: False for "lsq+" and "pact", True for
+            all others.
+        quantizer: where the scale comes from, and the levels: a name that ``FakeQuantize`` describes.
+        straight_through: how the gradient passes. None: as the quantizer's paper says, "clip" if there is none.
 
     Raises:
         TypeError: a field has another type.
@@ -43,13 +44,14 @@ class QSpec:
 
     bits: int = 8
     granularity: Granularity | None = None
-    symmetric: bool = True
+    symmetric: bool | None = None
     quantizer: str = "lsq"
     straight_through: str | None = None
 
     def __post_init__(self) -> None:
         _check_type("bits", self.bits, int, "2 to 8")
-        _check_type("symmetric", self.symmetric, bool, "True, False")
+        if self.symmetric is not None:
+            _check_type("symmetric", self.symmetric, bool, "True, False, None")
         _check_type("quantizer", self.quantizer, str, f"one of {', '.join(QUANTIZERS)}")
         if self.straight_through is not None:
             _check_type("straight_through", self.straight_through, str, "a name as in fake_quantize, None")
@@ -65,13 +67,8 @@ class QSpec:
             if inspect.isclass(self.granularity) and issubclass(self.granularity, Granularity):
                 hint = " (an instance, not the class)"
             raise TypeError(f"granularity: got {self.granularity!r}; accepted: {GRANULARITIES}{hint}")
-        # The quantizer's constructor checks which fields go together.
-        FakeQuantize(
-            bits=self.bits,
-            symmetric=self.symmetric,
-            quantizer=self.quantizer,
-            straight_through=self.straight_through,
-        )
+        symmetric, _ = resolve(self.quantizer, self.bits, self.symmetric, self.straight_through)
+        object.__setattr__(self, "symmetric", symmetric)
 
     def for_weight(self, weight: Tensor, channel: int | tuple[int, ...] = 0) -> FakeQuantize:
         """A quantizer for a parameter, by default with one scale per index of the dims ``channel``."""

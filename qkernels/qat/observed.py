@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import checks
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.learned_scale import MSE_BITS
 from ..nn.ranges import block_statistics
 from ..ops import statistics as ops
 from .histogram import RangeHistogram
@@ -69,7 +68,9 @@ class Observed:
     def __init__(self, name: str, quantizer: FakeQuantize, method: str, percentile: float) -> None:
         self.name, self.quantizer, self.percentile = name, quantizer, percentile
         if method == "auto" or (method == "entropy" and quantizer.is_weight):
-            method = "mse" if quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS else "minmax"
+            method = "mse" if quantizer.learns_at_few_bits else "minmax"
+        if method in ("mse", "entropy") and not quantizer.integer_codes:
+            method = "minmax"  # these two measure the error of integer codes
         self.method = method
         self.scale_shape = quantizer.scale.shape
         self.histogram = RangeHistogram(self.scale_shape)
@@ -148,7 +149,8 @@ class Observed:
         return self._range(self.seen, None) if self.weight_range is None else self.weight_range
 
     def _range(self, seen: Seen, weight: Tensor | None) -> tuple[Tensor, ...]:
-        quantizer, ends = self.quantizer, (seen.low, seen.high)
+        quantizer = self.quantizer
+        ends = (seen.low.clamp(min=0) if quantizer.quantizer == "pact" else seen.low, seen.high)
         rule = *ends, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric
         if self.method == "percentile":
             tails = *ends, self.percentile, quantizer.symmetric
@@ -166,8 +168,7 @@ class Observed:
         quantizer.set_range(*arguments)
         # Training must not undo what the method clips. A scale that moves with the mean magnitude keeps the clipped
         # share, so training may move it after any method.
-        few_bits = quantizer.quantizer == "lsq" and quantizer.bits <= MSE_BITS
-        if quantizer.quantizer != "ema" and (few_bits or self.method in ("minmax", "lsq")):
+        if quantizer.quantizer != "ema" and (quantizer.learns_at_few_bits or self.method in ("minmax", "lsq")):
             quantizer.observe_from(self.seen.mean)
 
     def fall_back(self, low: float, high: float, device: torch.device) -> None:
