@@ -84,6 +84,8 @@ class Observed:
         checks.values(self.name, x)
         if x.numel() == 0 or self.weight_range is not None:  # a weight is the same in every call
             return
+        if self.quantizer.quantizer == "pact":  # it takes what is below zero for zero, as its own start does
+            x = x.clamp(min=0)
         low, high, mean = block_statistics(x, self.scale_shape)
         amax = float(torch.maximum(-low, high).max())
         if not math.isfinite(amax):
@@ -149,8 +151,7 @@ class Observed:
         return self._range(self.seen, None) if self.weight_range is None else self.weight_range
 
     def _range(self, seen: Seen, weight: Tensor | None) -> tuple[Tensor, ...]:
-        quantizer = self.quantizer
-        ends = (seen.low.clamp(min=0) if quantizer.quantizer == "pact" else seen.low, seen.high)
+        quantizer, ends = self.quantizer, (seen.low, seen.high)
         rule = *ends, quantizer.quant_min, quantizer.quant_max, quantizer.symmetric
         if self.method == "percentile":
             tails = *ends, self.percentile, quantizer.symmetric
@@ -165,6 +166,9 @@ class Observed:
         """Sets the quantizer's range to what ``range`` gave."""
         assert self.seen is not None
         quantizer = self.quantizer
+        if quantizer.quantizer == "kmeans":  # it fits its levels, not only its scale, to the next weight that it gets
+            quantizer.forget()
+            return
         quantizer.set_range(*arguments)
         # Training must not undo what the method clips. A scale that moves with the mean magnitude keeps the clipped
         # share, so training may move it after any method.
