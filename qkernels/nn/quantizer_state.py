@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.dynamic import range_of_bits
 from .granularity import Granularity, PerChannel, PerTensor
+from .last_result import LastResult
 from .learned_scale import LOG_LIMIT, MSE_BITS, learned_scale
 from .quantizer_rules import check_bits, check_tensor, resolve
 from .ranges import is_sharded, whole
@@ -73,6 +74,7 @@ class QuantizerState(nn.Module):
             raise ValueError(f'quantizer: got "{quantizer}" in {type(self).__name__}; accepted: FakeQuantize itself')
         self.feature_dims = feature_dims
         self.name = ""  # its name in the model, for errors
+        self.last: LastResult | None = None  # where several layers get one tensor, which is then quantized once
         self._set_width(bits)
         self._ready = True
         self._observes = self._quantizes = True

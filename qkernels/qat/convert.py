@@ -17,8 +17,8 @@ from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
+from .copying import copy_of, replace_modules
 from .fold import Folds, factor_and_bias, find_folds
-from .prepare import copy_of, replace_modules
 from .selection import no_integers, to_int4
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.fake_quantize import FakeQuantize
 from .convert import bake_weights, check_calibrated, replace_layers
+from .copying import shadow_of
 from .fold import Folds, find_folds
-from .prepare import copy_of
 
 
 class Exact(nn.Module):
@@ -29,10 +28,7 @@ class Exact(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_calibrated(self.model)
-        # This copies the modules and shares the tensors, except those of quantizers, which may start a scale.
-        modules = [module for module in self.model.modules() if not isinstance(module, FakeQuantize)]
-        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        shadow = copy_of(self.model, {id(t): t for t in tensors}).eval()
+        shadow = shadow_of(self.model).eval()
         bake_weights(shadow)
         layout = [(name, id(module)) for name, module in self.model.named_modules()]
         if layout != self._layout:  # find_folds traces the model, which takes longer than all the rest

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
-from ..nn.qat_layer import SUFFIX, QATLayer, Role, copied_state, effective_weight
+from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
 from ..nn.quantized_parameters import QATParameters
-from ..nn.replacing import take_hooks
 from .config import QConfig, QSpec, Rule, nearest
+from .copying import become, copy_of, is_sharded_model, replace_modules
 from .presets import presets
 from .selection import float_reason, unsupported
+from .sharing import shared_inputs
 from .weight_readers import WeightReaders, find_weight_readers
 
 Specs = dict[str, QSpec | None]
@@ -40,6 +39,7 @@ class _Plan:
     specs: dict[str, Specs] = field(default_factory=dict)  # layer -> the spec of each kind of tensor
     classes: dict[str, type[QATLayer]] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)  # layer -> number of the tensor that it shares as its input
     parameters: dict[str, dict[str, QSpec]] = field(default_factory=dict)  # module -> parameter -> spec
     floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
     excluded: set[str] = field(default_factory=set)
@@ -146,6 +146,11 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
             plan.specs[name], plan.classes[name], plan.trials[name] = specs, cls, trial
         else:
             plan.floats[name] = reason
+    # A forward of its own may hand its product another input than it got.
+    modules = {name: model.get_submodule(name) for name in plan.specs if plan.specs[name].get("input")}
+    plain = [name for name, module in modules.items() if type(module).forward is plan.classes[name].float_class.forward]
+    for number, group in enumerate(shared_inputs(model, plain)):
+        plan.groups.update(dict.fromkeys(group, number))
     return plan
 
 
@@ -164,13 +169,23 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
     """The QAT layers that replace layers of ``model``, which stays as it is."""
     made: dict[nn.Module, QATLayer] = {}
     tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
+    inputs: dict[tuple[int, QSpec, Role], FakeQuantize] = {}  # one tensor has one scale
     for name, specs in plan.specs.items():
         layer, cls, trial = model.get_submodule(name), plan.classes[name], plan.trials[name]
         quantizers: dict[str, FakeQuantize | None] = {}
         for key, role in cls.roles(layer).items():
             spec = specs[role.kind]
-            if spec is not None:
+            if spec is None:
+                continue
+            if key != "input" or name not in plan.groups:
                 quantizers[key] = _quantizer(name, key, layer, role, spec, trial, tied)
+                continue
+            same = plan.groups[name], spec, role
+            if same not in inputs:
+                inputs[same] = _quantizer(name, key, layer, role, spec, trial, tied)
+            elif inputs[same].last is None:
+                inputs[same].last = LastResult()
+            quantizers[key] = inputs[same]
         made[layer] = cls.from_float(layer, **quantizers)
         if isinstance(made[layer], QATForward):
             made[layer].trial = trial  # type: ignore[assignment]
@@ -216,64 +231,6 @@ def _quantizer(
     if weight is not None and weight is parameter:
         tied[id(parameter), spec] = quantizer
     return quantizer
-
-
-def become(module: nn.Module, new: nn.Module) -> None:
-    """Gives ``module`` the class and the state of ``new``, which was made of it: references to it stay valid."""
-    module.__class__ = new.__class__
-    module.__dict__ = copied_state(new)
-    take_hooks(module, new)
-
-
-def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Module:
-    """A deep copy; it copies tensors that a forward pass left on a module without their graph.
-
-    The copy holds whole tensors where ``fully_shard`` has sharded the model's, and gathers nothing at a call. Every
-    process that holds a shard has to take part.
-
-    ``memo``: id of a tensor -> the tensor that replaces it.
-    """
-    copies: dict[int, Any] = {} if memo is None else memo  # type: ignore[assignment]
-    sharded = [module for module in model.modules() if _is_sharded(module)]
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                copies.setdefault(id(value), value.detach().clone())
-        for t in module._parameters.values():
-            if t is not None and hasattr(t, "full_tensor"):
-                copies[id(t)] = nn.Parameter(t.detach().full_tensor().clone(), t.requires_grad)  # type: ignore[attr-defined]
-    for module in sharded:
-        kind: Any = type(module).__bases__[1]
-        copies[id(module)] = kind.__new__(kind)
-    for module in sharded:
-        state = {k: _without_gathering(k, v) for k, v in vars(module).items() if not k.startswith("__composable_api")}
-        copies[id(module)].__dict__.update(copy.deepcopy(state, copies))
-    return copy.deepcopy(model, copies)
-
-
-def whole(model: nn.Module) -> nn.Module:
-    """The model, or if parts of it are sharded, a copy that is not (see ``copy_of``)."""
-    return copy_of(model) if is_sharded_model(model) else model
-
-
-def is_sharded_model(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` has sharded the model or parts of it."""
-    return any(hasattr(t, "full_tensor") for t in model.parameters()) or any(map(_is_sharded, model.modules()))
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` gave the module a new class, whose second base is the original one."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it; nobody else needs it
-    return fsdp is not None and hasattr(fsdp, "FSDPModule") and isinstance(module, fsdp.FSDPModule)
-
-
-def _without_gathering(name: str, value: Any) -> Any:
-    """An attribute of a sharded module, without the hooks that torch.distributed has set."""
-    if "hook" not in name or not isinstance(value, dict):
-        return value
-    makers = {key: getattr(getattr(hook, "hook", hook), "__module__", None) or "" for key, hook in value.items()}
-    kept = [(key, hook) for key, hook in value.items() if not makers[key].startswith("torch.distributed")]
-    return type(value)(kept)
 
 
 def leave_fused_paths(model: nn.Module) -> None:
@@ -325,14 +282,3 @@ def _named(reasons: Mapping[str, str]) -> str:
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name or "(model)")
     return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-
-
-def replace_modules(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Replaces each module, under all its names, by ``substitute(module)`` unless that is None; returns the root."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            new = None if child is None else substitute(child)
-            if new is not None:
-                parent._modules[name] = new
-    root = substitute(model)
-    return model if root is None else root

@@ -19,8 +19,8 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
+from .copying import copy_of, whole
 from .fold import eval_mode, factor_and_bias, find_folds
-from .prepare import copy_of, whole
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 

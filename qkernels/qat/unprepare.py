@@ -7,7 +7,8 @@ from torch import nn
 from ..nn.qat_layer import QATLayer
 from .calibrate import quantizers_of
 from .convert import bake_weights, burnt_in, check_calibrated
-from .prepare import FUSED_PATHS, SWITCHED_OFF, become, copy_of, replace_modules
+from .copying import become, copy_of, replace_modules
+from .prepare import FUSED_PATHS, SWITCHED_OFF
 
 
 def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False) -> nn.Module:
