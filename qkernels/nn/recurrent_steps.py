@@ -47,7 +47,10 @@ class SequenceQuantizer:
     """One state of one sequence through its quantizer, which keeps one scale for all steps (see ``for_steps``)."""
 
     def __init__(self, quantizer: FakeQuantize | None, state: Tensor) -> None:
-        self._quantize, self._finish = (None, None) if quantizer is None else quantizer.for_steps(state)
+        self._quantize: Callable[[Tensor], Tensor] | None = None
+        self._finish: Callable[[Tensor], object] | None = None
+        if quantizer is not None:
+            self._quantize, self._finish = quantizer.for_steps(state)
         self._seen: list[Tensor] = []
 
     def __call__(self, state: Tensor) -> Tensor:
