@@ -18,7 +18,7 @@ from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from .granularity import PerChannel, PerGroup, PerTensor
-from .learned_scale import MSE_BITS, learned, learned_scale, pace, trained_scale
+from .learned_scale import MSE_BITS, keep_inside, learned, learned_scale, pace, trained_scale
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
@@ -338,8 +338,7 @@ class FakeQuantize(QuantizerState):
         scale, zero_point, factor = self._scale, self.zero_point, 1.0
         if self.quantizer == "lsq":
             scale = trained_scale(scale, self.log_scale, self._log_limits(), self.steps)
-            if zero_point is not None and not transformed():
-                zero_point.data.clamp_(self.quant_min, self.quant_max)
+            keep_inside(zero_point, self.quant_min, self.quant_max)
             factor = (max(x.shape[-self.feature_dims :].numel(), 1) * self.steps) ** -0.5
         quantize_step = functools.partial(
             fake_quantize,

@@ -31,6 +31,13 @@ def trained_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float],
     return scale
 
 
+def keep_inside(zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """Brings a learned zero point back into the range that an optimizer may have moved it out of."""
+    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
+        # .data hides the write from autograd: an earlier call in the same step may have saved the tensor for backward.
+        zero_point.data.clamp_(quant_min, quant_max)
+
+
 def learned(
     x: Tensor,
     start: Tensor,
@@ -47,9 +54,7 @@ def learned(
     """fake_quantize with a learned scale and LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
     checks.dense("x", x)
     scale = trained_scale(start, log_scale, log_limits, steps)
-    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
-        # .data hides the write from autograd: an earlier call in the same step may have saved the tensor for backward.
-        zero_point.data.clamp_(quant_min, quant_max)
+    keep_inside(zero_point, quant_min, quant_max)
     if numel is None:
         numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
     return fake_quantize(
