@@ -7,11 +7,16 @@ from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_classes import QAT_CLASSES
 from .qat_layer import QATLayer
+from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 from .quantized_parameters import QATParameters
 
 __all__ = [
+    "QATGRU",
+    "QATLSTM",
+    "QATRNN",
     "QAT_CLASSES",
     "FakeQuantize",
     "Granularity",
@@ -27,7 +32,10 @@ __all__ = [
     "QATConv1d",
     "QATConv2d",
     "QATConv3d",
+    "QATGRUCell",
+    "QATLSTMCell",
     "QATLayer",
     "QATLinear",
     "QATParameters",
+    "QATRNNCell",
 ]

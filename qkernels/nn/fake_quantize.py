@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from .granularity import PerChannel, PerGroup, PerTensor
-from .learned_scale import learned, learned_scale, pace
+from .learned_scale import keep_inside, learned, learned_scale, pace, trained_scale
 from .quantizer_rules import check_bits
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
@@ -347,6 +349,50 @@ class FakeQuantize(QuantizerState):
         if isinstance(self.granularity, PerGroup):
             return self.granularity.size
         return None if isinstance(self.granularity, PerTensor) else -1
+
+    def for_steps(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], object] | None]:
+        """The forward pass of a tensor that comes in steps, like the state of a recurrent layer.
+
+        All steps have one scale: its gradient is the sum over them, and what moves it moves it once, by all values
+        together. A quantizer that has no scale yet lets its first sequence in training pass, and starts from it.
+
+        x: what the first step gets.
+
+        Returns:
+            A function for each step; and one that has to get the values of all steps, as rows, after the last one, or
+            None. A forward that was replaced on the instance looks at these and is taken to return them as they are.
+        """
+        if "forward" in vars(self):
+            return _unchanged, self
+        if not self._ready:
+            self._meet(x[:0])
+        if not self._ready:
+            return _unchanged, self._meet
+        finish = functools.partial(self._range, in_place=True) if self._paces() or self._grows() else None
+        if not self._quantizes:
+            return _unchanged, finish
+        if not self.learns and self.quantizer != "minmax":
+            return self.forward, None
+        scale, zero_point, factor = self._scale, self.zero_point, 1.0
+        if self.learns:
+            scale = trained_scale(scale, self.log_scale, self._log_limits(), self.steps)
+            keep_inside(zero_point, self.quant_min, self.quant_max)
+            factor = (max(x.shape[-self.feature_dims :].numel(), 1) * self.steps) ** -0.5
+        quantize_step = functools.partial(
+            fake_quantize,
+            scale=scale,
+            zero_point=zero_point,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            grad_factor=factor,
+            straight_through=self.straight_through,
+            ewgs_delta=self.ewgs_delta,
+        )
+        return quantize_step, finish
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 # What help() shows: __new__ names none of the arguments.

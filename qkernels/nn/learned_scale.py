@@ -22,6 +22,22 @@ def learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float],
     return start * (log_scale.detach().float() * steps**-0.5).clamp(*limits).exp()
 
 
+def trained_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
+    """``learned_scale``, with log_scale's gradient if it is wanted."""
+    scale = learned_scale(start, log_scale, limits, steps)
+    if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
+        # The docstring of FakeQuantize says why this is the gradient. The value of the added term is zero.
+        scale = scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
+    return scale
+
+
+def keep_inside(zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    """Brings a learned zero point back into the range that an optimizer may have moved it out of."""
+    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
+        # .data hides the write from autograd: an earlier call in the same step may have saved the tensor for backward.
+        zero_point.data.clamp_(quant_min, quant_max)
+
+
 def learned(
     x: Tensor,
     start: Tensor,
@@ -38,13 +54,8 @@ def learned(
 ) -> Tensor:
     """fake_quantize with a learned scale and LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
     checks.dense("x", x)
-    scale = learned_scale(start, log_scale, log_limits, steps)
-    if transformed() or (torch.is_grad_enabled() and log_scale.requires_grad):
-        # The docstring of FakeQuantize says why this is the gradient. The value of the added term is zero.
-        scale = scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
-    if zero_point is not None and zero_point.requires_grad and not transformed() and not torch.compiler.is_compiling():
-        # .data hides the write from autograd: an earlier call in the same step may have saved the tensor for backward.
-        zero_point.data.clamp_(quant_min, quant_max)
+    scale = trained_scale(start, log_scale, log_limits, steps)
+    keep_inside(zero_point, quant_min, quant_max)
     if numel is None:
         numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
     return fake_quantize(

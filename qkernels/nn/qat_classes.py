@@ -5,9 +5,22 @@ from __future__ import annotations
 from torch import nn
 
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_layer import QATLayer
+from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 
-QAT_CLASSES: tuple[type[QATLayer], ...] = (QATLinear, QATConv1d, QATConv2d, QATConv3d)
+QAT_CLASSES: tuple[type[QATLayer], ...] = (
+    QATLinear,
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATLSTM,
+    QATGRU,
+    QATRNN,
+    QATLSTMCell,
+    QATGRUCell,
+    QATRNNCell,
+)
 QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 
 

@@ -26,8 +26,9 @@ def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Modul
     sharded = [module for module in model.modules() if _is_sharded(module)]
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                copies.setdefault(id(value), value.detach().clone())
+            for t in value if isinstance(value, list) else (value,):  # torch's recurrent layers keep a list of weights
+                if isinstance(t, Tensor) and not t.is_leaf:
+                    copies.setdefault(id(t), t.detach().clone())
         for t in module._parameters.values():
             if t is not None and hasattr(t, "full_tensor"):
                 copies[id(t)] = nn.Parameter(t.detach().full_tensor().clone(), t.requires_grad)  # type: ignore[attr-defined]

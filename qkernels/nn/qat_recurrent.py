@@ -1,0 +1,238 @@
+"""QATLSTM, QATGRU and QATRNN: recurrent layers that fake-quantize their weights, inputs, states and output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from .fake_quantize import FakeQuantize
+from .qat_layer import QATLayer, Role
+from .quantizer_state import QUANTIZERS
+from .recurrent_steps import STEPS, States, run_steps
+from .tracing import call_as_leaf
+
+
+class QATStateful(QATLayer):
+    """What recurrent layers and their cells share: quantizers of states.
+
+    A state passes through its quantizer where a step reads it. The hidden state h is quantized for its product alone,
+    and is carried on in float: GRU's new state is in part its old one, which would otherwise be rounded again and again
+    at every step. The cell state c is carried on as its quantizer gives it, c' = f·Q(c) + i·g.
+
+    h lies within (−1, 1) in an LSTM without projection, in a GRU and in an RNN of tanh, unless the caller starts from a
+    larger one. There a quantizer that keeps a scale starts from [−1, 1] and needs no calibration; ``calibrate`` may
+    make the range smaller. The quantizers of c, which has no bounds, and of any other h need calibration, or they take
+    their scale from the first sequence in training, which then passes in float.
+    """
+
+    hidden_size: int
+    __call__ = call_as_leaf
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights, as torch's layers do; these would draw the parameters of the quantizers too."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _is_bounded(self) -> bool:
+        """Whether h lies within (−1, 1)."""
+        return True
+
+    def _prepared(self) -> None:
+        for name, role, quantizer in self.own_quantizers():
+            if role.kind not in ("hidden", "cell"):
+                continue
+            if quantizer.quantizer == "ema":
+                others = ", ".join(kind for kind in QUANTIZERS if kind != "ema")
+                raise ValueError(
+                    f'{quantizer.name or name}: got quantizer="ema", whose averages would count every step, the last '
+                    f"ones most; accepted: {others}"
+                )
+            if role.kind == "hidden" and self._is_bounded() and not quantizer.is_calibrated:
+                one = torch.ones_like(quantizer.scale)
+                if not one.is_meta:
+                    quantizer.set_range(-one, one)
+
+
+class QATRecurrent(QATStateful):
+    """What QATLSTM, QATGRU and QATRNN share (see ``QATStateful`` for their states).
+
+    Roles: each weight by its name, with a scale per row, which is a gate's; "input", and "input_l1" and so on for what
+    the upper layers of the stack get, behind dropout; "output" for the last layer's sequence, not the states beside it;
+    "hidden_l0" and, of an LSTM, "cell_l0", each layer and direction its own ("hidden_l1_reverse").
+
+    Weights are quantized once for a sequence. If no state is quantized, torch's fused kernels run each layer of the
+    stack. Else a loop over the steps does (see ``run_steps``), which takes several times as long. Of a packed sequence,
+    quantizers see the valid steps alone.
+
+    torch.compile leaves recurrent layers of torch to eager mode, and so these.
+    """
+
+    mode: str
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    _all_weights: list[list[str]]
+
+    @classmethod
+    def roles(cls, layer: nn.Module) -> dict[str, Role]:
+        recurrent: Any = layer
+        names = [_Names(names) for names in recurrent._all_weights]
+        roles = {weight: Role("weight", weight) for name in names for weight in name.weights}
+        roles["input"] = Role("input", per_token=True)
+        for index in range(1, recurrent.num_layers):
+            roles[f"input_l{index}"] = Role("input", per_token=True)
+        roles.update({name.hidden: Role("hidden", per_token=True) for name in names})
+        if recurrent.mode == "LSTM":
+            roles.update({name.cell: Role("cell", per_token=True) for name in names})
+        roles["output"] = Role("output", per_token=True)
+        return roles
+
+    def _prepared(self) -> None:
+        self._init_flat_weights()  # a list of its own
+        super()._prepared()
+
+    def _released(self, module: nn.Module) -> None:
+        module._init_flat_weights()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _init_flat_weights(self) -> None:
+        # Without gradients: torch's list holds what a parametrization computes, and such a tensor cannot be copied.
+        super()._init_flat_weights()  # type: ignore[misc]
+
+    def _is_bounded(self) -> bool:
+        return self.mode != "RNN_RELU" and self.proj_size == 0
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        sizes = order = back = None
+        if isinstance(input, PackedSequence):
+            x, sizes, order, back = input
+        else:
+            x = input
+            if x.dim() not in (2, 3):
+                raise ValueError(f"input: got {x.dim()} dims; accepted: 2 (one sequence) or 3 (a batch of them)")
+        single = sizes is None and x.dim() == 2
+        if single:
+            x = x.unsqueeze(0 if self.batch_first else 1)
+        states = self._first_states(x, sizes, hx, single, order)
+        self.check_forward_args(x, states if len(states) > 1 else states[0], sizes)  # type: ignore[operator]
+        y, states = self._run(x, sizes, states)
+        if back is not None:
+            states = tuple(state.index_select(1, back) for state in states)
+        if single:
+            y, states = y.squeeze(0 if self.batch_first else 1), tuple(state.squeeze(1) for state in states)
+        output = y if sizes is None else PackedSequence(y, sizes, order, back)
+        return output, states if len(states) > 1 else states[0]
+
+    def _first_states(self, x: Tensor, sizes: Tensor | None, hx: Any, single: bool, order: Tensor | None) -> States:
+        """[layers·directions, N, features] each, in the order of the batch that is packed."""
+        if hx is None:
+            batch = int(sizes[0]) if sizes is not None else x.shape[0 if self.batch_first else 1]
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+            return tuple(x.new_zeros(len(self._all_weights), batch, width) for width in widths)
+        states: States = tuple(hx) if self.mode == "LSTM" else (hx,)
+        if single:
+            states = tuple(state.unsqueeze(1) for state in states)
+        return states if order is None else tuple(state.index_select(1, order) for state in states)
+
+    def _run(self, x: Tensor, sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
+        """The layers of the stack, one after the other."""
+        directions = 2 if self.bidirectional else 1
+        last = []
+        for index in range(self.num_layers):
+            if index and self.dropout and self.training:
+                x = F.dropout(x, self.dropout)
+            x = self.passed(f"input_l{index}" if index else "input", x)
+            part = slice(index * directions, (index + 1) * directions)
+            names = [_Names(names) for names in self._all_weights[part]]
+            quantizers = [(self.quantizer_of(name.hidden), self.quantizer_of(name.cell)) for name in names]
+            weights = [[self._weight(key) for key in name.all] for name in names]
+            run = self._run_fused if all(q is None for pair in quantizers for q in pair) else self._run_steps
+            x, ended = run(x, sizes, tuple(state[part] for state in states), weights, quantizers)
+            last.append(ended)
+        return self.passed("output", x), tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+
+    def _weight(self, name: str) -> Tensor:
+        value: Tensor = getattr(self, name)
+        return self.passed(name, value)
+
+    def _run_fused(
+        self, x: Tensor, sizes: Tensor | None, states: States, weights: list[list[Tensor]], quantizers: Any
+    ) -> tuple[Tensor, States]:
+        kernel = _KERNELS[self.mode]
+        first = states if len(states) > 1 else states[0]
+        flat = [weight for of_one in weights for weight in of_one]
+        options = (first, flat, self.bias, 1, 0.0, self.training, self.bidirectional)
+        y, *ended = kernel(x, *options, self.batch_first) if sizes is None else kernel(x, sizes, *options)
+        return y, tuple(ended)
+
+    def _run_steps(
+        self,
+        x: Tensor,
+        sizes: Tensor | None,
+        states: States,
+        weights: list[list[Tensor]],
+        quantizers: Sequence[tuple[FakeQuantize | None, FakeQuantize | None]],
+    ) -> tuple[Tensor, States]:
+        steps_first = x.transpose(0, 1) if self.batch_first and sizes is None else x
+        rows = [steps_first.shape[1]] * steps_first.shape[0] if sizes is None else sizes.tolist()
+        if not rows:
+            raise RuntimeError("input: got a sequence without steps; accepted: at least one")
+        flat = steps_first.flatten(0, 1) if sizes is None else x
+        outputs, ended = [], []
+        for index, (own, pair) in enumerate(zip(weights, quantizers, strict=True)):
+            first = tuple(state[index] for state in states)
+            y, last = run_steps(STEPS[self.mode], flat, rows, first, own, pair, bias=self.bias, reverse=index == 1)
+            outputs.append(y)
+            ended.append(last)
+        y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        if sizes is None:
+            y = y.unflatten(0, steps_first.shape[:2])
+            y = y.transpose(0, 1) if self.batch_first else y
+        return y, tuple(torch.stack(parts) for parts in zip(*ended, strict=True))
+
+
+class _Names:
+    """The names of what one direction of one layer has, from those of its weights and biases in torch's order."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.all = names
+        self.weights = [name for name in names if name.startswith("weight")]
+        suffix = names[0].removeprefix("weight_ih")
+        self.hidden, self.cell = "hidden" + suffix, "cell" + suffix
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
+
+
+class QATLSTM(QATRecurrent, nn.LSTM):  # type: ignore[misc]
+    """nn.LSTM with fake quantization (see ``QATRecurrent``)."""
+
+    float_class = nn.LSTM
+
+
+class QATGRU(QATRecurrent, nn.GRU):  # type: ignore[misc]
+    """nn.GRU with fake quantization (see ``QATRecurrent``)."""
+
+    float_class = nn.GRU
+
+
+class QATRNN(QATRecurrent, nn.RNN):  # type: ignore[misc]
+    """nn.RNN with fake quantization (see ``QATRecurrent``)."""
+
+    float_class = nn.RNN
