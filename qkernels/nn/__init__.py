@@ -1,17 +1,30 @@
 """Modules: fake quantization with state, QAT layers, int8 and int4 layers, and the granularities that describe them."""
 
 from .fake_quantize import FakeQuantize
+from .functional import (
+    Add,
+    Cat,
+    MatMul,
+    QATAdd,
+    QATCat,
+    QATMatMul,
+    QATScaledDotProductAttention,
+    ScaledDotProductAttention,
+)
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
+from .integer_attention import IntegerMultiheadAttention
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_attention import QATMultiheadAttention
 from .qat_classes import QAT_CLASSES
 from .qat_layer import QATLayer
 from .quantized_parameters import QATParameters
 
 __all__ = [
-    "QAT_CLASSES",
+    "Add",
+    "Cat",
     "FakeQuantize",
     "Granularity",
     "Int4Embedding",
@@ -19,14 +32,23 @@ __all__ = [
     "Int8Conv2d",
     "Int8Linear",
     "Int8TrainingLinear",
+    "IntegerMultiheadAttention",
+    "MatMul",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATAdd",
+    "QATCat",
     "QATConv1d",
     "QATConv2d",
     "QATConv3d",
     "QATLayer",
     "QATLinear",
+    "QATMatMul",
+    "QATMultiheadAttention",
     "QATParameters",
+    "QATScaledDotProductAttention",
+    "QAT_CLASSES",
+    "ScaledDotProductAttention",
 ]

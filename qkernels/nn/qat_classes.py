@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from .functional import QAT_FUNCTIONS
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_attention import QATMultiheadAttention, QATOutProjection
 from .qat_layer import QATLayer
 
-QAT_CLASSES: tuple[type[QATLayer], ...] = (QATLinear, QATConv1d, QATConv2d, QATConv3d)
+# The first whose float class a layer derives from stands for it.
+QAT_CLASSES: tuple[type[QATLayer], ...] = (
+    QATOutProjection,
+    QATLinear,
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATMultiheadAttention,
+    *QAT_FUNCTIONS,
+)
 QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 
 

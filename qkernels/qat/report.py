@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
+from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
