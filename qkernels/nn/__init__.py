@@ -23,6 +23,7 @@ from .qat_layer import QATLayer
 from .quantized_parameters import QATParameters
 
 __all__ = [
+    "QAT_CLASSES",
     "Add",
     "Cat",
     "FakeQuantize",
@@ -49,6 +50,5 @@ __all__ = [
     "QATMultiheadAttention",
     "QATParameters",
     "QATScaledDotProductAttention",
-    "QAT_CLASSES",
     "ScaledDotProductAttention",
 ]

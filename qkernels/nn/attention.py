@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class AttentionForward(nn.Module):
     add_zero_attn: bool
     bias_k: Tensor | None
     bias_v: Tensor | None
-    out_proj: nn.Module
+    out_proj: Any  # a layer that is called
     __call__ = call_as_leaf
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +136,7 @@ class AttentionForward(nn.Module):
             )
         if value.shape[:-1] != key.shape[:-1]:
             raise RuntimeError(
-                f"value: got shape {list(value.shape)}; accepted: that of the key, {list(key.shape)}, up to the features"
+                f"value: got shape {list(value.shape)}; accepted: the dims of the key, {list(key.shape)}, but the last"
             )
         if is_causal and attn_mask is None:
             raise RuntimeError(

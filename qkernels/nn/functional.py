@@ -122,7 +122,7 @@ with contextlib.suppress(ImportError):  # torch.ao may leave torch for a package
             return {"output": Role("residual", per_token=True)}
 
         @property
-        def activation_post_process(self) -> nn.Module:
+        def activation_post_process(self) -> nn.Module:  # type: ignore[override]
             """What torch's methods call with their result."""
             quantizer = self.quantizer_of("output")
             return nn.Identity() if quantizer is None else quantizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import AttentionForward
 from .int4 import Int4Linear
@@ -38,19 +38,20 @@ class IntegerMultiheadAttention(AttentionForward):
             self.register_parameter(name, getattr(layer, name))
         for role in QUANTIZERS:
             quantizer = layer.quantizer_of(role)
-            self.add_module(role + SUFFIX, quantizer)
+            setattr(self, role + SUFFIX, quantizer)
             if quantizer is not None:
                 quantizer.disable_observer()
         tensors = {"in_proj_weight", *SEPARATE, "in_proj_bias", "_qkv_same_embed_dim", "bias_k", "bias_v", "out_proj"}
         take_over(self, layer, tensors | {role + SUFFIX for role in type(layer).roles(layer)})
 
-    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q_proj(query), self.k_proj(key), self.v_proj(value)  # type: ignore[operator]
+    @property
+    def projections(self) -> tuple[Int8Linear | Int4Linear, ...]:
+        """The layers of query, key and value."""
+        return tuple(self._modules[name] for name in PROJECTIONS)  # type: ignore[misc]
 
-    def dequantize(self) -> Tensor:
-        """The weights of the projections in fp32, in one vector."""
-        weights = (getattr(self, name).dequantize() for name in PROJECTIONS)
-        return nn.utils.parameters_to_vector(weights)
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (project(x) for project, x in zip(self.projections, (query, key, value), strict=True))
+        return q, k, v
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"

@@ -111,10 +111,10 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             made[layer] = integer_linear(layer)
         else:
             norm = None
-            if name in folds.batch_norm_of:
+            if name in folds.batch_norm_of and layer.input_fake_quant is not None:
                 norm = model.get_submodule(folds.batch_norm_of[name])
                 made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
-            made[layer] = _convolution(layer, norm)
+            made[layer] = _convolution(layer, norm)  # type: ignore[arg-type]
             if isinstance(layer, QATForward):
                 made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, shared)
@@ -125,9 +125,9 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     for layer, burnt in burnt_in(list(reasons)).items():
         made[layer] = burnt
         burnt.__dict__[BURNT_IN] = reasons[layer]
-    for layer in model.modules():
-        if isinstance(layer, QATLayer) and layer not in made:
-            for _, role, quantizer in layer.own_quantizers():
+    for left in model.modules():
+        if isinstance(left, QATLayer) and left not in made:
+            for _, role, quantizer in left.own_quantizers():
                 if role.kind != "weight":  # the range of a weight may follow it to the end
                     quantizer.disable_observer()
     return replace_modules(model, made.get)

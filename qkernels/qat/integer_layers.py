@@ -66,7 +66,11 @@ def _rows(t: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
 
 
 def _linear(
-    quantized: tuple[Any, ...], bias: Tensor | None, weight: FakeQuantize, input: FakeQuantize | None, dtype: torch.dtype
+    quantized: tuple[Any, ...],
+    bias: Tensor | None,
+    weight: FakeQuantize,
+    input: FakeQuantize | None,
+    dtype: torch.dtype,
 ) -> Int8Linear | Int4Linear:
     """``quantized``: codes [N, K], their scales and zero points."""
     codes, scale, zero_point = quantized
