@@ -2,11 +2,23 @@
 
 from . import codebook_quantizers, learned_quantizers, rounding_quantizers  # noqa: F401  # FakeQuantize constructs them
 from .fake_quantize import FakeQuantize
+from .functional import (
+    Add,
+    Cat,
+    MatMul,
+    QATAdd,
+    QATCat,
+    QATMatMul,
+    QATScaledDotProductAttention,
+    ScaledDotProductAttention,
+)
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
+from .integer_attention import IntegerMultiheadAttention
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_attention import QATMultiheadAttention
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_classes import QAT_CLASSES
 from .qat_layer import QATLayer
@@ -18,6 +30,8 @@ __all__ = [
     "QATLSTM",
     "QATRNN",
     "QAT_CLASSES",
+    "Add",
+    "Cat",
     "FakeQuantize",
     "Granularity",
     "Int4Embedding",
@@ -25,10 +39,14 @@ __all__ = [
     "Int8Conv2d",
     "Int8Linear",
     "Int8TrainingLinear",
+    "IntegerMultiheadAttention",
+    "MatMul",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATAdd",
+    "QATCat",
     "QATConv1d",
     "QATConv2d",
     "QATConv3d",
@@ -36,6 +54,10 @@ __all__ = [
     "QATLSTMCell",
     "QATLayer",
     "QATLinear",
+    "QATMatMul",
+    "QATMultiheadAttention",
     "QATParameters",
     "QATRNNCell",
+    "QATScaledDotProductAttention",
+    "ScaledDotProductAttention",
 ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from .functional import QAT_FUNCTIONS
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat_attention import QATMultiheadAttention, QATOutProjection
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_layer import QATLayer
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 
+# The first whose float class a layer derives from stands for it.
 QAT_CLASSES: tuple[type[QATLayer], ...] = (
+    QATOutProjection,
     QATLinear,
     QATConv1d,
     QATConv2d,
@@ -20,6 +24,8 @@ QAT_CLASSES: tuple[type[QATLayer], ...] = (
     QATLSTMCell,
     QATGRUCell,
     QATRNNCell,
+    QATMultiheadAttention,
+    *QAT_FUNCTIONS,
 )
 QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 

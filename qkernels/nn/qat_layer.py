@@ -33,6 +33,7 @@ class Role:
         channel: of a weight: the dim, or dims, of its output channels; each has a scale unless the spec says otherwise.
         feature_dims: of any other tensor: how many trailing dims make up one sample.
         per_token: whether that tensor is a list of rows, each of which may have a scale of its own.
+        like: the kind whose spec it takes unless a rule gives one for its own kind; "": it takes none then.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Role:
     channel: int | tuple[int, ...] = 0
     feature_dims: int = 1
     per_token: bool = False
+    like: str = ""
 
 
 class QATLayer(nn.Module):
@@ -144,6 +146,10 @@ class QATLayer(nn.Module):
     def quantized_weights(self) -> Iterator[tuple[str, FakeQuantize]]:
         """Names of the parameters that are quantized, with their quantizers."""
         return ((role.parameter, quantizer) for _, role, quantizer in self.own_quantizers() if role.kind == "weight")
+
+    def is_float(self) -> bool:
+        """Whether the float layer computes the same, as no quantizer is left."""
+        return not any(self.own_quantizers())
 
     def passed(self, role: str, x: Tensor) -> Tensor:
         """x through the quantizer of a role, if there is one."""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .fake_quantize import FakeQuantize
 from .qat_layer import QATLayer, Role
-from .quantizer_state import QUANTIZERS
+from .quantizer_rules import QUANTIZERS
 from .recurrent_steps import STEPS, States, run_steps
 from .tracing import call_as_leaf
 

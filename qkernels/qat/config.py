@@ -120,8 +120,10 @@ class QConfig:
             those above and
 
             - "hidden", "cell": the states of recurrent layers;
-            - "memory": key and value of an attention whose query is another tensor;
-            - "attention": what goes into the attention's products: queries, keys and values.
+            - "memory": key and value of an attention whose query is another tensor (by default as "input" in the cross
+              attention of nn.TransformerDecoderLayer and where kdim or vdim differ from embed_dim, else in float);
+            - "attention": what goes into the attention's products: queries, keys and values (by default in float in an
+              nn.MultiheadAttention, as "input" in a ``qk.nn.ScaledDotProductAttention``).
 
             A parameter that a rule names is quantized wherever it is read; it takes "weight" alone. A rule that names a
             subclass of Linear or a convolution by its type also takes layers that ``prepare`` would leave in float
@@ -171,15 +173,21 @@ class QConfig:
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
         return f"QConfig({fields}, rules=[{rules}])"
 
-    def specs(self, name: str, module: nn.Module) -> dict[str, QSpec | None]:
-        """The spec of each kind of tensor in the layer called ``name``."""
+    def specs(self, name: str, module: nn.Module, like: Mapping[str, str] | None = None) -> dict[str, QSpec | None]:
+        """The spec of each kind of tensor in the layer called ``name``.
+
+        like: kind -> the kind whose spec it takes, and a rule changes, where it has none of its own.
+        """
         specs: dict[str, QSpec | None] = {kind: getattr(self, kind, None) for kind in KINDS}
         rule = self.rule_of(name, module)
-        if rule is None:
-            return specs
-        if rule[1] is None:
+        if rule is not None and rule[1] is None:
             return dict.fromkeys(KINDS)
-        return {kind: _override(spec, rule[1], kind) for kind, spec in specs.items()}
+        overrides: Overrides = {} if rule is None or rule[1] is None else rule[1]
+        specs = {kind: _override(spec, overrides, kind) for kind, spec in specs.items()}
+        for kind, other in (like or {}).items():
+            if other:
+                specs[kind] = _override(specs[other], overrides, kind)
+        return specs
 
     def asks_for(self, kind: str, name: str, module: nn.Module) -> bool:
         """Whether the rule that decides names this kind of tensor."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.granularity import PerGroup
-from ..nn.int4 import Int4Linear
-from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.int8 import Int8Conv2d
 from ..nn.own_forward import QATForward, with_forward_of
 from ..nn.qat import QATConv2d, QATLinear
+from ..nn.qat_attention import QATMultiheadAttention
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .copying import copy_of, replace_modules
 from .fold import Folds, factor_and_bias, find_folds
+from .integer_layers import group_size, integer_attention, integer_linear
 from .selection import no_integers, to_int4
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
@@ -100,17 +101,20 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     layers = [(name, layer) for name, layer in found if no_integers(layer) is None]
     shared = _float_weights(model, {layer for _, layer in layers})
     for name, layer in layers:
-        if to_int4(layer):
-            made[layer] = _int4_layer(layer)  # type: ignore[arg-type]
-        elif layer.input_fake_quant is None:
-            if id(layer.weight) not in shared:
-                made[layer] = _weight_only_layer(layer)  # type: ignore[arg-type]
+        if isinstance(layer, QATMultiheadAttention):
+            made[layer] = integer_attention(layer).eval()
+            continue
+        assert isinstance(layer, QATLinear | QATConv2d)
+        if layer.input_fake_quant is None and not to_int4(layer) and id(layer.weight) in shared:
+            continue
+        if isinstance(layer, QATLinear):
+            made[layer] = integer_linear(layer)
         else:
             norm = None
-            if name in folds.batch_norm_of:
+            if name in folds.batch_norm_of and layer.input_fake_quant is not None:
                 norm = model.get_submodule(folds.batch_norm_of[name])
                 made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
-            made[layer] = _int8_layer(layer, norm)  # type: ignore[arg-type]
+            made[layer] = _convolution(layer, norm)  # type: ignore[arg-type]
             if isinstance(layer, QATForward):
                 made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, shared)
@@ -121,6 +125,11 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     for layer, burnt in burnt_in(list(reasons)).items():
         made[layer] = burnt
         burnt.__dict__[BURNT_IN] = reasons[layer]
+    for left in model.modules():
+        if isinstance(left, QATLayer) and left not in made:
+            for _, role, quantizer in left.own_quantizers():
+                if role.kind != "weight":  # the range of a weight may follow it to the end
+                    quantizer.disable_observer()
     return replace_modules(model, made.get)
 
 
@@ -141,7 +150,7 @@ def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
             layer._parameters[role.parameter] = values[key]
             del layer._modules[name + SUFFIX]
             layer.__dict__[name + SUFFIX] = None
-        made[layer] = layer if any(layer.own_quantizers()) else layer.to_float()
+        made[layer] = layer.to_float() if layer.is_float() else layer
     return made
 
 
@@ -177,74 +186,23 @@ def _own_names(layer: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _int4_layer(layer: QATLinear) -> Int4Linear:
+def _convolution(layer: QATConv2d, norm: nn.BatchNorm2d | None) -> Int8Conv2d:
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
-    group_size = _group_size(weight, -1)
     codes, scale, zero_point = weight.quantize(layer.weight)
-    new = Int4Linear(
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-        weight_bits=weight.bits,
-        group_size=group_size,
-        symmetric=weight.symmetric,
-        act_bits=16 if input is None else 8,
-        input=input,
-        dtype=layer.weight.dtype,
-    ).to(layer.weight.device)
-    new.set_weight(codes, scale.float(), layer.bias, zero_point)
-    if input is not None:
-        new.set_input(input)
-    return new
-
-
-def _group_size(quantizer: FakeQuantize, whole: int) -> int:
-    return quantizer.granularity.size if isinstance(quantizer.granularity, PerGroup) else whole
-
-
-@torch.no_grad()
-def _int8_layer(layer: QATLinear | QATConv2d, norm: nn.BatchNorm2d | None) -> Int8Linear | Int8Conv2d:
-    weight, input = layer.weight_fake_quant, layer.input_fake_quant
-    assert weight is not None
-    assert input is not None
-    codes, scale, _ = weight.quantize(layer.weight)
-    scale = scale.reshape(-1).float()
-    bias: Tensor | None = layer.bias
+    scale, bias = scale.float(), layer.bias
+    options: dict[str, Any] = {"weight_bits": weight.bits}
+    if input is None:
+        options.update(act_bits=16, group_size=group_size(weight), symmetric=weight.symmetric)
+    else:
+        options.update(input=input)
+        scale = scale.reshape(-1)
     if norm is not None:
         factor, bias = factor_and_bias(norm, layer.bias)
         codes = torch.where(factor.reshape(-1, 1, 1, 1) < 0, -codes, codes)
         scale = scale * factor.abs()
-    new = _empty_layer(layer, bias is not None, input=input)
-    new.set_weight(codes, scale, bias)
-    new.set_input(input)
+    new = Int8Conv2d.like(layer, bias=bias is not None, **options).to(layer.weight.device)
+    new.set_weight(codes, scale, bias, zero_point)
+    if input is not None:
+        new.set_input(input)
     return new
-
-
-@torch.no_grad()
-def _weight_only_layer(layer: QATLinear | QATConv2d) -> Int8Linear | Int8Conv2d:
-    quantizer = layer.weight_fake_quant
-    assert quantizer is not None
-    codes, scale, zero_point = quantizer.quantize(layer.weight)
-    new = _empty_layer(
-        layer,
-        layer.bias is not None,
-        act_bits=16,
-        group_size=_group_size(quantizer, -1),
-        symmetric=quantizer.symmetric,
-    )
-    new.set_weight(codes, scale.float(), layer.bias, zero_point)
-    return new
-
-
-def _empty_layer(layer: QATLinear | QATConv2d, bias: bool, **options: object) -> Int8Linear | Int8Conv2d:
-    quantizer = layer.weight_fake_quant
-    assert quantizer is not None
-    options["weight_bits"] = quantizer.bits
-    new: Int8Linear | Int8Conv2d
-    if isinstance(layer, QATLinear):
-        dtype = layer.weight.dtype
-        new = Int8Linear(layer.in_features, layer.out_features, bias, dtype=dtype, **options)  # type: ignore[arg-type]
-    else:
-        new = Int8Conv2d.like(layer, bias=bias, **options)
-    return new.to(layer.weight.device)

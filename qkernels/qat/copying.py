@@ -82,7 +82,10 @@ def become(module: nn.Module, new: nn.Module) -> None:
 
 def replace_modules(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
     """Replaces each module, under all its names, by ``substitute(module)`` unless that is None; returns the root."""
-    for parent in list(model.modules()):
+    # A replacement may hold children of the module that it replaces.
+    parents = list(model.modules())
+    parents += [new for module in parents if (new := substitute(module)) is not None]
+    for parent in parents:
         for name, child in parent._modules.items():
             new = None if child is None else substitute(child)
             if new is not None:

@@ -43,6 +43,7 @@ class _Plan:
     parameters: dict[str, dict[str, QSpec]] = field(default_factory=dict)  # module -> parameter -> spec
     floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
     excluded: set[str] = field(default_factory=set)
+    results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
 
 
 def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
@@ -60,7 +61,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     ``weight_norm``, ``spectral_norm``, pruning or another parametrization computes.
 
     A layer stays in float if its parent reads its weight instead of calling it; a rule that names the parameter
-    (``("read.weight", {"weight": {}})``) quantizes it wherever it is read. nn.TransformerEncoderLayer and
+    (``("read.weight", {"weight": {}})``) quantizes it wherever it is read. nn.MultiheadAttention does so with its
+    ``out_proj``, which is therefore quantized only if the attention is. nn.TransformerEncoderLayer and
     nn.TransformerEncoder call their layers, except on their fused paths, which the prepared model has switched off.
 
     A warning names, with the reasons, the layers that config selects but that stay in float, and the other modules
@@ -126,6 +128,7 @@ def _check_rules(model: nn.Module, config: QConfig) -> None:
 
 def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     plan = _Plan()
+    cross = {layer.multihead_attn for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
     for name, spec in config.parameter_specs(model).items():
         owner, _, parameter = name.rpartition(".")
         if spec is not None:
@@ -134,9 +137,15 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
         cls = qat_class_of(module)
         if cls is None or name in plan.parameters:
             continue
-        kinds = {role.kind for role in cls.roles(module).values()}
-        specs = {kind: spec for kind, spec in config.specs(name, module).items() if kind in kinds}
-        _check_kinds(name, kinds, config.rule_of(name, module))
+        like = {role.kind: role.like for role in cls.roles(module).values()}
+        specs = {kind: spec for kind, spec in config.specs(name, module, like).items() if kind in like}
+        _check_kinds(name, set(like), config.rule_of(name, module))
+        if isinstance(module, nn.MultiheadAttention) and not (
+            module in cross or not module._qkv_same_embed_dim or config.asks_for("memory", name, module)
+        ):
+            specs["memory"] = None
+        if name in plan.results:
+            specs["output"] = None
         if not any(specs.values()):
             plan.excluded.add(name)
             continue
@@ -144,6 +153,11 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
         asked = trial.reason is not None and not trial.refused and config.names_type_of(name, module)
         if reason is None or asked:
             plan.specs[name], plan.classes[name], plan.trials[name] = specs, cls, trial
+            if isinstance(module, nn.MultiheadAttention):
+                called = f"{name}.out_proj".removeprefix(".")
+                readers.calls(called)
+                if specs["output"] is not None:
+                    plan.results.add(called)
         else:
             plan.floats[name] = reason
     # A forward of its own may hand its product another input than it got.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
+from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
@@ -158,14 +160,14 @@ def report(
     rows, notes = [], {}
     for name, layer in layers.items():
         row, note = _row(name, layer), _note(name, layer, readers)
-        if isinstance(layer, CONVERTED_LAYERS) and float_model is not None:
-            source = _submodule(float_model, name)
-            if isinstance(getattr(source, "weight", None), Tensor):
-                weight = effective_weight(source).detach().float()  # type: ignore[arg-type]
+        parts = _on_integers(layer)
+        if parts and float_model is not None:
+            weight = _float_weight(_submodule(float_model, name))
+            if weight is not None:
                 if name in folded:
                     factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)  # type: ignore[arg-type]
                     weight = weight * factor.reshape(-1, 1, 1, 1)
-                row.weight_sqnr = sqnr(weight, layer.dequantize())
+                row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
         rows.append(row)
         if note:
             notes[name] = note
@@ -221,9 +223,11 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         if isinstance(module, FakeQuantize) or name.startswith(inside):
             continue
         parametrized = parametrize.is_parametrized(module)
+        prefix = f"{name}." if name else ""
         if parametrized or isinstance(module, QATLayer):  # the row of the layer counts its parametrizations
-            prefix = f"{name}." if name else ""
             inside += (f"{prefix}parametrizations.",)
+        if isinstance(module, IntegerMultiheadAttention):
+            inside += tuple(f"{prefix}{part}" for part in PROJECTIONS)
         if (
             _is_quantized(module)
             or qat_class_of(module) is not None
@@ -234,16 +238,33 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, (QATLayer, *CONVERTED_LAYERS)) or hasattr(layer, BURNT_IN)
+    return isinstance(layer, QATLayer) or bool(_on_integers(layer)) or hasattr(layer, BURNT_IN)
+
+
+def _on_integers(layer: nn.Module | None) -> Sequence[Any]:
+    """The layers on integers that a row of a converted model stands for; none: the row is of another layer."""
+    if isinstance(layer, IntegerMultiheadAttention):
+        return layer.projections
+    return (layer,) if isinstance(layer, CONVERTED_LAYERS) else ()
+
+
+def _float_weight(layer: nn.Module | None) -> Tensor | None:
+    """The weight of a float layer, of which attention has three."""
+    names = projection_weights(layer) if isinstance(layer, nn.MultiheadAttention) else ("weight",)
+    if layer is None or not isinstance(getattr(layer, names[0], None), Tensor):
+        return None
+    weights = [effective_weight(layer, name).detach().float() for name in names]
+    return weights[0] if len(weights) == 1 else torch.cat([weight.flatten() for weight in weights])
 
 
 def _row(name: str, layer: nn.Module) -> LayerRow:
     kind = type(layer).__name__
-    if isinstance(layer, CONVERTED_LAYERS):
-        return LayerRow(name, kind, layer.weight_bits, getattr(layer, "input_bits", None))
+    parts = _on_integers(layer)
+    if parts:
+        return LayerRow(name, kind, min(part.weight_bits for part in parts), getattr(parts[0], "input_bits", None))
     if not isinstance(layer, QATLayer):
         return LayerRow(name, kind, None, None)
-    input = layer.quantizer_of("input")
+    input = _input_quantizer(layer)
     weights = [(effective_weight(layer, key).detach(), quantizer) for key, quantizer in layer.quantized_weights()]
     row = LayerRow(name, kind, None, None if input is None else input.bits)
     if weights:
@@ -255,6 +276,12 @@ def _row(name: str, layer: nn.Module) -> LayerRow:
             clipped = sum(weight.numel() * _clipped_weights(weight, quantizer) for weight, quantizer in weights)
             row.weight_clipped = clipped / max(sum(weight.numel() for weight, _ in weights), 1)
     return row
+
+
+def _input_quantizer(layer: QATLayer) -> FakeQuantize | None:
+    """The quantizer of the layer's first input."""
+    found = (quantizer for _, role, quantizer in layer.own_quantizers() if role.kind in ("input", "attention"))
+    return layer.quantizer_of("input") or next(found, None)
 
 
 def _clipped_weights(weight: Tensor, quantizer: FakeQuantize) -> float:
@@ -269,7 +296,8 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
         return f"float weights that hold quantized values: {getattr(layer, BURNT_IN)}"
     if isinstance(layer, QATLayer):
         if not any(layer.quantized_weights()):
-            return "not convertible: its weight is not quantized"
+            weightless = all(role.kind != "weight" for role in type(layer).roles(layer).values())
+            return "computes in float" if weightless else "not convertible: its weight is not quantized"
         reason = no_integers(layer)
         return None if reason is None else f"converts to float weights that hold the quantized values: {reason}"
     if _is_quantized(layer):
@@ -303,6 +331,9 @@ def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[st
     ``without``: prefixes of tensors that do not count.
     """
     owners = {row.name: row for row in rows}
+    named = model.named_modules(remove_duplicate=False)
+    attentions = [name for name, module in named if isinstance(module, IntegerMultiheadAttention)]
+    inner = tuple(f"{name}.{part}.".removeprefix(".") for name in attentions for part in PROJECTIONS)
     seen: dict[int, int] = {}
     for key, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or key.startswith(without):
@@ -314,25 +345,26 @@ def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[st
         owner = key
         while owner and owner not in owners:
             owner = owner.rpartition(".")[0]
-        if owner in owners and _holds(model, owner, key):
+        if owner in owners and _holds(owner, key, inner):
             setattr(owners[owner], field, getattr(owners[owner], field) + storage.nbytes())
     return sum(seen.values())
 
 
-def _holds(model: nn.Module, owner: str, key: str) -> bool:
-    """Whether the tensor is the layer's own, not that of a module in it."""
+def _holds(owner: str, key: str, inner: tuple[str, ...]) -> bool:
+    """Whether the tensor is the layer's own, not that of a module in it, unless the module's name is in ``inner``."""
     rest = key.removeprefix(f"{owner}." if owner else "")
-    return "." not in rest or rest.startswith("parametrizations.")
+    return "." not in rest or rest.startswith("parametrizations.") or key.startswith(inner)
 
 
 def _as_float(row: LayerRow, layer: nn.Module) -> int:
     """Sets the float bytes of a converted layer without its float layer; returns by how much they grow."""
     before = row.float_bytes
-    if isinstance(layer, CONVERTED_LAYERS):
-        bias: Tensor | None = getattr(layer, "bias", None)
-        weight = 0 if layer.weight_elsewhere else math.prod(layer.weight_shape)
-        elements = weight + (0 if bias is None else bias.numel())
-        row.float_bytes = layer.dtype.itemsize * elements
+    if parts := _on_integers(layer):
+        row.float_bytes = 0 if len(parts) == 1 else sum(p.nbytes for p in layer.parameters(recurse=False))
+    for part in parts:
+        bias: Tensor | None = getattr(part, "bias", None)
+        weight = 0 if part.weight_elsewhere else math.prod(part.weight_shape)
+        row.float_bytes += part.dtype.itemsize * (weight + (0 if bias is None else bias.numel()))
     return row.float_bytes - before
 
 
@@ -363,18 +395,13 @@ def _run_example(
         if row.name not in inputs:
             continue
         x = inputs[row.name]
-        if isinstance(layer, CONVERTED_LAYERS):
-            scale = getattr(layer, "input_scale", None)
+        if parts := _on_integers(layer):
+            first = parts[0]
+            scale = getattr(first, "input_scale", None)
             if scale is not None:
-                row.input_clipped = clipped_share(
-                    x,
-                    scale,
-                    layer.input_zero_point,  # type: ignore[arg-type, union-attr]
-                    layer.quant_min,  # type: ignore[arg-type, union-attr]
-                    layer.quant_max,  # type: ignore[arg-type, union-attr]
-                )
+                row.input_clipped = clipped_share(x, scale, first.input_zero_point, first.quant_min, first.quant_max)
         elif isinstance(layer, QATLayer):
-            quantizer = layer.quantizer_of("input")
+            quantizer = _input_quantizer(layer)
             if quantizer is not None and quantizer.quantizer != "dynamic" and quantizer.integer_codes:
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
 

@@ -11,13 +11,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from .. import gemm_checks, layouts
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.own_forward import QATForward, Trial, has_own_forward, try_forward
 from ..nn.qat import QATConv2d, QATLinear, QATProductLayer
+from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
+from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
 
 
@@ -30,34 +33,57 @@ def to_int4(layer: nn.Module) -> bool:
 
 def no_integers(layer: QATLayer) -> str | None:
     """Why no integer layer computes what a QAT layer with a quantized weight does; None: one does."""
+    if isinstance(layer, QATMultiheadAttention):
+        return _no_integer_attention(layer)
     if not isinstance(layer, QATLinear | QATConv2d):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
-    weight, input = layer.weight_fake_quant, layer.input_fake_quant
+    weight = layer.weight_fake_quant
     assert weight is not None
     if layer.output_fake_quant is not None and isinstance(layer, QATForward):
         return "its forward is its own and its output is quantized"
+    return _no_integer_product("weight", layer.weight, weight, layer.input_fake_quant, to_int4(layer))
+
+
+def _no_integer_attention(layer: QATMultiheadAttention) -> str | None:
+    if type(layer).forward is not QATMultiheadAttention.forward:
+        return "its forward is its own"
+    names, inputs = projection_weights(layer), projection_inputs(layer)
+    for name, input in zip(names * (3 // len(names)), inputs, strict=True):
+        quantizer = layer.quantizer_of(name)
+        if quantizer is None:
+            return f"its {name} is not quantized"
+        reason = _no_integer_product(name, getattr(layer, name), quantizer, input, quantizer.bits in layouts.BITS)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _no_integer_product(
+    name: str, parameter: Tensor, weight: FakeQuantize, input: FakeQuantize | None, int4: bool
+) -> str | None:
+    """Why no kernel computes a product with the parameter of this name; ``int4``: with codes of 4 bits or less."""
     granularity = weight.granularity
     if not weight.integer_codes:
         return f'the values of "{weight.quantizer}" are no integers times a scale'
-    k = layer.weight[0].numel()
+    k = parameter[0].numel()
     if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
-        return f"its weight has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
-    if input is None and not to_int4(layer):
+        return f"its {name} has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
+    if input is None and not int4:
         return None  # the product is computed in float
     try:
-        gemm_checks.max_k("weight", k)
-        if to_int4(layer):
+        gemm_checks.max_k(name, k)
+        if int4:
             gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
     except RuntimeError as error:
-        return f"its weight has {granularity}; {error}"
+        return f"its {name} has {granularity}; {error}"
     if input is not None and not input.integer_codes:
         return f'the values of its input\'s quantizer "{input.quantizer}" are no integers times a scale'
-    if to_int4(layer):
+    if int4:
         return None
     if isinstance(granularity, PerGroup):
-        return f"its weight has {granularity}; the int8 kernels take PerChannel(0) or PerTensor()"
+        return f"its {name} has {granularity}; the int8 kernels take PerChannel(0) or PerTensor()"
     if not weight.symmetric:
-        return "its weight is quantized with a zero point; the int8 kernels take symmetric=True"
+        return f"its {name} is quantized with a zero point; the int8 kernels take symmetric=True"
     return None
 
 
@@ -74,7 +100,7 @@ def float_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: Weig
 def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: WeightReaders) -> str | None:
     if name in readers.instead:
         return f"{readers.instead[name]} reads its weight instead of calling it"
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
+    if isinstance(layer, NonDynamicallyQuantizableLinear) and name not in readers.used:
         return "its weight is read by the module that holds it"
     if any(is_lazy(parameter) for parameter in layer.parameters()):
         return "its shape is not known before the first batch; call the model once, then prepare it"

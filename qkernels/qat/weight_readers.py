@@ -46,6 +46,7 @@ METADATA = frozenset(
         "new_tensor",
     )
 )
+WEIGHTS = ("weight", "in_proj_weight")
 ITERATION = frozenset(("enumerate", "zip", "reversed", "list", "tuple", "sorted"))
 PAIRS = frozenset(("enumerate", "items", "named_children", "named_modules"))  # they give pairs; the module is second
 CONTAINER_METHODS = frozenset(("children", "modules", "values", "items", "named_children", "named_modules"))
@@ -57,6 +58,12 @@ class WeightReaders:
 
     instead: dict[str, str] = field(default_factory=dict)  # nothing calls these modules
     too: dict[str, str] = field(default_factory=dict)  # these modules are called as well
+    used: set[str] = field(default_factory=set)  # all modules that something calls
+
+    def calls(self, name: str) -> None:
+        """Notes that a module is called in the prepared model, though its float parent reads its weight."""
+        self.instead.pop(name, None)
+        self.used.add(name)
 
 
 def find_weight_readers(model: nn.Module) -> WeightReaders:
@@ -87,6 +94,8 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
         used |= {child for module in called for child in module.children()}
     found = WeightReaders()
     for name, module in model.named_modules():
+        if module in used:
+            found.used.add(name)
         if module in read:
             (found.too if module in used else found.instead)[name] = read[module]
     return found
@@ -249,7 +258,7 @@ class _Visitor(ast.NodeVisitor):
             for owner in self._modules(node.value):
                 if owner is self.module:
                     continue
-                if node.attr == "weight":
+                if node.attr in WEIGHTS:
                     self.read.add(owner)
                 elif callable(getattr(type(owner), node.attr, None)):
                     self.methods.add((owner, node.attr))
@@ -267,4 +276,4 @@ class _Visitor(ast.NodeVisitor):
 
 
 def _is_weight(node: ast.expr) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr == "weight"
+    return isinstance(node, ast.Attribute) and node.attr in WEIGHTS

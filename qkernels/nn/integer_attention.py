@@ -1,0 +1,57 @@
+"""IntegerMultiheadAttention, whose projections run on the integer kernels; ``convert`` makes it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention import AttentionForward
+from .int4 import Int4Linear
+from .int8 import Int8Linear
+from .qat_attention import SEPARATE, QATMultiheadAttention
+from .qat_layer import SUFFIX
+from .replacing import take_over
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+SETTINGS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
+QUANTIZERS = ("query", "key", "value", "output")
+
+
+class IntegerMultiheadAttention(AttentionForward):
+    """nn.MultiheadAttention on integer weights: its arguments and results, softmax and products in float.
+
+    ``q_proj``, ``k_proj`` and ``v_proj`` are Int8Linear or Int4Linear layers, each of which quantizes its input, and so
+    is ``out_proj``, unless it stayed in float. Quantizers of what goes into the products, and of the result, stay.
+    """
+
+    in_proj_bias = None  # torch's Transformer layers look at both, and then call the layer
+    _qkv_same_embed_dim = False
+
+    def __init__(self, layer: QATMultiheadAttention, projections: dict[str, Int8Linear | Int4Linear]) -> None:
+        """Takes the settings, ``out_proj``, hooks and whatever else was set on ``layer``."""
+        super().__init__()
+        for name in SETTINGS:
+            setattr(self, name, getattr(layer, name))
+        for name in PROJECTIONS:
+            self.add_module(name, projections[name])
+        self.add_module("out_proj", layer.out_proj)
+        for name in ("bias_k", "bias_v"):
+            self.register_parameter(name, getattr(layer, name))
+        for role in QUANTIZERS:
+            quantizer = layer.quantizer_of(role)
+            setattr(self, role + SUFFIX, quantizer)
+            if quantizer is not None:
+                quantizer.disable_observer()
+        tensors = {"in_proj_weight", *SEPARATE, "in_proj_bias", "_qkv_same_embed_dim", "bias_k", "bias_v", "out_proj"}
+        take_over(self, layer, tensors | {role + SUFFIX for role in type(layer).roles(layer)})
+
+    @property
+    def projections(self) -> tuple[Int8Linear | Int4Linear, ...]:
+        """The layers of query, key and value."""
+        return tuple(self._modules[name] for name in PROJECTIONS)  # type: ignore[misc]
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (project(x) for project, x in zip(self.projections, (query, key, value), strict=True))
+        return q, k, v
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"

@@ -1,0 +1,92 @@
+"""Makes linear and attention layers on integers of QAT layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import layouts
+from ..nn.fake_quantize import FakeQuantize
+from ..nn.granularity import PerGroup
+from ..nn.int4 import Int4Linear
+from ..nn.int8 import Int8Linear
+from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
+from ..nn.qat import QATLinear
+from ..nn.qat_attention import QATMultiheadAttention, projection_weights
+
+
+def group_size(quantizer: FakeQuantize) -> int:
+    """How many weights share a scale; −1: a whole output channel."""
+    return quantizer.granularity.size if isinstance(quantizer.granularity, PerGroup) else -1
+
+
+@torch.no_grad()
+def integer_linear(layer: QATLinear) -> Int8Linear | Int4Linear:
+    weight = layer.weight_fake_quant
+    assert weight is not None
+    codes = weight.quantize(layer.weight)
+    return _linear(codes, layer.bias, weight, layer.input_fake_quant, layer.weight.dtype)
+
+
+@torch.no_grad()
+def integer_attention(layer: QATMultiheadAttention) -> IntegerMultiheadAttention:
+    """Each projection becomes a layer of its own, since query, key and value may be three tensors."""
+    weights = []
+    for name in projection_weights(layer):
+        quantizer = layer.quantizer_of(name)
+        assert quantizer is not None
+        parts = 3 if name == "in_proj_weight" else 1
+        quantized = [_rows(t, parts) for t in quantizer.quantize(getattr(layer, name))]
+        weights += [(codes, quantizer) for codes in zip(*quantized, strict=True)]
+    bias, dtype = layer.in_proj_bias, getattr(layer, projection_weights(layer)[0]).dtype
+    biases: tuple[Tensor | None, ...] = (None, None, None)
+    if bias is not None:
+        biases = tuple(nn.Parameter(part, bias.requires_grad) for part in bias.chunk(3))
+    inputs = projection_inputs(layer)
+    made = {}
+    for name, (codes, quantizer), b, input in zip(PROJECTIONS, weights, biases, inputs, strict=True):
+        made[name] = _linear(codes, b, quantizer, input, dtype)
+    return IntegerMultiheadAttention(layer, made)
+
+
+def projection_inputs(layer: QATMultiheadAttention) -> tuple[FakeQuantize | None, ...]:
+    """The quantizers of what goes into the three projections."""
+    input, memory = layer.quantizer_of("input"), layer.quantizer_of("memory")
+    source = input if memory is None else memory
+    return input, source, source
+
+
+def _rows(t: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
+    """Codes, scales or zero points, of which each of the parts of a weight has its rows, or all have one."""
+    if t is None or t.dim() == 0 or t.shape[0] == 1:
+        return (t,) * parts
+    return t.chunk(parts)
+
+
+def _linear(
+    quantized: tuple[Any, ...],
+    bias: Tensor | None,
+    weight: FakeQuantize,
+    input: FakeQuantize | None,
+    dtype: torch.dtype,
+) -> Int8Linear | Int4Linear:
+    """``quantized``: codes [N, K], their scales and zero points."""
+    codes, scale, zero_point = quantized
+    kind = Int4Linear if weight.bits in layouts.BITS else Int8Linear
+    new = kind(
+        codes.shape[1],
+        codes.shape[0],
+        bias is not None,
+        weight_bits=weight.bits,
+        group_size=group_size(weight),
+        symmetric=weight.symmetric,
+        act_bits=16 if input is None else 8,
+        input=input,
+        dtype=dtype,
+    ).to(codes.device)
+    new.set_weight(codes, scale.float(), bias, zero_point)
+    if input is not None:
+        new.set_input(input)
+    return new
