@@ -174,7 +174,8 @@ def test_tied_weights_count_once():
 def test_every_layer_with_weights_has_a_row_and_every_float_one_a_reason():
     torch.manual_seed(0)
     model = Zoo()
-    prepared = prepare(model, QConfig(rules=[("left", None), ("attention", None)]))
+    left = ("embedding", "bag", "attention", "lstm", "gru", "rnn", "up1", "up2", "bilinear", "normed", "left")
+    prepared = prepare(model, QConfig(rules=[(name, None) for name in left]))
     calibrate(prepared, [IDS])
     for made in (report(prepared, IDS), report(convert(prepared), IDS, float_model=model)):
         rows = {row.name: row for row in made.layers}
@@ -199,7 +200,7 @@ def test_every_layer_with_weights_has_a_row_and_every_float_one_a_reason():
         assert set(made.notes) == set(kinds) | burnt_in
         assert all(made.notes[name].startswith("weight stays float: ") for name in kinds)
         assert "MultiheadAttention.forward reads its weight" in made.notes["attention.out_proj"]
-        assert "LSTM is no layer that prepare knows" in made.notes["lstm"]
+        assert "no rule or default of the config selects it" in made.notes["lstm"]
         assert "no rule or default of the config selects it" in made.notes["left"]
         assert rows["fc"].weight_bits == 8
         assert rows["attention"].quantized_bytes == 4 * (3 * 16 * 16 + 3 * 16)
