@@ -20,6 +20,7 @@ from qkernels.nn import (
     PerToken,
     QATConv2d,
     QATLinear,
+    QATMultiheadAttention,
 )
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare, report
 
@@ -39,7 +40,7 @@ def test_transformer_encoder_layer_calls_its_layers_in_eval_mode(norm_first, cop
     assert prepared.linear1.input_fake_quant.is_calibrated
     prepared = copies(prepared)
     by_hand = copy.deepcopy(model)  # quantized by hand, on torch's slow path
-    for name in ("linear1", "linear2"):
+    for name in ("self_attn", "linear1", "linear2"):
         setattr(by_hand, name, prepared.get_submodule(name))
     expected = by_hand.train()(x)
     with torch.no_grad():
@@ -79,16 +80,24 @@ def test_transformer_decoder_and_whole_transformer():
     torch.manual_seed(0)
     model = nn.Transformer(32, 4, 1, 1, 64, **FAST)
     x, y = torch.randn(2, 5, 32), torch.randn(2, 4, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        every = prepare(model, QConfig(QSpec(4)))
+    assert sum(isinstance(module, QATLinear) for module in every.modules()) == 4 + 3
+    assert sum(isinstance(module, QATMultiheadAttention) for module in every.modules()) == 3
+    calibrate(every, [{"src": x, "tgt": y}])
+    converted = assert_converts(every, x, y, tolerance=2e-2)
+    assert sum(isinstance(module, Int4Linear) for module in converted.modules()) == 4 + 3 * 4
     with pytest.warns(
-        UserWarning, match=r"encoder\.layers\.0\.self_attn\.out_proj \(MultiheadAttention\.forward reads"
+        UserWarning, match=r"encoder\.layers\.0\.self_attn\.out_proj, .* \(MultiheadAttention\.forward reads"
     ):
-        prepared = prepare(model, QConfig(QSpec(4)))
+        prepared = prepare(model, QConfig(QSpec(4), rules=[(nn.MultiheadAttention, None)]))
     calibrate(prepared, [{"src": x, "tgt": y}])
     assert sum(isinstance(module, QATLinear) for module in prepared.modules()) == 4
     converted = assert_converts(prepared, x, y, tolerance=2e-2)
     for made in (report(prepared), report(converted)):
         assert "stays float: MultiheadAttention.forward reads" in made.notes["decoder.layers.0.multihead_attn.out_proj"]
-        assert "Linear and Conv2d are quantized" in made.notes["decoder.layers.0.self_attn"]
+        assert "no rule or default of the config selects it" in made.notes["decoder.layers.0.self_attn"]
 
 
 class Reader(nn.Module):

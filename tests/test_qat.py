@@ -239,11 +239,11 @@ def test_layer_that_no_batch_reached_is_named():
         convert(prepared)
 
 
-def test_layers_that_attention_reads_stay_in_float():
+def test_layers_that_a_float_attention_reads_stay_in_float():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model = nn.ModuleDict({"attention": attention, "fc": nn.Linear(8, 8)})
     with pytest.warns(UserWarning, match=r"attention.out_proj \(MultiheadAttention.forward reads its weight"):
-        prepared = prepare(model)
+        prepared = prepare(model, QConfig(rules=[("attention", None)]))
     assert type(prepared["attention"].out_proj) is type(attention.out_proj)
     assert "stays float" in report(prepared).notes["attention.out_proj"]
 

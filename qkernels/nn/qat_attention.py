@@ -50,7 +50,7 @@ class QATMultiheadAttention(QATLayer, AttentionForward, nn.MultiheadAttention):
         }
 
     def is_float(self) -> bool:
-        return super().is_float() and not isinstance(self.out_proj, QATLayer)
+        return super().is_float() and not (isinstance(self.out_proj, QATLayer) and not self.out_proj.is_float())
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         memory = "input" if self.quantizer_of("memory") is None else "memory"

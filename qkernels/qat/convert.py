@@ -137,7 +137,6 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
 def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
     """The layers with the values of the quantized weights in their float parameters; inputs stay quantized."""
     values: dict[tuple[int, int], nn.Parameter] = {}
-    made: dict[QATLayer, nn.Module] = {}
     for layer in layers:
         for name, role, quantizer in list(layer.own_quantizers()):
             if role.kind != "weight":
@@ -150,8 +149,7 @@ def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
             layer._parameters[role.parameter] = values[key]
             del layer._modules[name + SUFFIX]
             layer.__dict__[name + SUFFIX] = None
-        made[layer] = layer.to_float() if layer.is_float() else layer
-    return made
+    return {layer: layer.to_float() if layer.is_float() else layer for layer in layers}
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
