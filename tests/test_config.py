@@ -194,3 +194,13 @@ def test_a_long_model_prepares_fast_and_names_all_that_stays_in_float():
     for i in range(12):
         assert f"{i}" in str(caught[0].message)
         assert "Experts is no layer that prepare knows" in qk.report(prepared).notes[str(i)]
+
+
+def test_another_quantizer_in_a_rule_brings_its_own_defaults():
+    rules = [("nf4", {"input": {"quantizer": "nf4", "bits": 4}}), ("lsq+", {"weight": {"quantizer": "lsq+"}})]
+    config = QConfig(QSpec(8), QSpec(8, symmetric=False, straight_through="lsq"), rules=rules)
+    specs = config.specs("nf4", nn.Linear(1, 1))
+    assert (specs["input"].symmetric, specs["input"].bits, specs["weight"]) == (True, 4, QSpec(8))
+    assert not config.specs("lsq+", nn.Linear(1, 1))["weight"].symmetric
+    with pytest.raises(ValueError, match=r'rules\[0\], symmetric: got False with quantizer="nf4"'):
+        QConfig(rules=[("x", {"input": {"quantizer": "nf4", "bits": 4, "symmetric": False}})])

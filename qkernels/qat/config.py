@@ -16,7 +16,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import Granularity, PerChannel, PerTensor, PerToken
 from ..nn.qat_classes import QUANTIZABLE
 from ..nn.qat_layer import Role
-from ..nn.quantizer_rules import QUANTIZERS, resolve
+from ..nn.quantizer_rules import QUANTIZERS, RULES, resolve
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]
@@ -260,7 +260,13 @@ def _override(spec: QSpec | None, overrides: Overrides, key: str) -> QSpec | Non
     if not isinstance(change, Mapping):
         raise TypeError(f"{key}: got {change!r}; accepted: {_spec_like(change)}, None, a dict of QSpec's fields")
     _check_keys(key, change, [f.name for f in dataclasses.fields(QSpec)])
-    return dataclasses.replace(QSpec() if spec is None else spec, **change)
+    spec = QSpec() if spec is None else spec
+    rule = RULES.get(change.get("quantizer", spec.quantizer))
+    if rule is not None and "quantizer" in change:  # another quantizer has its own defaults
+        symmetric = spec.symmetric if spec.symmetric in rule.symmetric else None
+        straight_through = spec.straight_through if spec.straight_through in rule.straight_through else None
+        change = {"symmetric": symmetric, "straight_through": straight_through, **change}
+    return dataclasses.replace(spec, **change)
 
 
 def _spec_like(value: Any) -> str:
