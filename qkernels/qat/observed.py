@@ -76,6 +76,7 @@ class Observed:
         self.histogram = RangeHistogram(self.scale_shape)
         self.seen: Seen | None = None
         self.weight_range: tuple[Tensor, ...] | None = None
+        self.weight: Tensor | None = None
         self._batch: Seen | None = None
 
     def add(self, x: Tensor, batch: str) -> None:
@@ -100,6 +101,8 @@ class Observed:
         seen = Seen(low, high, mean.double() * count, count)
         if self.quantizer.is_weight:  # FSDP frees it after this call
             self.weight_range = self._range(seen, x)
+            if self.quantizer.quantizer == "kmeans":  # it fits its levels, not only its scale
+                self.weight = x.detach().clone()
         elif self.method in BY_HISTOGRAM:
             self.histogram.update(x, amax)
         self._batch = seen if self._batch is None else self._batch.joined(seen)
@@ -166,8 +169,8 @@ class Observed:
         """Sets the quantizer's range to what ``range`` gave."""
         assert self.seen is not None
         quantizer = self.quantizer
-        if quantizer.quantizer == "kmeans":  # it fits its levels, not only its scale, to the next weight that it gets
-            quantizer.forget()
+        if self.weight is not None:
+            quantizer.start(self.weight)
             return
         quantizer.set_range(*arguments)
         # Training must not undo what the method clips. A scale that moves with the mean magnitude keeps the clipped
