@@ -144,7 +144,7 @@ def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
                 continue
             weight = layer.unquantized(role.parameter)
             key = id(weight), id(quantizer)
-            if key not in values:
+            if key not in values:  # a quantizer that follows the weight takes its present range here
                 values[key] = nn.Parameter(quantizer(weight).detach().clone(), weight.requires_grad)
             layer._parameters[role.parameter] = values[key]
             del layer._modules[name + SUFFIX]
