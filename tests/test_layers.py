@@ -227,3 +227,59 @@ def test_subclasses_that_call_their_parent():
     with pytest.warns(UserWarning, match="the forward of Other does not call that of ConvTranspose2d"):
         kept = prepare(nn.Sequential(Other(3, 4, 3), nn.Conv2d(4, 4, 1)))
     assert type(kept[0]) is Other
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1))) + 1
+
+
+OUTPUTS = {
+    "int8 linear": lambda: (nn.Linear(9, 5), (6, 9), QConfig(), "Int8Linear"),
+    "weight only": lambda: (nn.Linear(9, 5), (6, 9), QConfig(input=None), "Int8Linear"),
+    "int4 linear": lambda: (nn.Linear(16, 5), (2, 3, 16), QConfig(QSpec(4)), "Int4Linear"),
+    "int8 convolution": lambda: (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5), QConfig(), "Int8Conv2d"),
+    "own forward": lambda: (Padded(3, 4, 3), (2, 3, 5, 5), QConfig(), "Int8Padded"),
+}
+
+
+@pytest.mark.parametrize("spec", [QSpec(5), QSpec(8, symmetric=False, quantizer="dynamic"), QSpec(6, quantizer="ema")])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_integer_layers_keep_the_quantizer_of_their_output(kind, spec):
+    torch.manual_seed(0)
+    model, shape, config, name = OUTPUTS[kind]()
+    x = torch.randn(shape)
+    prepared = prepare(model, QConfig(config.weight, config.input, spec))
+    calibrate(prepared, [x])
+    for _ in range(2):
+        prepared(x).square().sum().backward()
+    converted = convert(prepared)
+    assert type(converted).__name__ == name
+    with torch.no_grad():
+        expected, y = prepared.eval()(x), converted(x)
+        step = float(expected.diff(dim=-1).abs()[expected.diff(dim=-1) != 0].min())
+        error = (y - expected).abs()
+        assert (error > 1e-5).float().mean() <= 0.05, "more than near ties"
+        assert error.max() <= 1.01 * step
+        values = converted.output_fake_quant(y)
+        torch.testing.assert_close(values, y, rtol=1e-6, atol=1e-6), "its result is on the grid"
+        assert prepared(2 * x).unique().numel() <= 2**spec.bits
+        again = pickle.loads(pickle.dumps(converted))
+        assert torch.equal(again(x), y)
+        before = {key: t.clone() for key, t in converted.state_dict().items()}
+        assert converted.train()(3 * x).isfinite().all()
+        assert all(torch.equal(t, before[key]) for key, t in converted.state_dict().items()), "ranges are fixed"
+        assert converted.bfloat16().eval()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_batch_norm_behind_a_quantized_output_is_not_folded():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 5, 5)
+    prepared = prepare(model, QConfig(output=QSpec(8)))
+    calibrate(prepared, [x])
+    prepared(x)
+    converted = convert(prepared)
+    assert type(converted[1]) is nn.BatchNorm2d
+    assert_same_numbers(converted, prepared, x, flips=0.05)
+    for model in (prepared, converted):
+        assert "the output of 0 is quantized" in report(model).notes["1"]

@@ -194,8 +194,7 @@ class Int4Linear(QuantizedInputLayer):
         self._hold(_private_of(packed))
         self._set_bias(bias)
 
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
         if input.dtype == torch.float64:
             x = self._input_values(input)

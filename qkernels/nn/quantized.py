@@ -20,7 +20,7 @@ from ..ops.quantize import choose_qparams
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantizer_state import apply_keeping_dtype
-from .tracing import call_as_leaf
+from .tracing import call_as_leaf, root_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
@@ -355,6 +355,8 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 class QuantizedInputLayer(QuantizedLayer):
     """A layer that quantizes its input (input None: the input stays in float).
 
+    ``quantize_output`` gives it a quantizer for its result, the child ``output_fake_quant``.
+
     The bias has the float layer's dtype and follows casts of the model, as the float layer's does; the kernels add it
     in fp32.
 
@@ -405,6 +407,23 @@ class QuantizedInputLayer(QuantizedLayer):
         self.input_scale = scale.reshape(1).float().clone()
         if zero_point is not None:
             self.input_zero_point = zero_point.reshape(1)
+
+    def quantize_output(self, quantizer: FakeQuantize) -> None:
+        """Lets the result pass through a quantizer, whose range is fixed from here on."""
+        quantizer.disable_observer()
+        self.output_fake_quant = quantizer
+
+    def compute(self, input: Tensor) -> Tensor:
+        """The product, before the quantizer of the result."""
+        raise NotImplementedError
+
+    @root_as_leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return self._output(self.compute(input))
+
+    def _output(self, y: Tensor) -> Tensor:
+        quantizer = self._modules.get("output_fake_quant")
+        return y if quantizer is None else quantizer(y)
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the float layer returns for x."""

@@ -120,6 +120,8 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
     _tie(layers, made, shared)
     for source, new in made.items():
         if isinstance(source, QATLinear | QATConv2d):
+            if source.output_fake_quant is not None:
+                new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
     reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
     for layer, burnt in burnt_in(list(reasons)).items():

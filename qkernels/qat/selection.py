@@ -15,7 +15,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.own_forward import QATForward, Trial, has_own_forward, try_forward
+from ..nn.own_forward import Trial, has_own_forward, try_forward
 from ..nn.qat import QATConv2d, QATLinear, QATProductLayer
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
@@ -39,8 +39,6 @@ def no_integers(layer: QATLayer) -> str | None:
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight = layer.weight_fake_quant
     assert weight is not None
-    if layer.output_fake_quant is not None and isinstance(layer, QATForward):
-        return "its forward is its own and its output is quantized"
     return _no_integer_product("weight", layer.weight, weight, layer.input_fake_quant, to_int4(layer))
 
 
