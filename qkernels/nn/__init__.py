@@ -22,6 +22,7 @@ from .qat_attention import QATMultiheadAttention
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_classes import QAT_CLASSES
 from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
+from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 from .quantized_parameters import QATParameters
@@ -55,6 +56,8 @@ __all__ = [
     "QATConvTranspose1d",
     "QATConvTranspose2d",
     "QATConvTranspose3d",
+    "QATEmbedding",
+    "QATEmbeddingBag",
     "QATGRUCell",
     "QATLSTMCell",
     "QATLayer",

@@ -9,6 +9,7 @@ from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_attention import QATMultiheadAttention, QATOutProjection
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
+from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 
@@ -31,6 +32,8 @@ QAT_CLASSES: tuple[type[QATLayer], ...] = (
     QATConvTranspose1d,
     QATConvTranspose2d,
     QATConvTranspose3d,
+    QATEmbedding,
+    QATEmbeddingBag,
 )
 QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 

@@ -102,6 +102,23 @@ class QuantizedLayer(nn.Module):
         """The weight in fp32."""
         return self._weight_in(torch.float32)
 
+    def compute(self, input: Tensor) -> Tensor:
+        """The result before the quantizer of the output."""
+        raise NotImplementedError
+
+    @root_as_leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return self._output(self.compute(input))
+
+    def quantize_output(self, quantizer: FakeQuantize) -> None:
+        """Lets the result pass through a quantizer, whose range is fixed from here on."""
+        quantizer.disable_observer()
+        self.output_fake_quant = quantizer
+
+    def _output(self, y: Tensor) -> Tensor:
+        quantizer = self._modules.get("output_fake_quant")
+        return y if quantizer is None else quantizer(y)
+
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight, computed in fp32 (fp64 for fp64) and rounded once to dtype."""
         raise NotImplementedError
@@ -355,8 +372,6 @@ def _form(t: Tensor) -> tuple[Any, ...]:
 class QuantizedInputLayer(QuantizedLayer):
     """A layer that quantizes its input (input None: the input stays in float).
 
-    ``quantize_output`` gives it a quantizer for its result, the child ``output_fake_quant``.
-
     The bias has the float layer's dtype and follows casts of the model, as the float layer's does; the kernels add it
     in fp32.
 
@@ -407,23 +422,6 @@ class QuantizedInputLayer(QuantizedLayer):
         self.input_scale = scale.reshape(1).float().clone()
         if zero_point is not None:
             self.input_zero_point = zero_point.reshape(1)
-
-    def quantize_output(self, quantizer: FakeQuantize) -> None:
-        """Lets the result pass through a quantizer, whose range is fixed from here on."""
-        quantizer.disable_observer()
-        self.output_fake_quant = quantizer
-
-    def compute(self, input: Tensor) -> Tensor:
-        """The product, before the quantizer of the result."""
-        raise NotImplementedError
-
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
-        return self._output(self.compute(input))
-
-    def _output(self, y: Tensor) -> Tensor:
-        quantizer = self._modules.get("output_fake_quant")
-        return y if quantizer is None else quantizer(y)
 
     def _out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the float layer returns for x."""
