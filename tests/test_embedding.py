@@ -28,12 +28,18 @@ SPECS = {
     "lsq in groups, with zero points": QSpec(5, PerGroup(8), symmetric=False),
     "lsq of 4 bits": QSpec(4),
     "lsq of 3 bits, with zero points": QSpec(3, PerGroup(4), symmetric=False),
+    "lsq+": QSpec(4, symmetric=False, quantizer="lsq+"),
     "minmax": QSpec(6, quantizer="minmax"),
     "minmax with zero points": QSpec(8, symmetric=False, quantizer="minmax"),
     "dynamic in groups": QSpec(4, PerGroup(16), symmetric=False, quantizer="dynamic"),
     "dynamic": QSpec(8, PerChannel(0), quantizer="dynamic"),
 }
-WHOLE = {"ema": QSpec(8, quantizer="ema"), "per tensor": QSpec(4, PerTensor()), "columns": QSpec(8, PerChannel(1))}
+WHOLE = {
+    "nf4": QSpec(4, quantizer="nf4"),
+    "ema": QSpec(8, quantizer="ema"),
+    "per tensor": QSpec(4, PerTensor()),
+    "columns": QSpec(8, PerChannel(1)),
+}
 BAGS: dict[str, dict[str, Any]] = {
     "sum": {"mode": "sum"},
     "mean": {},

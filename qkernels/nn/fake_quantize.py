@@ -268,10 +268,14 @@ class FakeQuantize(QuantizerState):
 
     @property
     def rows_apart(self) -> bool:
-        """Whether each row of a weight [N, K] is quantized by itself, so that ``of_rows`` can take some of them."""
+        """Whether each row of a weight [N, K] is quantized by itself, so that ``of_rows`` can take some of them.
+
+        With "ewgs" the gradient of a row that is taken twice is not the sum of two.
+        """
         by_group = isinstance(self.granularity, PerGroup)
         by_row = by_group or (isinstance(self.granularity, PerChannel) and self.granularity.axis in (0, (0,)))
-        return by_row and self.is_weight and self.quantizer in ("lsq", "lsq+", "ewgs", "minmax", "dynamic")
+        alike = self.quantizer in ("lsq", "lsq+", "minmax", "dynamic") and self.straight_through != "ewgs"
+        return by_row and self.is_weight and alike
 
     def of_rows(self, weight: Tensor, index: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
         """gather(self(weight)) of a weight [N, K] with ``rows_apart``, at the cost of the gathered rows alone.
