@@ -362,7 +362,7 @@ def test_exact_follows_training(config):
 
 
 def test_exact_shares_every_tensor():
-    prepared = prepare(Tied(), QConfig(QSpec(8), None, rules=[("body", None)]))
+    prepared = prepare(Tied(), QConfig(QSpec(8), None, rules=[("body", None), ("table", None)]))
     seen = []
     prepared.table.register_forward_hook(lambda m, args, y: seen.append(m.weight))
     qk.exact(prepared)(torch.randint(64, (2, 5)))

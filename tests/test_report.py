@@ -162,7 +162,7 @@ def test_sizes_are_those_of_a_safetensors_file(tmp_path):
 def test_tied_weights_count_once():
     torch.manual_seed(0)
     model = Tied()
-    prepared = prepare(model, QConfig(QSpec(8), rules=[("head", None)]))
+    prepared = prepare(model, QConfig(QSpec(8), rules=[("head", None), ("embedding", None)]))
     calibrate(prepared, [torch.arange(12).reshape(2, 6)])
     made = report(prepared)
     rows = {row.name: row for row in made.layers}

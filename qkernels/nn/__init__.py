@@ -17,10 +17,12 @@ from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
-from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_attention import QATMultiheadAttention
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_classes import QAT_CLASSES
+from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
+from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 from .quantized_parameters import QATParameters
@@ -46,10 +48,16 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QATAdd",
+    "QATBilinear",
     "QATCat",
     "QATConv1d",
     "QATConv2d",
     "QATConv3d",
+    "QATConvTranspose1d",
+    "QATConvTranspose2d",
+    "QATConvTranspose3d",
+    "QATEmbedding",
+    "QATEmbeddingBag",
     "QATGRUCell",
     "QATLSTMCell",
     "QATLayer",

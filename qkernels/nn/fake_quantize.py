@@ -266,24 +266,67 @@ class FakeQuantize(QuantizerState):
         scale, zero_point = self._range(x, in_place=self.training)
         return self._with_qparams(x, scale, zero_point)
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether each row of a weight [N, K] is quantized by itself, so that ``of_rows`` can take some of them.
+
+        With "ewgs" the gradient of a row that is taken twice is not the sum of two.
+        """
+        by_group = isinstance(self.granularity, PerGroup)
+        by_row = by_group or (isinstance(self.granularity, PerChannel) and self.granularity.axis in (0, (0,)))
+        alike = self.quantizer in ("lsq", "lsq+", "minmax", "dynamic") and self.straight_through != "ewgs"
+        return by_row and self.is_weight and alike
+
+    def of_rows(self, weight: Tensor, index: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """gather(self(weight)) of a weight [N, K] with ``rows_apart``, at the cost of the gathered rows alone.
+
+        gather: takes the rows ``index`` [n] of a tensor. The scales of other rows stay as they are, which changes
+        nothing, because what moves them, the weight, is there when they are used again.
+        """
+        if not self._ready:
+            self._meet(weight)
+        rows = gather(weight)
+        if not self._quantizes:
+            return rows
+        if self.quantizer == "dynamic":
+            return _dynamic(rows, self.bits, self._group_size(), self.symmetric, False)
+        scale, zero_point = self._range_of_rows(rows, index)
+        if not self.learns:
+            return self._with_qparams(rows, scale, zero_point)
+        keeps = self.training and not transformed()
+        if self.zero_point is not None and (keeps or not self._follows()):  # else its range is not the zero point's own
+            if keeps:
+                keep_inside(self.zero_point, self.quant_min, self.quant_max)
+            zero_point = gather(self.zero_point)
+        return self._with_learned(rows, scale, zero_point, gather(self.log_scale))
+
+    @torch.no_grad()
+    def _range_of_rows(self, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``_range`` of the rows ``index`` alone; in training mode the quantizer keeps it."""
+        index = index.long()
+        scale, zero_point = self._scale[index], None if self.zero_point is None else self.zero_point.detach()[index]
+        moved = [(self._scale, scale)]
+        if self._paces():
+            magnitude = self._magnitude[index]
+            scale = pace(rows, scale, magnitude, 1.0, 2 * self.steps**-0.5, True)
+            moved = [(self._scale, scale), (self._magnitude, magnitude)]
+        elif self._follows():
+            rule = self.quant_min, self.quant_max, self.symmetric, 1.0, 1.0
+            scale, zero_point = follow(rows, scale, zero_point, *rule, False)
+            moved = [(self._scale, scale)]
+            if self.zero_point is not None and zero_point is not None:
+                moved.append((self.zero_point.detach(), zero_point))
+        else:
+            return scale, zero_point
+        if self.training and not transformed():
+            for held, new in moved:
+                held.index_copy_(0, index, new)  # where index repeats, so do the values
+        return scale, zero_point
+
     def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """x quantized and back with what ``_range`` gave for it."""
         if self.learns:
-            return learned(
-                x,
-                scale,
-                self.log_scale,
-                self._log_limits(),
-                zero_point,
-                self.quant_min,
-                self.quant_max,
-                self.steps,
-                self.feature_dims if self._numel is None else None,
-                self._numel,
-                # A followed weight is never clipped, but LSQ's mask would take its largest value for a clipped one.
-                "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
-                self.ewgs_delta,
-            )
+            return self._with_learned(x, scale, zero_point, self.log_scale)
         return fake_quantize(
             x,
             scale,
@@ -292,6 +335,23 @@ class FakeQuantize(QuantizerState):
             quant_max=self.quant_max,
             straight_through=self.straight_through,
             ewgs_delta=self.ewgs_delta,
+        )
+
+    def _with_learned(self, x: Tensor, start: Tensor, zero_point: Tensor | None, log_scale: Tensor) -> Tensor:
+        return learned(
+            x,
+            start,
+            log_scale,
+            self._log_limits(),
+            zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.steps,
+            self.feature_dims if self._numel is None else None,
+            self._numel,
+            # A followed weight is never clipped, but LSQ's mask would take its largest value for a clipped one.
+            "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
+            self.ewgs_delta,
         )
 
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:

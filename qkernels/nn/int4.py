@@ -17,7 +17,6 @@ from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantized import Logical, QuantizedInputLayer, QuantizedLayer, check_finite, frozen
 from .replacing import take_over
-from .tracing import root_as_leaf
 
 
 def _logical_weight(
@@ -194,8 +193,7 @@ class Int4Linear(QuantizedInputLayer):
         self._hold(_private_of(packed))
         self._set_bias(bias)
 
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
         if input.dtype == torch.float64:
             x = self._input_values(input)
@@ -383,8 +381,7 @@ class Int4Embedding(QuantizedLayer):
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         return self._rows(self.data, self._scale_of("scale"), self.zero_point, dtype)
 
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         codes, scale = F.embedding(input, self.data), F.embedding(input, self._scale_of("scale"))
         zero_point = None if self.zero_point is None else F.embedding(input, self.zero_point)
         return self._rows(codes, scale, zero_point, self.dtype)

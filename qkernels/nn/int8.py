@@ -19,7 +19,6 @@ from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerTensor, PerToken
 from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
 from .replacing import take_over
-from .tracing import root_as_leaf
 
 
 class _Int8Layer(QuantizedInputLayer):
@@ -187,8 +186,7 @@ class Int8Linear(_Int8Layer):
         layer.to(weight.device).set_weight(codes, scale, linear.bias)
         return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
         if self.act_bits == 16 or input.dtype == torch.float64:
             x = self._input_values(input)
@@ -302,8 +300,7 @@ class Int8Conv2d(_Int8Layer):
         layer.channels_last = _suggests_channels_last(conv.weight)
         return layer
 
-    @root_as_leaf
-    def forward(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor) -> Tensor:
         return self._convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def _convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:

@@ -220,7 +220,7 @@ class ConvertedForward(_OwnForward):
                 f"{self.own_class.__name__}: its forward does more than convolve for this input, which it did not when "
                 "the BatchNorm behind it was folded; accepted: inputs for which it returns its convolution"
             )
-        return y
+        return self._output(y)  # type: ignore[operator]
 
     def _product(self, func: Callable[..., Tensor], arguments: Arguments) -> Tensor:
         x = arguments["input"]
@@ -228,7 +228,7 @@ class ConvertedForward(_OwnForward):
             values = self._input_values(x)  # type: ignore[operator]
             return func(**{**arguments, "input": values, "weight": self._weight_in(values.dtype)})  # type: ignore[operator]
         if not issubclass(self.base_class, Int8Conv2d):
-            return self.base_class.forward(self, x)
+            return self.base_class.compute(self, x)  # type: ignore[attr-defined]
         stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
         return self._convolve(x, stride, padding, dilation)  # type: ignore[operator]
 

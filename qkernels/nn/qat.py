@@ -1,4 +1,4 @@
-"""QATLinear and QATConv1d, 2d and 3d: float layers that fake-quantize their weight, input and output."""
+"""QATLinear, QATBilinear and QATConv1d, 2d and 3d: layers that fake-quantize their weight, input and output."""
 
 from __future__ import annotations
 
@@ -55,6 +55,26 @@ class QATLinear(QATProductLayer, nn.Linear):
         weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)
         y = F.linear(input, weight, self.bias)
         return y if self.output_fake_quant is None else self.output_fake_quant(y)
+
+
+class QATBilinear(QATLayer, nn.Bilinear):
+    """nn.Bilinear whose weight, output and two inputs pass through quantizers; a rule's "input" is for both inputs."""
+
+    float_class = nn.Bilinear
+    __call__ = call_as_leaf
+
+    @classmethod
+    def roles(cls, layer: nn.Module) -> dict[str, Role]:
+        return {
+            "weight": Role("weight", "weight"),
+            "input": Role("input", per_token=True),
+            "input2": Role("input", per_token=True),
+            "output": Role("output", per_token=True),
+        }
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        input1, input2 = self.passed("input", input1), self.passed("input2", input2)
+        return self.passed("output", F.bilinear(input1, input2, self.passed("weight", self.weight), self.bias))
 
 
 class QATConvolution(QATProductLayer):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from .functional import QAT_FUNCTIONS
-from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
+from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_attention import QATMultiheadAttention, QATOutProjection
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
+from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
+from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 
@@ -26,6 +28,12 @@ QAT_CLASSES: tuple[type[QATLayer], ...] = (
     QATRNNCell,
     QATMultiheadAttention,
     *QAT_FUNCTIONS,
+    QATBilinear,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATConvTranspose3d,
+    QATEmbedding,
+    QATEmbeddingBag,
 )
 QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 

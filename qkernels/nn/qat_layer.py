@@ -132,6 +132,9 @@ class QATLayer(nn.Module):
     def _released(self, module: nn.Module) -> None:
         """Called with the float layer that has just been made of this one."""
 
+    def _baked(self) -> None:
+        """Called when plain Parameters hold what the layer computed from its weights (see ``bake_weight``)."""
+
     def quantizer_of(self, role: str) -> FakeQuantize | None:
         found: FakeQuantize | None = getattr(self, role + SUFFIX, None)
         return found
@@ -279,6 +282,7 @@ def bake_weight(layer: nn.Module) -> None:
             value = layer.unquantized(name)
             if value is not layer._parameters.get(name):  # its forward computes another weight from its own
                 layer._parameters[name] = nn.Parameter(value.detach().clone())
+        layer._baked()
 
 
 def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:

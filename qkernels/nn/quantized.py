@@ -20,7 +20,7 @@ from ..ops.quantize import choose_qparams
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantizer_state import apply_keeping_dtype
-from .tracing import call_as_leaf
+from .tracing import call_as_leaf, root_as_leaf
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 Logical = dict[str, tuple[torch.dtype, tuple[int, ...]] | None]
@@ -101,6 +101,23 @@ class QuantizedLayer(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight in fp32."""
         return self._weight_in(torch.float32)
+
+    def compute(self, input: Tensor) -> Tensor:
+        """The result before the quantizer of the output."""
+        raise NotImplementedError
+
+    @root_as_leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return self._output(self.compute(input))
+
+    def quantize_output(self, quantizer: FakeQuantize) -> None:
+        """Lets the result pass through a quantizer, whose range is fixed from here on."""
+        quantizer.disable_observer()
+        self.output_fake_quant = quantizer
+
+    def _output(self, y: Tensor) -> Tensor:
+        quantizer = self._modules.get("output_fake_quant")
+        return y if quantizer is None else quantizer(y)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight, computed in fp32 (fp64 for fp64) and rounded once to dtype."""

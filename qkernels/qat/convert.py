@@ -13,13 +13,14 @@ from ..nn.int8 import Int8Conv2d
 from ..nn.own_forward import QATForward, with_forward_of
 from ..nn.qat import QATConv2d, QATLinear
 from ..nn.qat_attention import QATMultiheadAttention
+from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .copying import copy_of, replace_modules
 from .fold import Folds, factor_and_bias, find_folds
-from .integer_layers import group_size, integer_attention, integer_linear
+from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear
 from .selection import no_integers, to_int4
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
@@ -99,14 +100,24 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             if not weight.is_meta and not bool(weight.isfinite().all()):  # integer codes cannot hold a NaN
                 raise ValueError(f"model: the {parameter} of {name!r} holds NaN or infinity; accepted: finite weights")
     layers = [(name, layer) for name, layer in found if no_integers(layer) is None]
-    shared = _float_weights(model, {layer for _, layer in layers})
+    reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
+    burnt = {_weight_and_quantizer(layer): name for name, layer in found if layer in reasons}
+    shared = _float_weights(model, {layer for _, layer in found})
     for name, layer in layers:
         if isinstance(layer, QATMultiheadAttention):
             made[layer] = integer_attention(layer).eval()
             continue
-        assert isinstance(layer, QATLinear | QATConv2d)
-        if layer.input_fake_quant is None and not to_int4(layer) and id(layer.weight) in shared:
+        if isinstance(layer, QATEmbedding):
+            made[layer] = integer_embedding(layer)
             continue
+        assert isinstance(layer, QATLinear | QATConv2d)
+        if layer.input_fake_quant is None and not to_int4(layer):
+            other = burnt.get(_weight_and_quantizer(layer))
+            if other is not None:  # both hold one Parameter
+                reasons[layer] = f"its weight is that of {other!r}, which stays in float"
+                continue
+            if id(layer.weight) in shared:
+                continue
         if isinstance(layer, QATLinear):
             made[layer] = integer_linear(layer)
         else:
@@ -117,20 +128,26 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             made[layer] = _convolution(layer, norm)  # type: ignore[arg-type]
             if isinstance(layer, QATForward):
                 made[layer].__dict__["folded"] = norm is not None
-    _tie(layers, made, shared)
+    _tie(layers, made, _float_weights(model, {layer for _, layer in layers}))
     for source, new in made.items():
-        if isinstance(source, QATLinear | QATConv2d):
+        if isinstance(source, QATLinear | QATConv2d | QATEmbedding):
+            if source.output_fake_quant is not None:
+                new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
-    reasons = {layer: reason for _, layer in found if (reason := no_integers(layer)) is not None}
-    for layer, burnt in burnt_in(list(reasons)).items():
-        made[layer] = burnt
-        burnt.__dict__[BURNT_IN] = reasons[layer]
+    for layer, new in burnt_in(list(reasons)).items():
+        made[layer] = new
+        new.__dict__[BURNT_IN] = reasons[layer]
     for left in model.modules():
         if isinstance(left, QATLayer) and left not in made:
             for _, role, quantizer in left.own_quantizers():
                 if role.kind != "weight":  # the range of a weight may follow it to the end
                     quantizer.disable_observer()
     return replace_modules(model, made.get)
+
+
+def _weight_and_quantizer(layer: QATLayer) -> tuple[int, int]:
+    """What tells whether two layers have the same quantized weight."""
+    return id(getattr(layer, "weight", None)), id(layer.quantizer_of("weight"))
 
 
 @torch.no_grad()
@@ -144,7 +161,7 @@ def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
                 continue
             weight = layer.unquantized(role.parameter)
             key = id(weight), id(quantizer)
-            if key not in values:
+            if key not in values:  # a quantizer that follows the weight takes its present range here
                 values[key] = nn.Parameter(quantizer(weight).detach().clone(), weight.requires_grad)
             layer._parameters[role.parameter] = values[key]
             del layer._modules[name + SUFFIX]

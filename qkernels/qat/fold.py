@@ -74,6 +74,8 @@ def find_folds(model: nn.Module) -> Folds:
             folds.kept[name] = "its input does not come straight from a Conv2d"
         elif hasattr(conv, "trial") and not conv.trial.returns_product:  # type: ignore[union-attr]
             folds.kept[name] = f"the forward of {producer} does more than convolve"
+        elif getattr(conv, "output_fake_quant", None) is not None:
+            folds.kept[name] = f"the output of {producer} is quantized"
         elif conv._forward_hooks or norm._forward_pre_hooks:
             folds.kept[name] = f"a hook stands between it and {producer}"
         elif len(calls[producer]) != 1 or len(source.users) != 1:  # type: ignore[union-attr]

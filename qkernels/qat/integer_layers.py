@@ -1,4 +1,4 @@
-"""Makes linear and attention layers on integers of QAT layers."""
+"""Makes linear, embedding and attention layers on integers of QAT layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from .. import layouts
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
-from ..nn.int4 import Int4Linear
+from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Linear
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.qat import QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
+from ..nn.qat_embedding import QATEmbedding
 
 
 def group_size(quantizer: FakeQuantize) -> int:
@@ -28,6 +29,29 @@ def integer_linear(layer: QATLinear) -> Int8Linear | Int4Linear:
     assert weight is not None
     codes = weight.quantize(layer.weight)
     return _linear(codes, layer.bias, weight, layer.input_fake_quant, layer.weight.dtype)
+
+
+@torch.no_grad()
+def integer_embedding(layer: QATEmbedding) -> Int4Embedding:
+    weight = layer.weight_fake_quant
+    assert weight is not None
+    codes, scale, zero_point = weight.quantize(layer.weight)
+    new = Int4Embedding(
+        layer.num_embeddings,
+        layer.embedding_dim,
+        layer.padding_idx,
+        weight_bits=weight.bits,
+        group_size=group_size(weight),
+        symmetric=weight.symmetric,
+        dtype=layer.weight.dtype,
+    ).to(layer.weight.device)
+    groups = new.scale.shape
+
+    def by_row(t: Tensor) -> Tensor:
+        return t.reshape(-1, groups[1]).expand(groups)
+
+    new.set_weight(codes, by_row(scale.float()), None if zero_point is None else by_row(zero_point.to(torch.int8)))
+    return new
 
 
 @torch.no_grad()

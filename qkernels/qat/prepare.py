@@ -200,7 +200,10 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
             elif inputs[same].last is None:
                 inputs[same].last = LastResult()
             quantizers[key] = inputs[same]
-        made[layer] = cls.from_float(layer, **quantizers)
+        try:
+            made[layer] = cls.from_float(layer, **quantizers)
+        except ValueError as error:
+            raise ValueError(f"config, layer {name!r}: {error}") from None
         if isinstance(made[layer], QATForward):
             made[layer].trial = trial  # type: ignore[assignment]
     for name, parameters in plan.parameters.items():

@@ -15,10 +15,11 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.own_forward import QATForward, Trial, has_own_forward, try_forward
+from ..nn.own_forward import Trial, has_own_forward, try_forward
 from ..nn.qat import QATConv2d, QATLinear, QATProductLayer
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
+from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
@@ -35,12 +36,12 @@ def no_integers(layer: QATLayer) -> str | None:
     """Why no integer layer computes what a QAT layer with a quantized weight does; None: one does."""
     if isinstance(layer, QATMultiheadAttention):
         return _no_integer_attention(layer)
+    if isinstance(layer, QATEmbedding):
+        return _no_int4_embedding(layer)
     if not isinstance(layer, QATLinear | QATConv2d):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight = layer.weight_fake_quant
     assert weight is not None
-    if layer.output_fake_quant is not None and isinstance(layer, QATForward):
-        return "its forward is its own and its output is quantized"
     return _no_integer_product("weight", layer.weight, weight, layer.input_fake_quant, to_int4(layer))
 
 
@@ -84,6 +85,26 @@ def _no_integer_product(
         return f"its {name} has {granularity}; the int8 kernels take PerChannel(0) or PerTensor()"
     if not weight.symmetric:
         return f"its {name} is quantized with a zero point; the int8 kernels take symmetric=True"
+    return None
+
+
+def _no_int4_embedding(layer: QATEmbedding) -> str | None:
+    weight = layer.weight_fake_quant
+    assert weight is not None
+    granularity = weight.granularity
+    if type(layer).forward is not QATEmbedding.forward:
+        return "its forward is its own"
+    if not weight.integer_codes:
+        return f'the values of "{weight.quantizer}" are no integers times a scale'
+    if weight.bits not in layouts.BITS:
+        return f"there is no integer embedding of {weight.bits} bits"
+    if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
+        return f"its weight has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
+    try:
+        k = layer.embedding_dim
+        gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
+    except RuntimeError as error:
+        return f"its weight has {granularity}; {error}"
     return None
 
 
