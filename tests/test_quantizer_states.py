@@ -61,7 +61,8 @@ def test_set_bits_keeps_the_range(quantizer):
     if quantizer == "lsq":
         with torch.no_grad():
             for layer in quantizers(prepared).values():
-                layer.log_scale.fill_(0.3)
+                if layer.learns:
+                    layer.log_scale.fill_(0.3)
     before = {
         name: tuple(None if t is None else t.clone() for t in q.qparams())
         for name, q in quantizers(prepared).items()
@@ -83,9 +84,11 @@ def test_set_bits_keeps_the_range(quantizer):
     prepared.eval()
     with torch.no_grad():
         torch.testing.assert_close(qk.convert(prepared)(x), prepared(x))
-    qk.set_bits(prepared, 8)
-    for name, (scale, _) in before.items():
+    for bits in (2, 3, 8):
+        qk.set_bits(prepared, bits)
+    for name, (scale, zero_point) in before.items():
         torch.testing.assert_close(quantizers(prepared)[name].scale, scale)
+        assert zero_point is None or torch.equal(quantizers(prepared)[name].qparams()[1], zero_point)
     with pytest.raises(ValueError, match="bits: got 9"):
         qk.set_bits(prepared, 9)
     with pytest.raises(ValueError, match=r"where: 'fc\.\*' matches no quantizer"):
@@ -191,7 +194,8 @@ def test_what_changes_a_quantizer_reaches_a_sharded_model(symmetric, dtype, tmp_
     qk.calibrate(prepared, [x])
     with torch.no_grad():
         for quantizer in quantizers(prepared).values():
-            quantizer.log_scale += 0.01
+            if quantizer.learns:
+                quantizer.log_scale += 0.01
     plain = copy.deepcopy(prepared)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/rendezvous")

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import qkernels as qk
 
 
+# An input of the model itself learns no scale unless a rule asks for it.
+LEARNED = qk.QConfig(rules=[("[qkv]", {"input": {"quantizer": "lsq"}})])
+
+
 class Attention(nn.Module):
     """q, k and v read one tensor; it also keeps what it was given, which a tracer must not see."""
 
@@ -95,7 +99,7 @@ def test_layers_of_one_input_share_its_quantizer():
 def test_the_tensor_is_quantized_once_and_all_is_as_without_sharing(training):
     torch.manual_seed(0)
     model, x = Attention(), torch.randn(2, 5, 8)
-    shared = ready(model, x).train(training)
+    shared = ready(model, x, LEARNED).train(training)
     shared.q.input_fake_quant.disable_observer()
     apart = copy.deepcopy(shared)
     for name in ("k", "v"):
@@ -113,6 +117,21 @@ def test_the_tensor_is_quantized_once_and_all_is_as_without_sharing(training):
     gradient = sum(getattr(apart, name).input_fake_quant.log_scale.grad for name in ("q", "k", "v"))
     torch.testing.assert_close(shared.q.input_fake_quant.log_scale.grad, gradient)
     assert_same_numbers(qk.convert(shared), shared, x, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(None, "minmax"), (LEARNED, "lsq"), (qk.QConfig(qk.QSpec(4), qk.QSpec(4, symmetric=False)), "lsq")],
+)
+def test_inputs_of_the_model_itself_learn_no_scale_at_8_bits(config, kind):
+    """To learn it would cost the gradient of the data."""
+    prepared = qk.prepare(Attention(), config)
+    assert prepared.q.input_fake_quant.quantizer == kind
+    assert prepared.out.input_fake_quant.quantizer == "lsq"
+    deep = qk.prepare(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(8), Attention()))
+    assert deep[2].q.input_fake_quant.quantizer == "lsq"
+    flat = qk.prepare(nn.Sequential(nn.Flatten(), nn.ReLU(), Attention()))
+    assert flat[2].q.input_fake_quant.quantizer == "minmax"
 
 
 def test_what_changes_between_two_layers_is_quantized_again():

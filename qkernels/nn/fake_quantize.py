@@ -186,9 +186,14 @@ class FakeQuantize(QuantizerState):
             self._magnitude.fill_(-1)
         self._scale.copy_(scale)
         if not self.symmetric:
-            zero_point = whole(self.zero_point)  # type: ignore[arg-type]
-            moved = self.quant_min + (zero_point - lowest) * (self.steps / before)
-            write(self.zero_point, moved if zero_point.is_floating_point() else moved.round())  # type: ignore[arg-type]
+            exact = zero_point = whole(self.zero_point)  # type: ignore[arg-type]
+            if self._unrounded is not None and torch.equal(self._unrounded[0].to(exact.device), zero_point):
+                exact = self._unrounded[1].to(exact.device)  # so that few bits do not blur the range of many
+            moved = self.quant_min + (exact - lowest) * (self.steps / before)
+            if not zero_point.is_floating_point():
+                self._unrounded = moved.round().to(zero_point.dtype), moved
+                moved = self._unrounded[0]
+            write(self.zero_point, moved)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

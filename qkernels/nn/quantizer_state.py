@@ -73,6 +73,7 @@ class QuantizerState(nn.Module):
         if not isinstance(self, _classes.get(quantizer, QuantizerState)):
             raise ValueError(f'quantizer: got "{quantizer}" in {type(self).__name__}; accepted: FakeQuantize itself')
         self.feature_dims = feature_dims
+        self._unrounded: tuple[Tensor, Tensor] | None = None  # an integer zero point and what set_bits rounded to it
         self.name = ""  # its name in the model, for errors
         self.last: LastResult | None = None  # where several layers get one tensor, which is then quantized once
         self._set_width(bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.last_result import LastResult
+from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
@@ -20,7 +22,7 @@ from .config import QConfig, QSpec, Rule, nearest
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .presets import presets
 from .selection import float_reason, unsupported
-from .sharing import shared_inputs
+from .sharing import find_inputs
 from .weight_readers import WeightReaders, find_weight_readers
 
 Specs = dict[str, QSpec | None]
@@ -51,6 +53,11 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
 
     Parameters keep their names. Weight quantizers start from the weights; input quantizers of kind "lsq" and "minmax"
     need ``calibrate`` before the first forward pass.
+
+    Where torch.fx can trace the model, layers that get the same tensor and the same spec share its quantizer, which
+    then computes once. A layer that gets an input of the model itself has a "minmax" quantizer for "lsq" above 4 bits,
+    unless a rule for the layer gives "input": at these widths a learned range gains nothing, and to learn it costs the
+    gradient of the data (a tenth of a ResNet-18's training step).
 
     A subclass of a layer keeps its class as a base. Where it has its own forward, that must call the parent's by
     ``super().forward``. A subclass of Linear or a convolution may also compute its product itself: ``prepare`` tries it
@@ -163,8 +170,18 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     # A forward of its own may hand its product another input than it got.
     modules = {name: model.get_submodule(name) for name in plan.specs if plan.specs[name].get("input")}
     plain = [name for name, module in modules.items() if type(module).forward is plan.classes[name].float_class.forward]
-    for number, group in enumerate(shared_inputs(model, plain)):
+    inputs = find_inputs(model, plain)
+    for number, group in enumerate(inputs.groups):
         plan.groups.update(dict.fromkeys(group, number))
+    for name in inputs.given:
+        spec = plan.specs[name]["input"]
+        if (
+            spec is not None
+            and spec.quantizer == "lsq"
+            and spec.bits > MSE_BITS
+            and not config.asks_for("input", name, modules[name])
+        ):
+            plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
     return plan
 
 

@@ -1,8 +1,9 @@
-"""Finds the layers that get one and the same tensor, so that one quantizer can serve them all."""
+"""Finds which layers get one and the same tensor, and which get an input of the model, by tracing it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -21,8 +22,16 @@ class _LayerTracer(fx.Tracer):
         return m in self.layers or super().is_leaf_module(m, module_qualified_name)
 
 
-def shared_inputs(model: nn.Module, names: Collection[str]) -> list[list[str]]:
-    """Groups of two or more of the named layers whose first argument is the same tensor.
+@dataclass
+class Inputs:
+    """What torch.fx shows of the tensors that layers get."""
+
+    groups: list[list[str]] = field(default_factory=list)  # two or more layers that get the same tensor
+    given: set[str] = field(default_factory=set)  # layers that get an input of the model, or what no weight made of it
+
+
+def find_inputs(model: nn.Module, names: Collection[str]) -> Inputs:
+    """Where the first arguments of the named layers come from.
 
     torch.fx traces the model; where it cannot, it traces the children one by one. A layer that is called more than
     once, or only in a part that cannot be traced, is in no group. What a forward does while it is traced, it does to a
@@ -30,30 +39,48 @@ def shared_inputs(model: nn.Module, names: Collection[str]) -> list[list[str]]:
     """
     shadow = shadow_of(model).eval()
     layers = {shadow.get_submodule(name): name for name in names}
-    groups: list[list[str]] = []
+    found = Inputs()
     wanted: list[nn.Module] = [shadow]
     while wanted:
         module = wanted.pop()
-        if module in layers or sum(inner in layers for inner in module.modules()) < 2:
+        if module in layers or not any(inner in layers for inner in module.modules()):
             continue
         try:
             graph = _LayerTracer(layers).trace(module)
         except Exception:  # a model's forward may raise anything when traced
             wanted += reversed(list(module.children()))
             continue
-        groups += _groups(module, graph, layers)
-    return groups
+        sources = _sources(module, graph, layers)
+        found.groups += [names for names in sources.values() if len(names) > 1]
+        if module is shadow:
+            free = _free_of_weights(module, graph)
+            found.given.update(name for node, names in sources.items() if node in free for name in names)
+    return found
 
 
-def _groups(module: nn.Module, graph: fx.Graph, layers: dict[nn.Module, str]) -> list[list[str]]:
+def _sources(module: nn.Module, graph: fx.Graph, layers: dict[nn.Module, str]) -> dict[fx.Node, list[str]]:
+    """The layers that get each node as their first argument."""
     calls: dict[nn.Module, list[Any]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             layer = module.get_submodule(str(node.target))
             if layer in layers:
                 calls.setdefault(layer, []).append(node.args[0] if node.args else None)
-    consumers: dict[fx.Node, list[str]] = {}
+    sources: dict[fx.Node, list[str]] = {}
     for layer, inputs in calls.items():
         if len(inputs) == 1 and isinstance(inputs[0], fx.Node):
-            consumers.setdefault(inputs[0], []).append(layers[layer])
-    return [names for names in consumers.values() if len(names) > 1]
+            sources.setdefault(inputs[0], []).append(layers[layer])
+    return sources
+
+
+def _free_of_weights(module: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values depend on no parameter: they need no gradient."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    free: set[fx.Node] = set()
+    for node in graph.nodes:
+        weighs = node.op == "get_attr" and str(node.target) in parameters
+        if node.op == "call_module":
+            weighs = any(True for _ in module.get_submodule(str(node.target)).parameters())
+        if not weighs and all(source in free for source in node.all_input_nodes):
+            free.add(node)
+    return free
