@@ -191,7 +191,7 @@ def test_a_model_with_them_trains_and_converts():
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in prepared.parameters())
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     converted = assert_converts(prepared, batches[0], tolerance=1e-2)
     before = copy.deepcopy(converted.state_dict())
@@ -279,6 +279,7 @@ def test_activations_by_their_class():
     )
     x = torch.randn(3, 1, 4, 4)
     model(x)
+    model.eval()
     spec = QSpec(8, quantizer="minmax")
     prepared = prepare(model, QConfig(rules=[(nn.GELU, {"input": spec}), ("1", {"output": spec})]))
     calibrate(prepared, [x])
@@ -307,7 +308,9 @@ class Both(nn.Module):
 
 def test_a_graph_with_them_can_be_traced_and_compiled():
     torch.manual_seed(0)
-    model, x = Both().eval(), torch.randn(2, 2, 4, 4)
+    model, x = Both(), torch.randn(2, 2, 4, 4)
+    model(x)
+    model.eval()
     prepared = prepare(model, QConfig(residual=QSpec(8)))
     calibrate(prepared, [x])
     converted = assert_converts(prepared, x, tolerance=1e-2)
