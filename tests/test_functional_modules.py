@@ -1,5 +1,6 @@
 """Modules in place of functions of activations: as floats, prepared, trained and converted."""
 
+import collections
 import copy
 import pickle
 
@@ -171,7 +172,7 @@ def test_specs_and_rules():
         ("attend", "input", "att"),
     ):
         with pytest.raises(
-            ValueError, match=f"layer '{name}': a rule gives '{kind}'; accepted for this layer: {accepted}"
+            ValueError, match=rf"layer '{name}': a rule gives '{kind}'; accepted for this layer: {accepted}"
         ):
             prepare(block, QConfig(rules=[(name, {kind: QSpec(4)})]))
 
@@ -190,7 +191,7 @@ def test_a_model_with_them_trains_and_converts():
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in prepared.parameters())
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     converted = assert_converts(prepared, batches[0], tolerance=1e-2)
     before = copy.deepcopy(converted.state_dict())
@@ -208,6 +209,85 @@ def test_a_model_with_them_trains_and_converts():
     back = unprepare(prepared)
     assert {name: type(m) for name, m in back.named_modules()} == {name: type(m) for name, m in block.named_modules()}
     assert torch.equal(back.eval()(batches[0]), plain(back, batches[0]))
+
+
+class Custom(nn.Module):
+    """A product that no layer of torch computes."""
+
+    def __init__(self, wrap=lambda y: y) -> None:
+        super().__init__()
+        self.w, self.wrap = nn.Parameter(torch.randn(4, 6)), wrap
+
+    def forward(self, ids, *, x):
+        return self.wrap(F.linear(x, self.w) + ids[:, None])
+
+
+def test_a_module_of_any_class_by_rules():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"it": Custom(), "fc": nn.Linear(2, 2)})
+    rules = [("it.w", {"weight": FIXED}), ("it", {"input": FIXED, "output": FIXED})]
+    prepared = prepare(model, QConfig(rules=rules))["it"]
+    arguments = {"ids": torch.arange(3), "x": torch.randn(3, 6)}
+    calibrate(prepared, [arguments])
+    assert isinstance(prepared, Custom)
+    x = arguments["x"].clone().requires_grad_()
+    found = [torch.autograd.grad(y.square().sum(), [x, prepared._parameters["w"]]) for y in (
+        prepared(arguments["ids"], x=x),
+        rounded(F.linear(rounded(x, prepared.input_fake_quant), per_row(prepared)) + torch.arange(3)[:, None],
+                prepared.output_fake_quant),
+    )]  # fmt: skip
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    expected = prepared.eval()(**arguments)
+    for made in (copy.deepcopy(prepared), convert(prepared)):
+        torch.testing.assert_close(made(**arguments), expected)
+    fresh = prepare(model, QConfig(rules=rules))["it"]
+    fresh.load_state_dict(prepared.state_dict(), strict=True)
+    assert torch.equal(fresh.eval()(**arguments), expected)
+    back = unprepare(prepared)
+    assert type(back) is Custom
+    assert torch.equal(back(**arguments), model["it"](**arguments))
+
+
+def per_row(layer: nn.Module) -> torch.Tensor:
+    weight, quantizer = layer._parameters["w"], layer.w_fake_quant
+    scale = weight.detach().abs().amax(1, keepdim=True) / quantizer.quant_max
+    return weight + ((weight / scale).round() * scale - weight).detach()
+
+
+Pair = collections.namedtuple("Pair", "ids y")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "tensor"),
+    [(lambda y: {"n": 3, "y": y}, lambda r: r["y"]), (lambda y: Pair(torch.arange(2), y), lambda r: r.y),
+     (lambda y: [None, (y, y)], lambda r: r[1][0])],
+)  # fmt: skip
+def test_the_first_floating_tensor_of_a_result(wrap, tensor):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"it": Custom(wrap), "fc": nn.Linear(2, 2)})
+    prepared = prepare(model, QConfig(rules=[(Custom, {"output": QSpec(2, quantizer="dynamic")})]))["it"]
+    result = prepared(torch.arange(3), x=torch.randn(3, 6))
+    assert type(result) is type(wrap(torch.ones(1)))
+    assert tensor(result).unique().numel() <= 3  # two bits are ternary
+
+
+def test_activations_by_their_class():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Identity(), nn.BatchNorm2d(2), nn.GELU(), nn.Flatten(), nn.Linear(8, 2)
+    )
+    x = torch.randn(3, 1, 4, 4)
+    model(x)
+    model.eval()
+    spec = QSpec(8, quantizer="minmax")
+    prepared = prepare(model, QConfig(rules=[(nn.GELU, {"input": spec}), ("1", {"output": spec})]))
+    calibrate(prepared, [x])
+    converted = assert_converts(prepared, x, tolerance=2e-2)
+    assert type(converted[2]) is nn.BatchNorm2d  # the quantizer stands between it and the convolution
+    assert pickle.loads(pickle.dumps(converted))(x).equal(converted(x))
+    with pytest.raises(ValueError, match=r"layer '3': a rule gives 'weight'; accepted for this layer: input, out"):
+        prepare(model, QConfig(rules=[("3", {"weight": QSpec(4)})]))
 
 
 def prepare_again(block: nn.Module, batches) -> nn.Module:
@@ -228,7 +308,9 @@ class Both(nn.Module):
 
 def test_a_graph_with_them_can_be_traced_and_compiled():
     torch.manual_seed(0)
-    model, x = Both().eval(), torch.randn(2, 2, 4, 4)
+    model, x = Both(), torch.randn(2, 2, 4, 4)
+    model(x)
+    model.eval()
     prepared = prepare(model, QConfig(residual=QSpec(8)))
     calibrate(prepared, [x])
     converted = assert_converts(prepared, x, tolerance=1e-2)

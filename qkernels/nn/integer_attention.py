@@ -21,13 +21,16 @@ class IntegerMultiheadAttention(AttentionForward):
 
     ``q_proj``, ``k_proj`` and ``v_proj`` are Int8Linear or Int4Linear layers, each of which quantizes its input, and so
     is ``out_proj``, unless it stayed in float. Quantizers of what goes into the products, and of the result, stay.
+
+    Args:
+        layer: gives the settings, ``out_proj``, these quantizers, hooks and whatever else was set on it.
+        projections: the three layers by their names.
     """
 
     in_proj_bias = None  # torch's Transformer layers look at both, and then call the layer
     _qkv_same_embed_dim = False
 
     def __init__(self, layer: QATMultiheadAttention, projections: dict[str, Int8Linear | Int4Linear]) -> None:
-        """Takes the settings, ``out_proj``, hooks and whatever else was set on ``layer``."""
         super().__init__()
         for name in SETTINGS:
             setattr(self, name, getattr(layer, name))

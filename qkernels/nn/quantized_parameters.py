@@ -1,15 +1,20 @@
-"""QATParameters: any module, some of whose parameters are quantized wherever they are read."""
+"""QATParameters: a module of any class that reads quantized parameters, or whose input and result are quantized."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .fake_quantize import FakeQuantize
 from .qat_layer import SUFFIX, QATLayer, Role, copied_state
 from .replacing import take_hooks
+
+VALUES = ("input", "output")
 
 
 class QATParameters(QATLayer):
@@ -18,39 +23,48 @@ class QATParameters(QATLayer):
     This serves what no layer of torch computes: fused expert weights [E, N, K], ``F.linear(x, self.w)``, a table that
     several modules read. ``named_parameters``, optimizers and state_dicts see the parameters themselves, under their
     names, as with torch's parametrizations.
+
+    The roles "input" and "output" are the first floating tensor among the arguments of its forward, and the first in
+    its result: a tensor, or an element of a tuple, list or dict.
     """
 
-    parameter_names: ClassVar[tuple[str, ...]] = ()
+    quantized_names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def roles(cls, layer: nn.Module) -> dict[str, Role]:
-        return {name: cls.role_of(layer, name) for name in cls.parameter_names}
+        return {name: cls.role_of(layer, name) for name in cls.quantized_names}
 
     @staticmethod
     def role_of(module: nn.Module, name: str) -> Role:
         """By default each row of the last dim has a scale: [E, N, 1] for expert weights [E, N, K]."""
+        if name in VALUES:
+            return Role(name, per_token=True)
         parameter = module._parameters[name]
         rows = 1 if parameter is None else parameter.dim() - 1
         return Role("weight", name, tuple(range(rows)) if rows > 1 else 0)
 
     @classmethod
     def of(cls, module: nn.Module, quantizers: dict[str, FakeQuantize]) -> QATParameters:
-        """The module with quantizers for some of its parameters, by their names; it shares the parameters and hooks.
+        """The module with quantizers for some of its parameters, by their names, and for its input and output.
+
+        It shares the parameters and hooks.
 
         Raises:
             ValueError: the module has no such parameter of its own, or torch has parametrized it.
         """
         for name in quantizers:
-            if module._parameters.get(name) is None:
+            if name not in VALUES and module._parameters.get(name) is None:
                 raise ValueError(f"parameter: got {name!r}; accepted: one of {', '.join(module._parameters) or 'none'}")
         made = _class_of(type(module), tuple(quantizers))  # type: ignore[arg-type]
         layer: Any = made.__new__(made)
         layer.__dict__ = copied_state(module)
         take_hooks(layer, module)
+        some = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         for name, quantizer in quantizers.items():
-            parameter = module._parameters[name]
-            assert parameter is not None
-            setattr(layer, name + SUFFIX, quantizer.to(parameter.device, parameter.dtype).train(module.training))
+            like = some if name in VALUES else module._parameters[name]
+            if like is not None:
+                quantizer.to(like.device, like.dtype)
+            setattr(layer, name + SUFFIX, quantizer.train(module.training))
         return layer  # type: ignore[no-any-return]
 
     def unquantized(self, parameter: str) -> Tensor:
@@ -61,16 +75,52 @@ class QATParameters(QATLayer):
 
 @functools.cache
 def _class_of(kind: type[nn.Module], names: tuple[str, ...]) -> type[QATParameters]:
-    attributes: dict[str, Any] = {name: _reader(name) for name in names}
+    attributes: dict[str, Any] = {name: _reader(name) for name in names if name not in VALUES}
+    if any(name in VALUES for name in names):
+        attributes["forward"] = _quantizing(kind.forward)
     attributes.update(
         {
             "__module__": kind.__module__,
             "__reduce_ex__": _reduce,
             "float_type": kind,
-            "parameter_names": names,
+            "quantized_names": names,
         }
     )
     return type(f"QAT{kind.__name__}", (QATParameters, kind), attributes)
+
+
+def _quantizing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of the same signature that quantizes its first floating argument and result."""
+
+    @functools.wraps(forward)
+    def quantized(self: QATParameters, *args: Any, **kwargs: Any) -> Any:
+        (args, kwargs), _ = _first((args, kwargs), lambda x: self.passed("input", x))
+        y, _ = _first(forward(self, *args, **kwargs), lambda x: self.passed("output", x))
+        return y
+
+    return quantized
+
+
+def _first(value: Any, fn: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:
+    """The value with fn applied to the first floating tensor in it, and whether there is one."""
+    if isinstance(value, Proxy):  # of a torch.fx trace, in which the quantizer has to stand too
+        return fn(value), True  # type: ignore[arg-type]
+    if isinstance(value, Tensor):
+        return (fn(value), True) if value.is_floating_point() else (value, False)
+    if isinstance(value, tuple | list):
+        items = list(value)
+        for i, item in enumerate(items):
+            items[i], found = _first(item, fn)
+            if found:
+                return (type(value)(*items) if hasattr(value, "_fields") else type(value)(items)), True
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            new, found = _first(item, fn)
+            if found:
+                changed = copy.copy(value)
+                changed[key] = new  # type: ignore[index]
+                return changed, True
+    return value, False
 
 
 def _reader(name: str) -> property:
@@ -85,7 +135,7 @@ def _reader(name: str) -> property:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _blank, (type(self).float_type, type(self).parameter_names), self.__getstate__()
+    return _blank, (type(self).float_type, type(self).quantized_names), self.__getstate__()
 
 
 def _blank(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

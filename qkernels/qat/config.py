@@ -127,7 +127,8 @@ class QConfig:
 
             A parameter that a rule names is quantized wherever it is read; it takes "weight" alone. A rule that names a
             subclass of Linear or a convolution by its type also takes layers that ``prepare`` would leave in float
-            because it cannot tell what their own forward computes.
+            because it cannot tell what their own forward computes. Modules of other classes take "input" and "output",
+            from a rule that gives their very name or class: the first floating tensor that they get and return.
 
     Raises:
         TypeError: a field has another type.

@@ -17,7 +17,7 @@ from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
-from ..nn.quantized_parameters import QATParameters
+from ..nn.quantized_parameters import VALUES, QATParameters
 from .config import QConfig, QSpec, Rule, nearest
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .presets import presets
@@ -143,6 +143,7 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     for name, module in model.named_modules():
         cls = qat_class_of(module)
         if cls is None or name in plan.parameters:
+            _plan_values(plan, config, name, module, known=cls is not None)
             continue
         like = {role.kind: role.like for role in cls.roles(module).values()}
         specs = {kind: spec for kind, spec in config.specs(name, module, like).items() if kind in like}
@@ -183,6 +184,20 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
         ):
             plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
     return plan
+
+
+def _plan_values(plan: _Plan, config: QConfig, name: str, module: nn.Module, known: bool) -> None:
+    """Adds the input and the output of a module of another class, if the rule that decides names it or its class."""
+    rule = config.rule_of(name, module)
+    if rule is None or rule[1] is None or not (rule[0] == name or rule[0] is type(module)):
+        return
+    if not known:
+        _check_kinds(name, set(VALUES), rule)
+    specs = config.specs(name, module)
+    for kind in VALUES:
+        spec = specs[kind]
+        if kind in rule[1] and spec is not None:
+            plan.parameters.setdefault(name, {})[kind] = spec
 
 
 def _check_kinds(name: str, kinds: set[str], rule: Rule | None) -> None:
