@@ -152,7 +152,7 @@ def test_batch_norm_that_cannot_be_folded_stays_and_the_report_says_why():
         notes = report(model).notes
         assert "called 2 times" in notes["shared"]
         assert "output of b is used elsewhere" in notes["branch"]
-        assert "straight from a Conv2d" in notes["alone"]
+        assert "straight from a convolution" in notes["alone"]
         assert "folded.1" not in notes
     assert_same_numbers(converted, prepared, x, flips=0.1)
 

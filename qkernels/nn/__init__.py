@@ -15,6 +15,7 @@ from .functional import (
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
+from .int8_conv1d import Int8Conv1d
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
 from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
@@ -38,6 +39,7 @@ __all__ = [
     "Granularity",
     "Int4Embedding",
     "Int4Linear",
+    "Int8Conv1d",
     "Int8Conv2d",
     "Int8Linear",
     "Int8TrainingLinear",

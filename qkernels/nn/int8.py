@@ -21,8 +21,8 @@ from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
 from .replacing import take_over
 
 
-class _Int8Layer(QuantizedInputLayer):
-    """What both layers share: they keep the weight as codes, in memory and in the state_dict, and its scales.
+class Int8Layer(QuantizedInputLayer):
+    """What the int8 layers share: they keep the weight as codes, in memory and in the state_dict, and its scales.
 
     With act_bits 8 the codes are packed for the int8 kernels and each output channel has one scale. With act_bits 16
     the input stays in float, and each call dequantizes the weight from its codes, which may have any group_size and
@@ -136,7 +136,7 @@ class _Int8Layer(QuantizedInputLayer):
         return codes
 
 
-class Int8Linear(_Int8Layer):
+class Int8Linear(Int8Layer):
     """A linear layer on int8 codes: quantizes its input, multiplies in exact integers, scales (see ``int8_linear``).
 
     Args:
@@ -224,7 +224,7 @@ class Int8Linear(_Int8Layer):
         return PackedInt8(self.data, self.colsum, self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
 
 
-class Int8Conv2d(_Int8Layer):
+class Int8Conv2d(Int8Layer):
     """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
 
     weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; a group of weights runs along the flattened
@@ -301,9 +301,9 @@ class Int8Conv2d(_Int8Layer):
         return layer
 
     def compute(self, input: Tensor) -> Tensor:
-        return self._convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
+        return self.convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
-    def _convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
+    def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
         """The convolution with the given geometry: a subclass may pass another one than the layer's to F.conv2d."""
         out_dtype = self._out_dtype(input)
         # The kernels pad evenly and with zeros. Any other padding happens before quantization, where it is exact.

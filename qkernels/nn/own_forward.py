@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .int8 import Int8Conv2d
+from .int8_conv1d import Int8Conv1d
 from .tracing import node_of
 
 FLOAT_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -227,10 +228,10 @@ class ConvertedForward(_OwnForward):
         if arguments.get("bias") is not self.bias or arguments.get("groups", 1) != getattr(self, "groups", 1):
             values = self._input_values(x)  # type: ignore[operator]
             return func(**{**arguments, "input": values, "weight": self._weight_in(values.dtype)})  # type: ignore[operator]
-        if not issubclass(self.base_class, Int8Conv2d):
+        if not issubclass(self.base_class, Int8Conv1d | Int8Conv2d):
             return self.base_class.compute(self, x)  # type: ignore[attr-defined]
         stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
-        return self._convolve(x, stride, padding, dilation)  # type: ignore[operator]
+        return self.convolve(x, stride, padding, dilation)  # type: ignore[operator]
 
 
 _made: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}

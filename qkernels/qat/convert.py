@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Conv2d
-from ..nn.own_forward import QATForward, with_forward_of
-from ..nn.qat import QATConv2d, QATLinear
+from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.own_forward import QATForward, has_own_forward, with_forward_of
+from ..nn.qat import QATConv1d, QATConv2d, QATConvolution, QATLinear
 from ..nn.qat_attention import QATMultiheadAttention
+from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
@@ -37,7 +39,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     - A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear``, at every granularity, with or without
       zero points; if its input is not quantized, the input stays in float (act_bits 16).
-    - Linear layers of 5 to 8 bits and Conv2d layers of 2 to 8 become ``Int8Linear`` and ``Int8Conv2d``, on int8 codes;
+    - Linear layers of 5 to 8 bits and Conv1d and Conv2d layers of 2 to 8 become ``Int8Linear``, ``Int8Conv1d`` and
+      ``Int8Conv2d``, on int8 codes;
       if the input is not quantized (act_bits 16), they compute in float with the dequantized weight. If such a layer
       shares its weight with a float layer (a language model's embedding), it keeps that weight and quantizes it at each
       call, so that the file holds it once.
@@ -46,9 +49,12 @@ def convert(model: nn.Module) -> nn.Module:
       inputs and states. ``report`` says why: no integer kernel for such a layer, values that are no integers times a
       scale, or a granularity that the kernels do not take (with int8 codes and a quantized input they take no groups
       and no zero point; at 4 bits or less they take groups that are a multiple of 8 and at least 16, or a whole row).
-    - A BatchNorm2d that alone follows a convolution is folded into its scale and bias (see ``QATConvolution``).
+    - A BatchNorm (1d, 2d, 3d, SyncBatchNorm) that alone follows a convolution, transposed or not, is folded: in an
+      integer layer into scales and bias (see ``QATConvolution``), in a float one into the quantized weights and the
+      bias, where each weight is rounded once, to half a unit of its last place. It is not folded into a layer whose
+      output is quantized, or whose input is not where there is an integer layer.
 
-    Layers keep their names, hooks and whatever else was set on them. An Identity replaces a folded BatchNorm2d and
+    Layers keep their names, hooks and whatever else was set on them. An Identity replaces a folded BatchNorm and
     takes over its hooks. These hooks see the BatchNorm's output as before, but also as their input; a hook of the
     convolution sees the normalized result. ``model`` itself is never changed.
 
@@ -110,7 +116,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(layer, QATEmbedding):
             made[layer] = integer_embedding(layer)
             continue
-        assert isinstance(layer, QATLinear | QATConv2d)
+        assert isinstance(layer, QATLinear | QATConv1d | QATConv2d)
         if layer.input_fake_quant is None and not to_int4(layer):
             other = burnt.get(_weight_and_quantizer(layer))
             if other is not None:  # both hold one Parameter
@@ -122,19 +128,22 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             made[layer] = integer_linear(layer)
         else:
             norm = None
-            if name in folds.batch_norm_of and layer.input_fake_quant is not None:
-                norm = model.get_submodule(folds.batch_norm_of[name])
-                made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
-            made[layer] = _convolution(layer, norm)  # type: ignore[arg-type]
+            if layer.input_fake_quant is not None:
+                norm = _folded_norm(model, folds, name, made)
+            made[layer] = _convolution(layer, norm)
             if isinstance(layer, QATForward):
                 made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, _float_weights(model, {layer for _, layer in layers}))
     for source, new in made.items():
-        if isinstance(source, QATLinear | QATConv2d | QATEmbedding):
+        if isinstance(source, QATLinear | QATConv1d | QATConv2d | QATEmbedding):
             if source.output_fake_quant is not None:
                 new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
             made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
-    for layer, new in burnt_in(list(reasons)).items():
+    norms: dict[QATLayer, nn.Module | None] = {}
+    for name, layer in found:
+        if layer in reasons and isinstance(layer, QATConvolution | QATConvTranspose) and not _runs_own_forward(layer):
+            norms[layer] = _folded_norm(model, folds, name, made)
+    for layer, new in burnt_in(list(reasons), norms).items():
         made[layer] = new
         new.__dict__[BURNT_IN] = reasons[layer]
     for left in model.modules():
@@ -150,23 +159,61 @@ def _weight_and_quantizer(layer: QATLayer) -> tuple[int, int]:
     return id(getattr(layer, "weight", None)), id(layer.quantizer_of("weight"))
 
 
+def _folded_norm(model: nn.Module, folds: Folds, conv: str, made: dict[nn.Module, nn.Module]) -> nn.Module | None:
+    """The BatchNorm to fold into a convolution, if there is one; an Identity is made to replace it."""
+    if conv not in folds.batch_norm_of:
+        return None
+    norm = model.get_submodule(folds.batch_norm_of[conv])
+    made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
+    return norm
+
+
+def _runs_own_forward(layer: QATLayer) -> bool:
+    return isinstance(layer, QATForward) and has_own_forward(layer.own_class)
+
+
 @torch.no_grad()
-def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
-    """The layers with the values of the quantized weights in their float parameters; inputs stay quantized."""
-    values: dict[tuple[int, int], nn.Parameter] = {}
+def burnt_in(
+    layers: Sequence[QATLayer], norms: Mapping[QATLayer, nn.Module | None] | None = None
+) -> dict[QATLayer, nn.Module]:
+    """The layers with the values of the quantized weights in their float parameters; inputs stay quantized.
+
+    norms: the BatchNorms behind convolutions, which are folded into the weight and bias. Each weight is the product of
+    the quantized value and the factor, rounded once.
+    """
+    values: dict[tuple[int, int, int], nn.Parameter] = {}
     for layer in layers:
         for name, role, quantizer in list(layer.own_quantizers()):
             if role.kind != "weight":
                 quantizer.disable_observer()
                 continue
-            weight = layer.unquantized(role.parameter)
-            key = id(weight), id(quantizer)
+            weight, norm = layer.unquantized(role.parameter), (norms or {}).get(layer)
+            key = id(weight), id(quantizer), id(norm)
             if key not in values:  # a quantizer that follows the weight takes its present range here
-                values[key] = nn.Parameter(quantizer(weight).detach().clone(), weight.requires_grad)
+                value = quantizer(weight) if norm is None else _folded_weight(layer, weight, quantizer, norm)
+                values[key] = nn.Parameter(value.detach().clone(), weight.requires_grad)
             layer._parameters[role.parameter] = values[key]
             del layer._modules[name + SUFFIX]
             layer.__dict__[name + SUFFIX] = None
     return {layer: layer.to_float() if layer.is_float() else layer for layer in layers}
+
+
+def _folded_weight(layer: Any, weight: Tensor, quantizer: FakeQuantize, norm: nn.Module) -> Tensor:
+    """The quantized weight of a convolution times the BatchNorm's factor; the layer gets the folded bias."""
+    factor, bias = factor_and_bias(norm, layer.bias)
+    groups: int = layer.groups
+    wants_gradient = layer.bias is None or layer.bias.requires_grad
+    layer._parameters["bias"] = nn.Parameter(bias.to(weight.dtype), wants_gradient)
+    # The values that a quantizer gives for a half-precision tensor are rounded; those for its fp32 copy are not yet.
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    values = quantizer(weight.float() if half else weight).double()
+    inner = [1] * (weight.dim() - 2)
+    if isinstance(layer, QATConvTranspose):  # [in, out/groups, …]
+        by_group = factor.view(groups, 1, -1)
+        factor = by_group.expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2], *inner)
+    else:
+        factor = factor.view(-1, 1, *inner)
+    return (values * factor).to(weight.dtype)
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
@@ -201,11 +248,12 @@ def _own_names(layer: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _convolution(layer: QATConv2d, norm: nn.BatchNorm2d | None) -> Int8Conv2d:
+def _convolution(layer: QATConv1d | QATConv2d, norm: nn.Module | None) -> Int8Conv1d | Int8Conv2d:
     weight, input = layer.weight_fake_quant, layer.input_fake_quant
     assert weight is not None
     codes, scale, zero_point = weight.quantize(layer.weight)
-    scale, bias = scale.float(), layer.bias
+    scale = scale.float()
+    bias: Tensor | None = layer.bias
     options: dict[str, Any] = {"weight_bits": weight.bits}
     if input is None:
         options.update(act_bits=16, group_size=group_size(weight), symmetric=weight.symmetric)
@@ -213,10 +261,11 @@ def _convolution(layer: QATConv2d, norm: nn.BatchNorm2d | None) -> Int8Conv2d:
         options.update(input=input)
         scale = scale.reshape(-1)
     if norm is not None:
-        factor, bias = factor_and_bias(norm, layer.bias)
-        codes = torch.where(factor.reshape(-1, 1, 1, 1) < 0, -codes, codes)
-        scale = scale * factor.abs()
-    new = Int8Conv2d.like(layer, bias=bias is not None, **options).to(layer.weight.device)
+        factor, folded_bias = (t.float() for t in factor_and_bias(norm, layer.bias))
+        codes = torch.where(factor.view(-1, *[1] * (codes.dim() - 1)) < 0, -codes, codes)
+        scale, bias = scale * factor.abs(), folded_bias
+    kind: Any = Int8Conv1d if isinstance(layer, QATConv1d) else Int8Conv2d
+    new: Int8Conv1d | Int8Conv2d = kind.like(layer, bias=bias is not None, **options).to(layer.weight.device)
     new.set_weight(codes, scale, bias, zero_point)
     if input is not None:
         new.set_input(input)

@@ -10,13 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
+from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.qat_conv_transpose import QATConvTranspose
 
-LEAVES = (nn.Linear, nn.Conv2d)  # subclasses are leaves too
+BatchNorm = nn.modules.batchnorm._BatchNorm  # the base of torch's BatchNorms
+# The BatchNorm of as many dims; SyncBatchNorm takes any.
+NORM_OF = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
+    nn.ConvTranspose3d: nn.BatchNorm3d,
+    Int8Conv1d: nn.BatchNorm1d,
+    Int8Conv2d: nn.BatchNorm2d,
+}
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LEAVES = (nn.Linear, *NORM_OF)  # subclasses are leaves too
 
 
 @dataclass
 class Folds:
-    """Pairs of a Conv2d and the BatchNorm2d that alone uses its output; for every other BatchNorm, why it stays."""
+    """Pairs of a convolution and the BatchNorm that alone uses its output; for every other BatchNorm, why it stays."""
 
     batch_norm_of: dict[str, str] = field(default_factory=dict)  # convolution -> BatchNorm
     kept: dict[str, str] = field(default_factory=dict)  # BatchNorm -> reason
@@ -37,9 +52,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def find_folds(model: nn.Module) -> Folds:
     """The foldable pairs of a float, prepared or converted model, traced in eval mode."""
     folds = Folds()
-    norms = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    }
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
     if not norms:
         return folds
 
@@ -64,15 +77,15 @@ def find_folds(model: nn.Module) -> Folds:
         source = nodes[0].args[0] if len(nodes) == 1 and nodes[0].args else None
         producer = str(source.target) if isinstance(source, torch.fx.Node) and source.op == "call_module" else None
         conv = None if producer is None else model.get_submodule(producer)
-        if type(norm) is not nn.BatchNorm2d:
-            folds.kept[name] = f"{type(norm).__name__} is not folded, only BatchNorm2d"
+        if type(norm).forward not in (BatchNorm.forward, nn.SyncBatchNorm.forward):
+            folds.kept[name] = f"the forward of {type(norm).__name__} is its own"
         elif norm.running_mean is None:
             folds.kept[name] = "it keeps no running statistics"
         elif len(nodes) != 1:
             folds.kept[name] = f"it is called {len(nodes)} times"
-        elif not isinstance(conv, nn.Conv2d | Int8Conv2d) or producer is None:
-            folds.kept[name] = "its input does not come straight from a Conv2d"
-        elif hasattr(conv, "trial") and not conv.trial.returns_product:  # type: ignore[union-attr]
+        elif conv is None or producer is None or not _fits(norm, conv):
+            folds.kept[name] = "its input does not come straight from a convolution"
+        elif _does_more(conv):
             folds.kept[name] = f"the forward of {producer} does more than convolve"
         elif getattr(conv, "output_fake_quant", None) is not None:
             folds.kept[name] = f"the output of {producer} is quantized"
@@ -85,8 +98,23 @@ def find_folds(model: nn.Module) -> Folds:
     return folds
 
 
-def factor_and_bias(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The BatchNorm in eval mode: f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp32."""
+def _fits(norm: nn.Module, conv: nn.Module) -> bool:
+    kinds = [kind for convolution, kind in NORM_OF.items() if isinstance(conv, convolution)]
+    return bool(kinds) and isinstance(norm, (kinds[0], nn.SyncBatchNorm))
+
+
+def _does_more(conv: nn.Module) -> bool:
+    """Whether the forward of a convolution's subclass may return something else than the convolution."""
+    trial = getattr(conv, "trial", None)
+    if trial is not None:
+        return not trial.returns_product
+    forwards = (QATConvTranspose.forward, *(kind.forward for kind in TRANSPOSED))
+    return isinstance(conv, TRANSPOSED) and type(conv).forward not in forwards
+
+
+def factor_and_bias(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The BatchNorm in eval mode: f = gamma/sqrt(var + eps) and beta + (bias − mean)·f, both [C] fp64."""
+    assert isinstance(norm, BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -97,4 +125,4 @@ def factor_and_bias(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
         shift = shift + bias.detach().double() * factor
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    return factor.float(), shift.float()
+    return factor, shift

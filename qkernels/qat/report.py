@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
@@ -22,11 +23,11 @@ from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
-from .fold import eval_mode, factor_and_bias, find_folds
+from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Conv2d, Int4Linear, Int4Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embedding)
 
 
 @dataclass
@@ -154,7 +155,7 @@ def report(
     folded = {
         conv: norm
         for conv, norm in float_folds.items()
-        if isinstance(layers.get(conv), Int8Conv2d) and not isinstance(_submodule(model, norm), nn.BatchNorm2d)
+        if conv in layers and not isinstance(_submodule(model, norm), BatchNorm)
     }
     readers = find_weight_readers(model)
     rows, notes = [], {}
@@ -165,8 +166,8 @@ def report(
             weight = _float_weight(_submodule(float_model, name))
             if weight is not None:
                 if name in folded:
-                    factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)  # type: ignore[arg-type]
-                    weight = weight * factor.reshape(-1, 1, 1, 1)
+                    factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
+                    weight = weight * factor.float().view(-1, *[1] * (weight.dim() - 1))
                 row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
         rows.append(row)
         if note:

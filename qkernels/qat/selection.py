@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
+from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.own_forward import Trial, has_own_forward, try_forward
-from ..nn.qat import QATConv2d, QATLinear, QATProductLayer
+from ..nn.qat import QATConv1d, QATConv2d, QATLinear, QATProductLayer
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_embedding import QATEmbedding
@@ -38,7 +40,7 @@ def no_integers(layer: QATLayer) -> str | None:
         return _no_integer_attention(layer)
     if isinstance(layer, QATEmbedding):
         return _no_int4_embedding(layer)
-    if not isinstance(layer, QATLinear | QATConv2d):
+    if not isinstance(layer, QATLinear | QATConv1d | QATConv2d):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight = layer.weight_fake_quant
     assert weight is not None
@@ -159,16 +161,20 @@ def unsupported(module: nn.Module) -> str:
     return f"{kind} is no layer that prepare knows; a rule can name its parameter {' or '.join(map(repr, names))}"
 
 
+INTEGER_LAYERS: dict[type[QATLayer], Callable[[], tuple[nn.Module, ...]]] = {  # a float layer, and what it may become
+    QATLinear: lambda: (nn.Linear(1, 1, device="meta"), Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1)),
+    QATConv1d: lambda: (nn.Conv1d(1, 1, 1, device="meta"), Int8Conv1d(1, 1, 1)),
+    QATConv2d: lambda: (nn.Conv2d(1, 1, 1, device="meta"), Int8Conv2d(1, 1, 1)),
+}
+
+
 def _taken_names(layer: nn.Module, kind: type[nn.Module], cls: type[QATLayer]) -> list[str]:
     """Names to which both the subclass and the QAT or integer layers give a meaning."""
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
     own -= {*dir(cls.float_class), "from_float", "like"}
     given = {name for name in own if name.endswith(SUFFIX)} | (own & set(dir(cls)))
-    if cls in (QATLinear, QATConv2d):
-        plain = nn.Linear(1, 1, device="meta") if cls is QATLinear else nn.Conv2d(1, 1, 1, device="meta")
-        made: tuple[nn.Module, ...] = (Int8Conv2d(1, 1, 1),)
-        if cls is QATLinear:
-            made = Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1)
+    if cls in INTEGER_LAYERS:
+        plain, *made = INTEGER_LAYERS[cls]()
         own -= {*vars(plain), *plain._parameters, *plain._buffers, *plain._modules}
         given |= {name for name in own if any(hasattr(new, name) for new in made)}
     return sorted(given)
