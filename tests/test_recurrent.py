@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 from qkernels.nn import QATGRU, QATLSTM, QATRNN, FakeQuantize, PerToken
+from qkernels.nn.quantizer_rules import RULES
 from qkernels.qat import QConfig, QSpec
 
 FLOAT_AND_QAT = ((nn.LSTM, QATLSTM), (nn.GRU, QATGRU), (nn.RNN, QATRNN))
@@ -264,6 +265,37 @@ def test_ranges_move_once_a_sequence(bits):
     assert float(quantizer.scale) == pytest.approx(wanted, rel=1e-5)
 
 
+OF_STATES = [name for name, rule in RULES.items() if rule.inputs and name != "ema"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("quantizer", OF_STATES)
+def test_a_step_is_a_forward_pass(quantizer, training):
+    """Of every quantizer that a state may have, with the gradients, while its range stands still."""
+    torch.manual_seed(0)
+    module = FakeQuantize(bits=4, quantizer=quantizer).train()
+    module(torch.randn(64, 8))
+    module.disable_observer()
+    module.train(training)
+    x, results = 1.5 * torch.randn(3, 4, 8), []
+    for steps in (False, True):
+        module.zero_grad()
+        values = x.clone().requires_grad_()
+        if "offset" in dict(module.named_buffers()):
+            module.offset.fill_(5)
+        if steps:
+            quantize, finish = module.for_steps(values[0])
+            assert finish is None
+        else:
+            quantize = module
+        y = torch.stack([quantize(step) for step in values])
+        (y * x.cos()).sum().backward()
+        results.append([y.detach(), values.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
+    for wanted, stepped in zip(*results, strict=True):
+        torch.testing.assert_close(stepped, wanted, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results[0][0], x)
+
+
 @pytest.mark.parametrize("kind", ["hidden", "cell"])
 @pytest.mark.parametrize("layer", [nn.LSTM(5, 8), nn.LSTMCell(5, 8)])
 def test_averages_of_states_are_refused(layer, kind):
@@ -420,5 +452,5 @@ def test_padding_is_not_seen():
     low, high = inputs.data.min(), inputs.data.max()
     assert float(prepared[0].input_fake_quant.scale) == pytest.approx(float(high - low) / 255, rel=1e-4)
     outputs = nn.GRU.forward(prepared[0].to_float(), inputs)[0]
-    seen = max(float(row[:-1].abs().max()) for row in rebuilt(outputs) if len(row) > 1)
+    seen = max(float(row[:-1].detach().abs().max()) for row in rebuilt(outputs) if len(row) > 1)
     assert float(prepared[0].hidden_l0_fake_quant.scale) == pytest.approx(seen / 127, rel=1e-4)
