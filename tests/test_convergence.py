@@ -170,7 +170,9 @@ def assert_equal(ours: nn.Module, other: nn.Module) -> None:
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
-    return math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in zip(a.parameters(), b.parameters())))
+    return math.sqrt(
+        sum(float((p - q).detach().square().sum()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,7 +215,7 @@ def of_torch_ao(model: nn.Module, ours: nn.Module) -> nn.Module:
     """The model of torch.ao's own QAT layers, whose weights have the scales of their present ranges, as "minmax" has,
     and whose inputs have the qparams of ours. torch.ao quantizes outputs where we quantize inputs: hooks do it here."""
     kinds = torch.ao.nn.qat
-    per_row = dict(dtype=torch.qint8, quant_min=-127, quant_max=127, averaging_constant=1.0)
+    per_row = {"dtype": torch.qint8, "quant_min": -127, "quant_max": 127, "averaging_constant": 1.0}
     weight = AoFakeQuantize.with_args(
         observer=MovingAveragePerChannelMinMaxObserver, qscheme=torch.per_channel_symmetric, **per_row
     )
