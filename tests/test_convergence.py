@@ -187,9 +187,8 @@ def test_ranges_train_as_on_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", APART)
-def test_learned_scales_train_as_on_the_reference(name: str, bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float64, 4), (torch.float32, 8), (torch.float32, 4)])
+def test_learned_scales_train_as_on_the_reference(name: str, dtype: torch.dtype, bits: int) -> None:
     model, batches = data(name, dtype)
     ours = prepared(model, batches, "lsq", bits)
     start = copy.deepcopy(ours)
