@@ -396,3 +396,18 @@ def test_tied_weights_count_once_without_the_float_model(make, config):
         assert alone.float_bytes == beside.float_bytes == stored(model)
         assert [row.float_bytes for row in alone.layers] == [row.float_bytes for row in beside.layers]
         assert alone.quantized_bytes == beside.quantized_bytes == stored(made)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_sentences_in_an_encoder_of_torch():
+    """The float model's fused path would give its layers nested tensors, which compare with nothing."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True), 2).eval()
+    padding = torch.arange(4) >= torch.tensor([[4], [2]])
+    batch = {"src": torch.randn(2, 4, 16), "src_key_padding_mask": padding}
+    prepared = prepare(model)
+    calibrate(prepared, [batch])
+    for made in (prepared, convert(prepared)):
+        rows = report(made, batch, float_model=model).layers
+        assert all(row.output_sqnr > 25 for row in rows if not row.name.endswith("out_proj"))
+    assert (model.use_nested_tensor, model.layers[0].activation_relu_or_gelu) == (True, 1)

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 
-
 # An input of the model itself learns no scale unless a rule asks for it.
 LEARNED = qk.QConfig(rules=[("[qkv]", {"input": {"quantizer": "lsq"}})])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -257,6 +257,9 @@ def bake_weight(layer: nn.Module) -> None:
         made = {name: getattr(layer, name) for name in layer.parametrizations}  # type: ignore[union-attr]
         del layer._modules["parametrizations"]
         layer.__class__ = type(layer).__bases__[0]
+        loading = layer._load_state_dict_pre_hooks
+        for key in [key for key, hook in loading.items() if _is_of_weight_norm(hook)]:
+            del loading[key]  # it cannot be pickled, and has no names left to translate
     before: dict[int, Any] = dict(layer._forward_pre_hooks)
     for key, hook in before.items():
         if isinstance(hook, WeightNorm):
@@ -283,6 +286,12 @@ def bake_weight(layer: nn.Module) -> None:
             if value is not layer._parameters.get(name):  # its forward computes another weight from its own
                 layer._parameters[name] = nn.Parameter(value.detach().clone())
         layer._baked()
+
+
+def _is_of_weight_norm(hook: Any) -> bool:
+    """Whether a hook is the one by which torch's parametrization loads files of the older weight_norm."""
+    hook = getattr(hook, "hook", hook)  # torch wraps the hooks that run before loading
+    return getattr(hook, "__qualname__", "").startswith(f"{parametrizations.weight_norm.__qualname__}.")
 
 
 def _is_of_spectral_norm(hook: Any, norm: SpectralNorm) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.last_result import LastResult
@@ -304,11 +305,11 @@ def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
     if too:
         reasons = {name: f"{reader} also reads its weight, and gets it in float" for name, reader in too.items()}
         said.append(f"{_count(too)} quantized only where called: {_named(reasons)}")
-    apart = {
-        id(p)
-        for name in (*plan.specs, *plan.excluded, *plan.floats)
-        for p in model.get_submodule(name).parameters(recurse=False)
-    }
+    known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
+    # What a parametrization computes a layer's weight from is the layer's own.
+    parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]
+    apart = {id(p) for layer in known for p in layer.parameters(recurse=False)}
+    apart |= {id(p) for part in parts for p in part.parameters()}  # type: ignore[union-attr, operator]
     others = {}
     for name, module in model.named_modules():
         left = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in apart}

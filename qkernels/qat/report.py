@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
+from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
@@ -382,7 +384,7 @@ def _run_example(
         inputs, outputs, called = _record(model, example, {name: name for name in layers})
         references: dict[str, Tensor] = {}
         if float_model is not None:
-            with eval_mode(float_model):
+            with eval_mode(float_model), _unfused(float_model):
                 _, references, _ = _record(float_model, example, {name: folded.get(name, name) for name in layers})
         elif any(isinstance(layer, QATLayer) for layer in layers.values()):
             with quantizers_replaced(model, lambda quantizer, x: x):
@@ -405,6 +407,24 @@ def _run_example(
             quantizer = _input_quantizer(layer)
             if quantizer is not None and quantizer.quantizer != "dynamic" and quantizer.integer_codes:
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
+
+
+@contextlib.contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Keeps torch's Transformer modules off their fused paths, where layers get nested tensors, or are not called."""
+    fused = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for kind, name in FUSED_PATHS.items()
+        if isinstance(module, kind)
+    ]
+    try:
+        for module, name, value in fused:
+            setattr(module, name, type(value)(0))
+        yield
+    finally:
+        for module, name, value in fused:
+            setattr(module, name, value)
 
 
 def _record(
