@@ -121,7 +121,9 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
     assert got.keys() == expected.keys()
     for key, value in got.items():
         scale = max(float(expected[key].double().abs().max()), 1e-3) if value.numel() else 1.0
-        torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            value, expected[key], rtol=0, atol=tolerance * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def optimizer_of(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
