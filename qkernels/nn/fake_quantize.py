@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..ops.autograd import transformed
+from ..ops.autograd import recomputing, transformed
 from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.observe_fake_quantize import observe_fake_quantize
@@ -95,8 +95,7 @@ class FakeQuantize(QuantizerState):
 
     **First tensor.** If ``calibrate`` has set no scale, "lsq" and "minmax" take it from the first tensor that they get:
     from a weight always, from an input in training mode only (one wait for the device); in eval mode an input without a
-    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch; under activation checkpointing it
-    counts a batch twice, as BatchNorm does. A channel whose range is zeros alone takes the mean range of the other
+    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch. A channel whose range is zeros alone takes the mean range of the other
     channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an input takes 1: the scale can be
     trained, and zeros stay zeros.
 
@@ -244,16 +243,19 @@ class FakeQuantize(QuantizerState):
             return x
         if not self._ready:
             self._meet(x)
+            if not self._ready and not x.numel():
+                return x  # a learned scale would get NaN for its gradient
         if not self._quantizes and self.quantizer != "ema":
             return x
         if self.quantizer == "dynamic":
             return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
         if self.quantizer == "ema" and self.training:
-            if self.is_weight and not transformed():
+            again = recomputing()
+            if self.is_weight and not transformed() and not again:
                 forget_zeros(self.running_min, self.running_max)
             return observe_fake_quantize(
                 x,
-                self.observer_on,
+                torch.zeros_like(self.observer_on) if again else self.observer_on,
                 self.fake_quant_on,
                 self.running_min,
                 self.running_max,
@@ -362,8 +364,11 @@ class FakeQuantize(QuantizerState):
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
         """The scale (for a learned scale its start) and the zero point to quantize x with."""
         scale, zero_point = self._scale, self.zero_point
+        if in_place and recomputing():  # a batch moves a range once; copies, for the next forward pass changes these
+            return scale.clone(), None if zero_point is None else zero_point.clone()
         if self._paces():
             share = 1.0 if self.is_weight else GROWTH
+            in_place = in_place and not transformed()
             return pace(x, scale, self._magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
         if self._follows():
             up, down = 1.0, 1.0
@@ -380,7 +385,8 @@ class FakeQuantize(QuantizerState):
 
     def _paces(self) -> bool:
         """Whether the start of a scale learned at few bits moves with the mean magnitude of its tensor."""
-        return self.learns_at_few_bits and self._observes and (self.is_weight or self.training) and not transformed()
+        moves = self.is_weight or (self.training and not transformed())
+        return self.learns_at_few_bits and self._observes and moves
 
     def _grows(self) -> bool:
         """Whether the range of an input with a learned scale grows with the values that it gets."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.autograd import transformed
+from ..ops.autograd import recomputing, transformed
 from ..ops.fake_quantize import fake_quantize
 from ..ops.stochastic import fake_quantize_stochastic
 from .fake_quantize import FakeQuantize
@@ -25,8 +25,8 @@ class StochasticQuantizer(FakeQuantize, quantizers=("stochastic",)):
 
     The buffer ``offset`` holds where in the random stream the next forward pass in training mode draws. It starts at a
     number from torch's generator (``torch.manual_seed``), each pass adds one to it on the device, and a state_dict
-    holds it: a resumed run draws as one that was not stopped. Activation checkpointing computes a forward pass twice,
-    the second time with a new draw; both are right on average. Under torch.func's transforms, which forbid the change
+    holds it: a resumed run draws as one that was not stopped. What activation checkpointing computes a second time draws
+    as the last forward pass did. Under torch.func's transforms, which forbid the change
     of a buffer, the offset stays and every pass draws the same.
     """
 
@@ -48,10 +48,17 @@ class StochasticQuantizer(FakeQuantize, quantizers=("stochastic",)):
 
 
 def draw(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, offset: Tensor) -> Tensor:
+    again = recomputing()
     y = fake_quantize_stochastic(
-        x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, seed=SEED, offset=offset
+        x,
+        scale,
+        zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        seed=SEED,
+        offset=offset - 1 if again else offset,
     )
-    if not transformed():
+    if not again and not transformed():
         offset.add_(1)  # the backward pass has kept a mask, so it does not read the offset
     return y
 

@@ -27,6 +27,14 @@ def transformed() -> bool:
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
+def recomputing() -> bool:
+    """Whether a backward pass is under way, so that a forward pass now is the second one of a checkpointed part.
+
+    Compiled code does not ask: what it recomputes it has split off when it was traced.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_kept(x: Tensor) -> bool:
     """Whether x lives until the backward pass anyway, so that keeping it takes no memory."""
     return x.is_leaf or (not torch.compiler.is_compiling() and type(x.grad_fn).__name__ in _KEEPS_OUTPUT)
