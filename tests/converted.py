@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv2d, Int8Linear
+from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv1d, Int8Conv2d, Int8Linear
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare
 
 CONFIGS = {
@@ -47,7 +47,7 @@ def made(config: str, dtype=torch.float32, bias: bool = True) -> tuple[nn.Module
 def layers() -> dict[str, tuple[nn.Module, nn.Module, torch.Tensor]]:
     """Each integer layer beside the float one that it was made of, and an input."""
     linear, conv, table = nn.Linear(32, 7), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 32)
-    images = torch.randn(2, 4, 5, 5)
+    images, sound, conv1d = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 9), nn.Conv1d(4, 6, 3, groups=2)
     return {
         "Int8Linear": (linear, Int8Linear.from_float(linear), torch.randn(3, 32)),
         "Int8Linear, float input": (linear, Int8Linear.from_float(linear, act_bits=16), torch.randn(3, 32)),
@@ -56,6 +56,8 @@ def layers() -> dict[str, tuple[nn.Module, nn.Module, torch.Tensor]]:
         "Int4Linear, zero points": (linear, Int4Linear.from_float(linear, symmetric=False), torch.randn(3, 32)),
         "Int8Conv2d": (conv, Int8Conv2d.from_float(conv), images),
         "Int8Conv2d, float input": (conv, Int8Conv2d.from_float(conv, act_bits=16), images),
+        "Int8Conv1d": (conv1d, Int8Conv1d.from_float(conv1d), sound),
+        "Int8Conv1d, float input": (conv1d, Int8Conv1d.from_float(conv1d, act_bits=16), sound),
         "Int4Embedding": (table, Int4Embedding.from_float(table), torch.randint(9, (2, 3))),
     }
 

@@ -93,8 +93,8 @@ def test_gradients_are_those_of_the_dequantized_weight(kind):
     bias = layer.bias.detach().clone().requires_grad_()
     layer.requires_grad_(True)  # scales get none
     y = layer(leaf)
-    plain = F.linear if x.dim() == 2 else lambda x, w, b: F.conv2d(x, w, b, groups=2)
-    expected = plain(other, layer.weight, bias)
+    product, options = {2: (F.linear, {}), 3: (F.conv1d, {"groups": 2}), 4: (F.conv2d, {"groups": 2})}[x.dim()]
+    expected = product(other, layer.weight, bias, **options)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)

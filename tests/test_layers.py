@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import PerChannel, QATBilinear, QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
+from qkernels.nn import Int8Conv1d, PerChannel, QATBilinear, QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare, report
 
 MINMAX = QConfig(QSpec(8, quantizer="minmax"), QSpec(8, symmetric=False, quantizer="minmax"))
@@ -283,3 +283,68 @@ def test_a_batch_norm_behind_a_quantized_output_is_not_folded():
     assert_same_numbers(converted, prepared, x, flips=0.05)
     for model in (prepared, converted):
         assert "the output of 0 is quantized" in report(model).notes["1"]
+
+
+class Causal(nn.Conv1d):
+    """Pads on the left alone, as models of speech and text do."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, ((self.kernel_size[0] - 1) * self.dilation[0], 0)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind.startswith("conv1d")])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_int8_conv1d_computes_on_the_integers(kind, act_bits):
+    layer, (x,) = made(kind)
+    config = QConfig(QSpec(8), QSpec(8, symmetric=False) if act_bits == 8 else None)
+    prepared = prepare(layer, config)
+    calibrate(prepared, [x])
+    converted = convert(prepared)
+    assert type(converted) is Int8Conv1d
+    assert (converted.act_bits, converted.codes.dtype, converted.codes.shape) == (
+        act_bits,
+        torch.int8,
+        layer.weight.shape,
+    )
+    codes, scale, _ = prepared.weight_fake_quant.quantize(layer.weight)
+    assert torch.equal(converted.codes, codes)
+    hand = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        hand.weight.copy_(codes.double() * scale.double())
+        values = x.double()
+        if act_bits == 8:
+            q, s, z = prepared.input_fake_quant.quantize(x)
+            values = (q.double() - z.double()) * s.double()
+        y, expected = converted(x), hand(values)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        assert y.is_contiguous()
+        assert converted(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(converted(x.double()), expected, rtol=1e-6, atol=1e-6)
+        strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert torch.equal(converted(strided), y)
+        if x.dim() == 3:
+            assert converted(x[:0]).shape == layer(x[:0]).shape
+    inside, of = x.clone().requires_grad_(), x.clone().requires_grad_()
+    dy = torch.randn_like(y)
+    converted(inside).backward(dy)
+    prepared.eval()(of).backward(dy)
+    within = (x != x.min()) & (x != x.max())  # LSQ counts its bounds as clipped
+    torch.testing.assert_close(inside.grad[within], of.grad[within], rtol=1e-4, atol=1e-5)
+
+
+def test_causal_convolutions_keep_their_forward_on_the_integers():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Causal(3, 6, 3, dilation=2), nn.BatchNorm1d(6)), torch.randn(2, 3, 11)
+    prepared = prepare(model, QConfig(output=None))
+    calibrate(prepared, [x])
+    prepared(x)
+    converted = convert(prepared)
+    assert type(converted[0]).__name__ == "Int8Causal"
+    assert type(converted[1]) is nn.Identity
+    assert_same_numbers(converted, prepared, x)
+    late = x.clone()
+    late[..., 6:] += 1
+    with torch.no_grad():
+        assert torch.equal(converted(late)[..., :6], converted(x)[..., :6])
+        assert not torch.equal(converted(late), converted(x))
+        assert torch.equal(pickle.loads(pickle.dumps(converted))(x), converted(x))

@@ -1,5 +1,6 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from .batch_norm import freeze_bn, reestimate_bn
 from .calibrate import calibrate
 from .config import QConfig, QSpec
 from .config_json import from_json, to_json
@@ -19,11 +20,13 @@ __all__ = [
     "convert",
     "enable_fake_quant",
     "exact",
+    "freeze_bn",
     "freeze_observers",
     "from_json",
     "parameter_groups",
     "prepare",
     "presets",
+    "reestimate_bn",
     "report",
     "set_bits",
     "to_json",

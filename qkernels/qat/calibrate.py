@@ -90,8 +90,7 @@ def calibrate(
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
-    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
-        raise ValueError(f"max_batches: got {max_batches}; accepted: a whole number of at least 1, or None for all")
+    check_max_batches(max_batches)
     check_percentile(percentile)
     fallback_range = _range_of(fallback)
     quantizers = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
@@ -160,18 +159,8 @@ def _run(
     model: nn.Module, batches: Iterable[Any], max_batches: int | None, observed: list[Observed]
 ) -> tuple[int, int]:
     """Lets each quantizer see its values; returns how many batches were run, and how many were taken."""
-    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
-        raise TypeError(
-            f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
-        )
     of = {item.quantizer: item for item in observed}
-    runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
     taken = ran = 0
-    given = -1  # not known, also where the iterable's class declares a length and then refuses it
-    with contextlib.suppress(NotImplementedError):
-        given = operator.length_hint(batches, -1)
-    total = max_batches if given < 0 else min(given, max_batches or given)
 
     def observe(quantizer: FakeQuantize, x: Tensor) -> Tensor:
         if quantizer in of:
@@ -179,20 +168,45 @@ def _run(
         return x
 
     with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
-        for batch in _progress(itertools.islice(batches, max_batches), "calibrate: batches", total):
-            args, kwargs = _arguments(model, batch, f"batches[{taken}]")
-            if not _is_empty((args, kwargs)):
-                try:
-                    runs(*args, **kwargs)
-                except Unusable:
-                    raise
-                except Exception as error:
-                    raise _failure(error, model, f"batches[{taken}]") from error
-                ran += 1
+        for full in run_batches(model, batches, max_batches, "calibrate: batches"):
             for item in observed:
                 item.end_batch()
+            ran += full
             taken += 1
     return ran, taken
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any], max_batches: int | None, what: str) -> Iterator[bool]:
+    """Calls the model on each batch; after each, gives whether the batch had elements, as otherwise it was skipped.
+
+    what: the text of the progress bar.
+    """
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
+        raise TypeError(
+            f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
+        )
+    runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
+    given = -1  # not known, also where the iterable's class declares a length and then refuses it
+    with contextlib.suppress(NotImplementedError):
+        given = operator.length_hint(batches, -1)
+    total = max_batches if given < 0 else min(given, max_batches or given)
+    for at, batch in enumerate(_progress(itertools.islice(batches, max_batches), what, total)):
+        args, kwargs = _arguments(model, batch, f"batches[{at}]")
+        full = not _is_empty((args, kwargs))
+        if full:
+            try:
+                runs(*args, **kwargs)
+            except Unusable:
+                raise
+            except Exception as error:
+                raise _failure(error, model, f"batches[{at}]") from error
+        yield full
+
+
+def check_max_batches(max_batches: int | None) -> None:
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"max_batches: got {max_batches}; accepted: a whole number of at least 1, or None for all")
 
 
 def _is_empty(arguments: Any) -> bool:

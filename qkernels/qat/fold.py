@@ -26,7 +26,7 @@ NORM_OF = {
     Int8Conv2d: nn.BatchNorm2d,
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LEAVES = (nn.Linear, *NORM_OF)  # subclasses are leaves too
+LEAVES = (nn.Linear, BatchNorm, *NORM_OF)  # subclasses are leaves too
 
 
 @dataclass
