@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Conv2d
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import QATForward, with_forward_of
 from ..nn.qat import QATConv2d, QATLinear
-from ..nn.qat_attention import QATMultiheadAttention
+from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
@@ -171,15 +172,23 @@ def burnt_in(layers: Sequence[QATLayer]) -> dict[QATLayer, nn.Module]:
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
     """Lets layers of one float weight share equal tensors; ``shared``: ids of weights that float layers hold too."""
-    first: dict[int, QuantizedLayer] = {}
+    first: dict[tuple[int, int], QuantizedLayer] = {}
     for _, source in layers:
-        new = made.get(source)
-        if isinstance(new, QuantizedLayer):
-            key = id(source.weight)
-            new.weight_elsewhere = key in shared or key in first
+        for key, new in _weights(source, made.get(source)):
+            new.weight_elsewhere = key[0] in shared or key in first
             if key in first:
                 new.tie(first[key])
             first.setdefault(key, new)
+
+
+def _weights(source: nn.Module, new: nn.Module | None) -> Iterator[tuple[tuple[int, int], QuantizedLayer]]:
+    """The layers on integers made of ``source``, each with the id of its float weight and its place among its rows."""
+    if isinstance(new, QuantizedLayer):
+        yield (id(source.weight), 0), new
+    elif isinstance(new, IntegerMultiheadAttention):
+        names = projection_weights(source)
+        for i, part in enumerate(new.projections):
+            yield (id(getattr(source, names[i % len(names)])), i), part
 
 
 def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
