@@ -264,6 +264,39 @@ def test_an_attention_whose_weight_is_read_stays_in_float():
     assert type(prepared.attention) is nn.MultiheadAttention
 
 
+class Tied(nn.Module):
+    """Two attentions of one Parameter, and a third that is the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = attention(torch.float32), attention(torch.float32)
+        self.b.in_proj_weight, self.c = self.a.in_proj_weight, self.a
+
+    def forward(self, x):
+        for attend in (self.a, self.b, self.c):
+            x = attend(x, x, x, need_weights=False)[0]
+        return x
+
+
+def test_tied_attentions_share_their_quantizer_and_their_codes():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(N, L, E)
+    prepared = prepare(model)
+    calibrate(prepared, [x])
+    assert prepared.a.in_proj_weight_fake_quant is prepared.b.in_proj_weight_fake_quant
+    converted = assert_converts(prepared, x, tolerance=1e-2)
+    assert converted.c is converted.a
+    state = converted.state_dict()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        codes = [state[f"{attend}.{name}.codes"] for attend in "abc"]
+        assert len({t.data_ptr() for t in codes}) == 1
+    rows = {row.name: row for row in report(converted).layers}
+    assert rows["b"].quantized_bytes < rows["a"].quantized_bytes - 3 * E * E
+    other = convert(prepared)
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other(x), converted(x))
+
+
 def small_transformer() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     model = nn.TransformerDecoderLayer(E, HEADS, 8, 0.0, batch_first=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Conv2d
 from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import QATForward, has_own_forward, with_forward_of
 from ..nn.qat import QATConv1d, QATConv2d, QATConvolution, QATLinear
-from ..nn.qat_attention import QATMultiheadAttention
+from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
@@ -218,15 +219,23 @@ def _folded_weight(layer: Any, weight: Tensor, quantizer: FakeQuantize, norm: nn
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
     """Lets layers of one float weight share equal tensors; ``shared``: ids of weights that float layers hold too."""
-    first: dict[int, QuantizedLayer] = {}
+    first: dict[tuple[int, int], QuantizedLayer] = {}
     for _, source in layers:
-        new = made.get(source)
-        if isinstance(new, QuantizedLayer):
-            key = id(source.weight)
-            new.weight_elsewhere = key in shared or key in first
+        for key, new in _weights(source, made.get(source)):
+            new.weight_elsewhere = key[0] in shared or key in first
             if key in first:
                 new.tie(first[key])
             first.setdefault(key, new)
+
+
+def _weights(source: nn.Module, new: nn.Module | None) -> Iterator[tuple[tuple[int, int], QuantizedLayer]]:
+    """The layers on integers made of ``source``, each with the id of its float weight and its place among its rows."""
+    if isinstance(new, QuantizedLayer):
+        yield (id(source.weight), 0), new
+    elif isinstance(new, IntegerMultiheadAttention):
+        names = projection_weights(source)
+        for i, part in enumerate(new.projections):
+            yield (id(getattr(source, names[i % len(names)])), i), part
 
 
 def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
