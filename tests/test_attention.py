@@ -92,10 +92,13 @@ def test_other_dtypes_strides_and_empty_batches():
     ours, empty = QATMultiheadAttention.from_float(layer), torch.empty(0, L, E)
     assert ours(empty, empty, empty)[0].shape == (0, L, E)
     x = torch.randn(N, L, E)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, expected = ours(x, x, x, need_weights=False)[0], layer(x, x, x, need_weights=False)[0]
-    assert y.dtype == expected.dtype
-    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2 * float(expected.detach().abs().max()))
+    padding = torch.arange(L) >= torch.tensor([[L], [2]])
+    for weights in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            made, theirs = (f(x, x, x, padding, need_weights=weights) for f in (ours, layer))
+        for got, expected in zip(made, theirs, strict=True):
+            if expected is not None:  # the same dtype too
+                torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * float(expected.detach().abs().max()))
 
 
 def test_the_result_has_torchs_memory_order():

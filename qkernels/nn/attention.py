@@ -86,7 +86,9 @@ class AttentionForward(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            if mask is not None:
+                scores = scores + mask.to(scores.dtype)  # which autocast may have lowered
+            weights = torch.softmax(scores, dim=-1)
             weights = F.dropout(weights, dropout)
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights

@@ -45,6 +45,8 @@ def convert(model: nn.Module) -> nn.Module:
       if the input is not quantized (act_bits 16), they compute in float with the dequantized weight. If such a layer
       shares its weight with a float layer (a language model's embedding), it keeps that weight and quantizes it at each
       call, so that the file holds it once.
+    - A MultiheadAttention becomes an ``IntegerMultiheadAttention``, whose projections are such layers; softmax and
+      products are computed in float.
     - Layers of one weight that get the same codes share them, in memory and in the file.
     - All other layers stay float layers, with the quantized values as their weights and with the quantizers of their
       inputs and states. ``report`` says why: no integer kernel for such a layer, values that are no integers times a
