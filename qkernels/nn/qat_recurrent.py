@@ -72,8 +72,8 @@ class QATRecurrent(QATStateful):
     stack. Else a loop over the steps does (see ``run_steps``), which takes several times as long. Of a packed sequence,
     quantizers see the valid steps alone.
 
-    torch.compile runs torch's recurrent layers in eager mode, and so these; with ``fullgraph`` it refuses both, unless
-    ``torch._dynamo.config.allow_rnn`` is set.
+    torch.compile runs torch's recurrent layers in eager mode, and so these; with ``fullgraph`` it refuses both. It
+    compiles cells.
     """
 
     mode: str
