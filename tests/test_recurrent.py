@@ -418,6 +418,22 @@ def test_in_training_loops(rules):
     torch.testing.assert_close(low.float(), wanted, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["lstm_cell", "gru_cell", "rnn_cell"])
+def test_cells_compile_as_one_graph(kind):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5)
+    prepared = qk.prepare(Tagger(kind), QConfig(rules=[("rnn", rule_for(kind))]))
+    qk.calibrate(prepared, [x])
+    qk.freeze_observers(prepared)
+    grads = []
+    for run in (prepared, torch.compile(prepared, backend="aot_eager", fullgraph=True)):
+        prepared.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in prepared.parameters()])
+    for wanted, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(compiled, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_reset_parameters_leaves_quantizers():
     prepared = qk.prepare(nn.Sequential(nn.LSTM(5, 8), nn.GRUCell(5, 8)), QConfig())
     for layer in prepared:

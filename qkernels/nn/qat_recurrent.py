@@ -72,7 +72,8 @@ class QATRecurrent(QATStateful):
     stack. Else a loop over the steps does (see ``run_steps``), which takes several times as long. Of a packed sequence,
     quantizers see the valid steps alone.
 
-    torch.compile leaves recurrent layers of torch to eager mode, and so these.
+    torch.compile runs torch's recurrent layers in eager mode, and so these; with ``fullgraph`` it refuses both. It
+    compiles cells.
     """
 
     mode: str

@@ -34,7 +34,7 @@ CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embeddin
 
 @dataclass
 class LayerRow:
-    """A layer with weights: quantized, or float like an Embedding, an LSTM or the projections of an attention.
+    """A layer with weights: quantized, or float because a rule, its kind or its module keeps it so.
 
     Bits of None mean float. SQNR is in dB and clipped is a share of the elements; None: not known, or not comparable.
     Bytes count the tensors that the layer adds to the model: a shared weight counts in the first row that holds it.
