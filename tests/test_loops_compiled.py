@@ -10,7 +10,6 @@ import torch
 import torch._dynamo.testing
 from loop_models import WAYS, after, assert_close, batches_of, loss_of, prepared, state_of, train
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 

@@ -121,8 +121,8 @@ def work(rank: int, folder: str) -> None:
         with torch.no_grad():
             wrapped.eval()(mine[0])  # in which the first rank's buffers reach the other
         wrapped.zero_grad()
-        found["ddp", *key] = state_of(wrapped.module)
-        found["fsdp", *key] = shard_and_train(copy.deepcopy(model), mine, folder, key)
+        found[("ddp", *key)] = state_of(wrapped.module)
+        found[("fsdp", *key)] = shard_and_train(copy.deepcopy(model), mine, folder, key)
     for name, way, bits in FROZEN:
         model, batches = frozen[name, way, bits], [half(x, rank) for x in joint_batches(name)]
         inner = copy.deepcopy(model)
@@ -287,9 +287,7 @@ def test_an_expert_that_one_rank_does_not_call_blocks_nothing(found: list[Any]) 
 
 def test_checkpointing_under_fully_shard(found: list[Any]) -> None:
     """The first rank computes the same; the other one recomputes with the ranges that it got meanwhile."""
-    states = [
-        {key: t for key, t in each["checkpointed"].items() if not key.endswith(".grad")} for each in found
-    ]
+    states = [{key: t for key, t in each["checkpointed"].items() if not key.endswith(".grad")} for each in found]
     assert_same(*states)
     for each in found:
         torch.testing.assert_close(each["checkpointed losses"], each["plain losses"], rtol=0.01, atol=0.01)

@@ -95,9 +95,12 @@ class FakeQuantize(QuantizerState):
 
     **First tensor.** If ``calibrate`` has set no scale, "lsq" and "minmax" take it from the first tensor that they get:
     from a weight always, from an input in training mode only (one wait for the device); in eval mode an input without a
-    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch. A channel whose range is zeros alone takes the mean range of the other
-    channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an input takes 1: the scale can be
-    trained, and zeros stay zeros.
+    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch. A channel whose range is zeros alone
+    takes the mean range of the other channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an
+    input takes 1: the scale can be trained, and zeros stay zeros.
+
+    **Backward passes.** A forward pass within one is activation checkpointing's second: it moves nothing, and has the
+    scale of the last forward pass before.
 
     Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``), because a bf16 average cannot move
     by less than 1/256 of itself. log_scale holds a small change, so it is cast with the model, and FSDP finds one
