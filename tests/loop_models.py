@@ -27,7 +27,9 @@ class Transformer(nn.Module):
             nn.ModuleDict(
                 {
                     "norm1": nn.LayerNorm(width),
-                    "qkv": nn.Linear(width, 3 * width),
+                    "q": nn.Linear(width, width),
+                    "k": nn.Linear(width, width),
+                    "v": nn.Linear(width, width),
                     "out": nn.Linear(width, width),
                     "norm2": nn.LayerNorm(width),
                     "up": nn.Linear(width, 2 * width),
@@ -41,11 +43,24 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for block in self.blocks:
-            q, k, v = block["qkv"](block["norm1"](x)).unflatten(-1, (3, self.heads, -1)).transpose(-4, -2).unbind(-3)
+            y = block["norm1"](x)  # one tensor for three layers
+            q, k, v = (block[name](y).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for name in "qkv")
             y = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
             x = x + block["out"](y)
             x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
         return self.head(x.mean(-2))
+
+
+class Text(nn.Module):
+    """An embedding, an LSTM and a head; a sample is a row of floats, of which token numbers are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.head = nn.Embedding(20, 8), nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(self.embedding((4 * x + 10).long().clamp(0, 19)))
+        return self.head(y[:, -1])
 
 
 def cnn() -> nn.Module:
@@ -65,8 +80,8 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(11, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 5))
 
 
-MAKERS: dict[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "transformer": Transformer}
-SHAPES = {"cnn": (3, 8, 8), "mlp": (11,), "transformer": (6, 8)}
+MAKERS: dict[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "transformer": Transformer, "text": Text}
+SHAPES = {"cnn": (3, 8, 8), "mlp": (11,), "transformer": (6, 8), "text": (7,)}
 
 
 def batches_of(name: str, count: int = 3, size: int = 12, seed: int = 7) -> list[Tensor]:

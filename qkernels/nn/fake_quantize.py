@@ -95,9 +95,12 @@ class FakeQuantize(QuantizerState):
 
     **First tensor.** If ``calibrate`` has set no scale, "lsq" and "minmax" take it from the first tensor that they get:
     from a weight always, from an input in training mode only (one wait for the device); in eval mode an input without a
-    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch. A channel whose range is zeros alone takes the mean range of the other
-    channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an input takes 1: the scale can be
-    trained, and zeros stay zeros.
+    scale raises RuntimeError. "ema" gives NaN in eval mode before its first batch. A channel whose range is zeros alone
+    takes the mean range of the other channels; without one, a weight takes that of a new layer (1/sqrt(fan in)) and an
+    input takes 1: the scale can be trained, and zeros stay zeros.
+
+    **Backward passes.** A forward pass within one is activation checkpointing's second: it moves nothing, and has the
+    scale of the last forward pass before.
 
     Scales and statistics stay fp32 when the module is cast (``model.bfloat16()``), because a bf16 average cannot move
     by less than 1/256 of itself. log_scale holds a small change, so it is cast with the model, and FSDP finds one
@@ -137,7 +140,7 @@ class FakeQuantize(QuantizerState):
     def observe_from(self, mean_abs: Tensor) -> None:
         """Lets training move the range on from its present value, which was set for this mean magnitude."""
         if self.learns:
-            self._magnitude.copy_(mean_abs)
+            self.magnitude.copy_(mean_abs)
         self.enable_observer()
 
     @torch.no_grad()
@@ -182,7 +185,7 @@ class FakeQuantize(QuantizerState):
         scale *= before / self.steps
         if self.learns:
             scale /= learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
-            self._magnitude.fill_(-1)
+            self.magnitude.fill_(-1)
         self._scale.copy_(scale)
         if not self.symmetric:
             exact = zero_point = whole(self.zero_point)  # type: ignore[arg-type]
@@ -314,9 +317,9 @@ class FakeQuantize(QuantizerState):
         scale, zero_point = self._scale[index], None if self.zero_point is None else self.zero_point.detach()[index]
         moved = [(self._scale, scale)]
         if self._paces():
-            magnitude = self._magnitude[index]
+            magnitude = self.magnitude[index]
             scale = pace(rows, scale, magnitude, 1.0, 2 * self.steps**-0.5, True)
-            moved = [(self._scale, scale), (self._magnitude, magnitude)]
+            moved = [(self._scale, scale), (self.magnitude, magnitude)]
         elif self._follows():
             rule = self.quant_min, self.quant_max, self.symmetric, 1.0, 1.0
             scale, zero_point = follow(rows, scale, zero_point, *rule, False)
@@ -369,7 +372,7 @@ class FakeQuantize(QuantizerState):
         if self._paces():
             share = 1.0 if self.is_weight else GROWTH
             in_place = in_place and not transformed()
-            return pace(x, scale, self._magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
+            return pace(x, scale, self.magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
         if self._follows():
             up, down = 1.0, 1.0
         elif self._grows():

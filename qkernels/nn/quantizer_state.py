@@ -44,7 +44,7 @@ class QuantizerState(nn.Module):
     fake_quant_on: Tensor
     calibrated: Tensor
     _scale: Tensor  # for a learned scale: its start
-    _magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
+    magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
     ewgs_delta: float = 1e-3  # a plain attribute, not a tensor: EWGS's authors change it every some epochs
 
     def __init_subclass__(cls, quantizers: Sequence[str] = (), **options: Any) -> None:
@@ -88,6 +88,7 @@ class QuantizerState(nn.Module):
                     f'granularity: got {granularity} with quantizer="dynamic"; accepted: PerChannel(0), PerTensor(), '
                     "PerToken(), PerGroup(size)"
                 )
+            self.register_buffer("fake_quant_on", torch.ones(1, dtype=torch.uint8))
             return
         scale_shape = granularity.scale_shape(shape)
         self._span = 1.0  # the largest magnitude that is assumed for a tensor of zeros
@@ -101,7 +102,7 @@ class QuantizerState(nn.Module):
         """Makes the tensors, which ``reset_parameters`` fills."""
         self.register_buffer("_scale", torch.empty(scale_shape), persistent=False)
         if self.learns:
-            self.register_buffer("_magnitude", torch.empty(scale_shape), persistent=False)
+            self.register_buffer("magnitude", torch.empty(scale_shape), persistent=False)
             self.log_scale = nn.Parameter(torch.empty(scale_shape))
             self.zero_point = None if self.symmetric else nn.Parameter(torch.empty(scale_shape))
         else:
@@ -118,6 +119,7 @@ class QuantizerState(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forgets all that was calibrated or learned; torch calls it after ``to_empty``."""
+        self.fake_quant_on.fill_(self._quantizes)
         if self.quantizer == "dynamic":
             return
         self._scale.fill_(torch.nan)
@@ -125,14 +127,13 @@ class QuantizerState(nn.Module):
             self.zero_point.zero_()
         if self.learns:
             self.log_scale.zero_()
-            self._magnitude.fill_(-1)
+            self.magnitude.fill_(-1)
         if self.quantizer == "ema":
             self.running_min.fill_(torch.inf)
             self.running_max.fill_(-torch.inf)
         else:
             self.calibrated.fill_(False)
         self.observer_on.fill_(self._observes)
-        self.fake_quant_on.fill_(self._quantizes)
         self._ready = self.quantizer == "ema" and not self._scale.is_meta
 
     def _set_width(self, bits: int) -> None:
@@ -189,7 +190,7 @@ class QuantizerState(nn.Module):
     def _started(self) -> None:
         if self.learns:
             self.log_scale.zero_()
-            self._magnitude.fill_(-1)
+            self.magnitude.fill_(-1)
         if self.learns or (self.is_weight and self.quantizer not in ("ema", "dynamic")):
             self.disable_observer()
         if self.quantizer != "ema":
@@ -208,8 +209,7 @@ class QuantizerState(nn.Module):
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Sets whether the forward pass quantizes; if not, x passes unchanged and observers go on."""
         self._quantizes = enabled
-        if self.quantizer != "dynamic":
-            self.fake_quant_on.fill_(enabled)
+        self.fake_quant_on.fill_(enabled)
 
     def disable_fake_quant(self) -> None:
         self.enable_fake_quant(False)
@@ -245,22 +245,22 @@ class QuantizerState(nn.Module):
 
         was_empty = any(t.is_meta for t in self.buffers(recurse=False))
         super()._apply(apply, recurse)
-        if was_empty and not self._scale.is_meta:  # to_empty does not initialize memory
+        if was_empty and not any(t.is_meta for t in self.buffers(recurse=False)):  # to_empty does not initialize memory
             self.reset_parameters()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A key of a state_dict is the name of an attribute: torch.distributed.checkpoint looks for it.
         destination[prefix + "bits"] = torch.tensor([self.bits], dtype=torch.int32)
         if self.quantizer == "dynamic":
-            destination[prefix + "fake_quant_on"] = torch.tensor([self._quantizes], dtype=torch.uint8)
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
         if self.learns:
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
-            destination[prefix + "magnitude"] = self._magnitude.detach()
+            destination[prefix + "magnitude"] = self.magnitude.detach()
             for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
                 destination[prefix + name] = destination[prefix + name].float()
 
@@ -285,8 +285,9 @@ class QuantizerState(nn.Module):
             )
             return
         if self.quantizer == "dynamic":
-            self._quantizes = bool(state.pop("fake_quant_on", self._quantizes))
+            state.setdefault("fake_quant_on", torch.tensor([self._quantizes], dtype=torch.uint8))
             super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
+            self._quantizes = self.fake_quant_on.is_meta or bool(self.fake_quant_on)
             return
         if scale is None:
             missing_keys.append(prefix + "scale")
@@ -315,7 +316,7 @@ class QuantizerState(nn.Module):
                 if magnitude is None or magnitude.shape != scale.shape:
                     magnitude = torch.full_like(scale, -1)
             assign = self._scale.is_meta or local_metadata.get("assign_to_params_buffers", False)
-            for name, value in (("_scale", scale), ("_magnitude", magnitude)):
+            for name, value in (("_scale", scale), ("magnitude", magnitude)):
                 if name in self._buffers and assign:
                     setattr(self, name, value.detach().clone())
                 elif name in self._buffers:

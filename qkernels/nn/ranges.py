@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..ops.autograd import transformed
 from ..ops.follow_range import follow_range, followed
@@ -98,6 +99,10 @@ def write(t: Tensor, value: Tensor) -> None:
     t.copy_(value)
 
 
+def _of_many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def follow(
     x: Tensor,
     scale: Tensor,
@@ -113,6 +118,8 @@ def follow(
 
     in_place: the given tensors are changed too, except under torch.func, which forbids it. The results are new tensors,
     because a backward pass may save them and another call of this module in the same step may change the given ones.
+    On several ranks a zero point that is a Parameter stays for its gradient to move: each rank would move it by its own
+    x, and no rank sends parameters to the others as the first one sends its buffers.
     """
     rule: dict[str, Any] = {
         "quant_min": quant_min,
@@ -123,6 +130,9 @@ def follow(
     }
     if not in_place or transformed():
         return followed(x, scale, zero_point, **rule)
+    if isinstance(zero_point, nn.Parameter) and _of_many_ranks():
+        follow_range(x, scale, zero_point.detach().clone(), **rule)
+        return scale.clone(), zero_point
     follow_range(x, scale, zero_point, **rule)
     return scale.clone(), None if zero_point is None else zero_point.clone()
 

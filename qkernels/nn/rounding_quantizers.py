@@ -25,9 +25,9 @@ class StochasticQuantizer(FakeQuantize, quantizers=("stochastic",)):
 
     The buffer ``offset`` holds where in the random stream the next forward pass in training mode draws. It starts at a
     number from torch's generator (``torch.manual_seed``), each pass adds one to it on the device, and a state_dict
-    holds it: a resumed run draws as one that was not stopped. What activation checkpointing computes a second time draws
-    as the last forward pass did. Under torch.func's transforms, which forbid the change
-    of a buffer, the offset stays and every pass draws the same.
+    holds it: a resumed run draws as one that was not stopped. What activation checkpointing computes a second time
+    draws as the last forward pass did. Under torch.func's transforms, which forbid the change of a buffer, the offset
+    stays and every pass draws the same.
     """
 
     offset: Tensor

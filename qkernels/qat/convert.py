@@ -22,6 +22,7 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import quantizers_of
 from .copying import copy_of, replace_modules
+from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
 from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear
 from .selection import no_integers, to_int4
@@ -67,6 +68,7 @@ def convert(model: nn.Module) -> nn.Module:
     """
     check_calibrated(model)
     converted = copy_of(model).eval()
+    remove_sending(converted)
     bake_weights(converted)
     return replace_layers(converted, find_folds(converted))
 

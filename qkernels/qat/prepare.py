@@ -21,6 +21,7 @@ from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .config import QConfig, QSpec, Rule, nearest
 from .copying import become, copy_of, is_sharded_model, replace_modules
+from .equal_ranges import send_ranges
 from .presets import presets
 from .selection import float_reason, unsupported
 from .sharing import find_inputs
@@ -120,6 +121,7 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     else:
         prepared = replace_modules(prepared, made.get)
     leave_fused_paths(prepared)
+    prepared.register_forward_hook(send_ranges)
     return prepared
 
 
