@@ -1,12 +1,14 @@
 """The tables of docs/layers.md, found by trying each QAT class: prepared, trained, converted and called.
 
-python docs/layers.py     # prints them
+python docs/layers.py     # writes them into the page
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,5 +156,14 @@ def tables() -> list[str]:
     return [table, kernels(ops)]
 
 
+def write(page: Path) -> None:
+    """Puts the tables in the place of those with the same first line."""
+    text = page.read_text()
+    for table in tables():
+        first = table.partition("\n")[0]
+        text = re.sub(re.escape(first) + r"(\n\|.*)*", lambda found, new=table: new, text)
+    page.write_text(text)
+
+
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    write(Path(__file__).with_suffix(".md"))

@@ -70,12 +70,12 @@ def script(name: str) -> ModuleType:
 
 
 def test_the_tables_of_layers_are_what_the_layers_do() -> None:
-    """`python docs/layers.py` prints them; it fails where it knows no sample of a class."""
+    """`python docs/layers.py` writes them; it fails where it knows no sample of a class."""
     page, module = (ROOT / "docs" / "layers.md").read_text(), script("layers")
     for kind in qk.nn.QAT_CLASSES:
         assert f"| {module.label(kind)} |" in page
     for table in module.tables():
-        assert table in page, f"docs/layers.md lacks\n{table}"
+        assert table in page, "docs/layers.md is not what `python docs/layers.py` writes"
 
 
 def parameters(thing: Any) -> list[str]:
