@@ -23,7 +23,9 @@ LARGEST, USUAL = 2e-2, 1e-5
 NARROW = [name for name, case in WILD.items() if case.narrow]
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:LSTM with projections:UserWarning", "ignore:enable_nested_tensor is True:UserWarning"
+    "ignore:LSTM with projections:UserWarning",
+    "ignore:enable_nested_tensor is True:UserWarning",
+    "ignore:The PyTorch API of nested tensors:UserWarning",
 )
 
 
@@ -49,6 +51,9 @@ def all_the_way(case: Wild, bits: int) -> None:
     converted = qk.convert(prepared)
     y = outputs(converted, inputs)
     assert_close(y, expected)
+    exact = qk.exact(prepared)
+    with torch.no_grad():
+        assert equal(list(tensors(exact(*inputs))), y)
     assert_saved(converted, case, bits, inputs, y)
 
     back = qk.unprepare(prepared)
