@@ -59,6 +59,25 @@ def test_names_and_links_exist(page: Path) -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
 
 
+def script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_layers_are_what_the_layers_do() -> None:
+    """`python docs/layers.py` writes them; it fails where it knows no sample of a class."""
+    page, module = (ROOT / "docs" / "layers.md").read_text(), script("layers")
+    for kind in qk.nn.QAT_CLASSES:
+        assert f"| {module.label(kind)} |" in page
+    for table in module.tables():
+        assert table in page, "docs/layers.md is not what `python docs/layers.py` writes"
+
+
 def parameters(thing: Any) -> list[str]:
     names = list(inspect.signature(thing).parameters) if callable(thing) else []  # Granularity is a union of types
     return [name for name in names if name not in ("args", "kwargs")]
@@ -105,15 +124,10 @@ class Links(HTMLParser):
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Links]:
     """Every page of the documentation, built with warnings as errors."""
     pytest.importorskip("pdoc")
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     out = tmp_path_factory.mktemp("docs")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        spec.loader.exec_module(module)
-        module.build(out)
+        script("build").build(out)
     return {page: Links(page) for page in out.rglob("*.html")}
 
 

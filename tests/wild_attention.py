@@ -331,7 +331,7 @@ class ConvModule(nn.Module):
         return self.narrow(F.silu(self.norm(self.depthwise(x)))).transpose(1, 2)
 
 
-@ATTENTION.add(features(2, 7, D))
+@ATTENTION.add(features(2, 7, D), rules=[("attention", {"attention": {}, "output": {}})])
 class Conformer(nn.Module):
     """Half a mixing, attention, a convolution over time, half a mixing."""
 

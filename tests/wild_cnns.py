@@ -154,8 +154,8 @@ class Inception(nn.Module):
 class Fire(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(c, 3, 1)
-        self.expand1, self.expand3 = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+        self.squeeze = nn.Conv2d(c, 4, 1)
+        self.expand1, self.expand3 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x):
         x = F.relu(self.squeeze(x))

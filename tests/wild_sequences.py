@@ -117,7 +117,7 @@ class BiGRUTagger(nn.Module):
         return self.head(self.gru(self.embed(tokens))[0])
 
 
-@SEQUENCES.add(lambda: (torch.randn(7, 3, 5),), narrow=True)
+@SEQUENCES.add(lambda: (torch.randn(7, 3, 5),), rules=[(nn.LSTM, {"hidden": {}, "cell": {}})], narrow=True)
 class ProjectedLSTM(nn.Module):
     """Stacked, with a projection of the hidden state, as in speech recognition."""
 
@@ -143,7 +143,7 @@ class CharRNN(nn.Module):
         return self.head(self.rnn(self.embed(tokens))[0])
 
 
-@SEQUENCES.add(lambda: (torch.randn(4, 6),))
+@SEQUENCES.add(lambda: (torch.randn(4, 6),), rules=[("cell", {"hidden": {}})])
 class GRUCellDecoder(nn.Module):
     """Each output is the next step's input."""
 
