@@ -62,7 +62,9 @@ def test_checkpointing_of_other_models(name: str, way: str, reentrant: bool) -> 
     again = lambda m, x: loss_of(lambda x: checkpoint(m, x, use_reentrant=reentrant), x)  # noqa: E731
     got, expected = after(model, batches, loss=again), after(model, batches)
     if name == "cnn":  # torch's BatchNorm counts the second forward pass
-        got, expected = ({k: t for k, t in s.items() if "running" not in k and "num_b" not in k} for s in (got, expected))
+        got, expected = (
+            {k: t for k, t in s.items() if "running" not in k and "num_b" not in k} for s in (got, expected)
+        )
     assert_same(got, expected)
 
 
