@@ -42,10 +42,12 @@ def convert(model: nn.Module) -> nn.Module:
     - A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear``, at every granularity, with or without
       zero points; if its input is not quantized, the input stays in float (act_bits 16).
     - Linear layers of 5 to 8 bits and Conv1d and Conv2d layers of 2 to 8 become ``Int8Linear``, ``Int8Conv1d`` and
-      ``Int8Conv2d``, on int8 codes;
-      if the input is not quantized (act_bits 16), they compute in float with the dequantized weight. If such a layer
-      shares its weight with a float layer (a language model's embedding), it keeps that weight and quantizes it at each
-      call, so that the file holds it once.
+      ``Int8Conv2d``, on int8 codes; if the input is not quantized (act_bits 16), they compute in float with the
+      dequantized weight. If such a layer shares its weight with a float layer, it keeps that weight and quantizes it at
+      each call, so that the file holds it once; if it shares it with a layer that gets the quantized values, both hold
+      these as one Parameter.
+    - An Embedding whose weight has 4 bits or less becomes an ``Int4Embedding``.
+    - These layers keep the quantizers of their outputs.
     - A MultiheadAttention becomes an ``IntegerMultiheadAttention``, whose projections are such layers; softmax and
       products are computed in float.
     - Layers of one weight that get the same codes share them, in memory and in the file.
