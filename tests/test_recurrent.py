@@ -265,6 +265,33 @@ def test_ranges_move_once_a_sequence(bits):
     assert float(quantizer.scale) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_checkpointing_repeats_the_steps(calibrated):
+    """With the scales from before the last step moved them, or without a scale if there was none."""
+    torch.manual_seed(0)
+    rule = {"hidden": QSpec(symmetric=False), "cell": QSpec(4)}
+    prepared = qk.prepare(nn.Sequential(nn.LSTM(5, 8)), QConfig(None, None, rules=[("0", rule)]))
+    if calibrated:
+        qk.calibrate(prepared, [torch.zeros(6, 4, 5)])
+    x, results = (3 * torch.randn(6, 4, 5)).requires_grad_(), []
+    before = copy.deepcopy(prepared.state_dict())
+    for checkpointed in (False, True):
+        model = copy.deepcopy(prepared)
+        y = checkpoint(model, x, use_reentrant=False)[0] if checkpointed else model(x)[0]
+        y.sum().backward()
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((model.state_dict(), grads, y.detach()))
+    (plain, plain_grads, y), (again, grads, same) = results
+    assert torch.equal(y, same)
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    assert not torch.equal(plain["0.cell_l0_fake_quant.scale"], before["0.cell_l0_fake_quant.scale"])
+    for name, grad in plain_grads.items():
+        assert grad is grads[name] is None or torch.equal(grad, grads[name]), name
+    if calibrated:
+        assert not torch.equal(plain["0.hidden_l0_fake_quant.zero_point"], before["0.hidden_l0_fake_quant.zero_point"])
+        assert all(grad is not None for grad in grads.values())
+
+
 OF_STATES = [name for name, rule in RULES.items() if rule.inputs and name != "ema"]
 
 

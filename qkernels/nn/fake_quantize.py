@@ -436,21 +436,30 @@ class FakeQuantize(QuantizerState):
             A function for each step; and one that has to get the values of all steps, as rows, after the last one, or
             None. Where the forward was replaced on the instance, as calibration does, each step is a call of it.
         """
-        if "forward" in vars(self):
+        if "forward" in vars(self) or self.quantizer == "dynamic":
             return self, None
-        if not self._ready:
-            self._meet(x[:0])
-        if not self._ready:
-            return _unchanged, self._meet
-        finish = functools.partial(self._range, in_place=True) if self._paces() or self._grows() else None
-        if not self._quantizes:
+        finish: Callable[[Tensor], object] | None = None
+        if not recomputing():
+            if not self._ready:
+                self._meet(x[:0])
+            if not self._ready:
+                finish = self._meet
+            elif self._paces() or self._grows():
+                finish = functools.partial(self._range, in_place=True)
+            keep_inside(self.zero_point, self.quant_min, self.quant_max)
+            # After the last step, finish moves these; activation checkpointing then runs the steps again.
+            zero_point = None if self.zero_point is None else self.zero_point.detach().clone()
+            self._of_steps = None if finish is None else (self._ready, self._scale.clone(), zero_point)
+        ready, scale, zero_point = self._of_steps or (self._ready, self._scale, self.zero_point)
+        if not ready or not self._quantizes:
             return _unchanged, finish
         if not self.learns and self.quantizer != "minmax":
-            return self.forward, None
-        scale, zero_point, factor = self._scale, self.zero_point, 1.0
+            return self, finish
+        factor = 1.0
         if self.learns:
             scale = trained_scale(scale, self.log_scale, self._log_limits(), self.steps)
-            keep_inside(zero_point, self.quant_min, self.quant_max)
+            if zero_point is not None and self.zero_point is not None and zero_point is not self.zero_point:
+                zero_point = zero_point + (self.zero_point - self.zero_point.detach())  # its gradient
             factor = (max(x.shape[-self.feature_dims :].numel(), 1) * self.steps) ** -0.5
         quantize_step = functools.partial(
             fake_quantize,

@@ -45,6 +45,8 @@ class QuantizerState(nn.Module):
     calibrated: Tensor
     _scale: Tensor  # for a learned scale: its start
     magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
+    # Of the last sequence that moved them: whether there was a scale, its start, and the zero point (see for_steps).
+    _of_steps: tuple[bool, Tensor, Tensor | None] | None = None
     ewgs_delta: float = 1e-3  # a plain attribute, not a tensor: EWGS's authors change it every some epochs
 
     def __init_subclass__(cls, quantizers: Sequence[str] = (), **options: Any) -> None:
