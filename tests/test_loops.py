@@ -62,9 +62,8 @@ def test_checkpointing_of_other_models(name: str, way: str, reentrant: bool) -> 
     again = lambda m, x: loss_of(lambda x: checkpoint(m, x, use_reentrant=reentrant), x)  # noqa: E731
     got, expected = after(model, batches, loss=again), after(model, batches)
     if name == "cnn":  # torch's BatchNorm counts the second forward pass
-        got, expected = (
-            {k: t for k, t in s.items() if "running" not in k and "num_b" not in k} for s in (got, expected)
-        )
+        counted = ("running_mean", "running_var", "num_batches_tracked")
+        got, expected = ({k: t for k, t in s.items() if not k.endswith(counted)} for s in (got, expected))
     assert_same(got, expected)
 
 
@@ -388,10 +387,10 @@ def test_functional_gradients(way: str, bits: int) -> None:
         model.zero_grad()
         return found
 
-    assert_close(grad(total)(parameters, x), gradients(x), 1e-4)
+    assert_close(grad(total)(parameters, x), gradients(x), 1e-3)
     each = vmap(grad(lambda p, x: total(p, x[None])), (None, 0))(parameters, x)
     for i in range(3):
-        assert_close({key: t[i] for key, t in each.items()}, gradients(x[i : i + 1]), 1e-4)
+        assert_close({key: t[i] for key, t in each.items()}, gradients(x[i : i + 1]), 1e-3)
     tangent = torch.randn_like(x)
     leaf = x.clone().requires_grad_()
     model(leaf).sum().backward()

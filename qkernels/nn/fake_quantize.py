@@ -239,7 +239,7 @@ class FakeQuantize(QuantizerState):
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x) if self.last is None else self.last.of(x, self._forward, self.training)
+        return self._forward(x) if self.last is None else self.last.of(x, self._forward, self)
 
     def _forward(self, x: Tensor) -> Tensor:
         if not self._quantizes and not self.training:

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.autograd import transformed
 
 
 class LastResult:
-    """Remembers the last tensor and its result as long as both are alive and unchanged.
+    """Remembers the last tensor and its result while they and the quantizer stay unchanged.
 
-    It keeps neither alive: the layers that got the result do, until their backward pass. Where the result would be
-    recorded otherwise than the first time (other grad mode, or other hooks on saved tensors, by which activation
-    checkpointing tells what to recompute), and in compiled code and under torch.func, the quantizer computes anew.
+    The result lives as long as the tensor, unless a backward pass uses it up: to compute it again would count as
+    another batch. Layers do not keep it: some save a view of it, and activation checkpointing saves nothing. Where the
+    result would be recorded otherwise than the first time (other grad mode, or other hooks on saved tensors, by which
+    activation checkpointing tells what to recompute), and in compiled code and under torch.func, the quantizer computes
+    anew.
     """
 
     def __init__(self) -> None:
@@ -25,23 +27,35 @@ class LastResult:
 
     def _forget(self) -> None:
         self._x: weakref.ref[Tensor] | None = None
-        self._y: weakref.ref[Tensor] | None = None
+        self._y: Tensor | None = None
         self._state: tuple[Any, ...] = ()
 
-    def of(self, x: Tensor, compute: Callable[[Tensor], Tensor], training: bool) -> Tensor:
-        """compute(x), or the last result if that was for the same x."""
+    def _left(self, x: weakref.ref[Tensor]) -> None:
+        if x is self._x:
+            self._forget()
+
+    def _used(self, grad: Tensor) -> None:
+        self._forget()
+
+    def of(self, x: Tensor, compute: Callable[[Tensor], Tensor], quantizer: nn.Module) -> Tensor:
+        """compute(x), or the last result if that was for the same x; the quantizer's tensors decide compute(x)."""
         if torch.compiler.is_compiling() or transformed() or x.is_inference() or torch.is_inference_mode_enabled():
             return compute(x)  # inference tensors do not count their changes
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-        state = x._version, torch.is_grad_enabled(), training, None if hooks is None else tuple(map(id, hooks[:2]))
-        y = None if self._y is None or self._x is None or self._x() is not x else self._y()
-        if y is not None and self._state == (*state, y._version):
+        grad = torch.is_grad_enabled()
+        state = x._version, grad, quantizer.training, None if hooks is None else tuple(map(id, hooks[:2]))
+        y = None if self._x is None or self._x() is not x else self._y
+        if y is not None and self._state == (*state, y._version, *_versions(quantizer)):
             return y
         y = compute(x)
         if y is x:  # fake quantization is switched off
             self._forget()
         else:
-            self._x, self._y, self._state = weakref.ref(x), weakref.ref(y), (*state, y._version)
+            self._x = weakref.ref(x, self._left)
+            self._y = y
+            self._state = (*state, y._version, *_versions(quantizer))
+            if y.requires_grad:
+                y.register_hook(self._used)
         return y
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastResult:
@@ -49,3 +63,8 @@ class LastResult:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LastResult, ()
+
+
+def _versions(quantizer: nn.Module) -> tuple[int, ...]:
+    held = (*quantizer._parameters.values(), *quantizer._buffers.values())
+    return tuple(t._version for t in held if t is not None)
