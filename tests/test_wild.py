@@ -42,8 +42,14 @@ def test_weights_of_4_bits(name: str) -> None:
 def all_the_way(case: Wild, bits: int) -> None:
     model, inputs = case.make(), case.inputs()
     before = [(name, kind_of(module)) for name, module in model.named_modules()]
+    state = state_of(model)
     prepared = made(model, case, bits)
+    assert_holds(model, state)
+    assert_holds(prepared, state)
     reach(prepared, inputs, case)
+    state = state_of(prepared)
+    qk.report(prepared)
+    assert_holds(prepared, state)
     train(prepared, inputs, case)
     prepared.eval()
 
@@ -176,6 +182,15 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters with the module that a report counts them to: what a parametrization keeps counts to its layer."""
     for name, parameter in model.named_parameters():
         yield name.partition("parametrizations.")[0].rpartition(".")[0], parameter
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_holds(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:

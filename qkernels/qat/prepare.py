@@ -22,6 +22,7 @@ from ..nn.quantized_parameters import VALUES, QATParameters
 from .config import QConfig, QSpec, Rule, nearest
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
+from .fold import eval_mode
 from .presets import presets
 from .selection import float_reason, unsupported
 from .sharing import find_inputs
@@ -106,7 +107,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
         raise ValueError("inplace: got True with a model under fully_shard; accepted: False, or a call before sharding")
     _check_rules(model, config)
     readers = find_weight_readers(model)
-    plan = _plan(model, config, readers)
+    with eval_mode(model):  # in training mode, to read a weight under spectral_norm would change it
+        plan = _plan(model, config, readers)
     if not plan.specs and not plan.parameters:
         raise ValueError(
             "model: holds no layer that config selects; accepted: a model with layers such as Linear or Conv2d that "
@@ -263,7 +265,7 @@ def _quantizer(
     """The quantizer for one tensor of the layer; layers of one weight and one spec share the weight's."""
     weight = parameter = shared = None
     if role.parameter:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(layer):
             weight = product_weight(layer) if trial.derives_weight else effective_weight(layer, role.parameter)
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise ValueError(f"model: the {role.parameter} of {name!r} holds NaN or infinity; accepted: finite weights")

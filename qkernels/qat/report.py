@@ -161,19 +161,21 @@ def report(
     }
     readers = find_weight_readers(model)
     rows, notes = [], {}
-    for name, layer in layers.items():
-        row, note = _row(name, layer), _note(name, layer, readers)
-        parts = _on_integers(layer)
-        if parts and float_model is not None:
-            weight = _float_weight(_submodule(float_model, name))
-            if weight is not None:
-                if name in folded:
-                    factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
-                    weight = weight * factor.float().view(-1, *[1] * (weight.dim() - 1))
-                row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
-        rows.append(row)
-        if note:
-            notes[name] = note
+    # In training mode, to read a weight under spectral_norm would change it.
+    with eval_mode(model), eval_mode(model if float_model is None else float_model):
+        for name, layer in layers.items():
+            row, note = _row(name, layer), _note(name, layer, readers)
+            parts = _on_integers(layer)
+            if parts and float_model is not None:
+                weight = _float_weight(_submodule(float_model, name))
+                if weight is not None:
+                    if name in folded:
+                        factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
+                        weight = weight * factor.float().view(-1, *[1] * (weight.dim() - 1))
+                    row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
+            rows.append(row)
+            if note:
+                notes[name] = note
     notes.update({name: f"BatchNorm stays a float layer: {reason}" for name, reason in folds.kept.items()})
     if example is not None:
         _run_example(model, example, float_model, layers, folded, rows, notes)
