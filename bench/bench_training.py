@@ -10,6 +10,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from mobilenet import MobileNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,17 +63,51 @@ class TransformerBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Transformer(nn.Sequential):
+class ResNet18(nn.Sequential):
+    """ResNet-18 (arXiv 1512.03385, table 1) for ten classes."""
+
     def __init__(self) -> None:
-        super().__init__(TransformerBlock(256, 4), TransformerBlock(256, 4), nn.Linear(256, 10))
+        stages = ((64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1))
+        super().__init__(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+            *[Block(*stage) for stage in (*stages, (256, 512, 2), (512, 512, 1))],
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10),
+        )  # fmt: skip
 
 
-# A learned scale of the images themselves costs the first convolution's input gradient, which fp32 never computes.
-FIXED_FIRST_INPUT = qk.QConfig(rules=[("0", {"input": {"quantizer": "minmax"}})])
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], qk.QConfig]] = {
-    "resnet-8, batch 32 of 3x32x32": (ResNet, (32, 3, 32, 32), qk.QConfig()),
-    "the same, scale of the images fixed": (ResNet, (32, 3, 32, 32), FIXED_FIRST_INPUT),
-    "2-layer transformer, width 256, batch 8 of 128": (Transformer, (8, 128, 256), qk.QConfig()),
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(512, 512, 2, batch_first=True), nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Words(nn.Sequential):
+    """A table of 30,000 words in front of a small network."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(30_000, 256), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def transformer(blocks: int) -> nn.Module:
+    return nn.Sequential(*[TransformerBlock(256, 4) for _ in range(blocks)], nn.Linear(256, 10))
+
+
+def words() -> Tensor:
+    return torch.randint(30_000, (32, 128))
+
+
+# name -> the model, its input, and whether torch.ao and eager formulas are timed too
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bool]] = {
+    "resnet-8, batch 32 of 3x32x32": (ResNet, lambda: torch.randn(32, 3, 32, 32), True),
+    "resnet-18, batch 8 of 3x112x112": (ResNet18, lambda: torch.randn(8, 3, 112, 112), False),
+    "mobilenet-v2, batch 16 of 3x64x64": (MobileNet, lambda: torch.randn(16, 3, 64, 64), False),
+    "2-layer transformer, width 256, batch 8 of 128": (lambda: transformer(2), lambda: torch.randn(8, 128, 256), True),
+    "4-layer transformer, width 256, batch 8 of 128": (lambda: transformer(4), lambda: torch.randn(8, 128, 256), False),
+    "lstm 2x512, batch 16 of 128 steps": (Lstm, lambda: torch.randn(16, 128, 512), False),
+    "embedding 30000x256, batch 32 of 128": (Words, words, False),
 }
 
 
@@ -141,12 +176,13 @@ def with_fakes(model: nn.Module, make: Callable[[Tensor | None], nn.Module]) -> 
     return model
 
 
-def step_of(model: nn.Module, x: Tensor) -> Step:
-    """Forward, backward and an SGD update; returns the loss."""
+def step_of(model: nn.Module, x: Tensor, kind: type[torch.optim.Optimizer] = torch.optim.SGD) -> Step:
+    """Forward, backward and an update; returns the loss."""
     model.train()
-    target = torch.randint(0, 10, (x.shape[0], *x.shape[1:-1]) if x.dim() == 3 else (x.shape[0],)).reshape(-1)
-    model(x)  # modules that size themselves by their first input do so before the optimizer looks
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    count = model(x).shape[:-1].numel()  # modules that size themselves by their first input do so before the optimizer
+    target = torch.randint(0, 10, (count,))
+    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=1e-4, **momentum)  # type: ignore[call-arg]
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -181,9 +217,9 @@ OTHERS: dict[str, Callable[[], Callable[[Tensor | None], nn.Module]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_training_step(compare: Callable[..., None], overheads: Callable[[str], None], name: str) -> None:
     """Ratios are to our QAT step, as everywhere; the printed overheads are to the fp32 step."""
-    make, shape, config = MODELS[name]
-    model, x = make(), torch.randn(shape)
-    prepared = qk.prepare(model, config)
+    make, inputs, with_others = MODELS[name]
+    model, x = make(), inputs()
+    prepared = qk.prepare(model)
     qk.calibrate(prepared, [x])
 
     def other(build: Callable[[], Callable[[Tensor | None], nn.Module]]) -> Step:
@@ -196,8 +232,22 @@ def test_training_step(compare: Callable[..., None], overheads: Callable[[str], 
     fp32 = step_of(copy.deepcopy(model), x)
     loss = fp32()
     torch.manual_seed(0)
-    competitors = {label: peers.find(label, lambda build=build: other(build)) for label, build in OTHERS.items()}
+    others = OTHERS if with_others else {}
+    competitors = {label: peers.find(label, lambda build=build: other(build)) for label, build in others.items()}
     # The losses agree to what 8 bits allow; scales learned from 0.02 clip more than calibrated ones.
     torch.manual_seed(0)
     compare(step_of(prepared, x), {"fp32": fp32, **competitors}, loss, tolerance=0.1, peer_tolerance=0.5, blocks=6)
+    overheads("fp32")
+
+
+def test_training_step_of_a_table_under_adam(compare: Callable[..., None], overheads: Callable[[str], None]) -> None:
+    """What embeddings are trained with: the optimizer's own work on the table is then most of the step."""
+    model, x = Words(), words()
+    prepared = qk.prepare(model)
+    qk.calibrate(prepared, [x])
+    torch.manual_seed(0)
+    fp32 = step_of(copy.deepcopy(model), x, torch.optim.Adam)
+    loss = fp32()
+    torch.manual_seed(0)
+    compare(step_of(prepared, x, torch.optim.Adam), {"fp32": fp32}, loss, tolerance=0.1, blocks=6)
     overheads("fp32")
