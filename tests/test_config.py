@@ -9,7 +9,6 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import PerChannel, PerGroup, PerTensor, PerToken, QConfig, QSpec
-from qkernels.qat import from_json, to_json
 
 
 class Own(nn.Linear):
@@ -40,7 +39,7 @@ def test_repr_and_json_make_an_equal_config(name):
     again = eval(repr(config), names)  # what a user pastes
     assert again == QConfig(**{**vars(config), "rules": list(config.rules)})
     assert repr(again) == repr(config)
-    loaded = from_json(to_json(config))
+    loaded = QConfig.from_json(config.to_json())
     assert repr(loaded) == repr(config)
     assert loaded.specs("layer1.fc", nn.Linear(1, 1)) == config.specs("layer1.fc", nn.Linear(1, 1))
 
@@ -53,12 +52,13 @@ def test_repr_and_json_make_an_equal_config(name):
         ('{"weight": {"bits": 9}}', "bits: got 9"),
         ('{"weight": {"granularity": {"kind": "PerRow"}}}', "granularity: got 'PerRow'"),
         ('{"rules": [[{"module": "nowhere", "name": "Layer"}, null]]}', "rules: got the type nowhere.Layer"),
-        ("[1]", "got the key"),
+        ("[1]", "text: got a list"),
+        ('{"weight": {"bit": 4}}', "QSpec: got the key 'bit'.*did you mean 'bits'"),
     ],
 )
 def test_json_that_is_no_config_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        from_json(text)
+        QConfig.from_json(text)
 
 
 def test_presets():
@@ -77,7 +77,7 @@ def test_presets():
         qk.presets["w4a88"]
     with pytest.raises(ValueError, match=r"config: got 'w8a'; accepted: w8a8.*did you mean 'w8a8'"):
         qk.prepare(model, "w8a")
-    assert json.loads(to_json(qk.presets["w8a8"]))["weight"]["bits"] == 8
+    assert json.loads(qk.presets["w8a8"].to_json())["weight"]["bits"] == 8
 
 
 class Experts(nn.Module):

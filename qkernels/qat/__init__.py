@@ -2,13 +2,13 @@
 
 from .batch_norm import freeze_bn, reestimate_bn
 from .calibrate import calibrate
-from .config import QConfig, QSpec
-from .config_json import from_json, to_json
+from .config import QConfig
 from .convert import convert
 from .exact import exact
 from .prepare import prepare
 from .presets import presets
 from .report import Report, report
+from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
 
@@ -22,13 +22,11 @@ __all__ = [
     "exact",
     "freeze_bn",
     "freeze_observers",
-    "from_json",
     "parameter_groups",
     "prepare",
     "presets",
     "reestimate_bn",
     "report",
     "set_bits",
-    "to_json",
     "unprepare",
 ]

@@ -1,109 +1,26 @@
-"""QSpec and QConfig: which layers are quantized, and how."""
+"""QConfig: which layers are quantized, and how."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn.fake_quantize import FakeQuantize
-from ..nn.granularity import Granularity, PerChannel, PerTensor, PerToken
 from ..nn.qat_classes import QUANTIZABLE
-from ..nn.qat_layer import Role
-from ..nn.quantizer_rules import QUANTIZERS, RULES, resolve
+from ..nn.quantizer_rules import RULES
+from .config_json import module_type, overrides_of, plain, spec_of
+from .spec import QSpec, check_keys
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]
 FIELDS = ("weight", "input", "output", "residual")
 KINDS = (*FIELDS, "hidden", "cell", "memory", "attention")  # of tensors, in rules
-GRANULARITIES = "PerTensor(), PerChannel(axis), PerGroup(size), PerToken()"
-
-
-@dataclass(frozen=True)
-class QSpec:
-    """How one tensor is quantized; the fields are those of ``FakeQuantize``.
-
-    Args:
-        bits: 2 to 8.
-        granularity: which elements share a scale. None: an output channel of a weight, the whole of an input.
-        symmetric: True: codes without a zero point. False: codes with one. None: False for "lsq+" and "pact", True for
-            all others.
-        quantizer: where the scale comes from, and the levels: a name that ``FakeQuantize`` describes.
-        straight_through: how the gradient passes. None: as the quantizer's paper says, "clip" if there is none.
-
-    Raises:
-        TypeError: a field has another type.
-        ValueError: a field has another value, or fields do not go together.
-    """
-
-    bits: int = 8
-    granularity: Granularity | None = None
-    symmetric: bool | None = None
-    quantizer: str = "lsq"
-    straight_through: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_type("bits", self.bits, int, "2 to 8")
-        if self.symmetric is not None:
-            _check_type("symmetric", self.symmetric, bool, "True, False, None")
-        _check_type("quantizer", self.quantizer, str, f"one of {', '.join(QUANTIZERS)}")
-        if self.straight_through is not None:
-            _check_type("straight_through", self.straight_through, str, "a name as in fake_quantize, None")
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits: got {self.bits!r}; accepted: 2 to 8")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(
-                f"quantizer: got {self.quantizer!r}; accepted: {', '.join(QUANTIZERS)}"
-                + nearest(self.quantizer, QUANTIZERS)
-            )
-        if self.granularity is not None and not isinstance(self.granularity, Granularity):
-            hint = ""
-            if inspect.isclass(self.granularity) and issubclass(self.granularity, Granularity):
-                hint = " (an instance, not the class)"
-            raise TypeError(f"granularity: got {self.granularity!r}; accepted: {GRANULARITIES}{hint}")
-        symmetric, _ = resolve(self.quantizer, self.bits, self.symmetric, self.straight_through)
-        object.__setattr__(self, "symmetric", symmetric)
-
-    def for_weight(self, weight: Tensor, channel: int | tuple[int, ...] = 0) -> FakeQuantize:
-        """A quantizer for a parameter, by default with one scale per index of the dims ``channel``."""
-        granularity = self.granularity
-        if granularity is None:
-            granularity = PerChannel(channel) if weight.dim() > 1 else PerTensor()
-        if isinstance(granularity, PerToken):
-            raise ValueError(
-                f"weight granularity: got {granularity}; accepted: PerTensor(), PerChannel(axis), PerGroup(size)"
-            )
-        return self._quantizer(granularity, shape=weight.shape)
-
-    def for_values(self, role: Role) -> FakeQuantize:
-        """A quantizer for a tensor that varies: an input, an output, a state."""
-        granularity = PerTensor() if self.granularity is None else self.granularity
-        if granularity != PerTensor():
-            if granularity != PerToken() or not role.per_token:
-                accepted = "PerTensor(), PerToken()" if role.per_token else "PerTensor()"
-                raise ValueError(f"{role.kind} granularity: got {granularity}; accepted: {accepted}")
-            if self.quantizer != "dynamic" or not self.symmetric:
-                raise ValueError(
-                    f'{role.kind}: got PerToken() with quantizer="{self.quantizer}", symmetric={self.symmetric}; '
-                    'accepted: PerToken() with quantizer="dynamic", symmetric=True'
-                )
-        return self._quantizer(granularity, feature_dims=role.feature_dims)
-
-    def _quantizer(self, granularity: Granularity, **options: Any) -> FakeQuantize:
-        return FakeQuantize(
-            bits=self.bits,
-            granularity=granularity,
-            symmetric=self.symmetric,
-            quantizer=self.quantizer,
-            straight_through=self.straight_through,
-            **options,
-        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +78,7 @@ class QConfig:
                 raise TypeError(
                     f"{where}: got {overrides!r} as its overrides; accepted: None, a dict with 'weight' and/or 'input'"
                 )
-            _check_keys(where, overrides, KINDS)
+            check_keys(where, overrides, KINDS)
             for key in overrides:
                 try:
                     _override(getattr(self, key, None), overrides, key)
@@ -173,6 +90,33 @@ class QConfig:
         rules = ", ".join(f"({_shown(pattern)}, {_shown(overrides)})" for pattern, overrides in self.rules)
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
         return f"QConfig({fields}, rules=[{rules}])"
+
+    def to_json(self) -> str:
+        """The config as JSON, of which ``from_json`` makes an equal one; it raises nothing.
+
+        Granularities are written by their class and fields, module types by their module and name.
+        """
+        fields: dict[str, Any] = {name: plain(getattr(self, name)) for name in FIELDS}
+        fields["rules"] = [[plain(pattern), plain(overrides)] for pattern, overrides in self.rules]
+        return json.dumps(fields, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> QConfig:
+        """The config that ``to_json`` wrote.
+
+        Raises:
+            ValueError: no JSON, an unknown key, or a module type whose module is not imported.
+            TypeError, ValueError: as QConfig itself, for what the fields hold.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"text: got no JSON ({error}); accepted: what to_json returns") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"text: got a {type(fields).__name__}; accepted: what to_json returns")
+        check_keys("text", fields, (*FIELDS, "rules"))
+        rules = [(module_type(pattern), overrides_of(given)) for pattern, given in fields.pop("rules", [])]
+        return cls(**{key: spec_of(value) for key, value in fields.items()}, rules=rules)
 
     def specs(self, name: str, module: nn.Module, like: Mapping[str, str] | None = None) -> dict[str, QSpec | None]:
         """The spec of each kind of tensor in the layer called ``name``.
@@ -260,7 +204,7 @@ def _override(spec: QSpec | None, overrides: Overrides, key: str) -> QSpec | Non
         return change
     if not isinstance(change, Mapping):
         raise TypeError(f"{key}: got {change!r}; accepted: {_spec_like(change)}, None, a dict of QSpec's fields")
-    _check_keys(key, change, [f.name for f in dataclasses.fields(QSpec)])
+    check_keys(key, change, [f.name for f in dataclasses.fields(QSpec)])
     spec = QSpec() if spec is None else spec
     rule = RULES.get(change.get("quantizer", spec.quantizer))
     if rule is not None and "quantizer" in change:  # another quantizer has its own defaults
@@ -275,20 +219,3 @@ def _spec_like(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8:
         return f"a QSpec such as QSpec(bits={value})"
     return "a QSpec such as QSpec(bits=8)"
-
-
-def _check_type(name: str, value: Any, kind: type, accepted: str) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{name}: got {value!r}, a {type(value).__name__}; accepted: {accepted}")
-
-
-def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where}: got the key {key!r}; accepted: {', '.join(known)}{nearest(key, known)}")
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """The hint that ends an error about an unknown name; empty if no known one is like it."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -19,13 +19,14 @@ from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
 from ..nn.quantized_parameters import VALUES, QATParameters
-from .config import QConfig, QSpec, Rule, nearest
+from .config import QConfig, Rule
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
 from .fold import eval_mode
 from .presets import presets
 from .selection import float_reason, unsupported
 from .sharing import find_inputs
+from .spec import QSpec, nearest
 from .weight_readers import WeightReaders, find_weight_readers
 
 Specs = dict[str, QSpec | None]

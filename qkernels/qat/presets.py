@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..nn.granularity import PerGroup
-from .config import QConfig, QSpec, nearest
+from .config import QConfig
+from .spec import QSpec, nearest
 
 _INPUT = QSpec(8, symmetric=False)
 _CONFIGS = {
