@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from loop_models import WAYS, after, assert_close, batches_of, loss_of, prepared, state_of, train
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 
@@ -59,6 +60,15 @@ def test_a_compiled_convolutional_network_and_transformer_train_as_eager_ones() 
         losses = train(model, batches, loss=lambda _, x, graph=graph: loss_of(graph, x))  # type: ignore[misc]
         assert_close(values(losses, model), expected, 1e-3)
         assert counter.frame_count <= 2
+
+
+def test_checkpointing_within_compiled_code_where_ranges_stay() -> None:
+    model, batches = prepared("mlp"), [x.requires_grad_() for x in batches_of("mlp")]
+    qk.freeze_observers(model)
+    expected = after(model, batches)
+    graph, _ = compiled(lambda x: checkpoint(model, x, use_reentrant=False))  # type: ignore[arg-type]
+    losses = train(model, batches, loss=lambda _, x: loss_of(graph, x))
+    assert_close(values(losses, model), expected, 1e-4)
 
 
 SCHEDULE = (8, 4, 3, 2)

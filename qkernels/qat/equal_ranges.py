@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
@@ -20,7 +21,7 @@ def send_ranges(model: nn.Module, args: Any, output: Any) -> None:
     weights from all of them. It comes after the forward pass, so that evaluation and a checkpoint, to which every rank
     may contribute, find equal ranges.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
         return
     mesh = _mesh_of(model)
     if mesh is None or mesh.size() == 1:
@@ -34,8 +35,6 @@ def send_ranges(model: nn.Module, args: Any, output: Any) -> None:
 
 def _send(buffers: list[Tensor], mesh: Any) -> None:
     """The buffers as bytes, in one message for each dim of the mesh: their dtypes differ."""
-    import torch.distributed as dist
-
     message = torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in buffers])
     for dim in range(mesh.ndim):
         group = mesh.get_group(dim)
