@@ -143,3 +143,31 @@ def test_the_fused_paths_of_torch_come_back():
     assert back.use_nested_tensor is model.use_nested_tensor is True
     assert back.layers[0].activation_relu_or_gelu == 1
     assert set(vars(back.layers[0])) == set(vars(model.layers[0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: qk.prepare(two_layers(6)), r"0\.weight: got shape \[6, 8\]"),
+        (lambda: qk.prepare(two_layers(), "w4a8"), r"0\.weight_fake_quant\.bits: got a state of 4 bits; accepted: 8"),
+        (lambda: qk.prepare(two_layers(), qk.QConfig(qk.QSpec(8, qk.PerTensor()))), r"fake_quant\.scale: got shape"),
+        (lambda: nn.ModuleDict({"other": nn.Linear(8, 8)}), "keys begin with 'other.weight'; accepted: .*'0.weight'"),
+    ],
+)  # fmt: skip
+def test_the_state_of_another_model_is_refused_before_any_of_it_is_loaded(make, message):
+    torch.manual_seed(0)
+    prepared = qk.prepare(two_layers())
+    qk.calibrate(prepared, [X])
+    before = snapshot(prepared)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=f"{message}.*[Nn]othing was loaded"):
+            prepared.load_state_dict(make().state_dict(), strict=strict)
+        assert_unchanged(prepared, before)
+    prepared.load_state_dict(two_layers().state_dict(), strict=False)
+    for made in (qk.convert(prepared), qk.unprepare(prepared), copy.deepcopy(qk.unprepare(prepared, burn_in=True))):
+        assert not made._load_state_dict_pre_hooks
+        assert not made._forward_hooks
+
+
+def two_layers(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))

@@ -26,6 +26,7 @@ from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
 from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear
 from .selection import no_integers, to_int4
+from .states import remove_check
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
 
@@ -71,6 +72,7 @@ def convert(model: nn.Module) -> nn.Module:
     check_calibrated(model)
     converted = copy_of(model).eval()
     remove_sending(converted)
+    remove_check(converted)
     bake_weights(converted)
     return replace_layers(converted, find_folds(converted))
 

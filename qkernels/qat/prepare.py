@@ -27,6 +27,7 @@ from .presets import presets
 from .selection import float_reason, unsupported
 from .sharing import find_inputs
 from .spec import QSpec, nearest
+from .states import check_state
 from .weight_readers import WeightReaders, find_weight_readers
 
 Specs = dict[str, QSpec | None]
@@ -125,6 +126,7 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
         prepared = replace_modules(prepared, made.get)
     leave_fused_paths(prepared)
     prepared.register_forward_hook(send_ranges)
+    prepared.register_load_state_dict_pre_hook(check_state)
     return prepared
 
 

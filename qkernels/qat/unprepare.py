@@ -10,6 +10,7 @@ from .convert import bake_weights, burnt_in, check_calibrated
 from .copying import become, copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .prepare import FUSED_PATHS, SWITCHED_OFF
+from .states import remove_check
 
 
 def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False) -> nn.Module:
@@ -33,6 +34,7 @@ def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False)
         check_calibrated(model, weights_only=True)
     result = model if inplace else copy_of(model)
     remove_sending(result)
+    remove_check(result)
     modes = [(module, module.training) for module in result.modules()]
     if burn_in:
         result.eval()  # so that weights are quantized without moving a range
