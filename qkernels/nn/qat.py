@@ -58,7 +58,10 @@ class QATLinear(QATProductLayer, nn.Linear):
 
 
 class QATBilinear(QATLayer, nn.Bilinear):
-    """nn.Bilinear whose weight, output and two inputs pass through quantizers; a rule's "input" is for both inputs."""
+    """nn.Bilinear whose weight, output and two inputs pass through quantizers (see ``QATLayer``).
+
+    A rule's "input" is for both inputs.
+    """
 
     float_class = nn.Bilinear
     __call__ = call_as_leaf
