@@ -85,7 +85,8 @@ def summed_bias(module: nn.Module) -> Tensor | None:
 def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any, float]]:
     """A, B and the scaling of every adapter of the module, in use or not."""
     held = {name.lower(): value for name, value in (*module._parameters.items(), *module._modules.items())}
-    a, b = held["lora_a"], held["lora_b"]
+    a: Any = held["lora_a"]
+    b: Any = held["lora_b"]
     scaling = getattr(module, "scaling", None)
     if isinstance(a, Mapping | nn.ModuleDict | nn.ParameterDict):
         active: Any = getattr(module, "active_adapters", None)
@@ -126,7 +127,7 @@ def apart_reason(module: nn.Module) -> str | None:
         return f"{kind} holds neither a base_layer nor a weight of its own"
     cls = base_class(module)
     if cls is None:
-        return f"the base is a {type(base).__name__}; accepted: {', '.join(each.__name__ for each in BASES)}"
+        return f"the class of the base is {type(base).__name__}; accepted: {', '.join(each.__name__ for each in BASES)}"
     if parametrize.is_parametrized(base) or parametrize.is_parametrized(module) or "forward" in vars(base):
         return "the base is parametrized, or its forward was replaced"
     known = [base, *(module._modules[name] for name in adapter_names(module))]
@@ -143,8 +144,8 @@ def apart_reason(module: nn.Module) -> str | None:
     weight: Tensor = base.weight  # type: ignore[assignment]
     for a, b, _ in pairs:
         shapes = [tuple(_tensor(part, "weight").shape) for part in (a, b)]
-        rank = shapes[0][0]
-        fits = shapes[0] == (rank, *weight.shape[1:]) and shapes[1] == (weight.shape[0], rank, *[1] * (weight.dim() - 2))
+        rank, inner = shapes[0][0], [1] * (weight.dim() - 2)
+        fits = shapes == [(rank, *weight.shape[1:]), (weight.shape[0], rank, *inner)]
         if not fits or not (cls is QATLinear or _same_geometry(base, a, b)):
             return f"the shapes or strides of A {list(shapes[0])} and B {list(shapes[1])} are not those of one sum"
     return None if weight.is_meta else _trial_reason(module)
@@ -223,7 +224,7 @@ class QATAdapted(QATLayer):
 
     @classmethod
     def class_for(cls, kind: type[nn.Module]) -> type[nn.Module]:
-        return _class_of(kind)
+        return _class_of(kind)  # type: ignore[arg-type]
 
     @classmethod
     def float_reason(cls, kind: type[nn.Module]) -> str | None:

@@ -19,6 +19,7 @@ class Adapters:
         own_weight: modules that hold the adapted weight themselves, and are no layer of torch.
         sums: modules quantized as one weight -> the module whose weight it is.
         apart: modules that the config asks to quantize as one weight -> why they are not.
+        left: modules whose weight a rule leaves in float, where it would be quantized as a sum.
         without_dropout: modules in ``sums`` whose adapters have a dropout.
     """
 
@@ -26,6 +27,7 @@ class Adapters:
     own_weight: set[str] = field(default_factory=set)
     sums: dict[str, str] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
     without_dropout: list[str] = field(default_factory=list)
 
 
@@ -46,14 +48,19 @@ def find_adapters(model: nn.Module, config: QConfig | None = None) -> Adapters:
         if config is None:
             if isinstance(module, QATAdapted):
                 found.sums[name] = base_name
-        elif config.adapters == "sum" and config.specs(*deciding(config, model, name, base_name))["weight"] is not None:
-            reason = apart_reason(module)
-            if reason is None:
+        elif config.adapters == "sum":
+            known_as = deciding(config, model, name, base_name)
+            rule = config.rule_of(*known_as)
+            if rule is not None and rule[1] is None:
+                found.left.add(base_name)
+            elif config.specs(*known_as)["weight"] is None:
+                continue  # there is no weight to sum for
+            elif (reason := apart_reason(module)) is not None:
+                found.apart[name] = reason
+            else:
                 found.sums[name] = base_name
                 if has_dropout(module):
                     found.without_dropout.append(name)
-            else:
-                found.apart[name] = reason
     return found
 
 

@@ -52,8 +52,8 @@ class QConfig:
 
             - "base": the layer that they adapt (``base_layer``, or the module's own weight). The adapters train in
               float, and so they stay after ``convert``; only a rule that gives the very name of a layer in them
-              quantizes it. Other adapters, such as ``base(x) + scale * b(a(x))`` of a user's own module, are layers like
-              any other: rules such as ``("*.a", None)`` leave them in float.
+              quantizes it. Other adapters, such as ``base(x) + scale * b(a(x))`` in a module of the user's, are layers
+              like any other: rules such as ``("*.a", None)`` leave them in float.
             - "sum": weight + scaling·B·A, as one weight. ``convert`` makes one integer layer of it, without adapters,
               in the place of the module that held them. In training a dropout in front of the adapters does not act.
               Rules for the layer take the name of that module or of its ``base_layer``. Adapters that cannot be summed

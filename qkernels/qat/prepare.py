@@ -79,6 +79,10 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     ``out_proj``, which is therefore quantized only if the attention is. nn.TransformerEncoderLayer and
     nn.TransformerEncoder call their layers, except on their fused paths, which the prepared model has switched off.
 
+    Low-rank adapters (LoRA) stay in float, and what they adapt is quantized; or both are quantized as one weight
+    (``QConfig(adapters="sum")``). A frozen weight keeps its quantizer's learned scale, which trains; set its
+    requires_grad too to freeze it.
+
     A warning names, with the reasons, the layers that config selects but that stay in float, and the other modules
     whose weights stay in float unless a rule leaves them there. ``report`` lists every layer.
 
@@ -145,7 +149,7 @@ def _check_rules(model: nn.Module, config: QConfig) -> None:
 def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     plan = _Plan(adapters=find_adapters(model, config))
     adapters = plan.adapters
-    summed = set(adapters.sums.values()) - set(adapters.sums)
+    bases = (set(adapters.sums.values()) - set(adapters.sums)) | adapters.left
     cross = {layer.multihead_attn for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
     for name, spec in config.parameter_specs(model).items():
         owner, _, parameter = name.rpartition(".")
@@ -154,7 +158,7 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     for name, module in model.named_modules():
         cls: type[QATLayer] | None = QATAdapted if name in adapters.sums else qat_class_of(module)
         own_name = (config.rule_of(name, module) or ("",))[0] == name
-        if name in summed or (name in adapters.parts and not own_name):
+        if name in bases or (name in adapters.parts and not own_name):
             plan.excluded.add(name)
             continue
         if cls is None or name in plan.parameters:
@@ -162,7 +166,7 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
             continue
         known_as = deciding(config, model, name, adapters.sums[name]) if name in adapters.sums else (name, module)
         like = {role.kind: role.like for role in cls.roles(module).values()}
-        specs = {kind: spec for kind, spec in config.specs(*known_as, like).items() if kind in like}
+        specs = {kind: spec for kind, spec in config.specs(known_as[0], known_as[1], like).items() if kind in like}
         _check_kinds(name, set(like), config.rule_of(*known_as))
         if isinstance(module, nn.MultiheadAttention) and not (
             module in cross or not module._qkv_same_embed_dim or config.asks_for("memory", name, module)
@@ -341,10 +345,9 @@ def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
     apart = plan.adapters.apart
     if apart:
         said.append(f"{_count(apart)} with adapters that stay in float beside the base: {_named(apart)}")
-    if plan.adapters.without_dropout:
-        said.append(
-            f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(plan.adapters.without_dropout)}"
-        )
+    without = plan.adapters.without_dropout
+    if without:
+        said.append(f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(without)}")
     known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
     # What a parametrization computes a layer's weight from is the layer's own.
     parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]
