@@ -444,7 +444,7 @@ def test_config() -> None:
     assert repr(eval(repr(config), {**vars(qk), "torch": torch})) == repr(config)
     assert eval(repr(config), {**vars(qk), "torch": torch}).adapters == "sum"
     for each in (config, qk.QConfig()):
-        assert repr(qk.qat.from_json(qk.qat.to_json(each))) == repr(each)
+        assert repr(qk.QConfig.from_json(each.to_json())) == repr(each)
     with pytest.raises(ValueError, match="adapters: got 'sums'; accepted: 'base', 'sum'; did you mean 'sum'"):
         qk.QConfig(adapters="sums")
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..nn.qat_classes import QUANTIZABLE
 from ..nn.quantizer_rules import RULES
 from .config_json import module_type, overrides_of, plain, spec_of
-from .spec import QSpec, check_keys
+from .spec import QSpec, check_keys, nearest
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]
