@@ -25,6 +25,7 @@ from .qat_classes import QAT_CLASSES
 from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
+from .qat_lora import QATAdapted
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 from .quantized_parameters import QATParameters
 
@@ -49,6 +50,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "QATAdapted",
     "QATAdd",
     "QATBilinear",
     "QATCat",

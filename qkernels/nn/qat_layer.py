@@ -126,6 +126,11 @@ class QATLayer(nn.Module):
                 return f"the forward of {kind.__name__} does not call that of {cls.float_class.__name__}"
         return None
 
+    @classmethod
+    def float_weight(cls, layer: nn.Module, parameter: str) -> Tensor:
+        """What the quantizer of a weight is going to get, from the float layer."""
+        return effective_weight(layer, parameter)
+
     def _prepared(self) -> None:
         """Called when the layer has got its quantizers."""
 

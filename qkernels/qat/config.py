@@ -15,11 +15,12 @@ from torch import nn
 from ..nn.qat_classes import QUANTIZABLE
 from ..nn.quantizer_rules import RULES
 from .config_json import module_type, overrides_of, plain, spec_of
-from .spec import QSpec, check_keys
+from .spec import QSpec, check_keys, nearest
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]
 FIELDS = ("weight", "input", "output", "residual")
+ADAPTERS = ("base", "sum")
 KINDS = (*FIELDS, "hidden", "cell", "memory", "attention")  # of tensors, in rules
 
 
@@ -46,6 +47,17 @@ class QConfig:
             subclass of Linear or a convolution by its type also takes layers that ``prepare`` would leave in float
             because it cannot tell what their own forward computes. Modules of other classes take "input" and "output",
             from a rule that gives their very name or class: the first floating tensor that they get and return.
+        adapters: what is quantized in a layer with low-rank adapters (LoRA): a module with two children or parameters
+            ``lora_A`` and ``lora_B``, in capital letters or not, as in PEFT and torchtune.
+
+            - "base": the layer that they adapt (``base_layer``, or the module's own weight). The adapters train in
+              float, and so they stay after ``convert``; only a rule that gives the very name of a layer in them
+              quantizes it. Other adapters, such as ``base(x) + scale * b(a(x))`` in a module of the user's, are layers
+              like any other: rules such as ``("*.a", None)`` leave them in float.
+            - "sum": weight + scaling·B·A, as one weight. ``convert`` makes one integer layer of it, without adapters,
+              in the place of the module that held them. In training a dropout in front of the adapters does not act.
+              Rules for the layer take the name of that module or of its ``base_layer``. Adapters that cannot be summed
+              (of an Embedding, DoRA, a grouped convolution) stay as in "base"; ``prepare`` names them.
 
     Raises:
         TypeError: a field has another type.
@@ -57,12 +69,18 @@ class QConfig:
     output: QSpec | None = None
     residual: QSpec | None = None
     rules: Sequence[tuple[str | type[nn.Module], Overrides | None]] = ()
+    adapters: str = "base"
 
     def __post_init__(self) -> None:
         for key in FIELDS:
             spec = getattr(self, key)
             if spec is not None and not isinstance(spec, QSpec):
                 raise TypeError(f"{key}: got {spec!r}; accepted: {_spec_like(spec)}, None")
+        if self.adapters not in ADAPTERS:
+            raise ValueError(
+                f"adapters: got {self.adapters!r}; accepted: {', '.join(map(repr, ADAPTERS))}"
+                + nearest(self.adapters, ADAPTERS)
+            )
         if isinstance(self.rules, str | Mapping) or not isinstance(self.rules, Sequence):
             raise TypeError(f"rules: got {self.rules!r}; accepted: a list of (name glob or module type, overrides)")
         for index, rule in enumerate(self.rules):
@@ -89,7 +107,8 @@ class QConfig:
         """Python that makes an equal config, where torch and the names of qkernels are imported."""
         rules = ", ".join(f"({_shown(pattern)}, {_shown(overrides)})" for pattern, overrides in self.rules)
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in FIELDS)
-        return f"QConfig({fields}, rules=[{rules}])"
+        adapters = "" if self.adapters == "base" else f", adapters={self.adapters!r}"
+        return f"QConfig({fields}, rules=[{rules}]{adapters})"
 
     def to_json(self) -> str:
         """The config as JSON, of which ``from_json`` makes an equal one; it raises nothing.
@@ -98,6 +117,8 @@ class QConfig:
         """
         fields: dict[str, Any] = {name: plain(getattr(self, name)) for name in FIELDS}
         fields["rules"] = [[plain(pattern), plain(overrides)] for pattern, overrides in self.rules]
+        if self.adapters != "base":
+            fields["adapters"] = self.adapters
         return json.dumps(fields, indent=2)
 
     @classmethod
@@ -114,7 +135,7 @@ class QConfig:
             raise ValueError(f"text: got no JSON ({error}); accepted: what to_json returns") from None
         if not isinstance(fields, dict):
             raise ValueError(f"text: got a {type(fields).__name__}; accepted: what to_json returns")
-        check_keys("text", fields, (*FIELDS, "rules"))
+        check_keys("text", fields, (*FIELDS, "rules", "adapters"))
         rules = [(module_type(pattern), overrides_of(given)) for pattern, given in fields.pop("rules", [])]
         return cls(**{key: spec_of(value) for key, value in fields.items()}, rules=rules)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -17,8 +17,10 @@ from ..nn.last_result import LastResult
 from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
-from ..nn.qat_layer import SUFFIX, QATLayer, Role, effective_weight
+from ..nn.qat_layer import SUFFIX, QATLayer, Role
+from ..nn.qat_lora import QATAdapted
 from ..nn.quantized_parameters import VALUES, QATParameters
+from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
@@ -51,6 +53,7 @@ class _Plan:
     floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
     excluded: set[str] = field(default_factory=set)
     results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
+    adapters: Adapters = field(default_factory=Adapters)
 
 
 def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
@@ -76,6 +79,10 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     (``("read.weight", {"weight": {}})``) quantizes it wherever it is read. nn.MultiheadAttention does so with its
     ``out_proj``, which is therefore quantized only if the attention is. nn.TransformerEncoderLayer and
     nn.TransformerEncoder call their layers, except on their fused paths, which the prepared model has switched off.
+
+    Low-rank adapters (LoRA) stay in float, and what they adapt is quantized; or both are quantized as one weight
+    (``QConfig(adapters="sum")``). A frozen weight keeps its quantizer's learned scale, which trains; set its
+    requires_grad too to freeze it.
 
     A warning names, with the reasons, the layers that config selects but that stay in float, and the other modules
     whose weights stay in float unless a rule leaves them there. ``report`` lists every layer.
@@ -142,20 +149,27 @@ def _check_rules(model: nn.Module, config: QConfig) -> None:
 
 
 def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
-    plan = _Plan()
+    plan = _Plan(adapters=find_adapters(model, config))
+    adapters = plan.adapters
+    bases = (set(adapters.sums.values()) - set(adapters.sums)) | adapters.left
     cross = {layer.multihead_attn for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
     for name, spec in config.parameter_specs(model).items():
         owner, _, parameter = name.rpartition(".")
         if spec is not None:
             plan.parameters.setdefault(owner, {})[parameter] = spec
     for name, module in model.named_modules():
-        cls = qat_class_of(module)
+        cls: type[QATLayer] | None = QATAdapted if name in adapters.sums else qat_class_of(module)
+        own_name = (config.rule_of(name, module) or ("",))[0] == name
+        if name in bases or (name in adapters.parts and not own_name):
+            plan.excluded.add(name)
+            continue
         if cls is None or name in plan.parameters:
             _plan_values(plan, config, name, module, known=cls is not None)
             continue
+        known_as = deciding(config, model, name, adapters.sums[name]) if name in adapters.sums else (name, module)
         like = {role.kind: role.like for role in cls.roles(module).values()}
-        specs = {kind: spec for kind, spec in config.specs(name, module, like).items() if kind in like}
-        _check_kinds(name, set(like), config.rule_of(name, module))
+        specs = {kind: spec for kind, spec in config.specs(known_as[0], known_as[1], like).items() if kind in like}
+        _check_kinds(name, set(like), config.rule_of(*known_as))
         if isinstance(module, nn.MultiheadAttention) and not (
             module in cross or not module._qkv_same_embed_dim or config.asks_for("memory", name, module)
         ):
@@ -195,12 +209,22 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
 
 
 def _plan_values(plan: _Plan, config: QConfig, name: str, module: nn.Module, known: bool) -> None:
-    """Adds the input and the output of a module of another class, if the rule that decides names it or its class."""
+    """Adds the input and the output of a module of another class, if the rule that decides names it or its class.
+
+    Of one with adapters and a weight of its own, adds the weight too, as the config says for all layers.
+    """
     rule = config.rule_of(name, module)
+    adapted = name in plan.adapters.own_weight
+    if adapted and name not in plan.parameters:
+        weight = config.specs(name, module)["weight"]
+        if weight is None:
+            plan.excluded.add(name)
+        else:
+            plan.parameters[name] = {"weight": weight}
     if rule is None or rule[1] is None or not (rule[0] == name or rule[0] is type(module)):
         return
     if not known:
-        _check_kinds(name, set(VALUES), rule)
+        _check_kinds(name, {*VALUES, "weight"} if adapted else set(VALUES), rule)
     specs = config.specs(name, module)
     for kind in VALUES:
         spec = specs[kind]
@@ -231,12 +255,13 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
             spec = specs[role.kind]
             if spec is None:
                 continue
+            weight = _weight(layer, cls, role, trial)
             if key != "input" or name not in plan.groups:
-                quantizers[key] = _quantizer(name, key, layer, role, spec, trial, tied)
+                quantizers[key] = _quantizer(name, key, layer, role, spec, weight, tied)
                 continue
             same = plan.groups[name], spec, role
             if same not in inputs:
-                inputs[same] = _quantizer(name, key, layer, role, spec, trial, tied)
+                inputs[same] = _quantizer(name, key, layer, role, spec, None, tied)
             elif inputs[same].last is None:
                 inputs[same].last = LastResult()
             quantizers[key] = inputs[same]
@@ -251,9 +276,18 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
         found = {}
         for parameter, spec in parameters.items():
             role = QATParameters.role_of(module, parameter)
-            found[parameter] = _quantizer(name, parameter, module, role, spec, Trial(), tied)
+            weight = _weight(module, QATParameters, role, Trial())
+            found[parameter] = _quantizer(name, parameter, module, role, spec, weight, tied)
         made[module] = QATParameters.of(module, found)
     return made
+
+
+def _weight(layer: nn.Module, cls: type[QATLayer], role: Role, trial: Trial) -> Tensor | None:
+    """The weight that a role's quantizer is for; None: it is for another tensor."""
+    if not role.parameter:
+        return None
+    with torch.no_grad(), eval_mode(layer):
+        return product_weight(layer) if trial.derives_weight else cls.float_weight(layer, role.parameter)
 
 
 def _quantizer(
@@ -262,14 +296,12 @@ def _quantizer(
     layer: nn.Module,
     role: Role,
     spec: QSpec,
-    trial: Trial,
+    weight: Tensor | None,
     tied: dict[tuple[int, QSpec], FakeQuantize],
 ) -> FakeQuantize:
     """The quantizer for one tensor of the layer; layers of one weight and one spec share the weight's."""
-    weight = parameter = shared = None
-    if role.parameter:
-        with torch.no_grad(), eval_mode(layer):
-            weight = product_weight(layer) if trial.derives_weight else effective_weight(layer, role.parameter)
+    parameter = shared = None
+    if weight is not None:
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise ValueError(f"model: the {role.parameter} of {name!r} holds NaN or infinity; accepted: finite weights")
         parameter = layer._parameters.get(role.parameter)
@@ -312,14 +344,20 @@ def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
     if too:
         reasons = {name: f"{reader} also reads its weight, and gets it in float" for name, reader in too.items()}
         said.append(f"{_count(too)} quantized only where called: {_named(reasons)}")
+    apart = plan.adapters.apart
+    if apart:
+        said.append(f"{_count(apart)} with adapters that stay in float beside the base: {_named(apart)}")
+    without = plan.adapters.without_dropout
+    if without:
+        said.append(f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(without)}")
     known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
     # What a parametrization computes a layer's weight from is the layer's own.
     parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]
-    apart = {id(p) for layer in known for p in layer.parameters(recurse=False)}
-    apart |= {id(p) for part in parts for p in part.parameters()}  # type: ignore[union-attr, operator]
+    counted = {id(p) for layer in known for p in layer.parameters(recurse=False)}
+    counted |= {id(p) for part in parts for p in part.parameters()}  # type: ignore[union-attr, operator]
     others = {}
     for name, module in model.named_modules():
-        left = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in apart}
+        left = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
         left = {key: p for key, p in left.items() if key not in plan.parameters.get(name, ())}
         if any(is_lazy(p) or (p.dim() > 1 and p.is_floating_point()) for p in left.values()):
             others[name] = unsupported(module)

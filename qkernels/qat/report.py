@@ -21,6 +21,7 @@ from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
+from .adapters import Adapters, find_adapters
 from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
@@ -159,12 +160,12 @@ def report(
         for conv, norm in float_folds.items()
         if conv in layers and not isinstance(_submodule(model, norm), BatchNorm)
     }
-    readers = find_weight_readers(model)
+    readers, adapters = find_weight_readers(model), find_adapters(model)
     rows, notes = [], {}
     # In training mode, to read a weight under spectral_norm would change it.
     with eval_mode(model), eval_mode(model if float_model is None else float_model):
         for name, layer in layers.items():
-            row, note = _row(name, layer), _note(name, layer, readers)
+            row, note = _row(name, layer), _note(name, layer, readers, adapters)
             parts = _on_integers(layer)
             if parts and float_model is not None:
                 weight = _float_weight(_submodule(float_model, name))
@@ -294,7 +295,7 @@ def _clipped_weights(weight: Tensor, quantizer: FakeQuantize) -> float:
     return clipped_share(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
 
 
-def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
+def _note(name: str, layer: nn.Module, readers: WeightReaders, adapters: Adapters) -> str | None:
     if name in readers.too and _is_quantized(layer):
         return f"{readers.too[name]} also reads its weight, and gets it in float"
     if hasattr(layer, BURNT_IN):
@@ -307,6 +308,11 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders) -> str | None:
         return None if reason is None else f"converts to float weights that hold the quantized values: {reason}"
     if _is_quantized(layer):
         return None
+    holder = next((holder for holder, base in adapters.sums.items() if base == name), adapters.parts.get(name))
+    if holder in adapters.sums:
+        return f"a part of {holder!r}, the sum of whose weights is quantized"
+    if holder is not None:
+        return f"weight stays float: it is an adapter of {holder!r}"
     cls = qat_class_of(layer)
     if cls is not None:
         reason = float_reason(name, layer, cls, readers)[0] or "no rule or default of the config selects it"

@@ -23,6 +23,7 @@ from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
+from ..nn.qat_lora import QATAdapted
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
 
@@ -36,6 +37,8 @@ def to_int4(layer: nn.Module) -> bool:
 
 def no_integers(layer: QATLayer) -> str | None:
     """Why no integer layer computes what a QAT layer with a quantized weight does; None: one does."""
+    if isinstance(layer, QATAdapted):
+        layer = layer.as_sum()
     if isinstance(layer, QATMultiheadAttention):
         return _no_integer_attention(layer)
     if isinstance(layer, QATEmbedding):
