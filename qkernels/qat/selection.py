@@ -175,7 +175,7 @@ INTEGER_LAYERS: dict[type[QATLayer], Callable[[], tuple[nn.Module, ...]]] = {  #
 def _taken_names(layer: nn.Module, kind: type[nn.Module], cls: type[QATLayer]) -> list[str]:
     """Names to which both the subclass and the QAT or integer layers give a meaning."""
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
-    own -= {*dir(cls.float_class), "from_float", "like"}
+    own -= {*dir(cls.float_class), *cls.redefined_names, "from_float", "like"}
     given = {name for name in own if name.endswith(SUFFIX)} | (own & set(dir(cls)))
     if cls in INTEGER_LAYERS:
         plain, *made = INTEGER_LAYERS[cls]()
