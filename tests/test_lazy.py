@@ -157,6 +157,9 @@ def test_what_is_not_known_yet_is_said() -> None:
     prepared = qk.prepare(nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 4)), W4)
     with pytest.raises(ValueError, match="the shape of '0' is not known yet; accepted: a model that has run"):
         qk.convert(prepared)
+    for switch in (qk.freeze_observers, qk.enable_fake_quant, lambda model: qk.set_bits(model, 3)):
+        with pytest.raises(ValueError, match="the shape of '0' is not known yet"):
+            switch(prepared)
     grouped = qk.prepare(nn.Sequential(nn.LazyLinear(6)), qk.QConfig(qk.QSpec(4, qk.PerGroup(32)), None))
     with pytest.raises(ValueError, match=r"config, layer '0': .*32"):
         grouped(torch.randn(2, 40))

@@ -312,6 +312,15 @@ def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
     return found
 
 
+def check_shapes(model: nn.Module) -> None:
+    lazy = [name for name, module in model.named_modules() if isinstance(module, QATLazy)]
+    if lazy:
+        raise ValueError(
+            f"model: the shape of {', '.join(map(repr, lazy))} is not known yet; accepted: a model that has run on a "
+            "batch, as by qk.calibrate(model, batches)"
+        )
+
+
 def call(model: nn.Module, batch: Any) -> Any:
     """Calls the model on one batch: a tensor, a tuple or list of arguments, or a dict of arguments by name.
 

@@ -18,10 +18,9 @@ from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
-from ..nn.qat_lazy import QATLazy
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
-from .calibrate import quantizers_of
+from .calibrate import check_shapes, quantizers_of
 from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
@@ -79,12 +78,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:
-    lazy = [name for name, module in model.named_modules() if isinstance(module, QATLazy)]
-    if lazy:
-        raise ValueError(
-            f"model: the shape of {', '.join(map(repr, lazy))} is not known yet; accepted: a model that has run on a "
-            "batch, as by qk.calibrate(model, batches)"
-        )
+    check_shapes(model)
     quantizers = {name: q for name, q in quantizers_of(model).items() if q.is_weight or not weights_only}
     off = [name for name, quantizer in quantizers.items() if not quantizer.quantizes]
     if off:
