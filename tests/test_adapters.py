@@ -323,6 +323,28 @@ def test_what_is_no_sum_keeps_its_adapters_apart(make, words) -> None:
     assert named == ["0.base_layer" if isinstance(model, Wrapped) else "0"]
 
 
+def test_a_base_whose_weight_the_adapters_read_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"only where called: 0.base_layer \(Magnitude.lora_magnitude_vector also reads"
+    ):
+        qk.prepare(nn.Sequential(Magnitude(nn.Linear(12, 10))))
+
+
+def test_layers_that_differ_in_a_switch_are_tried_apart() -> None:
+    class Switched(Own):
+        stable = False
+
+        def forward(self, x):
+            factor = self.alpha / (self.rank**0.5 if self.stable else self.rank)
+            return F.linear(x, self.weight, self.bias) + factor * self.lora_b(self.lora_a(x))
+
+    model = nn.Sequential(*[Switched(8, 8) for _ in range(3)])
+    model[1].stable = True
+    with pytest.warns(UserWarning, match=r"beside the base: 1 \(the forward of Switched computes something else"):
+        prepared = qk.prepare(model, SUM)
+    assert [isinstance(layer, qk.nn.QATAdapted) for layer in prepared] == [True, False, True]
+
+
 @pytest.mark.parametrize("config", [None, qk.QConfig(rules=[(nn.Linear, {"weight": {"bits": 4}})])])
 def test_adapters_stay_in_float_beside_the_base(config) -> None:
     model, x = nn.Sequential(linear()), torch.randn(5, 12)

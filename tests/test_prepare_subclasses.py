@@ -235,7 +235,7 @@ def replaced_forward() -> nn.Linear:
         (lambda: LateBias(8, 8), "another bias or groups"),
         (lambda: Taken(8, 8), "its attribute 'scale' is also one of"),
         (lambda: Int8TrainingLinear(8, 8), "the forward of Int8TrainingLinear"),
-        (lambda: nn.LazyLinear(8), "its shape is not known before the first batch"),
+        (lambda: type("Own", (nn.LazyLinear,), {})(8), "its shape is not known before the first batch"),
         (replaced_forward, "its forward was replaced on the instance"),
         (lambda: nn.Linear(8, 8, dtype=torch.complex64), "its weight is torch.complex64"),
     ],

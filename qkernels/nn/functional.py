@@ -116,6 +116,7 @@ with contextlib.suppress(ImportError):  # torch.ao may leave torch for a package
         """torch's FloatFunctional: the results that it observes pass through the quantizer "output"."""
 
         float_class = FloatFunctional
+        redefined_names = frozenset(("activation_post_process",))
 
         @classmethod
         def roles(cls, layer: nn.Module) -> dict[str, Role]:

@@ -11,6 +11,7 @@ from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
 from .qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from .qat_embedding import QATEmbedding, QATEmbeddingBag
 from .qat_layer import QATLayer
+from .qat_lazy import LAZY_CLASSES
 from .qat_recurrent import QATGRU, QATLSTM, QATRNN
 
 # The first whose float class a layer derives from stands for it.
@@ -40,4 +41,5 @@ QUANTIZABLE = tuple(kind.float_class for kind in QAT_CLASSES)
 
 def qat_class_of(module: nn.Module) -> type[QATLayer] | None:
     """The QAT layer for a module; None: there is none for its class."""
-    return next((kind for kind in QAT_CLASSES if isinstance(module, kind.float_class)), None)
+    lazy = LAZY_CLASSES.get(type(module))
+    return lazy or next((kind for kind in QAT_CLASSES if isinstance(module, kind.float_class)), None)

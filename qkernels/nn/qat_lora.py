@@ -27,6 +27,7 @@ from .tracing import call_as_leaf
 BASES: dict[type[nn.Module], type[QATLayer]] = {
     kind.float_class: kind for kind in (QATLinear, QATConv1d, QATConv2d, QATConv3d)
 }
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 OFF = ("merged", "disable_adapters", "disabled")  # attributes that, if true, say that the adapters add nothing now
 
 
@@ -120,8 +121,11 @@ def has_dropout(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Dropout) and inner.p > 0 for child in own for inner in child.modules())
 
 
-def apart_reason(module: nn.Module) -> str | None:
-    """Why base and adapters of ``module`` cannot be quantized as one weight; None: they can."""
+def apart_reason(module: nn.Module, tried: dict[Any, str | None]) -> str | None:
+    """Why base and adapters of ``module`` cannot be quantized as one weight; None: they can.
+
+    tried: what the trials of other modules of the model gave; those of one class with equal switches need one trial.
+    """
     kind, base = type(module).__name__, base_of(module)
     if base is None:
         return f"{kind} holds neither a base_layer nor a weight of its own"
@@ -134,7 +138,7 @@ def apart_reason(module: nn.Module) -> str | None:
     own = {"weight", "bias", "lora_a", "lora_b"} if base is module else {"lora_a", "lora_b"}
     others = [name for name, _ in module.named_parameters(recurse=False) if name.lower() not in own]
     others += [name for name, child in module.named_children() if child not in known and list(child.parameters())]
-    others += [name for name in ("lora_magnitude_vector", "lora_embedding_A") if list(_parameters_of(module, name))]
+    others += [name for name in (MAGNITUDE, "lora_embedding_A") if list(_parameters_of(module, name))]
     if others:
         return f"{kind} also holds the parameters of {others[0]!r}"
     try:
@@ -148,7 +152,24 @@ def apart_reason(module: nn.Module) -> str | None:
         fits = shapes == [(rank, *weight.shape[1:]), (weight.shape[0], rank, *inner)]
         if not fits or not (cls is QATLinear or _same_geometry(base, a, b)):
             return f"the shapes or strides of A {list(shapes[0])} and B {list(shapes[1])} are not those of one sum"
-    return None if weight.is_meta else _trial_reason(module)
+    if weight.is_meta:
+        return None
+    key = type(module), type(base), *((name, _switch(value)) for name, value in vars(module).items())
+    if key not in tried:
+        tried[key] = _trial_reason(module)
+    return tried[key]
+
+
+def _switch(value: Any) -> Any:
+    """What may decide which way a forward goes: a switch, a word, or the types of objects."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    return tuple(type(item) for item in value.values()) if isinstance(value, Mapping) else type(value)
+
+
+def has_magnitude(module: nn.Module) -> bool:
+    """Whether the adapters are those of DoRA, which read the base's weight for its norm."""
+    return has_adapters(module) and bool(list(_parameters_of(module, MAGNITUDE)))
 
 
 def _parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:

@@ -249,6 +249,8 @@ class QuantizerState(nn.Module):
         super()._apply(apply, recurse)
         if was_empty and not any(t.is_meta for t in self.buffers(recurse=False)):  # to_empty does not initialize memory
             self.reset_parameters()
+        if self.quantizer == "ema" and self._scale.is_meta:
+            self._ready = False  # its averages have no values there
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

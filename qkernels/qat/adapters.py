@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -34,6 +35,7 @@ class Adapters:
 def find_adapters(model: nn.Module, config: QConfig | None = None) -> Adapters:
     """config: says which layers are quantized as one weight; None: those of a prepared model."""
     found = Adapters()
+    tried: dict[Any, str | None] = {}
     for name, module in model.named_modules():
         if not has_adapters(module):
             continue
@@ -55,7 +57,7 @@ def find_adapters(model: nn.Module, config: QConfig | None = None) -> Adapters:
                 found.left.add(base_name)
             elif config.specs(*known_as)["weight"] is None:
                 continue  # there is no weight to sum for
-            elif (reason := apart_reason(module)) is not None:
+            elif (reason := apart_reason(module, tried)) is not None:
                 found.apart[name] = reason
             else:
                 found.sums[name] = base_name

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.qat_lazy import QATLazy
 from ..ops.statistics import check_percentile
 from .fold import eval_mode
 from .observed import Observed, Unusable
@@ -93,6 +94,8 @@ def calibrate(
     check_max_batches(max_batches)
     check_percentile(percentile)
     fallback_range = _range_of(fallback)
+    if any(isinstance(module, QATLazy) for module in model.modules()):
+        batches = _with_shapes(model, batches)
     quantizers = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
     observed = [Observed(name, quantizer, method, percentile) for name, quantizer in quantizers.items()]
     ranks = Ranks(group)
@@ -153,6 +156,18 @@ def _range_of(fallback: Any) -> tuple[float, float] | None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _with_shapes(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """Lets lazy layers see the first batch, so that all quantizers are there; returns all batches."""
+    if not hasattr(batches, "__iter__") or isinstance(batches, Tensor | Mapping | str | PackedSequence):
+        return batches  # an error of its own follows
+    rest = iter(batches)
+    first = list(itertools.islice(rest, 1))
+    # What fails here fails again, and is told with the place of the batch.
+    with contextlib.suppress(Exception), eval_mode(model), torch.no_grad(), quantizers_replaced(model, lambda _, x: x):
+        call(model, first[0])
+    return itertools.chain(first, rest)
 
 
 def _run(
@@ -295,6 +310,15 @@ def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
     if not found:
         raise ValueError("model: got one without quantizers; accepted: what qk.prepare(model, config) returns")
     return found
+
+
+def check_shapes(model: nn.Module) -> None:
+    lazy = [name for name, module in model.named_modules() if isinstance(module, QATLazy)]
+    if lazy:
+        raise ValueError(
+            f"model: the shape of {', '.join(map(repr, lazy))} is not known yet; accepted: a model that has run on a "
+            "batch, as by qk.calibrate(model, batches)"
+        )
 
 
 def call(model: nn.Module, batch: Any) -> Any:

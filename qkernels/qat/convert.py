@@ -20,7 +20,7 @@ from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
-from .calibrate import quantizers_of
+from .calibrate import check_shapes, quantizers_of
 from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
@@ -78,6 +78,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:
+    check_shapes(model)
     quantizers = {name: q for name, q in quantizers_of(model).items() if q.is_weight or not weights_only}
     off = [name for name, quantizer in quantizers.items() if not quantizer.quantizes]
     if off:

@@ -18,6 +18,7 @@ from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
+from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .adapters import Adapters, deciding, find_adapters
@@ -83,6 +84,9 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     Low-rank adapters (LoRA) stay in float, and what they adapt is quantized; or both are quantized as one weight
     (``QConfig(adapters="sum")``). A frozen weight keeps its quantizer's learned scale, which trains; set its
     requires_grad too to freeze it.
+
+    A lazy layer gets the quantizers of its weight when its first batch, or a state_dict, shows the weight's shape;
+    ``calibrate`` gives it one. Make the optimizer after that, as for every lazy layer.
 
     A warning names, with the reasons, the layers that config selects but that stay in float, and the other modules
     whose weights stay in float unless a rule leaves them there. ``report`` lists every layer.
@@ -251,9 +255,13 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
     for name, specs in plan.specs.items():
         layer, cls, trial = model.get_submodule(name), plan.classes[name], plan.trials[name]
         quantizers: dict[str, FakeQuantize | None] = {}
+        later = {}
         for key, role in cls.roles(layer).items():
             spec = specs[role.kind]
             if spec is None:
+                continue
+            if role.parameter and issubclass(cls, QATLazy):
+                later[key] = f"{name}.{key}{SUFFIX}".removeprefix("."), spec.for_weight
                 continue
             weight = _weight(layer, cls, role, trial)
             if key != "input" or name not in plan.groups:
@@ -271,6 +279,8 @@ def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer
             raise ValueError(f"config, layer {name!r}: {error}") from None
         if isinstance(made[layer], QATForward):
             made[layer].trial = trial  # type: ignore[assignment]
+        if later:
+            made[layer].later = later  # type: ignore[assignment]
     for name, parameters in plan.parameters.items():
         module = model.get_submodule(name)
         found = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
@@ -347,7 +348,7 @@ def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[st
     inner = tuple(f"{name}.{part}.".removeprefix(".") for name in attentions for part in PROJECTIONS)
     seen: dict[int, int] = {}
     for key, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or key.startswith(without):
+        if not isinstance(tensor, Tensor) or is_lazy(tensor) or key.startswith(without):
             continue
         storage = tensor.untyped_storage()
         if storage._cdata in seen:

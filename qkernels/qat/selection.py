@@ -23,6 +23,7 @@ from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
+from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
@@ -128,7 +129,7 @@ def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: Wei
         return f"{readers.instead[name]} reads its weight instead of calling it"
     if isinstance(layer, NonDynamicallyQuantizableLinear) and name not in readers.used:
         return "its weight is read by the module that holds it"
-    if any(is_lazy(parameter) for parameter in layer.parameters()):
+    if any(is_lazy(parameter) for parameter in layer.parameters()) and not issubclass(cls, QATLazy):
         return "its shape is not known before the first batch; call the model once, then prepare it"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
@@ -174,7 +175,7 @@ INTEGER_LAYERS: dict[type[QATLayer], Callable[[], tuple[nn.Module, ...]]] = {  #
 def _taken_names(layer: nn.Module, kind: type[nn.Module], cls: type[QATLayer]) -> list[str]:
     """Names to which both the subclass and the QAT or integer layers give a meaning."""
     own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules, *dir(kind)}
-    own -= {*dir(cls.float_class), "from_float", "like"}
+    own -= {*dir(cls.float_class), *cls.redefined_names, "from_float", "like"}
     given = {name for name in own if name.endswith(SUFFIX)} | (own & set(dir(cls)))
     if cls in INTEGER_LAYERS:
         plain, *made = INTEGER_LAYERS[cls]()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer, effective_weight
-from .calibrate import quantizers_of
+from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
 
 
@@ -49,8 +49,9 @@ def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
         frozen: False undoes it. A state_dict holds the switch.
 
     Raises:
-        ValueError: the model has no quantizers.
+        ValueError: the model has no quantizers, or lazy layers that have not run yet.
     """
+    check_shapes(model)
     if frozen:
         _follow_weights(model)
     for quantizer in quantizers_of(model).values():
@@ -83,8 +84,9 @@ def enable_fake_quant(
         inputs: the same for all other quantizers: of inputs, outputs and states.
 
     Raises:
-        ValueError: the model has no quantizers.
+        ValueError: the model has no quantizers, or lazy layers that have not run yet.
     """
+    check_shapes(model)
     if enabled is None and weights is None and inputs is None:
         enabled = True
     for quantizer in quantizers_of(model).values():
@@ -106,9 +108,10 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
         The names of the quantizers that changed.
 
     Raises:
-        ValueError: bits other than 2 to 8, a width that a quantizer does not take, or a glob that no quantizer's name
-            matches. All widths then stay.
+        ValueError: lazy layers that have not run yet, bits other than 2 to 8, a width that a quantizer does not take,
+            or a glob that no quantizer's name matches. All widths then stay.
     """
+    check_shapes(model)
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")

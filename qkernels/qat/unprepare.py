@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..nn.qat_layer import QATLayer
+from ..nn.qat_lazy import lazy_hooks
 from .calibrate import quantizers_of
 from .convert import bake_weights, burnt_in, check_calibrated
 from .copying import become, copy_of, replace_modules
@@ -46,6 +48,8 @@ def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False)
     if inplace:
         for layer, float_layer in made.items():
             become(layer, float_layer)
+            if isinstance(layer, LazyModuleMixin):
+                lazy_hooks(layer)
     else:
         result = replace_modules(result, made.get)
     for module, training in modes:

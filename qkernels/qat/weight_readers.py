@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.qat_lora import MAGNITUDE, has_magnitude
+
 # What a forward may ask of a weight besides its values.
 METADATA = frozenset(
     (
@@ -96,6 +98,8 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
     for name, module in model.named_modules():
         if module in used:
             found.used.add(name)
+        if has_magnitude(module) and "base_layer" in module._modules:
+            found.too[f"{name}.base_layer".removeprefix(".")] = f"{type(module).__name__}.{MAGNITUDE}"
         if module in read:
             (found.too if module in used else found.instead)[name] = read[module]
     return found
