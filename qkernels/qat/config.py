@@ -14,7 +14,7 @@ from torch import nn
 
 from ..nn.qat_classes import QUANTIZABLE
 from ..nn.quantizer_rules import RULES
-from .config_json import module_type, overrides_of, plain, spec_of
+from .config_json import plain, rules_of, spec_of
 from .spec import QSpec, check_keys, nearest
 
 Overrides = Mapping[str, Any]
@@ -102,6 +102,7 @@ class QConfig:
                     _override(getattr(self, key, None), overrides, key)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{where}, {error}") from None
+        object.__setattr__(self, "rules", tuple(tuple(rule) for rule in self.rules))  # equal to what repr and JSON give
 
     def __repr__(self) -> str:
         """Python that makes an equal config, where torch and the names of qkernels are imported."""
@@ -136,7 +137,7 @@ class QConfig:
         if not isinstance(fields, dict):
             raise ValueError(f"text: got a {type(fields).__name__}; accepted: what to_json returns")
         check_keys("text", fields, (*FIELDS, "rules", "adapters"))
-        rules = [(module_type(pattern), overrides_of(given)) for pattern, given in fields.pop("rules", [])]
+        rules = rules_of(fields.pop("rules", []))
         return cls(**{key: spec_of(value) for key, value in fields.items()}, rules=rules)
 
     def specs(self, name: str, module: nn.Module, like: Mapping[str, str] | None = None) -> dict[str, QSpec | None]:

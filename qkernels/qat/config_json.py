@@ -43,13 +43,28 @@ def _granularity(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items() if key != "kind"}
-    kind = value.get("kind")
-    if kind not in GRANULARITIES:
-        raise ValueError(f"granularity: got {kind!r}; accepted: {', '.join(GRANULARITIES)}")
-    return GRANULARITIES[kind](**options)
+    name = value.get("kind", value)
+    if not isinstance(name, str) or name not in GRANULARITIES:
+        raise ValueError(f'granularity: got {name!r}; accepted: a "kind" of {", ".join(GRANULARITIES)}')
+    kind = GRANULARITIES[name]
+    check_keys(f"granularity: {kind.__name__}", options, [field.name for field in dataclasses.fields(kind)])
+    return kind(**options)
 
 
-def overrides_of(value: Any) -> Any:
+def rules_of(value: Any) -> Any:
+    """The rules; what is no list of pairs stays as it is, for QConfig to refuse."""
+    if not isinstance(value, list):
+        return value
+    pair = (_module_type, _overrides)
+    return [
+        [read(part) for read, part in zip(pair, rule, strict=True)]
+        if isinstance(rule, list) and len(rule) == len(pair)
+        else rule
+        for rule in value
+    ]
+
+
+def _overrides(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     found = {}
@@ -61,9 +76,11 @@ def overrides_of(value: Any) -> Any:
     return found
 
 
-def module_type(value: Any) -> Any:
+def _module_type(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
+    if not (set(value) == {"module", "name"} and all(isinstance(part, str) for part in value.values())):
+        raise ValueError(f'rules: got {value!r} as a pattern; accepted: a name glob, {{"module": …, "name": …}}')
     found: Any = sys.modules.get(value["module"])
     for name in value["name"].split("."):
         found = getattr(found, name, None)

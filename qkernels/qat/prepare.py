@@ -20,6 +20,7 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
+from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule
@@ -116,6 +117,12 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     done = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
     if done:
         raise ValueError(f"model: got one that is prepared already (it holds {done[0]!r}); accepted: a float model")
+    shapeless = [name for name, buffer in model.named_buffers() if is_lazy(buffer)]
+    if shapeless:  # torch cannot copy it
+        raise ValueError(
+            f"model: got one whose buffer {shapeless[0]!r} has no shape yet; accepted: a model whose BatchNorms know "
+            "theirs, so call the model once, then prepare it"
+        )
     if inplace and is_sharded_model(model):
         raise ValueError("inplace: got True with a model under fully_shard; accepted: False, or a call before sharding")
     _check_rules(model, config)
@@ -123,6 +130,9 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     with eval_mode(model):  # in training mode, to read a weight under spectral_norm would change it
         plan = _plan(model, config, readers)
     if not plan.specs and not plan.parameters:
+        integers = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+        if integers:
+            raise ValueError(f"model: got one that is converted already ({integers[0]!r}); accepted: a float model")
         raise ValueError(
             "model: holds no layer that config selects; accepted: a model with layers such as Linear or Conv2d that "
             "the rules do not leave in float" + (f" ({_named(plan.floats)})" if plan.floats else "")

@@ -137,6 +137,8 @@ def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: Wei
         weight = getattr(layer, role.parameter, None) if role.parameter else None
         if weight is not None and (not weight.is_floating_point() or weight.layout != torch.strided):
             return f"its {role.parameter} is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
+        if weight is not None and not weight.numel():
+            return f"its {role.parameter} has no elements"
     kind = class_without_parametrizations(layer)
     if kind is not cls.float_class:
         taken = _taken_names(layer, kind, cls)

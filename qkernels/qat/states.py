@@ -59,6 +59,7 @@ def _differences(model: nn.Module, state: Mapping[str, Any]) -> Iterator[str]:
 
 def remove_check(model: nn.Module) -> None:
     """Takes the hook off, from a model that has no quantizers any more."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is check_state]:
-        del hooks[key]
+    for module in model.modules():  # a prepared model may be a part of this one
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is check_state]:
+            del hooks[key]

@@ -10,8 +10,10 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer, effective_weight
+from ..nn.quantizer_rules import check_bits
 from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
+from .spec import check_type
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -108,20 +110,21 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
         The names of the quantizers that changed.
 
     Raises:
+        TypeError: bits is no int.
         ValueError: lazy layers that have not run yet, bits other than 2 to 8, a width that a quantizer does not take,
-            or a glob that no quantizer's name matches. All widths then stay.
+            or a glob that no quantizer's name matches. The model then stays as it was.
     """
     check_shapes(model)
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
+    check_type("bits", bits, int, "2 to 8")
+    for name, quantizer in chosen.items():
+        try:
+            check_bits(quantizer.quantizer, bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     _follow_weights(model)
-    before = {quantizer: quantizer.bits for quantizer in chosen.values()}
-    try:
-        for quantizer in before:
-            quantizer.set_bits(bits)
-    except ValueError:
-        for quantizer, width in before.items():
-            quantizer.set_bits(width)
-        raise
+    for quantizer in dict.fromkeys(chosen.values()):
+        quantizer.set_bits(bits)
     return list(chosen)

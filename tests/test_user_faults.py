@@ -1,0 +1,84 @@
+"""Faults that a user's trial of the guide found: small models, each beside the documented case."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels as qk
+from qkernels import QConfig, QSpec
+
+
+@pytest.mark.parametrize("name", list(qk.presets))
+def test_repr_and_json_give_an_equal_config(name):
+    config = dataclasses.replace(qk.presets[name], rules=[("head", None), [nn.Conv2d, {"weight": {"bits": 3}}]])
+    for each in (QConfig(), qk.presets[name], config):
+        assert QConfig.from_json(each.to_json()) == each
+        assert eval(repr(each), {**vars(qk), "torch": torch}) == each
+    assert config != qk.presets[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rules": 3}', "rules: got 3"),
+        ('{"rules": [["a"]]}', r"rules\[0\]: got \['a'\]; accepted: a pair"),
+        ('{"rules": [[{"type": "Linear"}, null]]}', "got {'type': 'Linear'} as a pattern"),
+        ('{"rules": [[{"module": "torch.nn", "name": 3}, null]]}', "as a pattern; accepted"),
+        ('{"weight": {"granularity": {"PerGroup": 3}}}', r"granularity: got {'PerGroup': 3}; accepted"),
+        ('{"weight": {"granularity": {"kind": "PerGroup", "sise": 3}}}', "PerGroup: got the key 'sise'.*'size'"),
+    ],
+)
+def test_json_that_is_no_config_is_refused_by_its_part(text, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        QConfig.from_json(text)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(9, ValueError), (4.0, TypeError), (True, TypeError), (3, ValueError)])
+def test_a_width_that_is_refused_changes_nothing(bits, kind):
+    rules = [("1", {"weight": QSpec(2, quantizer="ternary")})]
+    model = qk.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), QConfig(rules=rules))
+    qk.calibrate(model, [torch.randn(4, 8)])
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    with pytest.raises(kind, match="bits: got"):
+        qk.set_bits(model, bits)
+    assert model[0].weight_fake_quant.bits == 8
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(t, before[name]), name
+
+
+@pytest.mark.parametrize("empty", [nn.Linear(0, 4), nn.Linear(4, 0), nn.Embedding(0, 4), nn.Conv1d(0, 4, 1)])
+def test_a_layer_without_elements_stays_in_float(empty):
+    with pytest.warns(UserWarning, match=r"empty \(its weight has no elements\)"):
+        prepared = qk.prepare(nn.ModuleDict({"empty": empty, "full": nn.Linear(3, 4)}))
+    assert type(prepared["empty"]) is type(empty)
+    assert prepared["full"].weight_fake_quant is not None
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_lazy_batch_norm_is_named(inplace):  # torch cannot copy its buffers
+    model = nn.Sequential(nn.Linear(8, 4), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match=r"'1.running_mean' has no shape yet; .*call the model once"):
+        qk.prepare(model, inplace=inplace)
+    assert type(model[0]) is nn.Linear
+    model(torch.randn(3, 8))
+    assert qk.prepare(model, inplace=inplace)[0].weight_fake_quant is not None
+
+
+def test_a_converted_model_is_named_so():
+    prepared = qk.prepare(nn.Sequential(nn.Linear(8, 4)))
+    qk.calibrate(prepared, [torch.randn(4, 8)])
+    with pytest.raises(ValueError, match="converted already"):
+        qk.prepare(qk.convert(prepared))
+
+
+@pytest.mark.parametrize("back", [qk.convert, qk.unprepare])
+def test_no_hook_stays_of_a_prepared_part(back):
+    model = nn.Sequential(qk.prepare(nn.Sequential(nn.Linear(8, 4))), nn.ReLU())
+    qk.calibrate(model, [torch.randn(4, 8)])
+    made = back(model)
+    assert not any(module._forward_hooks or module._load_state_dict_pre_hooks for module in made.modules())
+    assert model[0]._load_state_dict_pre_hooks
