@@ -107,18 +107,14 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
 
     Raises:
         ValueError: bits other than 2 to 8, a width that a quantizer does not take, or a glob that no quantizer's name
-            matches. All widths then stay.
+            matches. The model then stays as it was.
     """
     chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
+    for quantizer in chosen.values():  # before any changes: the way back would lose what is rounded or forgotten
+        quantizer.check_width(bits)
     _follow_weights(model)
-    before = {quantizer: quantizer.bits for quantizer in chosen.values()}
-    try:
-        for quantizer in before:
-            quantizer.set_bits(bits)
-    except ValueError:
-        for quantizer, width in before.items():
-            quantizer.set_bits(width)
-        raise
+    for quantizer in chosen.values():
+        quantizer.set_bits(bits)
     return list(chosen)
