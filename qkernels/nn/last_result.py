@@ -31,10 +31,11 @@ class LastResult:
     """Remembers the last tensor and its result while they and the quantizer stay unchanged.
 
     The result lives as long as the tensor, unless a backward pass uses it up: to compute it again would count as
-    another batch. Layers do not keep it: some save a view of it, and activation checkpointing saves nothing. Where the
-    result would be recorded otherwise than the first time (other grad mode, or other hooks on saved tensors, by which
-    activation checkpointing tells what to recompute), and in compiled code and under torch.func, the quantizer computes
-    anew.
+    another batch. One that is recorded for a backward pass which never comes keeps its graph, and by it the tensor,
+    until the next tensor. Layers do not keep it: some save a view of it, and activation checkpointing saves nothing.
+    Where the result would be recorded otherwise than the first time (other grad mode, or other hooks on saved tensors,
+    by which activation checkpointing tells what to recompute), and in compiled code and under torch.func, the quantizer
+    computes anew.
     """
 
     def __init__(self) -> None:
