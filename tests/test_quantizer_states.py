@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from qat_models import config, quantizers, sqnr
+from qat_models import assert_unchanged, config, quantizers, snapshot, sqnr
 from torch import nn
 from torch.nn import functional as F
 
@@ -95,6 +95,21 @@ def test_set_bits_keeps_the_range(quantizer):
         qk.set_bits(prepared, 4, "fc.*")
     with pytest.raises(AttributeError, match="bits"):
         prepared[0].weight_fake_quant.bits = 4
+
+
+def test_a_refused_width_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    kmeans = qk.QSpec(4, quantizer="kmeans")
+    prepared = qk.prepare(model, qk.QConfig(qk.QSpec(4), None, rules=[("1", {"weight": kmeans})]))
+    optimizer = torch.optim.Adam(prepared.parameters(), 1e-2)
+    prepared(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()  # what follows a weight has something to follow
+    before = snapshot(prepared)
+    with pytest.raises(ValueError, match=r'bits: got 3 with quantizer="kmeans"'):
+        qk.set_bits(prepared, 3)
+    assert_unchanged(prepared, before)
+    assert [q.bits for q in quantizers(prepared).values()] == [4, 4]
 
 
 def test_a_state_of_another_width_is_refused():

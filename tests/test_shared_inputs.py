@@ -158,6 +158,36 @@ def test_what_changes_between_two_layers_is_quantized_again():
     assert quantizer(x) is x
 
 
+def test_what_no_tensor_counts_is_quantized_again_too():
+    """The width of a quantizer without a scale, and tensors that take the places of others."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    dynamic = qk.prepare(Attention(), qk.QConfig(None, qk.QSpec(8, quantizer="dynamic")))
+    prepared = ready(Attention(), x, LEARNED).eval()
+    quantizer, name = prepared.q.input_fake_quant, "q.input_fake_quant.log_scale"
+    assert quantizer.last is not None
+    with torch.no_grad():
+        dynamic(x)
+        qk.set_bits(dynamic, 2)
+        expected = qk.fake_quantize_dynamic(x, bits=2, group_size=None)
+        assert torch.equal(dynamic.q.input_fake_quant(x), expected)
+
+        def at(value, x):
+            # Tying names, torch would not put the own tensor of a module with several names back.
+            given = {name: torch.full((1,), value)}
+            return torch.func.functional_call(prepared, given, (x,), tie_weights=False)
+
+        values = (0.0, 30.0, -30.0)
+        for got, expected in zip([at(v, x) for v in values], [at(v, x.clone()) for v in values], strict=True):
+            assert torch.equal(got, expected)
+        quantizer(x)
+        state = {key: t.clone() for key, t in prepared.state_dict().items()}
+        state[name].fill_(20.0)
+        state[name.replace("log_scale", "scale")] *= torch.exp(torch.tensor(20.0 * quantizer.steps**-0.5))
+        prepared.load_state_dict(state, assign=True)
+        assert torch.equal(quantizer(x), quantizer(x.clone()))
+
+
 def test_no_tensor_outlives_its_layers():
     prepared = ready(Attention(), torch.randn(2, 8)).eval()
     with torch.no_grad():

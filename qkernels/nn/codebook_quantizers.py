@@ -114,14 +114,16 @@ class KMeansQuantizer(CodebookQuantizer, quantizers=("kmeans",)):
         fitted, scale = codebooks.kmeans(values / per_element(self._scale, values), 2**self.bits)
         write(self.levels, fitted * scale)
 
-    @torch.no_grad()
-    def set_bits(self, bits: int) -> None:
+    def check_width(self, bits: int) -> None:
         """Refuses another width: levels that are trained have no counterpart among more or fewer."""
         if bits != self.bits:
             raise ValueError(
                 f'bits: got {bits} with quantizer="kmeans", whose levels are trained; accepted: {self.bits}, the width '
                 "of this quantizer (prepare the model again for another)"
             )
+
+    def set_bits(self, bits: int) -> None:
+        self.check_width(bits)
 
     def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         return within(x, scale, self.levels, None)

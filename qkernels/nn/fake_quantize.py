@@ -20,7 +20,6 @@ from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from .granularity import PerChannel, PerGroup, PerTensor
 from .learned_scale import keep_inside, learned, learned_scale, pace, trained_scale
-from .quantizer_rules import check_bits
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
@@ -173,7 +172,7 @@ class FakeQuantize(QuantizerState):
         Raises:
             ValueError: bits other than the quantizer takes.
         """
-        check_bits(self.quantizer, bits)
+        self.check_width(bits)
         scale = None if self.quantizer == "dynamic" else self.scale.clone()
         before, lowest = self.steps, self.quant_min
         self._set_width(bits)
@@ -239,7 +238,9 @@ class FakeQuantize(QuantizerState):
         return quantize(x, s, z, quant_min=self.quant_min, quant_max=self.quant_max), s, z
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x) if self.last is None else self.last.of(x, self._forward, self)
+        if self.last is None:
+            return self._forward(x)
+        return self.last.of(x, self._forward, self, self.bits, self.ewgs_delta)
 
     def _forward(self, x: Tensor) -> Tensor:
         if not self._quantizes and not self.training:

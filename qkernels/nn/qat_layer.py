@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .fake_quantize import FakeQuantize
+from .made_classes import made_again
 from .replacing import take_hooks
 
 Layer = TypeVar("Layer", bound="QATLayer")
@@ -212,12 +213,7 @@ def _joined(cls: type[QATLayer], kind: type[nn.Module]) -> type[nn.Module]:
 def _reduce_joined(self: Any, protocol: Any) -> tuple[Any, ...]:
     """A copy or a pickle holds the two classes that the layer's class is made of."""
     kind: Any = next(kind for kind in type(self).__mro__ if "joined" in vars(kind))
-    return _blank, (kind.joined, kind.float_type), self.__getstate__()
-
-
-def _blank(cls: type[QATLayer], kind: type[nn.Module]) -> nn.Module:
-    made = _joined(cls, kind)  # type: ignore[arg-type]
-    return made.__new__(made)
+    return made_again, (_joined, kind.joined, kind.float_type), self.__getstate__()
 
 
 def _calls_parent(function: Any) -> bool:

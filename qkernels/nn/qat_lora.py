@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .fake_quantize import FakeQuantize
+from .made_classes import made_again
 from .qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_layer import SUFFIX, QATLayer, Role, copied_state
 from .replacing import take_hooks
@@ -305,9 +306,4 @@ def _class_of(kind: type[nn.Module]) -> type[QATAdapted]:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _blank, (type(self).float_type,), self.__getstate__()
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    made = _class_of(kind)  # type: ignore[arg-type]
-    return made.__new__(made)
+    return made_again, (_class_of, type(self).float_type), self.__getstate__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .fake_quantize import FakeQuantize
+from .made_classes import made_again
 from .qat_layer import SUFFIX, QATLayer, Role, copied_state
 from .replacing import take_hooks
 
@@ -135,9 +136,4 @@ def _reader(name: str) -> property:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _blank, (type(self).float_type, type(self).quantized_names), self.__getstate__()
-
-
-def _blank(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    made = _class_of(kind, names)  # type: ignore[arg-type]
-    return made.__new__(made)
+    return made_again, (_class_of, type(self).float_type, type(self).quantized_names), self.__getstate__()

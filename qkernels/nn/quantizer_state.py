@@ -138,6 +138,10 @@ class QuantizerState(nn.Module):
         self.observer_on.fill_(self._observes)
         self._ready = self.quantizer == "ema" and not self._scale.is_meta
 
+    def check_width(self, bits: int) -> None:
+        """Raises ValueError if the quantizer does not take ``bits``, so that a model can ask all before it changes."""
+        check_bits(self.quantizer, bits)
+
     def _set_width(self, bits: int) -> None:
         check_bits(self.quantizer, bits)
         quant_min, self.quant_max = range_of_bits(bits)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.made_classes import made_again
 from .calibrate import check_max_batches, run_batches
 from .fold import BatchNorm, eval_mode
 
@@ -54,17 +55,12 @@ class _Frozen(nn.Module):
         return super().train(False)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self).__bases__[1],), self.__getstate__()
+        return made_again, (_frozen_class, type(self).__bases__[1]), self.__getstate__()
 
 
 @functools.cache
 def _frozen_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Frozen{kind.__name__}", (_Frozen, kind), {"__module__": kind.__module__})
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    made = _frozen_class(kind)  # type: ignore[arg-type]
-    return made.__new__(made)
 
 
 @torch.no_grad()

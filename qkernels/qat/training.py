@@ -10,7 +10,6 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer, effective_weight
-from ..nn.quantizer_rules import check_bits
 from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
 from .spec import check_type
@@ -119,9 +118,9 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
     check_type("bits", bits, int, "2 to 8")
-    for name, quantizer in chosen.items():
+    for name, quantizer in chosen.items():  # before any changes: the way back would lose what is rounded or forgotten
         try:
-            check_bits(quantizer.quantizer, bits)
+            quantizer.check_width(bits)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _follow_weights(model)
