@@ -188,6 +188,22 @@ def test_what_no_tensor_counts_is_quantized_again_too():
         assert torch.equal(quantizer(x), quantizer(x.clone()))
 
 
+def test_who_wants_a_gradient_later_gets_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    given = ready(Attention(), x).q.input_fake_quant
+    assert (given.quantizer, given.last is None) == ("minmax", False)
+    assert not given(x).requires_grad
+    (gradient,) = torch.autograd.grad(given(x.requires_grad_()).sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))  # x is what the range was calibrated on
+    learned = ready(Attention(), x.detach(), LEARNED).q.input_fake_quant.requires_grad_(False)
+    x = x.detach()
+    assert not learned(x).requires_grad
+    learned.requires_grad_()
+    expected = torch.autograd.grad(learned._forward(x).square().sum(), learned.log_scale)
+    assert torch.equal(torch.autograd.grad(learned(x).square().sum(), learned.log_scale)[0], expected[0])
+
+
 def test_no_tensor_outlives_its_layers():
     prepared = ready(Attention(), torch.randn(2, 8)).eval()
     with torch.no_grad():

@@ -19,12 +19,12 @@ class _Kept(NamedTuple):
     y: Tensor
     settings: tuple[Any, ...]
     tensors: tuple[Tensor, ...]  # of the quantizer; functional_call and loading may put others in their places
-    versions: tuple[int, ...]  # of x, y and these tensors
+    marks: tuple[tuple[int, bool], ...]  # of x, y and these tensors
 
     def serves(self, x: Tensor, settings: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
         same = self.x() is x and self.settings == settings and len(self.tensors) == len(tensors)
         same = same and all(own is t for own, t in zip(self.tensors, tensors, strict=True))
-        return same and self.versions == _versions(x, self.y, *tensors)
+        return same and self.marks == _marks(x, self.y, *tensors)
 
 
 class LastResult:
@@ -68,7 +68,7 @@ class LastResult:
             self._kept = None
         else:
             tensors = _tensors(quantizer)
-            self._kept = _Kept(weakref.ref(x, self._left), y, settings, tensors, _versions(x, y, *tensors))
+            self._kept = _Kept(weakref.ref(x, self._left), y, settings, tensors, _marks(x, y, *tensors))
             if y.requires_grad:
                 y.register_hook(self._used)
         return y
@@ -85,5 +85,6 @@ def _tensors(quantizer: nn.Module) -> tuple[Tensor, ...]:
     return tuple(t for t in held if t is not None)
 
 
-def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors)
+def _marks(*tensors: Tensor) -> tuple[tuple[int, bool], ...]:
+    """What tells that a tensor has changed, or wants a gradient that it did not want."""
+    return tuple((t._version, t.requires_grad) for t in tensors)
