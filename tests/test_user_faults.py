@@ -1,6 +1,7 @@
 """Faults that a user's trial of the guide found: small models, each beside the documented case."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -82,3 +83,26 @@ def test_no_hook_stays_of_a_prepared_part(back):
     made = back(model)
     assert not any(module._forward_hooks or module._load_state_dict_pre_hooks for module in made.modules())
     assert model[0]._load_state_dict_pre_hooks
+
+
+def test_a_rule_for_a_layers_own_parameter_says_what_it_costs():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with pytest.warns(UserWarning, match=r"1 layer whose parameter alone is quantized.* stay in float: 0 \(weight\)"):
+        prepared = qk.prepare(model, QConfig(rules=[("0.weight", {"weight": {"bits": 4}})]))
+    qk.calibrate(prepared, [torch.randn(4, 8)])
+    assert "a rule names its parameter and not the layer" in str(qk.report(prepared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qk.prepare(model, QConfig(rules=[("0", {"weight": {"bits": 4}})]))
+
+
+def test_a_rule_leaves_a_weight_in_float_by_its_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    prepared = qk.prepare(model, QConfig(rules=[("0.weight", None)]))
+    assert prepared[0].weight_fake_quant is None
+    assert prepared[0].input_fake_quant is not None
+    assert prepared[1].weight_fake_quant is not None
+    recurrent = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
+    assert qk.prepare(recurrent, QConfig(input=None, rules=[("lstm.weight_*", None)]))["lstm"] is not None
+    with pytest.raises(ValueError, match="layer 'lstm': a rule leaves 'weight_ih_l0' in float and not 'weight_hh_l0'"):
+        qk.prepare(recurrent, QConfig(rules=[("*.weight_ih_l0", None)]))

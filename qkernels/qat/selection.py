@@ -25,6 +25,7 @@ from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
+from ..nn.quantized_parameters import QATParameters
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
 
@@ -44,6 +45,8 @@ def no_integers(layer: QATLayer) -> str | None:
         return _no_integer_attention(layer)
     if isinstance(layer, QATEmbedding):
         return _no_int4_embedding(layer)
+    if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
+        return "a rule names its parameter and not the layer"
     if not isinstance(layer, QATLinear | QATConv1d | QATConv2d):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight = layer.weight_fake_quant
