@@ -96,6 +96,33 @@ def test_a_rule_for_a_layers_own_parameter_says_what_it_costs():
         qk.prepare(model, QConfig(rules=[("0", {"weight": {"bits": 4}})]))
 
 
+def test_a_rule_that_reaches_a_container_alone_is_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"'0' leaves no layer in float.* such as '0.0'; accepted: .* '0.\*'"):
+        qk.prepare(model, QConfig(rules=[("0", None)]))
+    with pytest.warns(UserWarning, match="leaves no layer in float"):
+        qk.prepare(model[0], QConfig(rules=[(nn.Sequential, None)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left = qk.prepare(model, QConfig(rules=[("0*", None), (nn.ReLU, None)]))
+    assert type(left[0][0]) is nn.Linear
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 4)})
+    assert type(qk.prepare(attention, QConfig(rules=[("a", None)]))["a"]) is nn.MultiheadAttention
+
+
+def test_a_rule_for_another_name_of_a_shared_layer_is_refused():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    with pytest.raises(ValueError, match="'2' matches '2', another name of '0'"):
+        qk.prepare(model, QConfig(rules=[("2", {"weight": {"bits": 4}})]))
+    assert qk.prepare(model, QConfig(rules=[("[02]", {"weight": {"bits": 4}})]))[2].weight_fake_quant.bits == 4
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.raises(TypeError, match="model: got a ScriptModule; accepted"):
+        qk.prepare(torch.jit.script(nn.Linear(4, 4)))
+
+
 def test_a_rule_leaves_a_weight_in_float_by_its_name():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     prepared = qk.prepare(model, QConfig(rules=[("0.weight", None)]))

@@ -19,11 +19,11 @@ from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
 from ..nn.qat_lazy import QATLazy
-from ..nn.qat_lora import QATAdapted
+from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .adapters import Adapters, deciding, find_adapters
-from .config import QConfig, Rule
+from .config import QConfig, Rule, matches
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
 from .fold import eval_mode
@@ -107,6 +107,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: got a ScriptModule; accepted: the torch.nn.Module that it was made from")
     if isinstance(config, str):
         if config not in presets:
             raise ValueError(f"config: got {config!r}; accepted: {', '.join(presets)}{nearest(config, presets)}")
@@ -161,6 +163,34 @@ def _check_rules(model: nn.Module, config: QConfig) -> None:
                 f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
             )
         warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
+    first = {module: name for name, module in model.named_modules()}
+    for pattern, overrides in config.rules:
+        found = {name: module for name, module in modules.items() if matches(pattern, name, module)}
+        others = {name: first[module] for name, module in found.items() if first[module] != name}
+        if found and len(others) == len(found):
+            name = next(iter(others))
+            raise ValueError(
+                f"rules: {pattern!r} matches {name!r}, another name of {others[name]!r}; accepted: that one"
+            )
+        inside = [_idle_inside(name, module, found) for name, module in found.items()]
+        if overrides is None and inside and all(inside):
+            text = (
+                f"rules: {pattern if isinstance(pattern, type) else repr(pattern)} leaves no layer in float, as it "
+                f"matches {next(iter(found))!r} and not the layers inside, such as {inside[0]!r}"
+            )
+            if isinstance(pattern, str):
+                raise ValueError(f"{text}; accepted: a pattern for these, such as {pattern + '.*'!r}")
+            warnings.warn(text, stacklevel=3)
+
+
+def _idle_inside(name: str, module: nn.Module, found: Mapping[str, nn.Module]) -> str | None:
+    """A layer inside a mere container that a rule for the container does not reach; None: there is none."""
+    if qat_class_of(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False) if not is_lazy(p)):
+        return None
+    if has_adapters(module):
+        return None
+    layers = (inner for inner, layer in module.named_modules(prefix=name) if qat_class_of(layer) is not None)
+    return next((inner for inner in layers if inner not in found), None)
 
 
 def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
