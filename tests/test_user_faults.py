@@ -69,6 +69,13 @@ def test_a_lazy_batch_norm_is_named(inplace):  # torch cannot copy its buffers
     assert qk.prepare(model, inplace=inplace)[0].weight_fake_quant is not None
 
 
+def test_a_lazy_module_of_another_class_is_named():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Module())
+    model[1].table = nn.UninitializedParameter()
+    with pytest.warns(UserWarning, match="1 \\(Module is no layer that prepare knows; .* 'table'"):
+        assert qk.prepare(model, inplace=True)[0].weight_fake_quant is not None
+
+
 def test_a_converted_model_is_named_so():
     prepared = qk.prepare(nn.Sequential(nn.Linear(8, 4)))
     qk.calibrate(prepared, [torch.randn(4, 8)])

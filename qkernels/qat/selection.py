@@ -140,7 +140,7 @@ def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: Wei
         weight = getattr(layer, role.parameter, None) if role.parameter else None
         if weight is not None and (not weight.is_floating_point() or weight.layout != torch.strided):
             return f"its {role.parameter} is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
-        if weight is not None and not weight.numel():
+        if weight is not None and not is_lazy(weight) and not weight.numel():
             return f"its {role.parameter} has no elements"
     kind = class_without_parametrizations(layer)
     if kind is not cls.float_class:
@@ -163,7 +163,8 @@ def _twin_on_meta(layer: nn.Module) -> nn.Module:
 
 def unsupported(module: nn.Module) -> str:
     """Why ``prepare`` passes over a module that holds weights and is no layer that it knows."""
-    names = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1 and p.is_floating_point()]
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    names = [name for name, p in held.items() if is_lazy(p) or (p.dim() > 1 and p.is_floating_point())]
     kind = type(module).__name__
     if qat_class_of(module) is not None:
         return "neither a rule nor a default of the config selects it"
