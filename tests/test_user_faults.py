@@ -1,6 +1,7 @@
 """Faults that a user's trial of the guide found: small models, each beside the documented case."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,13 @@ def test_a_lazy_batch_norm_is_named(inplace):  # torch cannot copy its buffers
     assert qk.prepare(model, inplace=inplace)[0].weight_fake_quant is not None
 
 
+def test_a_lazy_module_of_another_class_is_named():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Module())
+    model[1].table = nn.UninitializedParameter()
+    with pytest.warns(UserWarning, match="1 \\(Module is no layer that prepare knows; .* 'table'"):
+        assert qk.prepare(model, inplace=True)[0].weight_fake_quant is not None
+
+
 def test_a_converted_model_is_named_so():
     prepared = qk.prepare(nn.Sequential(nn.Linear(8, 4)))
     qk.calibrate(prepared, [torch.randn(4, 8)])
@@ -82,3 +90,53 @@ def test_no_hook_stays_of_a_prepared_part(back):
     made = back(model)
     assert not any(module._forward_hooks or module._load_state_dict_pre_hooks for module in made.modules())
     assert model[0]._load_state_dict_pre_hooks
+
+
+def test_a_rule_for_a_layers_own_parameter_says_what_it_costs():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with pytest.warns(UserWarning, match=r"1 layer whose parameter alone is quantized.* stay in float: 0 \(weight\)"):
+        prepared = qk.prepare(model, QConfig(rules=[("0.weight", {"weight": {"bits": 4}})]))
+    qk.calibrate(prepared, [torch.randn(4, 8)])
+    assert "a rule names its parameter and not the layer" in str(qk.report(prepared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qk.prepare(model, QConfig(rules=[("0", {"weight": {"bits": 4}})]))
+
+
+def test_a_rule_that_reaches_a_container_alone_is_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=r"'0' leaves no layer in float.* such as '0.0'; accepted: .* '0.\*'"):
+        qk.prepare(model, QConfig(rules=[("0", None)]))
+    with pytest.warns(UserWarning, match="leaves no layer in float"):
+        qk.prepare(model[0], QConfig(rules=[(nn.Sequential, None)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left = qk.prepare(model, QConfig(rules=[("0*", None), (nn.ReLU, None)]))
+    assert type(left[0][0]) is nn.Linear
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 4)})
+    assert type(qk.prepare(attention, QConfig(rules=[("a", None)]))["a"]) is nn.MultiheadAttention
+
+
+def test_a_rule_for_another_name_of_a_shared_layer_is_refused():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    with pytest.raises(ValueError, match="'2' matches '2', another name of '0'"):
+        qk.prepare(model, QConfig(rules=[("2", {"weight": {"bits": 4}})]))
+    assert qk.prepare(model, QConfig(rules=[("[02]", {"weight": {"bits": 4}})]))[2].weight_fake_quant.bits == 4
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.raises(TypeError, match="model: got a ScriptModule; accepted"):
+        qk.prepare(torch.jit.script(nn.Linear(4, 4)))
+
+
+def test_a_rule_leaves_a_weight_in_float_by_its_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    prepared = qk.prepare(model, QConfig(rules=[("0.weight", None)]))
+    assert prepared[0].weight_fake_quant is None
+    assert prepared[0].input_fake_quant is not None
+    assert prepared[1].weight_fake_quant is not None
+    recurrent = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
+    assert qk.prepare(recurrent, QConfig(input=None, rules=[("lstm.weight_*", None)]))["lstm"] is not None
+    with pytest.raises(ValueError, match="layer 'lstm': a rule leaves 'weight_ih_l0' in float and not 'weight_hh_l0'"):
+        qk.prepare(recurrent, QConfig(rules=[("*.weight_ih_l0", None)]))

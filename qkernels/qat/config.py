@@ -174,7 +174,7 @@ class QConfig:
 
     def rule_of(self, name: str, module: nn.Module) -> Rule | None:
         """The rule that decides for a module; None: the fields of the config do."""
-        return next((rule for rule in reversed(self.rules) if _matches(rule[0], name, module)), None)
+        return next((rule for rule in reversed(self.rules) if matches(rule[0], name, module)), None)
 
     def parameter_specs(self, model: nn.Module) -> dict[str, QSpec | None]:
         """Full names of the parameters that rules name, with their specs; None: a rule leaves them in float."""
@@ -204,12 +204,12 @@ class QConfig:
         return [
             pattern
             for pattern, _ in self.rules
-            if not any(_matches(pattern, name, module) for name, module in modules.items())
+            if not any(matches(pattern, name, module) for name, module in modules.items())
             and not (isinstance(pattern, str) and any(fnmatch.fnmatchcase(name, pattern) for name in names))
         ]
 
 
-def _matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+def matches(pattern: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     return fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else isinstance(module, pattern)
 
 

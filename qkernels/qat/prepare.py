@@ -19,11 +19,11 @@ from ..nn.own_forward import QATForward, Trial, product_weight
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
 from ..nn.qat_lazy import QATLazy
-from ..nn.qat_lora import QATAdapted
+from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .adapters import Adapters, deciding, find_adapters
-from .config import QConfig, Rule
+from .config import QConfig, Rule, matches
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
 from .fold import eval_mode
@@ -54,6 +54,7 @@ class _Plan:
     parameters: dict[str, dict[str, QSpec]] = field(default_factory=dict)  # module -> parameter -> spec
     floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
     excluded: set[str] = field(default_factory=set)
+    alone: dict[str, str] = field(default_factory=dict)  # layer -> its parameters that a rule names instead of it
     results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
     adapters: Adapters = field(default_factory=Adapters)
 
@@ -106,6 +107,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: got a ScriptModule; accepted: the torch.nn.Module that it was made from")
     if isinstance(config, str):
         if config not in presets:
             raise ValueError(f"config: got {config!r}; accepted: {', '.join(presets)}{nearest(config, presets)}")
@@ -160,6 +163,34 @@ def _check_rules(model: nn.Module, config: QConfig) -> None:
                 f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
             )
         warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
+    first = {module: name for name, module in model.named_modules()}
+    for pattern, overrides in config.rules:
+        found = {name: module for name, module in modules.items() if matches(pattern, name, module)}
+        others = {name: first[module] for name, module in found.items() if first[module] != name}
+        if found and len(others) == len(found):
+            name = next(iter(others))
+            raise ValueError(
+                f"rules: {pattern!r} matches {name!r}, another name of {others[name]!r}; accepted: that one"
+            )
+        inside = [_idle_inside(name, module, found) for name, module in found.items()]
+        if overrides is None and inside and all(inside):
+            text = (
+                f"rules: {pattern if isinstance(pattern, type) else repr(pattern)} leaves no layer in float, as it "
+                f"matches {next(iter(found))!r} and not the layers inside, such as {inside[0]!r}"
+            )
+            if isinstance(pattern, str):
+                raise ValueError(f"{text}; accepted: a pattern for these, such as {pattern + '.*'!r}")
+            warnings.warn(text, stacklevel=3)
+
+
+def _idle_inside(name: str, module: nn.Module, found: Mapping[str, nn.Module]) -> str | None:
+    """A layer inside a mere container that a rule for the container does not reach; None: there is none."""
+    if qat_class_of(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False) if not is_lazy(p)):
+        return None
+    if has_adapters(module):
+        return None
+    layers = (inner for inner, layer in module.named_modules(prefix=name) if qat_class_of(layer) is not None)
+    return next((inner for inner in layers if inner not in found), None)
 
 
 def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
@@ -167,10 +198,13 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
     adapters = plan.adapters
     bases = (set(adapters.sums.values()) - set(adapters.sums)) | adapters.left
     cross = {layer.multihead_attn for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
+    left: dict[str, set[str]] = {}  # module -> parameters that rules leave in float
     for name, spec in config.parameter_specs(model).items():
         owner, _, parameter = name.rpartition(".")
         if spec is not None:
             plan.parameters.setdefault(owner, {})[parameter] = spec
+        else:
+            left.setdefault(owner, set()).add(parameter)
     for name, module in model.named_modules():
         cls: type[QATLayer] | None = QATAdapted if name in adapters.sums else qat_class_of(module)
         own_name = (config.rule_of(name, module) or ("",))[0] == name
@@ -178,12 +212,16 @@ def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
             plan.excluded.add(name)
             continue
         if cls is None or name in plan.parameters:
+            if cls is not None and name not in readers.too and float_reason(name, module, cls, readers)[0] is None:
+                plan.alone[name] = ", ".join(plan.parameters[name])
             _plan_values(plan, config, name, module, known=cls is not None)
             continue
         known_as = deciding(config, model, name, adapters.sums[name]) if name in adapters.sums else (name, module)
         like = {role.kind: role.like for role in cls.roles(module).values()}
         specs = {kind: spec for kind, spec in config.specs(known_as[0], known_as[1], like).items() if kind in like}
         _check_kinds(name, set(like), config.rule_of(*known_as))
+        if _leaves_weights(name, cls.roles(module), left.get(name, set())):
+            specs["weight"] = None
         if isinstance(module, nn.MultiheadAttention) and not (
             module in cross or not module._qkv_same_embed_dim or config.asks_for("memory", name, module)
         ):
@@ -255,6 +293,18 @@ def _check_kinds(name: str, kinds: set[str], rule: Rule | None) -> None:
             raise ValueError(
                 f"config, layer {name!r}: a rule gives {kind!r}; accepted for this layer: {', '.join(sorted(kinds))}"
             )
+
+
+def _leaves_weights(name: str, roles: Mapping[str, Role], left: set[str]) -> bool:
+    """Whether rules leave the layer's weights in float by their own names; they have one spec, so it is all or none."""
+    weights = [role.parameter for role in roles.values() if role.kind == "weight"]
+    kept = [parameter for parameter in weights if parameter not in left]
+    if kept and len(kept) < len(weights):
+        raise ValueError(
+            f"config, layer {name!r}: a rule leaves {min(left & set(weights))!r} in float and not {kept[0]!r}; "
+            'accepted: all weights of the layer, or a rule for the layer such as {"weight": None}'
+        )
+    return bool(weights) and not kept
 
 
 def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer]:
@@ -364,6 +414,11 @@ def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
     if too:
         reasons = {name: f"{reader} also reads its weight, and gets it in float" for name, reader in too.items()}
         said.append(f"{_count(too)} quantized only where called: {_named(reasons)}")
+    if plan.alone:
+        said.append(
+            f"{_count(plan.alone)} whose parameter alone is quantized, because a rule names it and not the layer, so "
+            f"that inputs and products stay in float: {_named(plan.alone)}"
+        )
     apart = plan.adapters.apart
     if apart:
         said.append(f"{_count(apart)} with adapters that stay in float beside the base: {_named(apart)}")

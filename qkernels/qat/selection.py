@@ -25,6 +25,7 @@ from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
+from ..nn.quantized_parameters import QATParameters
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
 
@@ -44,6 +45,8 @@ def no_integers(layer: QATLayer) -> str | None:
         return _no_integer_attention(layer)
     if isinstance(layer, QATEmbedding):
         return _no_int4_embedding(layer)
+    if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
+        return "a rule names its parameter and not the layer"
     if not isinstance(layer, QATLinear | QATConv1d | QATConv2d):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
     weight = layer.weight_fake_quant
@@ -137,7 +140,7 @@ def _outer_reason(name: str, layer: nn.Module, cls: type[QATLayer], readers: Wei
         weight = getattr(layer, role.parameter, None) if role.parameter else None
         if weight is not None and (not weight.is_floating_point() or weight.layout != torch.strided):
             return f"its {role.parameter} is {weight.dtype}, {weight.layout}; accepted: a dense tensor of floats"
-        if weight is not None and not weight.numel():
+        if weight is not None and not is_lazy(weight) and not weight.numel():
             return f"its {role.parameter} has no elements"
     kind = class_without_parametrizations(layer)
     if kind is not cls.float_class:
@@ -160,7 +163,8 @@ def _twin_on_meta(layer: nn.Module) -> nn.Module:
 
 def unsupported(module: nn.Module) -> str:
     """Why ``prepare`` passes over a module that holds weights and is no layer that it knows."""
-    names = [name for name, p in module._parameters.items() if p is not None and p.dim() > 1 and p.is_floating_point()]
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    names = [name for name, p in held.items() if is_lazy(p) or (p.dim() > 1 and p.is_floating_point())]
     kind = type(module).__name__
     if qat_class_of(module) is not None:
         return "neither a rule nor a default of the config selects it"
