@@ -208,9 +208,13 @@ def test_all_below_and_all_above_zero(symmetric, bias):
 
 
 def test_empty_batch():
-    fused, plain = both()
-    for model in (fused.eval(), plain.eval()):
-        assert model(images(2)[:0]).shape == (0, 4)
+    model = qk.prepare(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    qk.calibrate(model, [torch.randn(5, 4)])
+    before = copy.deepcopy(model.state_dict())
+    model(torch.empty(0, 4)).sum().backward()
+    assert_equal(list(model.state_dict().values()), list(before.values()))
+    assert model[0].weight.grad.count_nonzero() == 0
+    assert model.eval()(torch.empty(0, 4)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("target", ["2", "3", "3.input_fake_quant"])
