@@ -19,19 +19,18 @@ from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
 from .granularity import PerChannel, PerGroup, PerTensor
-from .learned_scale import keep_inside, learned, learned_scale, pace, trained_scale
+from .learned_scale import keep_inside, learned_scale, pace, trained_scale
+from .moving_scale import MovingScale
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
 AVERAGING_CONST = 0.01  # torch.ao's default: the averages remember about the last hundred batches
-GROWTH = 0.1  # the share of the way that each training step goes to a larger range or mean magnitude of an input
 
 # These functions branch on their arguments, so torch.fx must not trace into them.
 for _function in (
     "fake_quantize",
     "observe_fake_quantize",
     "_dynamic",
-    "learned",
     "follow",
     "pace",
     "forget_zeros",
@@ -39,7 +38,7 @@ for _function in (
     torch.fx.wrap(_function)
 
 
-class FakeQuantize(QuantizerState):
+class FakeQuantize(MovingScale):
     """Quantizes a tensor to ``bits`` bits and back, with gradients, and keeps the scale.
 
     Args:
@@ -334,69 +333,6 @@ class FakeQuantize(QuantizerState):
                 held.index_copy_(0, index, new)  # where index repeats, so do the values
         return scale, zero_point
 
-    def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """x quantized and back with what ``_range`` gave for it."""
-        if self.learns:
-            return self._with_learned(x, scale, zero_point, self.log_scale)
-        return fake_quantize(
-            x,
-            scale,
-            zero_point,
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            straight_through=self.straight_through,
-            ewgs_delta=self.ewgs_delta,
-        )
-
-    def _with_learned(self, x: Tensor, start: Tensor, zero_point: Tensor | None, log_scale: Tensor) -> Tensor:
-        return learned(
-            x,
-            start,
-            log_scale,
-            self._log_limits(),
-            zero_point,
-            self.quant_min,
-            self.quant_max,
-            self.steps,
-            self.feature_dims if self._numel is None else None,
-            self._numel,
-            # A followed weight is never clipped, but LSQ's mask would take its largest value for a clipped one.
-            "clip" if self._follows() and self.straight_through == "lsq" else self.straight_through,
-            self.ewgs_delta,
-        )
-
-    def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
-        """The scale (for a learned scale its start) and the zero point to quantize x with."""
-        scale, zero_point = self._scale, self.zero_point
-        if in_place and recomputing():  # a batch moves a range once; copies, for the next forward pass changes these
-            return scale.clone(), None if zero_point is None else zero_point.clone()
-        if self._paces():
-            share = 1.0 if self.is_weight else GROWTH
-            in_place = in_place and not transformed()
-            return pace(x, scale, self.magnitude, share, 2 * self.steps**-0.5, in_place), zero_point
-        if self._follows():
-            up, down = 1.0, 1.0
-        elif self._grows():
-            up, down = GROWTH, 0.0
-        else:
-            return scale, zero_point
-        return follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
-
-    def _follows(self) -> bool:
-        """Whether the range is always the weight's present one."""
-        moves = self.quantizer not in ("ema", "dynamic") and not self.learns_at_few_bits
-        return moves and self.is_weight and self._observes
-
-    def _paces(self) -> bool:
-        """Whether the start of a scale learned at few bits moves with the mean magnitude of its tensor."""
-        moves = self.is_weight or (self.training and not transformed())
-        return self.learns_at_few_bits and self._observes and moves
-
-    def _grows(self) -> bool:
-        """Whether the range of an input with a learned scale grows with the values that it gets."""
-        wide = self.learns and not self.is_weight and not self.learns_at_few_bits
-        return wide and self.training and self._observes and not transformed()
-
     def _meet(self, x: Tensor) -> None:
         """Handles x as the first tensor of a quantizer that has no scale or is on the meta device."""
         if not x.is_meta:
@@ -461,7 +397,7 @@ class FakeQuantize(QuantizerState):
             scale = trained_scale(scale, self.log_scale, self._log_limits(), self.steps)
             if zero_point is not None and self.zero_point is not None and zero_point is not self.zero_point:
                 zero_point = zero_point + (self.zero_point - self.zero_point.detach())  # its gradient
-            factor = (max(x.shape[-self.feature_dims :].numel(), 1) * self.steps) ** -0.5
+            factor = self._grad_factor(x)
         quantize_step = functools.partial(
             fake_quantize,
             scale=scale,

@@ -18,6 +18,7 @@ from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
+from ..nn.qat_sequential import part
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
 from .calibrate import check_shapes, quantizers_of
@@ -161,6 +162,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             for _, role, quantizer in left.own_quantizers():
                 if role.kind != "weight":  # the range of a weight may follow it to the end
                     quantizer.disable_observer()
+    part(model)
     return replace_modules(model, made.get)
 
 

@@ -20,6 +20,7 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted, has_adapters
+from ..nn.qat_sequential import join
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import VALUES, QATParameters
 from .adapters import Adapters, deciding, find_adapters
@@ -69,6 +70,11 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     then computes once. A layer that gets an input of the model itself has a "minmax" quantizer for "lsq" above 4 bits,
     unless a rule for the layer gives "input": at these widths a learned range gains nothing, and to learn it costs the
     gradient of the data (a tenth of a ResNet-18's training step).
+
+    In a Sequential, a ReLU in front of a layer is computed in one pass with the layer's input quantizer, with the same
+    bits, unless a hook could see what is between them. RMSNorm stays apart, as its fused op rounds otherwise, and
+    SiLU·mul is no module of torch: ``qk.rms_norm_fake_quantize_dynamic`` and ``qk.silu_mul_fake_quantize_dynamic`` are
+    for a model's own forward.
 
     A subclass of a layer keeps its class as a base. Where it has its own forward, that must call the parent's by
     ``super().forward``. A subclass of Linear or a convolution may also compute its product itself: ``prepare`` tries it
@@ -149,6 +155,7 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     else:
         prepared = replace_modules(prepared, made.get)
     leave_fused_paths(prepared)
+    join(prepared)
     prepared.register_forward_hook(send_ranges)
     prepared.register_load_state_dict_pre_hook(check_state)
     return prepared

@@ -7,6 +7,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..nn.qat_layer import QATLayer
 from ..nn.qat_lazy import lazy_hooks
+from ..nn.qat_sequential import part
 from .calibrate import quantizers_of
 from .convert import bake_weights, burnt_in, check_calibrated
 from .copying import become, copy_of, replace_modules
@@ -37,6 +38,7 @@ def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False)
     result = model if inplace else copy_of(model)
     remove_sending(result)
     remove_check(result)
+    part(result)
     modes = [(module, module.training) for module in result.modules()]
     if burn_in:
         result.eval()  # so that weights are quantized without moving a range

@@ -17,6 +17,9 @@ from typing import Any
 from torch import nn
 
 from ..nn.qat_lora import MAGNITUDE, has_magnitude
+from ..nn.qat_sequential import QATSequential
+
+SEQUENTIAL = (nn.Sequential.forward, QATSequential.forward)
 
 # What a forward may ask of a weight besides its values.
 METADATA = frozenset(
@@ -73,7 +76,7 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
     read: dict[nn.Module, str] = {}
     used: set[nn.Module] = set()
     # A Sequential uses its children only if something calls it: a forward may also use single children of it.
-    sequential = {m for m in model.modules() if type(m).forward is nn.Sequential.forward and m is not model}
+    sequential = {m for m in model.modules() if type(m).forward in SEQUENTIAL}
     wanted = [(module, "forward") for module in model.modules() if module._modules and module not in sequential]
     done = set(wanted)
     while wanted:
@@ -91,7 +94,7 @@ def find_weight_readers(model: nn.Module) -> WeightReaders:
             if source != nn.modules.transformer.__name__:
                 for child in visitor.read:
                     read.setdefault(child, f"{type(module).__name__}.{function.name}")
-    while called := sequential & used:
+    while called := sequential & {model, *used}:
         sequential -= called
         used |= {child for module in called for child in module.children()}
     found = WeightReaders()
