@@ -8,7 +8,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from bench_training import ResNet, Transformer
+from bench_training import ResNet, transformer
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -29,7 +29,7 @@ def many_small() -> list[Tensor]:
 LISTS: dict[str, Callable[[], list[Tensor]]] = {
     "60 of up to 4096": many_small,
     "resnet-8's 10": lambda: weights_of(ResNet()),
-    "transformer's 9": lambda: weights_of(Transformer()),
+    "transformer's 9": lambda: weights_of(transformer(2)),
     "4 of 1024x1024": lambda: [torch.randn(1024, 1024) for _ in range(4)],
 }
 lists = pytest.mark.parametrize("name", LISTS)
@@ -118,7 +118,7 @@ def test_learnable(compare: Compare, name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet-8, batch 32", "transformer, batch 8 of 128"])
 def test_training_step(compare: Compare, name: str) -> None:
     """Forward and backward of a model whose weights are fake-quantized all at once, or one by one."""
-    model, shape = (ResNet(), (32, 3, 32, 32)) if name.startswith("resnet") else (Transformer(), (8, 128, 256))
+    model, shape = (ResNet(), (32, 3, 32, 32)) if name.startswith("resnet") else (transformer(2), (8, 128, 256))
     x = torch.randn(shape)
     layers = [n for n, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     weights: dict[str, Tensor] = {f"{n}.weight": model.get_submodule(n).weight for n in layers}  # type: ignore[misc]
