@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .fake_quantize import FakeQuantize
 from .granularity import Granularity, PerTensor, PerToken
 from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
 from .replacing import take_over
+
+Convolution = TypeVar("Convolution", bound="Int8Convolution")
 
 
 class Int8Layer(QuantizedInputLayer):
@@ -224,26 +226,19 @@ class Int8Linear(Int8Layer):
         return PackedInt8(self.data, self.colsum, self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
 
 
-class Int8Conv2d(Int8Layer):
-    """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
+class Int8Convolution(Int8Layer):
+    """What Int8Conv1d and Int8Conv2d share: arguments as in nn.Conv1d and nn.Conv2d, and as ``Int8Linear``."""
 
-    weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; a group of weights runs along the flattened
-    weight of an output channel. By default the layer quantizes its input per tensor from its own range; ``convert``
-    fixes the range that was trained.
-
-    x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory when
-    nn.Conv2d's is: when x or the weight is. ``channels_last``: whether the weight is.
-    Differentiable in x and bias; the weight is frozen.
-    """
+    float_class: ClassVar[type[nn.Conv1d | nn.Conv2d]]
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -255,9 +250,9 @@ class Int8Conv2d(Int8Layer):
         input: FakeQuantize | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        # nn.Conv2d checks the arguments and resolves padding="same" and ints.
+        # The float layer checks the arguments and resolves ints.
         geometry = (kernel_size, stride, padding, dilation, groups)
-        conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")  # type: ignore[arg-type]
+        conv = self.float_class(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")  # type: ignore[arg-type]
         self.groups = groups  # before the base class packs the weight
         weight = (weight_bits, act_bits, group_size, symmetric)
         super().__init__(conv.weight.shape, bias, *weight, input, PerTensor(), dtype)
@@ -265,10 +260,9 @@ class Int8Conv2d(Int8Layer):
         self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
         self.transposed, self.output_padding = conv.transposed, conv.output_padding
-        self.channels_last = False
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, *, act_bits: int = 8) -> Int8Conv2d:
+    def from_float(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, *, act_bits: int = 8) -> Convolution:
         """Quantizes a trained layer: weights per output channel by amax/127, the input per tensor at run time.
 
         The new layer takes over the hooks of ``conv`` and whatever else was set on it.
@@ -282,10 +276,10 @@ class Int8Conv2d(Int8Layer):
         return take_over(layer, conv, ("weight", "bias")).train(conv.training)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, **codes: Any) -> Int8Conv2d:
+    def like(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, **codes: Any) -> Convolution:
         """A layer with the geometry of ``conv``, without weights yet; ``codes``: bias and the keyword arguments."""
         codes.setdefault("bias", conv.bias is not None)
-        layer = cls(
+        return cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]
@@ -297,14 +291,60 @@ class Int8Conv2d(Int8Layer):
             dtype=conv.weight.dtype,
             **codes,
         )
-        layer.channels_last = _suggests_channels_last(conv.weight)
-        return layer
 
     def compute(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
-        """The convolution with the given geometry: a subclass may pass another one than the layer's to F.conv2d."""
+        """The convolution with the given geometry: a subclass may pass another one than the layer's to its function."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            + self._repr_of_codes()
+        )
+
+    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
+        if self.act_bits == 16:
+            return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
+        codes = codes.reshape(self._as_kernels_take(self.weight_shape))
+        packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
+        return {"data": packed.data, "colsum": packed.colsum}
+
+    def _packed(self) -> PackedInt8Conv2d:
+        shape = self._as_kernels_take(self.weight_shape)
+        return PackedInt8Conv2d(self.data, self.colsum, self._scale_of("scale"), shape, self.groups)  # type: ignore[arg-type]
+
+    def _as_kernels_take(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape [N, C, H, W] of a weight of the layer's shape."""
+        return shape
+
+
+class Int8Conv2d(Int8Convolution):
+    """A 2-D convolution on int8 codes, with nn.Conv2d's arguments; padding adds the code of zero.
+
+    weight_bits, act_bits, group_size, symmetric, dtype: as ``Int8Linear``; a group of weights runs along the flattened
+    weight of an output channel. By default the layer quantizes its input per tensor from its own range; ``convert``
+    fixes the range that was trained.
+
+    x [B, C, H, W] or [C, H, W], fp32, bf16, fp16 or fp64 → x's dtype. The result is in channels_last memory when
+    nn.Conv2d's is: when x or the weight is. ``channels_last``: whether the weight is.
+    Differentiable in x and bias; the weight is frozen.
+    """
+
+    float_class = nn.Conv2d
+    channels_last = False
+
+    @classmethod
+    def like(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, **codes: Any) -> Convolution:
+        """A layer with the geometry of ``conv``, without weights yet; ``codes``: bias and the keyword arguments."""
+        layer: Any = super().like(conv, **codes)  # type: ignore[misc]
+        layer.channels_last = _suggests_channels_last(conv.weight)
+        return layer  # type: ignore[no-any-return]
+
+    def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
         out_dtype = self._out_dtype(input)
         # The kernels pad evenly and with zeros. Any other padding happens before quantization, where it is exact.
         sides = self._sides(padding, dilation)
@@ -339,13 +379,6 @@ class Int8Conv2d(Int8Layer):
             y = y.clone(memory_format=torch.contiguous_format)
         return y if x.dim() == 4 else y.squeeze(0)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            + self._repr_of_codes()
-        )
-
     def _sides(self, padding: Any, dilation: Any) -> list[int]:
         """Turns a padding as in F.conv2d into that of F.pad: left, right, top, bottom."""
         if padding == "valid":
@@ -369,15 +402,6 @@ class Int8Conv2d(Int8Layer):
         )
         super()._apply(fn, recurse)
         return self
-
-    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
-        if self.act_bits == 16:
-            return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
-        packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
-        return {"data": packed.data, "colsum": packed.colsum}
-
-    def _packed(self) -> PackedInt8Conv2d:
-        return PackedInt8Conv2d(self.data, self.colsum, self._scale_of("scale"), self.weight_shape, self.groups)  # type: ignore[arg-type]
 
 
 def _suggests_channels_last(x: Tensor) -> bool:
