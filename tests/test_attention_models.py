@@ -303,12 +303,16 @@ def small_transformer() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return model, (torch.randn(N, L, E), torch.randn(N, S, E))
 
 
-def test_it_compiles_without_a_break():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_without_a_break(dynamic):
     layer = attention(torch.float32, kdim=7, vdim=7)
     prepared, x = prepare(layer), inputs(layer, "memory")
     calibrate(prepared, [dict(zip(("query", "key", "value"), x, strict=True))])
     compiled = torch.compile(copy.deepcopy(prepared), fullgraph=True, backend="eager")
     mask = {"key_padding_mask": torch.arange(S) >= torch.tensor([[S], [2]])}
+    for t in x if dynamic else ():  # the sizes of the mask stay numbers, as when other layers were compiled before
+        for dim in range(t.dim()):
+            torch._dynamo.maybe_mark_dynamic(t, dim)
     for weights in (True, False):
         torch.testing.assert_close(
             compiled(*x, need_weights=weights, **mask), prepared(*x, need_weights=weights, **mask)
