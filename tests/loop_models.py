@@ -81,6 +81,7 @@ def mlp() -> nn.Module:
 
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {"cnn": cnn, "mlp": mlp, "transformer": Transformer, "text": Text}
+MODELS = list(MAKERS)
 SHAPES = {"cnn": (3, 8, 8), "mlp": (11,), "transformer": (6, 8), "text": (7,)}
 
 
@@ -121,6 +122,10 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def quantizer_state_of(model: nn.Module) -> dict[str, Tensor]:
     return {key: t for key, t in state_of(model).items() if "_fake_quant." in key}
+
+
+def scales_of(model: nn.Module) -> list[Tensor]:
+    return [t for key, t in model.named_buffers() if key.rpartition(".")[2] in ("_scale", "running_min", "running_max")]
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loop_models import (
     MAKERS,
+    MODELS,
     WAYS,
     after,
     assert_close,
@@ -17,6 +18,7 @@ from loop_models import (
     loss_of,
     optimizer_of,
     prepared,
+    scales_of,
     state_of,
     train,
 )
@@ -25,13 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 from qkernels.nn import FakeQuantize
-
-MODELS = list(MAKERS)
-
-
-def scales_of(model: nn.Module) -> list[Tensor]:
-    return [t for key, t in model.named_buffers() if key.rpartition(".")[2] in ("_scale", "running_min", "running_max")]
-
 
 # Checkpointing. A batch counts once, and what is computed anew has the scale that the forward pass had.
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from loop_models import (
-    MAKERS,
+    MODELS,
     WAYS,
     after,
     assert_same,
@@ -19,16 +19,11 @@ from loop_models import (
     loss_of,
     optimizer_of,
     prepared,
+    scales_of,
     state_of,
     train,
 )
 from torch import Tensor, nn
-
-MODELS = list(MAKERS)
-
-
-def scales_of(model: nn.Module) -> list[Tensor]:
-    return [t for key, t in model.named_buffers() if key.rpartition(".")[2] in ("_scale", "running_min", "running_max")]
 
 
 def reloaded(model: nn.Module) -> nn.Module:

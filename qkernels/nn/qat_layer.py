@@ -55,9 +55,8 @@ class QATLayer(nn.Module):
 
     float_class: ClassVar[type[nn.Module]]
     float_type: ClassVar[type[nn.Module]]  # of the layer itself: its class before it got quantizers
-    redefined_names: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # attributes that each float layer sets and the class defines anew
+    # Attributes that each float layer sets and the class defines anew.
+    redefined_names: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

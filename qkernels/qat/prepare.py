@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,50 +12,29 @@ from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.last_result import LastResult
-from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import QATForward, Trial, product_weight
-from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX, QATLayer, Role
 from ..nn.qat_lazy import QATLazy
-from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.qat_sequential import join
 from ..nn.quantized import QuantizedLayer
-from ..nn.quantized_parameters import VALUES, QATParameters
-from .adapters import Adapters, deciding, find_adapters
-from .config import QConfig, Rule, matches
+from ..nn.quantized_parameters import QATParameters
+from .config import QConfig
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
 from .fold import eval_mode
+from .plan import Plan, check_rules, plan_of
 from .presets import presets
-from .selection import float_reason, unsupported
-from .sharing import find_inputs
+from .selection import unsupported
 from .spec import QSpec, nearest
 from .states import check_state
-from .weight_readers import WeightReaders, find_weight_readers
+from .weight_readers import find_weight_readers
 
-Specs = dict[str, QSpec | None]
 # The attribute by which torch's Transformer modules take their fused path, and where its value is kept.
 FUSED_PATHS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
 SWITCHED_OFF = "fused_path_of_the_float_model"
-
-
-@dataclass
-class _Plan:
-    """What ``prepare`` is going to do, found before anything changes."""
-
-    specs: dict[str, Specs] = field(default_factory=dict)  # layer -> the spec of each kind of tensor
-    classes: dict[str, type[QATLayer]] = field(default_factory=dict)
-    trials: dict[str, Trial] = field(default_factory=dict)
-    groups: dict[str, int] = field(default_factory=dict)  # layer -> number of the tensor that it shares as its input
-    parameters: dict[str, dict[str, QSpec]] = field(default_factory=dict)  # module -> parameter -> spec
-    floats: dict[str, str] = field(default_factory=dict)  # layer that the config selects -> why it stays in float
-    excluded: set[str] = field(default_factory=set)
-    alone: dict[str, str] = field(default_factory=dict)  # layer -> its parameters that a rule names instead of it
-    results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
-    adapters: Adapters = field(default_factory=Adapters)
 
 
 def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: bool = False) -> nn.Module:
@@ -134,10 +111,10 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
         )
     if inplace and is_sharded_model(model):
         raise ValueError("inplace: got True with a model under fully_shard; accepted: False, or a call before sharding")
-    _check_rules(model, config)
+    check_rules(model, config)
     readers = find_weight_readers(model)
     with eval_mode(model):  # in training mode, to read a weight under spectral_norm would change it
-        plan = _plan(model, config, readers)
+        plan = plan_of(model, config, readers)
     if not plan.specs and not plan.parameters:
         integers = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
         if integers:
@@ -161,160 +138,7 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     return prepared
 
 
-def _check_rules(model: nn.Module, config: QConfig) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in config.idle_rules(modules, parameters):
-        if isinstance(pattern, str):
-            raise ValueError(
-                f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
-            )
-        warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
-    first = {module: name for name, module in model.named_modules()}
-    for pattern, overrides in config.rules:
-        found = {name: module for name, module in modules.items() if matches(pattern, name, module)}
-        others = {name: first[module] for name, module in found.items() if first[module] != name}
-        if found and len(others) == len(found):
-            name = next(iter(others))
-            raise ValueError(
-                f"rules: {pattern!r} matches {name!r}, another name of {others[name]!r}; accepted: that one"
-            )
-        inside = [_idle_inside(name, module, found) for name, module in found.items()]
-        if overrides is None and inside and all(inside):
-            text = (
-                f"rules: {pattern if isinstance(pattern, type) else repr(pattern)} leaves no layer in float, as it "
-                f"matches {next(iter(found))!r} and not the layers inside, such as {inside[0]!r}"
-            )
-            if isinstance(pattern, str):
-                raise ValueError(f"{text}; accepted: a pattern for these, such as {pattern + '.*'!r}")
-            warnings.warn(text, stacklevel=3)
-
-
-def _idle_inside(name: str, module: nn.Module, found: Mapping[str, nn.Module]) -> str | None:
-    """A layer inside a mere container that a rule for the container does not reach; None: there is none."""
-    if qat_class_of(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False) if not is_lazy(p)):
-        return None
-    if has_adapters(module):
-        return None
-    layers = (inner for inner, layer in module.named_modules(prefix=name) if qat_class_of(layer) is not None)
-    return next((inner for inner in layers if inner not in found), None)
-
-
-def _plan(model: nn.Module, config: QConfig, readers: WeightReaders) -> _Plan:
-    plan = _Plan(adapters=find_adapters(model, config))
-    adapters = plan.adapters
-    bases = (set(adapters.sums.values()) - set(adapters.sums)) | adapters.left
-    cross = {layer.multihead_attn for layer in model.modules() if isinstance(layer, nn.TransformerDecoderLayer)}
-    left: dict[str, set[str]] = {}  # module -> parameters that rules leave in float
-    for name, spec in config.parameter_specs(model).items():
-        owner, _, parameter = name.rpartition(".")
-        if spec is not None:
-            plan.parameters.setdefault(owner, {})[parameter] = spec
-        else:
-            left.setdefault(owner, set()).add(parameter)
-    for name, module in model.named_modules():
-        cls: type[QATLayer] | None = QATAdapted if name in adapters.sums else qat_class_of(module)
-        own_name = (config.rule_of(name, module) or ("",))[0] == name
-        if name in bases or (name in adapters.parts and not own_name):
-            plan.excluded.add(name)
-            continue
-        if cls is None or name in plan.parameters:
-            if cls is not None and name not in readers.too and float_reason(name, module, cls, readers)[0] is None:
-                plan.alone[name] = ", ".join(plan.parameters[name])
-            _plan_values(plan, config, name, module, known=cls is not None)
-            continue
-        known_as = deciding(config, model, name, adapters.sums[name]) if name in adapters.sums else (name, module)
-        like = {role.kind: role.like for role in cls.roles(module).values()}
-        specs = {kind: spec for kind, spec in config.specs(known_as[0], known_as[1], like).items() if kind in like}
-        _check_kinds(name, set(like), config.rule_of(*known_as))
-        if _leaves_weights(name, cls.roles(module), left.get(name, set())):
-            specs["weight"] = None
-        if isinstance(module, nn.MultiheadAttention) and not (
-            module in cross or not module._qkv_same_embed_dim or config.asks_for("memory", name, module)
-        ):
-            specs["memory"] = None
-        if name in plan.results:
-            specs["output"] = None
-        if not any(specs.values()):
-            plan.excluded.add(name)
-            continue
-        reason, trial = float_reason(name, module, cls, readers)
-        asked = trial.reason is not None and not trial.refused and config.names_type_of(name, module)
-        if reason is None or asked:
-            plan.specs[name], plan.classes[name], plan.trials[name] = specs, cls, trial
-            if isinstance(module, nn.MultiheadAttention):
-                called = f"{name}.out_proj".removeprefix(".")
-                readers.calls(called)
-                if specs["output"] is not None:
-                    plan.results.add(called)
-        else:
-            plan.floats[name] = reason
-    # A forward of its own may hand its product another input than it got.
-    modules = {name: model.get_submodule(name) for name in plan.specs if plan.specs[name].get("input")}
-    plain = [name for name, module in modules.items() if type(module).forward is plan.classes[name].float_class.forward]
-    inputs = find_inputs(model, plain)
-    for number, group in enumerate(inputs.groups):
-        plan.groups.update(dict.fromkeys(group, number))
-    for name in inputs.given:
-        spec = plan.specs[name]["input"]
-        if (
-            spec is not None
-            and spec.quantizer == "lsq"
-            and spec.bits > MSE_BITS
-            and not config.asks_for("input", name, modules[name])
-        ):
-            plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
-    return plan
-
-
-def _plan_values(plan: _Plan, config: QConfig, name: str, module: nn.Module, known: bool) -> None:
-    """Adds the input and the output of a module of another class, if the rule that decides names it or its class.
-
-    Of one with adapters and a weight of its own, adds the weight too, as the config says for all layers.
-    """
-    rule = config.rule_of(name, module)
-    adapted = name in plan.adapters.own_weight
-    if adapted and name not in plan.parameters:
-        weight = config.specs(name, module)["weight"]
-        if weight is None:
-            plan.excluded.add(name)
-        else:
-            plan.parameters[name] = {"weight": weight}
-    if rule is None or rule[1] is None or not (rule[0] == name or rule[0] is type(module)):
-        return
-    if not known:
-        _check_kinds(name, {*VALUES, "weight"} if adapted else set(VALUES), rule)
-    specs = config.specs(name, module)
-    for kind in VALUES:
-        spec = specs[kind]
-        if kind in rule[1] and spec is not None:
-            plan.parameters.setdefault(name, {})[kind] = spec
-
-
-def _check_kinds(name: str, kinds: set[str], rule: Rule | None) -> None:
-    """Refuses a rule for this very layer, or for layers of its class, that names a tensor which the layer has not."""
-    if rule is None or rule[1] is None or not (rule[0] == name or isinstance(rule[0], type)):
-        return
-    for kind in rule[1]:
-        if kind not in kinds:
-            raise ValueError(
-                f"config, layer {name!r}: a rule gives {kind!r}; accepted for this layer: {', '.join(sorted(kinds))}"
-            )
-
-
-def _leaves_weights(name: str, roles: Mapping[str, Role], left: set[str]) -> bool:
-    """Whether rules leave the layer's weights in float by their own names; they have one spec, so it is all or none."""
-    weights = [role.parameter for role in roles.values() if role.kind == "weight"]
-    kept = [parameter for parameter in weights if parameter not in left]
-    if kept and len(kept) < len(weights):
-        raise ValueError(
-            f"config, layer {name!r}: a rule leaves {min(left & set(weights))!r} in float and not {kept[0]!r}; "
-            'accepted: all weights of the layer, or a rule for the layer such as {"weight": None}'
-        )
-    return bool(weights) and not kept
-
-
-def _quantized_layers(model: nn.Module, plan: _Plan) -> dict[nn.Module, QATLayer]:
+def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]:
     """The QAT layers that replace layers of ``model``, which stays as it is."""
     made: dict[nn.Module, QATLayer] = {}
     tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
@@ -413,7 +237,7 @@ def leave_fused_paths(model: nn.Module) -> None:
                 setattr(module, name, type(getattr(module, name))(0))
 
 
-def _warn(model: nn.Module, plan: _Plan, too: dict[str, str]) -> None:
+def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
     """Gives at most one warning: which layers stay in float, and why."""
     said = []
     if plan.floats:
