@@ -5,7 +5,7 @@
 
 namespace qkernels {
 
-enum class Activation : int { none, relu, gelu, silu };
+enum class Activation : int { none, relu, gelu, silu, sigmoid, tanh, clamp, leaky_relu, hardswish, hardsigmoid };
 
 template <typename T>
 struct ExpConstants {
