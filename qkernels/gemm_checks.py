@@ -427,3 +427,17 @@ def codes_of_bits(name: str, q: Tensor, bits_: int) -> None:
     least, most = (int(value) for value in torch.aminmax(q))
     bad = least if least < low else most
     require(low <= least and most <= high, f"{name}: got {bad}; accepted: the codes of {bits_} bits, {low} to {high}")
+
+
+def int8_program(inputs: Sequence[Tensor]) -> None:
+    require(len(inputs) > 0, "inputs: got none; accepted: at least one tensor")
+    for i, x in enumerate(inputs):
+        require(
+            x.dtype == torch.float32 and 2 <= x.dim() <= 5,
+            f"inputs[{i}]: got {x.dtype} of shape {list(x.shape)}; accepted: torch.float32 [N, C], [N, C, L], "
+            "[N, C, H, W] or [N, C, D, H, W]",
+        )
+        require(
+            x.shape[0] == inputs[0].shape[0],
+            f"inputs[{i}]: got {x.shape[0]} images; accepted: as many as inputs[0] has, {inputs[0].shape[0]}",
+        )

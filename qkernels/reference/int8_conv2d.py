@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,15 @@ from torch.nn.functional import conv2d, pad
 
 from .. import gemm_checks, layouts
 from .int8_gemm import epilogue, quantize_codes, static_qparams
+
+
+def codes_of(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """The codes [C_out, C_in/groups, *kernel] that were packed into ``data``."""
+    n, c, *kernel = shape
+    k = c * math.prod(kernel)
+    panels = data.view(groups, *data.shape[-4:])
+    rows = torch.cat([layouts.int8_unpack(group, n // groups, k) for group in panels])
+    return rows.view(n, *kernel, c).movedim(-1, 1)
 
 
 def int8_conv2d(
@@ -33,14 +43,12 @@ def int8_conv2d(
         dilation, groups,
     )  # fmt: skip
     channels_out = colsum.numel()
-    group_in, group_out = x.shape[1] // groups, channels_out // groups
-    k = kernel_size[0] * kernel_size[1] * group_in
+    group_in = x.shape[1] // groups
     s, zero_point = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max)
     if x.shape[0] == 0 or channels_out == 0:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     q, nan = quantize_codes(x.detach(), s, zero_point, quant_min, quant_max)
-    weight = torch.cat([layouts.int8_unpack(panels, group_out, k) for panels in data])
-    weight = weight.view(channels_out, *kernel_size, group_in).permute(0, 3, 1, 2)
+    weight = codes_of(data, (channels_out, group_in, *kernel_size), groups)
     sides = (padding[1], padding[1], padding[0], padding[0])
     # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.
     acc = conv2d(pad((q.long() - zero_point).double(), sides), weight.double(), None, stride, 0, dilation, groups)

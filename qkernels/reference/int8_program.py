@@ -1,0 +1,343 @@
+"""int8_program in plain torch: runs a plan (see ``ops/int8_program.py``) step by step.
+
+A value is a tensor [N, C, D, H, W], floats or codes (int64), with the number of its spatial dims: 0 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import gemm_checks
+from .activation import FUNCTIONS, sigmoid
+from .int8_conv2d import codes_of
+from .int8_gemm import static_qparams
+
+Step = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def codes(self, x: Tensor) -> Tensor:
+        """A NaN becomes the zero point, as no code is NaN."""
+        q = ((x * (1 / self.scale)).round() + self.zero_point).clamp(self.low, self.high)
+        return torch.where(q.isnan(), self.zero_point, q).long()
+
+    def values(self, codes: Tensor) -> Tensor:
+        return (codes - self.zero_point).float() * self.scale
+
+
+@dataclass(frozen=True)
+class Value:
+    data: Tensor
+    rank: int
+    quantizer: Quantizer | None = None  # None: floats
+
+    def floats(self) -> Tensor:
+        return self.data if self.quantizer is None else self.quantizer.values(self.data)
+
+
+def parse(plan: str) -> list[tuple[str, Step]]:
+    """The steps of a plan: each one's name, and its values by their keys."""
+    steps = []
+    for line in plan.splitlines():
+        name, *pairs = line.split(" ")
+        if name not in STEPS:
+            raise RuntimeError(f"plan: got a step {name!r}; accepted: {', '.join(STEPS)}")
+        steps.append((name, dict(pair.split("=", 1) for pair in pairs)))
+    return steps
+
+
+def int8_program(
+    inputs: Sequence[Tensor], constants: Sequence[Tensor], plan: str, shapes_only: bool = False
+) -> list[Tensor]:
+    """shapes_only: looks at no values, for tracing: tensors may then be fake."""
+    gemm_checks.int8_program(inputs)
+    machine = Machine(inputs, constants, shapes_only)
+    for name, step in parse(plan):
+        STEPS[name](machine, step)
+    return [machine.finished(output) for _, output in sorted(machine.outputs.items())]
+
+
+class Machine:
+    """What a running plan has computed so far."""
+
+    def __init__(self, inputs: Sequence[Tensor], constants: Sequence[Tensor], shapes_only: bool) -> None:
+        self.inputs, self.constants, self.shapes_only = inputs, constants, shapes_only
+        self.quantizers: dict[str, Quantizer] = {}
+        self.values: dict[str, Value] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.broken = False  # a scale or a bias is not finite
+        self.nan = torch.zeros(inputs[0].shape[0], dtype=torch.bool)  # images with a NaN
+
+    def finished(self, output: Tensor) -> Tensor:
+        if self.shapes_only:
+            return output
+        nan = torch.ones_like(self.nan) if self.broken else self.nan
+        if bool(nan.any()):
+            output[nan] = torch.nan
+        return output
+
+    def constant(self, step: Step, key: str) -> Tensor | None:
+        return self.constants[int(step[key])].detach() if key in step else None
+
+    def finite(self, step: Step, key: str) -> Tensor | None:
+        t = self.constant(step, key)
+        if not self.shapes_only:
+            self.broken |= t is not None and not bool(t.isfinite().all())
+        return t
+
+    def keep(self, step: Step, y: Tensor, rank: int) -> None:
+        """Keeps a result as floats, as codes, or both."""
+        if "out" in step:
+            self.values[step["out"]] = Value(y, rank)
+        if "codes" in step:
+            quantizer = self.quantizers[step["q"]]
+            self.values[step["codes"]] = Value(quantizer.codes(y), rank, quantizer)
+
+    def move(self, step: Step, change: Callable[[Tensor], Tensor], rank: int | None = None) -> None:
+        """Keeps a result whose elements are those of x."""
+        x = self.values[step["x"]]
+        self.values[step["out"]] = Value(change(x.data), x.rank if rank is None else rank, x.quantizer)
+
+
+def _ints(step: Step, key: str, missing: str = "0,0,0") -> list[int]:
+    return [int(part) for part in step.get(key, missing).split(",")]
+
+
+def _activated(step: Step, key: str, x: Tensor) -> Tensor:
+    if key not in step:
+        return x
+    name, *parameters = step[key].split(":")
+    return ACTIVATIONS[name](x, *map(float, parameters))
+
+
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.clamp(x, low, high)
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: FUNCTIONS[name] for name in ("relu", "gelu", "silu")},
+    "sigmoid": sigmoid,
+    "tanh": torch.tanh,
+    "clamp": _clamp,
+    "leaky_relu": lambda x, slope: torch.where(x > 0, x, x * slope),
+    "hardswish": lambda x: x * _clamp(x + 3, 0, 6) / 6,
+    "hardsigmoid": lambda x: _clamp(x + 3, 0, 6) / 6,
+}
+
+
+def _quantizer(m: Machine, step: Step) -> None:
+    low, high = int(step["low"]), int(step["high"])
+    scale = m.finite(step, "scale")
+    assert scale is not None
+    scale, zero_point = static_qparams("input", scale, m.constant(step, "zero_point"), low, high)
+    if not m.shapes_only:
+        m.broken |= not bool(scale.isfinite())
+    m.quantizers[step["id"]] = Quantizer(scale, zero_point, low, high)
+
+
+def _equal(m: Machine, step: Step) -> None:
+    if not m.shapes_only and m.constants[int(step["a"])].item() != m.constants[int(step["b"])].item():
+        raise RuntimeError(
+            f"int8_program: constants {step['a']} and {step['b']} differ; accepted: equal ones, as the plan takes them "
+            "for one quantizer"
+        )
+
+
+def _input(m: Machine, step: Step) -> None:
+    x = m.inputs[int(step["index"])].detach()
+    rank = x.dim() - 2
+    if not m.shapes_only:
+        m.nan |= x.isnan().flatten(1).any(1)
+    x = x.reshape(*x.shape[:2], *[1] * (3 - rank), *x.shape[2:])
+    m.values[step["out"]] = Value(x, rank)
+
+
+def _quantize(m: Machine, step: Step) -> None:
+    x, quantizer = m.values[step["x"]], m.quantizers[step["q"]]
+    m.values[step["out"]] = Value(quantizer.codes(x.floats()), x.rank, quantizer)
+
+
+def _dequantize(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    m.values[step["out"]] = Value(x.floats(), x.rank)
+
+
+def _requantize(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    m.keep(step, x.floats(), x.rank)
+
+
+def _finish_product(m: Machine, step: Step, acc: Tensor, x: Value) -> None:
+    assert x.quantizer is not None
+
+    def by_channel(t: Tensor) -> Tensor:
+        return t.float().reshape(-1, 1, 1, 1)
+
+    scale, bias = m.finite(step, "scale"), m.finite(step, "bias")
+    assert scale is not None
+    y = acc.float() * by_channel(scale) * x.quantizer.scale
+    if bias is not None:
+        y = y + by_channel(bias)
+    y = _activated(step, "first", y)
+    if "residual" in step:
+        y = y + m.values[step["residual"]].floats()
+    m.keep(step, _activated(step, "second", y), x.rank)
+
+
+def _conv(m: Machine, step: Step) -> None:
+    x, kernel, groups = m.values[step["x"]], _ints(step, "kernel"), int(step.get("groups", "1"))
+    data = m.constant(step, "data")
+    assert data is not None
+    assert x.quantizer is not None
+    n, c = int(step["out_channels"]), int(step["in"])
+    weight = codes_of(data, (n, c // groups, *kernel), groups)
+    before, after = _ints(step, "padding"), _ints(step, "padding_after")
+    sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
+    # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.
+    padded = F.pad((x.data - x.quantizer.zero_point).double(), sides)
+    stride, dilation = _ints(step, "stride"), _ints(step, "dilation")
+    acc = F.conv3d(padded, weight.double(), None, stride, 0, dilation, groups)
+    _finish_product(m, step, acc.long(), x)
+
+
+def _linear(m: Machine, step: Step) -> None:
+    _conv(m, {**step, "kernel": "1,1,1", "stride": "1,1,1", "dilation": "1,1,1"})
+
+
+def _max_pool(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    options = _ints(step, "kernel"), _ints(step, "stride"), _ints(step, "padding"), _ints(step, "dilation", "1,1,1")
+    m.move(step, lambda t: F.max_pool3d(t.double(), *options, step.get("ceil") == "1").to(x.data.dtype))
+
+
+def _avg_pool(m: Machine, step: Step) -> None:
+    x, kernel, stride = m.values[step["x"]], _ints(step, "kernel"), _ints(step, "stride")
+    padding = _ints(step, "padding")
+    options = (
+        step.get("ceil") == "1",
+        step.get("include_pad") == "1",
+        int(step["divisor"]) if "divisor" in step else None,
+    )
+    if x.rank == 3:
+        y = F.avg_pool3d(x.floats(), kernel, stride, padding, *options)
+    else:
+        y = F.avg_pool2d(x.floats().squeeze(2), kernel[1:], stride[1:], padding[1:], *options).unsqueeze(2)
+    m.keep(step, y, x.rank)
+
+
+def _adaptive_avg_pool(m: Machine, step: Step) -> None:
+    x, size = m.values[step["x"]], _ints(step, "size")
+    if x.rank == 3:
+        y = F.adaptive_avg_pool3d(x.floats(), size)  # type: ignore[arg-type]
+    else:
+        y = F.adaptive_avg_pool2d(x.floats().squeeze(2), size[1:]).unsqueeze(2)  # type: ignore[arg-type]
+    m.keep(step, y, x.rank)
+
+
+def _mean(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    m.keep(step, x.floats().mean((2, 3, 4), keepdim=True), x.rank if step.get("keep") == "1" else 0)
+
+
+def _activate(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    m.keep(step, _activated(step, "first", x.floats()), x.rank)
+
+
+def _binary(m: Machine, step: Step) -> None:
+    a, b = m.values[step["a"]], m.values[step["b"]]
+    y: Tensor = getattr(torch, step["kind"])(a.floats(), b.floats())
+    m.keep(step, _activated(step, "first", y), max(a.rank, b.rank))
+
+
+def _batch_norm(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    mean, var = m.finite(step, "mean"), m.finite(step, "var")
+    weight, bias = m.finite(step, "weight"), m.finite(step, "bias")
+    assert mean is not None
+    assert var is not None
+    alpha = torch.rsqrt(var + float(step["eps"]))
+    alpha = alpha if weight is None else alpha * weight
+    shift = -mean * alpha if bias is None else bias - mean * alpha
+    y = x.floats() * alpha.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
+    m.keep(step, _activated(step, "first", y), x.rank)
+
+
+def _cat(m: Machine, step: Step) -> None:
+    xs = [m.values[name] for name in step["xs"].split(",")]
+    m.values[step["out"]] = Value(torch.cat([x.data for x in xs], 1), xs[0].rank, xs[0].quantizer)
+
+
+def _slice(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: t[:, int(step["begin"]) : int(step["end"])])
+
+
+def _shuffle(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: t.unflatten(1, (int(step["groups"]), -1)).transpose(1, 2).flatten(1, 2))
+
+
+def _upsample(m: Machine, step: Step) -> None:
+    def repeated(t: Tensor) -> Tensor:
+        for dim, times in enumerate(_ints(step, "scale"), 2):
+            t = t.repeat_interleave(times, dim)
+        return t
+
+    m.move(step, repeated)
+
+
+def _flatten(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: t.flatten(1)[:, :, None, None, None], rank=0)
+
+
+def _output(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    y = x.floats().flatten(2) if x.rank == 0 else x.floats()
+    y = y.reshape(y.shape[0], y.shape[1], *y.shape[5 - x.rank :]) if x.rank else y[:, :, 0]
+    first = m.inputs[0]
+    last = step.get("channels_last") == "input" and first.dim() == x.rank + 2 and _is_channels_last(first)
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    m.outputs[int(step["index"])] = y.clone(memory_format=formats[x.rank] if last else torch.contiguous_format)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() not in (4, 5):
+        return False
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=last) and not x.is_contiguous()
+
+
+STEPS: dict[str, Callable[[Machine, Step], Any]] = {
+    "quantizer": _quantizer,
+    "equal": _equal,
+    "input": _input,
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "requantize": _requantize,
+    "conv": _conv,
+    "linear": _linear,
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+    "adaptive_avg_pool": _adaptive_avg_pool,
+    "mean": _mean,
+    "activate": _activate,
+    "binary": _binary,
+    "batch_norm": _batch_norm,
+    "cat": _cat,
+    "slice": _slice,
+    "shuffle": _shuffle,
+    "upsample": _upsample,
+    "flatten": _flatten,
+    "output": _output,
+}
