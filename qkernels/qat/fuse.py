@@ -1,0 +1,247 @@
+"""Lets a converted model keep its activations as codes from layer to layer, in int8 programs."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..nn.quantized import QuantizedLayer
+from ..ops.autograd import transformed
+from ..ops.int8_program import int8_program
+from .graph import Graph, writes
+from .lowering import Part, parts_of
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class FusedForward:
+    """The forward of a converted module, in as few calls of programs as its graph allows.
+
+    It stands in the module's ``forward`` attribute, so that the tree of modules, their names, hooks and state_dict stay
+    as they are. The module's own forward runs instead where a program would not do the same: in training mode, for
+    inputs that are not plain fp32 CPU tensors, under autocast or a transform of torch.func, if a module inside has
+    hooks or was replaced, and while torch.fx traces. Gradients are those of the module's own forward, which the
+    backward pass runs again.
+
+    Attributes:
+        reason: why no program runs; None: programs run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.reason: str | None = None
+        self._built: _Built | None = None
+
+    def build(self) -> None:
+        """Traces the module and writes its programs; ``reason`` says if there are none."""
+        try:
+            self._built = _Built(self.module)
+            self.reason = None
+        except Exception as error:  # a module's forward may raise anything when traced
+            first = next(iter(str(error).splitlines()), "")
+            self._built, self.reason = None, f"{type(error).__name__}: {first[:120]}"
+
+    @property
+    def plans(self) -> list[str]:
+        """The programs, in the language of ``ops/int8_program.py``."""
+        return [] if self._built is None else [part.plan for part in self._built.parts]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._built is None and self.reason is None:
+            self.build()
+        built = self._built
+        if built is not None and not kwargs and built.takes(self.module, args):
+            try:
+                return built.differentiable(self.module, args) if _wants_gradient(self.module, args) else built.run(*args)
+            except _Unfit:
+                pass
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        import copy
+
+        return FusedForward(copy.deepcopy(self.module, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "reason": None, "_built": None}
+
+
+class _Unfit(Exception):
+    """A program cannot run on what it got."""
+
+
+class _Built:
+    """The graph of a module with calls of programs in it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
+            raise NotImplementedError("its forward takes any number of arguments")
+        concrete = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.count = len(parameters) - len(concrete)
+        graph = Graph(module, concrete)
+        self.parts = parts_of(graph)
+        if not self.parts:
+            raise NotImplementedError("no two operations in a row that a program can run")
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"][: self.count]
+        read = {node for part in self.parts for node in part.inputs}
+        ranks = {node: graph.ranks.get(node) for node in read}
+        self.dims = [None if (rank := ranks.get(node)) is None else rank + 2 for node in places]
+        self.images = [node in read for node in places]
+        self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
+        self.tree = [(m._modules, name, child) for m in module.modules() for name, child in m._modules.items()]
+        inner = [m for m in module.modules() if m is not module]
+        self.hooks = [vars(m)[name] for m in inner for name in _HOOKS]
+
+    def takes(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+        if len(args) != self.count or module.training or transformed() or torch.is_autocast_enabled("cpu"):
+            return False
+        for x, dims, image in zip(args, self.dims, self.images, strict=True):
+            if image and not (_is_plain(x) and (dims is None or x.dim() == dims)):
+                return False
+        if any(self.hooks) or torch_module._has_any_global_hook():
+            return False
+        return all(modules.get(name) is child for modules, name, child in self.tree)
+
+    def differentiable(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        wanted = [p for p in module.parameters() if p.requires_grad]
+        structure: list[Any] = []
+        outputs = _Recomputed.apply(module, self.run, structure, len(args), *args, *wanted)  # type: ignore[no-untyped-call]
+        return tree_unflatten(list(outputs), structure[0])
+
+
+class _Recomputed(Function):
+    """Programs forwards; backwards the module's own forward again, with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, run: Any, structure: list[Any], count: int, *tensors: Any) -> Any:
+        ctx.module, ctx.args, ctx.wanted = module, tensors[:count], tensors[count:]
+        flat, spec = tree_flatten(run(*tensors[:count]))
+        structure.append(spec)
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.enable_grad():
+            args = [
+                x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ctx.args
+            ]
+            outputs, _ = tree_flatten(type(ctx.module).forward(ctx.module, *args))
+            asked = [x for x in (*args, *ctx.wanted) if isinstance(x, Tensor) and x.requires_grad]
+            pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+            found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
+        return None, None, None, None, *(
+            next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in (*args, *ctx.wanted)
+        )
+
+
+def _is_plain(x: Any) -> bool:
+    kind = type(x) is Tensor or isinstance(x, FakeTensor) or type(x) is nn.Parameter
+    return kind and x.dtype is torch.float32 and x.device.type == "cpu" and x.layout is torch.strided and x.dim() >= 2
+
+
+def _wants_gradient(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args) or any(p.requires_grad for p in module.parameters())
+
+
+def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
+    """The graph with a call of a program in place of each part, in an order in which everything is made before use."""
+    part_of = {node: part for part in parts for node in part.nodes}
+    for node in graph.graph.nodes:
+        if node not in part_of and writes(node, graph.root) and any(user in part_of for user in node.args[0].users):
+            raise NotImplementedError(f"{node.name} overwrites what a program reads")
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    units: list[fx.Node | Part] = [
+        node
+        for node in graph.graph.nodes
+        if node not in part_of and (node in graph.read or node.op in ("placeholder", "output") or writes(node, graph.root))
+    ]
+    units += parts
+    first = {id(unit): order[unit if isinstance(unit, fx.Node) else unit.nodes[0]] for unit in units}
+    waiting: dict[int, int] = {}
+    waiters: dict[int, list[fx.Node | Part]] = {}
+    for unit in units:
+        sources = unit.all_input_nodes if isinstance(unit, fx.Node) else unit.inputs
+        needed = {id(part_of.get(source, source)) for source in sources}
+        waiting[id(unit)] = len(needed)
+        for source in needed:
+            waiters.setdefault(source, []).append(unit)
+    ready = [(first[id(unit)], id(unit), unit) for unit in units if not waiting[id(unit)]]
+    heapq.heapify(ready)
+    new, made = fx.Graph(), {}
+    while ready:
+        _, _, unit = heapq.heappop(ready)
+        if isinstance(unit, Part):
+            result = new.call_function(_caller(unit), tuple(made[source] for source in unit.inputs))
+            for i, node in enumerate(unit.outputs):
+                made[node] = new.call_function(operator.getitem, (result, i))
+        elif unit.op == "get_attr":
+            made[unit] = new.call_function(_getter(graph.root, str(unit.target)))
+        else:
+            made[unit] = new.node_copy(unit, lambda node: made[node])
+        for other in waiters.get(id(unit), ()):
+            waiting[id(other)] -= 1
+            if not waiting[id(other)]:
+                heapq.heappush(ready, (first[id(other)], id(other), other))
+    return new
+
+
+def _getter(root: nn.Module, name: str) -> Callable[[], Any]:
+    """Reads an attribute of the root when it runs: a move to another dtype may have replaced it."""
+
+    def attribute() -> Any:
+        return operator.attrgetter(name)(root)
+
+    return attribute
+
+
+def _caller(part: Part) -> Callable[..., list[Tensor]]:
+    def int8_part(*inputs: Tensor) -> list[Tensor]:
+        if not all(_is_plain(x) for x in inputs):
+            raise _Unfit
+        if not part.in_rows:
+            return int8_program(list(inputs), part.constants(), part.plan)  # type: ignore[no-any-return]
+        lead = inputs[0].shape[:-1]
+        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+        return [y.reshape(*lead, y.shape[-1]) for y in int8_program(rows, part.constants(), part.plan)]
+
+    return int8_part
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Gives ``model``, or the largest modules inside that can be traced, a ``FusedForward``, in place."""
+    for module in _fusible(model):
+        fused = FusedForward(module)
+        fused.build()
+        module.__dict__["forward"] = fused
+    return model
+
+
+def _fusible(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, QuantizedLayer) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
+        return
+    trial = FusedForward(module)
+    trial.build()
+    if trial.reason is None:
+        yield module
+        return
+    for child in module.children():
+        yield from _fusible(child)
+
+
+def fused_parts(model: nn.Module) -> dict[str, FusedForward]:
+    """The FusedForwards of a converted model, by their modules' names."""
+    found = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    return {name: forward for name, forward in found.items() if isinstance(forward, FusedForward)}

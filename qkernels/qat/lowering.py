@@ -1,0 +1,482 @@
+"""Writes integer programs (see ``ops/int8_program.py``) for the parts of a graph that they can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8 import Int8Linear
+from .graph import LAYERS, MOVES, Graph, Operation
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that a module holds, by the dict that holds it: the module may replace the tensor."""
+
+    tensors: dict[str, Any]
+    name: str
+
+    def __hash__(self) -> int:
+        return hash((id(self.tensors), self.name))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and self.tensors is other.tensors and self.name == other.name
+
+
+@dataclass(frozen=True)
+class Made:
+    """The scale (part 0) or zero point (part 1) that a quantizer makes of what it holds."""
+
+    quantizer: FakeQuantize
+    part: int
+
+
+@dataclass
+class Part:
+    """A part of a graph as a program.
+
+    Attributes:
+        nodes: the part's nodes, in the graph's order.
+        inputs, outputs: the nodes outside that it reads, and its nodes that are read outside.
+        in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
+        plan: the program's text.
+        held: tensors that make up the program's constants, followed by ``made``.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    in_rows: bool
+    plan: str = ""
+    held: list[Held] = field(default_factory=list)
+    made: list[Made] = field(default_factory=list)
+
+    def constants(self) -> list[Tensor]:
+        tensors: list[Tensor] = [held.tensors[held.name] for held in self.held]
+        for made in self.made:
+            value = made.quantizer.qparams()[made.part]
+            assert value is not None
+            tensors.append(value.detach().float() if made.part == 0 else value)
+        return tensors
+
+
+def parts_of(graph: Graph) -> list[Part]:
+    """The largest parts that programs can run and that hold an integer layer and something else, in the graph's order.
+
+    Nodes are in one part if edges connect them and no path between them leads through a node that no program runs.
+    """
+    depth: dict[fx.Node, int] = {}
+    leader: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    for node in graph.graph.nodes:
+        able = node in graph.operations
+        sources = graph.sources_of(node)
+        depth[node] = max((depth[s] + (s in graph.operations and not able) for s in sources), default=0)
+        if able:
+            leader[node] = node
+            for source in graph.operations[node].inputs:
+                if source in leader and depth[source] == depth[node]:
+                    leader[find(node)] = find(source)
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in leader:
+        groups.setdefault(find(node), []).append(node)
+    return [part for nodes in groups.values() if (part := _part(graph, nodes)) is not None]
+
+
+def _part(graph: Graph, nodes: list[fx.Node]) -> Part | None:
+    inside = set(nodes)
+    operations = [graph.operations[node] for node in nodes]
+    work = [operation for operation in operations if operation.kind != "alias"]
+    if len(work) < 2 or not any(operation.module is not None and isinstance(operation.module, LAYERS) for operation in work):
+        return None
+    inputs = list(dict.fromkeys(s for operation in operations for s in operation.inputs if s not in inside))
+    outputs = [node for node in nodes if any(_reads_outside(graph, user, inside) for user in node.users)]
+    in_rows = {graph.ranks.get(node) for node in (*nodes, *inputs)} == {None}
+    if any(graph.ranks.get(node) is None for node in (*nodes, *inputs)) and not in_rows:
+        return None
+    part = Part(nodes, inputs, outputs, in_rows)
+    _Writer(graph, part).write()
+    return part
+
+
+def _reads_outside(graph: Graph, user: fx.Node, inside: set[fx.Node]) -> bool:
+    return user not in inside and (user in graph.read or user.op == "output")
+
+
+@dataclass
+class _Need:
+    """In which forms a node's result is read: floats, and codes of which quantizers."""
+
+    floats: bool = False
+    codes: dict[int, None] = field(default_factory=dict)  # in order
+
+
+@dataclass
+class _Group:
+    """A product, sum or the like with what follows it alone: activations, and a residual that is added."""
+
+    first: str | None = None
+    residual: fx.Node | None = None
+    second: str | None = None
+
+
+class _Writer:
+    """Writes the program of a part.
+
+    Backwards it finds in which forms each result is needed, forwards it writes the steps that make them.
+    """
+
+    def __init__(self, graph: Graph, part: Part) -> None:
+        self.graph, self.part = graph, part
+        self.inside = set(part.nodes)
+        self.users: dict[fx.Node, list[fx.Node]] = {node: [] for node in part.nodes}
+        for node in part.nodes:
+            for source in dict.fromkeys(graph.operations[node].inputs):
+                if source in self.inside:
+                    self.users[source].append(node)
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+        self.header: list[tuple[str, dict[str, Any]]] = []
+        self.quantizers: list[tuple[tuple[float, int, int, int], tuple[Any, Any]]] = []
+        self.names: dict[tuple[fx.Node, int | None], str] = {}  # (node, quantizer or None for floats) -> value
+        self.needs = {node: _Need() for node in (*part.nodes, *part.inputs)}
+        self.groups: dict[fx.Node, _Group] = {}  # by their first node
+        self.tail: dict[fx.Node, fx.Node] = {}  # first node -> last node
+        self.head: dict[fx.Node, fx.Node] = {}  # any other node of a group -> its first node
+        self.count = 0
+
+    def write(self) -> None:
+        self._group()
+        self._demand()
+        for i, node in enumerate(self.part.inputs):
+            self.add("input", out=self._name(node, None), index=i)
+            for q in self.needs[node].codes:
+                self.add("quantize", out=self._name(node, q), x=self.names[node, None], q=q)
+        for node in self.part.nodes:
+            self._emit(node)
+        for i, node in enumerate(self.part.outputs):
+            options = {"channels_last": "input"} if (self.graph.ranks.get(node) or 0) >= 2 else {}
+            self.add("output", x=self._floats(self._source(node)), index=i, **options)
+        self._finish()
+
+    def add(self, step: str, **options: Any) -> None:
+        self.lines.append((step, options))
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """The node whose result this one's is: an alias stands for its input."""
+        while node in self.inside and self.graph.operations[node].kind == "alias":
+            node = self.graph.operations[node].inputs[0]
+        return node
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [self._source(source) for source in self.graph.operations[node].inputs]
+
+    # --- which nodes one step computes ---
+
+    def _readers(self, node: fx.Node) -> list[fx.Node] | None:
+        """The nodes that read a result, aliases seen through; None: it is also read outside."""
+        found: list[fx.Node] = []
+        if node in self.part.outputs:
+            return None
+        for user in self.users[node]:
+            if self.graph.operations[user].kind == "alias":
+                further = self._readers(user)
+                if further is None:
+                    return None
+                found += further
+            else:
+                found.append(user)
+        return found
+
+    def _only_reader(self, node: fx.Node, kind: str) -> fx.Node | None:
+        readers = self._readers(node)
+        if readers is None or len(readers) != 1:
+            return None
+        reader = readers[0]
+        taken = reader in self.head
+        return reader if self.graph.operations[reader].kind == kind and not taken else None
+
+    def _group(self) -> None:
+        for node in reversed(self.part.nodes):  # of two products that are added, the later one takes the sum
+            operation = self.graph.operations[node]
+            if operation.kind not in ("conv", "linear", "binary", "batch_norm"):
+                continue
+            if node in self.head:
+                continue
+            group, last = _Group(), node
+            self.groups[node] = group
+            if operation.quantizer is None:
+                last = self._take_activation(node, last, "first")
+                if operation.kind in ("conv", "linear"):
+                    last = self._take_sum(node, last)
+            self.tail[node] = last
+
+    def _take_activation(self, node: fx.Node, last: fx.Node, place: str) -> fx.Node:
+        reader = self._only_reader(last, "activate")
+        if reader is None:
+            return last
+        setattr(self.groups[node], place, self.graph.operations[reader].options["first"])
+        self.head[reader] = node
+        return reader
+
+    def _take_sum(self, node: fx.Node, last: fx.Node) -> fx.Node:
+        reader = self._only_reader(last, "binary")
+        if reader is None:
+            return last
+        operation = self.graph.operations[reader]
+        operands = self._inputs(reader)
+        others = [operand for operand in operands if operand is not last]
+        ranks = {self.graph.ranks.get(operand) for operand in operands}
+        channels = {self.graph.channels.get(operand) for operand in operands}
+        points = {operand in self.graph.points for operand in operands}
+        fits = len(others) == 1 and len(ranks) == 1 and len(channels) == 1 and len(points) == 1
+        if operation.options["kind"] != "add" or operation.quantizer is not None or not fits:
+            return last
+        group = self.groups[node]
+        group.residual = others[0]
+        # The sum may have begun a group of its own, with its activation.
+        own = self.groups.pop(reader, None)
+        self.head[reader] = node
+        if own is None:
+            return reader
+        end = self.tail.pop(reader)
+        if own.first is not None:
+            group.second = own.first
+            self.head[end] = node
+        return end
+
+    # --- in which forms results are needed ---
+
+    def native(self, node: fx.Node) -> int | None:
+        """The quantizer whose codes a result consists of."""
+        operation = self.graph.operations.get(node) if node in self.inside else None
+        if operation is None:
+            return None
+        if operation.quantizer is not None:
+            return self._quantizer_of(operation.quantizer)
+        if operation.kind in MOVES:
+            found = {self.native(source) for source in self._inputs(node)}
+            return found.pop() if len(found) == 1 else None
+        return None
+
+    def _need(self, node: fx.Node, q: int | None) -> None:
+        if q is None:
+            self.needs[node].floats = True
+        else:
+            self.needs[node].codes.setdefault(q)
+
+    def _need_any(self, node: fx.Node) -> None:
+        """Whatever form the result has anyway."""
+        self._need(node, self.native(node))
+
+    def _demand(self) -> None:
+        for node in self.part.outputs:
+            self._need_any(self._source(node))
+        for node in reversed(self.part.nodes):
+            operation, need = self.graph.operations[node], self.needs[node]
+            if operation.kind == "alias":
+                continue
+            if node in self.head:
+                # The group's result is this node's if it is the last; its first node asks for the inputs.
+                head = self.head[node]
+                group = self.groups[head]
+                if self.tail[head] is node:
+                    if group.residual is not None:
+                        self._need_any(group.residual)
+                    if self.graph.operations[head].kind not in ("conv", "linear"):
+                        continue
+                continue
+            if operation.kind in ("conv", "linear"):
+                self._need(self._inputs(node)[0], self._input_quantizer(operation))
+                if node in self.tail and self.tail[node] is node and self.groups[node].residual is not None:
+                    self._need_any(self.groups[node].residual)  # type: ignore[arg-type]
+            elif operation.kind == "quantizer":
+                self._need(self._inputs(node)[0], self.native(node))
+            elif operation.kind in MOVES:
+                for source in self._inputs(node):
+                    for q in need.codes:
+                        self._need(source, q)
+                    if need.floats:
+                        self._need_any(source) if self.native(node) is not None else self._need(source, None)
+            else:
+                for source in self._inputs(node):
+                    self._need_any(source)
+
+    def _input_quantizer(self, operation: Operation) -> int:
+        layer: Any = operation.module
+        zero_point = None if layer.input_zero_point is None else Held(layer._buffers, "input_zero_point")
+        return self._quantizer((Held(layer._buffers, "input_scale"), zero_point), layer.quant_min, layer.quant_max)
+
+    def _quantizer_of(self, quantizer: FakeQuantize) -> int:
+        zero_point = None if quantizer.qparams()[1] is None else Made(quantizer, 1)
+        return self._quantizer((Made(quantizer, 0), zero_point), quantizer.quant_min, quantizer.quant_max)
+
+    def _quantizer(self, tensors: tuple[Any, Any], low: int, high: int) -> int:
+        """The number of a quantizer. Those with equal values are one, as long as the values stay equal."""
+        values = tuple(0 if t is None else value_of(t) for t in tensors)
+        form = (*values, low, high)
+        for number, (other, first) in enumerate(self.quantizers):
+            if other == form:
+                for a, b in zip(first, tensors, strict=True):
+                    if a is not None and b is not None and a != b and ("equal", {"a": a, "b": b}) not in self.header:
+                        self.header.append(("equal", {"a": a, "b": b}))
+                if (first[1] is None) == (tensors[1] is None):
+                    return number
+        number = len(self.quantizers)
+        self.quantizers.append((form, tensors))  # type: ignore[arg-type]
+        options = {"id": number, "scale": tensors[0], "low": low, "high": high}
+        if tensors[1] is not None:
+            options["zero_point"] = tensors[1]
+        self.header.append(("quantizer", options))
+        return number
+
+    # --- the steps ---
+
+    def _name(self, node: fx.Node, q: int | None) -> str:
+        name = f"{'f' if q is None else 'q'}{self.count}"
+        self.count += 1
+        self.names[node, q] = name
+        return name
+
+    def _floats(self, node: fx.Node) -> str:
+        if (node, None) not in self.names:
+            native = self.native(node)
+            assert native is not None
+            x = self.names[node, native]
+            self.add("dequantize", out=self._name(node, None), x=x)
+        return self.names[node, None]
+
+    def _codes(self, node: fx.Node, q: int) -> str:
+        if (node, q) not in self.names:
+            native = self.native(node)
+            if native is not None and (node, native) in self.names:
+                x = self.names[node, native]
+                self.add("requantize", codes=self._name(node, q), x=x, q=q)
+            else:
+                x = self._floats(node)
+                self.add("quantize", out=self._name(node, q), x=x, q=q)
+        return self.names[node, q]
+
+    def _either(self, node: fx.Node) -> str:
+        native = self.native(node)
+        return self._floats(node) if native is None else self._codes(node, native)
+
+    def _emit(self, node: fx.Node) -> None:
+        operation = self.graph.operations[node]
+        if operation.kind == "alias":
+            return
+        head = self.head.get(node, node)
+        if head in self.tail:
+            if self.tail[head] is node:
+                self._emit_group(head, node)
+            return
+        if operation.kind == "quantizer":
+            native = self.native(node)
+            assert native is not None
+            source = self._inputs(node)[0]
+            self.names[node, native] = self._codes(source, native)
+        elif operation.kind in MOVES:
+            self._emit_move(node, operation)
+        else:
+            options = {key: value for key, value in operation.options.items() if key != "dims"}
+            source = self._inputs(node)[0]
+            x = self._either(source) if operation.kind == "activate" else self._floats(source)
+            self._emit_result(node, operation.kind, {"x": x, **options})
+
+    def _emit_result(self, node: fx.Node, step: str, options: dict[str, Any]) -> None:
+        """A step whose result is stored in each form that is needed: at most floats and one kind of codes at once."""
+        need, native = self.needs[node], self.native(node)
+        codes = list(need.codes)
+        if native is not None:
+            codes = [native]
+        stored: dict[str, Any] = {}
+        if native is None and (need.floats or len(codes) != 1):
+            stored["out"] = self._name(node, None)
+        if codes:
+            stored["codes"], stored["q"] = self._name(node, codes[0]), codes[0]
+        self.add(step, **options, **stored)
+        for q in need.codes:
+            self._codes(node, q)
+
+    def _emit_move(self, node: fx.Node, operation: Operation) -> None:
+        need = self.needs[node]
+        forms: list[int | None] = list(need.codes)
+        if need.floats and self.native(node) is None:
+            forms.append(None)
+        elif need.floats or not forms:
+            forms.append(self.native(node))
+        for q in dict.fromkeys(forms):
+            options = {key: value for key, value in operation.options.items() if key not in ("each", "chunks", "sizes", "at")}
+            if operation.kind == "slice":
+                options["begin"], options["end"] = self.graph.slice_of(node)
+            sources = [self._floats(s) if q is None else self._codes(s, q) for s in self._inputs(node)]
+            options["xs" if operation.kind == "cat" else "x"] = ",".join(sources)
+            self.add(operation.kind, out=self._name(node, q), **options)
+
+    def _emit_group(self, head: fx.Node, tail: fx.Node) -> None:
+        operation, group = self.graph.operations[head], self.groups[head]
+        inputs = self._inputs(head)
+        options: dict[str, Any] = dict(operation.options)
+        if operation.kind in ("conv", "linear"):
+            layer: Any = operation.module
+            options["x"] = self._codes(inputs[0], self._input_quantizer(operation))
+            options["data"], options["colsum"] = Held(layer._buffers, "data"), Held(layer._buffers, "colsum")
+            options["scale"] = Held(layer._parameters, "scale")
+            if layer.bias is not None:
+                options["bias"] = Held(layer._parameters, "bias")
+            groups = 1 if isinstance(layer, Int8Linear) else layer.groups
+            options["in"], options["out_channels"] = layer.weight_shape[1] * groups, layer.weight_shape[0]
+        elif operation.kind == "binary":
+            options["a"], options["b"] = (self._either(source) for source in inputs)
+        else:
+            norm: Any = operation.module
+            options["x"] = self._either(inputs[0])
+            options["mean"], options["var"] = Held(norm._buffers, "running_mean"), Held(norm._buffers, "running_var")
+            if norm.affine:
+                options["weight"], options["bias"] = Held(norm._parameters, "weight"), Held(norm._parameters, "bias")
+        if group.first is not None:
+            options["first"] = group.first
+        if group.residual is not None:
+            options["residual"] = self._either(group.residual)
+        if group.second is not None:
+            options["second"] = group.second
+        self._emit_result(tail, operation.kind, options)
+
+    def _finish(self) -> None:
+        """Numbers the constants and joins the lines."""
+        places: dict[Any, int] = {}
+        lines = [*self.header, *self.lines]
+        constants = [v for _, options in lines for v in options.values() if isinstance(v, Held | Made)]
+        for kind, kept in ((Held, self.part.held), (Made, self.part.made)):
+            for constant in constants:
+                if isinstance(constant, kind) and constant not in places:
+                    places[constant] = len(places)
+                    kept.append(constant)  # type: ignore[attr-defined]
+
+        def text(value: Any) -> str:
+            if isinstance(value, Held | Made):
+                return str(places[value])
+            if isinstance(value, tuple | list):
+                return ",".join(map(str, value))
+            return repr(value) if isinstance(value, float) else str(value)
+
+        self.part.plan = "\n".join(
+            " ".join([step, *(f"{key}={text(value)}" for key, value in options.items())]) for step, options in lines
+        )
+
+
+def value_of(constant: Held | Made) -> float | int:
+    """The number of a constant with one element."""
+    if isinstance(constant, Held):
+        number: float | int = constant.tensors[constant.name].item()
+        return number
+    value = constant.quantizer.qparams()[constant.part]
+    assert value is not None
+    return value.item()
