@@ -25,6 +25,7 @@ from .calibrate import check_shapes, quantizers_of
 from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
+from .fuse import fuse
 from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear
 from .selection import no_integers, to_int4
 from .states import remove_check
@@ -62,6 +63,12 @@ def convert(model: nn.Module) -> nn.Module:
       bias, where each weight is rounded once, to half a unit of its last place. It is not folded into a layer whose
       output is quantized, or whose input is not where there is an integer layer.
 
+    In fp32 on the CPU activations stay int8 codes from layer to layer: ``convert`` traces the model with torch.fx, or the
+    largest modules in it that can be traced, and gives them a ``forward`` that runs what lies between integer layers
+    (activations, BatchNorm, sums, pools, concatenations and moves) together with these, in one call of
+    ``qkernels::int8_program`` each; ``report`` says what could not be traced. The module's own forward runs where
+    somebody looks inside: with hooks, in training mode, in other dtypes, under autocast (see ``FusedForward``).
+
     Layers keep their names, hooks and whatever else was set on them. An Identity replaces a folded BatchNorm and
     takes over its hooks. These hooks see the BatchNorm's output as before, but also as their input; a hook of the
     convolution sees the normalized result. ``model`` itself is never changed.
@@ -75,7 +82,7 @@ def convert(model: nn.Module) -> nn.Module:
     remove_sending(converted)
     remove_check(converted)
     bake_weights(converted)
-    return replace_layers(converted, find_folds(converted))
+    return fuse(replace_layers(converted, find_folds(converted)))
 
 
 def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:

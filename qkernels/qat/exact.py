@@ -10,6 +10,7 @@ from torch import nn
 from .convert import bake_weights, check_calibrated, replace_layers
 from .copying import shadow_of
 from .fold import Folds, find_folds
+from .fuse import fuse
 
 
 class Exact(nn.Module):
@@ -33,7 +34,7 @@ class Exact(nn.Module):
         layout = [(name, id(module)) for name, module in self.model.named_modules()]
         if layout != self._layout:  # find_folds traces the model, which takes longer than all the rest
             self._layout, self._folds = layout, find_folds(shadow)
-        return replace_layers(shadow, self._folds)(*args, **kwargs)
+        return fuse(replace_layers(shadow, self._folds))(*args, **kwargs)
 
 
 def exact(model: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import heapq
 import inspect
 import operator
@@ -30,8 +32,8 @@ class FusedForward:
     It stands in the module's ``forward`` attribute, so that the tree of modules, their names, hooks and state_dict stay
     as they are. The module's own forward runs instead where a program would not do the same: in training mode, for
     inputs that are not plain fp32 CPU tensors, under autocast or a transform of torch.func, if a module inside has
-    hooks or was replaced, and while torch.fx traces. Gradients are those of the module's own forward, which the
-    backward pass runs again.
+    hooks, and while torch.fx or torch.jit traces. Gradients are those of the module's own forward, which the backward
+    pass runs again.
 
     Attributes:
         reason: why no program runs; None: programs run.
@@ -41,15 +43,29 @@ class FusedForward:
         self.module = module
         self.reason: str | None = None
         self._built: _Built | None = None
+        self._state: _State | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own)
+
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        return type(self.module).forward.__code__
+
+    @property
+    def _own(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return functools.partial(type(self.module).forward, self.module)
 
     def build(self) -> None:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
+        self._state, self._built, self.reason = _State(self.module), None, None
         try:
             self._built = _Built(self.module)
-            self.reason = None
         except Exception as error:  # a module's forward may raise anything when traced
             first = next(iter(str(error).splitlines()), "")
-            self._built, self.reason = None, f"{type(error).__name__}: {first[:120]}"
+            self.reason = f"{type(error).__name__}: {first[:120]}"
 
     @property
     def plans(self) -> list[str]:
@@ -57,27 +73,63 @@ class FusedForward:
         return [] if self._built is None else [part.plan for part in self._built.parts]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._built is None and self.reason is None:
+        module = self.module
+        if kwargs or module.training or _is_watched():
+            return self._own(*args, **kwargs)
+        if self._state is None or not self._state.holds():
             self.build()
-        built = self._built
-        if built is not None and not kwargs and built.takes(self.module, args):
-            try:
-                return built.differentiable(self.module, args) if _wants_gradient(self.module, args) else built.run(*args)
-            except _Unfit:
-                pass
-        return type(self.module).forward(self.module, *args, **kwargs)
+        built, state = self._built, self._state
+        if built is None or any(state.hooks) or not built.takes(args):  # type: ignore[union-attr]
+            return self._own(*args)
+        try:
+            return self._run(built, args)
+        except _Stale:
+            self.build()
+        except _Unfit:
+            return self._own(*args)
+        return self._own(*args) if self._built is None else self._run(self._built, args)
+
+    def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
+        if not _wants_gradient(self.module, args) or torch.compiler.is_exporting():
+            return built.run(*args)
+        return self._own(*args) if torch.compiler.is_compiling() else _with_gradient(self._own, built, args, self.module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        import copy
-
         return FusedForward(copy.deepcopy(self.module, memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "reason": None, "_built": None}
+        return {**vars(FusedForward(self.module))}
+
+
+class _State:
+    """What programs take for granted of a module: its tree, and the dtypes of what it holds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.tree = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        held = [next(((m._parameters, n) for n, p in m._parameters.items() if p is not None), None) for m in modules]
+        self.dtypes = [(tensors, name, tensors[name].dtype) for tensors, name in filter(None, held)]
+        self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
+
+    def holds(self) -> bool:
+        return all(modules.get(name) is child for modules, name, child in self.tree) and all(
+            tensors[name].dtype is dtype for tensors, name, dtype in self.dtypes
+        )
+
+
+def _is_watched() -> bool:
+    """Whether something runs that wants to see each layer, or that programs do not serve."""
+    tracing = torch._C._get_tracing_state() is not None if not torch.compiler.is_compiling() else False
+    hooked = torch_module._has_any_global_hook()
+    return tracing or hooked or transformed() or torch.is_autocast_enabled("cpu")
 
 
 class _Unfit(Exception):
     """A program cannot run on what it got."""
+
+
+class _Stale(Exception):
+    """Quantizers that a program takes for one have got different values."""
 
 
 class _Built:
@@ -88,44 +140,40 @@ class _Built:
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
             raise NotImplementedError("its forward takes any number of arguments")
         concrete = {p.name: p.default for p in parameters if p.default is not p.empty}
-        self.count = len(parameters) - len(concrete)
         graph = Graph(module, concrete)
         self.parts = parts_of(graph)
         if not self.parts:
             raise NotImplementedError("no two operations in a row that a program can run")
-        places = [node for node in graph.graph.nodes if node.op == "placeholder"][: self.count]
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        places = places[: len(parameters) - len(concrete)]
         read = {node for part in self.parts for node in part.inputs}
-        ranks = {node: graph.ranks.get(node) for node in read}
-        self.dims = [None if (rank := ranks.get(node)) is None else rank + 2 for node in places]
-        self.images = [node in read for node in places]
+        ranks = [graph.ranks.get(node) for node in places]
+        # For each argument the dims that a program wants of it: a number, 0 for any, or None if no program reads it.
+        self.dims = [
+            None if node not in read else 0 if rank is None else rank + 2
+            for node, rank in zip(places, ranks, strict=True)
+        ]
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
-        self.tree = [(m._modules, name, child) for m in module.modules() for name, child in m._modules.items()]
-        inner = [m for m in module.modules() if m is not module]
-        self.hooks = [vars(m)[name] for m in inner for name in _HOOKS]
 
-    def takes(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
-        if len(args) != self.count or module.training or transformed() or torch.is_autocast_enabled("cpu"):
-            return False
-        for x, dims, image in zip(args, self.dims, self.images, strict=True):
-            if image and not (_is_plain(x) and (dims is None or x.dim() == dims)):
-                return False
-        if any(self.hooks) or torch_module._has_any_global_hook():
-            return False
-        return all(modules.get(name) is child for modules, name, child in self.tree)
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        return len(args) == len(self.dims) and all(
+            dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(args, self.dims, strict=True)
+        )
 
-    def differentiable(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        wanted = [p for p in module.parameters() if p.requires_grad]
-        structure: list[Any] = []
-        outputs = _Recomputed.apply(module, self.run, structure, len(args), *args, *wanted)  # type: ignore[no-untyped-call]
-        return tree_unflatten(list(outputs), structure[0])
+
+def _with_gradient(own: Callable[..., Any], built: _Built, args: tuple[Any, ...], module: nn.Module) -> Any:
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    structure: list[Any] = []
+    outputs = _Recomputed.apply(own, built.run, structure, len(args), *args, *wanted)  # type: ignore[no-untyped-call]
+    return tree_unflatten(list(outputs), structure[0])
 
 
 class _Recomputed(Function):
     """Programs forwards; backwards the module's own forward again, with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, module: nn.Module, run: Any, structure: list[Any], count: int, *tensors: Any) -> Any:
-        ctx.module, ctx.args, ctx.wanted = module, tensors[:count], tensors[count:]
+    def forward(ctx: Any, own: Any, run: Any, structure: list[Any], count: int, *tensors: Any) -> Any:
+        ctx.own, ctx.args, ctx.wanted = own, tensors[:count], tensors[count:]
         flat, spec = tree_flatten(run(*tensors[:count]))
         structure.append(spec)
         return tuple(flat)
@@ -136,7 +184,7 @@ class _Recomputed(Function):
             args = [
                 x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ctx.args
             ]
-            outputs, _ = tree_flatten(type(ctx.module).forward(ctx.module, *args))
+            outputs, _ = tree_flatten(ctx.own(*args))
             asked = [x for x in (*args, *ctx.wanted) if isinstance(x, Tensor) and x.requires_grad]
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
             found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
@@ -211,31 +259,31 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
     def int8_part(*inputs: Tensor) -> list[Tensor]:
         if not all(_is_plain(x) for x in inputs):
             raise _Unfit
-        if not part.in_rows:
-            return int8_program(list(inputs), part.constants(), part.plan)  # type: ignore[no-any-return]
         lead = inputs[0].shape[:-1]
-        rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
-        return [y.reshape(*lead, y.shape[-1]) for y in int8_program(rows, part.constants(), part.plan)]
+        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
+        try:
+            outputs = int8_program(given, part.constants(), part.plan)
+        except RuntimeError as error:
+            raise (_Stale if " differ" in str(error) else _Unfit)(str(error)) from None
+        return [y.reshape(*lead, y.shape[-1]) for y in outputs] if part.in_rows else outputs
 
     return int8_part
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Gives ``model``, or the largest modules inside that can be traced, a ``FusedForward``, in place."""
-    for module in _fusible(model):
-        fused = FusedForward(module)
-        fused.build()
+    for module, fused in _fusible(model):
         module.__dict__["forward"] = fused
     return model
 
 
-def _fusible(module: nn.Module) -> Iterator[nn.Module]:
+def _fusible(module: nn.Module) -> Iterator[tuple[nn.Module, FusedForward]]:
     if isinstance(module, QuantizedLayer) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
         return
-    trial = FusedForward(module)
-    trial.build()
-    if trial.reason is None:
-        yield module
+    fused = FusedForward(module)
+    fused.build()
+    if fused.reason is None:
+        yield module, fused
         return
     for child in module.children():
         yield from _fusible(child)

@@ -141,8 +141,10 @@ def _quantizer(m: Machine, step: Step) -> None:
     low, high = int(step["low"]), int(step["high"])
     scale = m.finite(step, "scale")
     assert scale is not None
-    scale, zero_point = static_qparams("input", scale, m.constant(step, "zero_point"), low, high)
-    if not m.shapes_only:
+    if m.shapes_only:
+        scale, zero_point = scale.reshape(()), torch.zeros((), dtype=torch.int64, device=scale.device)
+    else:
+        scale, zero_point = static_qparams("input", scale, m.constant(step, "zero_point"), low, high)
         m.broken |= not bool(scale.isfinite())
     m.quantizers[step["id"]] = Quantizer(scale, zero_point, low, high)
 
