@@ -30,7 +30,7 @@ struct Pooled3 {
   Pooled d, h, w;
 
   explicit Pooled3(Line& line, bool dilated) {
-    const Size3 kernel = line.sizes("kernel", 1), stride = line.has("stride") ? line.sizes("stride", 1) : kernel;
+    const Size3 kernel = line.sizes("kernel", 1), stride = line.sizes("stride", 1);
     const Size3 padding = line.sizes("padding", 0, 0);
     const Size3 dilation = dilated ? line.sizes("dilation", 1, 1) : Size3{1, 1, 1};
     d = {kernel.d, stride.d, padding.d, dilation.d};
