@@ -13,30 +13,39 @@ namespace qkernels {
 // 28 of 32 registers with sums.
 constexpr int kSegment = 7;
 
-struct WalkStrides {
-  int64_t outer[3];
-  int64_t w;
+// Offsets into what a walk reads and writes: the codes x and the outputs, in bytes or elements.
+struct Offsets {
+  int64_t x, floats, codes, residual;
+
+  Offsets operator+(const Offsets& o) const {
+    return {x + o.x, floats + o.floats, codes + o.codes, residual + o.residual};
+  }
+  bool operator==(const Offsets& o) const {
+    return x == o.x && floats == o.floats && codes == o.codes && residual == o.residual;
+  }
+  Offsets operator*(int64_t n) const { return {x * n, floats * n, codes * n, residual * n}; }
 };
 
 struct ConvWork {
-  // Output pixels: rows are indexed by three numbers (image, depth, height, as far as they differ), pixels of a row by
-  // w.
+  // Output pixels: rows are counted by three numbers (image, depth and height, as far as they differ), the last one
+  // fastest, and pixels of a row by w.
   int64_t outer[3], width;
+  Offsets outer_steps[3], step;
 
-  // Output pixel p reads, for each run r, the codes from x + p + offsets[r] on. Bytes.
+  // Output pixel p reads, for each run r, the codes from x + p + offsets[r] on.
   const uint8_t* x;
-  WalkStrides x_strides;
   const int64_t* offsets;
   int64_t runs, run, run_groups;
-  bool gather;  // runs do not begin at every 4 codes of packed K: a pixel's runs are first copied together
-  int64_t packed_runs, packed_run;  // where `gather`: the runs that lie together in K, and their codes
+  // Where several runs are one run of packed K and do not begin at multiples of 4 codes there, a pixel's runs are first
+  // copied together.
+  bool gather;
+  int64_t packed_runs, packed_run;
 
   const int8_t* data;
-  int64_t panel_bytes, block_panels, block_in, block_out, out_channels;
+  int64_t panel_bytes, panels, block_panels, block_in, block_out, out_channels;
 
   const ConvOutput* output;
-  WalkStrides floats, codes, residual;  // elements
-  bool wide;                            // acc - zero_point * colsum may leave int32
+  bool wide;  // acc - zero_point * colsum may leave int32
 
   int64_t rows() const { return outer[0] * outer[1] * outer[2]; }
   int64_t segments_of_row() const { return (width + kSegment - 1) / kSegment; }

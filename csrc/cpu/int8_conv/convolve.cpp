@@ -1,7 +1,7 @@
 // Convolutions of images of codes: the walk, and its division among threads.
 #include "cpu/int8_conv/convolve.h"
 
-#include <array>
+#include <initializer_list>
 #include <vector>
 
 #include "cpu/common/int8_ops.h"
@@ -11,46 +11,66 @@
 namespace qkernels {
 namespace {
 
-// A dimension of the output: its size and its strides in x, floats, codes and residual.
 struct Dim {
   int64_t size;
-  std::array<int64_t, 4> strides;
+  Offsets step;
 };
 
 // Merges neighbouring dimensions that are evenly spaced in every operand. So the images of a linear layer, and the rows
 // of a 1x1 convolution without borders, become one long row.
-void set_walk(ConvWork& work, std::vector<Dim> dims) {
+void set_walk(ConvWork& work, std::initializer_list<Dim> dims) {
   std::vector<Dim> merged;
   for (const Dim& dim : dims) {
     if (dim.size == 1) continue;
-    const auto continues = [&] {
-      for (size_t i = 0; i < dim.strides.size(); ++i)
-        if (merged.back().strides[i] != dim.size * dim.strides[i]) return false;
-      return true;
-    };
-    if (!merged.empty() && continues())
-      merged.back() = {merged.back().size * dim.size, dim.strides};
+    const Offsets all = dim.step * dim.size;
+    if (!merged.empty() && merged.back().step == all)
+      merged.back() = {merged.back().size * dim.size, dim.step};
     else
       merged.push_back(dim);
   }
   merged.insert(merged.begin(), 4 - merged.size(), Dim{1, {}});
-  WalkStrides* const operands[] = {&work.x_strides, &work.floats, &work.codes, &work.residual};
-  for (size_t i = 0; i < 4; ++i) {
-    for (size_t d = 0; d < 3; ++d) operands[i]->outer[d] = merged[d].strides[i];
-    operands[i]->w = merged[3].strides[i];
+  for (size_t d = 0; d < 3; ++d) {
+    work.outer[d] = merged[d].size;
+    work.outer_steps[d] = merged[d].step;
   }
-  for (size_t d = 0; d < 3; ++d) work.outer[d] = merged[d].size;
   work.width = merged[3].size;
+  work.step = merged[3].step;
+}
+
+// Divides the work among the threads. All threads read all of x or all of the weights, whichever is less.
+void run(const ConvWork& work, int64_t x_bytes) {
+  const ConvKernels& kernels = conv_kernels();
+  record_isa(kernels.isa);
+  const int64_t segments = work.segments(), pairs = (segments + 1) / 2, threads = torch::stable::get_num_threads();
+  const int64_t work_of_pair = work.panel_bytes * 2 * kSegment;  // and one panel
+  if (work.panels * work.panel_bytes <= x_bytes || work.panels == 1) {
+    torch::stable::parallel_for(0, pairs, grain(kMultiplyGrain, work_of_pair * work.panels),
+                                [&](int64_t begin, int64_t end) {
+                                  kernels.convolve(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
+                                });
+    return;
+  }
+  // Where panels cannot be shared out evenly, parts of the pixels are.
+  const int64_t parts = work.panels % threads ? std::min(threads, pairs) : 1;
+  torch::stable::parallel_for(
+      0, work.panels * parts, grain(kMultiplyGrain, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
+          const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
+          kernels.convolve(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
+                           panel + std::max<int64_t>(whole, 1));
+          begin += whole ? whole * parts : last_part - part;
+        }
+      });
 }
 
 }  // namespace
 
 void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& o) {
   const ConvLayout layout(g);
-  const int64_t panels = layout.blocks * layout.block_panels;
-  if (x.batch * g.out.d * g.out.h * g.out.w * panels == 0) return;
-
   ConvWork work{};
+  work.panels = layout.blocks * layout.block_panels;
+  if (x.batch * g.out.d * g.out.h * g.out.w * work.panels == 0) return;
   set_walk(work, {{x.batch, {x.stride_n, o.floats_n, o.codes.stride_n, o.residual_n}},
                   {g.out.d, {g.stride.d * x.stride_d, o.floats_d, o.codes.stride_d, o.residual_d}},
                   {g.out.h, {g.stride.h * x.stride_h, o.floats_h, o.codes.stride_h, o.residual_h}},
@@ -84,13 +104,7 @@ void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, con
   const int64_t k = g.in_channels / g.groups * g.kernel.d * g.kernel.h * g.kernel.w;
   work.wide = is_wide(std::abs(o.in_zero_point), k);
 
-  const ConvKernels& kernels = conv_kernels();
-  record_isa(kernels.isa);
-  const int64_t pairs = (work.segments() + 1) / 2;
-  const int64_t work_of_pair = work.panel_bytes * panels * 2 * kSegment;
-  torch::stable::parallel_for(0, pairs, grain(kMultiplyGrain, work_of_pair), [&](int64_t begin, int64_t end) {
-    kernels.convolve(work, 2 * begin, std::min(2 * end, work.segments()), 0, panels);
-  });
+  run(work, x.batch * x.size.d * x.size.h * x.size.w * g.in_channels);
 }
 
 }  // namespace qkernels
