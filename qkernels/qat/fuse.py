@@ -36,12 +36,14 @@ class FusedForward:
     pass runs again.
 
     Attributes:
-        reason: why no program runs; None: programs run.
+        reason: why there is no program; None: there is one.
+        refused: why a program did not take what the last call gave it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.reason: str | None = None
+        self.refused: str | None = None
         self._built: _Built | None = None
         self._state: _State | None = None
 
@@ -85,7 +87,8 @@ class FusedForward:
             return self._run(built, args)
         except _Stale:
             self.build()
-        except _Unfit:
+        except _Unfit as error:
+            self.refused = str(error)
             return self._own(*args)
         return self._own(*args) if self._built is None else self._run(self._built, args)
 
@@ -258,7 +261,7 @@ def _getter(root: nn.Module, name: str) -> Callable[[], Any]:
 def _caller(part: Part) -> Callable[..., list[Tensor]]:
     def int8_part(*inputs: Tensor) -> list[Tensor]:
         if not all(_is_plain(x) for x in inputs):
-            raise _Unfit
+            raise _Unfit("an input of a program is no fp32 tensor on the CPU")
         lead = inputs[0].shape[:-1]
         given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
         try:
