@@ -30,6 +30,7 @@ from .selection import no_integers, to_int4
 from .states import remove_check
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
+FOLDED = "batch_norm_class"  # attribute of the Identity in place of a folded BatchNorm: the name of that one's class
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -149,7 +150,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(source, QATLinear | QATConv1d | QATConv2d | QATEmbedding):
             if source.output_fake_quant is not None:
                 new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
-            made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
+            made[source] = with_forward_of(take_over(new, source, own_names(source)).eval(), source)
     norms: dict[QATLayer, nn.Module | None] = {}
     for name, layer in found:
         if layer in reasons and isinstance(layer, QATConvolution | QATConvTranspose) and not _runs_own_forward(layer):
@@ -176,8 +177,15 @@ def _folded_norm(model: nn.Module, folds: Folds, conv: str, made: dict[nn.Module
     if conv not in folds.batch_norm_of:
         return None
     norm = model.get_submodule(folds.batch_norm_of[conv])
-    made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
+    made[norm] = identity_for(norm)
     return norm
+
+
+def identity_for(norm: nn.Module) -> nn.Module:
+    """What takes the place of a folded BatchNorm."""
+    identity = take_over(nn.Identity(), norm, own_names(norm)).eval()
+    identity.__dict__[FOLDED] = type(norm).__name__
+    return identity
 
 
 def _runs_own_forward(layer: QATLayer) -> bool:
@@ -260,7 +268,7 @@ def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
     }
 
 
-def _own_names(layer: nn.Module) -> set[str]:
+def own_names(layer: nn.Module) -> set[str]:
     """Names that every module of the layer's class has."""
     tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     quantizers = {name + SUFFIX for name in type(layer).roles(layer)} if isinstance(layer, QATLayer) else set()
