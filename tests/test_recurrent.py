@@ -83,7 +83,7 @@ def test_without_quantizers_it_is_the_float_layer(pair, options, dtype, monkeypa
         return tuple(states) if kind is nn.LSTM else states[0]
 
     loop = qat.from_float(layer)
-    monkeypatch.setattr(loop, "_run_fused", loop._run_steps)
+    monkeypatch.setattr(loop, "_run_fused", lambda *args: loop._run_steps(*args, [(None, None)] * loop.directions))
     unsorted = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 3, 1]), batch_first, enforce_sorted=False)
     in_order = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
