@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,15 @@ class QATRecurrent(RecurrentForward, QATStateful):
 
     def _is_bounded(self) -> bool:
         return self.mode != "RNN_RELU" and self.proj_size == 0
+
+    def products(self) -> Iterator[tuple[str, FakeQuantize | None]]:
+        """The names of all weights, each with the quantizer of what it is multiplied by."""
+        for index in range(self.num_layers):
+            for suffix in self.suffixes(index):
+                yield f"weight_ih{suffix}", self.quantizer_of(f"input_l{index}" if index else "input")
+                yield f"weight_hh{suffix}", self.quantizer_of(f"hidden{suffix}")
+                if self.proj_size:
+                    yield f"weight_hr{suffix}", None
 
     def _check(self, x: Tensor, states: States, sizes: Tensor | None) -> None:
         self.check_forward_args(x, states if len(states) > 1 else states[0], sizes)  # type: ignore[operator]

@@ -108,9 +108,7 @@ class RecurrentForward(nn.Module):
         y, *ended = kernel(x, *options, self.batch_first) if sizes is None else kernel(x, sizes, *options)
         return y, tuple(ended)
 
-    def _run_directions(
-        self, x: Tensor, sizes: Tensor | None, states: States, run: Direction
-    ) -> tuple[Tensor, States]:
+    def _run_directions(self, x: Tensor, sizes: Tensor | None, states: States, run: Direction) -> tuple[Tensor, States]:
         """A level by ``run``, a direction after the other."""
         steps_first = x.transpose(0, 1) if self.batch_first and sizes is None else x
         rows = [steps_first.shape[1]] * steps_first.shape[0] if sizes is None else sizes.tolist()
