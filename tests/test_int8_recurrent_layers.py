@@ -226,6 +226,23 @@ def test_life():
     assert converted(x)[0].shape == y.shape
 
 
+def test_report():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GRU(12, 20, 2))
+    prepared = qk.prepare(model, QConfig(rules=[("0", {"hidden": {}})]))
+    x = torch.randn(5, 3, 12)
+    qk.calibrate(prepared, [x])
+    before = qk.report(prepared, x, float_model=model)
+    after = qk.report(qk.convert(prepared), x, float_model=model)
+    assert (before.notes, after.notes) == ({}, {})
+    (row,), (wanted,) = after.layers, before.layers
+    assert (row.kind, row.weight_bits, row.input_bits) == ("Int8GRU", 8, 8)
+    assert (row.float_bytes, row.quantized_bytes) == (wanted.float_bytes, wanted.quantized_bytes)
+    assert after.ratio > 2
+    assert row.weight_sqnr == pytest.approx(wanted.weight_sqnr)
+    assert row.output_sqnr == pytest.approx(wanted.output_sqnr, abs=1)
+
+
 def test_exact_is_the_converted_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.GRU(12, 20, 2))
