@@ -96,7 +96,7 @@ def figures(times: dict[str, float]) -> dict[str, float]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    at = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    at = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
     return {"median": statistics.median(values), "p20": at[0], "p80": at[3], "laps": len(values)}
 
 

@@ -15,11 +15,11 @@ def bench(arguments: list[str]) -> int:
     if not folder.is_dir():
         print("bench: the benchmarks are not part of the installed package; run this from a source checkout")
         return 2
-    if arguments[:1] == ["gemm"]:
+    if arguments[:1] in (["gemm"], ["model"]):
         path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
-        gpu = "--gpu" in arguments
-        script = folder / ("gpu/gemm.py" if gpu else "gemm.py")
-        rest = [argument for argument in arguments[1:] if argument != "--gpu"]
+        gpu = arguments[0] == "gemm" and "--gpu" in arguments
+        script = folder / ("gpu/gemm.py" if gpu else f"{arguments[0]}.py")
+        rest = [argument for argument in arguments[1:] if not (gpu and argument == "--gpu")]
         command = [sys.executable, str(script), *rest]  # in the caller's folder, for their CSV
         return subprocess.call(command, env=os.environ | {"PYTHONPATH": path})
     if importlib.util.find_spec("pytest_benchmark") is None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     commands = {
         "info": "what runs on this machine and what is missing; one block for a bug report",
         "demo": "train, quantize and compare a small model; all options: demo --help",
-        "bench": "time the kernels against their peers; options go to pytest. GEMM alone: bench gemm [--gpu]",
+        "bench": "time the kernels against their peers; options go to pytest. Alone: bench gemm [--gpu], bench model",
         "selfcheck": "every kernel that can run here against the reference",
         "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
     }
