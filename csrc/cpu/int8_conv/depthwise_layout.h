@@ -32,7 +32,7 @@ inline int64_t block_width(int64_t channels, int64_t channel) {
   return left > 32 ? 64 : left > 16 ? 32 : 16;
 }
 
-// A row of outputs. Pixels are counted from the first that the row's first output reads.
+// What all rows of outputs have in common. Pixels are counted from the first that a row's first output reads.
 struct DepthwiseRow {
   DepthwiseTaps taps;
   int64_t outputs, stride;  // pixels from one output to the next
@@ -58,5 +58,36 @@ struct DepthwiseRow {
             r / g.kernel.h * g.dilation.d * x.stride_d + r % g.kernel.h * g.dilation.h * x.stride_h;
   }
 };
+
+// Some rows of outputs that lie one below the other, of one block of channels.
+struct DepthwiseTask {
+  const uint8_t* codes;  // the first that the first row's first output reads
+  int64_t row_step;      // bytes, from row to row
+  int64_t rows;
+  const int8_t* weights;
+  int64_t channels;
+  ConvOutput output;  // of the first row and channel
+};
+
+// The outputs `rows` below and `channels` beyond.
+inline ConvOutput moved(ConvOutput o, int64_t rows, int64_t channels) {
+  o.colsum += channels;
+  o.scale += channels;
+  if (o.bias) o.bias += channels;
+  if (o.residual) o.residual += rows * o.residual_h + channels;
+  if (o.residual_codes) o.residual_codes += rows * o.residual_h + channels;
+  if (o.floats) o.floats += rows * o.floats_h + channels * o.floats_c;
+  if (o.codes.data) o.codes.data += rows * o.codes.stride_h + channels;
+  return o;
+}
+
+// The outputs of image n at depth d.
+inline ConvOutput plane_of(ConvOutput o, int64_t n, int64_t d) {
+  if (o.residual) o.residual += n * o.residual_n + d * o.residual_d;
+  if (o.residual_codes) o.residual_codes += n * o.residual_n + d * o.residual_d;
+  if (o.floats) o.floats += n * o.floats_n + d * o.floats_d;
+  if (o.codes.data) o.codes.data += n * o.codes.stride_n + d * o.codes.stride_d;
+  return o;
+}
 
 }  // namespace qkernels
