@@ -26,8 +26,9 @@ void convolve_depthwise(const ConvGeometry& g, const CodeImage& x, const int8_t*
       const int64_t plane = begin / (g.out.h * blocks), n = plane / g.out.d, d = plane % g.out.d;
       const int64_t rows = std::min(end - begin, g.out.h - h), row_step = g.stride.h * x.stride_h;
       const uint8_t* codes = first + n * x.stride_n + d * g.stride.d * x.stride_d + h * row_step + c;
-      convolve(row, {codes, row_step, rows, data + row.taps.block_offset(c), std::min(kBlockChannels, g.out_channels - c),
-                     moved(plane_of(output, n, d), h, c)});
+      convolve(row,
+               {codes, row_step, rows, data + row.taps.block_offset(c), std::min(kBlockChannels, g.out_channels - c),
+                block_width(g.out_channels, c), moved(plane_of(output, n, d), h, c)});
       begin += rows;
     }
   });

@@ -1,4 +1,7 @@
 // From exact sums to the outputs of a row.
+#ifndef QK_DEPTHWISE_EPILOGUE
+#define QK_DEPTHWISE_EPILOGUE
+
 #include "cpu/common/activation_kernels.h"
 #include "cpu/int8_conv/int8_conv.h"
 
@@ -49,3 +52,5 @@ inline void finish_row(const int32_t* sums, int64_t width, int64_t pixels, int64
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+
+#endif

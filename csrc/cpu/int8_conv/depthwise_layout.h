@@ -65,8 +65,8 @@ struct DepthwiseTask {
   int64_t row_step;      // bytes, from row to row
   int64_t rows;
   const int8_t* weights;
-  int64_t channels;
-  ConvOutput output;  // of the first row and channel
+  int64_t channels, width;  // width: with those that fill the block up
+  ConvOutput output;        // of the first row and channel
 };
 
 // The outputs `rows` below and `channels` beyond.

@@ -1,4 +1,5 @@
 // Depthwise convolution on the scalar path.
+#include "cpu/int8_conv/depthwise_epilogue.h"
 #include "cpu/int8_conv/depthwise_layout.h"
 
 namespace qkernels::QK_NAMESPACE {
@@ -8,7 +9,7 @@ constexpr Isa kDepthwiseIsa = Isa::scalar;
 
 void convolve_rows(const DepthwiseRow& row, const DepthwiseTask& task) {
   const DepthwiseTaps& taps = row.taps;
-  const int64_t width = block_width(task.channels, 0);
+  const int64_t width = task.width;
   for (int64_t h = 0; h < task.rows; ++h) {
     const uint8_t* codes = task.codes + h * task.row_step;
     const ConvOutput o = moved(task.output, h, 0);

@@ -1,6 +1,9 @@
 // The registers of depthwise kernels. A vector has kLanes lanes of 16 channels. Unpacking the bytes of 4 rows twice
 // leaves 4 of them: in vector q and lane l, 32 bits hold the 4 rows of one of the channels 16 l + 4 q … 16 l + 4 q + 3.
 // Packing the 4 vectors of sums to 16 and then to 8 bits undoes this order.
+#ifndef QK_DEPTHWISE_VECTORS
+#define QK_DEPTHWISE_VECTORS
+
 #include "cpu/common/path.h"
 
 namespace qkernels::QK_NAMESPACE {
@@ -62,6 +65,7 @@ struct CodeRule {
   __m512 in_scale, inverse, high;
   __m512i offset, low;
 
+  CodeRule() = default;
   CodeRule(float scale, float out_inverse, int32_t zero_point, int32_t lowest, int32_t highest)
       : in_scale(_mm512_set1_ps(scale)),
         inverse(_mm512_set1_ps(out_inverse)),
@@ -158,6 +162,7 @@ struct CodeRule {
   __m256 in_scale, inverse, high;
   __m256i offset, low;
 
+  CodeRule() = default;
   CodeRule(float scale, float out_inverse, int32_t zero_point, int32_t lowest, int32_t highest)
       : in_scale(_mm256_set1_ps(scale)),
         inverse(_mm256_set1_ps(out_inverse)),
@@ -192,3 +197,5 @@ inline void store_part(uint8_t* to, Codes codes, int part) {
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+
+#endif
