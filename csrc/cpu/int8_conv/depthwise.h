@@ -1,13 +1,16 @@
 // Convolutions of images of codes with one filter per channel: groups == in_channels == out_channels.
 //
-// The packed weights, the same for every instruction-set path, stand as the kernels multiply them. The rows of a kernel
-// (those of all its depths one after the other) are taken 4 at a time, so that a product adds up 4 taps of one column.
+// The packed weights, the same for every instruction-set path, stand as the kernels multiply them: a product adds up 4
+// taps. It takes 4 rows of a kernel's column; its rows are those of all its depths one after the other, and missing
+// ones have weight 0. If a single row is left, it takes 4 neighbouring taps of that row. So there are, in this order,
+//
+//   [row / 4][column] products, and where rows % 4 == 1 for the last row [column / 4].
+//
 // Channels form blocks of 64, the last of 64, 32 or 16 with zeros behind the last channel. A block is
 //
-//   [row / 4][column][channel / 4 % 4][channel / 16][channel % 4][row % 4]
+//   [product][channel / 4 % 4][channel / 16][channel % 4][tap],
 //
-// which is the order in which unpacking 4 rows of bytes leaves them. Rows that do not exist have weight 0. A kernel
-// with a single row has its taps in place of rows: 4 columns of a tap each, then the next 4.
+// the order in which unpacking 4 rows of bytes leaves them.
 #pragma once
 
 #include "cpu/int8_conv/int8_conv.h"

@@ -105,20 +105,26 @@ inline void store_codes(uint8_t* to, int64_t pixel_step, const Parts<Width>& par
     std::memcpy(to + (parts.first[p] + output) * pixel_step, bytes + p * Width, static_cast<size_t>(channels));
 }
 
-// sums[outputs][kChannels] of the outputs from `output` of each part on become floats, or codes by way of floats.
-template <int Width>
-inline void finish_strip(const int32_t* sums, int64_t outputs, int64_t output, const Parts<Width>& parts,
-                         int64_t channels, const ConvOutput& o) {
-  for (int p = 0; p < Parts<Width>::kCount; ++p)
-    for (int64_t i = 0; i < outputs; ++i) {
-      int32_t natural[Width];
-      for (int lane = 0; lane < Width / 16; ++lane)
-        for (int q = 0; q < 4; ++q)
-          std::memcpy(natural + lane * 16 + q * 4, sums + i * kChannels + (q * kLanes + p * (Width / 16) + lane) * 4,
-                      16);
-      finish_row(natural, Width, 1, parts.first[p] + output + i, channels, o);
+// Takes the sums of a row's outputs, one of each part at a time.
+template <int Width, bool Direct>
+struct RowSink {
+  const Parts<Width>& parts;
+  const BlockValues& values;
+  const CodeRule& rule;
+  int64_t channels;
+  ConvOutput output;
+
+  QK_INLINE void operator()(int64_t i, const Sums (&sums)[4]) const {
+    if constexpr (Direct) {
+      store_codes(output.codes.data, output.codes.stride_w, parts, i, channels, rule(sums, values.scale, values.bias));
+      return;
     }
-}
+    alignas(64) int32_t lanes[kChannels];
+    store_lanes(lanes, sums);
+    for (int p = 0; p < Parts<Width>::kCount; ++p)
+      finish_row(lanes + p * Width, Width, 1, parts.first[p] + i, channels, output);
+  }
+};
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE

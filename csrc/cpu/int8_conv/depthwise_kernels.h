@@ -13,17 +13,24 @@ namespace {
 
 constexpr Isa kDepthwiseIsa = static_cast<Isa>(QK_PATH);
 
+template <int Width, bool Direct>
+inline void convolve_to(const DepthwiseRow& row, const DepthwiseTask& task, const Parts<Width>& parts,
+                        const BlockValues& values, const CodeRule& rule) {
+#if QK_PATH == QK_PATH_AVX512VNNI
+  if (fits_registers(row)) return convolve_in_registers<Width, Direct>(row, task, parts, values, rule);
+#endif
+  convolve_in_strips<Width, Direct>(row, task, parts, values, rule);
+}
+
 template <int Width>
 void convolve_width(const DepthwiseRow& row, const DepthwiseTask& task) {
   const Parts<Width> parts(row);
   BlockValues values;
   set_values<Width>(values, task.output, task.channels);
-  const bool direct = can_code_directly(task.output, values);
-  const CodeRule rule = direct ? code_rule(task.output) : CodeRule();
-#if QK_PATH == QK_PATH_AVX512VNNI
-  if (direct && fits_registers(row)) return convolve_in_registers(row, task, parts, values, rule);
-#endif
-  convolve_strips(row, task, parts, values, direct, rule);
+  if (can_code_directly(task.output, values))
+    convolve_to<Width, true>(row, task, parts, values, code_rule(task.output));
+  else
+    convolve_to<Width, false>(row, task, parts, values, CodeRule());
 }
 
 void convolve_rows(const DepthwiseRow& row, const DepthwiseTask& task) {

@@ -12,16 +12,15 @@ namespace qkernels {
 constexpr int64_t kBlockChannels = 64;
 
 struct DepthwiseTaps {
-  bool turned;                    // the taps of a single row stand in place of rows
-  int64_t rows, columns, groups;  // a group is 4 rows
+  int64_t rows, columns;
+  int64_t groups;  // of 2 to 4 rows
+  bool single;     // the last row is left alone
 
   explicit DepthwiseTaps(Size3 kernel)
-      : turned(kernel.d * kernel.h == 1),
-        rows(turned ? std::min<int64_t>(4, kernel.w) : kernel.d * kernel.h),
-        columns(turned ? (kernel.w + 3) / 4 : kernel.w),
-        groups((rows + 3) / 4) {}
+      : rows(kernel.d * kernel.h), columns(kernel.w), groups((rows + 2) / 4), single(rows % 4 == 1) {}
 
-  int64_t products() const { return groups * columns; }  // of an output
+  int64_t products_of_single() const { return single ? (columns + 3) / 4 : 0; }
+  int64_t products() const { return groups * columns + products_of_single(); }
   // Bytes of the packed weights in front of the block that begins at `channel`.
   int64_t block_offset(int64_t channel) const { return channel * products() * 4; }
 };
@@ -32,30 +31,46 @@ inline int64_t block_width(int64_t channels, int64_t channel) {
   return left > 32 ? 64 : left > 16 ? 32 : 16;
 }
 
-// What all rows of outputs have in common. Pixels are counted from the first that a row's first output reads.
+// Products whose taps lie in the same 4 rows. Offsets are from the first code that the first output reads.
+struct DepthwiseGroup {
+  int64_t row_bytes[4] = {};   // to the rows; those that do not exist are the first
+  int64_t row_pixels[4] = {};  // what the pixels of a single row are ahead of the product's
+  int64_t products, dilation;  // pixels from one product to the next
+};
+
+// What all rows of outputs have in common.
 struct DepthwiseRow {
-  DepthwiseTaps taps;
   int64_t outputs, stride;  // pixels from one output to the next
-  int64_t dilation;         // pixels from one column to the next
   int64_t last;             // the last pixel that the last output reads
   int64_t pixel_bytes;
-  std::vector<int64_t> row_bytes;  // from the first row to each of groups * 4; rows that do not exist are the first
-  int64_t row_pixels[4] = {};      // from a column's pixel to those of its rows, which only turned kernels tell apart
+  int64_t products;
+  std::vector<DepthwiseGroup> groups;
 
-  DepthwiseRow(const ConvGeometry& g, const CodeImage& x)
-      : taps(g.kernel),
-        outputs(g.out.w),
+  DepthwiseRow(const ConvGeometry& g, const CodeImage& x, const DepthwiseTaps& taps)
+      : outputs(g.out.w),
         stride(g.stride.w),
-        dilation(g.dilation.w * (taps.turned ? 4 : 1)),
         last((g.out.w - 1) * g.stride.w + (g.kernel.w - 1) * g.dilation.w),
         pixel_bytes(x.stride_w),
-        row_bytes(static_cast<size_t>(taps.groups * 4)) {
-    for (int64_t r = 0; r < taps.rows; ++r)
-      if (taps.turned)
-        row_pixels[r] = r * g.dilation.w;
-      else
-        row_bytes[static_cast<size_t>(r)] =
-            r / g.kernel.h * g.dilation.d * x.stride_d + r % g.kernel.h * g.dilation.h * x.stride_h;
+        products(taps.products()) {
+    const auto row_bytes = [&](int64_t row) {
+      return row / g.kernel.h * g.dilation.d * x.stride_d + row % g.kernel.h * g.dilation.h * x.stride_h;
+    };
+    for (int64_t row = 0; row < taps.groups * 4; row += 4) {
+      DepthwiseGroup group;
+      for (int64_t r = 0; r < 4; ++r) group.row_bytes[r] = row_bytes(row + r < taps.rows ? row + r : row);
+      group.products = taps.columns;
+      group.dilation = g.dilation.w;
+      groups.push_back(group);
+    }
+    if (!taps.single) return;
+    DepthwiseGroup group;
+    for (int64_t r = 0; r < 4; ++r) {
+      group.row_bytes[r] = row_bytes(taps.rows - 1);
+      group.row_pixels[r] = r * g.dilation.w;
+    }
+    group.products = taps.products_of_single();
+    group.dilation = 4 * g.dilation.w;
+    groups.push_back(group);
   }
 };
 

@@ -17,9 +17,11 @@ void for_each_tap(const ConvGeometry& g, F f) {
     const int64_t in_block = c - first;
     const int64_t place = (in_block / 4 % 4 * (width / 16) + in_block / 16) * 16 + in_block % 4 * 4;
     for (int64_t t = 0; t < n_taps; ++t) {
-      const int64_t row = taps.turned ? t % 4 : t / g.kernel.w, column = taps.turned ? t / 4 : t % g.kernel.w;
-      const int64_t product = row / 4 * taps.columns + column;
-      f(c * n_taps + t, taps.block_offset(first) + product * width * 4 + place + row % 4);
+      const int64_t row = t / g.kernel.w, column = t % g.kernel.w;
+      const bool single = taps.single && row == taps.rows - 1;
+      const int64_t product = single ? taps.groups * taps.columns + column / 4 : row / 4 * taps.columns + column;
+      const int64_t tap = single ? column % 4 : row % 4;
+      f(c * n_taps + t, taps.block_offset(first) + product * width * 4 + place + tap);
     }
   }
 }

@@ -6,22 +6,21 @@ namespace qkernels::QK_NAMESPACE {
 namespace {
 
 inline bool fits_registers(const DepthwiseRow& row) {
-  return row.taps.rows == 3 && row.taps.columns == 3 && row.dilation == 1 && row.stride <= 2;
+  const DepthwiseGroup& group = row.groups[0];
+  return row.products == 3 && group.products == 3 && group.dilation == 1 && row.stride <= 2;
 }
 
-// Calls f(output, sums) for the outputs of a row, each of which is one of every part.
-template <int Width, int Stride, typename F>
+template <int Width, int Stride, typename Sink>
 inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, const Parts<Width>& parts,
-                             const Weights (&w)[3][4], const BlockValues& values, F f) {
-  const uint8_t* rows[3];
-  for (int r = 0; r < 3; ++r) rows[r] = codes + row.row_bytes[static_cast<size_t>(r)];
+                             const Weights (&w)[3][4], const BlockValues& values, const Sink& sink) {
+  const uint8_t* rows[4];
+  for (int r = 0; r < 4; ++r) rows[r] = codes + row.groups[0].row_bytes[r];
   const auto next_column = [&](Interleaved(&v)[4]) QK_INLINE {
     Codes of_row[4];
-    for (int r = 0; r < 3; ++r) {
+    for (int r = 0; r < 4; ++r) {
       of_row[r] = load_codes<Width>(rows[r], parts.bytes);
       rows[r] += row.pixel_bytes;
     }
-    of_row[3] = of_row[0];  // has weight 0
     interleave(of_row, v);
   };
   Interleaved v[3][4];
@@ -33,29 +32,25 @@ inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, cons
       sums[q] = load_sums(values.start + q * kLanes * 4);
       for (int k = 0; k < 3; ++k) sums[q] = multiply_add(sums[q], v[k][q], w[k][q]);
     }
-    f(output, sums);
+    sink(output, sums);
     for (int k = 0; k < 3 - Stride; ++k)
       for (int q = 0; q < 4; ++q) v[k][q] = v[k + Stride][q];
   }
 }
 
-template <int Width>
+template <int Width, bool Direct>
 void convolve_in_registers(const DepthwiseRow& row, const DepthwiseTask& task, const Parts<Width>& parts,
                            const BlockValues& values, const CodeRule& rule) {
   Weights w[3][4];
   for (int k = 0; k < 3; ++k)
     for (int q = 0; q < 4; ++q) w[k][q] = load_weights<Width>(task.weights + (k * 4 + q) * task.width);
-  const uint8_t* codes = task.codes;
-  uint8_t* to = task.output.codes.data;
-  const int64_t pixel_step = task.output.codes.stride_w;
-  for (int64_t h = 0; h < task.rows; ++h, codes += task.row_step, to += task.output.codes.stride_h) {
-    const auto store = [&](int64_t output, const Sums(&sums)[4]) QK_INLINE {
-      store_codes(to, pixel_step, parts, output, task.channels, rule(sums, values.scale, values.bias));
-    };
+  for (int64_t h = 0; h < task.rows; ++h) {
+    const uint8_t* codes = task.codes + h * task.row_step;
+    const RowSink<Width, Direct> sink{parts, values, rule, task.channels, moved(task.output, h, 0)};
     if (row.stride == 1)
-      sum_in_registers<Width, 1>(row, codes, parts, w, values, store);
+      sum_in_registers<Width, 1>(row, codes, parts, w, values, sink);
     else
-      sum_in_registers<Width, 2>(row, codes, parts, w, values, store);
+      sum_in_registers<Width, 2>(row, codes, parts, w, values, sink);
   }
 }
 

@@ -60,6 +60,16 @@ inline Sums multiply_add(Sums sums, Interleaved codes, Weights weights) {
   return _mm512_dpbusd_epi32(sums, codes, weights);
 }
 
+// Stores 4 vectors of sums lane after lane, each lane's 16 channels in order.
+inline void store_lanes(int32_t* to, const Sums (&sums)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44), b = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
+  const __m512i c = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee), d = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
+  _mm512_store_si512(to, _mm512_shuffle_i32x4(a, b, 0x88));
+  _mm512_store_si512(to + 16, _mm512_shuffle_i32x4(a, b, 0xdd));
+  _mm512_store_si512(to + 32, _mm512_shuffle_i32x4(c, d, 0x88));
+  _mm512_store_si512(to + 48, _mm512_shuffle_i32x4(c, d, 0xdd));
+}
+
 // The codes of 4 vectors of sums, for DirectCodes.
 struct CodeRule {
   __m512 in_scale, inverse, high;
@@ -156,6 +166,15 @@ inline void store(int32_t* to, Sums sums) { _mm256_store_si256(reinterpret_cast<
 inline Sums multiply_add(Sums sums, Interleaved codes, Weights weights) {
   sums = _mm256_add_epi32(sums, _mm256_madd_epi16(codes.even, weights.even));
   return _mm256_add_epi32(sums, _mm256_madd_epi16(codes.odd, weights.odd));
+}
+
+// Stores 4 vectors of sums lane after lane, each lane's 16 channels in order.
+inline void store_lanes(int32_t* to, const Sums (&sums)[4]) {
+  __m256i* lanes = reinterpret_cast<__m256i*>(to);
+  _mm256_store_si256(lanes, _mm256_permute2x128_si256(sums[0], sums[1], 0x20));
+  _mm256_store_si256(lanes + 1, _mm256_permute2x128_si256(sums[2], sums[3], 0x20));
+  _mm256_store_si256(lanes + 2, _mm256_permute2x128_si256(sums[0], sums[1], 0x31));
+  _mm256_store_si256(lanes + 3, _mm256_permute2x128_si256(sums[2], sums[3], 0x31));
 }
 
 struct CodeRule {
