@@ -61,8 +61,8 @@ inline void interleave_columns(const DepthwiseRow& row, const DepthwiseGroup& gr
 }
 
 // Adds the products of a group whose columns are neighbours, each loaded once for all outputs that read it.
-template <int N, int Products, int Stride>
-inline void add_dense(Sums (&sums)[N], const uint8_t* column, const uint8_t* weights) {
+template <int Products, int Stride, int N>
+QK_INLINE inline void add_dense_group(Sums (&sums)[N], const uint8_t* column, const uint8_t* weights) {
   Weights w[Products];
 #pragma GCC unroll 8
   for (int k = 0; k < Products; ++k) w[k] = load_interleaved(weights + k * 4 * kVectorBytes);
@@ -74,6 +74,25 @@ inline void add_dense(Sums (&sums)[N], const uint8_t* column, const uint8_t* wei
       if ((c - k) % Stride == 0 && c >= k && c - k < N * Stride)
         sums[(c - k) / Stride] = multiply_add(sums[(c - k) / Stride], v, w[k]);
   }
+}
+
+// Returns whether the group is of a size for which that is compiled.
+template <int N>
+QK_INLINE inline bool add_dense(Sums (&sums)[N], const StripGroup& group, const uint8_t* column,
+                                const uint8_t* weights) {
+  if constexpr (kManyRegisters) {
+    if (group.product_step != 1 || group.output_step > 2) return false;
+    const bool one = group.output_step == 1;
+    if (group.products == 5) {
+      one ? add_dense_group<5, 1>(sums, column, weights) : add_dense_group<5, 2>(sums, column, weights);
+      return true;
+    }
+    if (group.products == 7) {
+      one ? add_dense_group<7, 1>(sums, column, weights) : add_dense_group<7, 2>(sums, column, weights);
+      return true;
+    }
+  }
+  return false;
 }
 
 using Tile = void (*)(const StripGroup*, int64_t, int64_t, int, const uint8_t*, const int32_t*, int64_t, int32_t*);
@@ -90,6 +109,10 @@ void tile(const StripGroup* groups, int64_t n_groups, int64_t first, int q, cons
     const StripGroup& group = groups[g];
     const int64_t output_step = group.output_step * kVectorBytes, product_step = group.product_step * kVectorBytes;
     const uint8_t* column = group.data + q * group.columns * kVectorBytes + first * output_step;
+    if (add_dense(sums, group, column, weights)) {
+      weights += group.products * 4 * kVectorBytes;
+      continue;
+    }
     for (int64_t k = 0; k < group.products; ++k, column += product_step, weights += 4 * kVectorBytes) {
       const Weights w = load_interleaved(weights);
 #pragma GCC unroll 8

@@ -14,6 +14,7 @@ constexpr int kVectorBytes = 64;  // of interleaved codes in memory
 #if QK_PATH == QK_PATH_AVX512VNNI
 
 constexpr int kLanes = 4;
+constexpr bool kManyRegisters = true;
 constexpr int kMostOutputs = 8;  // of a tile: products take 4 cycles and a load each
 using Codes = __m512i;           // kLanes * 16 bytes
 using Sums = __m512i;
@@ -116,6 +117,7 @@ inline void store_part(uint8_t* to, Codes codes, int part) {
 #elif QK_PATH == QK_PATH_AVX2
 
 constexpr int kLanes = 2;
+constexpr bool kManyRegisters = false;
 constexpr int kMostOutputs = 4;
 using Codes = __m256i;
 using Sums = __m256i;
