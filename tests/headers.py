@@ -26,7 +26,11 @@ def paths_of(header: Path) -> list[str]:
     """The paths that compile a header, the scalar one first."""
     if header.stem in PATHS:
         return [header.stem]
-    return [path for path in PATHS if path != ("avx512" if header.parent.name.endswith("_gemm") else "avx512vnni")]
+    return [
+        path
+        for path in PATHS
+        if path != ("avx512" if header.parent.name.endswith(("_gemm", "_conv")) else "avx512vnni")
+    ]
 
 
 def fault(job: tuple[Path, str]) -> str:

@@ -64,13 +64,51 @@ inline V gelu(V x) {
 }
 
 template <typename V>
-inline V activate(V x, Activation activation) {
+inline V tanh(V x) {
+  using C = TanhConstants;
+  const V one = V::set1(1), magnitude = max_abs(zero<V>(), x), z = x * x;
+  V p = V::set1(C::coefficients[0]);
+  for (size_t i = 1; i < std::size(C::coefficients); ++i) p = p * z + V::set1(C::coefficients[i]);
+  const V large = one - V::set1(2) / (exponential(magnitude + magnitude) + one);
+  const auto negative = inside(x, V::set1(-std::numeric_limits<float>::infinity()), zero<V>());
+  const auto small = inside(magnitude, zero<V>(), V::set1(C::small));
+  return select(small, x + x * z * p, select(negative, zero<V>() - large, large));
+}
+
+template <typename V>
+inline V hardsigmoid(V x) {
+  const V six = V::set1(6);
+  return min(six, max(zero<V>(), x + V::set1(3))) / six;
+}
+
+template <typename V>
+inline V hardswish(V x) {
+  const V six = V::set1(6);
+  return x * min(six, max(zero<V>(), x + V::set1(3))) / six;
+}
+
+template <typename V>
+inline V leaky_relu(V x, float slope) {
+  const V infinity = V::set1(std::numeric_limits<float>::infinity());
+  return select(between(x, zero<V>(), infinity) | inside(x, infinity, infinity), x, x * V::set1(slope));
+}
+
+// low and high are those of an ActivationStep.
+template <typename V>
+inline V activate(V x, Activation activation, float low = 0, float high = 0) {
   switch (activation) {
+    case Activation::none: return x;
     case Activation::relu: return max(zero<V>(), x);
     case Activation::gelu: return gelu(x);
     case Activation::silu: return x * sigmoid(x);
-    default: return x;
+    case Activation::sigmoid: return sigmoid(x);
+    case Activation::tanh: return tanh(x);
+    case Activation::clamp: return min(V::set1(high), max(V::set1(low), x));
+    case Activation::leaky_relu: return leaky_relu(x, low);
+    case Activation::hardswish: return hardswish(x);
+    case Activation::hardsigmoid: return hardsigmoid(x);
   }
+  return x;
 }
 
 }  // namespace qkernels::QK_NAMESPACE

@@ -18,7 +18,7 @@ struct Size3 {
 struct CodeImage {
   uint8_t* data;
   int64_t batch, channels;
-  Size3 size;                                    // without the border
+  Size3 size;                                      // without the border
   int64_t stride_n, stride_d, stride_h, stride_w;  // bytes
 };
 
@@ -49,8 +49,8 @@ struct ConvGeometry {
 struct ConvOutput {
   const int32_t* colsum;
   const float* scale;
-  const float* bias;      // may be null
-  float in_scale;         // scale and zero point of the input
+  const float* bias;  // may be null
+  float in_scale;     // scale and zero point of the input
   int32_t in_zero_point;
   ActivationStep first, second;
 
@@ -60,7 +60,7 @@ struct ConvOutput {
   Quantizer residual_q;
   int64_t residual_n, residual_d, residual_h, residual_w;  // strides in elements; that of channels is 1
 
-  float* floats;  // may be null
+  float* floats;                                             // may be null
   int64_t floats_n, floats_c, floats_d, floats_h, floats_w;  // strides in elements
 
   CodeImage codes;  // data may be null; only the inside is written

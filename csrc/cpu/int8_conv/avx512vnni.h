@@ -1,0 +1,135 @@
+// The convolution tile of the avx512vnni path.
+#include "cpu/int8_conv/conv_epilogue.h"
+#include "cpu/int8_conv/conv_tile.h"
+
+namespace qkernels::QK_NAMESPACE {
+namespace {
+
+// The 4 codes at p + I * step in every lane. Multiples of step that an address can hold leave few registers to compute.
+template <int I>
+inline __m512i broadcast_codes(const uint8_t* p, int64_t step, int64_t step3, int64_t step5) {
+  const uint8_t* at = I == 0   ? p
+                      : I == 1 ? p + step
+                      : I == 2 ? p + step * 2
+                      : I == 3 ? p + step3
+                      : I == 4 ? p + step * 4
+                      : I == 5 ? p + step5
+                               : p + step3 * 2;
+  int32_t group;
+  std::memcpy(&group, at, 4);
+  return _mm512_set1_epi32(group);
+}
+
+template <size_t... I, typename F>
+inline __attribute__((always_inline)) void for_each_pixel(std::index_sequence<I...>, F f) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+// Calls finish(sums[pixel][2]), which stay in registers.
+template <int H, int Segments, typename Finish>
+inline __attribute__((always_inline)) void multiply_tile(const TileInput& in, const int8_t* weights,
+                                                         const int32_t* start, Finish finish) {
+  // A dot product takes 4 cycles and two start in one, so that 8 sums must be in flight.
+  constexpr int kPixels = H * Segments, kSteps = kPixels == 1 ? 4 : kPixels <= 3 ? 2 : 1;
+  __m512i acc[kSteps][kPixels][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      acc[0][i][h] = _mm512_load_si512(start + h * 16);
+#pragma GCC unroll 4
+      for (int s = 1; s < kSteps; ++s) acc[s][i][h] = _mm512_setzero_si512();
+    }
+  const int64_t step = in.step, step3 = in.step * 3, step5 = in.step * 5;
+  const int8_t* w = weights;
+  const auto multiply = [&](auto s, const uint8_t* p0, const uint8_t* p1) __attribute__((always_inline)) {
+    constexpr int kAt = decltype(s)::value;
+    const __m512i w0 = _mm512_loadu_si512(w + kAt * 128), w1 = _mm512_loadu_si512(w + kAt * 128 + 64);
+    for_each_pixel(std::make_index_sequence<H>(), [&](auto i) __attribute__((always_inline)) {
+      constexpr int kPixel = decltype(i)::value;
+      const __m512i codes = broadcast_codes<kPixel>(p0 + kAt * 4, step, step3, step5);
+      acc[kAt][kPixel][0] = _mm512_dpbusd_epi32(acc[kAt][kPixel][0], codes, w0);
+      acc[kAt][kPixel][1] = _mm512_dpbusd_epi32(acc[kAt][kPixel][1], codes, w1);
+    });
+    if constexpr (Segments == 2)
+      for_each_pixel(std::make_index_sequence<H>(), [&](auto i) __attribute__((always_inline)) {
+        constexpr int kPixel = H + decltype(i)::value;
+        const __m512i codes = broadcast_codes<decltype(i)::value>(p1 + kAt * 4, step, step3, step5);
+        acc[kAt][kPixel][0] = _mm512_dpbusd_epi32(acc[kAt][kPixel][0], codes, w0);
+        acc[kAt][kPixel][1] = _mm512_dpbusd_epi32(acc[kAt][kPixel][1], codes, w1);
+      });
+  };
+  for (int64_t r = 0; r < in.runs; ++r) {
+    const uint8_t* p0 = in.pixels[0] + in.offsets[r];
+    const uint8_t* p1 = Segments == 2 ? in.pixels[1] + in.offsets[r] : p0;
+    int64_t g = in.run_groups;
+    for (; g >= kSteps; g -= kSteps, p0 += kSteps * 4, p1 += kSteps * 4, w += kSteps * 128)
+      for_each_pixel(std::make_index_sequence<kSteps>(),
+                     [&](auto s) __attribute__((always_inline)) { multiply(s, p0, p1); });
+    if constexpr (kSteps > 1)
+      for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(std::integral_constant<int, 0>(), p0, p1);
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 4
+      for (int s = 1; s < kSteps; ++s) acc[0][i][h] = _mm512_add_epi32(acc[0][i][h], acc[s][i][h]);
+  // From here on the sums are other values to GCC, which would otherwise store them in the loop for want of registers
+  // here.
+#pragma GCC unroll 14
+  for (int i = 0; i < kPixels; ++i) __asm__ volatile("" : "+v"(acc[0][i][0]), "+v"(acc[0][i][1]));
+  finish(acc[0]);
+}
+
+template <int H, int Segments>
+void conv_tile(const TileInput& in, const int8_t* weights, const int32_t* start, int32_t* sums) {
+  multiply_tile<H, Segments>(in, weights, start, [&](__m512i(&acc)[H * Segments][2]) __attribute__((always_inline)) {
+#pragma GCC unroll 14
+    for (int i = 0; i < H * Segments; ++i) {
+      _mm512_store_si512(sums + i * kPanel, acc[i][0]);
+      _mm512_store_si512(sums + i * kPanel + 16, acc[i][1]);
+    }
+  });
+}
+
+// Codes straight from the sums, where the results are finite and the activation only clamps them: 9 instructions
+// for 16.
+template <int H, int Segments>
+void conv_tile_codes(const TileInput& in, const int8_t* weights, const PanelValues& panel, const ClampedCodes& to) {
+  multiply_tile<H, Segments>(
+      in, weights, panel.start, [&](__m512i(&acc)[H * Segments][2]) __attribute__((always_inline)) {
+        constexpr int kPixels = H * Segments;
+        const __m512 in_scale = _mm512_set1_ps(to.in_scale), inverse = _mm512_set1_ps(to.inverse);
+        const __m512 most = _mm512_set1_ps(1e9f);  // more would not fit into int32, and means the highest code too
+        const __m512i zero_point = _mm512_set1_epi16(to.zero_point), low = _mm512_set1_epi8(static_cast<char>(to.low)),
+                      high = _mm512_set1_epi8(static_cast<char>(to.high));
+        // Packing two pixels leaves 4 channels of each half of each pixel in every 128 bits.
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __mmask32 inside = to.inside;
+        const auto steps = [&](__m512i sum, int h) __attribute__((always_inline)) {
+          __m512 v = _mm512_cvtepi32_ps(sum);
+          v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_load_ps(panel.scale + h * 16)), in_scale);
+          v = _mm512_add_ps(v, _mm512_load_ps(panel.bias + h * 16));
+          return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(v, inverse), most));
+        };
+        const auto words = [&](auto i) __attribute__((always_inline)) {
+          constexpr int kPixel = decltype(i)::value;
+          return _mm512_adds_epi16(_mm512_packs_epi32(steps(acc[kPixel][0], 0), steps(acc[kPixel][1], 1)), zero_point);
+        };
+        for_each_pixel(std::make_index_sequence<(kPixels + 1) / 2>(), [&](auto pair) __attribute__((always_inline)) {
+          constexpr int kFirst = 2 * decltype(pair)::value, kSecond = std::min(kFirst + 1, kPixels - 1);
+          const __m512i first = words(std::integral_constant<int, kFirst>());
+          const __m512i second = words(std::integral_constant<int, kSecond>());
+          __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second));
+          codes = _mm512_min_epu8(_mm512_max_epu8(codes, low), high);
+          _mm256_mask_storeu_epi8(to.codes[kFirst / H] + kFirst % H * to.step, inside, _mm512_castsi512_si256(codes));
+          if constexpr (kFirst != kSecond)
+            _mm256_mask_storeu_epi8(to.codes[kSecond / H] + kSecond % H * to.step, inside,
+                                    _mm512_extracti64x4_epi64(codes, 1));
+        });
+      });
+}
+
+}  // namespace
+}  // namespace qkernels::QK_NAMESPACE

@@ -1,0 +1,64 @@
+// What a convolution's kernels are given: one walk over output pixels for every kind of convolution.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/common/isa.h"
+#include "cpu/int8_conv/int8_conv.h"
+
+namespace qkernels {
+
+// A row of output pixels is cut into segments of equal width, up to so many pixels. So all rows of 7, 14, 28, 56 and
+// 112 pixels consist of full segments. A tile is one segment, or two of equal width: 14 pixels times 32 channels fill
+// 28 of 32 registers with sums.
+constexpr int kSegment = 7;
+
+// Offsets into what a walk reads and writes: the codes x and the outputs, in bytes or elements.
+struct Offsets {
+  int64_t x, floats, codes, residual;
+
+  Offsets operator+(const Offsets& o) const {
+    return {x + o.x, floats + o.floats, codes + o.codes, residual + o.residual};
+  }
+  bool operator==(const Offsets& o) const {
+    return x == o.x && floats == o.floats && codes == o.codes && residual == o.residual;
+  }
+  Offsets operator*(int64_t n) const { return {x * n, floats * n, codes * n, residual * n}; }
+};
+
+struct ConvWork {
+  // Output pixels: rows are counted by three numbers (image, depth and height, as far as they differ), the last one
+  // fastest, and pixels of a row by w.
+  int64_t outer[3], width;
+  Offsets outer_steps[3], step;
+
+  // Output pixel p reads, for each run r, the codes from x + p + offsets[r] on.
+  const uint8_t* x;
+  const int64_t* offsets;
+  int64_t runs, run, run_groups;
+  // Where several runs are one run of packed K and do not begin at multiples of 4 codes there, a pixel's runs are first
+  // copied together.
+  bool gather;
+  int64_t packed_runs, packed_run;
+
+  const int8_t* data;
+  int64_t panel_bytes, panels, block_panels, block_in, block_out, out_channels;
+
+  const ConvOutput* output;
+  bool wide;  // acc - zero_point * colsum may leave int32
+
+  int64_t rows() const { return outer[0] * outer[1] * outer[2]; }
+  int64_t segments_of_row() const { return (width + kSegment - 1) / kSegment; }
+  int64_t segments() const { return rows() * segments_of_row(); }
+};
+
+struct ConvKernels {
+  Isa isa;
+  // Computes the segments and panels with these numbers.
+  void (*convolve)(const ConvWork& work, int64_t first_segment, int64_t last_segment, int64_t first_panel,
+                   int64_t last_panel);
+};
+
+const ConvKernels& conv_kernels();
+
+}  // namespace qkernels

@@ -1,0 +1,24 @@
+// Any int8 convolution, and a linear layer as one with kernel 1, on images of codes.
+#pragma once
+
+#include "cpu/int8_conv/int8_conv.h"
+
+namespace qkernels {
+
+// One filter per channel.
+inline bool is_depthwise(const ConvGeometry& g) {
+  return g.groups == g.in_channels && g.groups == g.out_channels && g.groups > 1;
+}
+
+// Packed weights depend on the channels, the groups and the kernel alone, and are equal on every path.
+int64_t conv_packed_bytes(const ConvGeometry& g);
+
+// codes [C_out][C_in / groups][kd][kh][kw]; colsum [C_out] receives the sum of each output channel's codes.
+void pack_conv(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t* colsum);
+void unpack_conv(const ConvGeometry& g, const int8_t* data, int8_t* codes);
+
+// Runs on all threads, or on one where it is called from within a parallel region or where the work is small. The
+// border of x must be as wide as the geometry's padding, and behind the image as wide as the output's size needs.
+void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output);
+
+}  // namespace qkernels

@@ -1,0 +1,48 @@
+// Packing of convolution weights.
+#include <cstring>
+
+#include "cpu/int8_conv/conv_layout.h"
+#include "cpu/int8_conv/convolve.h"
+
+namespace qkernels {
+namespace {
+
+// Calls visit(offset in the packed data, offset in the codes, output channel) for every weight.
+template <typename Visit>
+void for_each_weight(const ConvGeometry& g, const Visit& visit) {
+  const ConvLayout layout(g);
+  const int64_t group_in = g.in_channels / g.groups, group_out = g.out_channels / g.groups;
+  const int64_t taps = g.kernel.d * g.kernel.h * g.kernel.w;
+  for (int64_t n = 0; n < g.out_channels; ++n) {
+    const int64_t group = n / group_out, block = group / layout.block_groups, c_out = n - block * layout.block_out;
+    const int64_t first = group % layout.block_groups * group_in;  // the group's first channel within the block
+    const int64_t panel = block * layout.block_panels + c_out / kPanel;
+    for (int64_t c = 0; c < group_in; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t run = layout.rows ? tap / g.kernel.w : tap;
+        const int64_t i = (layout.rows ? tap % g.kernel.w * layout.block_in : 0) + first + c;
+        const int64_t step = run * layout.run_groups() + i / 4;
+        visit(panel * layout.bytes_of_panel() + (step * kPanel + c_out % kPanel) * 4 + i % 4,
+              (n * group_in + c) * taps + tap, n);
+      }
+  }
+}
+
+}  // namespace
+
+int64_t conv_packed_bytes(const ConvGeometry& g) { return ConvLayout(g).bytes(); }
+
+void pack_conv(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t* colsum) {
+  std::memset(data, 0, static_cast<size_t>(conv_packed_bytes(g)));
+  std::fill(colsum, colsum + g.out_channels, 0);
+  for_each_weight(g, [&](int64_t packed, int64_t plain, int64_t n) {
+    data[packed] = codes[plain];
+    colsum[n] += codes[plain];
+  });
+}
+
+void unpack_conv(const ConvGeometry& g, const int8_t* data, int8_t* codes) {
+  for_each_weight(g, [&](int64_t packed, int64_t plain, int64_t) { codes[plain] = data[packed]; });
+}
+
+}  // namespace qkernels
