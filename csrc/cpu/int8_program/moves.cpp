@@ -1,0 +1,165 @@
+// Steps that move elements, floats or codes, unchanged.
+#include "cpu/int8_program/steps.h"
+#include "cpu/int8_program/views.h"
+
+namespace qkernels {
+namespace {
+
+void copy(const uint8_t* from, int64_t bytes, uint8_t* to) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+
+struct Cat final : Step {
+  std::vector<int> xs;
+  int out;
+
+  explicit Cat(Line& line) : xs(line.read_list("xs")), out(line.make_like("out", xs[0])) {
+    const std::vector<ValueInfo>& values = line.plan().values;
+    for (int x : xs)
+      if (values[static_cast<size_t>(x)].quantizer != values[static_cast<size_t>(xs[0])].quantizer)
+        line.refuse("xs: got '", line.text("xs"), "'; accepted: all floats, or all codes of one quantizer");
+  }
+
+  void infer(Shapes& shapes) const override {
+    Shape shape = shapes.of(xs[0]);
+    shape.channels = 0;
+    for (int x : xs) {
+      const Shape& part = shapes.of(x);
+      QK_CHECK(part.size == shape.size && part.rank == shape.rank, where, ": xs: got ", text(shapes.of(xs[0])), " and ",
+               text(part), "; accepted: shapes that differ in channels alone");
+      shape.channels += part.channels;
+    }
+    shapes.set(out, shape);
+  }
+
+  void run(const Frame& frame) const override {
+    const Bytes to = bytes_of(frame, out);
+    const Shape& shape = frame.shape(out);
+    int64_t first = 0;
+    for (int x : xs) {
+      const Bytes from = bytes_of(frame, x);
+      const int64_t bytes = frame.shape(x).channels * from.element;
+      uint8_t* begin = to.data + first;
+      first += bytes;
+      for_each_row(frame, shape.size, shape.size.w * bytes, [&](int64_t n, int64_t d, int64_t h) {
+        const uint8_t* row = from.at(n, d, h);
+        uint8_t* out_row = begin + (to.at(n, d, h) - to.data);
+        for (int64_t w = 0; w < shape.size.w; ++w) copy(row + w * from.stride_w, bytes, out_row + w * to.stride_w);
+      });
+    }
+  }
+};
+
+// Always a view.
+struct Slice final : Step {
+  int x, out;
+  int64_t begin, end;
+
+  explicit Slice(Line& line)
+      : x(line.read("x")),
+        out(line.make_like("out", x)),
+        begin(line.integer("begin", 0, int64_t{1} << 31)),
+        end(line.integer("end", begin + 1, int64_t{1} << 31)) {}
+
+  void infer(Shapes& shapes) const override {
+    Shape shape = shapes.of(x);
+    QK_CHECK(end <= shape.channels, where, ": end: got ", end, "; accepted: at most x's channels, ", shape.channels);
+    shape.channels = end - begin;
+    shapes.set(out, shape);
+  }
+  void place(Places& places) const override { places.view(out, x, begin); }
+  void run(const Frame&) const override {}
+};
+
+struct Shuffle final : Step {
+  int x, out;
+  int64_t groups;
+
+  explicit Shuffle(Line& line)
+      : x(line.read("x")), out(line.make_like("out", x)), groups(line.integer("groups", 1, int64_t{1} << 31)) {}
+
+  void infer(Shapes& shapes) const override {
+    const Shape& shape = shapes.of(x);
+    QK_CHECK(shape.channels % groups == 0, where, ": groups: got ", groups, "; accepted: a divisor of x's channels, ",
+             shape.channels);
+    shapes.set(out, shape);
+  }
+
+  void run(const Frame& frame) const override {
+    const Bytes from = bytes_of(frame, x), to = bytes_of(frame, out);
+    const Shape& shape = frame.shape(x);
+    for_each_row(frame, shape.size, shape.size.w * shape.channels, [&](int64_t n, int64_t d, int64_t h) {
+      for (int64_t w = 0; w < shape.size.w; ++w)
+        frame.kernels().shuffle(from.at(n, d, h, w), from.element, groups, shape.channels, to.at(n, d, h, w));
+    });
+  }
+};
+
+// The nearest pixel.
+struct Upsample final : Step {
+  int x, out;
+  Size3 scale;
+
+  explicit Upsample(Line& line) : x(line.read("x")), out(line.make_like("out", x)), scale(line.sizes("scale", 1)) {}
+
+  void infer(Shapes& shapes) const override {
+    Shape shape = shapes.of(x);
+    shape.size = {shape.size.d * scale.d, shape.size.h * scale.h, shape.size.w * scale.w};
+    shapes.set(out, shape);
+  }
+
+  void run(const Frame& frame) const override {
+    const Bytes from = bytes_of(frame, x), to = bytes_of(frame, out);
+    const Shape& shape = frame.shape(x);
+    const int64_t bytes = shape.channels * from.element;
+    for_each_row(frame, shape.size, shape.size.w * bytes * scale.w, [&](int64_t n, int64_t d, int64_t h) {
+      for (int64_t i = 0; i < scale.d; ++i)
+        for (int64_t j = 0; j < scale.h; ++j) {
+          uint8_t* pixel = to.at(n, d * scale.d + i, h * scale.h + j);
+          for (int64_t w = 0; w < shape.size.w; ++w)
+            for (int64_t k = 0; k < scale.w; ++k, pixel += to.stride_w) copy(from.at(n, d, h, w), bytes, pixel);
+        }
+    });
+  }
+};
+
+// All elements as channels, in torch's order: each channel's pixels one after the other.
+struct Flatten final : Step {
+  int x, out;
+
+  explicit Flatten(Line& line) : x(line.read("x")), out(line.make_like("out", x)) {}
+
+  void infer(Shapes& shapes) const override {
+    const Shape& shape = shapes.of(x);
+    shapes.set(out, {0, shape.channels * shape.pixels(), {1, 1, 1}});
+  }
+
+  void place(Places& places) const override {
+    if (places.shape(x).pixels() == 1) places.view(out, x, 0);
+  }
+
+  void run(const Frame& frame) const override {
+    const Readable from = readable(frame, x);
+    const Bytes to = bytes_of(frame, out);
+    const Shape& shape = frame.shape(x);
+    const int64_t pixels = shape.pixels();
+    for_each_row(frame, shape.size, shape.size.w * shape.channels, [&](int64_t n, int64_t d, int64_t h) {
+      const int64_t first = (d * shape.size.h + h) * shape.size.w;
+      uint8_t* row = to.at(n, 0, 0) + first * to.element;
+      const Operand pixel = from.at(n, d, h);
+      if (to.element == 1)
+        frame.kernels().bytes_to_planes(pixel.codes, from.stride_w, shape.channels, shape.size.w, row, pixels);
+      else
+        frame.kernels().to_planes(pixel, from.stride_w, shape.channels, shape.size.w, reinterpret_cast<float*>(row),
+                                  pixels);
+    });
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_cat(Line& line) { return std::make_unique<Cat>(line); }
+std::unique_ptr<Step> make_slice(Line& line) { return std::make_unique<Slice>(line); }
+std::unique_ptr<Step> make_shuffle(Line& line) { return std::make_unique<Shuffle>(line); }
+std::unique_ptr<Step> make_upsample(Line& line) { return std::make_unique<Upsample>(line); }
+std::unique_ptr<Step> make_flatten(Line& line) { return std::make_unique<Flatten>(line); }
+
+}  // namespace qkernels
