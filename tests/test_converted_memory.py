@@ -119,6 +119,82 @@ def test_prepared_groups_of_a_convolution_move_to_channels_last():
     torch.testing.assert_close(convert(moved)(x), expected)
 
 
+MEMORY_FORMATS = [torch.channels_last, torch.channels_last_3d, torch.contiguous_format]
+
+
+class WithImages(Int8Linear):
+    """Holds private tensors of the ranks that torch takes for images and for videos."""
+
+    private_buffers = (*Int8Linear.private_buffers, "image", "video")
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("image", torch.arange(24).view(1, 2, 3, 4), persistent=False)
+        self.register_buffer("video", torch.arange(48).view(1, 2, 2, 3, 4), persistent=False)
+
+
+@pytest.mark.parametrize("format", MEMORY_FORMATS)
+@pytest.mark.parametrize("kind", [*KINDS, "private tensors of any rank"])
+def test_a_memory_format_leaves_packed_tensors_alone(kind, format):
+    if kind in KINDS:
+        plain, layer, x = layers()[kind]
+    else:
+        plain, layer, x = nn.Linear(32, 7), WithImages(32, 7), torch.randn(3, 32)
+    expected, private = layer(x), {name: getattr(layer, name) for name in layer.private_buffers}
+    strides = {name: None if t is None else t.stride() for name, t in private.items()}
+    if isinstance(plain, nn.Conv2d) and format is torch.channels_last_3d:
+        for refusing in (plain, layer):
+            with pytest.raises(RuntimeError, match="required rank 5 tensor"):
+                refusing.to(memory_format=format)
+    else:
+        assert layer.to(memory_format=format) is layer
+        layer.double().to(torch.float32, memory_format=format)
+        last = isinstance(layer, Int8Conv2d) and format is torch.channels_last
+        assert layer.weight.dim() != 4 or layer.weight.is_contiguous(memory_format=torch.channels_last) == last
+    for name, t in private.items():
+        own = getattr(layer, name)
+        assert t is own or (torch.equal(own, t) and own.stride() == strides[name]), name
+    # A float product sums in another order for another format.
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5 if "float" in kind else 0, atol=1e-6 * ("float" in kind))
+
+
+class Video(nn.Module):
+    """Layers of three ranks, attention and a recurrent layer; torch itself moves no Conv2d to channels_last_3d."""
+
+    def __init__(self, image: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3) if image else nn.Conv3d(3, 8, (1, 3, 3))
+        self.depthwise = nn.Conv1d(8, 8, 3, groups=8, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2) if image else nn.ConvTranspose3d(8, 8, (1, 2, 2))
+        self.table = nn.Embedding(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+        self.image = image
+
+    def forward(self, x):
+        x = self.up(self.conv(x if self.image else x.unsqueeze(2)))
+        x = self.depthwise(x.flatten(2)).transpose(1, 2)
+        x = x + self.table(torch.arange(x.shape[1]) % 4)
+        x, _ = self.recurrent(self.attention(x, x, x)[0])
+        return self.head(x)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("image", [True, False])
+def test_a_model_of_all_layers_moves_to_a_memory_format(image, bits):
+    torch.manual_seed(0)
+    model, x = Video(image).eval(), torch.randn(2, 3, 6, 6)
+    prepared = prepare(model, QConfig(QSpec(bits)))
+    qk.calibrate(prepared, [x])
+    format = torch.channels_last if image else torch.channels_last_3d
+    for moving in (prepared.eval(), convert(prepared)):
+        with torch.no_grad():
+            expected = moving(x)
+            torch.testing.assert_close(moving.to(memory_format=format)(x), expected, rtol=1e-2, atol=1e-2)
+            assert torch.equal(moving.to(memory_format=torch.contiguous_format)(x), expected)
+
+
 def things() -> dict[str, object]:
     made = {kind: layer for kind, (_, layer, _) in layers().items()}
     q = torch.randint(-127, 128, (6, 2, 3, 3), dtype=torch.int8)

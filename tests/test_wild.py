@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,16 +32,16 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("name", WILD)
-def test_8_bits(name: str) -> None:
-    all_the_way(WILD[name], 8)
+def test_8_bits(name: str, tmp_path: Path) -> None:
+    all_the_way(WILD[name], 8, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_weights_of_4_bits(name: str) -> None:
-    all_the_way(WILD[name], 4)
+def test_weights_of_4_bits(name: str, tmp_path: Path) -> None:
+    all_the_way(WILD[name], 4, tmp_path / "model.safetensors")
 
 
-def all_the_way(case: Wild, bits: int) -> None:
+def all_the_way(case: Wild, bits: int, file: Path) -> None:
     model, inputs = case.make(), case.inputs()
     for norm in model.modules():
         if isinstance(norm, BatchNorm):  # a trained one has factors of both signs, which a convolution takes over
@@ -66,6 +67,8 @@ def all_the_way(case: Wild, bits: int) -> None:
     with torch.no_grad():
         assert equal(list(tensors(exact(*inputs))), y)
     assert_saved(converted, case, bits, inputs, y)
+    for stage in (prepared, converted):
+        assert_comes_back(stage, case, inputs, outputs(stage, inputs), file)
 
     back = qk.unprepare(prepared)
     assert [(name, kind_of(module)) for name, module in back.named_modules()] == before
@@ -163,6 +166,17 @@ def assert_saved(
     torch.save(converted, file)
     file.seek(0)
     assert equal(outputs(torch.load(file, weights_only=False), inputs), expected)
+
+
+def assert_comes_back(
+    model: nn.Module, case: Wild, inputs: tuple[Any, ...], expected: list[torch.Tensor], file: Path
+) -> None:
+    """The file of qk.save and a new float model make the same model."""
+    qk.save(model, file)
+    loaded = qk.load(file, case.make().eval())
+    assert [kind_of(module) for module in loaded.modules()] == [kind_of(module) for module in model.modules()]
+    assert_holds(loaded, state_of(model))
+    assert equal(outputs(loaded, inputs), expected)
 
 
 def assert_reported(report: qk.qat.Report, model: nn.Module, case: Wild, bits: int) -> None:

@@ -1,4 +1,5 @@
 // int8_program on the CPU: a plan's steps on a few images at a time, whose activations then stay in the cache.
+#include "cpu/int8_program/arguments.h"
 #include "cpu/int8_program/cache.h"
 #include "cpu/int8_program/frame.h"
 
@@ -13,11 +14,11 @@ struct Program {
   mutable Cache<LayoutKey, Layout> layouts{kLayouts};
 };
 
-std::shared_ptr<const Program> program_of(const std::string& text) {
+std::shared_ptr<const Program> program_of(std::string_view text) {
   static Cache<std::string, Program> programs(kPlans);
   return programs.get(text, [&] {
     auto program = std::make_shared<Program>();
-    program->plan = parse_plan(text);
+    program->plan = parse_plan(std::string(text));
     return program;
   });
 }
@@ -72,69 +73,77 @@ const char* accepted(ConstantKind kind) {
   }
 }
 
-bool fits(ConstantKind kind, ScalarType dtype) {
-  const bool integer = dtype == ScalarType::Char || dtype == ScalarType::Byte || dtype == ScalarType::Short ||
-                       dtype == ScalarType::Int || dtype == ScalarType::Long;
-  switch (kind) {
-    case ConstantKind::floats: return dtype == ScalarType::Float;
-    case ConstantKind::int8: return dtype == ScalarType::Char;
-    case ConstantKind::int32: return dtype == ScalarType::Int;
-    case ConstantKind::integer: return integer;
-    default: return integer || dtype == ScalarType::Float;
+// Torch's numbers of dtypes.
+struct Dtypes {
+  int32_t float32 = aoti_torch_dtype_float32(), int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8(),
+          int16 = aoti_torch_dtype_int16(), int32 = aoti_torch_dtype_int32(), int64 = aoti_torch_dtype_int64();
+
+  bool is_integer(int32_t dtype) const {
+    return dtype == int8 || dtype == uint8 || dtype == int16 || dtype == int32 || dtype == int64;
   }
+  bool fits(ConstantKind kind, int32_t dtype) const {
+    switch (kind) {
+      case ConstantKind::floats: return dtype == float32;
+      case ConstantKind::int8: return dtype == int8;
+      case ConstantKind::int32: return dtype == int32;
+      case ConstantKind::integer: return is_integer(dtype);
+      default: return dtype == float32 || is_integer(dtype);
+    }
+  }
+};
+
+const Dtypes& dtypes() {
+  static const Dtypes known;
+  return known;
 }
 
 // Finds the constants' memory. Returns whether what has to be finite is finite.
-bool read_constants(Call& call, const std::vector<Tensor>& constants) {
+bool read_constants(Call& call, const TensorList& constants) {
+  const Dtypes& known = dtypes();
   call.constants.resize(constants.size());
   bool finite = true;
   for (const ConstantUse& use : call.plan.constants) {
-    const size_t index = static_cast<size_t>(use.index);
-    QK_CHECK(index < constants.size(), use.where, ": got constant ", index, "; accepted: below ", constants.size());
-    const Tensor& t = constants[index];
+    const size_t i = static_cast<size_t>(use.index);
+    QK_CHECK(i < constants.size(), use.where, ": got constant ", i, "; accepted: below ", constants.size());
     const int64_t numel =
         use.channels_of < 0 ? use.numel : call.layout.shapes[static_cast<size_t>(use.channels_of)].channels;
-    QK_CHECK(fits(use.kind, t.scalar_type()) && t.numel() == numel && t.is_contiguous() && t.is_cpu(), use.where,
-             ": got constant ", index, ", ", dtype_name(t.scalar_type()), " of shape ", shape_of(t),
-             "; accepted: contiguous ", accepted(use.kind), " with ", numel, " elements, on the CPU");
-    call.constants[index] = t.data_ptr();
+    QK_CHECK(known.fits(use.kind, constants.dtype(i)) && constants.numel(i) == numel && constants.is_contiguous(i),
+             use.where, ": got constant ", i, ", ", constants.description(i), "; accepted: contiguous ",
+             accepted(use.kind), " with ", numel, " elements");
+    call.constants[i] = constants.data(i);
     if (use.finite && finite) finite = call.kernels.all_finite(call.floats(use.index), numel);
   }
   return finite;
 }
 
-int64_t integer_of(const Tensor& t) {
-  const void* data = t.data_ptr();
-  switch (t.scalar_type()) {
-    case ScalarType::Char: return *static_cast<const int8_t*>(data);
-    case ScalarType::Byte: return *static_cast<const uint8_t*>(data);
-    case ScalarType::Short: return *static_cast<const int16_t*>(data);
-    case ScalarType::Int: return *static_cast<const int32_t*>(data);
-    default: return *static_cast<const int64_t*>(data);
-  }
-}
-
-double number_of(const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float) return static_cast<double>(*static_cast<const float*>(t.data_ptr()));
-  return static_cast<double>(integer_of(t));
+double number_of(const TensorList& constants, int index) {
+  const size_t i = static_cast<size_t>(index);
+  const Dtypes& known = dtypes();
+  const int32_t dtype = constants.dtype(i);
+  const void* data = constants.data(i);
+  if (dtype == known.float32) return static_cast<double>(*static_cast<const float*>(data));
+  if (dtype == known.int8) return *static_cast<const int8_t*>(data);
+  if (dtype == known.uint8) return *static_cast<const uint8_t*>(data);
+  if (dtype == known.int16) return *static_cast<const int16_t*>(data);
+  if (dtype == known.int32) return *static_cast<const int32_t*>(data);
+  return static_cast<double>(*static_cast<const int64_t*>(data));
 }
 
 // Returns whether all scales are finite and not negative.
-bool read_quantizers(Call& call, const std::vector<Tensor>& constants) {
+bool read_quantizers(Call& call, const TensorList& constants) {
   bool good = true;
   for (const QuantizerInfo& info : call.plan.quantizers) {
     float scale = *call.floats(info.scale);
     good = good && scale >= 0;
     scale = std::max(scale, std::numeric_limits<float>::min());
-    const int64_t zero_point = info.zero_point < 0 ? 0 : integer_of(constants[static_cast<size_t>(info.zero_point)]);
+    const double zero_point = info.zero_point < 0 ? 0 : number_of(constants, info.zero_point);
     QK_CHECK(info.low <= zero_point && zero_point <= info.high, "input_zero_point: got ", zero_point,
              "; accepted: quant_min to quant_max, ", info.low, " to ", info.high);
     call.quantizers.push_back({scale, 1 / scale, static_cast<int32_t>(zero_point), info.low, info.high});
   }
   for (const EqualConstants& pair : call.plan.equal)
-    QK_CHECK(number_of(constants[static_cast<size_t>(pair.a)]) == number_of(constants[static_cast<size_t>(pair.b)]),
-             pair.where, ": constants ", pair.a, " and ", pair.b,
-             " differ; accepted: equal ones, as the plan takes them for one quantizer");
+    QK_CHECK(number_of(constants, pair.a) == number_of(constants, pair.b), pair.where, ": constants ", pair.a, " and ",
+             pair.b, " differ; accepted: equal ones, as the plan takes them for one quantizer");
   return good;
 }
 
@@ -230,8 +239,8 @@ void run_all(const Call& call, int64_t batch) {
   if (rest) run_frame({call, arena, apart, rest, false});
 }
 
-std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
-                                 const std::string& text) {
+std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const TensorList& constants,
+                                 std::string_view text) {
   const std::shared_ptr<const Program> program = program_of(text);
   const Plan& plan = *program->plan;
   const LayoutKey key = check_inputs(plan, inputs);
@@ -267,7 +276,15 @@ std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const std::v
   return outputs;
 }
 
+// Owns its arguments, and puts the result in their place.
+void boxed_int8_program(StableIValue* stack, uint64_t, uint64_t) {
+  const Text text(stack[2]);
+  const TensorList constants(stack[1]);
+  const auto inputs = torch::stable::detail::to<std::vector<Tensor>>(stack[0]);
+  stack[0] = torch::stable::detail::from(int8_program(inputs, constants, text.view()));
+}
+
 }  // namespace
 }  // namespace qkernels
 
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) { m.impl("int8_program", TORCH_BOX(&qkernels::int8_program)); }
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) { m.impl("int8_program", &qkernels::boxed_int8_program); }

@@ -16,6 +16,7 @@ from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Embedding, Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_conv1d import Int8Conv1d
+from .int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
 from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
@@ -42,7 +43,10 @@ __all__ = [
     "Int4Linear",
     "Int8Conv1d",
     "Int8Conv2d",
+    "Int8GRU",
+    "Int8LSTM",
     "Int8Linear",
+    "Int8RNN",
     "Int8TrainingLinear",
     "IntegerMultiheadAttention",
     "MatMul",

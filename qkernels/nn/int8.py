@@ -190,9 +190,8 @@ class Int8Linear(Int8Layer):
 
     def compute(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
-        if self.act_bits == 16 or input.dtype == torch.float64:
-            x = self._input_values(input)
-            return F.linear(x, self._weight_in(x.dtype), self._bias_in(x.dtype))
+        if self._computes_in_float(input.dtype):
+            return self.for_steps(input.dtype)(input)
         input_scale, input_zero_point = self._input_qparams(input)
         return int8_linear(
             input,
@@ -204,6 +203,16 @@ class Int8Linear(Int8Layer):
             quant_max=self.quant_max,
             out_dtype=out_dtype,
         )
+
+    def for_steps(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """``compute`` for many inputs of a dtype: a weight that is multiplied in float is dequantized once."""
+        if not self._computes_in_float(dtype):
+            return self.compute
+        weight, bias = self._weight_in(dtype), self._bias_in(dtype)
+        return lambda x: F.linear(self._input_values(x), weight, bias)
+
+    def _computes_in_float(self, dtype: torch.dtype) -> bool:
+        return self.act_bits == 16 or dtype == torch.float64
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._repr_of_codes()}"

@@ -50,7 +50,12 @@ class IntegerMultiheadAttention(AttentionForward):
     @property
     def projections(self) -> tuple[Int8Linear | Int4Linear, ...]:
         """The layers of query, key and value."""
-        return tuple(self._modules[name] for name in PROJECTIONS)  # type: ignore[misc]
+        return tuple(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, Int8Linear | Int4Linear]:
+        """These layers by their names."""
+        return {name: self._modules[name] for name in PROJECTIONS}  # type: ignore[misc]
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (project(x) for project, x in zip(self.projections, (query, key, value), strict=True))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
 
 from .fake_quantize import FakeQuantize
 from .qat_layer import QATLayer, Role
 from .quantizer_rules import QUANTIZERS
-from .recurrent_steps import STEPS, States, run_steps
+from .recurrent_forward import RecurrentForward
+from .recurrent_steps import STEPS, Products, SequenceQuantizer, States, run_steps
 from .tracing import call_as_leaf
 
 
@@ -61,7 +60,7 @@ class QATStateful(QATLayer):
                     quantizer.set_range(-one, one)
 
 
-class QATRecurrent(QATStateful):
+class QATRecurrent(RecurrentForward, QATStateful):
     """What QATLSTM, QATGRU and QATRNN share (see ``QATStateful`` for their states).
 
     Roles: each weight by its name, with a scale per row, which is a gate's; "input", and "input_l1" and so on for what
@@ -76,13 +75,6 @@ class QATRecurrent(QATStateful):
     compiles cells.
     """
 
-    mode: str
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
     _all_weights: list[list[str]]
 
     @classmethod
@@ -114,93 +106,49 @@ class QATRecurrent(QATStateful):
     def _is_bounded(self) -> bool:
         return self.mode != "RNN_RELU" and self.proj_size == 0
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        sizes = order = back = None
-        if isinstance(input, PackedSequence):
-            x, sizes, order, back = input
-        else:
-            x = input
-            if x.dim() not in (2, 3):
-                raise ValueError(f"input: got {x.dim()} dims; accepted: 2 (one sequence) or 3 (a batch of them)")
-        single = sizes is None and x.dim() == 2
-        if single:
-            x = x.unsqueeze(0 if self.batch_first else 1)
-        states = self._first_states(x, sizes, hx, single, order)
-        self.check_forward_args(x, states if len(states) > 1 else states[0], sizes)  # type: ignore[operator]
-        y, states = self._run(x, sizes, states)
-        if back is not None:
-            states = tuple(state.index_select(1, back) for state in states)
-        if single:
-            y, states = y.squeeze(0 if self.batch_first else 1), tuple(state.squeeze(1) for state in states)
-        output = y if sizes is None else PackedSequence(y, sizes, order, back)
-        return output, states if len(states) > 1 else states[0]
-
-    def _first_states(self, x: Tensor, sizes: Tensor | None, hx: Any, single: bool, order: Tensor | None) -> States:
-        """[layers·directions, N, features] each, in the order of the batch that is packed."""
-        if hx is None:
-            batch = int(sizes[0]) if sizes is not None else x.shape[0 if self.batch_first else 1]
-            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
-            return tuple(x.new_zeros(len(self._all_weights), batch, width) for width in widths)
-        states: States = tuple(hx) if self.mode == "LSTM" else (hx,)
-        if single:
-            states = tuple(state.unsqueeze(1) for state in states)
-        return states if order is None else tuple(state.index_select(1, order) for state in states)
-
-    def _run(self, x: Tensor, sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
-        """The layers of the stack, one after the other."""
-        directions = 2 if self.bidirectional else 1
-        last = []
+    def products(self) -> Iterator[tuple[str, FakeQuantize | None]]:
+        """The names of all weights, each with the quantizer of what it is multiplied by."""
         for index in range(self.num_layers):
-            if index and self.dropout and self.training:
-                x = F.dropout(x, self.dropout)
-            x = self.passed(f"input_l{index}" if index else "input", x)
-            part = slice(index * directions, (index + 1) * directions)
-            names = [_Names(names) for names in self._all_weights[part]]
-            quantizers = [(self.quantizer_of(name.hidden), self.quantizer_of(name.cell)) for name in names]
-            weights = [[self._weight(key) for key in name.all] for name in names]
-            run = self._run_fused if all(q is None for pair in quantizers for q in pair) else self._run_steps
-            x, ended = run(x, sizes, tuple(state[part] for state in states), weights, quantizers)
-            last.append(ended)
-        return self.passed("output", x), tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+            for suffix in self.suffixes(index):
+                yield f"weight_ih{suffix}", self.quantizer_of(f"input_l{index}" if index else "input")
+                yield f"weight_hh{suffix}", self.quantizer_of(f"hidden{suffix}")
+                if self.proj_size:
+                    yield f"weight_hr{suffix}", None
+
+    def _check(self, x: Tensor, states: States, sizes: Tensor | None) -> None:
+        self.check_forward_args(x, states if len(states) > 1 else states[0], sizes)  # type: ignore[operator]
+
+    def _run_level(self, index: int, x: Tensor, sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
+        part = slice(index * self.directions, (index + 1) * self.directions)
+        names = [_Names(names) for names in self._all_weights[part]]
+        quantizers = [(self.quantizer_of(name.hidden), self.quantizer_of(name.cell)) for name in names]
+        weights = [[self._weight(key) for key in name.all] for name in names]
+        if all(quantizer is None for pair in quantizers for quantizer in pair):
+            return self._run_fused(x, sizes, states, weights)
+        return self._run_steps(x, sizes, states, weights, quantizers)
 
     def _weight(self, name: str) -> Tensor:
         value: Tensor = getattr(self, name)
         return self.passed(name, value)
-
-    def _run_fused(
-        self, x: Tensor, sizes: Tensor | None, states: States, weights: list[list[Tensor]], quantizers: Any
-    ) -> tuple[Tensor, States]:
-        kernel = _KERNELS[self.mode]
-        first = states if len(states) > 1 else states[0]
-        flat = [weight for of_one in weights for weight in of_one]
-        options = (first, flat, self.bias, 1, 0.0, self.training, self.bidirectional)
-        y, *ended = kernel(x, *options, self.batch_first) if sizes is None else kernel(x, sizes, *options)
-        return y, tuple(ended)
 
     def _run_steps(
         self,
         x: Tensor,
         sizes: Tensor | None,
         states: States,
-        weights: list[list[Tensor]],
+        weights: Sequence[Sequence[Tensor]],
         quantizers: Sequence[tuple[FakeQuantize | None, FakeQuantize | None]],
     ) -> tuple[Tensor, States]:
-        steps_first = x.transpose(0, 1) if self.batch_first and sizes is None else x
-        rows = [steps_first.shape[1]] * steps_first.shape[0] if sizes is None else sizes.tolist()
-        if not rows:
-            raise RuntimeError("input: got a sequence without steps; accepted: at least one")
-        flat = steps_first.flatten(0, 1) if sizes is None else x
-        outputs, ended = [], []
-        for index, (own, pair) in enumerate(zip(weights, quantizers, strict=True)):
-            first = tuple(state[index] for state in states)
-            y, last = run_steps(STEPS[self.mode], flat, rows, first, own, pair, bias=self.bias, reverse=index == 1)
-            outputs.append(y)
-            ended.append(last)
-        y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
-        if sizes is None:
-            y = y.unflatten(0, steps_first.shape[:2])
-            y = y.transpose(0, 1) if self.batch_first else y
-        return y, tuple(torch.stack(parts) for parts in zip(*ended, strict=True))
+        def run(direction: int, rows: Tensor, steps: Sequence[int], first: States) -> tuple[Tensor, States]:
+            own, pair = weights[direction], quantizers[direction]
+            reads = [SequenceQuantizer(quantizer, state) for quantizer, state in zip(pair, first, strict=False)]
+            products = Products.of_weights(own, self.bias)
+            result = run_steps(STEPS[self.mode], rows, steps, first, products, reads, reverse=direction == 1)
+            for read in reads:
+                read.finish()
+            return result
+
+        return self._run_directions(x, sizes, states, run)
 
 
 class _Names:
@@ -211,14 +159,6 @@ class _Names:
         self.weights = [name for name in names if name.startswith("weight")]
         suffix = names[0].removeprefix("weight_ih")
         self.hidden, self.cell = "hidden" + suffix, "cell" + suffix
-
-
-_KERNELS: dict[str, Callable[..., Any]] = {
-    "LSTM": torch.lstm,
-    "GRU": torch.gru,
-    "RNN_TANH": torch.rnn_tanh,
-    "RNN_RELU": torch.rnn_relu,
-}
 
 
 class QATLSTM(QATRecurrent, nn.LSTM):  # type: ignore[misc]

@@ -98,9 +98,9 @@ class QuantizedLayer(nn.Module):
         """The weight in the float layer's shape and ``dtype``, dequantized: a new tensor at each access."""
         return self._weight_in(self.dtype)
 
-    def dequantize(self) -> Tensor:
-        """The weight in fp32."""
-        return self._weight_in(torch.float32)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, computed in fp32 (fp64 for fp64) and rounded once to dtype."""
+        return self._weight_in(dtype)
 
     def compute(self, input: Tensor) -> Tensor:
         """The result before the quantizer of the output."""

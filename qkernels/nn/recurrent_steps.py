@@ -7,6 +7,8 @@ torch: one product for the inputs of all steps, and then one product a step for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,34 +66,48 @@ class SequenceQuantizer:
             self._finish(torch.cat(self._seen))
 
 
+@dataclass
+class Products:
+    """The products of one direction of one layer: of the inputs of all steps, of h, and the projection, if any."""
+
+    input: Callable[[Tensor], Tensor]
+    hidden: Callable[[Tensor], Tensor]
+    projection: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of_weights(cls, weights: Sequence[Tensor], bias: bool) -> Products:
+        """weights: weight_ih, weight_hh, both biases if ``bias``, and weight_hr if the state is projected."""
+        input_bias, hidden_bias = weights[2:4] if bias else (None, None)
+        return cls(
+            partial(F.linear, weight=weights[0], bias=input_bias),
+            partial(F.linear, weight=weights[1], bias=hidden_bias),
+            partial(F.linear, weight=weights[-1]) if len(weights) % 2 else None,
+        )
+
+
 def run_steps(
     step: Step,
     x: Tensor,
     sizes: Sequence[int],
     states: States,
-    weights: Sequence[Tensor],
-    quantizers: Sequence[FakeQuantize | None],
+    products: Products,
+    reads: Sequence[Callable[[Tensor], Tensor]],
     *,
-    bias: bool,
     reverse: bool,
 ) -> tuple[Tensor, States]:
     """One direction of one layer: the outputs of all steps, packed as x is, and the last states.
 
-    Each step reads the states through their quantizers; what it computes stays in float until the next step reads it.
+    Each step reads the states through ``reads``, h's and c's; what it computes stays as it is until the next step reads
+    it.
 
     Args:
         x: the rows of all steps, one step after the other, as in a PackedSequence.
         sizes: rows of each step, of which there may be less from step to step.
         states: before the first step, [N, features] each.
-        weights: weight_ih, weight_hh, both biases if ``bias``, and weight_hr if the state is projected.
-        quantizers: for h and c.
     """
-    input_bias, hidden_bias = weights[2:4] if bias else (None, None)
-    projection = weights[-1] if len(weights) % 2 else None
-    reads = [SequenceQuantizer(quantizer, state) for quantizer, state in zip(quantizers, states, strict=False)]
     first, rows = states, sizes[-1] if reverse else sizes[0]
     states, ended = tuple(state[:rows] for state in states), []
-    steps = list(zip(F.linear(x, weights[0], input_bias).split(list(sizes)), sizes, strict=True))
+    steps = list(zip(products.input(x).split(list(sizes)), sizes, strict=True))
     outputs = []
     for input_gates, size in reversed(steps) if reverse else steps:
         if size > rows:  # backwards, sequences begin at their last steps
@@ -101,12 +117,10 @@ def run_steps(
             states = tuple(state[:size] for state in states)
         rows = size
         hidden, *cell = (read(state) for read, state in zip(reads, states, strict=True))
-        h, *carried = step(input_gates, F.linear(hidden, weights[1], hidden_bias), (states[0], *cell))
-        if projection is not None:
-            h = F.linear(h, projection)
+        h, *carried = step(input_gates, products.hidden(hidden), (states[0], *cell))
+        if products.projection is not None:
+            h = products.projection(h)
         states = h, *carried
         outputs.append(h)
-    for read in reads:
-        read.finish()
     last = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))
     return torch.cat(outputs[::-1] if reverse else outputs), last

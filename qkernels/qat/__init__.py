@@ -8,6 +8,7 @@ from .exact import exact
 from .prepare import prepare
 from .presets import presets
 from .report import Report, report
+from .saving import load, save
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
@@ -22,11 +23,13 @@ __all__ = [
     "exact",
     "freeze_bn",
     "freeze_observers",
+    "load",
     "parameter_groups",
     "prepare",
     "presets",
     "reestimate_bn",
     "report",
+    "save",
     "set_bits",
     "unprepare",
 ]

@@ -36,10 +36,10 @@ def spec_of(value: Any) -> Any:
 
 
 def _fields(value: dict[str, Any]) -> dict[str, Any]:
-    return {**value, "granularity": _granularity(value["granularity"])} if "granularity" in value else value
+    return {**value, "granularity": granularity_of(value["granularity"])} if "granularity" in value else value
 
 
-def _granularity(value: Any) -> Any:
+def granularity_of(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in value.items() if key != "kind"}

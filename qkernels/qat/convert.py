@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Conv2d
 from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import QATForward, has_own_forward, with_forward_of
 from ..nn.qat import QATConv1d, QATConv2d, QATConvolution, QATLinear
@@ -18,6 +19,7 @@ from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
+from ..nn.qat_recurrent import QATRecurrent
 from ..nn.qat_sequential import part
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
@@ -26,11 +28,12 @@ from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
 from .fuse import fuse
-from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear
+from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear, integer_recurrent
 from .selection import no_integers, to_int4
 from .states import remove_check
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
+FOLDED = "batch_norm_class"  # attribute of the Identity in place of a folded BatchNorm: the name of that one's class
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -51,6 +54,8 @@ def convert(model: nn.Module) -> nn.Module:
       these as one Parameter.
     - An Embedding whose weight has 4 bits or less becomes an ``Int4Embedding``.
     - These layers keep the quantizers of their outputs.
+    - An LSTM, GRU or RNN becomes an ``Int8LSTM``, ``Int8GRU`` or ``Int8RNN``. The product of its inputs runs on int8
+      codes if they are quantized, and that of the hidden state if that is ("hidden"); gates are computed in float.
     - A MultiheadAttention becomes an ``IntegerMultiheadAttention``, whose projections are such layers; softmax and
       products are computed in float.
     - Layers of one weight that get the same codes share them, in memory and in the file.
@@ -131,6 +136,9 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(layer, QATMultiheadAttention):
             made[layer] = integer_attention(layer).eval()
             continue
+        if isinstance(layer, QATRecurrent):
+            made[layer] = integer_recurrent(layer).eval()
+            continue
         if isinstance(layer, QATEmbedding):
             made[layer] = integer_embedding(layer)
             continue
@@ -156,7 +164,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(source, QATLinear | QATConv1d | QATConv2d | QATEmbedding):
             if source.output_fake_quant is not None:
                 new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
-            made[source] = with_forward_of(take_over(new, source, _own_names(source)).eval(), source)
+            made[source] = with_forward_of(take_over(new, source, own_names(source)).eval(), source)
     norms: dict[QATLayer, nn.Module | None] = {}
     for name, layer in found:
         if layer in reasons and isinstance(layer, QATConvolution | QATConvTranspose) and not _runs_own_forward(layer):
@@ -183,8 +191,15 @@ def _folded_norm(model: nn.Module, folds: Folds, conv: str, made: dict[nn.Module
     if conv not in folds.batch_norm_of:
         return None
     norm = model.get_submodule(folds.batch_norm_of[conv])
-    made[norm] = take_over(nn.Identity(), norm, _own_names(norm)).eval()
+    made[norm] = identity_for(norm)
     return norm
+
+
+def identity_for(norm: nn.Module) -> nn.Module:
+    """What takes the place of a folded BatchNorm."""
+    identity = take_over(nn.Identity(), norm, own_names(norm)).eval()
+    identity.__dict__[FOLDED] = type(norm).__name__
+    return identity
 
 
 def _runs_own_forward(layer: QATLayer) -> bool:
@@ -254,6 +269,9 @@ def _weights(source: nn.Module, new: nn.Module | None) -> Iterator[tuple[tuple[i
         names = projection_weights(source)
         for i, part in enumerate(new.projections):
             yield (id(getattr(source, names[i % len(names)])), i), part
+    elif isinstance(new, Int8Recurrent):
+        for name, part in new.parts.items():
+            yield (id(getattr(source, f"weight_{name}")), 0), part
 
 
 def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
@@ -267,7 +285,7 @@ def _float_weights(model: nn.Module, layers: set[nn.Module]) -> set[int]:
     }
 
 
-def _own_names(layer: nn.Module) -> set[str]:
+def own_names(layer: nn.Module) -> set[str]:
     """Names that every module of the layer's class has."""
     tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     quantizers = {name + SUFFIX for name in type(layer).roles(layer)} if isinstance(layer, QATLayer) else set()

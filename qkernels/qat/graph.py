@@ -51,9 +51,8 @@ class LayerTracer(fx.Tracer):
     """Layers of this package are single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer | QATLayer | FakeQuantize) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize) or type(m).__module__.startswith("qkernels.nn.")
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 class Graph:

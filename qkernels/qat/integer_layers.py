@@ -1,8 +1,8 @@
-"""Makes linear, embedding and attention layers on integers of QAT layers."""
+"""Makes linear, embedding, recurrent and attention layers on integers of QAT layers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,14 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Linear
+from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8Recurrent, Int8RNN
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.qat import QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_embedding import QATEmbedding
+from ..nn.qat_recurrent import QATRecurrent
+
+Linear = TypeVar("Linear", Int8Linear, Int4Linear, Int8Linear | Int4Linear)
 
 
 def group_size(quantizer: FakeQuantize) -> int:
@@ -28,7 +32,7 @@ def integer_linear(layer: QATLinear) -> Int8Linear | Int4Linear:
     weight = layer.weight_fake_quant
     assert weight is not None
     codes = weight.quantize(layer.weight)
-    return _linear(codes, layer.bias, weight, layer.input_fake_quant, layer.weight.dtype)
+    return _linear(_kind(weight), codes, layer.bias, weight, layer.input_fake_quant, layer.weight.dtype)
 
 
 @torch.no_grad()
@@ -71,8 +75,24 @@ def integer_attention(layer: QATMultiheadAttention) -> IntegerMultiheadAttention
     inputs = projection_inputs(layer)
     made = {}
     for name, (codes, quantizer), b, input in zip(PROJECTIONS, weights, biases, inputs, strict=True):
-        made[name] = _linear(codes, b, quantizer, input, dtype)
+        made[name] = _linear(_kind(quantizer), codes, b, quantizer, input, dtype)
     return IntegerMultiheadAttention(layer, made)
+
+
+@torch.no_grad()
+def integer_recurrent(layer: QATRecurrent) -> Int8Recurrent:
+    """Each weight becomes an Int8Linear, whose files pack codes of 4 bits or less."""
+    parts = {}
+    for name, input in layer.products():
+        weight, bias = getattr(layer, name), getattr(layer, name.replace("weight", "bias"), None)
+        quantizer = layer.quantizer_of(name)
+        assert quantizer is not None
+        parts[name.removeprefix("weight_")] = _linear(
+            Int8Linear, quantizer.quantize(weight), bias, quantizer, input, weight.dtype
+        )
+    kept = {name: q for name, role, q in layer.own_quantizers() if role.kind in ("cell", "output")}
+    kind = next(kind for kind in (Int8LSTM, Int8GRU, Int8RNN) if isinstance(layer, kind.float_class))
+    return kind(layer, parts, kept)  # type: ignore[arg-type]
 
 
 def projection_inputs(layer: QATMultiheadAttention) -> tuple[FakeQuantize | None, ...]:
@@ -89,16 +109,20 @@ def _rows(t: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
     return t.chunk(parts)
 
 
+def _kind(weight: FakeQuantize) -> type[Int8Linear | Int4Linear]:
+    return Int4Linear if weight.bits in layouts.BITS else Int8Linear
+
+
 def _linear(
+    kind: type[Linear],
     quantized: tuple[Any, ...],
     bias: Tensor | None,
     weight: FakeQuantize,
     input: FakeQuantize | None,
     dtype: torch.dtype,
-) -> Int8Linear | Int4Linear:
+) -> Linear:
     """``quantized``: codes [N, K], their scales and zero points."""
     codes, scale, zero_point = quantized
-    kind = Int4Linear if weight.bits in layouts.BITS else Int8Linear
     new = kind(
         codes.shape[1],
         codes.shape[0],

@@ -18,7 +18,8 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.int8_conv1d import Int8Conv1d
-from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
+from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
@@ -27,6 +28,7 @@ from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
+from .measures import clipped_share, sqnr
 from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
@@ -196,33 +198,6 @@ def report(
     return Report(rows, float_bytes, quantized_bytes, notes, accuracy)
 
 
-def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
-    """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf if equal, None for a reference of zeros.
-
-    None too if the shapes differ, which happens behind a routing that chose another way.
-    """
-    if reference.shape != approximation.shape:
-        return None
-    reference, approximation = reference.detach().double(), approximation.detach().double()
-    signal, noise = float(reference.square().sum()), float((reference - approximation).square().sum())
-    if signal == 0:
-        return None
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
-
-
-def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> float:
-    """The share of x's elements whose code lies outside the range."""
-    if x.numel() == 0:
-        return 0.0
-    while scale.dim() == x.dim() and any(s not in (1, n) for s, n in zip(scale.shape, x.shape, strict=True)):
-        repeats = [n // s if s not in (1, n) else 1 for s, n in zip(scale.shape, x.shape, strict=True)]
-        for dim, repeat in enumerate(repeats):
-            scale = scale.repeat_interleave(repeat, dim)
-            zero_point = None if zero_point is None else zero_point.repeat_interleave(repeat, dim)
-    q = (x.detach().float() / scale).round() + (0 if zero_point is None else zero_point)
-    return float(((q < quant_min) | (q > quant_max)).float().mean())
-
-
 def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Quantized layers, Linear and Conv2d, and modules that hold another float parameter of two or more dims."""
     inside: tuple[str, ...] = ()
@@ -233,8 +208,7 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         prefix = f"{name}." if name else ""
         if parametrized or isinstance(module, QATLayer):  # the row of the layer counts its parametrizations
             inside += (f"{prefix}parametrizations.",)
-        if isinstance(module, IntegerMultiheadAttention):
-            inside += tuple(f"{prefix}{part}" for part in PROJECTIONS)
+        inside += tuple(f"{prefix}{part}" for part in _parts(module))
         if (
             _is_quantized(module)
             or qat_class_of(module) is not None
@@ -250,14 +224,23 @@ def _is_quantized(layer: nn.Module) -> bool:
 
 def _on_integers(layer: nn.Module | None) -> Sequence[Any]:
     """The layers on integers that a row of a converted model stands for; none: the row is of another layer."""
-    if isinstance(layer, IntegerMultiheadAttention):
-        return layer.projections
-    return (layer,) if isinstance(layer, CONVERTED_LAYERS) else ()
+    if isinstance(layer, CONVERTED_LAYERS):
+        return (layer,)
+    return () if layer is None else tuple(_parts(layer).values())
+
+
+def _parts(layer: nn.Module) -> dict[str, Any]:
+    """The layers on integers that a converted layer consists of, by their names in it."""
+    return layer.parts if isinstance(layer, IntegerMultiheadAttention | Int8Recurrent) else {}
 
 
 def _float_weight(layer: nn.Module | None) -> Tensor | None:
-    """The weight of a float layer, of which attention has three."""
-    names = projection_weights(layer) if isinstance(layer, nn.MultiheadAttention) else ("weight",)
+    """The weight of a float layer, of which attention and recurrent layers have several."""
+    names: Sequence[str] = ("weight",)
+    if isinstance(layer, nn.MultiheadAttention):
+        names = projection_weights(layer)
+    elif isinstance(layer, nn.RNNBase):
+        names = [name for names in layer._all_weights for name in names if name.startswith("weight")]
     if layer is None or not isinstance(getattr(layer, names[0], None), Tensor):
         return None
     weights = [effective_weight(layer, name).detach().float() for name in names]
@@ -344,8 +327,7 @@ def _weigh(model: nn.Module, rows: list[LayerRow], field: str, without: tuple[st
     """
     owners = {row.name: row for row in rows}
     named = model.named_modules(remove_duplicate=False)
-    attentions = [name for name, module in named if isinstance(module, IntegerMultiheadAttention)]
-    inner = tuple(f"{name}.{part}.".removeprefix(".") for name in attentions for part in PROJECTIONS)
+    inner = tuple(f"{name}.{part}.".removeprefix(".") for name, module in named for part in _parts(module))
     seen: dict[int, int] = {}
     for key, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or is_lazy(tensor) or key.startswith(without):

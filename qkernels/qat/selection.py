@@ -25,6 +25,7 @@ from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
+from ..nn.qat_recurrent import QATRecurrent
 from ..nn.quantized_parameters import QATParameters
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
@@ -43,6 +44,8 @@ def no_integers(layer: QATLayer) -> str | None:
         layer = layer.as_sum()
     if isinstance(layer, QATMultiheadAttention):
         return _no_integer_attention(layer)
+    if isinstance(layer, QATRecurrent):
+        return _no_integer_recurrent(layer)
     if isinstance(layer, QATEmbedding):
         return _no_int4_embedding(layer)
     if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
@@ -63,6 +66,19 @@ def _no_integer_attention(layer: QATMultiheadAttention) -> str | None:
         if quantizer is None:
             return f"its {name} is not quantized"
         reason = _no_integer_product(name, getattr(layer, name), quantizer, input, quantizer.bits in layouts.BITS)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _no_integer_recurrent(layer: QATRecurrent) -> str | None:
+    if type(layer).forward is not QATRecurrent.forward:
+        return "its forward is its own"
+    for name, input in layer.products():
+        quantizer = layer.quantizer_of(name)
+        if quantizer is None:
+            return f"its {name} is not quantized"
+        reason = _no_integer_product(name, getattr(layer, name), quantizer, input, int4=False)
         if reason is not None:
             return reason
     return None

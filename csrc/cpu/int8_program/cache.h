@@ -2,7 +2,6 @@
 // may run one at once, and few are kept.
 #pragma once
 
-#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -16,9 +15,10 @@ class Cache {
  public:
   explicit Cache(size_t most) : most_(most) {}
 
-  // Calls make() where the value is missing. What it throws passes through, and nothing is kept.
-  template <typename Make>
-  std::shared_ptr<const Value> get(const Key& key, const Make& make) {
+  // Calls make() where the value is missing. What it throws passes through, and nothing is kept. A Key can be made of a
+  // Like, and compared with one.
+  template <typename Like, typename Make>
+  std::shared_ptr<const Value> get(const Like& key, const Make& make) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (auto found = find(key)) return found;
@@ -26,14 +26,15 @@ class Cache {
     std::shared_ptr<const Value> made = make();
     const std::lock_guard<std::mutex> lock(mutex_);
     if (auto found = find(key)) return found;  // another thread was faster
-    entries_.emplace_front(key, made);
+    entries_.emplace_front(Key(key), made);
     if (entries_.size() > most_) entries_.pop_back();
     return made;
   }
 
  private:
   // The values used last stand in front.
-  std::shared_ptr<const Value> find(const Key& key) {
+  template <typename Like>
+  std::shared_ptr<const Value> find(const Like& key) {
     for (auto entry = entries_.begin(); entry != entries_.end(); ++entry)
       if (entry->first == key) {
         entries_.splice(entries_.begin(), entries_, entry);
