@@ -16,6 +16,7 @@ from ..version import __version__
 from . import model_file
 from .copying import copy_of, is_sharded_model
 from .described import describe
+from .fuse import fuse
 from .rebuilt import OtherModelError, rebuild, refuse
 
 FORMATS = {"channels_last": (torch.channels_last, 4), "channels_last_3d": (torch.channels_last_3d, 5)}  # and their dims
@@ -114,7 +115,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         ) from None
     _fill(loaded, tensors, found)
     if not found["prepared"]:
-        loaded.eval()
+        fuse(loaded.eval())
     return loaded if device.type == "cpu" else loaded.to(device)
 
 
