@@ -42,16 +42,21 @@ class Plan:
                 return str(self.constant(value))
             return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-        self.lines.append(" ".join([step, *(f"{key}={text(value)}" for key, value in values.items() if value is not None)]))
+        self.lines.append(
+            " ".join([step, *(f"{key}={text(value)}" for key, value in values.items() if value is not None)])
+        )
 
     def quantizer(
-        self, scale: float = 0.03, zero_point: int | None = None, low: int = -128, high: int = 127, dtype: Any = torch.int32
+        self,
+        scale: float = 0.03,
+        zero_point: int | None = None,
+        low: int = -128,
+        high: int = 127,
+        dtype: Any = torch.int32,
     ) -> int:
         number = None if zero_point is None else torch.tensor([zero_point], dtype=dtype)
         self.quantizers += 1
-        self.add(
-            "quantizer", id=self.quantizers - 1, scale=torch.tensor(scale), zero_point=number, low=low, high=high
-        )
+        self.add("quantizer", id=self.quantizers - 1, scale=torch.tensor(scale), zero_point=number, low=low, high=high)
         return self.quantizers - 1
 
     def input(self) -> str:
@@ -73,7 +78,9 @@ class Plan:
         self.add(step, out=out, x=x, **values)
         return out
 
-    def keep(self, step: str, q: int | None, floats: bool | None = None, **values: Any) -> tuple[str | None, str | None]:
+    def keep(
+        self, step: str, q: int | None, floats: bool | None = None, **values: Any
+    ) -> tuple[str | None, str | None]:
         """A step whose result is kept as floats, as codes of q, or both: their names."""
         out = self.name("f") if (q is None if floats is None else floats) else None
         codes = None if q is None else self.name("q")

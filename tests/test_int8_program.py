@@ -107,7 +107,16 @@ def test_quantize_of_planes(kernel: str, channels: int) -> None:
         check(plan, torch.randn(2, channels, 3, width))
 
 
-ACTIVATIONS = ("relu", "clamp:0.0:6.0", "clamp:-0.5:0.25", "leaky_relu:0.01", "hardswish", "hardsigmoid", "silu", "gelu")
+ACTIVATIONS = (
+    "relu",
+    "clamp:0.0:6.0",
+    "clamp:-0.5:0.25",
+    "leaky_relu:0.01",
+    "hardswish",
+    "hardsigmoid",
+    "silu",
+    "gelu",
+)
 
 
 @pytest.mark.parametrize("first", [*ACTIVATIONS, "sigmoid", "tanh"])
@@ -199,7 +208,9 @@ def test_pools_of_volumes(kernel: str) -> None:
     plan = Plan()
     x, q = plan.input(), plan.quantizer(0.03, 5)
     window = {"kernel": (3, 2, 3), "stride": (2, 1, 2), "padding": (1, 0, 1)}
-    for y in kept("avg_pool", **window)(plan, x, q) + both_kinds(lambda p, v: p.move("max_pool", v, **window))(plan, x, q):
+    for y in kept("avg_pool", **window)(plan, x, q) + both_kinds(lambda p, v: p.move("max_pool", v, **window))(
+        plan, x, q
+    ):
         plan.output(y)
     check(plan, torch.randn(2, 19, 5, 6, 7))
 
@@ -300,5 +311,7 @@ def test_a_border_serves_every_reader(kernel: str) -> None:
         plan.output(plan.floats("conv", **plan.conv(x, 8, 5, **geometry)))
     part = plan.move("slice", x, begin=3, end=7)
     plan.output(plan.floats("conv", **plan.conv(part, 4, 5, (1, 3, 3), padding=(0, 3, 3))))
-    plan.output(plan.move("dequantize", plan.move("max_pool", x, kernel=(1, 2, 2), stride=(1, 2, 2), padding=(0, 0, 0)), "f"))
+    plan.output(
+        plan.move("dequantize", plan.move("max_pool", x, kernel=(1, 2, 2), stride=(1, 2, 2), padding=(0, 0, 0)), "f")
+    )
     check(plan, torch.randn(2, 8, 9, 7))

@@ -34,7 +34,9 @@ def network() -> Plan:
     )
     joined = plan.name("q")
     plan.add("cat", out=joined, xs=[branch, str(codes), branch])
-    gate = plan.floats("linear", **plan.conv(plan.codes("mean", q, x=y, keep=0), 16, 64, step="linear"), first="sigmoid")
+    gate = plan.floats(
+        "linear", **plan.conv(plan.codes("mean", q, x=y, keep=0), 16, 64, step="linear"), first="sigmoid"
+    )
     gated, gated_codes = plan.keep("binary", other, True, kind="mul", a=joined, b=gate)
     pooled = plan.codes("adaptive_avg_pool", q, x=gated, size=(1, 2, 2))
     flat = plan.move("flatten", pooled)
@@ -74,7 +76,10 @@ def test_images_do_not_depend_on_their_batch() -> None:
     plan = network()
     image, features = inputs(29)
     torch.set_num_threads(1)
-    want = [torch.cat(parts) for parts in zip(*(run(plan, image[i : i + 1], features[i : i + 1]) for i in range(29)), strict=True)]
+    want = [
+        torch.cat(parts)
+        for parts in zip(*(run(plan, image[i : i + 1], features[i : i + 1]) for i in range(29)), strict=True)
+    ]
     for threads in (1, 2, 3, 8, 30, 64):
         torch.set_num_threads(threads)
         same(run(plan, image, features), want)
@@ -208,7 +213,12 @@ MALFORMED = {
 
 @pytest.mark.parametrize("line", MALFORMED)
 def test_malformed_plans_are_refused_by_line(line: str) -> None:
-    constants = [torch.tensor(0.1), torch.zeros(1152, dtype=torch.int8), torch.zeros(5, dtype=torch.int32), torch.ones(5)]
+    constants = [
+        torch.tensor(0.1),
+        torch.zeros(1152, dtype=torch.int8),
+        torch.zeros(5, dtype=torch.int32),
+        torch.ones(5),
+    ]
     with pytest.raises(RuntimeError, match=MALFORMED[line]):
         torch.ops.qkernels.int8_program([torch.randn(2, 4, 6, 6)], constants, START + line)
 

@@ -68,9 +68,9 @@ def convert(model: nn.Module) -> nn.Module:
       bias, where each weight is rounded once, to half a unit of its last place. It is not folded into a layer whose
       output is quantized, or whose input is not where there is an integer layer.
 
-    In fp32 on the CPU activations stay int8 codes from layer to layer: ``convert`` traces the model with torch.fx, or the
-    largest modules in it that can be traced, and gives them a ``forward`` that runs what lies between integer layers
-    (activations, BatchNorm, sums, pools, concatenations and moves) together with these, in one call of
+    In fp32 on the CPU activations stay int8 codes from layer to layer. ``convert`` traces the model with torch.fx, or
+    the largest modules in it that can be traced, and gives them a ``forward`` that runs integer layers together with
+    what lies between them (activations, BatchNorm, sums, pools, concatenations and moves), in one call of
     ``qkernels::int8_program`` each; ``report`` says what could not be traced. The module's own forward runs where
     somebody looks inside: with hooks, in training mode, in other dtypes, under autocast (see ``FusedForward``).
 

@@ -95,7 +95,9 @@ class FusedForward:
     def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
         if not _wants_gradient(self.module, args) or torch.compiler.is_exporting():
             return built.run(*args)
-        return self._own(*args) if torch.compiler.is_compiling() else _with_gradient(self._own, built, args, self.module)
+        return (
+            self._own(*args) if torch.compiler.is_compiling() else _with_gradient(self._own, built, args, self.module)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(copy.deepcopy(self.module, memo))
@@ -110,8 +112,10 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self.tree = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        held = [next(((m._parameters, n) for n, p in m._parameters.items() if p is not None), None) for m in modules]
-        self.dtypes = [(tensors, name, tensors[name].dtype) for tensors, name in filter(None, held)]
+        held = [next(((m._parameters, n, p) for n, p in m._parameters.items() if p is not None), None) for m in modules]
+        self.dtypes: list[tuple[dict[str, Any], str, torch.dtype]] = [
+            (tensors, name, p.dtype) for tensors, name, p in filter(None, held)
+        ]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
 
     def holds(self) -> bool:
@@ -184,15 +188,17 @@ class _Recomputed(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         with torch.enable_grad():
-            args = [
-                x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ctx.args
-            ]
+            args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ctx.args]
             outputs, _ = tree_flatten(ctx.own(*args))
             asked = [x for x in (*args, *ctx.wanted) if isinstance(x, Tensor) and x.requires_grad]
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
             found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
-        return None, None, None, None, *(
-            next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in (*args, *ctx.wanted)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in (*args, *ctx.wanted)),
         )
 
 
@@ -204,7 +210,9 @@ def _is_plain(x: Any) -> bool:
 def _wants_gradient(module: nn.Module, args: tuple[Any, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any(isinstance(x, Tensor) and x.requires_grad for x in args) or any(p.requires_grad for p in module.parameters())
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args) or any(
+        p.requires_grad for p in module.parameters()
+    )
 
 
 def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
@@ -217,7 +225,8 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
     units: list[fx.Node | Part] = [
         node
         for node in graph.graph.nodes
-        if node not in part_of and (node in graph.read or node.op in ("placeholder", "output") or writes(node, graph.root))
+        if node not in part_of
+        and (node in graph.read or node.op in ("placeholder", "output") or writes(node, graph.root))
     ]
     units += parts
     first = {id(unit): order[unit if isinstance(unit, fx.Node) else unit.nodes[0]] for unit in units}
@@ -231,7 +240,8 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             waiters.setdefault(source, []).append(unit)
     ready = [(first[id(unit)], id(unit), unit) for unit in units if not waiting[id(unit)]]
     heapq.heapify(ready)
-    new, made = fx.Graph(), {}
+    new = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
     while ready:
         _, _, unit = heapq.heappop(ready)
         if isinstance(unit, Part):

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Linear
-from .graph import LAYERS, MOVES, Graph, Operation
+from .graph import MOVES, Graph
+from .operations import LAYERS, Operation
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def _part(graph: Graph, nodes: list[fx.Node]) -> Part | None:
     inside = set(nodes)
     operations = [graph.operations[node] for node in nodes]
     work = [operation for operation in operations if operation.kind != "alias"]
-    if len(work) < 2 or not any(operation.module is not None and isinstance(operation.module, LAYERS) for operation in work):
+    if len(work) < 2 or not any(
+        operation.module is not None and isinstance(operation.module, LAYERS) for operation in work
+    ):
         return None
     inputs = list(dict.fromkeys(s for operation in operations for s in operation.inputs if s not in inside))
     outputs = [node for node in nodes if any(_reads_outside(graph, user, inside) for user in node.users)]
@@ -413,7 +416,9 @@ class _Writer:
         elif need.floats or not forms:
             forms.append(self.native(node))
         for q in dict.fromkeys(forms):
-            options = {key: value for key, value in operation.options.items() if key not in ("each", "chunks", "sizes", "at")}
+            options = {
+                key: value for key, value in operation.options.items() if key not in ("each", "chunks", "sizes", "at")
+            }
             if operation.kind == "slice":
                 options["begin"], options["end"] = self.graph.slice_of(node)
             sources = [self._floats(s) if q is None else self._codes(s, q) for s in self._inputs(node)]
@@ -454,11 +459,12 @@ class _Writer:
         places: dict[Any, int] = {}
         lines = [*self.header, *self.lines]
         constants = [v for _, options in lines for v in options.values() if isinstance(v, Held | Made)]
-        for kind, kept in ((Held, self.part.held), (Made, self.part.made)):
+        kinds: tuple[tuple[type, list[Any]], ...] = ((Held, self.part.held), (Made, self.part.made))
+        for kind, kept in kinds:
             for constant in constants:
                 if isinstance(constant, kind) and constant not in places:
                     places[constant] = len(places)
-                    kept.append(constant)  # type: ignore[attr-defined]
+                    kept.append(constant)
 
         def text(value: Any) -> str:
             if isinstance(value, Held | Made):
