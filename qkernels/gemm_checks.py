@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -261,6 +262,29 @@ def conv2d_shape(
     return x.shape[0], out_channels, size[0], size[1]
 
 
+def conv_weight(name: str, shape: Sequence[int], groups: int) -> None:
+    """shape is that of a convolution's weight that can be packed."""
+    require(
+        3 <= len(shape) <= 5,
+        f"{name}: got shape {list(shape)}; accepted: [C_out, C_in/groups, kernel], the kernel in 1 to 3 dims",
+    )
+    require(
+        groups >= 1 and shape[0] % groups == 0,
+        f"groups: got {groups}; accepted: a divisor of the output channels {shape[0]}",
+    )
+    max_k(name, math.prod(shape[1:]))
+
+
+def conv_data(data: Tensor, shape: Sequence[int], groups: int) -> None:
+    """data is a packed convolution with a weight of this shape."""
+    expected = layouts.conv_bytes(shape, groups)
+    require(
+        data.dtype == torch.int8 and tuple(data.shape) == (expected,) and data.is_contiguous(),
+        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what int8_conv_pack gives for this weight, "
+        f"contiguous torch.int8 [{expected}]",
+    )
+
+
 def int8_conv2d(
     x: Tensor,
     data: Tensor,
@@ -287,12 +311,7 @@ def int8_conv2d(
     shape = conv2d_shape(x, channels_out, kernel_size, stride, padding, dilation, groups)
     k = kernel_size[0] * kernel_size[1] * (x.shape[1] // groups)
     max_k("data", k)
-    expected = (groups, *layouts.int8_shape(layouts.PANELS, channels_out // groups, k))
-    require(
-        data.dtype == torch.int8 and tuple(data.shape) == expected and data.is_contiguous(),
-        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what PackedInt8Conv2d holds, "
-        f"contiguous torch.int8 {list(expected)}",
-    )
+    conv_data(data, (channels_out, x.shape[1] // groups, *kernel_size), groups)
     int32_sums("colsum", colsum)
     vector("scale", scale, channels_out, "[C_out]")
     values("scale", scale)

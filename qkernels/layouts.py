@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,6 +108,63 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
         n_panels, steps, _, _ = data.shape
         data = data.permute(0, 2, 1, 3).reshape(n_panels * PANEL, steps * 4)
     return data[:n, :k].clone(memory_format=torch.contiguous_format)
+
+
+# int8 of a convolution [C_out, C_in/groups, *kernel]: K is cut into runs, which are codes that lie side by side in an
+# image with the channels innermost; zeros fill each run up to a multiple of 4. A run is a row of the kernel with all
+# channels. In a grouped convolution it is one pixel with the channels of a block of groups: as many as fit into one
+# panel, at least one. In a block each output channel has zeros for the channels of the other groups.
+#
+#     data[block][panel][run][i // 4][channel % 32][i % 4], in one dim
+
+
+def _conv_layout(shape: Sequence[int], groups: int) -> tuple[int, ...]:
+    """(groups of a block, panels of a block, runs, codes of a run); one block has kernel rows for runs."""
+    n, c, *kernel = shape
+    group_out = n // groups
+    block_groups = max(1, min(PANEL // max(group_out, 1), groups))
+    run = c * block_groups
+    runs = math.prod(kernel)
+    if block_groups >= groups:
+        runs, run = math.prod(kernel[:-1]), run * kernel[-1]
+    return block_groups, panels_of(group_out * block_groups), runs, run
+
+
+def conv_bytes(shape: Sequence[int], groups: int) -> int:
+    """How many bytes a packed convolution has."""
+    block_groups, panels, runs, run = _conv_layout(shape, groups)
+    return -(-groups // block_groups) * panels * runs * -(-run // 4) * 4 * PANEL
+
+
+def conv_places(shape: Sequence[int], groups: int, device: torch.device) -> Tensor:
+    """Where in a packed convolution each of its codes lies: int64 of the weight's shape."""
+    n, c, *kernel = shape
+    block_groups, panels, runs, run = _conv_layout(shape, groups)
+    group_out, width = n // groups, kernel[-1]
+
+    def numbers(count: int, dim: int) -> Tensor:
+        return torch.arange(count, device=device).view([-1 if i == dim else 1 for i in range(3)])
+
+    channel, tap = numbers(n, 0), numbers(math.prod(kernel), 2)
+    group = channel // max(group_out, 1)
+    block, code = group // block_groups, group % block_groups * c + numbers(c, 1)
+    if block_groups >= groups:
+        tap, code = tap // width, code + tap % width * (c * groups)
+    channel = channel - block * (group_out * block_groups)
+    step = (block * panels + channel // PANEL) * (runs * -(-run // 4)) + tap * -(-run // 4) + code // 4
+    return ((step * PANEL + channel % PANEL) * 4 + code % 4).reshape(n, c, *kernel)
+
+
+def conv_pack(q: Tensor, groups: int) -> Tensor:
+    """Codes [C_out, C_in/groups, *kernel] as packed convolution."""
+    data = q.new_zeros(conv_bytes(q.shape, groups))
+    data[conv_places(q.shape, groups, q.device).flatten()] = q.flatten()
+    return data
+
+
+def conv_unpack(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """The codes of a packed convolution of this shape."""
+    return data.flatten()[conv_places(shape, groups, data.device)]
 
 
 # int4 in panels: a byte holds the code of channel c, plus 8, in its low bits and that of channel c + 16 in its high

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import qkernels.ops  # noqa: F401  defines the ops
+from qkernels import layouts as layouts_of_ops
 from qkernels import library, registry
 from qkernels.ops.int8_conv2d import PackedInt8Conv2d, int8_conv2d
 from qkernels.reference import int8_conv2d as reference
@@ -81,6 +82,14 @@ def test_equals_the_reference_bit_for_bit(kernel: str, case: tuple, dtype: torch
             )
             same(got, want)
             assert got.is_contiguous(memory_format=torch.channels_last)
+            ordinary = int8_conv2d(
+                *(x, packed, bias),
+                input_scale=torch.tensor(0.02),
+                input_zero_point=zero_point,
+                channels_last=False,
+                **arguments,
+            )
+            assert torch.equal(ordinary, got) and ordinary.stride() == torch.empty(got.shape).stride()
             assert kernel == "reference" or batch == 0 or f"cpu_{library.host.last_isa()}" == kernel
 
 
@@ -144,7 +153,7 @@ def test_odd_input_scales(kernel: str, scale: float, nan: bool) -> None:
 def test_pack_round_trip(kernel: str, groups: int) -> None:
     q = codes(66, 5, 3, 2)
     packed = PackedInt8Conv2d.from_quantized(q, torch.rand(66), groups)
-    assert packed.data.shape == (groups, (66 // groups + 31) // 32, 8, 32, 4)
+    assert torch.equal(packed.data, layouts_of_ops.conv_pack(q, groups))
     assert torch.equal(packed.unpack()[0], q)
     assert torch.equal(packed.colsum, q.sum((1, 2, 3), dtype=torch.int32))
     for layout in (q.contiguous(memory_format=torch.channels_last), q.transpose(0, 1).contiguous().transpose(0, 1)):
@@ -238,7 +247,7 @@ ERRORS = [
     (
         0,
         torch.randn(2, 8, 7, 9),
-        r"data: got torch.int8 of shape \[2, 1, 5, 32, 4\]; accepted: what PackedInt8Conv2d holds",
+        r"data: got torch.int8 of shape \[1152\]; accepted: what int8_conv_pack gives for this weight",
     ),
     (0, torch.randn(2, 4, 0, 9), "x: got padded height 2; accepted: at least the dilated kernel's, 3"),
     (0, torch.randn(2, 4, 7, 2), "x: got padded width 2; accepted: at least the dilated kernel's, 3"),

@@ -1,29 +1,17 @@
-// int8_conv2d on the CPU: the input is quantized once to a zero-padded image with channels innermost; then blocks of
-// output pixels are gathered into rows [kernel_h][kernel_w][channel] that stay in the second-level cache while the
-// int8 GEMM kernels run on them. The full im2col matrix never exists.
+// int8_conv2d on the CPU: the input becomes a zero-padded image of codes with channels innermost, which the convolution
+// kernels read in place. And the packing of its weights.
 #include <atomic>
 #include <cmath>
 #include <memory>
 
 #include "cpu/common/int8_ops.h"
-#include "cpu/int8_gemm/int8_gemm.h"
+#include "cpu/int8_conv/convolve.h"
 
 namespace qkernels {
 namespace {
 
-constexpr int64_t kGatherBytes = 192 << 10;
-
 struct Pair {
   int64_t h, w;
-};
-
-struct Geometry {
-  int64_t batch, channels, out_channels, groups;  // channels of the whole tensors
-  Pair in, padded, out, kernel, stride, padding, dilation;
-
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_out() const { return out_channels / groups; }
-  int64_t k() const { return kernel.h * kernel.w * group_channels(); }
 };
 
 Pair pair_of(const char* name, const std::vector<int64_t>& values, int64_t least) {
@@ -40,63 +28,109 @@ int64_t out_size(const char* side, int64_t padded, int64_t kernel, int64_t strid
   return (padded - reach) / stride + 1;
 }
 
-// Writes x as codes [batch][padded.h][padded.w][channels], with the code of 0 in the padding. Returns whether x holds a
-// NaN.
-bool quantize_image(const Int8Kernels& kernels, const Tensor& x, Element type, const Geometry& g,
-                    const RowQparams& qparams, uint8_t* image) {
-  const bool channels_last = x.stride(1) == 1 && x.stride(3) == g.channels;
-  const int64_t stride_n = x.stride(0), stride_c = x.stride(1), stride_h = x.stride(2);
-  const char* data = static_cast<const char*>(x.data_ptr());
-  const int64_t bytes = static_cast<int64_t>(element_size(type));
-  const uint8_t zero = static_cast<uint8_t>(static_cast<int8_t>(qparams.zero_point)) ^ kernels.flip;
-  const int64_t row_bytes = g.padded.w * g.channels;
+// A weight [C_out, C_in / groups, ...] with one to three kernel dims.
+ConvGeometry geometry_of(const char* name, const std::vector<int64_t>& shape, int64_t groups) {
+  std::string got;
+  for (int64_t size : shape) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  QK_CHECK(shape.size() >= 3 && shape.size() <= 5 && *std::min_element(shape.begin(), shape.end()) >= 0, name,
+           ": got shape [", got, "]; accepted: [C_out, C_in/groups, kernel], the kernel in 1 to 3 dims");
+  QK_CHECK(groups >= 1 && shape[0] % groups == 0, "groups: got ", groups,
+           "; accepted: a divisor of the output channels ", shape[0]);
+  ConvGeometry g{};
+  g.in_channels = shape[1] * groups;
+  g.out_channels = shape[0];
+  g.groups = groups;
+  const size_t rank = shape.size();
+  g.kernel = {rank > 4 ? shape[rank - 3] : 1, rank > 3 ? shape[rank - 2] : 1, shape[rank - 1]};
+  check_k(name, shape[1] * g.kernel.d * g.kernel.h * g.kernel.w);
+  return g;
+}
+
+std::tuple<Tensor, Tensor> int8_conv_pack(const Tensor& q, int64_t groups) {
+  check_cpu("q", q);
+  QK_CHECK(q.scalar_type() == ScalarType::Char, "q: got ", dtype_name(q.scalar_type()), "; accepted: torch.int8");
+  const ConvGeometry g = geometry_of("q", to_vector(q.sizes()), groups);
+  record_isa(Isa::scalar);
+  const int64_t bytes = conv_packed_bytes(g);
+  Tensor data = empty({bytes}, ScalarType::Char), colsum = empty({g.out_channels}, ScalarType::Int);
+  ask_for_huge_pages(data.data_ptr(), bytes);
+  const Tensor codes = to_contiguous(q);
+  pack_conv(g, static_cast<const int8_t*>(codes.data_ptr()), static_cast<int8_t*>(data.data_ptr()),
+            static_cast<int32_t*>(colsum.data_ptr()));
+  return {data, colsum};
+}
+
+void check_packed(const Tensor& data, const ConvGeometry& g) {
+  check_cpu("data", data);
+  QK_CHECK(data.scalar_type() == ScalarType::Char && data.dim() == 1 && data.size(0) == conv_packed_bytes(g) &&
+               data.is_contiguous(),
+           "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
+           "; accepted: what int8_conv_pack gives for this weight, contiguous torch.int8 [", conv_packed_bytes(g), "]");
+}
+
+Tensor int8_conv_unpack(const Tensor& data, std::vector<int64_t> shape, int64_t groups) {
+  const ConvGeometry g = geometry_of("shape", shape, groups);
+  check_packed(data, g);
+  record_isa(Isa::scalar);
+  Tensor q = empty(shape, ScalarType::Char);
+  unpack_conv(g, static_cast<const int8_t*>(data.data_ptr()), static_cast<int8_t*>(q.data_ptr()));
+  return q;
+}
+
+// Memory for images of codes. The border holds the code of zero.
+struct Codes {
+  Tensor memory;
+  CodeImage image;
+
+  Codes(int64_t batch, int64_t channels, Size3 size, Size3 border, uint8_t zero) {
+    image = {nullptr, batch, channels, size, 0, 0, 0, channels};
+    image.stride_h = (size.w + 2 * border.w) * channels;
+    image.stride_d = image.stride_n = (size.h + 2 * border.h) * image.stride_h;
+    memory = empty({batch * image.stride_n + 64}, ScalarType::Byte);
+    uint8_t* data = static_cast<uint8_t*>(memory.data_ptr());
+    image.data = data + border.h * image.stride_h + border.w * channels;
+    if (border.h == 0 && border.w == 0) return;
+    const size_t edge = static_cast<size_t>(border.w * channels), row = static_cast<size_t>(image.stride_h);
+    for (int64_t n = 0; n < batch; ++n)
+      for (int64_t h = -border.h; h < size.h + border.h; ++h) {
+        uint8_t* begin = image.data + n * image.stride_n + h * image.stride_h - edge;
+        if (h < 0 || h >= size.h) {
+          std::memset(begin, zero, row);
+        } else {
+          std::memset(begin, zero, edge);
+          std::memset(begin + row - edge, zero, edge);
+        }
+      }
+  }
+};
+
+// Writes images first... of x as codes. Returns whether they hold a NaN.
+bool quantize_images(const Tensor& x, Element type, int64_t first, int64_t count, const RowQparams& q,
+                     const CodeImage& to) {
+  const Int8Kernels& kernels = int8_kernels();
+  const bool channels_last = x.stride(1) == 1 && x.stride(3) == to.channels;
+  const int64_t bytes = static_cast<int64_t>(element_size(type)), width = to.size.w, channels = to.channels;
+  const char* data = static_cast<const char*>(x.data_ptr()) + first * x.stride(0) * bytes;
   std::atomic<bool> nan{false};
   torch::stable::parallel_for(
-      0, g.batch * g.padded.h, grain(kPointwiseGrain, row_bytes), [&](int64_t begin, int64_t end) {
-        std::unique_ptr<uint8_t[]> plane(new uint8_t[static_cast<size_t>(g.in.w)]);
+      0, count * to.size.h, grain(kPointwiseGrain, width * channels), [&](int64_t begin, int64_t end) {
+        std::unique_ptr<uint8_t[]> plane(new uint8_t[static_cast<size_t>(width)]);
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = i / g.padded.h, h = i % g.padded.h - g.padding.h;
-          uint8_t* row = image + i * row_bytes;
-          if (h < 0 || h >= g.in.h) {
-            std::memset(row, zero, static_cast<size_t>(row_bytes));
-            continue;
-          }
-          const int64_t border = g.padding.w * g.channels;
-          std::memset(row, zero, static_cast<size_t>(border));
-          std::memset(row + row_bytes - border, zero, static_cast<size_t>(border));
-          row += border;
-          const char* source = data + (n * stride_n + h * stride_h) * bytes;
+          const int64_t n = i / to.size.h, h = i % to.size.h;
+          const char* from = data + (n * x.stride(0) + h * x.stride(2)) * bytes;
+          uint8_t* row = to.data + n * to.stride_n + h * to.stride_h;
           if (channels_last) {
-            if (std::isnan(kernels.quantize_row(source, type, g.in.w * g.channels, qparams, kernels.flip, row)))
-              nan = true;
+            if (std::isnan(kernels.quantize_row(from, type, width * channels, q, 0x80, row))) nan = true;
             continue;
           }
-          for (int64_t c = 0; c < g.channels; ++c) {
-            if (std::isnan(kernels.quantize_row(source + c * stride_c * bytes, type, g.in.w, qparams, kernels.flip,
-                                                plane.get())))
+          for (int64_t c = 0; c < channels; ++c) {
+            if (std::isnan(kernels.quantize_row(from + c * x.stride(1) * bytes, type, width, q, 0x80, plane.get())))
               nan = true;
-            for (int64_t w = 0; w < g.in.w; ++w) row[w * g.channels + c] = plane[static_cast<size_t>(w)];
+            for (int64_t w = 0; w < width; ++w) row[w * channels + c] = plane[static_cast<size_t>(w)];
           }
         }
       });
   return nan;
-}
-
-// Copies 16 bytes at a time, since a call of memcpy costs more than most copies here. May read and write up to 15 bytes
-// beyond n.
-inline void copy_run(const uint8_t* from, int64_t n, uint8_t* to) {
-  for (int64_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
-}
-
-// The codes under output pixel (h, w) of a group, as one row.
-void gather(const uint8_t* image, const Geometry& g, int64_t h, int64_t w, int64_t group, uint8_t* row) {
-  const bool one_run = g.groups == 1 && g.dilation.w == 1;
-  const int64_t run = g.group_channels() * (one_run ? g.kernel.w : 1), runs = one_run ? 1 : g.kernel.w;
-  const uint8_t* corner =
-      image + (h * g.stride.h * g.padded.w + w * g.stride.w) * g.channels + group * g.group_channels();
-  for (int64_t i = 0; i < g.kernel.h; ++i)
-    for (int64_t j = 0; j < runs; ++j, row += run)
-      copy_run(corner + (i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels, run, row);
 }
 
 bool is_nan(const char* x, Element type) {
@@ -111,14 +145,15 @@ bool is_nan(const char* x, Element type) {
 }
 
 // Whether a NaN of x lies under output pixel (h, w) of a group.
-bool nan_under(const Tensor& x, Element type, const Geometry& g, int64_t n, int64_t h, int64_t w, int64_t group) {
+bool nan_under(const Tensor& x, Element type, const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t group) {
   const char* data = static_cast<const char*>(x.data_ptr());
+  const int64_t channels = g.in_channels / g.groups;
   for (int64_t i = 0; i < g.kernel.h; ++i)
     for (int64_t j = 0; j < g.kernel.w; ++j) {
       const int64_t y = h * g.stride.h + i * g.dilation.h - g.padding.h;
       const int64_t z = w * g.stride.w + j * g.dilation.w - g.padding.w;
-      if (y < 0 || y >= g.in.h || z < 0 || z >= g.in.w) continue;
-      for (int64_t c = group * g.group_channels(); c < (group + 1) * g.group_channels(); ++c)
+      if (y < 0 || y >= x.size(2) || z < 0 || z >= x.size(3)) continue;
+      for (int64_t c = group * channels; c < (group + 1) * channels; ++c)
         if (is_nan(data + (n * x.stride(0) + c * x.stride(1) + y * x.stride(2) + z * x.stride(3)) *
                               static_cast<int64_t>(element_size(type)),
                    type))
@@ -127,151 +162,99 @@ bool nan_under(const Tensor& x, Element type, const Geometry& g, int64_t n, int6
   return false;
 }
 
-// One filter per channel, where x holds no NaN. Rows of output pixels are computed straight from the image, 32 channels
-// at a time.
-void convolve_depthwise(const Int8Kernels& kernels, const uint8_t* images, const int8_t* data, const Geometry& g,
-                        const PanelOutput& output) {
-  const int64_t n_taps = g.kernel.h * g.kernel.w, blocks = panels(g.channels);
-  std::vector<int64_t> taps;
-  for (int64_t i = 0; i < g.kernel.h; ++i)
-    for (int64_t j = 0; j < g.kernel.w; ++j)
-      taps.push_back((i * g.dilation.h * g.padded.w + j * g.dilation.w) * g.channels);
-  std::vector<int32_t> weights(static_cast<size_t>(blocks * n_taps * kPanel));  // [channel / 32][tap][channel % 32]
-  for (int64_t c = 0; c < g.channels; ++c)
-    for (int64_t t = 0; t < n_taps; ++t)
-      weights[static_cast<size_t>((c / kPanel * n_taps + t) * kPanel + c % kPanel)] =
-          data[c * panel_bytes(n_taps) + t / 4 * kPanel * 4 + t % 4];
-  const int64_t work = g.out.w * g.channels * n_taps * 16;  // a tap costs what 16 products cost in the GEMM
-  torch::stable::parallel_for(0, g.batch * g.out.h, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / g.out.h, h = i % g.out.h;
-      const uint8_t* line = images + (n * g.padded.h + h * g.stride.h) * g.padded.w * g.channels;
-      for (int64_t block = 0; block < blocks; ++block)
-        kernels.multiply_depthwise(line + block * kPanel, g.stride.w * g.channels, g.out.w, taps.data(), n_taps,
-                                   weights.data() + block * n_taps * kPanel, at(output, i * g.out.w, block * kPanel));
-    }
-  });
+// Makes the outputs NaN that see a NaN of x.
+void spread_nan(const Tensor& x, Element type, const ConvGeometry& g, int64_t first, int64_t count,
+                const ConvOutput& o) {
+  const int64_t channels = g.out_channels / g.groups;
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t h = 0; h < g.out.h; ++h)
+      for (int64_t w = 0; w < g.out.w; ++w)
+        for (int64_t group = 0; group < g.groups; ++group)
+          if (nan_under(x, type, g, first + n, h, w, group))
+            for (int64_t c = group * channels; c < (group + 1) * channels; ++c)
+              o.floats[n * o.floats_n + c * o.floats_c + h * o.floats_h + w * o.floats_w] =
+                  std::numeric_limits<float>::quiet_NaN();
 }
+
+// How many codes are convolved before more are quantized: they stay in the second-level caches.
+constexpr int64_t kCodesOfThread = 1 << 20;
 
 Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
                    const std::optional<Tensor>& bias, const Tensor& input_scale,
                    const std::optional<Tensor>& input_zero_point, int64_t quant_min, int64_t quant_max,
                    std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                   std::vector<int64_t> dilation, int64_t groups) {
+                   std::vector<int64_t> dilation, int64_t groups, bool channels_last) {
   check_cpu("x", x);
   const Element type = element_of("x", x.scalar_type());
   QK_CHECK(x.dim() == 4, "x: got shape ", shape_of(x), "; accepted: [N, C, H, W]");
   check_vector("colsum", colsum, colsum.numel(), -1, false, "[C_out]");
-  Geometry g;
-  g.batch = x.size(0);
-  g.channels = x.size(1);
+  ConvGeometry g{};
+  g.in_channels = x.size(1);
   g.out_channels = colsum.numel();
   g.groups = groups;
-  QK_CHECK(groups >= 1 && g.channels % groups == 0 && g.out_channels % groups == 0, "groups: got ", groups,
-           "; accepted: a divisor of the input channels ", g.channels, " and the output channels ", g.out_channels);
-  g.in = {x.size(2), x.size(3)};
-  g.kernel = pair_of("kernel_size", kernel_size, 1);
-  g.stride = pair_of("stride", stride, 1);
-  g.padding = pair_of("padding", padding, 0);
-  g.dilation = pair_of("dilation", dilation, 1);
-  g.padded = {g.in.h + 2 * g.padding.h, g.in.w + 2 * g.padding.w};
-  g.out = {out_size("height", g.padded.h, g.kernel.h, g.stride.h, g.dilation.h),
-           out_size("width", g.padded.w, g.kernel.w, g.stride.w, g.dilation.w)};
-  const int64_t k = g.k(), group_panels = panels(g.group_out());
-  check_k("data", k);
-  check_cpu("data", data);
-  QK_CHECK(data.scalar_type() == ScalarType::Char && data.dim() == 5 && data.size(0) == groups &&
-               data.size(1) == group_panels && data.size(2) == k_groups(k) && data.size(3) == kPanel &&
-               data.size(4) == 4 && data.is_contiguous(),
-           "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
-           "; accepted: what PackedInt8Conv2d holds, contiguous torch.int8 [", groups, ", ", group_panels, ", ",
-           k_groups(k), ", ", kPanel, ", 4]");
+  QK_CHECK(groups >= 1 && g.in_channels % groups == 0 && g.out_channels % groups == 0, "groups: got ", groups,
+           "; accepted: a divisor of the input channels ", g.in_channels, " and the output channels ", g.out_channels);
+  const Pair kernel = pair_of("kernel_size", kernel_size, 1), step = pair_of("stride", stride, 1),
+             border = pair_of("padding", padding, 0), spread = pair_of("dilation", dilation, 1);
+  g.kernel = {1, kernel.h, kernel.w};
+  g.stride = {1, step.h, step.w};
+  g.padding = {0, border.h, border.w};
+  g.dilation = {1, spread.h, spread.w};
+  g.out = {1, out_size("height", x.size(2) + 2 * border.h, kernel.h, step.h, spread.h),
+           out_size("width", x.size(3) + 2 * border.w, kernel.w, step.w, spread.w)};
+  check_k("data", g.in_channels / groups * kernel.h * kernel.w);
+  check_packed(data, g);
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
            dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");
   const auto channel_scale = float_vector("scale", scale, g.out_channels, -1, false, "[C_out]");
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, g.out_channels, -1, false, "[C_out]");
-  const RowQparams qparams = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max);
-  const Int8Kernels& kernels = int8_kernels();
-  record_isa(kernels.isa);
+  const RowQparams q = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max);
+  record_isa(int8_kernels().isa);
 
-  const int64_t pixels = g.out.h * g.out.w;
-  const std::vector<int64_t> sizes = {g.batch, g.out_channels, g.out.h, g.out.w};
-  const std::vector<int64_t> strides = {pixels * g.out_channels, 1, g.out.w * g.out_channels, g.out_channels};
+  const int64_t batch = x.size(0), pixels = g.out.h * g.out.w;
+  const std::vector<int64_t> sizes = {batch, g.out_channels, g.out.h, g.out.w};
+  const std::vector<int64_t> strides = {pixels * g.out_channels, channels_last ? 1 : pixels,
+                                        g.out.w * (channels_last ? g.out_channels : 1),
+                                        channels_last ? g.out_channels : 1};
   Tensor out = empty_strided({sizes.data(), 4}, {strides.data(), 4}, x.scalar_type());
   if (out.numel() == 0) return out;
-  const bool readable = x.stride(3) == 1 || (x.stride(1) == 1 && x.stride(3) == g.channels);
+  const bool readable = x.stride(3) == 1 || (x.stride(1) == 1 && x.stride(3) == g.in_channels);
   const Tensor source = readable ? x : to_contiguous(x);
-  const int64_t image_bytes = g.padded.h * g.padded.w * g.channels;
-  // 64 bytes of slack: the last codes are read in groups of 4, 16 and 32.
-  Tensor image_tensor = empty({g.batch * image_bytes + 64}, ScalarType::Byte);
-  uint8_t* images = static_cast<uint8_t*>(image_tensor.data_ptr());
-  const bool nan = quantize_image(kernels, source, type, g, qparams, images) || std::isnan(qparams.scale);
+  Tensor result = type == Element::f32 ? out : empty_strided({sizes.data(), 4}, {strides.data(), 4}, ScalarType::Float);
 
-  PanelOutput output{};
-  output.type = type;
-  output.row_stride = g.out_channels;
-  output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
-  output.scale_b = channel_scale.data;
-  output.bias = offset ? offset->data : nullptr;
-  const int32_t zero_point = static_cast<int32_t>(qparams.zero_point);
-  output.zero_point = &zero_point;
-  output.wide = is_wide(std::abs(zero_point), k);
-  const int8_t* weights = static_cast<const int8_t*>(data.data_ptr());
-  char* out_data = static_cast<char*>(out.data_ptr());
+  ConvOutput o{};
+  o.colsum = static_cast<const int32_t*>(colsum.data_ptr());
+  o.scale = channel_scale.data;
+  o.bias = offset ? offset->data : nullptr;
+  o.in_scale = q.scale;
+  o.in_zero_point = static_cast<int32_t>(q.zero_point);
+  o.floats = static_cast<float*>(result.data_ptr());
+  o.floats_n = strides[0];
+  o.floats_c = strides[1];
+  o.floats_h = strides[2];
+  o.floats_w = strides[3];
 
-  if (g.group_channels() == 1 && g.group_out() == 1 && !nan) {
-    output.out = out_data;
-    output.channels = g.channels;
-    output.scale_a = &qparams.scale;
-    convolve_depthwise(kernels, images, weights, g, output);
-    return out;
+  const Size3 size = {1, x.size(2), x.size(3)};
+  const int64_t bytes = (size.h + 2 * border.h) * (size.w + 2 * border.w) * g.in_channels;
+  const int64_t at_once =
+      std::clamp<int64_t>(kCodesOfThread * torch::stable::get_num_threads() / std::max<int64_t>(bytes, 1), 1, batch);
+  Codes codes(at_once, g.in_channels, size, g.padding, static_cast<uint8_t>(o.in_zero_point + 128));
+  for (int64_t first = 0; first < batch; first += at_once, o.floats += at_once * o.floats_n) {
+    codes.image.batch = std::min(at_once, batch - first);
+    const bool nan = quantize_images(source, type, first, codes.image.batch, q, codes.image);
+    convolve(g, codes.image, static_cast<const int8_t*>(data.data_ptr()), o);
+    if (nan) spread_nan(source, type, g, first, codes.image.batch, o);
   }
-
-  // A 1x1 kernel at stride 1 without padding reads the image as it is.
-  const bool in_place =
-      g.kernel.h == 1 && g.kernel.w == 1 && g.stride.h == 1 && g.stride.w == 1 && g.padding.h == 0 && g.padding.w == 0;
-  const int64_t gathered = code_row_stride(k), row_stride = in_place ? g.channels : gathered;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tiles =
-      std::min(kGatherBytes / gathered, g.batch * pixels / (2 * threads)) / kernels.tile_rows;  // per block of pixels
-  const int64_t block = std::clamp<int64_t>(tiles, 1, 20) * kernels.tile_rows, blocks = (pixels + block - 1) / block;
-  const int64_t work = panel_bytes(k) * group_panels * groups * (std::min(block, pixels) + 3);
-  torch::stable::parallel_for(0, g.batch * blocks, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
-    std::unique_ptr<uint8_t[]> scratch(in_place ? nullptr : new uint8_t[static_cast<size_t>(block * gathered)]);
-    std::vector<float> row_scales(static_cast<size_t>(block), qparams.scale);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / blocks, first = task % blocks * block, height = std::min(block, pixels - first);
-      const uint8_t* image = images + n * image_bytes;
-      for (int64_t group = 0; group < groups; ++group) {
-        // Each output pixel of the block has a row of codes and a scale, which is NaN if a NaN lies under the pixel.
-        const uint8_t* rows = in_place ? image + first * g.channels + group * g.group_channels() : scratch.get();
-        int64_t h = first / g.out.w, w = first % g.out.w;
-        for (int64_t r = 0; r < height; ++r) {
-          if (!in_place) gather(image, g, h, w, group, scratch.get() + r * gathered);
-          if (nan)
-            row_scales[static_cast<size_t>(r)] =
-                nan_under(source, type, g, n, h, w, group) ? std::numeric_limits<float>::quiet_NaN() : qparams.scale;
-          if (++w == g.out.w) {
-            w = 0;
-            ++h;
-          }
-        }
-        PanelOutput o = output;
-        o.out = out_data + (n * pixels + first) * g.out_channels * static_cast<int64_t>(element_size(type));
-        o.channels = (group + 1) * g.group_out();
-        o.scale_a = row_scales.data();
-        o.scale_a_step = 1;
-        for (int64_t panel = 0; panel < group_panels; ++panel)
-          kernels.multiply(rows, row_stride, height, weights + (group * group_panels + panel) * panel_bytes(k), k,
-                           at(o, 0, group * g.group_out() + panel * kPanel));
-      }
-    }
-  });
+  if (type != Element::f32) torch::stable::copy_(out, result);
   return out;
 }
 
 }  // namespace
 }  // namespace qkernels
 
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) { m.impl("int8_conv2d", TORCH_BOX(&qkernels::int8_conv2d)); }
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("int8_conv2d", TORCH_BOX(&qkernels::int8_conv2d));
+  m.impl("int8_conv_pack", TORCH_BOX(&qkernels::int8_conv_pack));
+  m.impl("int8_conv_unpack", TORCH_BOX(&qkernels::int8_conv_unpack));
+}

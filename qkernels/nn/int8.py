@@ -380,12 +380,10 @@ class Int8Conv2d(Int8Convolution):
             stride=stride,
             padding=padding,
             dilation=dilation,
+            channels_last=_suggests_channels_last(batch) or (self.channels_last and bool(batch.shape[0])),
         )
         if y.dtype != out_dtype:
             y = y.to(out_dtype)
-        if not (_suggests_channels_last(batch) or (self.channels_last and batch.shape[0])):
-            # .contiguous() would not copy: with sizes of 1 it takes channels_last strides for contiguous ones.
-            y = y.clone(memory_format=torch.contiguous_format)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _sides(self, padding: Any, dilation: Any) -> list[int]:

@@ -55,8 +55,9 @@ class Int8Conv1d(Int8Convolution):
             stride=(1, stride),
             padding=(0, left),
             dilation=(1, dilation),
+            channels_last=False,
         )
-        y = y.squeeze(2).to(out_dtype).contiguous()
+        y = y.squeeze(2).to(out_dtype)
         return y if x.dim() == 3 else y.squeeze(0)
 
     def _sides(self, padding: Any, dilation: int) -> tuple[int, int]:

@@ -16,16 +16,31 @@ from ..reference import int8_conv2d as reference
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
-from .int8_gemm import int8_pack, int8_unpack
 
 
 def _int8_conv2d_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() == 4 and x.dtype != torch.float64:
-        q = samples.codes(6, 4 * x.shape[1])
-        data, colsum = layouts.int8_pack(q), q.sum(1, dtype=torch.int32)
-        weight = data[None], colsum, torch.rand(6), torch.randn(6)
+        packed = reference.int8_conv_pack(samples.codes(6, x.shape[1], 2, 2), 1)
+        weight = *packed, torch.rand(6), torch.randn(6)
         zero_point = torch.tensor([5], dtype=torch.int32)
-        yield x, *weight, torch.tensor([0.02]), zero_point, *samples.INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1
+        yield x, *weight, torch.tensor([0.02]), zero_point, *samples.INT8, [2, 2], [1, 2], [1, 0], [1, 1], 1, True
+
+
+def _pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield samples.codes(6, *x.shape), 1
+        yield samples.codes(66, 3, 2, 3), 3
+
+
+def _unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for q, groups in _pack_samples(x):
+        yield reference.int8_conv_pack(q, groups)[0], list(q.shape), groups
+
+
+def _fake_pack(q: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    gemm_checks.conv_weight("q", q.shape, groups)
+    data = q.new_empty((layouts.conv_bytes(q.shape, groups),), dtype=torch.int8)
+    return data, q.new_empty((q.shape[0],), dtype=torch.int32)
 
 
 def _fake_conv2d(
@@ -43,20 +58,37 @@ def _fake_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = True,
 ) -> Tensor:
     n, c, h, w = gemm_checks.conv2d_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
-    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c) if channels_last else (h * w * c, h * w, w, 1))
 
 
 _int8_conv2d = library.define(
     "int8_conv2d",
     "(Tensor x, Tensor data, Tensor colsum, Tensor scale, Tensor? bias, Tensor input_scale, Tensor? input_zero_point, "
     "SymInt quant_min, SymInt quant_max, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-    "SymInt groups) -> Tensor",
+    "SymInt groups, bool channels_last=True) -> Tensor",
     reference.int8_conv2d,
     _fake_conv2d,
     cpu=("avx512vnni", "avx2", "scalar"),
     samples=_int8_conv2d_samples,
+)
+int8_conv_pack = library.define(
+    "int8_conv_pack",
+    "(Tensor q, SymInt groups) -> (Tensor data, Tensor colsum)",
+    reference.int8_conv_pack,
+    _fake_pack,
+    cpu=("scalar",),
+    samples=_pack_samples,
+)
+int8_conv_unpack = library.define(
+    "int8_conv_unpack",
+    "(Tensor data, SymInt[] shape, SymInt groups) -> Tensor",
+    reference.int8_conv_unpack,
+    lambda data, shape, groups: data.new_empty(shape),
+    cpu=("scalar",),
+    samples=_unpack_samples,
 )
 
 
@@ -66,7 +98,7 @@ class PackedInt8Conv2d:
     It is frozen: no gradient flows back to the tensors that it is packed from.
 
     Attributes:
-        data: packed codes, int8: for each group the layout of ``PackedInt8`` over K = (kh, kw, C_in/groups).
+        data: packed codes, int8 in one dim (``layouts.py`` draws them).
         colsum: [C_out] int32, the sum of each output channel's codes.
         scale: [C_out] fp32; weight ≈ code·scale.
         shape: (C_out, C_in/groups, kh, kw).
@@ -94,15 +126,12 @@ class PackedInt8Conv2d:
             raise ValueError(f"groups: got {groups}; accepted: a divisor of the output channels {n}")
         if scale.numel() != 1 and scale.shape not in ((n,), (n, 1, 1, 1)):
             raise ValueError(f"scale: got shape {list(scale.shape)}; accepted: one element, [{n}] or [{n}, 1, 1, 1]")
-        rows = q.permute(0, 2, 3, 1).reshape(groups, n // groups, -1)
-        packed = [int8_pack(group) for group in rows]
-        data = torch.stack([data for data, _ in packed])
-        colsum = torch.cat([colsum for _, colsum in packed])
+        data, colsum = int8_conv_pack(q, groups)
         return cls(data, colsum, scale.detach().float().reshape(-1).expand(n).contiguous(), (n, c, kh, kw), groups)
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(q [C_out, C_in/groups, kh, kw] int8, scale [C_out] fp32), exactly what was packed."""
-        return _codes_of(self.data, self.shape), self.scale
+        return int8_conv_unpack(self.data, self.shape, self.groups), self.scale
 
     def __repr__(self) -> str:
         return f"PackedInt8Conv2d(shape={self.shape}, groups={self.groups})"
@@ -111,14 +140,8 @@ class PackedInt8Conv2d:
 torch.serialization.add_safe_globals([PackedInt8Conv2d])  # torch.load(weights_only=True)
 
 
-def _codes_of(data: Tensor, shape: Sequence[int]) -> Tensor:
-    n, c, kh, kw = shape
-    rows = torch.cat([int8_unpack(group, n // data.shape[0], c * kh * kw) for group in data.unbind(0)])
-    return rows.view(n, kh, kw, c).permute(0, 3, 1, 2).contiguous()
-
-
-def _weight_of(data: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return (_codes_of(data, shape).float() * scale.reshape(-1, 1, 1, 1)).to(dtype)
+def _weight_of(data: Tensor, scale: Tensor, shape: Sequence[int], groups: int, dtype: torch.dtype) -> Tensor:
+    return (int8_conv_unpack(data, shape, groups).float() * scale.reshape(-1, 1, 1, 1)).to(dtype)
 
 
 class _Int8Conv2d(Function):
@@ -129,10 +152,11 @@ class _Int8Conv2d(Function):
         ctx: Any, values: Tensor, bias: Tensor | None, x: Tensor, data: Tensor, colsum: Tensor, scale: Tensor,
         input_scale: Tensor, input_zero_point: Tensor | None, quant_min: int, quant_max: int, *geometry: Any,
     ) -> Tensor:  # fmt: skip
-        kernel_size, *ctx.rest = geometry
+        kernel_size, *ctx.rest, _ = geometry
+        groups = ctx.rest[-1]
         ctx.save_for_backward(data, scale)
         ctx.input = tuple(x.shape)
-        ctx.shape = (colsum.shape[0], x.shape[1] // geometry[-1], *kernel_size)
+        ctx.shape = (colsum.shape[0], x.shape[1] // groups, *kernel_size)
         ctx.dtypes = values.dtype, None if bias is None else bias.dtype
         return _int8_conv2d(
             x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, *geometry
@@ -143,7 +167,7 @@ class _Int8Conv2d(Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             data, scale = ctx.saved_tensors
-            weight = _weight_of(data, scale, ctx.shape, grad.dtype)
+            weight = _weight_of(data, scale, ctx.shape, ctx.rest[-1], grad.dtype)
             dx = conv2d_input(ctx.input, weight, grad, *ctx.rest).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             dbias = bias_gradient(grad, (0, 2, 3), ctx.dtypes[1])
@@ -161,14 +185,23 @@ def _differentiable_conv2d(
     input_zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
+    channels_last: bool,
     *geometry: Any,
 ) -> Tensor:
     weight = packed.data, packed.colsum, packed.scale
-    rest: Any = (input_scale.detach(), input_zero_point, quant_min, quant_max, list(packed.shape[2:]), *geometry)
+    rest: Any = (
+        input_scale.detach(),
+        input_zero_point,
+        quant_min,
+        quant_max,
+        list(packed.shape[2:]),
+        *geometry,
+        channels_last,
+    )
     values = represented(x, input_scale, input_zero_point, quant_min, quant_max)
     if transformed():
         y = reference.int8_conv2d(x.detach(), *weight, constant(bias), *rest)
-        w = _weight_of(packed.data, packed.scale, packed.shape, torch.float32)
+        w = _weight_of(packed.data, packed.scale, packed.shape, packed.groups, torch.float32)
         return as_if(y, F.conv2d(values.float(), w, None if bias is None else bias.float(), *geometry))
     return _convolution(values, bias, x.detach(), *weight, *rest)
 
@@ -189,6 +222,7 @@ def int8_conv2d(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
+    channels_last: bool = True,
 ) -> Tensor:
     """conv2d(x, weight, bias) with x quantized to int8; sums are exact, the float epilogue is fp32.
 
@@ -203,10 +237,10 @@ def int8_conv2d(
         input_zero_point: one integer within quant_min…quant_max; None: 0.
         quant_min, quant_max: inclusive range of x's codes, within int8.
         stride, padding, dilation: as in ``torch.nn.functional.conv2d``, zero padding, one integer or (height, width).
+        channels_last: whether the result lies in channels_last memory; else it is contiguous.
 
     Returns:
-        [N, C_out, H_out, W_out] of x's dtype in channels_last memory. Infinities saturate; a NaN in x makes every
-        output that sees it NaN.
+        [N, C_out, H_out, W_out] of x's dtype. Infinities saturate; a NaN in x makes every output that sees it NaN.
 
     Differentiable in x, bias and input_scale, as the float convolution of ``fake_quantize(x)`` with the dequantized
     weight.
@@ -222,7 +256,7 @@ def int8_conv2d(
     x, bias, input_scale = as_torch_jit_takes_them(x, bias, input_scale)
     if transformed() or wants_gradient(x, bias, input_scale):
         return _differentiable_conv2d(
-            x, packed, bias, input_scale, input_zero_point, quant_min, quant_max,
+            x, packed, bias, input_scale, input_zero_point, quant_min, quant_max, channels_last,
             _pair(stride), _pair(padding), _pair(dilation), packed.groups,
         )  # fmt: skip
     return _int8_conv2d(
@@ -240,4 +274,5 @@ def int8_conv2d(
         _pair(padding),
         _pair(dilation),
         packed.groups,
+        channels_last,
     )

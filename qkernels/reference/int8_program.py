@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import gemm_checks
-from .activation import FUNCTIONS, sigmoid
-from .int8_conv2d import codes_of
+from .. import gemm_checks, layouts
+from .activation import FUNCTIONS, sigmoid, tanh
 from .int8_gemm import static_qparams
 
 Step = dict[str, str]
@@ -129,7 +128,7 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     **{name: FUNCTIONS[name] for name in ("relu", "gelu", "silu")},
     "sigmoid": sigmoid,
-    "tanh": torch.tanh,
+    "tanh": tanh,
     "clamp": _clamp,
     "leaky_relu": lambda x, slope: torch.where(x > 0, x, x * slope),
     "hardswish": lambda x: x * _clamp(x + 3, 0, 6) / 6,
@@ -202,7 +201,7 @@ def _conv(m: Machine, step: Step) -> None:
     assert data is not None
     assert x.quantizer is not None
     n, c = int(step["out_channels"]), int(step["in"])
-    weight = codes_of(data, (n, c // groups, *kernel), groups)
+    weight = layouts.conv_unpack(data, (n, c // groups, *kernel), groups)
     before, after = _ints(step, "padding"), _ints(step, "padding_after")
     sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
     # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.

@@ -1,5 +1,6 @@
 // Packing of convolution weights.
 #include <cstring>
+#include <vector>
 
 #include "cpu/int8_conv/conv_layout.h"
 #include "cpu/int8_conv/convolve.h"
@@ -12,19 +13,20 @@ template <typename Visit>
 void for_each_weight(const ConvGeometry& g, const Visit& visit) {
   const ConvLayout layout(g);
   const int64_t group_in = g.in_channels / g.groups, group_out = g.out_channels / g.groups;
-  const int64_t taps = g.kernel.d * g.kernel.h * g.kernel.w;
+  const int64_t taps = g.kernel.d * g.kernel.h * g.kernel.w, k = group_in * taps;
+  // Where the weights of the first output channel of each of a block's groups lie in a panel.
+  std::vector<int64_t> places(static_cast<size_t>(layout.block_groups * k));
+  for (int64_t c = 0; c < layout.block_in; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t run = layout.rows ? tap / g.kernel.w : tap;
+      const int64_t i = (layout.rows ? tap % g.kernel.w * layout.block_in : 0) + c;
+      places[static_cast<size_t>(c * taps + tap)] = (run * layout.run_groups() + i / 4) * kPanel * 4 + i % 4;
+    }
   for (int64_t n = 0; n < g.out_channels; ++n) {
     const int64_t group = n / group_out, block = group / layout.block_groups, c_out = n - block * layout.block_out;
-    const int64_t first = group % layout.block_groups * group_in;  // the group's first channel within the block
-    const int64_t panel = block * layout.block_panels + c_out / kPanel;
-    for (int64_t c = 0; c < group_in; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t run = layout.rows ? tap / g.kernel.w : tap;
-        const int64_t i = (layout.rows ? tap % g.kernel.w * layout.block_in : 0) + first + c;
-        const int64_t step = run * layout.run_groups() + i / 4;
-        visit(panel * layout.bytes_of_panel() + (step * kPanel + c_out % kPanel) * 4 + i % 4,
-              (n * group_in + c) * taps + tap, n);
-      }
+    const int64_t* place = places.data() + group % layout.block_groups * k;
+    const int64_t first = (block * layout.block_panels + c_out / kPanel) * layout.bytes_of_panel() + c_out % kPanel * 4;
+    for (int64_t i = 0; i < k; ++i) visit(first + place[i], n * k + i, n);
   }
 }
 
