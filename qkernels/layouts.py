@@ -118,8 +118,8 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
 #     data[block][panel][run][i // 4][channel % 32][i % 4], in one dim
 #
 # With one filter per channel a product adds up 4 taps: those of 4 rows of one of the kernel's columns, where the rows
-# of all depths follow each other and missing ones are zeros. A last row that is left alone is taken 4 columns at a time.
-# Channels form blocks of 64, the last one of 64, 32 or 16, whose order is that in which the kernels unpack bytes.
+# of all depths follow each other and missing ones are zeros. A last row that is left alone is taken 4 columns at a
+# time. Channels form blocks of 64, the last one of 64, 32 or 16, whose order is that in which the kernels unpack bytes.
 #
 #     data[block][product][channel // 4 % 4][channel // 16 % (block's width // 16)][channel % 4][tap], in one dim
 
