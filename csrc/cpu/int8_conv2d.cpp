@@ -2,10 +2,10 @@
 // kernels read in place. And the packing of its weights.
 #include <atomic>
 #include <cmath>
-#include <memory>
 
 #include "cpu/common/int8_ops.h"
 #include "cpu/int8_conv/convolve.h"
+#include "cpu/int8_program/kernels.h"
 
 namespace qkernels {
 namespace {
@@ -104,49 +104,33 @@ struct Codes {
   }
 };
 
+// Where image n and row h of x begin.
+const float* row_of(const Tensor& x, int64_t n, int64_t h) {
+  return static_cast<const float*>(x.data_ptr()) + n * x.stride(0) + h * x.stride(2);
+}
+
 // Writes images first... of x as codes. Returns whether they hold a NaN.
-bool quantize_images(const Tensor& x, Element type, int64_t first, int64_t count, const RowQparams& q,
-                     const CodeImage& to) {
-  const Int8Kernels& kernels = int8_kernels();
-  const bool channels_last = x.stride(1) == 1 && x.stride(3) == to.channels;
-  const int64_t bytes = static_cast<int64_t>(element_size(type)), width = to.size.w, channels = to.channels;
-  const char* data = static_cast<const char*>(x.data_ptr()) + first * x.stride(0) * bytes;
+bool quantize_images(const Tensor& x, int64_t first, const Quantizer& q, const CodeImage& to) {
+  const ProgramKernels& kernels = program_kernels();
+  const int64_t width = to.size.w, channels = to.channels, stride_c = x.stride(1);
+  const bool channels_last = stride_c == 1 && x.stride(3) == channels;
   std::atomic<bool> nan{false};
   torch::stable::parallel_for(
-      0, count * to.size.h, grain(kPointwiseGrain, width * channels), [&](int64_t begin, int64_t end) {
-        std::unique_ptr<uint8_t[]> plane(new uint8_t[static_cast<size_t>(width)]);
+      0, to.batch * to.size.h, grain(kPointwiseGrain, width * channels), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / to.size.h, h = i % to.size.h;
-          const char* from = data + (n * x.stride(0) + h * x.stride(2)) * bytes;
+          const float* from = row_of(x, first + n, h);
           uint8_t* row = to.data + n * to.stride_n + h * to.stride_h;
-          if (channels_last) {
-            if (std::isnan(kernels.quantize_row(from, type, width * channels, q, 0x80, row))) nan = true;
-            continue;
-          }
-          for (int64_t c = 0; c < channels; ++c) {
-            if (std::isnan(kernels.quantize_row(from + c * x.stride(1) * bytes, type, width, q, 0x80, plane.get())))
-              nan = true;
-            for (int64_t w = 0; w < width; ++w) row[w * channels + c] = plane[static_cast<size_t>(w)];
-          }
+          if (channels_last ? kernels.quantize(from, width * channels, q, row)
+                            : kernels.quantize_planes(from, stride_c, channels, width, q, row, channels))
+            nan = true;
         }
       });
   return nan;
 }
 
-bool is_nan(const char* x, Element type) {
-  if (type == Element::f32) {
-    float value;
-    std::memcpy(&value, x, 4);
-    return std::isnan(value);
-  }
-  uint16_t bits;
-  std::memcpy(&bits, x, 2);
-  return (bits & 0x7fff) > (type == Element::bf16 ? 0x7f80 : 0x7c00);
-}
-
 // Whether a NaN of x lies under output pixel (h, w) of a group.
-bool nan_under(const Tensor& x, Element type, const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t group) {
-  const char* data = static_cast<const char*>(x.data_ptr());
+bool nan_under(const Tensor& x, const ConvGeometry& g, int64_t n, int64_t h, int64_t w, int64_t group) {
   const int64_t channels = g.in_channels / g.groups;
   for (int64_t i = 0; i < g.kernel.h; ++i)
     for (int64_t j = 0; j < g.kernel.w; ++j) {
@@ -154,23 +138,19 @@ bool nan_under(const Tensor& x, Element type, const ConvGeometry& g, int64_t n, 
       const int64_t z = w * g.stride.w + j * g.dilation.w - g.padding.w;
       if (y < 0 || y >= x.size(2) || z < 0 || z >= x.size(3)) continue;
       for (int64_t c = group * channels; c < (group + 1) * channels; ++c)
-        if (is_nan(data + (n * x.stride(0) + c * x.stride(1) + y * x.stride(2) + z * x.stride(3)) *
-                              static_cast<int64_t>(element_size(type)),
-                   type))
-          return true;
+        if (std::isnan(row_of(x, n, y)[c * x.stride(1) + z * x.stride(3)])) return true;
     }
   return false;
 }
 
 // Makes the outputs NaN that see a NaN of x.
-void spread_nan(const Tensor& x, Element type, const ConvGeometry& g, int64_t first, int64_t count,
-                const ConvOutput& o) {
+void spread_nan(const Tensor& x, const ConvGeometry& g, int64_t first, int64_t count, const ConvOutput& o) {
   const int64_t channels = g.out_channels / g.groups;
   for (int64_t n = 0; n < count; ++n)
     for (int64_t h = 0; h < g.out.h; ++h)
       for (int64_t w = 0; w < g.out.w; ++w)
         for (int64_t group = 0; group < g.groups; ++group)
-          if (nan_under(x, type, g, first + n, h, w, group))
+          if (nan_under(x, g, first + n, h, w, group))
             for (int64_t c = group * channels; c < (group + 1) * channels; ++c)
               o.floats[n * o.floats_n + c * o.floats_c + h * o.floats_h + w * o.floats_w] =
                   std::numeric_limits<float>::quiet_NaN();
@@ -185,7 +165,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                    std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation, int64_t groups, bool channels_last) {
   check_cpu("x", x);
-  const Element type = element_of("x", x.scalar_type());
+  element_of("x", x.scalar_type());
   QK_CHECK(x.dim() == 4, "x: got shape ", shape_of(x), "; accepted: [N, C, H, W]");
   check_vector("colsum", colsum, colsum.numel(), -1, false, "[C_out]");
   ConvGeometry g{};
@@ -219,9 +199,17 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                                         channels_last ? g.out_channels : 1};
   Tensor out = empty_strided({sizes.data(), 4}, {strides.data(), 4}, x.scalar_type());
   if (out.numel() == 0) return out;
-  const bool readable = x.stride(3) == 1 || (x.stride(1) == 1 && x.stride(3) == g.in_channels);
-  const Tensor source = readable ? x : to_contiguous(x);
-  Tensor result = type == Element::f32 ? out : empty_strided({sizes.data(), 4}, {strides.data(), 4}, ScalarType::Float);
+  const int64_t in_channels = g.in_channels, width = x.size(3);
+  const bool last_in = x.stride(1) == 1 && x.stride(3) == in_channels;
+  Tensor source = last_in || x.stride(3) == 1 ? x : to_contiguous(x), result = out;
+  if (x.scalar_type() != ScalarType::Float) {
+    const int64_t plane = x.size(2) * width;
+    const std::vector<int64_t> dense = {plane * in_channels, last_in ? 1 : plane, width * (last_in ? in_channels : 1),
+                                        last_in ? in_channels : 1};
+    source = empty_strided(x.sizes(), {dense.data(), 4}, ScalarType::Float);
+    torch::stable::copy_(source, x);
+    result = empty_strided(out.sizes(), out.strides(), ScalarType::Float);
+  }
 
   ConvOutput o{};
   o.colsum = static_cast<const int32_t*>(colsum.data_ptr());
@@ -235,6 +223,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   o.floats_h = strides[2];
   o.floats_w = strides[3];
 
+  const Quantizer quantizer = {q.scale, q.inverse, o.in_zero_point, static_cast<int32_t>(q.low),
+                               static_cast<int32_t>(q.high)};
   const Size3 size = {1, x.size(2), x.size(3)};
   const int64_t bytes = (size.h + 2 * border.h) * (size.w + 2 * border.w) * g.in_channels;
   const int64_t at_once =
@@ -242,11 +232,11 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   Codes codes(at_once, g.in_channels, size, g.padding, static_cast<uint8_t>(o.in_zero_point + 128));
   for (int64_t first = 0; first < batch; first += at_once, o.floats += at_once * o.floats_n) {
     codes.image.batch = std::min(at_once, batch - first);
-    const bool nan = quantize_images(source, type, first, codes.image.batch, q, codes.image);
+    const bool nan = quantize_images(source, first, quantizer, codes.image);
     convolve(g, codes.image, static_cast<const int8_t*>(data.data_ptr()), o);
-    if (nan) spread_nan(source, type, g, first, codes.image.batch, o);
+    if (nan) spread_nan(source, g, first, codes.image.batch, o);
   }
-  if (type != Element::f32) torch::stable::copy_(out, result);
+  if (x.scalar_type() != ScalarType::Float) torch::stable::copy_(out, result);
   return out;
 }
 

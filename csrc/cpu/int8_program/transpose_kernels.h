@@ -10,7 +10,7 @@ namespace {
 // out[i * stride + j] = in[j][i] for i < rows, j < columns.
 inline void transpose_bytes(const uint8_t (&in)[16][16], int64_t rows, int64_t columns, uint8_t* out, int64_t stride) {
 #if QK_PATH != QK_PATH_SCALAR
-  if (columns == 16) {
+  if (columns >= 4) {
     __m128i r[16], t[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(in[i]));
@@ -25,15 +25,22 @@ inline void transpose_bytes(const uint8_t (&in)[16][16], int64_t rows, int64_t c
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) r[i] = t[i];
     }
-    if (rows == 16) {
+    if (rows == 16 && columns == 16) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * stride), r[i]);
-    } else {
-      alignas(16) uint8_t all[16][16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(all[i]), r[i]);
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * stride, all[i], 16);
+      return;
     }
+#if QK_PATH != QK_PATH_AVX2
+    const __mmask16 inside = F32::first(columns);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < rows) _mm_mask_storeu_epi8(out + i * stride, inside, r[i]);
+#else
+    alignas(16) uint8_t all[16][16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(all[i]), r[i]);
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * stride, all[i], static_cast<size_t>(columns));
+#endif
     return;
   }
 #endif
@@ -70,7 +77,7 @@ bool quantize_planes(const float* x, int64_t stride_c, int64_t channels, int64_t
                      uint8_t* codes, int64_t stride_w) {
   const Coder coder(q);
   uint32_t nan = 0;
-  alignas(16) uint8_t square[16][16];
+  alignas(16) uint8_t square[16][16] = {};
   for_each_16(pixels, [&](int64_t i, auto... tail) QK_INLINE {
     for (int64_t first = 0; first < channels; first += 16) {
       const int64_t count = std::min<int64_t>(16, channels - first);
@@ -94,7 +101,7 @@ bool quantize_planes(const float* x, int64_t stride_c, int64_t channels, int64_t
 
 void bytes_to_planes(const uint8_t* x, int64_t stride_w, int64_t channels, int64_t pixels, uint8_t* out,
                      int64_t stride_c) {
-  alignas(16) uint8_t square[16][16];
+  alignas(16) uint8_t square[16][16] = {};
   for (int64_t i = 0; i < pixels; i += 16)
     for (int64_t c = 0; c < channels; c += 16) {
       const int64_t height = std::min<int64_t>(16, pixels - i), width = std::min<int64_t>(16, channels - c);
