@@ -116,6 +116,47 @@ def int8_unpack(data: Tensor, n: int, k: int) -> Tensor:
 # panel, at least one. In a block each output channel has zeros for the channels of the other groups.
 #
 #     data[block][panel][run][i // 4][channel % 32][i % 4], in one dim
+#
+# With one filter per channel a product adds up 4 taps: those of 4 rows of one of the kernel's columns, where the rows
+# of all depths follow each other and missing ones are zeros. A last row that is left alone is taken 4 columns at a time.
+# Channels form blocks of 64, the last one of 64, 32 or 16, whose order is that in which the kernels unpack bytes.
+#
+#     data[block][product][channel // 4 % 4][channel // 16 % (block's width // 16)][channel % 4][tap], in one dim
+
+
+def _is_depthwise(shape: Sequence[int], groups: int) -> bool:
+    n, c, *kernel = shape
+    return n == groups > 1 == c and 0 < math.prod(kernel) <= 65536
+
+
+def _depthwise_products(kernel: Sequence[int]) -> tuple[int, int, int]:
+    """(rows, products of 2 to 4 rows, all products)."""
+    rows = math.prod(kernel[:-1])
+    products = (rows + 2) // 4 * kernel[-1]
+    return rows, products, products + (rows % 4 == 1) * -(-kernel[-1] // 4)
+
+
+def _depthwise_width(channels: int) -> int:
+    """Of the block that begins with so many channels left."""
+    return 64 if channels > 32 else 32 if channels > 16 else 16
+
+
+def _depthwise_bytes(n: int, kernel: Sequence[int]) -> int:
+    last = (n - 1) // 64 * 64
+    return (last + _depthwise_width(n - last)) * _depthwise_products(kernel)[2] * 4
+
+
+def _depthwise_places(n: int, kernel: Sequence[int], device: torch.device) -> Tensor:
+    rows, below, products = _depthwise_products(kernel)
+    channel, tap = torch.arange(n, device=device)[:, None], torch.arange(math.prod(kernel), device=device)
+    row, column = tap // kernel[-1], tap % kernel[-1]
+    single = (row == rows - 1) & (rows % 4 == 1)
+    product = torch.where(single, below + column // 4, row // 4 * kernel[-1] + column)
+    first = channel // 64 * 64
+    left = n - first
+    width = torch.where(left > 32, 64, torch.where(left > 16, 32, 16))
+    place = (channel // 4 % 4 * (width // 16) + (channel - first) // 16) * 16 + channel % 4 * 4
+    return first * products * 4 + product * width * 4 + place + torch.where(single, column % 4, row % 4)
 
 
 def _conv_layout(shape: Sequence[int], groups: int) -> tuple[int, ...]:
@@ -132,6 +173,8 @@ def _conv_layout(shape: Sequence[int], groups: int) -> tuple[int, ...]:
 
 def conv_bytes(shape: Sequence[int], groups: int) -> int:
     """How many bytes a packed convolution has."""
+    if _is_depthwise(shape, groups):
+        return _depthwise_bytes(shape[0], shape[2:])
     block_groups, panels, runs, run = _conv_layout(shape, groups)
     return -(-groups // block_groups) * panels * runs * -(-run // 4) * 4 * PANEL
 
@@ -139,6 +182,8 @@ def conv_bytes(shape: Sequence[int], groups: int) -> int:
 def conv_places(shape: Sequence[int], groups: int, device: torch.device) -> Tensor:
     """Where in a packed convolution each of its codes lies: int64 of the weight's shape."""
     n, c, *kernel = shape
+    if _is_depthwise(shape, groups):
+        return _depthwise_places(n, kernel, device).reshape(*shape)
     block_groups, panels, runs, run = _conv_layout(shape, groups)
     group_out, width = n // groups, kernel[-1]
 

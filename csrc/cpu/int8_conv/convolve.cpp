@@ -7,6 +7,7 @@
 #include "cpu/common/int8_ops.h"
 #include "cpu/int8_conv/conv_layout.h"
 #include "cpu/int8_conv/conv_work.h"
+#include "cpu/int8_conv/depthwise.h"
 
 namespace qkernels {
 namespace {
@@ -67,6 +68,7 @@ void run(const ConvWork& work, int64_t x_bytes) {
 }  // namespace
 
 void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& o) {
+  if (is_depthwise(g)) return convolve_depthwise(g, x, data, o);
   const ConvLayout layout(g);
   ConvWork work{};
   work.panels = layout.blocks * layout.block_panels;

@@ -5,9 +5,10 @@
 
 namespace qkernels {
 
-// One filter per channel.
+// One filter per channel, which has kernels of its own (depthwise.h).
 inline bool is_depthwise(const ConvGeometry& g) {
-  return g.groups == g.in_channels && g.groups == g.out_channels && g.groups > 1;
+  const int64_t taps = g.kernel.d * g.kernel.h * g.kernel.w;
+  return g.groups > 1 && g.groups == g.in_channels && g.groups == g.out_channels && taps > 0 && taps <= 65536;
 }
 
 // Packed weights depend on the channels, the groups and the kernel alone, and are equal on every path.

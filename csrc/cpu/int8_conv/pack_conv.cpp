@@ -4,6 +4,7 @@
 
 #include "cpu/int8_conv/conv_layout.h"
 #include "cpu/int8_conv/convolve.h"
+#include "cpu/int8_conv/depthwise.h"
 
 namespace qkernels {
 namespace {
@@ -32,9 +33,12 @@ void for_each_weight(const ConvGeometry& g, const Visit& visit) {
 
 }  // namespace
 
-int64_t conv_packed_bytes(const ConvGeometry& g) { return ConvLayout(g).bytes(); }
+int64_t conv_packed_bytes(const ConvGeometry& g) {
+  return is_depthwise(g) ? depthwise_packed_bytes(g) : ConvLayout(g).bytes();
+}
 
 void pack_conv(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t* colsum) {
+  if (is_depthwise(g)) return pack_depthwise(g, codes, data, colsum);
   std::memset(data, 0, static_cast<size_t>(conv_packed_bytes(g)));
   std::fill(colsum, colsum + g.out_channels, 0);
   for_each_weight(g, [&](int64_t packed, int64_t plain, int64_t n) {
@@ -44,6 +48,7 @@ void pack_conv(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t
 }
 
 void unpack_conv(const ConvGeometry& g, const int8_t* data, int8_t* codes) {
+  if (is_depthwise(g)) return unpack_depthwise(g, data, codes);
   for_each_weight(g, [&](int64_t packed, int64_t plain, int64_t) { codes[plain] = data[packed]; });
 }
 

@@ -71,10 +71,6 @@ struct Int8Kernels {
   // flipped.
   void (*multiply_unpacked)(const int8_t* rows, int64_t row_stride, int64_t m, const int8_t* b, int64_t stride_n,
                             int64_t k, const PanelOutput& output);
-  // One filter per channel. For 32 neighbouring channels of `pixels` outputs, which lie `step` codes apart in the
-  // input, it computes the sum over t of codes[taps[t] + channel] * weights[t][channel].
-  void (*multiply_depthwise)(const uint8_t* codes, int64_t step, int64_t pixels, const int64_t* taps, int64_t n_taps,
-                             const int32_t* weights, const PanelOutput& output);
 };
 
 // The kernels of the best path that active_isa() allows.

@@ -1,5 +1,4 @@
 // The int8 GEMM kernels of one path, and their table. The compiler vectorizes what is not written with intrinsics.
-#include "cpu/int8_gemm/depthwise.h"
 #include "cpu/int8_gemm/epilogue.h"
 #include "cpu/int8_gemm/pack.h"
 #include "cpu/int8_gemm/rows.h"
@@ -31,8 +30,8 @@ void multiply(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* 
   }
 }
 
-constexpr Int8Kernels kKernels = {kIsa,         kFlip,       kTileRows, kUnpackedRows,     copy_codes,
-                                  quantize_row, pack_panels, multiply,  multiply_unpacked, multiply_depthwise};
+constexpr Int8Kernels kKernels = {kIsa,         kFlip,       kTileRows, kUnpackedRows,    copy_codes,
+                                  quantize_row, pack_panels, multiply,  multiply_unpacked};
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
