@@ -12,17 +12,35 @@ namespace {
 
 inline F32 activate(F32 v, const ActivationStep& step) { return activate(v, step.kind, step.low, step.high); }
 
-// As bytes code + 128. No code is NaN: a NaN becomes the zero point.
-inline F32 to_codes(F32 v, const Quantizer& q) {
-  const F32 zero_point = F32::set1(static_cast<float>(q.zero_point + 128));
-  const F32 low = F32::set1(static_cast<float>(q.low + 128)), high = F32::set1(static_cast<float>(q.high + 128));
-  const F32 code = min(high, max(low, round(v * F32::set1(q.inverse)) + zero_point));
-  return select(is_nan(code), zero_point, code);
-}
+// To bytes code + 128. No code is NaN: a NaN becomes the zero point.
+class ToCodes {
+ public:
+  explicit ToCodes(const Quantizer& q)
+      : inverse_(F32::set1(q.inverse)),
+        zero_point_(F32::set1(static_cast<float>(q.zero_point + 128))),
+        low_(F32::set1(static_cast<float>(q.low + 128))),
+        high_(F32::set1(static_cast<float>(q.high + 128))) {}
 
-inline F32 from_codes(F32 bytes, const Quantizer& q) {
-  return (bytes - F32::set1(static_cast<float>(128 + q.zero_point))) * F32::set1(q.scale);
-}
+  F32 operator()(F32 v) const {
+    const F32 code = min(high_, max(low_, round(v * inverse_) + zero_point_));
+    return select(is_nan(code), zero_point_, code);
+  }
+
+ private:
+  F32 inverse_, zero_point_, low_, high_;
+};
+
+// From bytes code + 128.
+class FromCodes {
+ public:
+  explicit FromCodes(const Quantizer& q)
+      : scale_(F32::set1(q.scale)), zero_point_(F32::set1(static_cast<float>(128 + q.zero_point))) {}
+
+  F32 operator()(F32 bytes) const { return (bytes - zero_point_) * scale_; }
+
+ private:
+  F32 scale_, zero_point_;
+};
 
 inline bool only_clamps(const ActivationStep& step) {
   return step.kind == Activation::none || step.kind == Activation::relu || step.kind == Activation::clamp;
@@ -38,7 +56,7 @@ inline bool gives_clamped_codes(const ConvOutput& o) {
 
 inline uint8_t byte_of(float v, const ConvOutput& o) {
   float lane[16];
-  to_codes(activate(activate(F32::set1(v), o.first), o.second), o.codes_q).store(lane);
+  ToCodes(o.codes_q)(activate(activate(F32::set1(v), o.first), o.second)).store(lane);
   return static_cast<uint8_t>(lane[0]);
 }
 
@@ -70,7 +88,13 @@ template <Residual kResidual, bool kFloats, bool kCodes, bool kClamps>
 class Epilogue {
  public:
   Epilogue(const ConvOutput& o, const PixelResults& results)
-      : o_(o), to_(results), in_scale_(F32::set1(o.in_scale)), first_(o.first), second_(o.second) {}
+      : o_(o),
+        to_(results),
+        in_scale_(F32::set1(o.in_scale)),
+        first_(o.first),
+        second_(o.second),
+        from_codes_(o.residual_q),
+        to_codes_(o.codes_q) {}
 
   // v: the sums of 16 channels from `at` on, or of `tail` channels.
   template <typename... Tail>
@@ -81,10 +105,10 @@ class Epilogue {
     if constexpr (kResidual == Residual::floats)
       v = v + F32::load(to_.residual + pixel * to_.residual_step + at, tail...);
     if constexpr (kResidual == Residual::codes)
-      v = v + from_codes(F32::load(to_.residual_codes + pixel * to_.residual_step + at, tail...), o_.residual_q);
+      v = v + from_codes_(F32::load(to_.residual_codes + pixel * to_.residual_step + at, tail...));
     v = kClamps ? second_(v) : activate(v, o_.second);
     if constexpr (kFloats) v.store(to_.floats + pixel * to_.floats_step + at, tail...);
-    if constexpr (kCodes) to_codes(v, o_.codes_q).store(to_.codes + pixel * to_.codes_step + at, tail...);
+    if constexpr (kCodes) to_codes_(v).store(to_.codes + pixel * to_.codes_step + at, tail...);
   }
 
  private:
@@ -92,6 +116,8 @@ class Epilogue {
   const PixelResults& to_;
   F32 in_scale_;
   Clamp first_, second_;
+  FromCodes from_codes_;
+  ToCodes to_codes_;
 };
 
 // F::run<Epilogue<…>>, for the Finish that does what the output asks for.
