@@ -98,7 +98,7 @@ struct Shared {
   std::vector<uint8_t> gathered;
 
   Shared(const ConvWork& w, int64_t first, int64_t last)
-      : work(w), finish_segment(finish_of(*w.output)), first_panel(first) {
+      : work(w), finish_segment(run_of<FinishSegment>(*w.output)), first_panel(first) {
     panels.reserve(static_cast<size_t>(last - first));
     for (int64_t number = first; number < last; ++number) {
       const int64_t block = number / work.block_panels;
@@ -121,15 +121,19 @@ inline void finish(const Shared& shared, const int32_t* sums, int64_t width, con
   const ConvOutput& o = *work.output;
   const int64_t residual = at.residual + panel.first;
   float* const floats = o.floats ? o.floats + at.floats + panel.first * o.floats_c : nullptr;
-  SegmentOutput out = {floats, work.step.floats, o.codes.data ? o.codes.data + at.codes + panel.first : nullptr,
-                       o.residual ? o.residual + residual : nullptr,
-                       o.residual_codes ? o.residual_codes + residual : nullptr};
+  PixelResults out = {floats,
+                      o.codes.data ? o.codes.data + at.codes + panel.first : nullptr,
+                      o.residual ? o.residual + residual : nullptr,
+                      o.residual_codes ? o.residual_codes + residual : nullptr,
+                      work.step.floats,
+                      work.step.codes,
+                      work.step.residual};
   if (!floats || o.floats_c == 1) return shared.finish_segment(sums, width, panel, work, out);
   alignas(64) float by_pixel[(kSegment + 1) * kPanel];
   out.floats = by_pixel;
   out.floats_step = kPanel;
   shared.finish_segment(sums, width, panel, work, out);
-  store_by_channel(by_pixel, width, panel.channels, floats, o.floats_c, work.step.floats);
+  store_by_channel(by_pixel, kPanel, width, panel.channels, floats, o.floats_c, work.step.floats);
 }
 
 // One panel and a list of segments.

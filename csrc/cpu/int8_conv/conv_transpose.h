@@ -1,20 +1,18 @@
-// Floats of a segment, pixel by pixel, to an output whose channels do not lie side by side.
+// Floats, pixel by pixel, to an output whose channels do not lie side by side.
 #ifndef QK_CONV_TRANSPOSE
 #define QK_CONV_TRANSPOSE
 
 #include "cpu/common/vec.h"
-#include "cpu/int8_conv/conv_work.h"
-#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
 #if QK_PATH != QK_PATH_SCALAR
-// 8 channels of 8 pixels, 32 floats apart, to the first `pixels` floats of 8 rows.
-inline void transpose_8(const float* v, int64_t pixels, float* out, int64_t stride) {
+// 8 channels of 8 pixels, v_step floats apart, to the first `pixels` floats of 8 rows.
+inline void transpose_8(const float* v, int64_t v_step, int64_t pixels, float* out, int64_t stride) {
   __m256 r[8], t[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(v + i * kPanel);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(v + i * v_step);
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -46,16 +44,16 @@ inline void transpose_8(const float* v, int64_t pixels, float* out, int64_t stri
 }
 #endif
 
-// v holds kSegment + 1 pixels of 32 channels, the last ones of any value.
-inline void store_by_channel(const float* v, int64_t pixels, int64_t channels, float* out, int64_t channel_step,
-                             int64_t pixel_step) {
+// v holds 8 pixels, v_step floats apart, those behind `pixels` of any value.
+inline void store_by_channel(const float* v, int64_t v_step, int64_t pixels, int64_t channels, float* out,
+                             int64_t channel_step, int64_t pixel_step) {
   int64_t c = 0;
 #if QK_PATH != QK_PATH_SCALAR
   if (pixel_step == 1)
-    for (; c + 8 <= channels; c += 8) transpose_8(v + c, pixels, out + c * channel_step, channel_step);
+    for (; c + 8 <= channels; c += 8) transpose_8(v + c, v_step, pixels, out + c * channel_step, channel_step);
 #endif
   for (; c < channels; ++c)
-    for (int64_t p = 0; p < pixels; ++p) out[c * channel_step + p * pixel_step] = v[p * kPanel + c];
+    for (int64_t p = 0; p < pixels; ++p) out[c * channel_step + p * pixel_step] = v[p * v_step + c];
 }
 
 }  // namespace

@@ -13,24 +13,26 @@ namespace {
 
 constexpr Isa kDepthwiseIsa = static_cast<Isa>(QK_PATH);
 
-template <int Width, bool Direct>
-inline void convolve_to(const DepthwiseRow& row, const DepthwiseTask& task, const Parts<Width>& parts,
-                        const BlockValues& values, const CodeRule& rule) {
+template <int Width, typename Sink>
+inline void convolve_to(const DepthwiseRow& row, const DepthwiseTask& task, const BlockValues<Width>& values,
+                        const CodeRule& rule) {
+  const Parts<Width> parts(row);
 #if QK_PATH == QK_PATH_AVX512VNNI
-  if (fits_registers(row)) return convolve_in_registers<Width, Direct>(row, task, parts, values, rule);
+  if (fits_registers(row)) return convolve_in_registers<Width, Sink>(row, task, parts, values, rule);
 #endif
-  convolve_in_strips<Width, Direct>(row, task, parts, values, rule);
+  convolve_in_strips<Width, Sink>(row, task, parts, values, rule);
 }
 
 template <int Width>
 void convolve_width(const DepthwiseRow& row, const DepthwiseTask& task) {
-  const Parts<Width> parts(row);
-  BlockValues values;
-  set_values<Width>(values, task.output, task.channels);
-  if (can_code_directly(task.output, values))
-    convolve_to<Width, true>(row, task, parts, values, code_rule(task.output));
-  else
-    convolve_to<Width, false>(row, task, parts, values, CodeRule());
+  const BlockValues<Width> values(task.output, task.channels);
+  const ConvOutput& o = task.output;
+  if (!values.finite || !gives_clamped_codes(o))
+    return convolve_to<Width, FloatSink<Width> >(row, task, values, CodeRule());
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const CodeRule rule(o.in_scale, o.codes_q.inverse, o.codes_q.zero_point, byte_of(-kInfinity, o),
+                      byte_of(kInfinity, o));
+  convolve_to<Width, CodeSink<Width> >(row, task, values, rule);
 }
 
 void convolve_rows(const DepthwiseRow& row, const DepthwiseTask& task) {

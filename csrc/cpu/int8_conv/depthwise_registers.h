@@ -12,7 +12,7 @@ inline bool fits_registers(const DepthwiseRow& row) {
 
 template <int Width, int Stride, typename Sink>
 inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, const Parts<Width>& parts,
-                             const Weights (&w)[3][4], const BlockValues& values, const Sink& sink) {
+                             const Weights (&w)[3][4], const BlockValues<Width>& values, Sink& sink) {
   const uint8_t* rows[4];
   for (int r = 0; r < 4; ++r) rows[r] = codes + row.groups[0].row_bytes[r];
   const auto next_column = [&](Interleaved(&v)[4]) QK_INLINE {
@@ -29,7 +29,7 @@ inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, cons
     for (int k = 3 - Stride; k < 3; ++k) next_column(v[k]);
     Sums sums[4];
     for (int q = 0; q < 4; ++q) {
-      sums[q] = load_sums(values.start + q * kLanes * 4);
+      sums[q] = load_sums(values.sums_start + q * kLanes * 4);
       for (int k = 0; k < 3; ++k) sums[q] = multiply_add(sums[q], v[k][q], w[k][q]);
     }
     sink(output, sums);
@@ -38,15 +38,15 @@ inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, cons
   }
 }
 
-template <int Width, bool Direct>
+template <int Width, typename Sink>
 void convolve_in_registers(const DepthwiseRow& row, const DepthwiseTask& task, const Parts<Width>& parts,
-                           const BlockValues& values, const CodeRule& rule) {
+                           const BlockValues<Width>& values, const CodeRule& rule) {
   Weights w[3][4];
   for (int k = 0; k < 3; ++k)
     for (int q = 0; q < 4; ++q) w[k][q] = load_weights<Width>(task.weights + (k * 4 + q) * task.width);
   for (int64_t h = 0; h < task.rows; ++h) {
     const uint8_t* codes = task.codes + h * task.row_step;
-    const RowSink<Width, Direct> sink{parts, values, rule, task.channels, moved(task.output, h, 0)};
+    Sink sink{parts, values, rule, moved(task.output, h, 0)};
     if (row.stride == 1)
       sum_in_registers<Width, 1>(row, codes, parts, w, values, sink);
     else

@@ -1,6 +1,5 @@
 // Depthwise convolution on the scalar path.
-#include "cpu/int8_conv/depthwise_epilogue.h"
-#include "cpu/int8_conv/depthwise_layout.h"
+#include "cpu/int8_conv/depthwise_output.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
@@ -17,12 +16,13 @@ inline const int8_t* add_product(const uint8_t* const (&rows)[4], const int8_t* 
 }
 
 void convolve_rows(const DepthwiseRow& row, const DepthwiseTask& task) {
+  const ChannelValues values(task.output, task.channels);
   for (int64_t h = 0; h < task.rows; ++h) {
     const uint8_t* codes = task.codes + h * task.row_step;
     const ConvOutput o = moved(task.output, h, 0);
     for (int64_t x = 0; x < row.outputs; ++x) {
-      int32_t sums[kBlockChannels] = {};
-      for (int64_t c = 0; c < task.channels; ++c) sums[c] = -(o.in_zero_point + 128) * o.colsum[c];
+      int32_t sums[kBlockChannels];
+      std::copy(values.start, values.start + kBlockChannels, sums);
       const int8_t* weights = task.weights;
       for (const DepthwiseGroup& group : row.groups)
         for (int64_t k = 0; k < group.products; ++k) {
@@ -33,7 +33,7 @@ void convolve_rows(const DepthwiseRow& row, const DepthwiseTask& task) {
           }
           weights = add_product(rows, weights, task.width, sums);
         }
-      finish_row(sums, task.width, 1, x, task.channels, o);
+      finish_pixels(sums, kBlockChannels, x, 1, values, o);
     }
   }
 }

@@ -145,9 +145,9 @@ inline void add_products(const StripGroup* groups, int64_t n_groups, int64_t out
 
 inline uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
 
-template <int Width, bool Direct>
+template <int Width, typename Sink>
 void convolve_in_strips(const DepthwiseRow& row, const DepthwiseTask& task, const Parts<Width>& parts,
-                        const BlockValues& values, const CodeRule& rule) {
+                        const BlockValues<Width>& values, const CodeRule& rule) {
   const int64_t strips = (parts.outputs + kStrip - 1) / kStrip, most = (parts.outputs + strips - 1) / strips;
   const int64_t n_groups = static_cast<int64_t>(row.groups.size());
   std::vector<StripGroup> groups;
@@ -165,7 +165,7 @@ void convolve_in_strips(const DepthwiseRow& row, const DepthwiseTask& task, cons
 
   for (int64_t h = 0; h < task.rows; ++h) {
     const uint8_t* codes = task.codes + h * task.row_step;
-    const RowSink<Width, Direct> sink{parts, values, rule, task.channels, moved(task.output, h, 0)};
+    Sink sink{parts, values, rule, moved(task.output, h, 0)};
     for (int64_t i = 0, output = 0, outputs; i < strips; ++i, output += outputs) {
       outputs = (parts.outputs - output) / (strips - i);
       const uint8_t* w = weights;
@@ -176,7 +176,7 @@ void convolve_in_strips(const DepthwiseRow& row, const DepthwiseTask& task, cons
           interleave_columns(row, row.groups[end], codes, output * row.stride, groups[end], parts, to);
           to += groups[end].bytes();
         } while (++end < n_groups && to - strip + groups[end].bytes() <= bytes);
-        add_products(groups.data() + g, end - g, outputs, w, g == 0 ? values.start : sums, g == 0 ? 0 : kChannels,
+        add_products(groups.data() + g, end - g, outputs, w, g == 0 ? values.sums_start : sums, g == 0 ? 0 : kChannels,
                      sums);
         for (; g < end; ++g) w += groups[g].products * 4 * kVectorBytes;
       }

@@ -71,18 +71,18 @@ inline void store_lanes(int32_t* to, const Sums (&sums)[4]) {
   _mm512_store_si512(to + 48, _mm512_shuffle_i32x4(c, d, 0xdd));
 }
 
-// The codes of 4 vectors of sums, for DirectCodes.
+// From 4 vectors of sums to bytes code + 128 within bounds, which are bytes too, where nothing is NaN.
 struct CodeRule {
   __m512 in_scale, inverse, high;
   __m512i offset, low;
 
   CodeRule() = default;
-  CodeRule(float scale, float out_inverse, int32_t zero_point, int32_t lowest, int32_t highest)
+  CodeRule(float scale, float out_inverse, int32_t zero_point, uint8_t lowest, uint8_t highest)
       : in_scale(_mm512_set1_ps(scale)),
         inverse(_mm512_set1_ps(out_inverse)),
-        high(_mm512_set1_ps(static_cast<float>(highest - zero_point))),
+        high(_mm512_set1_ps(static_cast<float>(highest - 128 - zero_point))),
         offset(_mm512_set1_epi16(static_cast<int16_t>(zero_point + 128))),
-        low(_mm512_set1_epi8(static_cast<char>(lowest + 128))) {}
+        low(_mm512_set1_epi8(static_cast<char>(lowest))) {}
 
   __m512i steps(Sums sums, const float* scale, const float* bias) const {
     __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_load_ps(scale)), in_scale);
@@ -184,12 +184,12 @@ struct CodeRule {
   __m256i offset, low;
 
   CodeRule() = default;
-  CodeRule(float scale, float out_inverse, int32_t zero_point, int32_t lowest, int32_t highest)
+  CodeRule(float scale, float out_inverse, int32_t zero_point, uint8_t lowest, uint8_t highest)
       : in_scale(_mm256_set1_ps(scale)),
         inverse(_mm256_set1_ps(out_inverse)),
-        high(_mm256_set1_ps(static_cast<float>(highest - zero_point))),
+        high(_mm256_set1_ps(static_cast<float>(highest - 128 - zero_point))),
         offset(_mm256_set1_epi16(static_cast<int16_t>(zero_point + 128))),
-        low(_mm256_set1_epi8(static_cast<char>(lowest + 128))) {}
+        low(_mm256_set1_epi8(static_cast<char>(lowest))) {}
 
   __m256i steps(Sums sums, const float* scale, const float* bias) const {
     __m256 v = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_load_ps(scale)), in_scale);
