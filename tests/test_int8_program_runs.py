@@ -246,3 +246,32 @@ def test_quantizers_that_are_not_equal_any_more() -> None:
         with pytest.raises(RuntimeError, match="differ; accepted: equal ones"):
             run(plan, x)
         plan.constants[at] -= 1
+
+
+def test_parts_of_a_concatenation_are_written_in_place() -> None:
+    """Nested, shared by two concatenations, viewed, read through borders of their own, taken from inputs, given out."""
+    plan = Plan()
+    image = plan.input()
+    q = plan.quantizer(0.03, 5)
+    x = plan.quantize(image, q)
+    geometry = {"kernel": (1, 3, 3), "padding": (0, 1, 1)}
+    parts = [plan.codes("conv", q, **plan.conv(x, 8, c, **geometry)) for c in (5, 33, 16)]
+    pool = plan.move("max_pool", parts[1], kernel=(1, 3, 3), stride=(1, 1, 1), padding=(0, 1, 1))
+
+    def cat(*xs: str) -> str:
+        plan.add("cat", out=(out := plan.name(xs[0][0])), xs=xs)
+        return out
+
+    inner = cat(parts[0], pool, x)
+    outer = cat(parts[2], inner, plan.move("shuffle", parts[2], groups=4))
+    twice = cat(parts[0], inner, plan.move("slice", outer, begin=3, end=30))
+    for y in (parts[0], parts[2], inner, outer, twice):
+        plan.output(plan.move("dequantize", y, "f"))
+    for y, channels in ((parts[0], 5), (inner, 46), (outer, 78), (twice, 78)):
+        plan.output(plan.floats("conv", **plan.conv(plan.move("slice", y, begin=0, end=channels // 4 * 4), channels // 4 * 4, 7, **geometry)))  # fmt: skip
+    floats = [plan.floats("conv", **plan.conv(x, 8, c, **geometry), first="silu") for c in (3, 20)]
+    joined = cat(floats[0], image, floats[1], plan.floats("activate", x=image, first="relu"))
+    for y in (joined, floats[0], image):
+        plan.output(y)
+    for value in (torch.randn(3, 8, 7, 9), torch.randn(2, 8, 5, 4).contiguous(memory_format=torch.channels_last)):
+        same(run(plan, value), reference.int8_program([value], plan.constants, plan.text))

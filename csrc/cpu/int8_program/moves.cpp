@@ -30,6 +30,17 @@ struct Cat final : Step {
     shapes.set(out, shape);
   }
 
+  // What makes the parts writes them to their channels of the whole, where they lie nowhere else.
+  void place(Places& places) const override {
+    bool all = true;
+    int64_t first = 0;
+    for (int x : xs) {
+      all = places.join(x, out, first) && all;
+      first += places.shape(x).channels;
+    }
+    if (all) places.done();
+  }
+
   void run(const Frame& frame) const override {
     const Bytes to = bytes_of(frame, out);
     const Shape& shape = frame.shape(out);
@@ -39,6 +50,7 @@ struct Cat final : Step {
       const int64_t bytes = frame.shape(x).channels * from.element;
       uint8_t* begin = to.data + first;
       first += bytes;
+      if (from.data == begin) continue;
       for_each_row(frame, shape.size, shape.size.w * bytes, [&](int64_t n, int64_t d, int64_t h) {
         const uint8_t* row = from.at(n, d, h);
         uint8_t* out_row = begin + (to.at(n, d, h) - to.data);
