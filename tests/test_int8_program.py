@@ -42,6 +42,7 @@ def run(plan: Plan, *inputs: Tensor) -> list[Tensor]:
 
 def check(plan: Plan, *inputs: Tensor, tolerance: float = 0, kernel: str | None = None) -> None:
     """On one thread and on two, in turn."""
+    torch.set_num_threads(1)
     want = reference.int8_program(inputs, plan.constants, plan.text)
     torch.set_num_threads(next(threads))
     got = run(plan, *inputs)
