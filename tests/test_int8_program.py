@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from qkernels import library
 from qkernels.reference import int8_program as reference
 
 pytestmark = pytest.mark.sanitized
+
+threads = itertools.cycle((1, 2))
 
 SHAPES = {
     "features": (3, 37),
@@ -38,18 +41,19 @@ def run(plan: Plan, *inputs: Tensor) -> list[Tensor]:
 
 
 def check(plan: Plan, *inputs: Tensor, tolerance: float = 0, kernel: str | None = None) -> None:
+    """On one thread and on two, in turn."""
+    torch.set_num_threads(1)
     want = reference.int8_program(inputs, plan.constants, plan.text)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        got = run(plan, *inputs)
-        if kernel is not None:
-            assert library.host is not None
-            assert f"cpu_{library.host.last_isa()}" == kernel
-        if tolerance == 0:
-            same(got, want)
-        else:
-            for one, other in zip(got, want, strict=True):
-                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.set_num_threads(next(threads))
+    got = run(plan, *inputs)
+    if kernel is not None:
+        assert library.host is not None
+        assert f"cpu_{library.host.last_isa()}" == kernel
+    if tolerance == 0:
+        same(got, want)
+    else:
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def layouts_of(x: Tensor) -> Iterator[Tensor]:
@@ -255,6 +259,21 @@ def test_upsample_and_flatten(kernel: str, shape: tuple[int, ...]) -> None:
         plan.output(y)
     check(plan, torch.randn(shape))
     check(plan, torch.randn(*shape[:2], *[1] * (len(shape) - 2)))
+
+
+@pytest.mark.parametrize("align_corners", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 17, 4, 3), (1, 3, 2, 3, 4)])
+def test_resize(kernel: str, shape: tuple[int, ...], align_corners: int) -> None:
+    """Within rounding of torch's sums."""
+    plan = Plan()
+    x, q = plan.input(), plan.quantizer(0.03, 5)
+    scale = [1] * (5 - len(shape)) + [2, 3, 4][: len(shape) - 2]
+    values = {"scale": scale, "mode": "linear", "align_corners": align_corners}
+    floats = [plan.floats("resize", x=operand, **values) for operand in (x, plan.quantize(x, q))]
+    floats += [y for y in plan.keep("resize", q, True, x=x, **values) if y]
+    for y in floats:
+        plan.output(plan.move("dequantize", y, "f") if y[0] == "q" else y)
+    check(plan, torch.randn(shape), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["floats", "codes", "both"])

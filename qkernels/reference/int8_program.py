@@ -298,6 +298,13 @@ def _upsample(m: Machine, step: Step) -> None:
     m.move(step, repeated)
 
 
+def _resize(m: Machine, step: Step) -> None:
+    x = m.values[step["x"]]
+    scale = [float(part) for part in step["scale"].split(",")]
+    options = {"mode": "trilinear", "align_corners": step.get("align_corners") == "1"}
+    m.keep(step, F.interpolate(x.floats(), scale_factor=scale, **options), x.rank)  # type: ignore[arg-type]
+
+
 def _flatten(m: Machine, step: Step) -> None:
     m.move(step, lambda t: t.flatten(1)[:, :, None, None, None], rank=0)
 
@@ -339,6 +346,7 @@ STEPS: dict[str, Callable[[Machine, Step], Any]] = {
     "slice": _slice,
     "shuffle": _shuffle,
     "upsample": _upsample,
+    "resize": _resize,
     "flatten": _flatten,
     "output": _output,
 }

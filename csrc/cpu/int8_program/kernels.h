@@ -35,6 +35,12 @@ struct Window {
   int64_t stride_d, stride_h, stride_w;
 };
 
+// Of the 8 pixels around a point: how far apart they are in elements, and the shares of the farther ones.
+struct Blend {
+  int64_t offset_d, offset_h, offset_w;
+  float share_d, share_h, share_w;
+};
+
 struct ProgramKernels {
   Isa isa;
   // n floats become codes. Returns whether one is a NaN.
@@ -55,6 +61,8 @@ struct ProgramKernels {
   // `by_rows`: row by row.
   void (*average)(const Operand& x, const Window& window, bool by_rows, int64_t channels, const float (&divisors)[3],
                   float* out);
+  // Their mean for each channel, weighted along the width, then the height, then the depth.
+  void (*blend)(const Operand& x, const Blend& blend, int64_t channels, float* out);
   // out[j * groups + i] = x[i * (channels / groups) + j] for one pixel, of elements of 1 or 4 bytes.
   void (*shuffle)(const void* x, int64_t element, int64_t groups, int64_t channels, void* out);
   bool (*all_finite)(const float* x, int64_t n);

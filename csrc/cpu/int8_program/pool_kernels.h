@@ -76,6 +76,22 @@ void average(const Operand& x, const Window& window, bool by_rows, int64_t chann
   });
 }
 
+void blend(const Operand& x, const Blend& b, int64_t channels, float* out) {
+  const auto mixed = [](F32 low, F32 high, float share)
+                         QK_INLINE { return low * F32::set1(1 - share) + high * F32::set1(share); };
+  for_each_16(channels, [&](int64_t c, auto... tail) QK_INLINE {
+    const auto row = [&](int64_t at) QK_INLINE {
+      const F32 low = load_operand(x, c + at, tail...);
+      return b.share_w == 0 ? low : mixed(low, load_operand(x, c + at + b.offset_w, tail...), b.share_w);
+    };
+    const auto plane = [&](int64_t at) QK_INLINE {
+      return b.share_h == 0 ? row(at) : mixed(row(at), row(at + b.offset_h), b.share_h);
+    };
+    const F32 v = b.share_d == 0 ? plane(0) : mixed(plane(0), plane(b.offset_d), b.share_d);
+    v.store(out + c, tail...);
+  });
+}
+
 template <typename T>
 inline void shuffle_elements(const T* x, int64_t groups, int64_t channels, T* out) {
   const int64_t size = channels / groups;

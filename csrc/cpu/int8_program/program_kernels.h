@@ -14,9 +14,9 @@ constexpr Isa kPath = Isa::avx2;
 constexpr Isa kPath = Isa::avx512vnni;
 #endif
 
-constexpr ProgramKernels kProgramKernels = {kPath,     quantize,        quantize_planes, pointwise,
-                                            to_planes, bytes_to_planes, max_codes,       max_floats,
-                                            average,   shuffle,         all_finite,      any_nan};
+constexpr ProgramKernels kProgramKernels = {kPath,           quantize,   quantize_planes, pointwise, to_planes,
+                                            bytes_to_planes, max_codes,  max_floats,      average,   blend,
+                                            shuffle,         all_finite, any_nan};
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE

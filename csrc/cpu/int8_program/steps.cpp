@@ -26,6 +26,7 @@ const std::map<std::string, StepMaker>& step_makers() {
                                                           {"dequantize", make_dequantize},
                                                           {"requantize", make_requantize},
                                                           {"conv", make_conv},
+                                                          {"conv_transpose", make_conv_transpose},
                                                           {"linear", make_linear},
                                                           {"activate", make_activate},
                                                           {"binary", make_binary},
@@ -38,6 +39,7 @@ const std::map<std::string, StepMaker>& step_makers() {
                                                           {"slice", make_slice},
                                                           {"shuffle", make_shuffle},
                                                           {"upsample", make_upsample},
+                                                          {"resize", make_resize},
                                                           {"flatten", make_flatten}};
   return makers;
 }

@@ -20,6 +20,7 @@ std::unique_ptr<Step> make_dequantize(Line& line);
 std::unique_ptr<Step> make_requantize(Line& line);
 
 std::unique_ptr<Step> make_conv(Line& line);
+std::unique_ptr<Step> make_conv_transpose(Line& line);
 std::unique_ptr<Step> make_linear(Line& line);
 
 std::unique_ptr<Step> make_activate(Line& line);
@@ -35,6 +36,7 @@ std::unique_ptr<Step> make_cat(Line& line);
 std::unique_ptr<Step> make_slice(Line& line);
 std::unique_ptr<Step> make_shuffle(Line& line);
 std::unique_ptr<Step> make_upsample(Line& line);
+std::unique_ptr<Step> make_resize(Line& line);
 std::unique_ptr<Step> make_flatten(Line& line);
 
 }  // namespace qkernels
