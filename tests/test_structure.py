@@ -20,6 +20,7 @@ LAYERS = (
     ("version", "registry", "host", "checks", "codebooks", "samples"),
     ("loading", "layouts"),
     ("gemm_checks",),
+    ("recurrent_checks",),
     ("reference",),
     ("triton",),
     ("library",),

@@ -67,24 +67,57 @@ EXP = {
 }
 
 
-def exp(x: Tensor) -> Tensor:
-    """e**x within 2 units in the last place, the same bits on every device."""
+def _split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, r and 2**n: e**x is (p·r + 1)·2**n."""
     c = EXP[x.dtype]
     x = x.clamp(c.low, c.high)
     n = (x * c.log2e).round()
     r = x - n * c.ln2_high
     r = r - n * c.ln2_low
     p = torch.full_like(r, c.coefficients[0])
-    for coefficient in c.coefficients[1:]:
+    for coefficient in c.coefficients[1:-1]:
         p = p * r + coefficient
     # A table of powers of two, made from their bits: up to torch 2.11 vmap takes no view of n's bits in another dtype.
     exponents = torch.arange(2 * c.exponent_bias + 2, dtype=c.integer, device=x.device)
     powers = (exponents << c.mantissa_bits).view(x.dtype)
-    return p * powers[n.nan_to_num().to(c.integer) + c.exponent_bias]
+    return p, r, powers[n.nan_to_num().to(c.integer) + c.exponent_bias]
+
+
+def exp(x: Tensor) -> Tensor:
+    """e**x within 2 units in the last place, the same bits on every device."""
+    p, r, power = _split(x)
+    return (p * r + 1) * power
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e**x − 1 for x ≤ 0, also near 0 within a few units in the last place."""
+    p, r, power = _split(x)
+    return p * r * power + (power - 1)
 
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + exp(-x))
+
+
+def _signed(magnitude: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x >= 0, magnitude, 0 - magnitude)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh(|x|) = −t/(2 + t), where t = e**(−2|x|) − 1."""
+    t = expm1(x.abs() * -2)
+    return _signed((0 - t) / (t + 2), x)
+
+
+def times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
+    """x·sigmoid(gate) by one division."""
+    return x / (1 + exp(-gate))
+
+
+def tanh_times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
+    """tanh(x)·sigmoid(gate) by one division."""
+    t = expm1(x.abs() * -2)
+    return _signed((0 - t) / ((t + 2) * (1 + exp(-gate))), x)
 
 
 # gelu(x) = x·Φ(x), and Φ(−|x|) = erfc(z)/2 = exp(−z²)·t·q(t), where z = |x|/√2 and t = 1/(1 + GELU_STEP·z). The

@@ -101,6 +101,23 @@ def quantize_codes(
     return torch.where(t.isnan(), quant_min, q).to(torch.int8), t.isnan()
 
 
+def quantize_rows(
+    rows: Tensor, scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Codes of floats [M, K], the scale of each row and the zero point. No scale: each row has its own."""
+    offset: Tensor | int
+    if scale is None:
+        half = (quant_max - quant_min) // 2
+        offset = quant_max - half
+        amax = rows.float().abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1).float()
+        scale_a = (amax / half).clamp(min=TINY)
+        scale_a = torch.where(scale_a.isfinite(), scale_a, torch.nan)
+    else:
+        scale_a, offset = static_qparams("input", scale, zero_point, quant_min, quant_max)
+    q, nan = quantize_codes(rows, scale_a, offset, quant_min, quant_max)
+    return q, torch.where(nan.any(1, keepdim=True), torch.nan, scale_a), offset
+
+
 def int8_linear(
     x: Tensor,
     data: Tensor,
@@ -126,15 +143,6 @@ def int8_linear(
         q, scale_a = rows, input_scale.detach().reshape(-1, 1)
         zero_point = 0 if input_zero_point is None else input_zero_point.reshape(-1, 1).long()
     else:
-        if input_scale is None:
-            half = (quant_max - quant_min) // 2
-            zero_point = quant_max - half
-            amax = rows.float().abs().amax(1, keepdim=True) if k else rows.new_zeros(rows.shape[0], 1).float()
-            scale_a = (amax / half).clamp(min=TINY)
-            scale_a = torch.where(scale_a.isfinite(), scale_a, torch.nan)
-        else:
-            scale_a, zero_point = static_qparams("input", input_scale, input_zero_point, quant_min, quant_max)
-        q, nan = quantize_codes(rows, scale_a, zero_point, quant_min, quant_max)
-        scale_a = torch.where(nan.any(1, keepdim=True), torch.nan, scale_a)
+        q, scale_a, zero_point = quantize_rows(rows, input_scale, input_zero_point, quant_min, quant_max)
     acc = exact_mm(q, int8_unpack(data, n, k).t()) - zero_point * colsum.long()
     return epilogue(acc, scale_a, scale, bias, *output).reshape(*x.shape[:-1], n)

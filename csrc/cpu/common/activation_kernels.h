@@ -31,17 +31,62 @@ inline F32 power_of_two(F32 n) {
 }
 #endif
 
-// Takes the steps of reference/activation.py, and rounds after each as it does.
+// These functions take the steps of reference/activation.py, and round after each as it does.
+
+// e**x is (fraction + 1) * power.
 template <typename V>
-inline V exponential(V x) {
+struct Exponential {
+  V fraction, power;
+};
+
+template <typename V>
+inline Exponential<V> split_exponential(V x) {
   using T = typename V::Scalar;
   using C = ExpConstants<T>;
   x = min(V::set1(C::high), max(V::set1(C::low), x));
   const V n = round(x * V::set1(C::log2e));
   const V r = x - n * V::set1(C::ln2_high) - n * V::set1(C::ln2_low);
   V p = V::set1(C::coefficients[0]);
-  for (size_t i = 1; i < std::size(C::coefficients); ++i) p = p * r + V::set1(C::coefficients[i]);
-  return p * power_of_two(n);
+  for (size_t i = 1; i + 1 < std::size(C::coefficients); ++i) p = p * r + V::set1(C::coefficients[i]);
+  return {p * r, power_of_two(n)};
+}
+
+template <typename V>
+inline V exponential(V x) {
+  const auto [fraction, power] = split_exponential(x);
+  return (fraction + V::set1(1)) * power;
+}
+
+// e**(-2|x|) - 1, and with it tanh(|x|) = -t / (2 + t).
+template <typename V>
+inline V tanh_term(V x) {
+  const auto [fraction, power] = split_exponential(max_abs(zero<V>(), x) * V::set1(-2));
+  return fraction * power + (power - V::set1(1));
+}
+
+template <typename V>
+inline V with_sign_of(V x, V magnitude) {
+  const auto positive = inside(x, zero<V>(), V::set1(std::numeric_limits<float>::infinity()));
+  return select(positive, magnitude, zero<V>() - magnitude);
+}
+
+template <typename V>
+inline V hyperbolic_tangent(V x) {
+  const V t = tanh_term(x);
+  return with_sign_of(x, (zero<V>() - t) / (t + V::set1(2)));
+}
+
+// x * sigmoid(gate) and tanh(x) * sigmoid(gate) by one division each.
+template <typename V>
+inline V times_sigmoid(V x, V gate) {
+  return x / (V::set1(1) + exponential(zero<V>() - gate));
+}
+
+template <typename V>
+inline V tanh_times_sigmoid(V x, V gate) {
+  const V t = tanh_term(x);
+  const V below = (t + V::set1(2)) * (V::set1(1) + exponential(zero<V>() - gate));
+  return with_sign_of(x, (zero<V>() - t) / below);
 }
 
 template <typename V>
