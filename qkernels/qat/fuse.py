@@ -8,6 +8,7 @@ import heapq
 import inspect
 import operator
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..ops.int8_program import int8_program
 from .graph import Graph, writes
 from .lowering import Part, parts_of
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
 
 
 class FusedForward:
@@ -93,11 +94,17 @@ class FusedForward:
         return self._own(*args) if self._built is None else self._run(self._built, args)
 
     def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
-        if not _wants_gradient(self.module, args) or torch.compiler.is_exporting():
+        if not self._wants_gradient(args) or torch.compiler.is_exporting():
             return built.run(*args)
         return (
             self._own(*args) if torch.compiler.is_compiling() else _with_gradient(self._own, built, args, self.module)
         )
+
+    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+        assert self._state is not None
+        if not torch.is_grad_enabled():
+            return False
+        return any(isinstance(x, Tensor) and x.requires_grad for x in args) or self._state.wants_gradient()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(copy.deepcopy(self.module, memo))
@@ -107,21 +114,30 @@ class FusedForward:
 
 
 class _State:
-    """What programs take for granted of a module: its tree, and the dtypes of what it holds."""
+    """What programs take for granted of a module: its tree, and the dtypes of its integer layers.
+
+    It is compared at each call, so it holds the dicts of the modules, which live as long as they.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self.tree = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        held = [next(((m._parameters, n, p) for n, p in m._parameters.items() if p is not None), None) for m in modules]
-        self.dtypes: list[tuple[dict[str, Any], str, torch.dtype]] = [
-            (tensors, name, p.dtype) for tensors, name, p in filter(None, held)
-        ]
+        self._children = [m._modules for m in modules if m._modules]
+        self._parameters = [m._parameters for m in modules if m._parameters]
+        self._integers = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
+        self._form = self._present()
+
+    def _present(self) -> tuple[list[Any], list[Any]]:
+        children = list(chain.from_iterable(map(dict.values, self._children)))
+        return children, [held["weight_dtype"].dtype for held in self._integers]
 
     def holds(self) -> bool:
-        return all(modules.get(name) is child for modules, name, child in self.tree) and all(
-            tensors[name].dtype is dtype for tensors, name, dtype in self.dtypes
-        )
+        """Whether the module still has the same children and dtypes."""
+        return self._present() == self._form
+
+    def wants_gradient(self) -> bool:
+        held = chain.from_iterable(map(dict.values, self._parameters))
+        return any(p is not None and p.requires_grad for p in held)
 
 
 def _is_watched() -> bool:
@@ -205,14 +221,6 @@ class _Recomputed(Function):
 def _is_plain(x: Any) -> bool:
     kind = type(x) is Tensor or isinstance(x, FakeTensor) or type(x) is nn.Parameter
     return kind and x.dtype is torch.float32 and x.device.type == "cpu" and x.layout is torch.strided and x.dim() >= 2
-
-
-def _wants_gradient(module: nn.Module, args: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(x, Tensor) and x.requires_grad for x in args) or any(
-        p.requires_grad for p in module.parameters()
-    )
 
 
 def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
