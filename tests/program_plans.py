@@ -110,7 +110,11 @@ class Plan:
         """The arguments of ``keep`` for a convolution with random weights."""
         q = torch.randint(-128, 128, (c_out, c_in // groups, *kernel), dtype=torch.int8)
         scale = torch.rand(c_out) / (1000 * q[0].numel() ** 0.5)
-        values: dict[str, Any] = {"x": x, "data": layouts.conv_pack(q, groups), "colsum": q.flatten(1).sum(1, dtype=torch.int32)}
+        values: dict[str, Any] = {
+            "x": x,
+            "data": layouts.conv_pack(q, groups),
+            "colsum": q.flatten(1).sum(1, dtype=torch.int32),
+        }
         values |= {"scale": scale, "bias": torch.randn(c_out) if bias else None, "in": c_in, "out_channels": c_out}
         if step == "conv":
             values |= {"kernel": kernel, "stride": stride, "padding": padding, "padding_after": after or padding}

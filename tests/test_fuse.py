@@ -302,6 +302,8 @@ def test_what_cannot_be_traced_is_fused_in_parts() -> None:
 
     _, converted = made(Branching(), images())
     assert list(fused_parts(converted)) == ["body"]
+    assert "hand floats to each other" in qk.report(converted).notes[""]
+    assert "control flow" in qk.report(converted).notes[""]
     assert_fused(converted, *images())
 
 

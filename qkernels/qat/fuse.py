@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..nn.quantized import QuantizedLayer
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .graph import Graph, writes
+from .graph import Graph, LayerTracer, writes
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
+NOTHING = "no two operations in a row that a program can run"
 
 
 class FusedForward:
@@ -67,8 +68,8 @@ class FusedForward:
         try:
             self._built = _Built(self.module)
         except Exception as error:  # a module's forward may raise anything when traced
-            first = next(iter(str(error).splitlines()), "")
-            self.reason = f"{type(error).__name__}: {first[:120]}"
+            first = next(iter(str(error).splitlines()), "")[:120]
+            self.reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
 
     @property
     def plans(self) -> list[str]:
@@ -166,7 +167,7 @@ class _Built:
         graph = Graph(module, concrete)
         self.parts = parts_of(graph)
         if not self.parts:
-            raise NotImplementedError("no two operations in a row that a program can run")
+            raise NotImplementedError(NOTHING)
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         places = places[: len(parameters) - len(concrete)]
         read = {node for part in self.parts for node in part.inputs}
@@ -293,21 +294,34 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
 
 def fuse(model: nn.Module) -> nn.Module:
     """Gives ``model``, or the largest modules inside that can be traced, a ``FusedForward``, in place."""
-    for module, fused in _fusible(model):
-        module.__dict__["forward"] = fused
+    for _, fused in _tried(model):
+        if fused.reason is None:
+            fused.module.__dict__["forward"] = fused
     return model
 
 
-def _fusible(module: nn.Module) -> Iterator[tuple[nn.Module, FusedForward]]:
-    if isinstance(module, QuantizedLayer) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
+def unfused(model: nn.Module) -> dict[str, str]:
+    """The modules of a converted model with two integer layers or more that cannot be traced, and why, by name."""
+    return {
+        name: fused.reason
+        for name, fused in _tried(model)
+        if fused.reason not in (None, NOTHING)
+        and sum(isinstance(m, QuantizedLayer) for m in fused.module.modules()) > 1
+    }
+
+
+def _tried(module: nn.Module, name: str = "") -> Iterator[tuple[str, FusedForward]]:
+    """Programs of the module, or if it has none, of its children."""
+    if LayerTracer().is_leaf_module(module, name) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
         return
-    fused = FusedForward(module)
-    fused.build()
-    if fused.reason is None:
-        yield module, fused
-        return
-    for child in module.children():
-        yield from _fusible(child)
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        fused = FusedForward(module)
+        fused.build()
+        yield name, fused
+        if fused.reason is None:
+            return
+    for child_name, child in module.named_children():
+        yield from _tried(child, f"{name}.{child_name}" if name else child_name)
 
 
 def fused_parts(model: nn.Module) -> dict[str, FusedForward]:

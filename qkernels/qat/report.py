@@ -28,6 +28,7 @@ from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
+from .fuse import unfused
 from .measures import clipped_share, sqnr
 from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
@@ -190,6 +191,8 @@ def report(
             stored = _converted(model)
         except ValueError as error:  # somebody changed layers after prepare
             notes[""] = f"sizes are those of the float model, as this one does not convert: {error}"
+    for name, reason in unfused(stored).items():
+        notes.setdefault(name, f"its layers hand floats to each other: {reason}")
     quantized_bytes = _weigh(stored, rows, "quantized_bytes", _names_of_quantizers(model) if stored is model else ())
     source = model if float_model is None else float_model
     float_bytes = _weigh(source, rows, "float_bytes", _names_of_quantizers(source))
