@@ -111,7 +111,16 @@ def test_quantize_of_planes(kernel: str, channels: int) -> None:
         check(plan, torch.randn(2, channels, 3, width))
 
 
-ACTIVATIONS = ("relu", "clamp:0.0:6.0", "clamp:-0.5:0.25", "leaky_relu:0.01", "hardswish", "hardsigmoid", "silu", "gelu")
+ACTIVATIONS = (
+    "relu",
+    "clamp:0.0:6.0",
+    "clamp:-0.5:0.25",
+    "leaky_relu:0.01",
+    "hardswish",
+    "hardsigmoid",
+    "silu",
+    "gelu",
+)
 
 
 @pytest.mark.parametrize("first", [*ACTIVATIONS, "sigmoid", "tanh"])
@@ -203,7 +212,9 @@ def test_pools_of_volumes(kernel: str) -> None:
     plan = Plan()
     x, q = plan.input(), plan.quantizer(0.03, 5)
     window = {"kernel": (3, 2, 3), "stride": (2, 1, 2), "padding": (1, 0, 1)}
-    for y in kept("avg_pool", **window)(plan, x, q) + both_kinds(lambda p, v: p.move("max_pool", v, **window))(plan, x, q):
+    for y in kept("avg_pool", **window)(plan, x, q) + both_kinds(lambda p, v: p.move("max_pool", v, **window))(
+        plan, x, q
+    ):
         plan.output(y)
     check(plan, torch.randn(2, 19, 5, 6, 7))
 
@@ -301,7 +312,12 @@ GEOMETRIES = {
     "stem 3x3": (3, 8, (1, 3, 14, 15), {"kernel": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}),
     "odd channels": (5, 7, (2, 5, 6, 9), {"kernel": (1, 3, 2), "padding": (0, 1, 0), "after": (0, 0, 3)}),
     "depthwise": (37, 37, (2, 37, 9, 8), {"kernel": (1, 3, 3), "padding": (0, 1, 1), "groups": 37}),
-    "depthwise 5x5": (64, 64, (1, 64, 9, 8), {"kernel": (1, 5, 5), "stride": (1, 2, 2), "padding": (0, 2, 2), "groups": 64}),
+    "depthwise 5x5": (
+        64,
+        64,
+        (1, 64, 9, 8),
+        {"kernel": (1, 5, 5), "stride": (1, 2, 2), "padding": (0, 2, 2), "groups": 64},
+    ),
     "grouped": (24, 36, (2, 24, 7, 8), {"kernel": (1, 3, 3), "padding": (0, 1, 1), "groups": 6}),
     "wide groups": (128, 96, (1, 128, 5, 4), {"kernel": (1, 3, 3), "padding": (0, 1, 1), "groups": 2}),
     "multiplied": (6, 12, (2, 6, 7, 8), {"kernel": (1, 3, 3), "padding": (0, 1, 1), "groups": 6}),
@@ -319,6 +335,45 @@ def test_geometries(kernel: str, name: str) -> None:
     floats, codes = plan.keep("conv", q, True, **plan.conv(plan.quantize(x, q), c_in, c_out, **geometry), first="relu")
     plan.output(str(floats))
     plan.output(plan.move("dequantize", str(codes), "f"))
+    check(plan, torch.randn(shape), kernel=kernel)
+
+
+TRANSPOSED = {
+    "unet": (6, 10, (2, 6, 5, 4), {"kernel": (1, 2, 2), "stride": (1, 2, 2)}),
+    "overlapping": (
+        5,
+        33,
+        (1, 5, 6, 7),
+        {"kernel": (1, 3, 4), "stride": (1, 2, 2), "padding": (0, 1, 1), "output_padding": (0, 1, 0)},
+    ),
+    "gaps": (4, 5, (2, 4, 5, 4), {"kernel": (1, 2, 1), "stride": (1, 3, 2)}),
+    "dilated": (
+        4,
+        5,
+        (2, 4, 5, 4),
+        {"kernel": (1, 3, 3), "stride": (1, 2, 3), "dilation": (1, 2, 2), "padding": (0, 2, 1)},
+    ),
+    "grouped": (12, 18, (1, 12, 5, 4), {"kernel": (1, 3, 3), "stride": (1, 2, 1), "groups": 3}),
+    "depthwise": (
+        20,
+        20,
+        (1, 20, 5, 4),
+        {"kernel": (1, 4, 4), "stride": (1, 2, 2), "padding": (0, 1, 1), "groups": 20},
+    ),
+    "sequence": (6, 9, (2, 6, 11), {"kernel": (1, 1, 5), "stride": (1, 1, 2), "padding": (0, 0, 2)}),
+    "volume": (4, 9, (1, 4, 3, 4, 5), {"kernel": (3, 2, 3), "stride": (2, 1, 2), "padding": (1, 0, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed(kernel: str, name: str) -> None:
+    c_in, c_out, shape, geometry = TRANSPOSED[name]
+    plan = Plan()
+    x, q = plan.input(), plan.quantizer(0.03, 5)
+    values = plan.conv_transpose(plan.quantize(x, q), c_in, c_out, **geometry)
+    floats, codes = plan.keep("conv_transpose", q, True, **values, first="relu")
+    plan.output(str(floats))
+    plan.output(plan.move("dequantize", plan.codes("conv_transpose", q, **values, residual=codes, second="relu"), "f"))
     check(plan, torch.randn(shape), kernel=kernel)
 
 
@@ -347,5 +402,7 @@ def test_a_border_serves_every_reader(kernel: str) -> None:
     part = plan.move("slice", x, begin=3, end=7)
     plan.output(plan.floats("conv", **plan.conv(part, 4, 5, (1, 3, 3), padding=(0, 3, 3))))
     plan.output(plan.floats("conv", **plan.conv(x, 8, 8, (1, 3, 3), padding=(0, 1, 4), groups=8)))
-    plan.output(plan.move("dequantize", plan.move("max_pool", x, kernel=(1, 2, 2), stride=(1, 2, 2), padding=(0, 0, 0)), "f"))
+    plan.output(
+        plan.move("dequantize", plan.move("max_pool", x, kernel=(1, 2, 2), stride=(1, 2, 2), padding=(0, 0, 0)), "f")
+    )
     check(plan, torch.randn(2, 8, 9, 7))
