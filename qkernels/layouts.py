@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -210,6 +211,52 @@ def conv_pack(q: Tensor, groups: int) -> Tensor:
 def conv_unpack(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     """The codes of a packed convolution of this shape."""
     return data.flatten()[conv_places(shape, groups, data.device)]
+
+
+# int8 of a transposed convolution [C_in, C_out/groups, *kernel]: outputs whose places differ by multiples of the stride
+# see the same taps. So each class of outputs, by place modulo stride, is an ordinary convolution with some of the taps
+# in reverse order. The packed convolutions of the classes follow each other, and so do their sums of codes.
+
+
+def _class_weights(q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]) -> Iterator[Tensor]:
+    """The weight [C_out, C_in/groups, taps] of each class."""
+    c_in, _, *kernel = q.shape
+    w = q.unflatten(0, (groups, c_in // groups)).transpose(1, 2).flatten(0, 1)
+
+    def taps(dim: int) -> list[list[int]]:
+        return [
+            [k for k in reversed(range(kernel[dim])) if k * dilation[dim] % stride[dim] == place]
+            for place in range(stride[dim])
+        ]
+
+    for chosen in itertools.product(*map(taps, range(len(kernel)))):
+        part = w
+        for dim, indices in enumerate(chosen, 2):
+            part = part.index_select(dim, torch.tensor(indices, dtype=torch.int64, device=q.device))
+        yield part
+
+
+def conv_transpose_pack(
+    q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Codes [C_in, C_out/groups, *kernel] as packed transposed convolution, and the sums of codes of its classes."""
+    parts = list(_class_weights(q, groups, stride, dilation))
+    sums = [part.flatten(1).sum(1, dtype=torch.int32) for part in parts]
+    return torch.cat([conv_pack(part, groups) for part in parts]), torch.cat(sums)
+
+
+def conv_transpose_unpack(
+    data: Tensor, shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The codes of a packed transposed convolution of this shape."""
+    # Of each code its place among all codes: packed as codes are, these say where a packed code belongs.
+    places = torch.arange(math.prod(shape), device=data.device).view(*shape)
+    q, begin = data.new_empty(math.prod(shape)), 0
+    for part in _class_weights(places, groups, stride, dilation):
+        end = begin + conv_bytes(part.shape, groups)
+        q[part.flatten()] = conv_unpack(data[begin:end], part.shape, groups).flatten()
+        begin = end
+    return q.view(*shape)
 
 
 # int4 in panels: a byte holds the code of channel c, plus 8, in its low bits and that of channel c + 16 in its high

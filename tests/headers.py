@@ -29,7 +29,7 @@ def paths_of(header: Path) -> list[str]:
     return [
         path
         for path in PATHS
-        if path != ("avx512" if header.parent.name.endswith(("_gemm", "_conv")) else "avx512vnni")
+        if path != ("avx512" if header.parent.name.endswith(("_gemm", "_conv", "_program")) else "avx512vnni")
     ]
 
 

@@ -109,14 +109,33 @@ class Plan:
     ) -> dict[str, Any]:
         """The arguments of ``keep`` for a convolution with random weights."""
         q = torch.randint(-128, 128, (c_out, c_in // groups, *kernel), dtype=torch.int8)
-        scale = torch.rand(c_out) / (1000 * q[0].numel() ** 0.5)
-        values: dict[str, Any] = {
-            "x": x,
-            "data": layouts.conv_pack(q, groups),
-            "colsum": q.flatten(1).sum(1, dtype=torch.int32),
-        }
-        values |= {"scale": scale, "bias": torch.randn(c_out) if bias else None, "in": c_in, "out_channels": c_out}
+        values = self.product(x, c_in, c_out, q, layouts.conv_pack(q, groups), q.flatten(1).sum(1, dtype=torch.int32))
+        if not bias:
+            del values["bias"]
         if step == "conv":
             values |= {"kernel": kernel, "stride": stride, "padding": padding, "padding_after": after or padding}
             values |= {"dilation": dilation, "groups": groups}
         return values
+
+    def conv_transpose(
+        self,
+        x: str,
+        c_in: int,
+        c_out: int,
+        kernel: Sequence[int],
+        *,
+        stride: Sequence[int] = (1, 1, 1),
+        padding: Sequence[int] = (0, 0, 0),
+        output_padding: Sequence[int] = (0, 0, 0),
+        dilation: Sequence[int] = (1, 1, 1),
+        groups: int = 1,
+    ) -> dict[str, Any]:
+        q = torch.randint(-128, 128, (c_in, c_out // groups, *kernel), dtype=torch.int8)
+        values = self.product(x, c_in, c_out, q, *layouts.conv_transpose_pack(q, groups, stride, dilation))
+        values |= {"kernel": kernel, "stride": stride, "padding": padding, "output_padding": output_padding}
+        return values | {"dilation": dilation, "groups": groups}
+
+    def product(self, x: str, c_in: int, c_out: int, q: Tensor, data: Tensor, colsum: Tensor) -> dict[str, Any]:
+        scale = torch.rand(c_out) / (1000 * q[0].numel() ** 0.5)
+        values = {"x": x, "data": data, "colsum": colsum, "scale": scale, "bias": torch.randn(c_out)}
+        return values | {"in": c_in, "out_channels": c_out}

@@ -338,6 +338,45 @@ def test_geometries(kernel: str, name: str) -> None:
     check(plan, torch.randn(shape), kernel=kernel)
 
 
+TRANSPOSED = {
+    "unet": (6, 10, (2, 6, 5, 4), {"kernel": (1, 2, 2), "stride": (1, 2, 2)}),
+    "overlapping": (
+        5,
+        33,
+        (1, 5, 6, 7),
+        {"kernel": (1, 3, 4), "stride": (1, 2, 2), "padding": (0, 1, 1), "output_padding": (0, 1, 0)},
+    ),
+    "gaps": (4, 5, (2, 4, 5, 4), {"kernel": (1, 2, 1), "stride": (1, 3, 2)}),
+    "dilated": (
+        4,
+        5,
+        (2, 4, 5, 4),
+        {"kernel": (1, 3, 3), "stride": (1, 2, 3), "dilation": (1, 2, 2), "padding": (0, 2, 1)},
+    ),
+    "grouped": (12, 18, (1, 12, 5, 4), {"kernel": (1, 3, 3), "stride": (1, 2, 1), "groups": 3}),
+    "depthwise": (
+        20,
+        20,
+        (1, 20, 5, 4),
+        {"kernel": (1, 4, 4), "stride": (1, 2, 2), "padding": (0, 1, 1), "groups": 20},
+    ),
+    "sequence": (6, 9, (2, 6, 11), {"kernel": (1, 1, 5), "stride": (1, 1, 2), "padding": (0, 0, 2)}),
+    "volume": (4, 9, (1, 4, 3, 4, 5), {"kernel": (3, 2, 3), "stride": (2, 1, 2), "padding": (1, 0, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed(kernel: str, name: str) -> None:
+    c_in, c_out, shape, geometry = TRANSPOSED[name]
+    plan = Plan()
+    x, q = plan.input(), plan.quantizer(0.03, 5)
+    values = plan.conv_transpose(plan.quantize(x, q), c_in, c_out, **geometry)
+    floats, codes = plan.keep("conv_transpose", q, True, **values, first="relu")
+    plan.output(str(floats))
+    plan.output(plan.move("dequantize", plan.codes("conv_transpose", q, **values, residual=codes, second="relu"), "f"))
+    check(plan, torch.randn(shape), kernel=kernel)
+
+
 def test_linear(kernel: str) -> None:
     plan = Plan()
     x, q = plan.input(), plan.quantizer(0.03, 5)

@@ -13,10 +13,12 @@ places in ``constants``. Everything has three spatial dims: kernel=1,3,3 is a 2-
 - ``quantize out x q``, ``dequantize out x``, ``requantize codes x q``.
 - ``conv x data colsum scale [bias] in out_channels kernel stride padding padding_after dilation groups [out] [codes q]
   [first] [residual] [second]``: second(first(product + bias) + residual), as floats (out), as codes, or both.
-  ``linear``: the same on [N, C], without the geometry.
+  ``conv_transpose``: the same with output_padding instead of padding_after. ``linear``: the same on [N, C], without the
+  geometry.
 - ``activate x first``, ``binary kind a b [first]`` (add, sub, mul; a or b may be [N, C] in every pixel), ``batch_norm x
   mean var [weight] [bias] eps [first]``, ``avg_pool x kernel stride padding ceil include_pad [divisor]``,
-  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x scale mode=linear [align_corners]``: each with [out] and [codes q].
+  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x scale mode=linear [align_corners]``: each with [out] and
+  [codes q].
 - ``max_pool out x kernel stride padding dilation ceil``, ``cat out xs``, ``slice out x begin end``, ``shuffle out x
   groups``, ``upsample out x scale``, ``flatten out x``: they move values, floats or codes.
 

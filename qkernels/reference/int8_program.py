@@ -213,6 +213,20 @@ def _conv(m: Machine, step: Step) -> None:
     _finish_product(m, step, acc.long(), x)
 
 
+def _conv_transpose(m: Machine, step: Step) -> None:
+    x, kernel, groups = m.values[step["x"]], _ints(step, "kernel"), int(step.get("groups", "1"))
+    data = m.constant(step, "data")
+    assert data is not None
+    assert x.quantizer is not None
+    stride, dilation = _ints(step, "stride"), _ints(step, "dilation")
+    shape = int(step["in"]), int(step["out_channels"]) // groups, *kernel
+    weight = layouts.conv_transpose_unpack(data, shape, groups, stride, dilation).double()
+    values = (x.data - x.quantizer.zero_point).double()
+    padding = _ints(step, "padding"), _ints(step, "output_padding")
+    acc = F.conv_transpose3d(values, weight, None, stride, *padding, groups, dilation)
+    _finish_product(m, step, acc.long(), x)
+
+
 def _linear(m: Machine, step: Step) -> None:
     _conv(m, {**step, "kernel": "1,1,1", "stride": "1,1,1", "dilation": "1,1,1"})
 
@@ -334,6 +348,7 @@ STEPS: dict[str, Callable[[Machine, Step], Any]] = {
     "dequantize": _dequantize,
     "requantize": _requantize,
     "conv": _conv,
+    "conv_transpose": _conv_transpose,
     "linear": _linear,
     "max_pool": _max_pool,
     "avg_pool": _avg_pool,
