@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections.abc as abc
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from .int8 import Int8Linear
 from .qat_layer import SUFFIX
 from .quantized import check_finite
 from .recurrent_forward import RecurrentForward
+from .recurrent_kernel import Sequence, takes_sequence
 from .recurrent_steps import STEPS, Products, States, run_steps
 from .replacing import take_over
 from .tracing import call_as_leaf
@@ -32,8 +35,13 @@ class Int8Recurrent(RecurrentForward):
     ``ih_l0``, ``hh_l0`` and, of an LSTM with a projection, ``hr_l0``, and so on for each layer and direction
     (``hh_l1_reverse``), are Int8Linear layers: the product of the inputs of all steps, that of the hidden state at each
     step, and the projection, whose input stays in float. Each quantizes its input as an Int8Linear does: by a fixed
-    scale, by the range of each row or of the tensor, or not at all (act_bits 16). A level whose ``hh_…`` do not is run
-    by torch's float kernels, on dequantized weights. Quantizers of cell states and of the output stay.
+    scale, by the range of each row or of the tensor, or not at all (act_bits 16). Quantizers of cell states and of the
+    output stay.
+
+    On a CPU one op runs all steps of a direction (see ``int8_recurrent``). It leaves to a loop over the steps, or to
+    torch's float kernels on dequantized weights if h stays in float: other devices, fp64, projections, an h that is
+    quantized by the range of the whole tensor, weights in groups or with zero points, and gradients, for which the
+    backward pass runs the steps once more.
 
     Every dtype that Int8Linear takes. fp16 and bf16 are computed in fp32, from the first level to the last, and the
     results are rounded once. Differentiable in the inputs, states and biases.
@@ -150,15 +158,24 @@ class Int8Recurrent(RecurrentForward):
         suffixes = self.suffixes(index)
         parts = [[part for kind in ("ih", "hh", "hr") if (part := self._part(kind + s)) is not None] for s in suffixes]
         cells = [self._modules.get(f"cell{suffix}{SUFFIX}") for suffix in suffixes]
-        if all(hidden.act_bits == 16 for _, hidden, *_ in parts) and not any(cells):
+        kernel = all(takes_sequence(x, of_one, cell) for of_one, cell in zip(parts, cells, strict=True))
+        if not kernel and all(hidden.act_bits == 16 for _, hidden, *_ in parts) and not any(cells):
             x = parts[0][0]._input_values(x)
             return self._run_fused(x, sizes, states, [list(_float_weights(of_one, x.dtype)) for of_one in parts])
 
-        def run(direction: int, rows: Tensor, steps: Sequence[int], first: States) -> tuple[Tensor, States]:
-            products = Products(*(part.for_steps(rows.dtype) for part in parts[direction]))
-            cell = cells[direction]
+        def by_steps(direction: int, gates: Tensor, first: States) -> tuple[Tensor, States]:
+            hidden, *projection = (part.for_steps(gates.dtype) for part in parts[direction][1:])
+            cell, rows = cells[direction], self._rows_of_steps(x, sizes)
             reads = [_unchanged, _unchanged if cell is None else cell][: len(first)]
-            return run_steps(STEPS[self.mode], rows, steps, first, products, reads, reverse=direction == 1)
+            products = Products(_unchanged, hidden, *projection)
+            return run_steps(STEPS[self.mode], gates, rows, first, products, reads, reverse=direction == 1)
+
+        def run(direction: int, rows: Tensor, first: States) -> tuple[Tensor, States]:
+            input, hidden, *_ = parts[direction]
+            if not kernel:
+                return by_steps(direction, input.for_steps(rows.dtype)(rows), first)
+            sequence = Sequence(self.mode, input, hidden, cells[direction], sizes, len(first[0]), direction == 1)
+            return sequence.run(rows, first, partial(by_steps, direction))
 
         return self._run_directions(x, sizes, states, run)
 
@@ -203,7 +220,7 @@ def _roles(layer: Any) -> dict[str, Any]:
     return type(layer).roles(layer) if hasattr(type(layer), "roles") else {}
 
 
-def _float_weights(parts: Sequence[Int8Linear], dtype: torch.dtype) -> Iterator[Tensor]:
+def _float_weights(parts: abc.Sequence[Int8Linear], dtype: torch.dtype) -> Iterator[Tensor]:
     """The dequantized weights and the biases of one direction, in torch's order."""
     weights = [part.dequantize(dtype) for part in parts]
     yield from weights[:2]

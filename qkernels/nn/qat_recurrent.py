@@ -139,7 +139,9 @@ class QATRecurrent(RecurrentForward, QATStateful):
         weights: Sequence[Sequence[Tensor]],
         quantizers: Sequence[tuple[FakeQuantize | None, FakeQuantize | None]],
     ) -> tuple[Tensor, States]:
-        def run(direction: int, rows: Tensor, steps: Sequence[int], first: States) -> tuple[Tensor, States]:
+        steps = self._rows_of_steps(x, sizes)
+
+        def run(direction: int, rows: Tensor, first: States) -> tuple[Tensor, States]:
             own, pair = weights[direction], quantizers[direction]
             reads = [SequenceQuantizer(quantizer, state) for quantizer, state in zip(pair, first, strict=False)]
             products = Products.of_weights(own, self.bias)

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .recurrent_steps import States
 
-# (index of the direction, rows of all steps, rows of each step, first states) -> outputs as the rows are, last states
-Direction = Callable[[int, Tensor, Sequence[int], States], tuple[Tensor, States]]
+# (index of the direction, rows of all steps, first states) -> outputs as the rows are, last states
+Direction = Callable[[int, Tensor, States], tuple[Tensor, States]]
 
 
 class RecurrentForward(nn.Module):
@@ -108,16 +108,21 @@ class RecurrentForward(nn.Module):
         y, *ended = kernel(x, *options, self.batch_first) if sizes is None else kernel(x, sizes, *options)
         return y, tuple(ended)
 
+    def _rows_of_steps(self, x: Tensor, sizes: Tensor | None) -> list[int]:
+        if sizes is not None:
+            return sizes.tolist()  # type: ignore[no-any-return]
+        steps, rows = (1, 0) if self.batch_first else (0, 1)
+        return [x.shape[rows]] * x.shape[steps]
+
     def _run_directions(self, x: Tensor, sizes: Tensor | None, states: States, run: Direction) -> tuple[Tensor, States]:
         """A level by ``run``, a direction after the other."""
         steps_first = x.transpose(0, 1) if self.batch_first and sizes is None else x
-        rows = [steps_first.shape[1]] * steps_first.shape[0] if sizes is None else sizes.tolist()
-        if not rows:
+        if not steps_first.shape[0]:
             raise RuntimeError("input: got a sequence without steps; accepted: at least one")
         flat = steps_first.flatten(0, 1) if sizes is None else x
         outputs, ended = [], []
         for index in range(self.directions):
-            y, last = run(index, flat, rows, tuple(state[index] for state in states))
+            y, last = run(index, flat, tuple(state[index] for state in states))
             outputs.append(y)
             ended.append(last)
         y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]

@@ -34,7 +34,7 @@ class Phases {
     if (threads == 1) {
       auto worker = make();
       for (int64_t phase = 0; phase < phases_; ++phase)
-        for (int64_t task = 0; task < tasks_; ++task) worker(phase, task);
+        for (int64_t i = 0; i < tasks_; ++i) worker(phase, in_turns(phase, i, tasks_));
       return;
     }
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
@@ -49,6 +49,9 @@ class Phases {
   struct alignas(64) Part {
     std::atomic<int64_t> claimed{0};
   };
+
+  // Every second phase runs backwards: it begins with the data that the caches still hold of the phase before.
+  static int64_t in_turns(int64_t phase, int64_t i, int64_t count) { return phase % 2 ? count - 1 - i : i; }
 
   int64_t first_of(size_t part) const {
     return tasks_ * static_cast<int64_t>(part) / static_cast<int64_t>(parts_.size());
@@ -65,7 +68,7 @@ class Phases {
         std::atomic<int64_t>& claimed = parts_[part].claimed;
         for (int64_t at = claimed.load(std::memory_order_relaxed); at < end;)
           if (claimed.compare_exchange_weak(at, at + 1, std::memory_order_relaxed)) {
-            worker(phase, first + at - phase * length);
+            worker(phase, first + in_turns(phase, at - phase * length, length));
             ++count;
             at = claimed.load(std::memory_order_relaxed);
           }
