@@ -200,6 +200,10 @@ def recurrent() -> nn.Module:
     return nn.LSTM(16, 8, num_layers=2, bidirectional=True, batch_first=True)
 
 
+def sequences() -> torch.Tensor:
+    return torch.randn(2, 4, 16)
+
+
 def video() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, 3, bias=False), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1))
 
@@ -241,5 +245,10 @@ CASES = {
                            QConfig(rules=[("1.experts", {"weight": {}}), ("1", {"input": QSpec(8)})])),
     "attention": Case(Attending, lambda: torch.randn(2, 5, 16), QConfig(rules=[("*", {"attention": QSpec(8)})])),
     "attention, 4 bits": Case(Attending, lambda: torch.randn(2, 5, 16), QConfig(QSpec(4))),
-    "recurrent": Case(recurrent, lambda: torch.randn(2, 4, 16), QConfig(rules=[("*", {"hidden": QSpec(8)})])),
+    "recurrent": Case(recurrent, sequences, QConfig(rules=[("*", {"hidden": QSpec(8), "cell": QSpec(8), **ALL})])),
+    "recurrent, states in float": Case(recurrent, sequences, QConfig(QSpec(4))),
+    "recurrent, weight only": Case(lambda: nn.GRU(16, 8, bias=False), sequences, QConfig(QSpec(8), None)),
+    "recurrent, projected": Case(lambda: nn.LSTM(16, 8, proj_size=4), sequences),
+    "recurrent, float weights": Case(recurrent, sequences, QConfig(QSpec(4, quantizer="nf4"))),
+    "recurrent, ReLU": Case(lambda: nn.Sequential(nn.RNN(16, 8, nonlinearity="relu")), sequences),
 }  # fmt: skip

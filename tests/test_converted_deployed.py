@@ -22,16 +22,19 @@ import qkernels as qk
 from qkernels.qat import QConfig, QSpec
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:prepare:UserWarning", "ignore:enable_nested_tensor:UserWarning", "ignore::DeprecationWarning"
+    "ignore:prepare:UserWarning",
+    "ignore:enable_nested_tensor:UserWarning",
+    "ignore:LSTM with projections:UserWarning",
+    "ignore::DeprecationWarning",
 )
 
 # torch.compile with fullgraph refuses torch's recurrent layers, quantized or not.
 COMPILED = [
     pytest.param(name, marks=() if name in ("mlp, 4 bits", "BatchNorms", "language, 4 bits") else pytest.mark.nightly)
     for name in CASES
-    if name != "recurrent"
+    if "recurrent" not in name
 ]
-EXPORTED = [*COMPILED, pytest.param("recurrent", marks=pytest.mark.nightly)]
+EXPORTED = [*COMPILED, *(pytest.param(name, marks=pytest.mark.nightly) for name in CASES if "recurrent" in name)]
 
 
 def converted(name: str) -> tuple[nn.Module, torch.Tensor]:

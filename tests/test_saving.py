@@ -18,7 +18,9 @@ import qkernels as qk
 from qkernels.nn import Int8Linear
 from qkernels.qat import QConfig, QSpec
 
-pytestmark = pytest.mark.filterwarnings("ignore:prepare:UserWarning", "ignore:enable_nested_tensor:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:prepare:UserWarning", "ignore:enable_nested_tensor:UserWarning", "ignore:LSTM with projections:UserWarning"
+)
 
 
 @pytest.mark.parametrize("stage", ["converted", "prepared"])

@@ -192,7 +192,8 @@ def test_many_differences(path):
         ("two names", lambda: unshared(), "'again' is 'layer' itself in the file, and a module of its own"),
         ("language", lambda: nn.Sequential(mlp()), "the module 'table' (Embedding) is in the file and not"),
         ("attention", lambda: heads(4), "'own' has num_heads=2 in the file, and num_heads=4 in the model"),
-        ("recurrent", lambda: nn.LSTM(16, 12, 2, bidirectional=True), "has shape [32, 16] in the file, and [48, 16]"),
+        ("recurrent", lambda: nn.LSTM(16, 12, 2, bidirectional=True), "hidden_size=8 in the file, and hidden_size=12"),
+        ("recurrent", lambda: nn.LSTM(16, 8, bidirectional=True), "num_layers=2 in the file, and num_layers=1 in the"),
         ("recurrent", lambda: nn.GRU(16, 8, 2, bidirectional=True), "is a LSTM in the file, and a GRU in the model"),
     ],
 )  # fmt: skip
@@ -340,6 +341,7 @@ def test_other_widths_of_a_prepared_model(path):
 
 
 def test_recurrent_layers_keep_their_weights_together(path):
-    saved("recurrent", path)
+    saved("recurrent, float weights", path)
     loaded = qk.load(path, recurrent())
+    assert len(loaded._flat_weights) == 16
     assert all(own is held for own, held in zip(loaded._flat_weights, loaded.parameters(), strict=False))

@@ -15,7 +15,10 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.int8_conv1d import Int8Conv1d
-from ..nn.integer_attention import SETTINGS, IntegerMultiheadAttention
+from ..nn.int8_recurrent import SETTINGS as RECURRENT
+from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
+from ..nn.integer_attention import SETTINGS as ATTENTION
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import ConvertedForward, QATForward
 from ..nn.qat_classes import QAT_CLASSES
 from ..nn.qat_layer import SUFFIX, QATLayer
@@ -37,6 +40,13 @@ INTEGER_LAYERS: dict[type[QuantizedLayer], type[nn.Module]] = {
     Int8Conv1d: nn.Conv1d,
     Int8Conv2d: nn.Conv2d,
     Int4Embedding: nn.Embedding,
+}
+# Layers that consist of such layers under names of their own, the float layer, and what both keep of its arguments.
+COMPOSITES: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
+    IntegerMultiheadAttention: (nn.MultiheadAttention, ATTENTION),
+    Int8LSTM: (nn.LSTM, RECURRENT),
+    Int8GRU: (nn.GRU, RECURRENT),
+    Int8RNN: (nn.RNN, RECURRENT),
 }
 QAT_LAYERS: tuple[type[QATLayer], ...] = (QATAdapted, QATParameters, *QAT_CLASSES)
 FLOAT = "float"  # the class of a float layer whose parameters hold quantized values
@@ -87,9 +97,8 @@ def float_name(kind: type[nn.Module]) -> str:
 def _entry(name: str, module: nn.Module, names: dict[nn.Module, str]) -> Description | None:
     if isinstance(module, QuantizedLayer):
         entry = _integer_layer(name, module, names)
-    elif isinstance(module, IntegerMultiheadAttention):
-        arguments = {key: getattr(module, key) for key in SETTINGS}
-        entry = {"class": "IntegerMultiheadAttention", "of": "MultiheadAttention", "arguments": arguments}
+    elif isinstance(module, tuple(COMPOSITES)):
+        entry = _composite(module)
     elif isinstance(module, QATLayer):
         entry = _qat_layer(name, module)
     elif BURNT_IN in vars(module):
@@ -123,6 +132,16 @@ def _integer_layer(name: str, layer: QuantizedLayer, names: dict[nn.Module, str]
     if own is not None:
         entry.update(of=own.own_class.__name__, trial=dataclasses.asdict(own.trial), folded=own.folded)
     return entry
+
+
+def _composite(layer: nn.Module) -> Description:
+    kind = next(kind for kind in COMPOSITES if isinstance(layer, kind))
+    of, settings = COMPOSITES[kind]
+    return {
+        "class": kind.__name__,
+        "of": float_name(of),
+        "arguments": {name: getattr(layer, name) for name in settings},
+    }
 
 
 def _arguments(layer: Any, kind: type[nn.Module]) -> Description:

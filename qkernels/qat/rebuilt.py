@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Conv2d
-from ..nn.integer_attention import PROJECTIONS, SETTINGS, IntegerMultiheadAttention
+from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, with_forward_of
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
@@ -23,13 +23,14 @@ from ..nn.quantized_parameters import QATParameters
 from ..nn.replacing import take_over
 from .config_json import granularity_of
 from .convert import BURNT_IN, identity_for, own_names
-from .described import FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
+from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
 from .equal_ranges import send_ranges
 from .prepare import FUSED_PATHS, SWITCHED_OFF
 from .states import check_state
 
-OWN = (QuantizedLayer, QATLayer, IntegerMultiheadAttention)
+OWN = (QuantizedLayer, QATLayer, *COMPOSITES)
 CLASSES = {kind.__name__: kind for kind in INTEGER_LAYERS}
+OF_PARTS = {kind.__name__: kind for kind in COMPOSITES}
 # Arguments of layers on integers that say how the weight is quantized; the others are those of the float layer.
 OF_CODES = {"weight_bits", "act_bits", "group_size", "symmetric", "minimum", "scale_dtype", "bias"}
 
@@ -77,7 +78,7 @@ def refuse(differences: list[str]) -> None:
 
 
 def _unknown_layers(found: Description) -> Iterator[str]:
-    known = {FLOAT, "IntegerMultiheadAttention", *CLASSES, *(kind.__name__ for kind in QAT_LAYERS)}
+    known = {FLOAT, *OF_PARTS, *CLASSES, *(kind.__name__ for kind in QAT_LAYERS)}
     for name, entry in found["layers"].items():
         if entry["class"] not in known:
             yield f"the module {name!r} is a {entry['class']} in the file, which this version does not know"
@@ -94,7 +95,7 @@ def _other_modules(model: nn.Module, found: Description) -> Iterator[str]:
     for name, kind in found["modules"].items():
         first = found["same"].get(name, name)
         if name not in held:
-            if not _is_projection(name, layers):
+            if layers.get(name.rpartition(".")[0], {}).get("class") not in OF_PARTS:
                 yield f"the module {name!r} ({kind}) is in the file and not in the model"
             continue
         module, own = held[name], type(held[name]).__name__
@@ -110,12 +111,6 @@ def _other_modules(model: nn.Module, found: Description) -> Iterator[str]:
     for name, module in held.items():
         if name not in found["modules"] and not _is_left_out(name, layers, held):
             yield f"the module {name!r} ({type(module).__name__}) is in the model and not in the file"
-
-
-def _is_projection(name: str, layers: Description) -> bool:
-    """Whether the module is a layer that the float attention does not have."""
-    parent, _, last = name.rpartition(".")
-    return last in PROJECTIONS and layers.get(parent, {}).get("class") == "IntegerMultiheadAttention"
 
 
 def _is_left_out(name: str, layers: Description, held: dict[str, nn.Module]) -> bool:
@@ -190,8 +185,8 @@ class _Builder:
         entry = self.found["layers"][name]
         if isinstance(module, OWN):
             return module  # the model has it itself; what is otherwise than in the file is found in the end
-        if entry["class"] == "IntegerMultiheadAttention":
-            made = self._attention(name, module, entry)
+        if entry["class"] in OF_PARTS:
+            made = self._composite(name, module, entry)
         elif entry["class"] in CLASSES:
             made = self._integer_layer(name, module, entry)
         else:
@@ -311,18 +306,34 @@ class _Builder:
             made.__dict__["folded"] = entry["folded"]
         return made
 
-    def _attention(self, name: str, module: nn.Module, entry: Description) -> nn.Module:
-        """Its projections are float layers here, to be replaced by their names."""
-        source = self._source(module, entry, self._quantizers(entry))
-        self._check_class(name, source, QATMultiheadAttention)
-        self._compare(name, source, {key: entry["arguments"][key] for key in SETTINGS})
-        weight = getattr(source, projection_weights(source)[0])
-        bias = source.in_proj_bias is not None
-        made: dict[str, Any] = {
-            projection: nn.Linear(width, source.embed_dim, bias, dtype=weight.dtype)
-            for projection, width in zip(PROJECTIONS, (source.embed_dim, source.kdim, source.vdim), strict=True)
-        }
-        return IntegerMultiheadAttention(source, made).eval()
+    def _composite(self, name: str, module: nn.Module, entry: Description) -> nn.Module:
+        """Its parts are float layers here, to be replaced by their names."""
+        kind: Any = OF_PARTS[entry["class"]]
+        self._check_class(name, module, COMPOSITES[kind][0])
+        self._compare(name, module, entry["arguments"])
+        refuse(self.differences)  # other settings mean other parts and quantizers
+        quantizers = self._quantizers(entry)
+        source = self._source(module, entry, quantizers)
+        if kind is IntegerMultiheadAttention:
+            return IntegerMultiheadAttention(source, _projections(source)).eval()
+        return kind(source, _products(source), quantizers).eval()  # type: ignore[no-any-return]
+
+
+def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:
+    dtype = getattr(layer, projection_weights(layer)[0]).dtype
+    bias = layer.in_proj_bias is not None
+    widths = layer.embed_dim, layer.kdim, layer.vdim
+    made = (nn.Linear(width, layer.embed_dim, bias, dtype=dtype) for width in widths)
+    return dict(zip(PROJECTIONS, made, strict=True))
+
+
+def _products(layer: nn.RNNBase) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name in (name for names in layer._all_weights for name in names if name.startswith("weight")):
+        n, k = layer._parameters[name].shape  # type: ignore[union-attr]
+        bias = layer._parameters.get(name.replace("weight", "bias")) is not None
+        made[name.removeprefix("weight_")] = nn.Linear(k, n, bias, dtype=layer._parameters[name].dtype)  # type: ignore[union-attr]
+    return made
 
 
 def _is_summed(module: nn.Module, entry: Description) -> bool:
