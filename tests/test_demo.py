@@ -101,6 +101,7 @@ def test_quick_run_on_a_set_found_by_itself(folder, monkeypatch, capsys):
     for package in ("matplotlib", "tqdm"):
         pytest.importorskip(package)
     monkeypatch.setattr(demo, "FASHION_MNIST", folder)
+    monkeypatch.setattr(demo, "WIDTHS", (16, 32))
     out = folder / "results"
     assert demo.main(["--quick", "--out", str(out)]) == 0
     results = json.loads((out / "demo.json").read_text())
