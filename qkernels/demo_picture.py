@@ -33,7 +33,7 @@ def draw(results: dict[str, Any], headline: str, path: Path) -> None:
     for axes in (accuracy_axes, size_axes, latency_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(length=3)
-    figure.suptitle(f"{results['data']['name']}, {headline}", x=0.01, ha="left", fontsize=12)
+    figure.suptitle(f"{results['data']['name']}: {headline}", x=0.01, ha="left", fontsize=12)
     figure.savefig(path, dpi=150)
 
 
