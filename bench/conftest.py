@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import peers
 import pytest
 import torch
-from laps import BLOCKS, Call, alternate, check, device_name, machine
+from laps import BLOCKS, Call, alternate, check, record
 
-RESULTS = Path(__file__).parent / "results"
 rows: list[dict[str, Any]] = []
 
 
@@ -81,16 +78,8 @@ def stem(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_sessionfinish() -> None:
-    """Writes each op's rows to results/<device>/<date>-<op>.json, in place of the same cases of the same day."""
-    here = machine()
     for op in {row["op"] for row in rows}:
-        path = RESULTS / device_name(here) / f"{here['date']}-{op}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = [row for row in rows if row["op"] == op]
-        done = {(row["case"], row.get("threads")) for row in new}
-        old = json.loads(path.read_text())["rows"] if path.exists() else []
-        kept = [row for row in old if (row["case"], row.get("threads")) not in done]
-        path.write_text(json.dumps({"machine": here, "rows": kept + new}, indent=1) + "\n")
+        record(op, [row for row in rows if row["op"] == op])
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

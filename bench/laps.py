@@ -6,12 +6,15 @@ cores from whoever is timed next (2× on 2 cores). A contestant timed against it
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -21,6 +24,7 @@ from torch import Tensor
 import qkernels as qk
 from qkernels import info
 
+RESULTS = Path(__file__).parent / "results"
 BLOCKS, BLOCK_SECONDS, PAUSE_SECONDS, WARM_UP_CALLS = 5, 0.12, 0.03, 3
 LAP_SECONDS = 50e-6  # shorter calls are timed several at once: reading the clock twice takes 0.1 µs
 
@@ -109,6 +113,28 @@ def check(name: str, got: Any, expected: Any, tolerance: float) -> None:
         assert g.shape == e.shape, f"{name}: output {at} has shape {list(g.shape)}, expected {list(e.shape)}"
         error = float((g.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30))
         assert error <= tolerance, f"{name}: output {at} is off by {error:.2g} of its norm (accepted: {tolerance:.2g})"
+
+
+def peak_bytes(call: Call) -> int:
+    """The most that torch's allocator held at once of what one call asked it for: activations and scratch memory."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
+
+
+def record(op: str, new: list[dict[str, Any]]) -> Path:
+    """Writes rows to results/<device>/<date>-<op>.json, in place of the same cases of the same day."""
+    here = machine()
+    path = RESULTS / device_name(here) / f"{here['date']}-{op}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["case"], row.get("threads")) for row in new}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in old if (row["case"], row.get("threads")) not in done]
+    path.write_text(json.dumps({"machine": here, "rows": kept + new}, indent=1) + "\n")
+    return path
 
 
 def machine() -> dict[str, Any]:

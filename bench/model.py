@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import tempfile
 import warnings
@@ -20,7 +21,8 @@ import model_layers
 import model_peers
 import models
 import torch
-from laps import alternate, machine
+from ceilings import ceilings
+from laps import alternate, machine, peak_bytes, record
 from model_peers import Job
 from model_report import HEADER, lines_of, markdown, plot
 from peers import Call
@@ -103,6 +105,8 @@ def contestants(job: Job, threads: int, compile_too: bool) -> tuple[dict[str, Ca
             continue
         calls[name] = call
         facts[name] = {"sqnr_db": round(model_peers.sqnr_db(call(), job), 1), "way": way}
+        if name in one or name == "torch.ao":  # others do not ask torch for memory
+            facts[name]["peak_bytes"] = peak_bytes(call)
     return calls, facts, left_out
 
 
@@ -143,6 +147,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also fp32 under torch.compile: minutes a model")
     parser.add_argument("--layers", action="store_true", help="each layer alone instead, beside torch's fp32 one")
     parser.add_argument("--out", type=Path, help="a folder for model.json, model.md and, with matplotlib, a plot")
+    parser.add_argument("--record", action="store_true", help="add the rows to bench/results/<device>, to be committed")
     options = parser.parse_args(argv)
     if options.quick:
         options.models = ["resnet18", "mobilenet_v2"] if options.models == timed else options.models
@@ -155,6 +160,7 @@ def main(argv: list[str]) -> int:
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     print(f"{result['machine']['cpu']}, {result['machine']['path']}, torch {torch.__version__}", flush=True)
     print(model_layers.HEADER if options.layers else HEADER, flush=True)
+    peaks: dict[int, float] = {}
     for name, batch in itertools.product(options.models, options.batch):
         entry = models.MODELS[name]
         count = max(1, CALIBRATION_IMAGES // batch)
@@ -164,7 +170,9 @@ def main(argv: list[str]) -> int:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 if options.layers:
-                    rows = model_layers.rows_of(name, batch, threads, job.model, x, options.blocks)
+                    if threads not in peaks:
+                        peaks[threads] = ceilings(threads).get("ops_per_second", math.nan)
+                    rows = model_layers.rows_of(name, batch, threads, job.model, x, options.blocks, peaks[threads])
                 else:
                     rows = iter([row_of(name, batch, threads, job, options)])
                 for row in rows:
@@ -172,6 +180,8 @@ def main(argv: list[str]) -> int:
                     print(*([model_layers.line_of(row)] if options.layers else lines_of(row)), sep="\n", flush=True)
                 if options.out:
                     save(options.out, result)
+    if options.record:
+        print(f"wrote {record('model_layers' if options.layers else 'model', result['rows'])}")
     if not options.layers:
         print("", markdown(result), sep="\n")
         if options.out:

@@ -17,7 +17,7 @@ import qkernels as qk
 KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LSTM)
 HEADER = (
     f"{'model':<20}{'batch':>5}{'th':>4}  {'layer':<34}{'times':>5}{'MMAC':>9}  {'ours':>8}{'NHWC':>8}{'fp32':>8}"
-    f"{'NHWC':>8}  ms;{'GOPS':>6}{'fp32/ours':>10}{'best/best':>10}{'SQNR dB':>8}"
+    f"{'NHWC':>8}  ms;{'GOPS':>6}{'peak':>6}{'fp32/ours':>10}{'best/best':>10}{'SQNR dB':>8}"
 )
 
 
@@ -59,8 +59,10 @@ def seen_layers(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, Tenso
     return found
 
 
-def rows_of(name: str, batch: int, threads: int, model: nn.Module, x: Tensor, blocks: int) -> Iterator[dict[str, Any]]:
-    """Floats in and out: the input is quantized in the layer's own call."""
+def rows_of(
+    name: str, batch: int, threads: int, model: nn.Module, x: Tensor, blocks: int, peak: float
+) -> Iterator[dict[str, Any]]:
+    """Floats in and out: the layer's own call quantizes its input. peak: operations a second at most, or NaN."""
     for case, (layer, inference_x, count) in seen_layers(model, x).items():
         x = inference_x.clone()
         alone = nn.Sequential(copy.deepcopy(layer)).eval()
@@ -80,6 +82,8 @@ def rows_of(name: str, batch: int, threads: int, model: nn.Module, x: Tensor, bl
         output = expected[0] if isinstance(expected, tuple) else expected
         got = calls["qkernels"]()
         times = alternate(calls, blocks)
+        work = multiplications(layer, x, output)
+        speed = 2 * work / min(times[c]["median"] for c in times if c.startswith("qkernels"))
         yield {
             "op": "model_layers",
             "case": f"{name}, batch {batch}: {case}",
@@ -88,7 +92,9 @@ def rows_of(name: str, batch: int, threads: int, model: nn.Module, x: Tensor, bl
             "layer": case,
             "count": count,
             "threads": threads,
-            "multiplications": multiplications(layer, x, output),
+            "multiplications": work,
+            "operations_per_second": speed,
+            "share_of_peak": speed / peak,
             "sqnr_db": model_peers.decibels(output, (got[0] if isinstance(got, tuple) else got) - output),
             "seconds": times,
             "ratios": {
@@ -103,9 +109,10 @@ def line_of(row: dict[str, Any]) -> str:
     cells = "".join(f"{1e3 * at[name]:>8.3f}" if name in at else f"{'':>8}" for name in names)
     best_ours = min(value for name, value in at.items() if name.startswith("qkernels"))
     best_fp32 = min(value for name, value in at.items() if name.startswith("fp32"))
-    gops = 2 * row["multiplications"] / best_ours / 1e9
+    gops, share = row["operations_per_second"] / 1e9, 100 * row["share_of_peak"]
+    same_input = at["fp32"] / at["qkernels"]
     return (
         f"{row['model']:<20}{row['batch']:>5}{row['threads']:>4}  {row['layer']:<34}{row['count']:>5}"
-        f"{row['multiplications'] / 1e6:>9.2f}  {cells}     {gops:>6.0f}{at['fp32'] / at['qkernels']:>10.2f}"
+        f"{row['multiplications'] / 1e6:>9.2f}  {cells}     {gops:>6.0f}{share:>5.0f}%{same_input:>10.2f}"
         f"{best_fp32 / best_ours:>10.2f}{row['sqnr_db']:>8.1f}"
     )

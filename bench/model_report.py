@@ -11,7 +11,8 @@ FLOATS = ("fp32", "fp32 channels_last", "fp32 torch.compile")
 OURS = ("qkernels", "qkernels channels_last", "qkernels residual")
 
 HEADER = (
-    f"{'model':<20}{'batch':>5}{'th':>4}  {'contestant':<24}{'ms':>9}  {'p20–p80':<18}{'SQNR dB':>8}{'/ours':>8}  way"
+    f"{'model':<20}{'batch':>5}{'th':>4}  {'contestant':<24}{'ms':>9}  {'p20–p80':<18}{'SQNR dB':>8}{'peak MB':>9}"
+    f"{'/ours':>7}  way"
 )
 
 
@@ -20,9 +21,10 @@ def lines_of(row: dict[str, Any]) -> Iterator[str]:
         low, middle, high = (1e3 * times[key] for key in ("p20", "median", "p80"))
         ratio = row.get("ratios", {}).get(name, 1.0)
         facts = row["facts"][name]
+        peak = f"{facts['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in facts else ""
         yield (
             f"{row['model']:<20}{row['batch']:>5}{row['threads']:>4}  {name:<24}{middle:>9.4g}  "
-            f"{f'{low:.4g}–{high:.4g}':<18}{facts['sqnr_db']:>8.1f}{ratio:>8.2f}  {facts['way']}"
+            f"{f'{low:.4g}–{high:.4g}':<18}{facts['sqnr_db']:>8.1f}{peak:>9}{ratio:>7.2f}  {facts['way']}"
         )
     for name, reason in row["left_out"].items():
         yield f"{row['model']:<20}{row['batch']:>5}{row['threads']:>4}  {name:<24} left out: {reason}"
@@ -39,12 +41,12 @@ def ms(value: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row for each model, batch and number of threads: the best peer ÷ ours, fp32 ÷ ours; above 1 we are faster."""
+    """A row for each model, batch and number of threads; where others are divided by ours, we are faster above 1."""
     lines = [
         "| model | batch | threads | "
         + " | ".join(f"{name}, ms" for name in (*OURS, *INT8_PEERS, "fp32"))
-        + " | best int8 peer ÷ ours (channels_last) | fp32 ÷ ours |",
-        "|---" * (len(OURS) + len(INT8_PEERS) + 6) + "|",
+        + " | best int8 peer ÷ ours (channels_last) | fp32 ÷ ours | memory ÷ fp32's |",
+        "|---" * (len(OURS) + len(INT8_PEERS) + 7) + "|",
     ]
     for row in result["rows"]:
         cells = [ms(1e3 * row["seconds"][n]["median"]) if n in row["seconds"] else "–" for n in (*OURS, *INT8_PEERS)]
@@ -54,9 +56,13 @@ def markdown(result: dict[str, Any]) -> str:
         ratio = "–"
         if peer and own:
             ratio = f"{peer[1] / own[1]:.2f}" + (f" ({peer[1] / last[1]:.2f})" if last else "") + f" {peer[0]}"
+        peaks = [row.get("facts", {}).get(name, {}).get("peak_bytes") for name in (OURS[0], FLOATS[0])]
         cells += [ratio, f"{fp32[1] / own[1]:.2f}" if fp32 and own else "–"]
+        cells.append(f"{peaks[0] / peaks[1]:.2f}" if all(peaks) else "–")
         lines.append(f"| {row['model']} | {row['batch']} | {row['threads']} | " + " | ".join(cells) + " |")
-    lines.append("\nfp32: the fastest of eager, channels_last and, if it was asked for, torch.compile.")
+    lines.append(
+        "\nfp32: the fastest of eager, channels_last and, if it was asked for, torch.compile. Memory: the most at once."
+    )
     return "\n".join(lines) + "\n"
 
 

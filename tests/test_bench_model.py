@@ -37,6 +37,7 @@ def test_a_model_is_timed(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (row,) = json.loads((tmp_path / "model.json").read_text())["rows"]
     assert (row["model"], row["batch"], row["threads"]) == ("tiny", 1, 1)
     assert {"qkernels", "qkernels channels_last", "fp32", "fp32 channels_last"} <= set(row["seconds"])
+    assert row["facts"]["fp32"]["peak_bytes"] >= 32 * 16 * 16 * 4
     for name, times in row["seconds"].items():
         assert 0 < times["p20"] <= times["median"] <= times["p80"], name
         assert row["facts"][name]["sqnr_db"] > (50 if name.startswith("fp32") else 3)
@@ -153,8 +154,31 @@ def test_the_table_names_the_best_peer(bench: Any) -> None:
         "fp32 channels_last": 8,
     }
     row = {"model": "m", "batch": 1, "threads": 2, "seconds": {name: {"median": 1e-3 * t} for name, t in times.items()}}
+    row["facts"] = {"qkernels": {"peak_bytes": 25}, "fp32": {"peak_bytes": 100}}
     line = report.markdown({"rows": [row]}).splitlines()[2]
-    assert line == "| m | 1 | 2 | 2 | 1 | – | – | 3 | 1.5 | 8 | 0.75 (1.50) OpenVINO | 4.00 |"
+    assert line == "| m | 1 | 2 | 2 | 1 | – | – | 3 | 1.5 | 8 | 0.75 (1.50) OpenVINO | 4.00 | 0.25 |"
+
+
+def test_peak_memory(bench: Any) -> None:
+    x = torch.randn(1000, 250)
+
+    def call() -> torch.Tensor:
+        y = x + 1
+        z = y * 2
+        del y
+        return z - 3
+
+    assert bench("laps").peak_bytes(call) == pytest.approx(2 * 1_000_000, rel=0.01)
+
+
+def test_rows_are_recorded_in_place_of_older_ones(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laps = bench("laps")
+    monkeypatch.setattr(laps, "RESULTS", tmp_path)
+    laps.record("model", [{"case": "a", "threads": 1, "value": 1}, {"case": "b", "threads": 1, "value": 2}])
+    path = laps.record("model", [{"case": "a", "threads": 1, "value": 3}, {"case": "a", "threads": 2, "value": 4}])
+    assert path.parent == tmp_path / laps.device_name(laps.machine())
+    rows = {(row["case"], row["threads"]): row["value"] for row in json.loads(path.read_text())["rows"]}
+    assert rows == {("a", 1): 3, ("a", 2): 4, ("b", 1): 2}
 
 
 def test_plot(bench: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qkernels import demo
+from qkernels.demo_picture import draw_latency
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -100,6 +101,7 @@ def test_quick_run_on_a_set_found_by_itself(folder, monkeypatch, capsys):
     for package in ("matplotlib", "tqdm"):
         pytest.importorskip(package)
     monkeypatch.setattr(demo, "FASHION_MNIST", folder)
+    monkeypatch.setattr(demo, "WIDTHS", (16, 32))
     out = folder / "results"
     assert demo.main(["--quick", "--out", str(out)]) == 0
     results = json.loads((out / "demo.json").read_text())
@@ -111,13 +113,26 @@ def test_quick_run_on_a_set_found_by_itself(folder, monkeypatch, capsys):
     assert rows["QAT", 8]["size"] < rows["fp32", 32]["size"] / 3.5
     assert rows["QAT", 4]["size"] < rows["QAT", 8]["size"]
     for row in rows.values():
-        median, low, high = row["latency"]
-        assert low <= median <= high
+        assert set(row["latency"]) == {"1", "64"}
+        for median, low, high in row["latency"].values():
+            assert low <= median <= high
     assert set(results["layers"]) == {"QAT 8", "QAT 4", "QAT 3", "QAT 2"}
     printed, progress = capsys.readouterr()
-    assert progress == ""  # a bar is for terminals: in a file it would be thousands of lines
+    assert len(progress.splitlines()) == 1  # a bar is for terminals: in a file it would be thousands of lines
+    assert printed.splitlines()[0].startswith("int8 after QAT: 100.0% of the test images right (fp32: 100.0%), 3.")
     assert "100.00%" in printed
     assert "First and last layer at 8 bits" in printed
+
+
+def test_a_disturbed_time_does_not_set_the_axis():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    fp32, int8 = {"1": (2.0, 1.9, 2.1), "64": (9.0, 8.8, 9.1)}, {"1": (0.5, 0.4, 70.0), "64": (3.0, 2.9, 3.1)}
+    draw_latency(axes, fp32, int8)
+    assert axes.get_ylim() == pytest.approx((0, 1.3))
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([1, 1, 1 / 4, 1 / 3])
+    assert max(line.get_ydata().max() for line in axes.lines) == pytest.approx(1.3)
+    assert [text.get_text() for text in axes.texts] == ["2 ms", "9 ms", "0.5 ms\np80 70", "3 ms"]
 
 
 def test_digits_are_split_without_overlap():

@@ -28,6 +28,7 @@ LAYERS = (
     ("nn",),
     ("qat", "integrations"),
     ("qkernels", "selfcheck", "tune"),
+    ("demo_picture",),
     ("info", "demo"),
     ("__main__",),
 )
