@@ -116,7 +116,6 @@ def test_equals_the_prepared_layer(kind, geometry, config):
         (lambda: nn.GRU(33, 31, 2), "hidden"),
         (lambda: nn.LSTM(64, 96, bidirectional=True), "hidden"),
     ],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_projections_cells_and_odd_sizes(layer, config):

@@ -68,10 +68,10 @@ QK_INLINE inline void advance_units(const Units& u, const float* input, const fl
     h = lstm(gates, u.c + at, cell, tail...);
   } else if constexpr (mode == Recurrence::gru) {
     const V reset = of_input(0) + of_state(0), keep = of_input(1) + of_state(1);
-    const V n = hyperbolic_tangent(of_input(2) + times_sigmoid(of_state(2), reset));
+    const V n = tanh(of_input(2) + times_sigmoid(of_state(2), reset));
     h = n + times_sigmoid(V::load(u.h + at, tail...) - n, keep);
   } else if constexpr (mode == Recurrence::tanh) {
-    h = hyperbolic_tangent(of_input(0) + of_state(0));
+    h = tanh(of_input(0) + of_state(0));
   } else {
     h = max(zero<V>(), of_input(0) + of_state(0));
   }

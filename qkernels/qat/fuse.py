@@ -124,7 +124,7 @@ class _State:
         modules = list(module.modules())
         self._children = [m._modules for m in modules if m._modules]
         self._parameters = [m._parameters for m in modules if m._parameters]
-        self._integers = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
+        self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
         self._form = self._present()
 

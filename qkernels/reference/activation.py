@@ -153,21 +153,6 @@ def silu(x: Tensor) -> Tensor:
     return x * sigmoid(x)
 
 
-# tanh(x) = x + x³·p(x²) up to TANH_SMALL, a minimax fit with a relative error of 5e-9; the highest power first.
-TANH_SMALL = 0.625
-TANH = (-0.005704986862838268, 0.02063908614218235, -0.05373971536755562, 0.13331441581249237, -0.3333328068256378)
-
-
-def tanh(x: Tensor) -> Tensor:
-    """tanh(x) for fp32 x within 2 units in the last place, the same bits on every device."""
-    z = x * x
-    p = torch.full_like(x, TANH[0])
-    for coefficient in TANH[1:]:
-        p = p * z + coefficient
-    large = 1 - 2 / (exp(x.abs() * 2) + 1)
-    return torch.where(x.abs() <= TANH_SMALL, x + x * z * p, torch.where(x <= 0, 0 - large, large))
-
-
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
     x = torch.where(x < low, low, x)
     return torch.where(x > high, high, x)

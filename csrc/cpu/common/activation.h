@@ -34,10 +34,4 @@ struct GeluConstants {
                                            0.2596719563007355f,   0.07092434912919998f, 0.11693238466978073f};
 };
 
-struct TanhConstants {
-  static constexpr float small = 0.625f;
-  static constexpr float coefficients[] = {-0.005704986862838268f, 0.02063908614218235f, -0.05373971536755562f,
-                                           0.13331441581249237f, -0.3333328068256378f};
-};
-
 }  // namespace qkernels

@@ -71,7 +71,7 @@ inline V with_sign_of(V x, V magnitude) {
 }
 
 template <typename V>
-inline V hyperbolic_tangent(V x) {
+inline V tanh(V x) {
   const V t = tanh_term(x);
   return with_sign_of(x, (zero<V>() - t) / (t + V::set1(2)));
 }
@@ -106,18 +106,6 @@ inline V gelu(V x) {
   tail = tail * t * exponential(zero<V>() - z * z);
   const auto positive = inside(x, zero<V>(), V::set1(std::numeric_limits<float>::infinity()));
   return x * select(positive, one - tail, tail);
-}
-
-template <typename V>
-inline V tanh(V x) {
-  using C = TanhConstants;
-  const V one = V::set1(1), magnitude = max_abs(zero<V>(), x), z = x * x;
-  V p = V::set1(C::coefficients[0]);
-  for (size_t i = 1; i < std::size(C::coefficients); ++i) p = p * z + V::set1(C::coefficients[i]);
-  const V large = one - V::set1(2) / (exponential(magnitude + magnitude) + one);
-  const auto negative = inside(x, V::set1(-std::numeric_limits<float>::infinity()), zero<V>());
-  const auto small = inside(magnitude, zero<V>(), V::set1(C::small));
-  return select(small, x + x * z * p, select(negative, zero<V>() - large, large));
 }
 
 template <typename V>
