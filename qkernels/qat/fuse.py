@@ -64,12 +64,13 @@ class FusedForward:
 
     def build(self) -> None:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
-        self._state, self._built, self.reason = _State(self.module), None, None
+        state, built, reason = _State(self.module), None, None
         try:
-            self._built = _Built(self.module)
+            built = _Built(self.module)
         except Exception as error:  # a module's forward may raise anything when traced
             first = next(iter(str(error).splitlines()), "")[:120]
-            self.reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+            reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+        self._state, self._built, self.reason = state, built, reason  # at once: other threads may call meanwhile
 
     @property
     def plans(self) -> list[str]:
