@@ -197,6 +197,17 @@ def int8_conv2d(
     }
 
 
+def lstm(layer: torch.nn.LSTM, x: Tensor) -> dict[str, Call | None]:
+    """torch's dynamic LSTM, which quantizes inputs and hidden states by the range of the tensor, and fp32."""
+
+    def dynamic() -> Call:
+        torch.backends.quantized.engine = "fbgemm"
+        quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.LSTM})
+        return lambda: quantized(x)[0]
+
+    return {"torch dynamic": find("torch dynamic", dynamic), "fp32": lambda: layer(x)[0]}
+
+
 # Linear layers with int4 weights: codes −8…7 [N, K] and their scales [N, K / group size]. Everyone is given the same
 # ones, and their product where it quantizes for itself: int4_weight makes codes that quantizing by the range recovers.
 

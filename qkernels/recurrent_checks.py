@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gemm_checks
-from .checks import require
+from .checks import int8_range, require
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 STATES = {"LSTM": 2, "GRU": 1, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -31,6 +31,13 @@ def rows_of_steps(sizes: Sequence[int], rows: int, n: int) -> list[int]:
     require(falls, f"sizes: got {list(sizes)}; accepted: from at most {n}, the rows of states, down to at least 1")
     require(sum(sizes) == rows, f"sizes: got a sum of {sum(sizes)}; accepted: the rows of gates, {rows}")
     return list(sizes)
+
+
+def _hidden(scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+    if scale is not None:
+        return gemm_checks.static("hidden", scale, zero_point, quant_min, quant_max)
+    require(zero_point is None, "hidden_zero_point: got a tensor without hidden_scale; accepted: both, or neither")
+    int8_range(quant_min, quant_max)
 
 
 def int8_recurrent(
@@ -76,7 +83,7 @@ def int8_recurrent(
         gemm_checks.vector("colsum", colsum, width, "[N]")
         gemm_checks.int32_sums("colsum", colsum)
         gemm_checks.int8_data(data, width, hidden)
-        gemm_checks.input_quantizer(states, hidden_scale, hidden_zero_point, quant_min, quant_max)
+        _hidden(hidden_scale, hidden_zero_point, quant_min, quant_max)
     if cell_scale is not None:
         require(mode == "LSTM", f"cell_scale: got a tensor with mode={mode!r}; accepted: None")
         gemm_checks.static("cell", cell_scale, cell_zero_point, cell_min, cell_max)

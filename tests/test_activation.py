@@ -40,3 +40,20 @@ def test_gelu() -> None:
     torch.testing.assert_close(reference.gelu(x).double(), F.gelu(x.double()), rtol=0, atol=4e-7)
     small = torch.linspace(-1e-3, 1e-3, 100_001)
     torch.testing.assert_close(reference.gelu(small).double(), F.gelu(small.double()), rtol=2**-20, atol=0)
+
+
+def test_gates() -> None:
+    """Products with sigmoid and tanh by one division: relative errors, also where the functions are tiny."""
+    x = torch.cat(
+        [torch.linspace(-20, 20, 200_001), torch.linspace(-1e-3, 1e-3, 10_001), torch.tensor([1e-30, -1e-30])]
+    )
+    other, exact = x.flip(0), x.double()
+    for got, want in (
+        (reference.expm1(-x.abs()), torch.expm1(-exact.abs())),
+        (reference.tanh(x), exact.tanh()),
+        (reference.times_sigmoid(other, x), other.double() * exact.sigmoid()),
+        (reference.tanh_times_sigmoid(x, other), exact.tanh() * other.double().sigmoid()),
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=5 * 2**-24, atol=0)
+    edges = torch.tensor([math.inf, -math.inf, 100.0, math.nan])
+    torch.testing.assert_close(reference.tanh(edges), edges.tanh(), rtol=0, atol=0, equal_nan=True)

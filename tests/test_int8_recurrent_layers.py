@@ -9,11 +9,36 @@ import torch
 from recurrent_models import leaves, packed
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkernels as qk
-from qkernels.nn import QATLSTM, FakeQuantize, Int8GRU, Int8Linear, Int8LSTM, Int8RNN, PerGroup, PerToken
+from qkernels.nn import (
+    QATLSTM,
+    FakeQuantize,
+    Int8GRU,
+    Int8Linear,
+    Int8LSTM,
+    Int8RNN,
+    PerGroup,
+    PerToken,
+    recurrent_kernel,
+)
 from qkernels.qat import QConfig, QSpec
 from qkernels.qat.selection import no_integers
+
+
+class Calls(TorchDispatchMode):
+    """The ops of qkernels that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qkernels":
+            self.ops.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
 
 LAYERS = {nn.LSTM: Int8LSTM, nn.GRU: Int8GRU, nn.RNN: Int8RNN}
 DYNAMIC = QSpec(quantizer="dynamic")
@@ -176,6 +201,56 @@ def test_how_often_codes_flip():
     assert float((apart > 1e-6).float().mean()) < 0.2
     assert float(apart.max()) < 2e-3
     assert float(apart[0].max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_pieces(kind, monkeypatch):
+    """A long sequence goes through the ops a few steps at a time, in the order in which its direction runs."""
+    torch.manual_seed(0)
+    layer = kind(12, 20, 2, bidirectional=True)
+    _, converted = prepared_and_converted(layer)
+    cases = list(inputs(layer))
+    with torch.no_grad():
+        whole = [leaves(converted(*case)) for case in cases]
+        for size in (1, 1600):
+            monkeypatch.setattr(recurrent_kernel, "PIECE_BYTES", size)
+            for case, wanted in zip(cases, whole, strict=True):
+                for one, other in zip(leaves(converted(*case)), wanted, strict=True):
+                    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("config", ["default", "hidden"])
+def test_compiles_whole(config):
+    """torch's own recurrent layers break the graph."""
+    torch.manual_seed(0)
+    _, converted = prepared_and_converted(nn.LSTM(12, 20, 2, bidirectional=True), config)
+    x = torch.randn(4, 3, 12)
+    with torch.no_grad():
+        compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+        for one, wanted in zip(leaves(compiled(x)), leaves(converted(x)), strict=True):
+            assert torch.equal(one, wanted)
+        program = torch.export.export(nn.Sequential(converted), (x,))
+        for one, wanted in zip(leaves(program.module()(x)), leaves(converted(x)), strict=True):
+            assert torch.equal(one, wanted)
+
+
+def test_which_kernel_runs():
+    """By the op where it takes a layer, gradients or not; by torch's ops elsewhere."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12)
+    for layer, config, by_op in (
+        (nn.LSTM(12, 20), "default", True),
+        (nn.GRU(12, 20), "tokens", True),
+        (nn.LSTM(12, 20), "cell", True),
+        (nn.LSTM(12, 20), "dynamic", False),
+        (nn.LSTM(12, 20), "weights-groups", False),
+        (nn.LSTM(12, 20, proj_size=4), "hidden", False),
+    ):
+        _, converted = prepared_and_converted(layer, config)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), Calls() as calls:
+                converted(x)
+            assert ("int8_recurrent" in calls.ops) == by_op
 
 
 def test_life():

@@ -112,8 +112,8 @@ class Worker {
     o.row_stride = out_row;
     o.channels = channels;
     o.scale_a = scales_.data() + row;
-    int8_.multiply(codes_.data() + row * stride_, stride_, end - row, l_.data + channel / kPanel * panel_bytes(l_.hidden),
-                   l_.hidden, o);
+    const int8_t* panel = l_.data + channel / kPanel * panel_bytes(l_.hidden);
+    int8_.multiply(codes_.data() + row * stride_, stride_, end - row, panel, l_.hidden, o);
   }
 
   void advance(int64_t step, int64_t row, int64_t end, int64_t unit, int64_t units, const float* sums, int64_t sums_row,
@@ -227,7 +227,10 @@ std::tuple<Tensor, Tensor> int8_recurrent(
   l.floats = !colsum;
   int32_t zero_point = 0;
   if (!l.floats) {
-    l.qparams = input_qparams(hidden_scale, hidden_zero_point, quant_min, quant_max);
+    QK_CHECK(hidden_scale || !hidden_zero_point,
+             "hidden_zero_point: got a tensor without hidden_scale; accepted: both, or neither");
+    l.qparams = hidden_scale ? static_qparams("hidden", *hidden_scale, hidden_zero_point, quant_min, quant_max)
+                             : input_qparams({}, {}, quant_min, quant_max);
     zero_point = static_cast<int32_t>(l.qparams.zero_point);
   }
   QK_CHECK(!cell_scale || l.mode == Recurrence::lstm, "cell_scale: got a tensor with mode='", mode,

@@ -156,7 +156,7 @@ class Int8Recurrent(RecurrentForward):
 
     def _run_level(self, index: int, x: Tensor, sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
         suffixes = self.suffixes(index)
-        parts = [[part for kind in ("ih", "hh", "hr") if (part := self._part(kind + s)) is not None] for s in suffixes]
+        parts = [self._parts_of(suffix) for suffix in suffixes]
         cells = [self._modules.get(f"cell{suffix}{SUFFIX}") for suffix in suffixes]
         kernel = all(takes_sequence(x, of_one, cell) for of_one, cell in zip(parts, cells, strict=True))
         if not kernel and all(hidden.act_bits == 16 for _, hidden, *_ in parts) and not any(cells):
@@ -179,8 +179,10 @@ class Int8Recurrent(RecurrentForward):
 
         return self._run_directions(x, sizes, states, run)
 
-    def _part(self, name: str) -> Int8Linear | None:
-        return self._modules.get(name)  # type: ignore[return-value]
+    def _parts_of(self, suffix: str) -> list[Int8Linear]:
+        """The products of inputs, of h and, if there is one, of the projection."""
+        kinds = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
+        return [self._modules[kind + suffix] for kind in kinds]  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         words = [str(self.input_size), str(self.hidden_size)]
