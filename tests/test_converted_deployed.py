@@ -56,7 +56,8 @@ def test_threads_call_one_model(name):
     model, _ = converted(name)
     inputs = [torch.cat([CASES[name].x()] * n) for n in (1, 2, 3, 1, 2, 3)]
     with torch.no_grad():
-        expected = [copy.deepcopy(model)(x) for x in inputs]
+        expected = [model(x) for x in inputs]
+    model = copy.deepcopy(model)
     start, wrong = threading.Barrier(len(inputs)), []
 
     def call(x: torch.Tensor, y: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qkernels.nn import Int8TrainingLinear
+from qkernels.nn.tracing import Tracer
 from qkernels.qat import convert
 
 
@@ -151,3 +153,34 @@ def test_autocast(config, dtype):
             torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
         with torch.autocast("cpu", enabled=False):
             assert converted.conv(x).dtype == torch.float32
+
+
+def test_other_threads_run_models_while_one_traces():
+    """torch.fx's own tracer takes their calls for its own."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(1, 3, 5, 5)
+    tracing, called = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            tracing.set()
+            assert called.wait(60)
+            return torch.relu(x)
+
+    results = []
+
+    def trace() -> None:
+        results.append(Tracer().trace(nn.Sequential(Slow(), nn.Linear(2, 2))))
+
+    with torch.no_grad():
+        expected = model(x)
+        thread = threading.Thread(target=trace)
+        thread.start()
+        assert tracing.wait(60)
+        found = model(x)
+        weight = model[0].weight
+        called.set()
+        thread.join()
+    assert torch.equal(found, expected)
+    assert isinstance(weight, nn.Parameter)
+    assert [node.name for node in results[0].nodes] == ["input_1", "relu", "_1", "output"]
+    assert torch.equal(model(x), expected)

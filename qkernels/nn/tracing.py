@@ -1,12 +1,43 @@
-"""Makes each layer of this package one node in a graph of torch.fx, as torch's own layers are."""
+"""Graphs of torch.fx: each layer of this package is one node, as torch's own are; other threads run on meanwhile."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch.fx
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Graph, Proxy
+
+TRACING = threading.RLock()  # held by the thread that traces
+
+
+class Tracer(torch.fx.Tracer):
+    """A tracer that leaves alone what other threads do meanwhile.
+
+    While torch.fx traces, every call of a module in the process passes through the tracer, and every read of a
+    parameter. Those of other threads, which may run models, go on as ever. Tracers of two threads take turns.
+    """
+
+    _thread: int
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        with TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn.int8 import Int8Conv2d
 from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.qat_conv_transpose import QATConvTranspose
+from ..nn.tracing import Tracer
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base of torch's BatchNorms
 # The BatchNorm of as many dims; SyncBatchNorm takes any.
@@ -56,7 +57,7 @@ def find_folds(model: nn.Module) -> Folds:
     if not norms:
         return folds
 
-    class LayerTracer(torch.fx.Tracer):
+    class LayerTracer(Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
 

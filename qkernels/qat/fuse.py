@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.quantized import QuantizedLayer
+from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
 from .graph import Graph, LayerTracer, writes
@@ -64,13 +65,18 @@ class FusedForward:
 
     def build(self) -> None:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
-        state, built, reason = _State(self.module), None, None
-        try:
-            built = _Built(self.module)
-        except Exception as error:  # a module's forward may raise anything when traced
-            first = next(iter(str(error).splitlines()), "")[:120]
-            reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
-        self._state, self._built, self.reason = state, built, reason  # at once: other threads may call meanwhile
+        with TRACING:
+            state, built, reason = _State(self.module), None, None
+            try:
+                built = _Built(self.module)
+            except Exception as error:  # a module's forward may raise anything when traced
+                first = next(iter(str(error).splitlines()), "")[:120]
+                reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+            self._built, self.reason = built, reason
+            self._state = state  # at last, as other threads look at it first
+
+    def _is_current(self) -> bool:
+        return self._state is not None and self._state.holds()
 
     @property
     def plans(self) -> list[str]:
@@ -81,8 +87,10 @@ class FusedForward:
         module = self.module
         if kwargs or module.training or _is_watched():
             return self._own(*args, **kwargs)
-        if self._state is None or not self._state.holds():
-            self.build()
+        if not self._is_current():
+            with TRACING:
+                if not self._is_current():  # another thread may have built it meanwhile
+                    self.build()
         built, state = self._built, self._state
         if built is None or any(state.hooks) or not built.takes(args):  # type: ignore[union-attr]
             return self._own(*args)

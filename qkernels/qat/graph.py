@@ -13,13 +13,14 @@ from ..nn.int8 import Int8Linear
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
+from ..nn.tracing import Tracer
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
 
 MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
 ANY_RANK = ("linear", "quantizer", "activate", "binary")  # they also take [..., C] with any number of dims in front
 
 
-class LayerTracer(fx.Tracer):
+class LayerTracer(Tracer):
     """Layers of this package are single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..nn.tracing import Tracer
 from .copying import shadow_of
 
 
-class _LayerTracer(fx.Tracer):
+class _LayerTracer(Tracer):
     """Layers to quantize are single nodes, also those of a user's class."""
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
