@@ -41,8 +41,10 @@ def converted(job: Job, residual: bool) -> nn.Module:
     key = f"qkernels {residual}"
     if key not in job.quantized:
         config = qk.presets["w8a8"]
-        if residual:
-            config = qk.QConfig(config.weight, config.input, residual=qk.QSpec(8, symmetric=False))
+        # The states of recurrent layers too, as other engines do; by default they stay in float.
+        states = [(nn.LSTM, {"hidden": qk.QSpec(8)})] if job.model_has(nn.LSTM) else []
+        sums = qk.QSpec(8, symmetric=False) if residual else None
+        config = qk.QConfig(config.weight, config.input, residual=sums, rules=states)
         prepared = qk.prepare(job.model, config).eval()
         qk.calibrate(prepared, job.calibration, method="minmax")
         job.quantized[f"{key} quantizers"] = sum(isinstance(m, qk.nn.FakeQuantize) for m in prepared.modules())

@@ -150,8 +150,8 @@ def ao_static(job: Job, engine: str) -> nn.Module:
     if job.model_has(nn.LayerNorm):  # as in the other engines: norms, softmax and sums gain nothing by it
         mapping = mapping.set_object_type(nn.Linear, channels).set_object_type(nn.Conv2d, channels)
     else:
-        transposed = tq.QConfig(activation=activation, weight=tq.default_weight_observer)  # takes no channels
-        mapping = mapping.set_global(channels).set_object_type(nn.ConvTranspose2d, transposed)
+        # Its transposed convolutions in int8 take no scales per channel, and give wrong values with one scale.
+        mapping = mapping.set_global(channels).set_object_type(nn.ConvTranspose2d, None)
     prepared = prepare_fx(copy.deepcopy(job.model), mapping, (job.x,))
     with torch.no_grad():
         for batch in job.calibration:
