@@ -275,12 +275,42 @@ def conv_weight(name: str, shape: Sequence[int], groups: int) -> None:
     max_k(name, math.prod(shape[1:]))
 
 
+def conv_transpose_weight(
+    name: str, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> None:
+    """shape is that of a transposed convolution's weight that can be packed."""
+    require(
+        3 <= len(shape) <= 5,
+        f"{name}: got shape {list(shape)}; accepted: [C_in, C_out/groups, kernel], the kernel in 1 to 3 dims",
+    )
+    require(
+        groups >= 1 and shape[0] % groups == 0,
+        f"groups: got {groups}; accepted: a divisor of the input channels {shape[0]}",
+    )
+    for of, numbers in (("stride", stride), ("dilation", dilation)):
+        require(
+            len(numbers) == len(shape) - 2 and min(numbers) >= 1,
+            f"{of}: got {list(numbers)}; accepted: {len(shape) - 2} integers, at least 1",
+        )
+    max_k(name, shape[0] // groups * math.prod(shape[2:]))
+
+
 def conv_data(data: Tensor, shape: Sequence[int], groups: int) -> None:
     """data is a packed convolution with a weight of this shape."""
-    expected = layouts.conv_bytes(shape, groups)
+    _packed_conv(data, layouts.conv_bytes(shape, groups), "int8_conv_pack")
+
+
+def conv_transpose_data(
+    data: Tensor, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> None:
+    """data is a packed transposed convolution with a weight of this shape."""
+    _packed_conv(data, layouts.conv_transpose_bytes(shape, stride, dilation, groups), "int8_conv_transpose_pack")
+
+
+def _packed_conv(data: Tensor, expected: int, packer: str) -> None:
     require(
         data.dtype == torch.int8 and tuple(data.shape) == (expected,) and data.is_contiguous(),
-        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what int8_conv_pack gives for this weight, "
+        f"data: got {data.dtype} of shape {list(data.shape)}; accepted: what {packer} gives for this weight, "
         f"contiguous torch.int8 [{expected}]",
     )
 

@@ -5,6 +5,7 @@
 
 #include "cpu/common/int8_ops.h"
 #include "cpu/int8_conv/convolve.h"
+#include "cpu/int8_conv/transposed.h"
 #include "cpu/int8_program/kernels.h"
 
 namespace qkernels {
@@ -60,20 +61,72 @@ std::tuple<Tensor, Tensor> int8_conv_pack(const Tensor& q, int64_t groups) {
   return {data, colsum};
 }
 
-void check_packed(const Tensor& data, const ConvGeometry& g) {
+void check_packed(const Tensor& data, int64_t bytes, const char* packer) {
   check_cpu("data", data);
-  QK_CHECK(data.scalar_type() == ScalarType::Char && data.dim() == 1 && data.size(0) == conv_packed_bytes(g) &&
-               data.is_contiguous(),
-           "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
-           "; accepted: what int8_conv_pack gives for this weight, contiguous torch.int8 [", conv_packed_bytes(g), "]");
+  QK_CHECK(data.scalar_type() == ScalarType::Char && data.dim() == 1 && data.size(0) == bytes && data.is_contiguous(),
+           "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data), "; accepted: what ", packer,
+           " gives for this weight, contiguous torch.int8 [", bytes, "]");
 }
 
 Tensor int8_conv_unpack(const Tensor& data, std::vector<int64_t> shape, int64_t groups) {
   const ConvGeometry g = geometry_of("shape", shape, groups);
-  check_packed(data, g);
+  check_packed(data, conv_packed_bytes(g), "int8_conv_pack");
   record_isa(Isa::scalar);
   Tensor q = empty(shape, ScalarType::Char);
   unpack_conv(g, static_cast<const int8_t*>(data.data_ptr()), static_cast<int8_t*>(q.data_ptr()));
+  return q;
+}
+
+// A transposed convolution's weight [C_in, C_out / groups, ...].
+ConvGeometry transposed_geometry_of(const char* name, const std::vector<int64_t>& shape,
+                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
+                                    int64_t groups) {
+  std::string got;
+  for (int64_t size : shape) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  const size_t rank = shape.size();
+  QK_CHECK(rank >= 3 && rank <= 5 && *std::min_element(shape.begin(), shape.end()) >= 0, name, ": got shape [", got,
+           "]; accepted: [C_in, C_out/groups, kernel], the kernel in 1 to 3 dims");
+  QK_CHECK(groups >= 1 && shape[0] % groups == 0, "groups: got ", groups,
+           "; accepted: a divisor of the input channels ", shape[0]);
+  const auto size_of = [&](const char* of, const std::vector<int64_t>& numbers) {
+    got.clear();
+    for (int64_t number : numbers) got += (got.empty() ? "" : ", ") + std::to_string(number);
+    QK_CHECK(numbers.size() == rank - 2 && *std::min_element(numbers.begin(), numbers.end()) >= 1, of, ": got [", got,
+             "]; accepted: ", rank - 2, " integers, at least 1");
+    return Size3{rank > 4 ? numbers[0] : 1, rank > 3 ? numbers[rank - 4] : 1, numbers[rank - 3]};
+  };
+  ConvGeometry g{};
+  g.in_channels = shape[0];
+  g.out_channels = shape[1] * groups;
+  g.groups = groups;
+  g.kernel = {rank > 4 ? shape[2] : 1, rank > 3 ? shape[rank - 2] : 1, shape[rank - 1]};
+  g.stride = size_of("stride", stride);
+  g.dilation = size_of("dilation", dilation);
+  check_k(name, shape[0] / groups * g.kernel.d * g.kernel.h * g.kernel.w);
+  return g;
+}
+
+std::tuple<Tensor, Tensor> int8_conv_transpose_pack(const Tensor& q, std::vector<int64_t> stride,
+                                                    std::vector<int64_t> dilation, int64_t groups) {
+  check_cpu("q", q);
+  QK_CHECK(q.scalar_type() == ScalarType::Char, "q: got ", dtype_name(q.scalar_type()), "; accepted: torch.int8");
+  const ConvGeometry g = transposed_geometry_of("q", to_vector(q.sizes()), stride, dilation, groups);
+  record_isa(Isa::scalar);
+  Tensor data = empty({transposed_packed_bytes(g)}, ScalarType::Char);
+  Tensor colsum = empty({transposed_classes(g), g.out_channels}, ScalarType::Int);
+  const Tensor codes = to_contiguous(q);
+  pack_transposed(g, static_cast<const int8_t*>(codes.data_ptr()), static_cast<int8_t*>(data.data_ptr()),
+                  static_cast<int32_t*>(colsum.data_ptr()));
+  return {data, colsum};
+}
+
+Tensor int8_conv_transpose_unpack(const Tensor& data, std::vector<int64_t> shape, std::vector<int64_t> stride,
+                                  std::vector<int64_t> dilation, int64_t groups) {
+  const ConvGeometry g = transposed_geometry_of("shape", shape, stride, dilation, groups);
+  check_packed(data, transposed_packed_bytes(g), "int8_conv_transpose_pack");
+  record_isa(Isa::scalar);
+  Tensor q = empty(shape, ScalarType::Char);
+  unpack_transposed(g, static_cast<const int8_t*>(data.data_ptr()), static_cast<int8_t*>(q.data_ptr()));
   return q;
 }
 
@@ -183,7 +236,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   g.out = {1, out_size("height", x.size(2) + 2 * border.h, kernel.h, step.h, spread.h),
            out_size("width", x.size(3) + 2 * border.w, kernel.w, step.w, spread.w)};
   check_k("data", g.in_channels / groups * kernel.h * kernel.w);
-  check_packed(data, g);
+  check_packed(data, conv_packed_bytes(g), "int8_conv_pack");
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
            dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");
   const auto channel_scale = float_vector("scale", scale, g.out_channels, -1, false, "[C_out]");
@@ -247,4 +300,6 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("int8_conv2d", TORCH_BOX(&qkernels::int8_conv2d));
   m.impl("int8_conv_pack", TORCH_BOX(&qkernels::int8_conv_pack));
   m.impl("int8_conv_unpack", TORCH_BOX(&qkernels::int8_conv_unpack));
+  m.impl("int8_conv_transpose_pack", TORCH_BOX(&qkernels::int8_conv_transpose_pack));
+  m.impl("int8_conv_transpose_unpack", TORCH_BOX(&qkernels::int8_conv_transpose_unpack));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,25 @@ def _fake_pack(q: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     gemm_checks.conv_weight("q", q.shape, groups)
     data = q.new_empty((layouts.conv_bytes(q.shape, groups),), dtype=torch.int8)
     return data, q.new_empty((q.shape[0],), dtype=torch.int32)
+
+
+def _transpose_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    if x.dim() == 2:
+        yield samples.codes(6, *x.shape), [2], [1], 1
+        yield samples.codes(6, 3, 3, 4), [2, 3], [1, 2], 3
+
+
+def _transpose_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
+    for q, *geometry in _transpose_pack_samples(x):
+        yield reference.int8_conv_transpose_pack(q, *geometry)[0], list(q.shape), *geometry
+
+
+def _fake_transpose_pack(
+    q: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[Tensor, Tensor]:
+    gemm_checks.conv_transpose_weight("q", q.shape, stride, dilation, groups)
+    data = q.new_empty((layouts.conv_transpose_bytes(q.shape, stride, dilation, groups),), dtype=torch.int8)
+    return data, q.new_empty((math.prod(stride), q.shape[1] * groups), dtype=torch.int32)
 
 
 def _fake_conv2d(
@@ -89,6 +109,24 @@ int8_conv_unpack = library.define(
     lambda data, shape, groups: data.new_empty(shape),
     cpu=("scalar",),
     samples=_unpack_samples,
+)
+
+
+int8_conv_transpose_pack = library.define(
+    "int8_conv_transpose_pack",
+    "(Tensor q, SymInt[] stride, SymInt[] dilation, SymInt groups) -> (Tensor data, Tensor colsum)",
+    reference.int8_conv_transpose_pack,
+    _fake_transpose_pack,
+    cpu=("scalar",),
+    samples=_transpose_pack_samples,
+)
+int8_conv_transpose_unpack = library.define(
+    "int8_conv_transpose_unpack",
+    "(Tensor data, SymInt[] shape, SymInt[] stride, SymInt[] dilation, SymInt groups) -> Tensor",
+    reference.int8_conv_transpose_unpack,
+    lambda data, shape, stride, dilation, groups: data.new_empty(shape),
+    cpu=("scalar",),
+    samples=_transpose_unpack_samples,
 )
 
 
