@@ -6,12 +6,15 @@ namespace {
 
 constexpr Isa kDepthwiseIsa = Isa::scalar;
 
-// Adds a product of all channels of a block, and returns the weights of the next.
+// Adds a product of all channels of a block, and returns the weights of the next. Sums may leave int32 on the way.
 inline const int8_t* add_product(const uint8_t* const (&rows)[4], const int8_t* weights, int64_t width, int32_t* sums) {
   for (int64_t q = 0; q < 4; ++q)
     for (int64_t c = q * 4; c < width; c += 16)
-      for (int64_t i = c; i < c + 4; ++i, weights += 4)
-        for (int64_t r = 0; r < 4; ++r) sums[i] += rows[r][i] * weights[r];
+      for (int64_t i = c; i < c + 4; ++i, weights += 4) {
+        const int32_t product =
+            rows[0][i] * weights[0] + rows[1][i] * weights[1] + rows[2][i] * weights[2] + rows[3][i] * weights[3];
+        sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(product));
+      }
   return weights;
 }
 

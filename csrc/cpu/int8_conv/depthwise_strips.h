@@ -8,7 +8,7 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr int64_t kStrip = 32;             // most outputs of a strip: their sums are 8 KiB
+constexpr int64_t kStrip = 16;             // most outputs of a strip: their sums are 8 KiB
 constexpr int64_t kStripBytes = 20 << 10;  // of interleaved codes, beside which sums and weights fit 32 KiB
 
 // The columns of 4 rows that are interleaved for a strip, in memory [4][columns] vectors. Output i reads for product k
@@ -76,51 +76,49 @@ QK_INLINE inline void add_dense_group(Sums (&sums)[N], const uint8_t* column, co
   }
 }
 
-// Returns whether the group is of a size for which that is compiled.
-template <int N>
+// Does so if the group has as many products, and returns whether it did.
+template <int Products, int N>
 QK_INLINE inline bool add_dense(Sums (&sums)[N], const StripGroup& group, const uint8_t* column,
                                 const uint8_t* weights) {
-  if constexpr (kManyRegisters) {
-    if (group.product_step != 1 || group.output_step > 2) return false;
-    const bool one = group.output_step == 1;
-    if (group.products == 5) {
-      one ? add_dense_group<5, 1>(sums, column, weights) : add_dense_group<5, 2>(sums, column, weights);
-      return true;
-    }
-    if (group.products == 7) {
-      one ? add_dense_group<7, 1>(sums, column, weights) : add_dense_group<7, 2>(sums, column, weights);
-      return true;
-    }
-  }
-  return false;
+  if (group.products != Products || group.product_step != 1 || group.output_step > 2) return false;
+  if (group.output_step == 1)
+    add_dense_group<Products, 1>(sums, column, weights);
+  else
+    add_dense_group<Products, 2>(sums, column, weights);
+  return true;
 }
 
-using Tile = void (*)(const StripGroup*, int64_t, int64_t, int, const uint8_t*, const int32_t*, int64_t, int32_t*);
+// The sums of N outputs from the one with number `first` on: what is at `from` and all products of the groups. Weights
+// are [product][4] vectors; sums are kChannels apart, and `from` from_step.
+using Tile = void (*)(const StripGroup* groups, int64_t n_groups, int64_t first, const uint8_t* weights,
+                      const int32_t* from, int64_t from_step, int32_t* to);
 
-// The sums of vector q of N outputs, from the one with number `first` on: what is at `from` and all products of the
-// groups. Weights are [product][4] vectors; sums are kChannels apart, and `from` from_step.
 template <int N>
-void tile(const StripGroup* groups, int64_t n_groups, int64_t first, int q, const uint8_t* weights, const int32_t* from,
+void tile(const StripGroup* groups, int64_t n_groups, int64_t first, const uint8_t* weights, const int32_t* from,
           int64_t from_step, int32_t* to) {
-  Sums sums[N];
+  for (int q = 0; q < 4; ++q, weights += kVectorBytes, from += kLanes * 4, to += kLanes * 4) {
+    Sums sums[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) sums[i] = load_sums(from + i * from_step);
-  for (int64_t g = 0; g < n_groups; ++g) {
-    const StripGroup& group = groups[g];
-    const int64_t output_step = group.output_step * kVectorBytes, product_step = group.product_step * kVectorBytes;
-    const uint8_t* column = group.data + q * group.columns * kVectorBytes + first * output_step;
-    if (add_dense(sums, group, column, weights)) {
-      weights += group.products * 4 * kVectorBytes;
-      continue;
-    }
-    for (int64_t k = 0; k < group.products; ++k, column += product_step, weights += 4 * kVectorBytes) {
-      const Weights w = load_interleaved(weights);
+    for (int i = 0; i < N; ++i) sums[i] = load_sums(from + i * from_step);
+    const uint8_t* w = weights;
+    for (int64_t g = 0; g < n_groups; ++g) {
+      const StripGroup& group = groups[g];
+      const int64_t output_step = group.output_step * kVectorBytes, product_step = group.product_step * kVectorBytes;
+      const uint8_t* column = group.data + q * group.columns * kVectorBytes + first * output_step;
+      if (add_dense<3>(sums, group, column, w) ||
+          (kManyRegisters && (add_dense<5>(sums, group, column, w) || add_dense<7>(sums, group, column, w)))) {
+        w += group.products * 4 * kVectorBytes;
+        continue;
+      }
+      for (int64_t k = 0; k < group.products; ++k, column += product_step, w += 4 * kVectorBytes) {
+        const Weights weight = load_interleaved(w);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i] = multiply_add(sums[i], load_interleaved(column + i * output_step), w);
+        for (int i = 0; i < N; ++i) sums[i] = multiply_add(sums[i], load_interleaved(column + i * output_step), weight);
+      }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(to + i * kChannels, sums[i]);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) store(to + i * kChannels, sums[i]);
 }
 
 template <int... N>
@@ -133,14 +131,11 @@ constexpr auto kTiles = make_tiles(std::make_integer_sequence<int, kMostOutputs>
 inline void add_products(const StripGroup* groups, int64_t n_groups, int64_t outputs, const uint8_t* weights,
                          const int32_t* from, int64_t from_step, int32_t* sums) {
   const int64_t tiles = (outputs + kMostOutputs - 1) / kMostOutputs;
-  for (int q = 0; q < 4; ++q)
-    for (int64_t i = 0, first = 0, n; i < tiles; ++i, first += n) {
-      n = (outputs - first) / (tiles - i);
-      const int64_t vector = q * kLanes * 4;
-      kTiles[static_cast<size_t>(n - 1)](groups, n_groups, first, q, weights + q * kVectorBytes,
-                                         from + first * from_step + vector, from_step,
-                                         sums + first * kChannels + vector);
-    }
+  for (int64_t i = 0, first = 0, n; i < tiles; ++i, first += n) {
+    n = (outputs - first) / (tiles - i);
+    kTiles[static_cast<size_t>(n - 1)](groups, n_groups, first, weights, from + first * from_step, from_step,
+                                       sums + first * kChannels);
+  }
 }
 
 inline uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
