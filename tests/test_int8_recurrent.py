@@ -171,7 +171,7 @@ REFUSALS: tuple[tuple[dict[str, Any], str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSALS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "message"), REFUSALS, ids=[message[:40] for _, message in REFUSALS])
 @pytest.mark.parametrize("kernel", kernels_of(OP))
 def test_refusals(kernel: str, change: dict[str, Any], message: str) -> None:
     mode = change.get("mode", "LSTM")
