@@ -106,22 +106,22 @@ ConvGeometry transposed_geometry_of(const char* name, const std::vector<int64_t>
   return g;
 }
 
-std::tuple<Tensor, Tensor> int8_conv_transpose_pack(const Tensor& q, std::vector<int64_t> stride,
-                                                    std::vector<int64_t> dilation, int64_t groups) {
+std::tuple<Tensor, Tensor> int8_conv_transpose_pack(const Tensor& q, int64_t groups, std::vector<int64_t> stride,
+                                                    std::vector<int64_t> dilation) {
   check_cpu("q", q);
   QK_CHECK(q.scalar_type() == ScalarType::Char, "q: got ", dtype_name(q.scalar_type()), "; accepted: torch.int8");
   const ConvGeometry g = transposed_geometry_of("q", to_vector(q.sizes()), stride, dilation, groups);
   record_isa(Isa::scalar);
   Tensor data = empty({transposed_packed_bytes(g)}, ScalarType::Char);
-  Tensor colsum = empty({transposed_classes(g), g.out_channels}, ScalarType::Int);
+  Tensor colsum = empty({transposed_classes(g) * g.out_channels}, ScalarType::Int);
   const Tensor codes = to_contiguous(q);
   pack_transposed(g, static_cast<const int8_t*>(codes.data_ptr()), static_cast<int8_t*>(data.data_ptr()),
                   static_cast<int32_t*>(colsum.data_ptr()));
   return {data, colsum};
 }
 
-Tensor int8_conv_transpose_unpack(const Tensor& data, std::vector<int64_t> shape, std::vector<int64_t> stride,
-                                  std::vector<int64_t> dilation, int64_t groups) {
+Tensor int8_conv_transpose_unpack(const Tensor& data, std::vector<int64_t> shape, int64_t groups,
+                                  std::vector<int64_t> stride, std::vector<int64_t> dilation) {
   const ConvGeometry g = transposed_geometry_of("shape", shape, stride, dilation, groups);
   check_packed(data, transposed_packed_bytes(g), "int8_conv_transpose_pack");
   record_isa(Isa::scalar);

@@ -135,7 +135,7 @@ inline V activate(V x, Activation activation, float low = 0, float high = 0) {
     case Activation::gelu: return gelu(x);
     case Activation::silu: return x * sigmoid(x);
     case Activation::sigmoid: return sigmoid(x);
-    case Activation::tanh: return hyperbolic_tangent(x);
+    case Activation::tanh: return tanh(x);
     case Activation::clamp: return min(V::set1(high), max(V::set1(low), x));
     case Activation::leaky_relu: return leaky_relu(x, low);
     case Activation::hardswish: return hardswish(x);
