@@ -209,7 +209,7 @@ def test_errors_of_packing(reference_too: bool) -> None:
         r"stride: got \[2\]; accepted: 2 integers, at least 1": lambda: int8_conv_transpose_pack(q, 1, [2], [1, 1]),
         r"dilation: got \[1, 0\]; accepted: 2": lambda: int8_conv_transpose_pack(q, 1, [2, 2], [1, 0]),
         "data: got .* what int8_conv_transpose_pack gives": lambda: int8_conv_transpose_unpack(
-            data, q.shape, [1, 1], [1, 1], 1
+            data, q.shape, 1, [1, 1], [1, 1]
         ),
     }
     with library.use_kernel("reference" if reference_too else "cpu_scalar"):

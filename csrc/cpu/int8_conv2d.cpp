@@ -162,22 +162,35 @@ const float* row_of(const Tensor& x, int64_t n, int64_t h) {
   return static_cast<const float*>(x.data_ptr()) + n * x.stride(0) + h * x.stride(2);
 }
 
+// Of x in planes, so many planes are read at a time, row by row: more streams than that are not prefetched. Codes of so
+// many rows stay in the second-level cache until their pixels have all channels.
+constexpr int64_t kPlanesAtOnce = 16, kCodesOfRows = 128 << 10;
+
 // Writes images first... of x as codes. Returns whether they hold a NaN.
 bool quantize_images(const Tensor& x, int64_t first, const Quantizer& q, const CodeImage& to) {
   const ProgramKernels& kernels = program_kernels();
   const int64_t width = to.size.w, channels = to.channels, stride_c = x.stride(1);
+  const int64_t rows = std::clamp<int64_t>(kCodesOfRows / std::max<int64_t>(1, width * channels), 1, to.size.h);
   const bool channels_last = stride_c == 1 && x.stride(3) == channels;
   std::atomic<bool> nan{false};
+  const auto row_of_codes = [&](int64_t i) {
+    return to.data + i / to.size.h * to.stride_n + i % to.size.h * to.stride_h;
+  };
+  const auto row_of_x = [&](int64_t i) { return row_of(x, first + i / to.size.h, i % to.size.h); };
   torch::stable::parallel_for(
       0, to.batch * to.size.h, grain(kPointwiseGrain, width * channels), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = i / to.size.h, h = i % to.size.h;
-          const float* from = row_of(x, first + n, h);
-          uint8_t* row = to.data + n * to.stride_n + h * to.stride_h;
-          if (channels_last ? kernels.quantize(from, width * channels, q, row)
-                            : kernels.quantize_planes(from, stride_c, channels, width, q, row, channels))
-            nan = true;
-        }
+        bool found = false;
+        if (channels_last)
+          for (int64_t i = begin; i < end; ++i)
+            found |= kernels.quantize(row_of_x(i), width * channels, q, row_of_codes(i));
+        else
+          for (int64_t block = begin; block < end; block += rows)
+            for (int64_t c = 0; c < channels; c += kPlanesAtOnce)
+              for (int64_t i = block; i < std::min(end, block + rows); ++i)
+                found |=
+                    kernels.quantize_planes(row_of_x(i) + c * stride_c, stride_c, std::min(kPlanesAtOnce, channels - c),
+                                            width, q, row_of_codes(i) + c, channels);
+        if (found) nan = true;
       });
   return nan;
 }
