@@ -276,7 +276,7 @@ def conv_weight(name: str, shape: Sequence[int], groups: int) -> None:
 
 
 def conv_transpose_weight(
-    name: str, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+    name: str, shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> None:
     """shape is that of a transposed convolution's weight that can be packed."""
     require(
@@ -301,10 +301,10 @@ def conv_data(data: Tensor, shape: Sequence[int], groups: int) -> None:
 
 
 def conv_transpose_data(
-    data: Tensor, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+    data: Tensor, shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> None:
     """data is a packed transposed convolution with a weight of this shape."""
-    _packed_conv(data, layouts.conv_transpose_bytes(shape, stride, dilation, groups), "int8_conv_transpose_pack")
+    _packed_conv(data, layouts.conv_transpose_bytes(shape, groups, stride, dilation), "int8_conv_transpose_pack")
 
 
 def _packed_conv(data: Tensor, expected: int, packer: str) -> None:

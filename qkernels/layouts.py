@@ -183,6 +183,8 @@ def conv_bytes(shape: Sequence[int], groups: int) -> int:
 def conv_places(shape: Sequence[int], groups: int, device: torch.device) -> Tensor:
     """Where in a packed convolution each of its codes lies: int64 of the weight's shape."""
     n, c, *kernel = shape
+    if math.prod(shape) == 0:
+        return torch.empty(list(shape), dtype=torch.int64, device=device)
     if _is_depthwise(shape, groups):
         return _depthwise_places(n, kernel, device).reshape(*shape)
     block_groups, panels, runs, run = _conv_layout(shape, groups)
@@ -218,10 +220,10 @@ def conv_unpack(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
 # in reverse order. The packed convolutions of the classes follow each other, and so do their sums of codes.
 
 
-def _class_weights(q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]) -> Iterator[Tensor]:
-    """The weight [C_out, C_in/groups, taps] of each class."""
-    c_in, _, *kernel = q.shape
-    w = q.unflatten(0, (groups, c_in // groups)).transpose(1, 2).flatten(0, 1)
+def _class_taps(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Iterator[tuple[list[int], ...]]:
+    """For each class its taps along each dim, in its order."""
 
     def taps(dim: int) -> list[list[int]]:
         return [
@@ -229,11 +231,25 @@ def _class_weights(q: Tensor, groups: int, stride: Sequence[int], dilation: Sequ
             for place in range(stride[dim])
         ]
 
-    for chosen in itertools.product(*map(taps, range(len(kernel)))):
+    return itertools.product(*map(taps, range(len(kernel))))
+
+
+def _class_weights(q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]) -> Iterator[Tensor]:
+    """The weight [C_out, C_in/groups, taps] of each class."""
+    c_in, _, *kernel = q.shape
+    w = q.unflatten(0, (groups, c_in // groups)).transpose(1, 2).flatten(0, 1)
+    for chosen in _class_taps(kernel, stride, dilation):
         part = w
         for dim, indices in enumerate(chosen, 2):
             part = part.index_select(dim, torch.tensor(indices, dtype=torch.int64, device=q.device))
         yield part
+
+
+def conv_transpose_bytes(shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]) -> int:
+    """How many bytes a packed transposed convolution has."""
+    c_in, group_out, *kernel = shape
+    weight = group_out * groups, c_in // groups
+    return sum(conv_bytes((*weight, *map(len, taps)), groups) for taps in _class_taps(kernel, stride, dilation))
 
 
 def conv_transpose_pack(

@@ -115,7 +115,7 @@ def test_random_transposed_convolutions(kernel: str, seed: int) -> None:
         padding, added = [0, 0, 0], [0, 0, 0]
         each = zip(size, stride, dilation, window, strict=True)
         shape = [(s - 1) * t + d * (k - 1) + 1 for s, t, d, k in each]
-    data, colsum = int8_conv_transpose_pack(codes(c_in, c_out // groups, *window), stride, dilation, groups)
+    data, colsum = int8_conv_transpose_pack(codes(c_in, c_out // groups, *window), groups, stride, dilation)
     plan = Plan()
     x, other = plan.input(), plan.input()
     q, out = plan.quantizer(0.03, draw.choice((None, -128, 5))), plan.quantizer(0.5, -9)
@@ -175,14 +175,14 @@ def test_packing_follows_its_drawing_and_returns(shape: tuple[int, ...], groups:
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 2), (2, 2)])
 def test_packing_of_transposed_weights(shape: tuple[int, ...], groups: int, stride: int, dilation: int) -> None:
     q, rank = codes(*shape), len(shape) - 2
-    geometry = [stride] * rank, [dilation] * rank, groups
+    geometry = groups, [stride] * rank, [dilation] * rank
     data, colsum = int8_conv_transpose_pack(q, *geometry)
     want, sums = layouts.conv_transpose_pack(q, *geometry)
     assert torch.equal(data, want)
     assert torch.equal(colsum, sums)
-    assert colsum.shape == (stride**rank, shape[1] * groups)
-    by_group = q.flatten(2).sum(2, dtype=torch.int32).view(groups, -1, shape[1]).sum(1).flatten()
-    assert torch.equal(colsum.sum(0), by_group)
+    assert colsum.shape == (stride**rank * shape[1] * groups,)
+    by_group = q.flatten(2).sum(2).view(groups, -1, shape[1]).sum(1, dtype=torch.int32).flatten()
+    assert torch.equal(colsum.view(stride**rank, -1).sum(0, dtype=torch.int32), by_group)
     assert torch.equal(int8_conv_transpose_unpack(data, shape, *geometry), q)
     assert torch.equal(layouts.conv_transpose_unpack(data, shape, *geometry), q)
 
@@ -205,11 +205,11 @@ def test_errors_of_packing(reference_too: bool) -> None:
         r"data: got torch.int8 of shape \[9\]; accepted: what int8_conv_pack gives .*\[1152\]": lambda: (
             int8_conv_unpack(data, q.shape, 1)
         ),
-        "groups: got 0; accepted: a divisor of the input": lambda: int8_conv_transpose_pack(q, [1, 1], [1, 1], 0),
-        r"stride: got \[2\]; accepted: 2 integers, at least 1": lambda: int8_conv_transpose_pack(q, [2], [1, 1], 1),
-        r"dilation: got \[1, 0\]; accepted: 2": lambda: int8_conv_transpose_pack(q, [2, 2], [1, 0], 1),
+        "groups: got 0; accepted: a divisor of the input": lambda: int8_conv_transpose_pack(q, 0, [1, 1], [1, 1]),
+        r"stride: got \[2\]; accepted: 2 integers, at least 1": lambda: int8_conv_transpose_pack(q, 1, [2], [1, 1]),
+        r"dilation: got \[1, 0\]; accepted: 2": lambda: int8_conv_transpose_pack(q, 1, [2, 2], [1, 0]),
         "data: got .* what int8_conv_transpose_pack gives": lambda: int8_conv_transpose_unpack(
-            data, q.shape, [1, 1], [1, 1], 1
+            data, q.shape, 1, [1, 1], [1, 1]
         ),
     }
     with library.use_kernel("reference" if reference_too else "cpu_scalar"):
@@ -221,6 +221,6 @@ def test_errors_of_packing(reference_too: bool) -> None:
 def test_opcheck_of_packing() -> None:
     q = codes(6, 2, 3, 3)
     torch.library.opcheck(torch.ops.qkernels.int8_conv_pack.default, (q, 2))
-    torch.library.opcheck(torch.ops.qkernels.int8_conv_transpose_pack.default, (q, [2, 2], [1, 1], 2))
+    torch.library.opcheck(torch.ops.qkernels.int8_conv_transpose_pack.default, (q, 2, [2, 2], [1, 1]))
     unpack = (int8_conv_pack(q, 2)[0], [6, 2, 3, 3], 2)
     torch.library.opcheck(torch.ops.qkernels.int8_conv_unpack.default, unpack)

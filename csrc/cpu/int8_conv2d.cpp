@@ -106,22 +106,22 @@ ConvGeometry transposed_geometry_of(const char* name, const std::vector<int64_t>
   return g;
 }
 
-std::tuple<Tensor, Tensor> int8_conv_transpose_pack(const Tensor& q, std::vector<int64_t> stride,
-                                                    std::vector<int64_t> dilation, int64_t groups) {
+std::tuple<Tensor, Tensor> int8_conv_transpose_pack(const Tensor& q, int64_t groups, std::vector<int64_t> stride,
+                                                    std::vector<int64_t> dilation) {
   check_cpu("q", q);
   QK_CHECK(q.scalar_type() == ScalarType::Char, "q: got ", dtype_name(q.scalar_type()), "; accepted: torch.int8");
   const ConvGeometry g = transposed_geometry_of("q", to_vector(q.sizes()), stride, dilation, groups);
   record_isa(Isa::scalar);
   Tensor data = empty({transposed_packed_bytes(g)}, ScalarType::Char);
-  Tensor colsum = empty({transposed_classes(g), g.out_channels}, ScalarType::Int);
+  Tensor colsum = empty({transposed_classes(g) * g.out_channels}, ScalarType::Int);
   const Tensor codes = to_contiguous(q);
   pack_transposed(g, static_cast<const int8_t*>(codes.data_ptr()), static_cast<int8_t*>(data.data_ptr()),
                   static_cast<int32_t*>(colsum.data_ptr()));
   return {data, colsum};
 }
 
-Tensor int8_conv_transpose_unpack(const Tensor& data, std::vector<int64_t> shape, std::vector<int64_t> stride,
-                                  std::vector<int64_t> dilation, int64_t groups) {
+Tensor int8_conv_transpose_unpack(const Tensor& data, std::vector<int64_t> shape, int64_t groups,
+                                  std::vector<int64_t> stride, std::vector<int64_t> dilation) {
   const ConvGeometry g = transposed_geometry_of("shape", shape, stride, dilation, groups);
   check_packed(data, transposed_packed_bytes(g), "int8_conv_transpose_pack");
   record_isa(Isa::scalar);
@@ -162,22 +162,35 @@ const float* row_of(const Tensor& x, int64_t n, int64_t h) {
   return static_cast<const float*>(x.data_ptr()) + n * x.stride(0) + h * x.stride(2);
 }
 
+// Of x in planes, so many planes are read at a time, row by row: more streams than that are not prefetched. Codes of so
+// many rows stay in the second-level cache until their pixels have all channels.
+constexpr int64_t kPlanesAtOnce = 16, kCodesOfRows = 128 << 10;
+
 // Writes images first... of x as codes. Returns whether they hold a NaN.
 bool quantize_images(const Tensor& x, int64_t first, const Quantizer& q, const CodeImage& to) {
   const ProgramKernels& kernels = program_kernels();
   const int64_t width = to.size.w, channels = to.channels, stride_c = x.stride(1);
+  const int64_t rows = std::clamp<int64_t>(kCodesOfRows / std::max<int64_t>(1, width * channels), 1, to.size.h);
   const bool channels_last = stride_c == 1 && x.stride(3) == channels;
   std::atomic<bool> nan{false};
+  const auto row_of_codes = [&](int64_t i) {
+    return to.data + i / to.size.h * to.stride_n + i % to.size.h * to.stride_h;
+  };
+  const auto row_of_x = [&](int64_t i) { return row_of(x, first + i / to.size.h, i % to.size.h); };
   torch::stable::parallel_for(
       0, to.batch * to.size.h, grain(kPointwiseGrain, width * channels), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = i / to.size.h, h = i % to.size.h;
-          const float* from = row_of(x, first + n, h);
-          uint8_t* row = to.data + n * to.stride_n + h * to.stride_h;
-          if (channels_last ? kernels.quantize(from, width * channels, q, row)
-                            : kernels.quantize_planes(from, stride_c, channels, width, q, row, channels))
-            nan = true;
-        }
+        bool found = false;
+        if (channels_last)
+          for (int64_t i = begin; i < end; ++i)
+            found |= kernels.quantize(row_of_x(i), width * channels, q, row_of_codes(i));
+        else
+          for (int64_t block = begin; block < end; block += rows)
+            for (int64_t c = 0; c < channels; c += kPlanesAtOnce)
+              for (int64_t i = block; i < std::min(end, block + rows); ++i)
+                found |=
+                    kernels.quantize_planes(row_of_x(i) + c * stride_c, stride_c, std::min(kPlanesAtOnce, channels - c),
+                                            width, q, row_of_codes(i) + c, channels);
+        if (found) nan = true;
       });
   return nan;
 }

@@ -46,8 +46,8 @@ def _fake_pack(q: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _transpose_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() == 2:
-        yield samples.codes(6, *x.shape), [2], [1], 1
-        yield samples.codes(6, 3, 3, 4), [2, 3], [1, 2], 3
+        yield samples.codes(6, *x.shape), 1, [2], [1]
+        yield samples.codes(6, 3, 3, 4), 3, [2, 3], [1, 2]
 
 
 def _transpose_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -56,11 +56,11 @@ def _transpose_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def _fake_transpose_pack(
-    q: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+    q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    gemm_checks.conv_transpose_weight("q", q.shape, stride, dilation, groups)
-    data = q.new_empty((layouts.conv_transpose_bytes(q.shape, stride, dilation, groups),), dtype=torch.int8)
-    return data, q.new_empty((math.prod(stride), q.shape[1] * groups), dtype=torch.int32)
+    gemm_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
+    data = q.new_empty((layouts.conv_transpose_bytes(q.shape, groups, stride, dilation),), dtype=torch.int8)
+    return data, q.new_empty((math.prod(stride) * q.shape[1] * groups,), dtype=torch.int32)
 
 
 def _fake_conv2d(
@@ -114,7 +114,7 @@ int8_conv_unpack = library.define(
 
 int8_conv_transpose_pack = library.define(
     "int8_conv_transpose_pack",
-    "(Tensor q, SymInt[] stride, SymInt[] dilation, SymInt groups) -> (Tensor data, Tensor colsum)",
+    "(Tensor q, SymInt groups, SymInt[] stride, SymInt[] dilation) -> (Tensor data, Tensor colsum)",
     reference.int8_conv_transpose_pack,
     _fake_transpose_pack,
     cpu=("scalar",),
@@ -122,9 +122,9 @@ int8_conv_transpose_pack = library.define(
 )
 int8_conv_transpose_unpack = library.define(
     "int8_conv_transpose_unpack",
-    "(Tensor data, SymInt[] shape, SymInt[] stride, SymInt[] dilation, SymInt groups) -> Tensor",
+    "(Tensor data, SymInt[] shape, SymInt groups, SymInt[] stride, SymInt[] dilation) -> Tensor",
     reference.int8_conv_transpose_unpack,
-    lambda data, shape, stride, dilation, groups: data.new_empty(shape),
+    lambda data, shape, groups, stride, dilation: data.new_empty(shape),
     cpu=("scalar",),
     samples=_transpose_unpack_samples,
 )

@@ -27,21 +27,21 @@ def int8_conv_unpack(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
 
 
 def int8_conv_transpose_pack(
-    q: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int
+    q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Codes [C_in, C_out/groups, *kernel] packed, and the sums of each class's output channels, [classes, C_out]."""
+    """Codes [C_in, C_out/groups, *kernel] packed, and the sums of codes of its classes, [classes·C_out]."""
     gemm_checks.require(q.dtype == torch.int8, f"q: got {q.dtype}; accepted: torch.int8")
-    gemm_checks.conv_transpose_weight("q", q.shape, stride, dilation, groups)
-    return layouts.conv_transpose_pack(q, stride, dilation, groups)
+    gemm_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
+    return layouts.conv_transpose_pack(q, groups, stride, dilation)
 
 
 def int8_conv_transpose_unpack(
-    data: Tensor, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+    data: Tensor, shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """The codes [C_in, C_out/groups, *kernel] that were packed into ``data``."""
-    gemm_checks.conv_transpose_weight("shape", shape, stride, dilation, groups)
-    gemm_checks.conv_transpose_data(data, shape, stride, dilation, groups)
-    return layouts.conv_transpose_unpack(data, shape, stride, dilation, groups)
+    gemm_checks.conv_transpose_weight("shape", shape, groups, stride, dilation)
+    gemm_checks.conv_transpose_data(data, shape, groups, stride, dilation)
+    return layouts.conv_transpose_unpack(data, shape, groups, stride, dilation)
 
 
 def int8_conv2d(

@@ -34,13 +34,44 @@ inline F32 load_operand(const Operand& x, int64_t i, Tail... tail) {
   return x.floats ? F32::load(x.floats + i, tail...) : value_of(F32::load(x.codes + i, tail...), x.quantizer);
 }
 
+#if QK_PATH == QK_PATH_AVX512VNNI
+// The codes of 64 floats, in 8 instructions for 16. Steps beyond 2**15 saturate in every conversion.
+inline uint64_t quantize_64(const float* x, const Quantizer& q, uint8_t* codes) {
+  const __m512 inverse = _mm512_set1_ps(q.inverse), most = _mm512_set1_ps(1e9f);
+  const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(q.zero_point + 128));
+  const __m512i low = _mm512_set1_epi8(static_cast<char>(q.low + 128));
+  const __m512i high = _mm512_set1_epi8(static_cast<char>(q.high + 128));
+  // Packing leaves 4 elements of each of the 4 vectors in every 128 bits.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  uint64_t nan = 0;
+  const auto steps = [&](int64_t i) QK_INLINE {
+    const __m512 v = _mm512_loadu_ps(x + i), t = _mm512_mul_ps(v, inverse);
+    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __mmask16 number = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
+    return _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(t, most));
+  };
+  const auto words = [&](int64_t i) QK_INLINE {
+    return _mm512_adds_epi16(_mm512_packs_epi32(steps(i), steps(i + 16)), zero_point);
+  };
+  const __m512i first = words(0);
+  __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, words(32)));
+  bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+  _mm512_storeu_si512(codes, bytes);
+  return nan;
+}
+#endif
+
 bool quantize(const float* x, int64_t n, const Quantizer& q, uint8_t* codes) {
   const Coder coder(q);
-  uint32_t nan = 0;
-  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
-    const F32 v = F32::load(x + i, tail...);
+  uint64_t nan = 0;
+  int64_t done = 0;
+#if QK_PATH == QK_PATH_AVX512VNNI
+  for (; done + 64 <= n; done += 64) nan |= quantize_64(x + done, q, codes + done);
+#endif
+  for_each_16(n - done, [&](int64_t i, auto... tail) QK_INLINE {
+    const F32 v = F32::load(x + done + i, tail...);
     nan |= is_nan(v).bits();
-    coder(v).store(codes + i, tail...);
+    coder(v).store(codes + done + i, tail...);
   });
   return nan != 0;
 }
