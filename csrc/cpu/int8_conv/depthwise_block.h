@@ -5,6 +5,7 @@
 #include "cpu/int8_conv/depthwise_output.h"
 #include "cpu/int8_conv/depthwise_vectors.h"
 
+#if QK_PATH != QK_PATH_SCALAR
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
@@ -113,5 +114,6 @@ struct FloatSink {
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+#endif
 
 #endif
