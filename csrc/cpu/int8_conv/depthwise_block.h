@@ -5,6 +5,7 @@
 #include "cpu/int8_conv/depthwise_output.h"
 #include "cpu/int8_conv/depthwise_vectors.h"
 
+#if QK_PATH != QK_PATH_SCALAR
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
@@ -93,9 +94,47 @@ struct CodeSink {
   }
 };
 
-// The same for all other kinds of output.
+// The same for floats with the channels innermost.
 template <int Width>
 struct FloatSink {
+  using Finish = Epilogue<Residual::none, true, false, true>;
+
+  const Parts<Width>& parts;
+  const BlockValues<Width>& values;
+  const ConvOutput output;
+  const PixelResults results;
+  const Finish finish;
+
+  FloatSink(const Parts<Width>& row_parts, const BlockValues<Width>& block_values, const CodeRule&, const ConvOutput& o)
+      : parts(row_parts),
+        values(block_values),
+        output(o),
+        results{o.floats, nullptr, nullptr, nullptr, o.floats_w, 0, 0},
+        finish(output, results) {}
+
+  static bool fits(const ConvOutput& o) {
+    return o.floats && o.floats_c == 1 && !o.codes.data && !o.residual && !o.residual_codes && only_clamps(o.first) &&
+           only_clamps(o.second);
+  }
+
+  QK_INLINE void operator()(int64_t i, const Sums (&sums)[4]) {
+    Sums lanes[4];
+    to_lanes(sums, lanes);
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t pixel = parts.first[lane * 16 / Width] + i, at = lane * 16 % Width, left = values.channels - at;
+      const F32 v = floats_of_lane(lanes, lane);
+      if (left >= 16)
+        finish(v, values.scale, values.bias, pixel, at);
+      else if (left > 0)
+        finish(v, values.scale, values.bias, pixel, at, left);
+    }
+  }
+};
+
+// The same for all other kinds of output.
+template <int Width>
+struct GeneralSink {
   const Parts<Width>& parts;
   const BlockValues<Width>& values;
   const CodeRule& rule;
@@ -104,7 +143,9 @@ struct FloatSink {
 
   void operator()(int64_t i, const Sums (&sums)[4]) {
     const int64_t at = i % kMostPixels, first = i - at;
-    store_lanes(waiting + at * kChannels, sums);
+    Sums lanes[4];
+    to_lanes(sums, lanes);
+    for (int v = 0; v < 4; ++v) store(waiting + at * kChannels + v * kLanes * 4, lanes[v]);
     if (at + 1 < kMostPixels && i + 1 < parts.outputs) return;
     for (int p = 0; p < Parts<Width>::kCount; ++p)
       finish_pixels(waiting + p * Width, kChannels, parts.first[p] + first, at + 1, values, output);
@@ -113,5 +154,6 @@ struct FloatSink {
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+#endif
 
 #endif

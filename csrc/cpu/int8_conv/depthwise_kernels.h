@@ -27,8 +27,9 @@ template <int Width>
 void convolve_width(const DepthwiseRow& row, const DepthwiseTask& task) {
   const BlockValues<Width> values(task.output, task.channels);
   const ConvOutput& o = task.output;
+  if (FloatSink<Width>::fits(o)) return convolve_to<Width, FloatSink<Width> >(row, task, values, CodeRule());
   if (!values.finite || !gives_clamped_codes(o))
-    return convolve_to<Width, FloatSink<Width> >(row, task, values, CodeRule());
+    return convolve_to<Width, GeneralSink<Width> >(row, task, values, CodeRule());
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const CodeRule rule(o.in_scale, o.codes_q.inverse, o.codes_q.zero_point, byte_of(-kInfinity, o),
                       byte_of(kInfinity, o));

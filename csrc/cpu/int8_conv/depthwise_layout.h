@@ -52,6 +52,7 @@ struct DepthwiseRow {
         last((g.out.w - 1) * g.stride.w + (g.kernel.w - 1) * g.dilation.w),
         pixel_bytes(x.stride_w),
         products(taps.products()) {
+    groups.reserve(static_cast<size_t>(taps.groups + 1));
     const auto row_bytes = [&](int64_t row) {
       return row / g.kernel.h * g.dilation.d * x.stride_d + row % g.kernel.h * g.dilation.h * x.stride_h;
     };

@@ -2,6 +2,7 @@
 // the AVX-512 VNNI path has.
 #include "cpu/int8_conv/depthwise_block.h"
 
+#if QK_PATH != QK_PATH_SCALAR
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
@@ -56,3 +57,4 @@ void convolve_in_registers(const DepthwiseRow& row, const DepthwiseTask& task, c
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+#endif

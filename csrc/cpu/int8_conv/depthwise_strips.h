@@ -5,11 +5,12 @@
 
 #include "cpu/int8_conv/depthwise_block.h"
 
+#if QK_PATH != QK_PATH_SCALAR
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr int64_t kStrip = 16;             // most outputs of a strip: their sums are 8 KiB
-constexpr int64_t kStripBytes = 20 << 10;  // of interleaved codes, beside which sums and weights fit 32 KiB
+constexpr int64_t kStrip = 16;             // most outputs of a strip
+constexpr int64_t kStripBytes = 20 << 10;  // of interleaved codes: they share a first-level cache with sums and weights
 
 // The columns of 4 rows that are interleaved for a strip, in memory [4][columns] vectors. Output i reads for product k
 // the column i * output_step + k * product_step.
@@ -186,3 +187,4 @@ void convolve_in_strips(const DepthwiseRow& row, const DepthwiseTask& task, cons
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
+#endif

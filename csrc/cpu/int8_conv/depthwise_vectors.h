@@ -4,7 +4,7 @@
 #ifndef QK_DEPTHWISE_VECTORS
 #define QK_DEPTHWISE_VECTORS
 
-#include "cpu/common/path.h"
+#include "cpu/common/vec.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
@@ -61,15 +61,16 @@ inline Sums multiply_add(Sums sums, Interleaved codes, Weights weights) {
   return _mm512_dpbusd_epi32(sums, codes, weights);
 }
 
-// Stores 4 vectors of sums lane after lane, each lane's 16 channels in order.
-inline void store_lanes(int32_t* to, const Sums (&sums)[4]) {
+// From 4 vectors of sums to the 16 channels of each lane, in order.
+inline void to_lanes(const Sums (&sums)[4], Sums (&lanes)[4]) {
   const __m512i a = _mm512_shuffle_i32x4(sums[0], sums[1], 0x44), b = _mm512_shuffle_i32x4(sums[2], sums[3], 0x44);
   const __m512i c = _mm512_shuffle_i32x4(sums[0], sums[1], 0xee), d = _mm512_shuffle_i32x4(sums[2], sums[3], 0xee);
-  _mm512_store_si512(to, _mm512_shuffle_i32x4(a, b, 0x88));
-  _mm512_store_si512(to + 16, _mm512_shuffle_i32x4(a, b, 0xdd));
-  _mm512_store_si512(to + 32, _mm512_shuffle_i32x4(c, d, 0x88));
-  _mm512_store_si512(to + 48, _mm512_shuffle_i32x4(c, d, 0xdd));
+  lanes[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  lanes[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  lanes[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  lanes[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
+inline F32 floats_of_lane(const Sums (&lanes)[4], int lane) { return {_mm512_cvtepi32_ps(lanes[lane])}; }
 
 // From 4 vectors of sums to bytes code + 128 within bounds, which are bytes too, where nothing is NaN.
 struct CodeRule {
@@ -170,13 +171,14 @@ inline Sums multiply_add(Sums sums, Interleaved codes, Weights weights) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(codes.odd, weights.odd));
 }
 
-// Stores 4 vectors of sums lane after lane, each lane's 16 channels in order.
-inline void store_lanes(int32_t* to, const Sums (&sums)[4]) {
-  __m256i* lanes = reinterpret_cast<__m256i*>(to);
-  _mm256_store_si256(lanes, _mm256_permute2x128_si256(sums[0], sums[1], 0x20));
-  _mm256_store_si256(lanes + 1, _mm256_permute2x128_si256(sums[2], sums[3], 0x20));
-  _mm256_store_si256(lanes + 2, _mm256_permute2x128_si256(sums[0], sums[1], 0x31));
-  _mm256_store_si256(lanes + 3, _mm256_permute2x128_si256(sums[2], sums[3], 0x31));
+inline void to_lanes(const Sums (&sums)[4], Sums (&lanes)[4]) {
+  lanes[0] = _mm256_permute2x128_si256(sums[0], sums[1], 0x20);
+  lanes[1] = _mm256_permute2x128_si256(sums[2], sums[3], 0x20);
+  lanes[2] = _mm256_permute2x128_si256(sums[0], sums[1], 0x31);
+  lanes[3] = _mm256_permute2x128_si256(sums[2], sums[3], 0x31);
+}
+inline F32 floats_of_lane(const Sums (&lanes)[4], int lane) {
+  return {_mm256_cvtepi32_ps(lanes[lane * 2]), _mm256_cvtepi32_ps(lanes[lane * 2 + 1])};
 }
 
 struct CodeRule {
