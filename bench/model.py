@@ -24,7 +24,7 @@ import torch
 from ceilings import ceilings
 from laps import alternate, machine, peak_bytes, record
 from model_peers import Job
-from model_report import HEADER, lines_of, markdown, plot
+from model_report import HEADER, lines_of, markdown, plot, summary
 from peers import Call
 from shapes import positive
 from torch import nn
@@ -134,7 +134,8 @@ def row_of(name: str, batch: int, threads: int, job: Job, options: argparse.Name
 def save(folder: Path, result: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "model.md").write_text(markdown(result))
+    if result["rows"][0]["op"] == "model":
+        (folder / "model.md").write_text(f"{markdown(result)}\n{summary(result)}")
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -182,10 +183,16 @@ def main(argv: list[str]) -> int:
                     print(*([model_layers.line_of(row)] if options.layers else lines_of(row)), sep="\n", flush=True)
                 if options.out:
                     save(options.out, result)
+    wrong = [row["case"] for row in result["rows"] if OURS not in row["seconds"]]
+    if wrong:
+        print(f"bench model: qkernels itself is left out of {', '.join(wrong)}", file=sys.stderr)
+        return 1
     if options.record:
         print(f"wrote {record('model_layers' if options.layers else 'model', result['rows'])}")
     if not options.layers:
-        print("", markdown(result), sep="\n")
+        threads = ", ".join(map(str, options.threads))
+        print("", markdown(result), f"How many times as long others take, at {threads} threads:", "", sep="\n")
+        print(summary(result))
         if options.out:
             try:
                 plot(options.out, result)

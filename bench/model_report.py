@@ -66,6 +66,24 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(result: dict[str, Any]) -> str:
+    """A row for each model, for a README: how many times as long others take, at each number of threads in turn."""
+    rows = {(row["model"], row["batch"], row["threads"]): row for row in result["rows"]}
+    names, batches, threads = (list(dict.fromkeys(key[at] for key in rows)) for at in range(3))
+    titles = [f"{what}, batch {batch}" for batch in batches for what in ("best int8 engine", "fp32")]
+    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    for name in names:
+        cells = []
+        for batch, others in ((batch, others) for batch in batches for others in (INT8_PEERS, FLOATS)):
+            found = [rows[name, batch, count] for count in threads if (name, batch, count) in rows]
+            pairs = [(best(row, others), best(row, OURS[:1])) for row in found]
+            cells.append(
+                " / ".join(f"{other[1] / own[1]:.2f}" if other and own else "–" for other, own in pairs) or "–"
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(folder: Path, result: dict[str, Any]) -> None:
     """How many times as fast as the best fp32 each engine is: a panel for each batch and number of threads."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
