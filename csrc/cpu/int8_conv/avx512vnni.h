@@ -42,32 +42,38 @@ inline __attribute__((always_inline)) void multiply_tile(const TileInput& in, co
     }
   const int64_t step = in.step, step3 = in.step * 3, step5 = in.step * 5;
   const int8_t* w = weights;
-  const auto multiply = [&](auto s, const uint8_t* p0, const uint8_t* p1) __attribute__((always_inline)) {
-    constexpr int kAt = decltype(s)::value;
-    const __m512i w0 = _mm512_loadu_si512(w + kAt * 128), w1 = _mm512_loadu_si512(w + kAt * 128 + 64);
-    for_each_pixel(std::make_index_sequence<H>(), [&](auto i) __attribute__((always_inline)) {
-      constexpr int kPixel = decltype(i)::value;
-      const __m512i codes = broadcast_codes<kPixel>(p0 + kAt * 4, step, step3, step5);
-      acc[kAt][kPixel][0] = _mm512_dpbusd_epi32(acc[kAt][kPixel][0], codes, w0);
-      acc[kAt][kPixel][1] = _mm512_dpbusd_epi32(acc[kAt][kPixel][1], codes, w1);
-    });
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, 1>;
+  using Both = std::integral_constant<int, 2>;
+  const auto multiply = [&](auto s, auto halves, const uint8_t* p0, const uint8_t* p1) __attribute__((always_inline)) {
+    constexpr int kAt = decltype(s)::value, kHalves = decltype(halves)::value;
+    __m512i w0, w1;
+    if constexpr (kHalves != 1) w0 = _mm512_loadu_si512(w + kAt * 128);
+    if constexpr (kHalves != 0) w1 = _mm512_loadu_si512(w + kAt * 128 + 64);
+    const auto add = [&](auto i, auto segment, const uint8_t* p) __attribute__((always_inline)) {
+      constexpr int kPixel = decltype(segment)::value * H + decltype(i)::value;
+      const __m512i codes = broadcast_codes<decltype(i)::value>(p + kAt * 4, step, step3, step5);
+      if constexpr (kHalves != 1) acc[kAt][kPixel][0] = _mm512_dpbusd_epi32(acc[kAt][kPixel][0], codes, w0);
+      if constexpr (kHalves != 0) acc[kAt][kPixel][1] = _mm512_dpbusd_epi32(acc[kAt][kPixel][1], codes, w1);
+    };
+    for_each_pixel(std::make_index_sequence<H>(), [&](auto i) __attribute__((always_inline)) { add(i, First(), p0); });
     if constexpr (Segments == 2)
-      for_each_pixel(std::make_index_sequence<H>(), [&](auto i) __attribute__((always_inline)) {
-        constexpr int kPixel = H + decltype(i)::value;
-        const __m512i codes = broadcast_codes<decltype(i)::value>(p1 + kAt * 4, step, step3, step5);
-        acc[kAt][kPixel][0] = _mm512_dpbusd_epi32(acc[kAt][kPixel][0], codes, w0);
-        acc[kAt][kPixel][1] = _mm512_dpbusd_epi32(acc[kAt][kPixel][1], codes, w1);
-      });
+      for_each_pixel(std::make_index_sequence<H>(),
+                     [&](auto i) __attribute__((always_inline)) { add(i, Second(), p1); });
   };
   for (int64_t r = 0; r < in.runs; ++r) {
     const uint8_t* p0 = in.pixels[0] + in.offsets[r];
     const uint8_t* p1 = Segments == 2 ? in.pixels[1] + in.offsets[r] : p0;
     int64_t g = in.run_groups;
+    if (in.first_half) {
+      for (; g > in.run_groups - in.first_half; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), First(), p0, p1);
+      for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), Second(), p0, p1);
+    }
     for (; g >= kSteps; g -= kSteps, p0 += kSteps * 4, p1 += kSteps * 4, w += kSteps * 128)
       for_each_pixel(std::make_index_sequence<kSteps>(),
-                     [&](auto s) __attribute__((always_inline)) { multiply(s, p0, p1); });
+                     [&](auto s) __attribute__((always_inline)) { multiply(s, Both(), p0, p1); });
     if constexpr (kSteps > 1)
-      for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(std::integral_constant<int, 0>(), p0, p1);
+      for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), Both(), p0, p1);
   }
 #pragma GCC unroll 14
   for (int i = 0; i < kPixels; ++i)

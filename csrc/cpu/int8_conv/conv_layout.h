@@ -37,6 +37,14 @@ struct ConvLayout {
     run = block_in * (rows ? g.kernel.w : 1);
   }
 
+  // Where a block's groups fall into halves of 16 output channels, and these see different codes: how many groups of 4
+  // codes of a run the first half sees. Else 0.
+  int64_t first_half() const {
+    const int64_t group_out = block_out / block_groups, group_in = block_in / block_groups;
+    if (rows || block_out <= 16 || block_panels > 1 || 16 % group_out || 16 / group_out * group_in % 4) return 0;
+    return 16 / group_out * group_in / 4;
+  }
+
   int64_t run_groups() const { return k_groups(run); }
   int64_t k() const { return runs * run_groups() * 4; }
   int64_t bytes_of_panel() const { return panel_bytes(k()); }

@@ -16,6 +16,9 @@ struct TileInput {
   int64_t step;              // bytes from pixel to pixel
   const int64_t* offsets;    // of the runs
   int64_t runs, run_groups;
+  // If not 0, the panel's first 16 channels have weights for so many groups of 4 codes of a run, the others for the
+  // rest.
+  int64_t first_half;
 };
 
 }  // namespace

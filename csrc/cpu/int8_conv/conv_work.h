@@ -35,7 +35,7 @@ struct ConvWork {
   // Output pixel p reads, for each run r, the codes from x + p + offsets[r] on.
   const uint8_t* x;
   const int64_t* offsets;
-  int64_t runs, run, run_groups;
+  int64_t runs, run, run_groups, first_half;  // first_half: as in TileInput
   // Where several runs are one run of packed K and do not begin at multiples of 4 codes there, a pixel's runs are first
   // copied together.
   bool gather;

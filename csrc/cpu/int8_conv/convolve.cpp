@@ -96,6 +96,8 @@ void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, con
   work.gather = work.runs != layout.runs && layout.block_in % 4 != 0;
   work.run_groups = work.gather ? layout.k() / 4 : k_groups(work.run);
 
+  work.first_half = work.gather ? 0 : layout.first_half();
+
   work.data = data;
   work.panel_bytes = layout.bytes_of_panel();
   work.block_panels = layout.block_panels;
