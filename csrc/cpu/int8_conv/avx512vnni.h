@@ -1,6 +1,8 @@
 // The convolution tile of the avx512vnni path.
+#include "cpu/common/vec.h"
 #include "cpu/int8_conv/conv_epilogue.h"
-#include "cpu/int8_conv/conv_tile.h"
+#include "cpu/int8_conv/conv_work.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {

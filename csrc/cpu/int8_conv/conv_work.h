@@ -52,6 +52,18 @@ struct ConvWork {
   int64_t segments() const { return rows() * segments_of_row(); }
 };
 
+// What a tile reads: H pixels of each segment. It gives sums[pixel][32], which begin at start[32] and wrap around, so
+// that they are exact if the result fits.
+struct TileInput {
+  const uint8_t* pixels[2];  // the first pixel of each segment
+  int64_t step;              // bytes from pixel to pixel
+  const int64_t* offsets;    // of the runs
+  int64_t runs, run_groups;
+  // If not 0, the panel's first 16 channels have weights for so many groups of 4 codes of a run, the others for the
+  // rest.
+  int64_t first_half;
+};
+
 struct ConvKernels {
   Isa isa;
   // Computes the segments and panels with these numbers.

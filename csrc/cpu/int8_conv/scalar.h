@@ -1,5 +1,7 @@
 // The convolution tile of the scalar path.
-#include "cpu/int8_conv/conv_tile.h"
+#include "cpu/common/vec.h"
+#include "cpu/int8_conv/conv_work.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
