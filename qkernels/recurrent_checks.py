@@ -20,8 +20,8 @@ def floats(name: str, t: Tensor, dims: int, shape: str) -> None:
 
 
 def rows_of_steps(sizes: Sequence[int], rows: int, n: int) -> list[int]:
-    """The rows of each step: the given ones, or n each if none are given."""
-    if not sizes:
+    """The rows of each step: the given ones, or n each if none are given, or n alone."""
+    if not sizes or list(sizes) == [n]:
         require(
             (rows % n == 0) if n else rows == 0,
             f"gates: got {rows} rows; accepted: a multiple of the {n} rows of states, or sizes",

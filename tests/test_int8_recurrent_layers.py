@@ -392,3 +392,19 @@ def test_what_stays_in_float(kind, weight, rule, reason):
 def test_a_weight_in_float():
     layer = QATLSTM.from_float(nn.LSTM(12, 20), weight_ih_l0=FakeQuantize(shape=(80, 12)))
     assert no_integers(layer) == "its weight_hh_l0 is not quantized"
+
+
+def test_a_list_with_the_rows_of_the_states_stands_for_every_step():
+    """AOTInductor cannot hand an empty list to an op."""
+    from qkernels.ops.int8_recurrent import int8_recurrent_op
+
+    codes, scale = torch.randint(-127, 128, (20, 20), dtype=torch.int8), torch.full((20,), 1e-3)
+    gates, states = torch.randn(6, 20), torch.rand(1, 3, 20)
+    rest = "RNN_TANH", codes, None, scale, None, None, None, -128, 127, None, None, -8, 7, False
+    for found, expected in zip(
+        int8_recurrent_op(gates, states, [3], *rest), int8_recurrent_op(gates, states, [], *rest), strict=True
+    ):
+        assert torch.equal(found, expected)
+    for sizes in ([2], [3, 2]):
+        with pytest.raises(RuntimeError, match="sizes: got a sum of"):
+            int8_recurrent_op(gates, states, sizes, *rest)

@@ -161,7 +161,7 @@ void check_floats(const char* name, const Tensor& t, int64_t dims, const char* s
 }
 
 std::vector<int64_t> rows_of_steps(const std::vector<int64_t>& sizes, int64_t rows, int64_t n) {
-  if (sizes.empty()) {
+  if (sizes.empty() || (sizes.size() == 1 && sizes[0] == n)) {
     QK_CHECK(n ? rows % n == 0 : rows == 0, "gates: got ", rows, " rows; accepted: a multiple of the ", n,
              " rows of states, or sizes");
     return std::vector<int64_t>(static_cast<size_t>(n ? rows / n : 0), n);

@@ -90,7 +90,7 @@ def int8_recurrent(
         data, colsum, scale: the weight [gates·H, H], as ``PackedInt8`` holds it; or codes [gates·H, H] with colsum
             None: h stays in float, and so do the sums.
         bias: [gates·H], floating.
-        sizes: the rows of each step, which do not grow, as in a PackedSequence; none: N rows each.
+        sizes: the rows of each step, which do not grow, as in a PackedSequence; none, or [N]: N rows each.
         hidden_scale, hidden_zero_point, quant_min, quant_max: how h is quantized, as the input of ``qk.int8_linear``;
             without a scale each row has its own.
         cell_scale, cell_zero_point, cell_min, cell_max: if given, a step reads c fake-quantized by them.
@@ -102,8 +102,9 @@ def int8_recurrent(
     Raises:
         RuntimeError: another shape, dtype or range.
     """
+    rows = list(sizes) or [states.shape[1]]  # AOTInductor hands no empty list to an op
     result: tuple[Tensor, Tensor] = int8_recurrent_op(
-        gates, states, list(sizes), mode, data, colsum, scale, bias, hidden_scale, hidden_zero_point, quant_min,
+        gates, states, rows, mode, data, colsum, scale, bias, hidden_scale, hidden_zero_point, quant_min,
         quant_max, cell_scale, cell_zero_point, cell_min, cell_max, reverse,
     )  # fmt: skip
     return result
