@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv1d, Int8Conv2d, Int8Linear
+from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv1d, Int8Conv2d, Int8Embedding, Int8Linear
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare
 
 CONFIGS = {
@@ -59,6 +59,7 @@ def layers() -> dict[str, tuple[nn.Module, nn.Module, torch.Tensor]]:
         "Int8Conv1d": (conv1d, Int8Conv1d.from_float(conv1d), sound),
         "Int8Conv1d, float input": (conv1d, Int8Conv1d.from_float(conv1d, act_bits=16), sound),
         "Int4Embedding": (table, Int4Embedding.from_float(table), torch.randint(9, (2, 3))),
+        "Int8Embedding": (table, Int8Embedding.from_float(table), torch.randint(9, (2, 3))),
     }
 
 

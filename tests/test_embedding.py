@@ -15,6 +15,8 @@ from qkernels.nn import (
     FakeQuantize,
     Int4Embedding,
     Int4Linear,
+    Int8Embedding,
+    Int8Linear,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -349,27 +351,72 @@ def test_trains_converts_and_loads(name, tied):
     assert torch.equal(blank(IDS), y)
     assert torch.equal(pickle.loads(pickle.dumps(converted))(IDS), y)
     assert torch.equal(qk.exact(prepared)(IDS), y)
-    integers = name not in ("8 bits", "weight-only 8", "odd groups")
-    assert (type(converted.table) is Int4Embedding) is integers
-    notes = report(prepared).notes
-    assert ("table" in notes) is not integers
+    kinds = {"8 bits": Int8Embedding, "weight-only 8": Int8Embedding, "odd groups": nn.Embedding}
+    kind = kinds.get(name, Int4Embedding)
+    assert type(converted.table) is kind
+    assert ("table" in report(prepared).notes) is (kind is nn.Embedding)
     sizes = report(converted, float_model=prepared)
     assert sizes.quantized_bytes == report(prepared).quantized_bytes
 
 
-def test_a_tied_table_that_stays_in_float_is_stored_once():
+def test_tied_codes_are_stored_once():
     torch.manual_seed(0)
     prepared = prepare(Model(True), CONFIGS["weight-only 8"])
     train(prepared, IDS)
     converted = convert(prepared)
-    assert converted.head.weight is converted.table.weight
-    assert torch.equal(converted.table.weight, prepared.eval().table.weight_fake_quant(prepared.table.weight))
-    assert type(converted.head) is nn.Linear
-    assert "its weight is that of 'table', which stays in float" in report(converted).notes["head"]
+    assert (type(converted.table), type(converted.head)) == (Int8Embedding, Int8Linear)
+    assert converted.head.data is converted.table.data
+    state = converted.state_dict()
+    assert state["head.codes"] is state["table.codes"]
+    row = report(converted).layers[-1]
+    assert (row.name, row.quantized_bytes) == ("head", 24 * 4 + 4 * 3)  # its scales, and the form of its codes
     apart = prepare(Model(True), QConfig(QSpec(8), None, rules=[("head", {"weight": {"bits": 6}})]))
     other = convert(apart)  # not the same values
-    assert (type(other.table), type(other.head).__name__) == (nn.Embedding, "Int8Linear")
+    assert (other.table.weight_bits, other.head.weight_bits) == (8, 6)
     assert_same_numbers(other, apart, IDS)
+
+
+def test_a_tied_table_that_stays_in_float_is_stored_once():
+    torch.manual_seed(0)
+    prepared = prepare(Model(True), QConfig(QSpec(5, quantizer="dorefa"), None))
+    train(prepared, IDS)
+    converted = convert(prepared)
+    assert converted.head.weight is converted.table.weight
+    assert torch.equal(converted.table.weight, prepared.eval().table.weight_fake_quant(prepared.table.weight))
+    assert (type(converted.table), type(converted.head)) == (nn.Embedding, nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "symmetric"), [(-1, True), (-1, False), (4, True), (20, False)])
+def test_codes_of_a_byte(dtype, group, symmetric):
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 20, padding_idx=-1, dtype=dtype)
+    layer = Int8Embedding.from_float(table, group, symmetric, weight_bits=7)
+    wanted = qk.fake_quantize_dynamic(table.weight.float(), bits=7, group_size=group, symmetric=symmetric).to(dtype)
+    ids = torch.tensor([[8, 0], [3, 3]])
+    tolerance = 1e-6 if dtype == torch.float64 else 0.0  # the fake quantization was in fp32
+    for index in (ids, ids.int(), ids.t(), ids[:0]):
+        torch.testing.assert_close(layer(index), wanted[index.long()], rtol=tolerance, atol=0)
+    torch.testing.assert_close(layer.weight, wanted, rtol=tolerance, atol=0)
+    assert (layer.padding_idx, layer.codes.dtype, layer.codes.abs().max() <= 64) == (8, torch.int8, True)
+    assert layer.scale.shape == (9, 1 if group == -1 else 20 // group)
+    assert layer.bfloat16()(ids).dtype == torch.bfloat16
+    assert layer.scale.dtype == torch.float32
+    with pytest.raises(IndexError):
+        layer(torch.tensor([9]))
+
+
+def test_what_a_table_of_bytes_refuses():
+    for make, message in (
+        (lambda: Int8Embedding(4, 20, weight_bits=4), "weight_bits: got 4; accepted: 5 to 8"),
+        (lambda: Int8Embedding(4, 20, group_size=8), "group_size: got 8; accepted: -1, or a divisor of 20"),
+        (lambda: Int8Embedding(4, 20, scale_dtype=torch.int8), "scale_dtype: got torch.int8"),
+        (lambda: Int8Embedding(4, 20).set_weight(torch.zeros(4, 20), torch.ones(4, 1)), "codes: got torch.float32"),
+        (lambda: Int8Embedding.from_float(nn.Embedding(4, 20, max_norm=1.0)), r"max_norm=1\.0; accepted: None"),
+        (lambda: Int8Embedding.from_float(nn.Embedding.from_pretrained(torch.full((4, 8), torch.nan))), "NaN"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            make()
 
 
 def test_max_norm_converts_to_the_scaled_rows():

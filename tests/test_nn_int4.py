@@ -202,11 +202,13 @@ def test_embedding_by_hand(dtype, dim, group_size, bits, symmetric):
 
 
 def test_embedding_unpacks_the_rows_it_needs_alone(monkeypatch):
-    from qkernels.nn import int4
+    from qkernels.nn import integer_embedding
 
     layer, seen = embedding(), []
-    unpack = int4.unpack_bits
-    monkeypatch.setattr(int4, "unpack_bits", lambda packed, *args: seen.append(packed.shape) or unpack(packed, *args))
+    unpack = integer_embedding.unpack_bits
+    monkeypatch.setattr(
+        integer_embedding, "unpack_bits", lambda packed, *args: seen.append(packed.shape) or unpack(packed, *args)
+    )
     layer(torch.tensor([[1, 2, 1]]))
     assert seen == [(1, 3, 24)]
 

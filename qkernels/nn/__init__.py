@@ -13,12 +13,13 @@ from .functional import (
     ScaledDotProductAttention,
 )
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from .int4 import Int4Embedding, Int4Linear
+from .int4 import Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_conv1d import Int8Conv1d
 from .int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
+from .integer_embedding import Int4Embedding, Int8Embedding
 from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_attention import QATMultiheadAttention
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
@@ -43,6 +44,7 @@ __all__ = [
     "Int4Linear",
     "Int8Conv1d",
     "Int8Conv2d",
+    "Int8Embedding",
     "Int8GRU",
     "Int8LSTM",
     "Int8Linear",

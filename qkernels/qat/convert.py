@@ -52,7 +52,7 @@ def convert(model: nn.Module) -> nn.Module:
       dequantized weight. If such a layer shares its weight with a float layer, it keeps that weight and quantizes it at
       each call, so that the file holds it once; if it shares it with a layer that gets the quantized values, both hold
       these as one Parameter.
-    - An Embedding whose weight has 4 bits or less becomes an ``Int4Embedding``.
+    - An Embedding becomes an ``Int4Embedding`` if its weight has 4 bits or less, else an ``Int8Embedding``.
     - These layers keep the quantizers of their outputs.
     - An LSTM, GRU or RNN becomes an ``Int8LSTM``, ``Int8GRU`` or ``Int8RNN``. The product of its inputs runs on int8
       codes if they are quantized, and that of the hidden state if that is ("hidden"); gates are computed in float.

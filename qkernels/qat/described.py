@@ -12,13 +12,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int4 import Int4Embedding, Int4Linear
+from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.int8_recurrent import SETTINGS as RECURRENT
 from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from ..nn.integer_attention import SETTINGS as ATTENTION
 from ..nn.integer_attention import IntegerMultiheadAttention
+from ..nn.integer_embedding import Int4Embedding, Int8Embedding
 from ..nn.own_forward import ConvertedForward, QATForward
 from ..nn.qat_classes import QAT_CLASSES
 from ..nn.qat_layer import SUFFIX, QATLayer
@@ -40,6 +41,7 @@ INTEGER_LAYERS: dict[type[QuantizedLayer], type[nn.Module]] = {
     Int8Conv1d: nn.Conv1d,
     Int8Conv2d: nn.Conv2d,
     Int4Embedding: nn.Embedding,
+    Int8Embedding: nn.Embedding,
 }
 # Layers that consist of such layers under names of their own, the float layer, and what both keep of its arguments.
 COMPOSITES: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {

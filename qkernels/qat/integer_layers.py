@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .. import layouts
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
-from ..nn.int4 import Int4Embedding, Int4Linear
+from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Linear
 from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8Recurrent, Int8RNN
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
+from ..nn.integer_embedding import Int4Embedding, Int8Embedding
 from ..nn.qat import QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_embedding import QATEmbedding
@@ -36,11 +37,12 @@ def integer_linear(layer: QATLinear) -> Int8Linear | Int4Linear:
 
 
 @torch.no_grad()
-def integer_embedding(layer: QATEmbedding) -> Int4Embedding:
+def integer_embedding(layer: QATEmbedding) -> Int4Embedding | Int8Embedding:
     weight = layer.weight_fake_quant
     assert weight is not None
     codes, scale, zero_point = weight.quantize(layer.weight)
-    new = Int4Embedding(
+    kind = Int4Embedding if weight.bits in layouts.BITS else Int8Embedding
+    new = kind(
         layer.num_embeddings,
         layer.embedding_dim,
         layer.padding_idx,

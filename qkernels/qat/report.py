@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int4 import Int4Embedding, Int4Linear
+from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.integer_attention import IntegerMultiheadAttention
+from ..nn.integer_embedding import Int4Embedding, Int8Embedding
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
@@ -34,7 +35,7 @@ from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embedding, Int8Embedding)
 
 
 @dataclass

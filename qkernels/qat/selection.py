@@ -47,7 +47,7 @@ def no_integers(layer: QATLayer) -> str | None:
     if isinstance(layer, QATRecurrent):
         return _no_integer_recurrent(layer)
     if isinstance(layer, QATEmbedding):
-        return _no_int4_embedding(layer)
+        return _no_integer_embedding(layer)
     if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
         return "a rule names its parameter and not the layer"
     if not isinstance(layer, QATLinear | QATConv1d | QATConv2d):
@@ -113,7 +113,7 @@ def _no_integer_product(
     return None
 
 
-def _no_int4_embedding(layer: QATEmbedding) -> str | None:
+def _no_integer_embedding(layer: QATEmbedding) -> str | None:
     weight = layer.weight_fake_quant
     assert weight is not None
     granularity = weight.granularity
@@ -121,10 +121,10 @@ def _no_int4_embedding(layer: QATEmbedding) -> str | None:
         return "its forward is its own"
     if not weight.integer_codes:
         return f'the values of "{weight.quantizer}" are no integers times a scale'
-    if weight.bits not in layouts.BITS:
-        return f"there is no integer embedding of {weight.bits} bits"
     if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
         return f"its weight has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
+    if weight.bits not in layouts.BITS:
+        return None
     try:
         k = layer.embedding_dim
         gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)

@@ -25,6 +25,15 @@ void multiply(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* 
   for (int64_t i = 0, row = 0; i < blocks; ++i) {
     const int64_t height = (m - row) / (blocks - i);
     kTiles[height - 1](rows + row * row_stride, row_stride, panel, k_groups(k), sums);
+#if QK_PATH != QK_PATH_SCALAR
+    // The next panel, which as a rule follows in memory: weights of 1 MiB from the third-level cache times 32 rows took
+    // 264 us without this and 230 with it. For fewer rows the hardware's prefetching does as well.
+    if (blocks > 2) {
+      const int64_t bytes = panel_bytes(k);
+      for (int64_t at = (bytes * i / blocks) & ~int64_t{63}; at < bytes * (i + 1) / blocks; at += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(panel + bytes + at), _MM_HINT_T1);
+    }
+#endif
     finish(sums, height, row, kFlip, channels, output);
     row += height;
   }
