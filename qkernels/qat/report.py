@@ -16,8 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Embedding, Int4Linear
-from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8 import Int8Convolution, Int8Linear
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_attention import projection_weights
@@ -34,7 +33,7 @@ from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, Int4Embedding)
 
 
 @dataclass
