@@ -275,6 +275,21 @@ def conv_transpose_unpack(
     return q.view(*shape)
 
 
+def outputs_first(t: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight [C_in, C_out/groups, *kernel] as [C_out, C_in/groups, *kernel]."""
+    c_in, group_out, *kernel = t.shape
+    rows = t.reshape(groups, c_in // groups, group_out, *kernel).transpose(1, 2)
+    return rows.reshape(group_out * groups, c_in // groups, *kernel)
+
+
+def inputs_first(t: Tensor, groups: int) -> Tensor:
+    """The reverse of ``outputs_first``."""
+    c_out, group_in, *kernel = t.shape
+    rows = t.reshape(groups, c_out // groups, group_in, *kernel).transpose(1, 2)
+    # A view of a 1×1 kernel may have strides that torch takes for channels_last.
+    return rows.reshape(group_in * groups, c_out // groups, *kernel).clone(memory_format=torch.contiguous_format)
+
+
 # int4 in panels: a byte holds the code of channel c, plus 8, in its low bits and that of channel c + 16 in its high
 # bits, so that 64 bytes give two vectors of 16 channels. Bytes of missing channels and k are 0. Scales, zero points and
 # minima are [panels, groups, 32].

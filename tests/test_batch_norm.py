@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import Int8Conv1d, Int8Conv2d, PerTensor
+from qkernels.nn import PerTensor, QATConv3d
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare, report
 
 MINMAX = QConfig(QSpec(8, quantizer="minmax"), QSpec(8, symmetric=False, quantizer="minmax"))
@@ -25,7 +25,6 @@ MODELS = {
     "sync": lambda: (nn.Conv2d(3, 6, 3), nn.SyncBatchNorm(6), (2, 3, 6, 5)),
     "sync up": lambda: (nn.ConvTranspose1d(3, 6, 3), nn.SyncBatchNorm(6), (2, 3, 6)),
 }
-INTEGERS = {"conv1d": Int8Conv1d, "conv1d groups": Int8Conv1d, "conv2d": Int8Conv2d, "sync": Int8Conv2d}
 
 
 def made(kind: str) -> tuple[nn.Sequential, torch.Tensor]:
@@ -46,10 +45,18 @@ def norm_by_hand(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else y
 
 
-@pytest.mark.parametrize("config", [MINMAX, QConfig(QSpec(4), QSpec(8, symmetric=False)), QConfig(QSpec(3), None)])
+CONFIGS = {
+    "int8": MINMAX,
+    "int4": QConfig(QSpec(4), QSpec(8, symmetric=False)),
+    "weight only": QConfig(QSpec(3), None),
+    "in float": QConfig(QSpec(8, symmetric=False, quantizer="minmax"), MINMAX.input),  # no kernel takes the zero points
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_folds_behind_every_convolution(kind, config):
-    model, x = made(kind)
+def test_folds_behind_every_convolution(kind, name):
+    (model, x), config = made(kind), CONFIGS[name]
     prepared = prepare(model, config)
     calibrate(prepared, [x])
     prepared[1].eval()  # its statistics stay random, with gammas of both signs
@@ -60,15 +67,14 @@ def test_folds_behind_every_convolution(kind, config):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in prepared.parameters())
         optimizer.step()
     converted = convert(prepared)
-    folded = config.input is not None or kind not in INTEGERS
+    folded = name != "weight only"
     assert (type(converted[1]) is nn.Identity) is folded
     assert_same_numbers(converted, prepared, x, tolerance=5e-6)
     with torch.no_grad():
         expected = norm_by_hand(prepared[1], prepared[0](x)).relu()
         torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-5)
-    if kind in INTEGERS:
-        assert type(converted[0]) is INTEGERS[kind]
-    elif folded:
+    assert type(converted[0]).__name__ == ("QAT" if name == "in float" else "Int8") + type(model[0]).__name__
+    if name == "in float":
         assert converted[0].bias is not None
         f = norm_by_hand_factor(prepared[1]).double()
         quantized = prepared[0].weight_fake_quant(prepared[0].weight).detach().double()
@@ -111,7 +117,7 @@ def test_folds_in_other_dtypes(kind, dtype):
     calibrate(prepared, [x])
     converted = convert(prepared)
     assert type(converted[1]) is nn.Identity
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6 if kind in INTEGERS else 1e-12
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6
     assert_same_numbers(converted, prepared, x, tolerance=tolerance)
 
 
@@ -169,10 +175,11 @@ def test_two_convolutions_of_one_weight_fold_each_with_its_own_norm():
 
     model, x = Two(), torch.randn(3, 2, 2, 3, 2)
     nn.init.uniform_(model.norm_b.weight, -2, -1)
-    prepared = prepare(model, QConfig(input=None))
+    prepared = prepare(model, CONFIGS["in float"])
     calibrate(prepared, [x])
     prepared(x)
     converted = convert(prepared)
+    assert type(converted.a) is QATConv3d
     assert not torch.equal(converted.a.weight, converted.b.weight)
     assert_same_numbers(converted, prepared, x)
 

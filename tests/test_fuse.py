@@ -24,7 +24,7 @@ from qkernels.nn.quantized import QuantizedLayer
 from qkernels.qat.fuse import FusedForward, fused_parts
 
 # Models without two operations in a row that a program runs, and those whose layers in float are not counted on.
-NONE = ("DCGANGenerator", "StyleTransfer")
+NONE = ("StyleTransfer",)
 LEFT = ("ConvNeXt", "ASPP")  # parts of them cannot be traced, or stay apart
 
 

@@ -16,6 +16,8 @@ from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
 from .int8_conv1d import Int8Conv1d
+from .int8_conv3d import Int8Conv3d
+from .int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, Int8ConvTranspose3d
 from .int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
@@ -44,6 +46,10 @@ __all__ = [
     "Int4Linear",
     "Int8Conv1d",
     "Int8Conv2d",
+    "Int8Conv3d",
+    "Int8ConvTranspose1d",
+    "Int8ConvTranspose2d",
+    "Int8ConvTranspose3d",
     "Int8Embedding",
     "Int8GRU",
     "Int8LSTM",

@@ -21,6 +21,11 @@ from .quantized import Logical, QuantizedInputLayer, check_finite, frozen
 from .replacing import take_over
 
 Convolution = TypeVar("Convolution", bound="Int8Convolution")
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dims of a weight or an input
+GEOMETRY = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "transposed", "output_padding",
+)  # fmt: skip
 
 
 class Int8Layer(QuantizedInputLayer):
@@ -57,7 +62,8 @@ class Int8Layer(QuantizedInputLayer):
         checks.require(2 <= weight_bits <= 8, f"weight_bits: got {weight_bits}; accepted: 2 to 8")
         gemm_checks.activation_bits(act_bits)
         checks.require(act_bits == 8 or input is None, "input: got a quantizer with act_bits=16; accepted: None")
-        k = math.prod(weight_shape[1:])
+        n = self._outputs(weight_shape)
+        k = math.prod(weight_shape) // max(n, 1)
         whole = group_size in (-1, k)
         checks.require(
             whole or (group_size > 0 and k % group_size == 0),
@@ -69,7 +75,6 @@ class Int8Layer(QuantizedInputLayer):
             input = FakeQuantize(granularity=input_granularity, quantizer="dynamic")
         super().__init__(weight_shape, bias, weight_bits, input, dtype)
         self.act_bits, self.group_size = act_bits, k if whole else group_size
-        n = weight_shape[0]
         scales = (n,) if whole else (n, k // group_size)
         self.scale = frozen(torch.ones(scales, dtype=torch.float32))
         self.register_buffer("zero_point", None if symmetric else torch.zeros(scales, dtype=torch.int8))
@@ -107,9 +112,17 @@ class Int8Layer(QuantizedInputLayer):
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         scale, zero_point = self._scale_of("scale"), self.zero_point
         n, groups = scale.shape if scale.dim() == 2 else (scale.shape[0], 1)
-        codes, by_group = self.codes.reshape(n, groups, self.group_size), (n, groups, 1)
+        codes, by_group = self._rows_of(self.codes).reshape(n, groups, self.group_size), (n, groups, 1)
         z = None if zero_point is None else zero_point.view(by_group)
-        return dequantize(codes, scale.view(by_group), z, dtype=dtype).view(self.weight_shape)
+        return self._weight_of(dequantize(codes, scale.view(by_group), z, dtype=dtype))
+
+    def _rows_of(self, weight: Tensor) -> Tensor:
+        """The weight, or its codes, with the outputs in the first dim."""
+        return weight
+
+    def _weight_of(self, rows: Tensor) -> Tensor:
+        """Elements in the order of ``_rows_of`` as the float layer has them."""
+        return rows.view(self.weight_shape)
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
         raise NotImplementedError
@@ -236,9 +249,23 @@ class Int8Linear(Int8Layer):
 
 
 class Int8Convolution(Int8Layer):
-    """What Int8Conv1d and Int8Conv2d share: arguments as in nn.Conv1d and nn.Conv2d, and as ``Int8Linear``."""
+    """What the int8 convolutions share: arguments as in torch's layers, and as ``Int8Linear``.
 
-    float_class: ClassVar[type[nn.Conv1d | nn.Conv2d]]
+    channels_last: whether the weight is, in a layer of 2 or 3 dims; the result then is too, as that of torch's layer.
+    """
+
+    float_class: ClassVar[type[Any]]
+    channels_last = False
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    transposed: bool
+    output_padding: tuple[int, ...]
 
     def __init__(
         self,
@@ -260,18 +287,28 @@ class Int8Convolution(Int8Layer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         # The float layer checks the arguments and resolves ints.
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        conv = self.float_class(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")  # type: ignore[arg-type]
-        self.groups = groups  # before the base class packs the weight
-        weight = (weight_bits, act_bits, group_size, symmetric)
-        super().__init__(conv.weight.shape, bias, *weight, input, PerTensor(), dtype)
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.transposed, self.output_padding = conv.transposed, conv.output_padding
+        geometry: Any = (kernel_size, stride, padding, dilation, groups)
+        conv = self.float_class(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")
+        self._build(conv, weight_bits, act_bits, group_size, symmetric, input, dtype)
+
+    def _build(
+        self,
+        conv: Any,
+        weight_bits: int,
+        act_bits: int,
+        group_size: int,
+        symmetric: bool,
+        input: FakeQuantize | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Makes the layer, without weights, with the geometry of a float one."""
+        for name in GEOMETRY:  # before the base class packs the weight
+            setattr(self, name, getattr(conv, name))
+        codes = weight_bits, act_bits, group_size, symmetric
+        Int8Layer.__init__(self, conv.weight.shape, conv.bias is not None, *codes, input, PerTensor(), dtype)
 
     @classmethod
-    def from_float(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, *, act_bits: int = 8) -> Convolution:
+    def from_float(cls: type[Convolution], conv: nn.Module, *, act_bits: int = 8) -> Convolution:
         """Quantizes a trained layer: weights per output channel by amax/127, the input per tensor at run time.
 
         The new layer takes over the hooks of ``conv`` and whatever else was set on it.
@@ -279,27 +316,33 @@ class Int8Convolution(Int8Layer):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        codes, scale = PackedInt8.from_float(check_finite(conv.weight).flatten(1)).unpack()
-        layer = cls.like(conv, act_bits=act_bits).to(conv.weight.device)
-        layer.set_weight(codes.view(conv.weight.shape), scale, conv.bias)
+        weight: Any = conv.weight
+        layer = cls.like(conv, act_bits=act_bits).to(weight.device)
+        rows = layer._rows_of(check_finite(weight))
+        codes, scale = PackedInt8.from_float(rows.flatten(1)).unpack()
+        layer.set_weight(layer._weight_of(codes), scale, conv.bias)  # type: ignore[arg-type]
         return take_over(layer, conv, ("weight", "bias")).train(conv.training)
 
     @classmethod
-    def like(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, **codes: Any) -> Convolution:
+    def like(cls: type[Convolution], conv: Any, **codes: Any) -> Convolution:
         """A layer with the geometry of ``conv``, without weights yet; ``codes``: bias and the keyword arguments."""
         codes.setdefault("bias", conv.bias is not None)
-        return cls(
+        if conv.transposed:
+            codes["output_padding"] = conv.output_padding
+        layer = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
             padding_mode=conv.padding_mode,
             dtype=conv.weight.dtype,
             **codes,
         )
+        layer.channels_last = suggests_channels_last(conv.weight)
+        return layer
 
     def compute(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
@@ -309,15 +352,43 @@ class Int8Convolution(Int8Layer):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        added = f"output_padding={self.output_padding}, " if self.transposed else ""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            + self._repr_of_codes()
+            f"padding={self.padding}, {added}dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}, {self._repr_of_codes()}"
         )
+
+    def _sides(self, padding: Any, dilation: Any) -> list[int]:
+        """Turns a padding as in F.conv2d into that of F.pad: left, right, top, bottom."""
+        dims = len(self.kernel_size)
+        if padding == "valid":
+            return [0] * (2 * dims)
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(each(dilation, dims), self.kernel_size, strict=True)]
+            return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        return [side for side in reversed(each(padding, dims)) for _ in range(2)]
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        weight = super()._weight_in(dtype)
+        return weight.to(memory_format=FORMATS[weight.dim()]) if self.channels_last else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Convolution:
+        if len(self.weight_shape) in FORMATS:
+            # fn may change the memory format of the float layer's weight; a small tensor in its place shows the result.
+            format = FORMATS[len(self.weight_shape)] if self.channels_last else torch.contiguous_format
+            sizes = [min(size, 2) for size in self.weight_shape]
+            small = torch.empty(sizes, device=self.data.device, memory_format=format)
+            self.channels_last = suggests_channels_last(fn(small))
+        super()._apply(fn, recurse)
+        return self
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
         if self.act_bits == 16:
             return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
+        return self._pack_for_kernels(codes)
+
+    def _pack_for_kernels(self, codes: Tensor) -> dict[str, Tensor | None]:
         codes = codes.reshape(self._as_kernels_take(self.weight_shape))
         packed = PackedInt8Conv2d.from_quantized(codes, torch.ones(1), self.groups)
         return {"data": packed.data, "colsum": packed.colsum}
@@ -344,14 +415,6 @@ class Int8Conv2d(Int8Convolution):
     """
 
     float_class = nn.Conv2d
-    channels_last = False
-
-    @classmethod
-    def like(cls: type[Convolution], conv: nn.Conv1d | nn.Conv2d, **codes: Any) -> Convolution:
-        """A layer with the geometry of ``conv``, without weights yet; ``codes``: bias and the keyword arguments."""
-        layer: Any = super().like(conv, **codes)  # type: ignore[misc]
-        layer.channels_last = _suggests_channels_last(conv.weight)
-        return layer  # type: ignore[no-any-return]
 
     def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
         out_dtype = self._out_dtype(input)
@@ -380,54 +443,33 @@ class Int8Conv2d(Int8Convolution):
             stride=stride,
             padding=padding,
             dilation=dilation,
-            channels_last=_suggests_channels_last(batch) or (self.channels_last and bool(batch.shape[0])),
+            channels_last=suggests_channels_last(batch) or (self.channels_last and bool(batch.shape[0])),
         )
         if y.dtype != out_dtype:
             y = y.to(out_dtype)
         return y if x.dim() == 4 else y.squeeze(0)
 
-    def _sides(self, padding: Any, dilation: Any) -> list[int]:
-        """Turns a padding as in F.conv2d into that of F.pad: left, right, top, bottom."""
-        if padding == "valid":
-            return [0, 0, 0, 0]
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(_pair(dilation), self.weight_shape[2:], strict=True)]
-            return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-        height, width = _pair(padding)
-        return [width, width, height, height]
 
-    def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        weight = super()._weight_in(dtype)
-        return weight.to(memory_format=torch.channels_last) if self.channels_last else weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Conv2d:
-        # fn may change the memory format of the float layer's weight; a small tensor in its place shows the result.
-        format = torch.channels_last if self.channels_last else torch.contiguous_format
-        sizes = [min(size, 2) for size in self.weight_shape]
-        self.channels_last = _suggests_channels_last(
-            fn(torch.empty(sizes, device=self.data.device, memory_format=format))
-        )
-        super()._apply(fn, recurse)
-        return self
-
-
-def _suggests_channels_last(x: Tensor) -> bool:
-    """Whether torch's layers take x [N, C, H, W] for channels_last: its strides grow in the order C, W, H, N.
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch's layers take x [N, C, *size] for channels_last: its strides grow in the order C, W, H, (D,) N.
 
     If the strides of N and C are equal the answer is no: for 1×1 images with one channel both formats have the same
-    strides.
+    strides. In one dim it is always no.
     """
-    n, c, h, w = x.shape
-    of_n, of_c, of_h, of_w = x.stride()
-    least = of_c
-    for size, above in ((c, of_w), (w, of_h), (h, of_n)):
-        least *= max(size, 1)
+    if x.dim() not in FORMATS:
+        return False
+    c, *size = x.shape[1:]
+    of_n, of_c, *of_size = x.stride()
+    least = last = of_c
+    for side, above in zip((c, *reversed(size)), (*reversed(of_size), of_n), strict=True):
+        least *= max(side, 1)
         if above < least:
             return False
         least, last = above, least
-    return of_c > 0 and n * c * h * w > 0 and last != of_c
+    return of_c > 0 and x.numel() > 0 and last != of_c
 
 
-def _pair(value: Any) -> tuple[int, ...]:
+def each(value: Any, dims: int) -> tuple[int, ...]:
+    """An entry for each dim, of one integer or a sequence of one or as many."""
     values = (value,) if isinstance(value, int) else tuple(value)
-    return values * 2 if len(values) == 1 else values
+    return values * dims if len(values) == 1 else values

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.int8_conv2d import int8_conv2d
-from .int8 import Int8Convolution
+from .int8 import Int8Convolution, each
 
 
 class Int8Conv1d(Int8Convolution):
@@ -30,7 +30,7 @@ class Int8Conv1d(Int8Convolution):
 
     def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
         out_dtype = self._out_dtype(input)
-        stride, dilation = _single(stride), _single(dilation)
+        (stride,), (dilation,) = each(stride, 1), each(dilation, 1)
         left, right = self._sides(padding, dilation)
         # The kernels pad evenly and with zeros. Any other padding happens before quantization, where it is exact.
         even = left == right and mode == "zeros"
@@ -60,19 +60,6 @@ class Int8Conv1d(Int8Convolution):
         y = y.squeeze(2).to(out_dtype)
         return y if x.dim() == 3 else y.squeeze(0)
 
-    def _sides(self, padding: Any, dilation: int) -> tuple[int, int]:
-        """How many elements to add on the left and on the right for a padding as in F.conv1d."""
-        if padding == "valid":
-            return 0, 0
-        if padding == "same":
-            total = dilation * (self.weight_shape[2] - 1)
-            return total // 2, total - total // 2
-        return _single(padding), _single(padding)
-
     def _as_kernels_take(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         n, c, k = shape
         return n, c, 1, k
-
-
-def _single(value: Any) -> int:
-    return value if isinstance(value, int) else int(value[0])

@@ -24,8 +24,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .int8 import Int8Conv2d
-from .int8_conv1d import Int8Conv1d
+from .int8 import Int8Convolution
 from .tracing import node_of
 
 FLOAT_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -228,7 +227,7 @@ class ConvertedForward(_OwnForward):
         if arguments.get("bias") is not self.bias or arguments.get("groups", 1) != getattr(self, "groups", 1):
             values = self._input_values(x)  # type: ignore[operator]
             return func(**{**arguments, "input": values, "weight": self._weight_in(values.dtype)})  # type: ignore[operator]
-        if not issubclass(self.base_class, Int8Conv1d | Int8Conv2d):
+        if not issubclass(self.base_class, Int8Convolution):
             return self.base_class.compute(self, x)  # type: ignore[attr-defined]
         stride, padding, dilation = (arguments.get(name, default) for name, default in GEOMETRY.items())
         return self.convolve(x, stride, padding, dilation)  # type: ignore[operator]

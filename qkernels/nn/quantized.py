@@ -400,11 +400,15 @@ class QuantizedInputLayer(QuantizedLayer):
         self.input_symmetric = input is None or input.symmetric
         self.quant_min, self.quant_max = (-128, 127) if input is None else (input.quant_min, input.quant_max)
         static = input is not None and input.quantizer != "dynamic"
-        n, fp32 = weight_shape[0], torch.float32
+        n, fp32 = self._outputs(weight_shape), torch.float32
         self.register_parameter("bias", nn.Parameter(torch.zeros(n, dtype=dtype)) if bias else None)
         self.register_buffer("input_scale", torch.ones(1, dtype=fp32) if static else None)
         asymmetric = static and not self.input_symmetric
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32) if asymmetric else None)
+
+    def _outputs(self, weight_shape: Sequence[int]) -> int:
+        """How many outputs, each with a scale and a bias, a weight of this shape has."""
+        return weight_shape[0]
 
     def _form_of_codes(self) -> list[int]:
         """Adds the range of the input's codes, if the input's scale is fixed."""
@@ -460,13 +464,8 @@ class QuantizedInputLayer(QuantizedLayer):
             return fake_quantize_dynamic(
                 x, bits=self.input_bits, group_size=group_size, symmetric=self.input_symmetric
             )  # fmt: skip
-        return fake_quantize(
-            x,
-            self.input_scale,
-            self.input_zero_point,
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-        )
+        qparams = self.input_scale, self.input_zero_point
+        return fake_quantize(x, *qparams, quant_min=self.quant_min, quant_max=self.quant_max)
 
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

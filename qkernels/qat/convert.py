@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int8 import Int8Conv2d
-from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import QATForward, has_own_forward, with_forward_of
-from ..nn.qat import QATConv1d, QATConv2d, QATConvolution, QATLinear
+from ..nn.qat import QATConvolution, QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATEmbedding
@@ -28,7 +26,8 @@ from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
 from .fuse import fuse
-from .integer_layers import group_size, integer_attention, integer_embedding, integer_linear, integer_recurrent
+from .integer_convolution import integer_convolution, times
+from .integer_layers import integer_attention, integer_embedding, integer_linear, integer_recurrent
 from .selection import no_integers, to_int4
 from .states import remove_check
 
@@ -47,11 +46,11 @@ def convert(model: nn.Module) -> nn.Module:
 
     - A Linear layer whose weight has 4 bits or less becomes an ``Int4Linear``, at every granularity, with or without
       zero points; if its input is not quantized, the input stays in float (act_bits 16).
-    - Linear layers of 5 to 8 bits and Conv1d and Conv2d layers of 2 to 8 become ``Int8Linear``, ``Int8Conv1d`` and
-      ``Int8Conv2d``, on int8 codes; if the input is not quantized (act_bits 16), they compute in float with the
-      dequantized weight. If such a layer shares its weight with a float layer, it keeps that weight and quantizes it at
-      each call, so that the file holds it once; if it shares it with a layer that gets the quantized values, both hold
-      these as one Parameter.
+    - Linear layers of 5 to 8 bits and convolutions of 2 to 8, transposed ones too, become ``Int8Linear``,
+      ``Int8Conv1d``, ``Int8ConvTranspose2d`` and so on, on int8 codes; if the input is not quantized (act_bits 16),
+      they compute in float with the dequantized weight. If such a layer shares its weight with a float layer, it keeps
+      that weight and quantizes it at each call, so that the file holds it once; if it shares it with a layer that gets
+      the quantized values, both hold these as one Parameter.
     - An Embedding becomes an ``Int4Embedding`` if its weight has 4 bits or less, else an ``Int8Embedding``.
     - These layers keep the quantizers of their outputs.
     - An LSTM, GRU or RNN becomes an ``Int8LSTM``, ``Int8GRU`` or ``Int8RNN``. The product of its inputs runs on int8
@@ -142,7 +141,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(layer, QATEmbedding):
             made[layer] = integer_embedding(layer)
             continue
-        assert isinstance(layer, QATLinear | QATConv1d | QATConv2d)
+        assert isinstance(layer, QATLinear | QATConvolution | QATConvTranspose)
         if layer.input_fake_quant is None and not to_int4(layer):
             other = burnt.get(_weight_and_quantizer(layer))
             if other is not None:  # both hold one Parameter
@@ -156,12 +155,12 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
             norm = None
             if layer.input_fake_quant is not None:
                 norm = _folded_norm(model, folds, name, made)
-            made[layer] = _convolution(layer, norm)
+            made[layer] = integer_convolution(layer, norm)
             if isinstance(layer, QATForward):
                 made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, _float_weights(model, {layer for _, layer in layers}))
     for source, new in made.items():
-        if isinstance(source, QATLinear | QATConv1d | QATConv2d | QATEmbedding):
+        if isinstance(source, QATLinear | QATConvolution | QATConvTranspose | QATEmbedding):
             if source.output_fake_quant is not None:
                 new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
             made[source] = with_forward_of(take_over(new, source, own_names(source)).eval(), source)
@@ -235,19 +234,12 @@ def burnt_in(
 def _folded_weight(layer: Any, weight: Tensor, quantizer: FakeQuantize, norm: nn.Module) -> Tensor:
     """The quantized weight of a convolution times the BatchNorm's factor; the layer gets the folded bias."""
     factor, bias = factor_and_bias(norm, layer.bias)
-    groups: int = layer.groups
     wants_gradient = layer.bias is None or layer.bias.requires_grad
     layer._parameters["bias"] = nn.Parameter(bias.to(weight.dtype), wants_gradient)
     # The values that a quantizer gives for a half-precision tensor are rounded; those for its fp32 copy are not yet.
     half = weight.dtype in (torch.float16, torch.bfloat16)
     values = quantizer(weight.float() if half else weight).double()
-    inner = [1] * (weight.dim() - 2)
-    if isinstance(layer, QATConvTranspose):  # [in, out/groups, …]
-        by_group = factor.view(groups, 1, -1)
-        factor = by_group.expand(-1, weight.shape[0] // groups, -1).reshape(*weight.shape[:2], *inner)
-    else:
-        factor = factor.view(-1, 1, *inner)
-    return (values * factor).to(weight.dtype)
+    return times(layer, values, factor).to(weight.dtype)
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:
@@ -290,28 +282,3 @@ def own_names(layer: nn.Module) -> set[str]:
     tensors = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     quantizers = {name + SUFFIX for name in type(layer).roles(layer)} if isinstance(layer, QATLayer) else set()
     return tensors | quantizers | set(getattr(layer, "__constants__", ()))
-
-
-@torch.no_grad()
-def _convolution(layer: QATConv1d | QATConv2d, norm: nn.Module | None) -> Int8Conv1d | Int8Conv2d:
-    weight, input = layer.weight_fake_quant, layer.input_fake_quant
-    assert weight is not None
-    codes, scale, zero_point = weight.quantize(layer.weight)
-    scale = scale.float()
-    bias: Tensor | None = layer.bias
-    options: dict[str, Any] = {"weight_bits": weight.bits}
-    if input is None:
-        options.update(act_bits=16, group_size=group_size(weight), symmetric=weight.symmetric)
-    else:
-        options.update(input=input)
-        scale = scale.reshape(-1)
-    if norm is not None:
-        factor, folded_bias = (t.float() for t in factor_and_bias(norm, layer.bias))
-        codes = torch.where(factor.view(-1, *[1] * (codes.dim() - 1)) < 0, -codes, codes)
-        scale, bias = scale * factor.abs(), folded_bias
-    kind: Any = Int8Conv1d if isinstance(layer, QATConv1d) else Int8Conv2d
-    new: Int8Conv1d | Int8Conv2d = kind.like(layer, bias=bias is not None, **options).to(layer.weight.device)
-    new.set_weight(codes, scale, bias, zero_point)
-    if input is not None:
-        new.set_input(input)
-    return new

@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
-from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8 import Int8Convolution, Int8Linear
 from ..nn.int8_recurrent import SETTINGS as RECURRENT
 from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from ..nn.integer_attention import SETTINGS as ATTENTION
@@ -30,6 +29,7 @@ from ..nn.quantized_parameters import QATParameters
 from .config_json import plain
 from .convert import BURNT_IN, FOLDED
 from .equal_ranges import send_ranges
+from .integer_convolution import CONVOLUTIONS
 from .prepare import SWITCHED_OFF
 
 Description = dict[str, Any]
@@ -38,8 +38,7 @@ Description = dict[str, Any]
 INTEGER_LAYERS: dict[type[QuantizedLayer], type[nn.Module]] = {
     Int8Linear: nn.Linear,
     Int4Linear: nn.Linear,
-    Int8Conv1d: nn.Conv1d,
-    Int8Conv2d: nn.Conv2d,
+    **{kind: kind.float_class for kind in CONVOLUTIONS},
     Int4Embedding: nn.Embedding,
     Int8Embedding: nn.Embedding,
 }
@@ -129,7 +128,7 @@ def _integer_layer(name: str, layer: QuantizedLayer, names: dict[nn.Module, str]
     entry["weight_elsewhere"] = layer.weight_elsewhere
     if isinstance(layer, QuantizedInputLayer):
         entry["input"] = _input(layer)
-    if isinstance(layer, Int8Conv2d):
+    if isinstance(layer, Int8Convolution) and len(layer.kernel_size) > 1:
         entry["channels_last"] = layer.channels_last
     if own is not None:
         entry.update(of=own.own_class.__name__, trial=dataclasses.asdict(own.trial), folded=own.folded)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..nn.int8 import Int8Conv2d
 from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8_conv3d import Int8Conv3d
+from ..nn.int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, Int8ConvTranspose3d
 from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.tracing import Tracer
 
@@ -25,6 +27,10 @@ NORM_OF = {
     nn.ConvTranspose3d: nn.BatchNorm3d,
     Int8Conv1d: nn.BatchNorm1d,
     Int8Conv2d: nn.BatchNorm2d,
+    Int8Conv3d: nn.BatchNorm3d,
+    Int8ConvTranspose1d: nn.BatchNorm1d,
+    Int8ConvTranspose2d: nn.BatchNorm2d,
+    Int8ConvTranspose3d: nn.BatchNorm3d,
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LEAVES = (nn.Linear, BatchNorm, *NORM_OF)  # subclasses are leaves too

@@ -110,8 +110,9 @@ class Graph:
         for node, operation in self.operations.items():
             module, inputs = operation.module, operation.inputs
             if isinstance(module, LAYERS):
-                self.channels.setdefault(inputs[0], _in_channels(module))
-                self.channels[node] = module.weight_shape[0]
+                before, after = channels_of(module)
+                self.channels.setdefault(inputs[0], before)
+                self.channels[node] = after
             elif operation.kind == "batch_norm":
                 self.channels[node] = module.num_features  # type: ignore[union-attr, assignment]
             elif operation.kind == "cat":
@@ -134,7 +135,10 @@ class Graph:
         if operation.kind == "mean" or operation.options.get("size") == (1, 1, 1):
             return True
         keeps = operation.kind in ("activate", "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
-        keeps = keeps or (isinstance(operation.module, LAYERS) and set(operation.module.weight_shape[2:]) <= {1})
+        if isinstance(operation.module, LAYERS):
+            kernel = operation.options.get("kernel", (1, 1, 1))
+            added = [operation.options.get(key, (0, 0, 0)) for key in ("padding", "padding_after", "output_padding")]
+            keeps = set(kernel) == {1} and not any(map(any, added))
         return keeps and all(source in self.points for source in operation.inputs)
 
     def _fits(self, node: fx.Node, operation: Operation) -> bool:
@@ -164,8 +168,11 @@ class Graph:
         return _parts(self.channels[operation.inputs[0]], operation.options)[operation.options["at"]]
 
 
-def _in_channels(layer: Any) -> int:
-    return int(layer.weight_shape[1]) * (1 if isinstance(layer, Int8Linear) else int(layer.groups))
+def channels_of(layer: Any) -> tuple[int, int]:
+    """How many channels go into a layer, and out of it."""
+    if isinstance(layer, Int8Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:

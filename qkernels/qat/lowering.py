@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int8 import Int8Linear
-from .graph import MOVES, Graph
-from .operations import LAYERS, Operation
+from .graph import MOVES, Graph, channels_of
+from .operations import LAYERS, PRODUCTS, Operation
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class _Writer:
     def _group(self) -> None:
         for node in reversed(self.part.nodes):  # of two products that are added, the later one takes the sum
             operation = self.graph.operations[node]
-            if operation.kind not in ("conv", "linear", "binary", "batch_norm"):
+            if operation.kind not in (*PRODUCTS, "binary", "batch_norm"):
                 continue
             if node in self.head:
                 continue
@@ -217,7 +216,7 @@ class _Writer:
             self.groups[node] = group
             if operation.quantizer is None:
                 last = self._take_activation(node, last, "first")
-                if operation.kind in ("conv", "linear"):
+                if operation.kind in PRODUCTS:
                     last = self._take_sum(node, last)
             self.tail[node] = last
 
@@ -293,10 +292,10 @@ class _Writer:
                 if self.tail[head] is node:
                     if group.residual is not None:
                         self._need_any(group.residual)
-                    if self.graph.operations[head].kind not in ("conv", "linear"):
+                    if self.graph.operations[head].kind not in PRODUCTS:
                         continue
                 continue
-            if operation.kind in ("conv", "linear"):
+            if operation.kind in PRODUCTS:
                 self._need(self._inputs(node)[0], self._input_quantizer(operation))
                 if node in self.tail and self.tail[node] is node and self.groups[node].residual is not None:
                     self._need_any(self.groups[node].residual)  # type: ignore[arg-type]
@@ -429,15 +428,14 @@ class _Writer:
         operation, group = self.graph.operations[head], self.groups[head]
         inputs = self._inputs(head)
         options: dict[str, Any] = dict(operation.options)
-        if operation.kind in ("conv", "linear"):
+        if operation.kind in PRODUCTS:
             layer: Any = operation.module
             options["x"] = self._codes(inputs[0], self._input_quantizer(operation))
             options["data"], options["colsum"] = Held(layer._buffers, "data"), Held(layer._buffers, "colsum")
             options["scale"] = Held(layer._parameters, "scale")
             if layer.bias is not None:
                 options["bias"] = Held(layer._parameters, "bias")
-            groups = 1 if isinstance(layer, Int8Linear) else layer.groups
-            options["in"], options["out_channels"] = layer.weight_shape[1] * groups, layer.weight_shape[0]
+            options["in"], options["out_channels"] = channels_of(layer)
         elif operation.kind == "binary":
             options["a"], options["b"] = (self._either(source) for source in inputs)
         else:

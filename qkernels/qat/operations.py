@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.functional import QATAdd
 from ..nn.granularity import PerTensor
-from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8 import Int8Linear
+from ..ops.int8_convolution import three
+from .integer_convolution import CONVOLUTIONS
 
 Inputs = list[fx.Node]
 
-LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d)
+LAYERS: tuple[type[nn.Module], ...] = (Int8Linear, *CONVOLUTIONS)
+PRODUCTS = ("conv", "conv_transpose", "linear")  # the steps of these layers
 
 
 @dataclass
@@ -90,7 +92,8 @@ def _layer(inputs: Inputs, layer: Any) -> Operation | None:
     if layer.padding_mode != "zeros":
         return None
     rank = len(layer.kernel_size)
-    return Operation("conv", inputs, geometry_of(layer), layer, output, rank, rank)
+    kind = "conv_transpose" if layer.transposed else "conv"
+    return Operation(kind, inputs, geometry_of(layer), layer, output, rank, rank)
 
 
 def geometry_of(layer: Any) -> dict[str, Any]:
@@ -106,22 +109,19 @@ def geometry_of(layer: Any) -> dict[str, Any]:
             sides = layer.padding[i], layer.padding[i]
         before.append(sides[0])
         after.append(sides[1])
+    last = {"output_padding": layer.output_padding} if layer.transposed else {"padding_after": after}
     return {
-        "kernel": _three(layer.kernel_size, 1),
-        "stride": _three(layer.stride, 1),
-        "padding": _three(before, 0),
-        "padding_after": _three(after, 0),
-        "dilation": _three(layer.dilation, 1),
+        "kernel": three(layer.kernel_size, 1),
+        "stride": three(layer.stride, 1),
+        "padding": three(before, 0),
+        **{key: three(value, 0) for key, value in last.items()},
+        "dilation": three(layer.dilation, 1),
         "groups": layer.groups,
     }
 
 
-def _three(sizes: Any, missing: int) -> tuple[int, ...]:
-    return (*[missing] * (3 - len(sizes)), *map(int, sizes))
-
-
 def _full(value: Any, rank: int, missing: int) -> tuple[int, ...]:
-    return _three([value] * rank if isinstance(value, int) else list(value), missing)
+    return three([value] * rank if isinstance(value, int) else list(value), missing)
 
 
 def _activation(text: str) -> Callable[[Inputs, Any], Operation]:
@@ -198,16 +198,24 @@ def _batch_norm(*ranks: int) -> Callable[[Inputs, Any], Operation | None]:
     return read
 
 
-def _upsample(inputs: Inputs, size: Any, scale: Any, mode: str) -> Operation | None:
-    if mode != "nearest" or size is not None or scale is None:
+LINEAR = {"linear": 1, "bilinear": 2, "trilinear": 3}  # modes of interpolation, and for how many dims
+
+
+def _upsample(
+    inputs: Inputs, size: Any, scale: Any, mode: str, align_corners: Any, recompute: Any = None, antialias: bool = False
+) -> Operation | None:
+    if size is not None or scale is None or recompute or antialias or mode not in ("nearest", *LINEAR):
         return None
-    scales = list(scale) if isinstance(scale, tuple | list) else [scale]
-    if any(s != int(s) or s < 1 for s in scales):
-        return None
-    if len(scales) == 1 and not isinstance(scale, tuple | list):
-        scales = scales * 2  # of a 2-D image, which is what everybody upsamples; other ranks are refused
+    # One scale is for all dims. Nearest pixels of a 2-D image are what everybody wants; other ranks are refused.
+    scales = list(scale) if isinstance(scale, tuple | list) else [scale] * LINEAR.get(mode, 2)
     rank = len(scales)
-    return Operation("upsample", inputs, {"scale": _three([int(s) for s in scales], 1)}, rank=rank, out_rank=rank)
+    if rank != LINEAR.get(mode, rank) or any(s != int(s) or s < 1 for s in scales):
+        return None
+    options: dict[str, Any] = {"scale": three([int(s) for s in scales], 1)}
+    if mode == "nearest":
+        return Operation("upsample", inputs, options, rank=rank, out_rank=rank)
+    options.update(mode="linear", align_corners=int(bool(align_corners)))
+    return Operation("resize", inputs, options, rank=rank, out_rank=rank)
 
 
 def _flatten(inputs: Inputs, start: int, end: int) -> Operation | None:
@@ -238,7 +246,9 @@ MODULES: dict[type[nn.Module], Callable[[Inputs, Any], Operation | None]] = {
     nn.BatchNorm2d: _batch_norm(2),
     nn.BatchNorm3d: _batch_norm(3),
     nn.Flatten: lambda inputs, m: _flatten(inputs, m.start_dim, m.end_dim),
-    nn.Upsample: lambda inputs, m: _upsample(inputs, m.size, m.scale_factor, m.mode),
+    nn.Upsample: lambda inputs, m: _upsample(
+        inputs, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor
+    ),
     nn.ChannelShuffle: lambda inputs, m: Operation("shuffle", inputs, {"groups": m.groups}),
 }
 
@@ -388,8 +398,8 @@ def _averaged(rank: int) -> Any:
 @_read("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias",
        size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None,
        antialias=False)  # fmt: skip
-def _interpolate(x: fx.Node, size: Any, scale: Any, mode: str, *_: Any) -> Operation | None:
-    return _upsample([x], size, scale, mode)
+def _interpolate(x: fx.Node, *options: Any) -> Operation | None:
+    return _upsample([x], *options)
 
 
 @_read("input", "p", "training", "inplace", p=0.5, training=True, inplace=False)

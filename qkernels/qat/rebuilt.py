@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int8 import Int8Conv2d
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, with_forward_of
@@ -296,7 +295,7 @@ class _Builder:
                 new.input_zero_point = torch.zeros(1, dtype=torch.int32) if input["zero_point"] else None
             if new.bias is not None and source.bias is not None:
                 new.bias.requires_grad_(source.bias.requires_grad)
-        if isinstance(new, Int8Conv2d):
+        if "channels_last" in entry:
             new.channels_last = entry["channels_last"]
         new.weight_elsewhere = entry["weight_elsewhere"]
         for quantizer in self._quantizers(entry).values():

@@ -16,8 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
-from ..nn.int8 import Int8Conv2d, Int8Linear
-from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8 import Int8Convolution, Int8Linear
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.integer_embedding import Int4Embedding, Int8Embedding
@@ -30,12 +29,13 @@ from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .fuse import unfused
+from .integer_convolution import times
 from .measures import clipped_share, sqnr
 from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Conv1d, Int8Conv2d, Int4Linear, Int4Embedding, Int8Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, Int4Embedding, Int8Embedding)
 
 
 @dataclass
@@ -177,7 +177,7 @@ def report(
                 if weight is not None:
                     if name in folded:
                         factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
-                        weight = weight * factor.float().view(-1, *[1] * (weight.dim() - 1))
+                        weight = times(layer, weight, factor.float())
                     row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
             rows.append(row)
             if note:

@@ -17,10 +17,13 @@ from ..nn.granularity import PerChannel, PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Conv2d, Int8Linear
 from ..nn.int8_conv1d import Int8Conv1d
+from ..nn.int8_conv3d import Int8Conv3d
+from ..nn.int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, Int8ConvTranspose3d
 from ..nn.own_forward import Trial, has_own_forward, try_forward
-from ..nn.qat import QATConv1d, QATConv2d, QATLinear, QATProductLayer
+from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATConvolution, QATLinear, QATProductLayer
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_classes import qat_class_of
+from ..nn.qat_conv_transpose import QATConvTranspose, QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from ..nn.qat_embedding import QATEmbedding
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from ..nn.qat_lazy import QATLazy
@@ -50,11 +53,28 @@ def no_integers(layer: QATLayer) -> str | None:
         return _no_integer_embedding(layer)
     if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
         return "a rule names its parameter and not the layer"
-    if not isinstance(layer, QATLinear | QATConv1d | QATConv2d):
+    if isinstance(layer, QATConvTranspose):
+        return _no_integer_transposed(layer)
+    if not isinstance(layer, QATLinear | QATConvolution):
         return f"there is no integer kernel for {type(layer).float_type.__name__}"
+    parameter: Any = layer.weight
     weight = layer.weight_fake_quant
     assert weight is not None
-    return _no_integer_product("weight", layer.weight, weight, layer.input_fake_quant, to_int4(layer))
+    return _no_integer_product("weight", parameter, weight, layer.input_fake_quant, to_int4(layer))
+
+
+def _no_integer_transposed(layer: Any) -> str | None:
+    if type(layer).forward is not QATConvTranspose.forward:
+        return "its forward is its own"
+    weight: FakeQuantize = layer.weight_fake_quant
+    granularity, groups = weight.granularity, layer.groups
+    axis = granularity.axis if isinstance(granularity, PerChannel) else ()
+    axes = {each % layer.weight.dim() for each in (axis if isinstance(axis, tuple) else (axis,))}
+    # A scale of an input channel, which is dim 0, is one of output channels only if each group has one input.
+    if isinstance(granularity, PerGroup) or not axes <= ({0, 1} if groups == layer.in_channels else {1}):
+        return f"its weight has {granularity}; the kernels take PerTensor() or one scale for each output channel"
+    rows = layouts.outputs_first(layer.weight, groups)
+    return _no_integer_product("weight", rows, weight, layer.input_fake_quant, int4=False, by_output=True)
 
 
 def _no_integer_attention(layer: QATMultiheadAttention) -> str | None:
@@ -85,14 +105,22 @@ def _no_integer_recurrent(layer: QATRecurrent) -> str | None:
 
 
 def _no_integer_product(
-    name: str, parameter: Tensor, weight: FakeQuantize, input: FakeQuantize | None, int4: bool
+    name: str,
+    parameter: Tensor,
+    weight: FakeQuantize,
+    input: FakeQuantize | None,
+    int4: bool,
+    by_output: bool = False,
 ) -> str | None:
-    """Why no kernel computes a product with the parameter of this name; ``int4``: with codes of 4 bits or less."""
+    """Why no kernel computes a product with the parameter of this name; None: one does.
+
+    int4: with codes of 4 bits or less. by_output: it is known that no output has several scales.
+    """
     granularity = weight.granularity
     if not weight.integer_codes:
         return f'the values of "{weight.quantizer}" are no integers times a scale'
     k = parameter[0].numel()
-    if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
+    if not by_output and isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
         return f"its {name} has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
     if input is None and not int4:
         return None  # the product is computed in float
@@ -191,6 +219,10 @@ INTEGER_LAYERS: dict[type[QATLayer], Callable[[], tuple[nn.Module, ...]]] = {  #
     QATLinear: lambda: (nn.Linear(1, 1, device="meta"), Int8Linear(1, 1), Int4Linear(1, 1, group_size=-1)),
     QATConv1d: lambda: (nn.Conv1d(1, 1, 1, device="meta"), Int8Conv1d(1, 1, 1)),
     QATConv2d: lambda: (nn.Conv2d(1, 1, 1, device="meta"), Int8Conv2d(1, 1, 1)),
+    QATConv3d: lambda: (nn.Conv3d(1, 1, 1, device="meta"), Int8Conv3d(1, 1, 1)),
+    QATConvTranspose1d: lambda: (nn.ConvTranspose1d(1, 1, 1, device="meta"), Int8ConvTranspose1d(1, 1, 1)),
+    QATConvTranspose2d: lambda: (nn.ConvTranspose2d(1, 1, 1, device="meta"), Int8ConvTranspose2d(1, 1, 1)),
+    QATConvTranspose3d: lambda: (nn.ConvTranspose3d(1, 1, 1, device="meta"), Int8ConvTranspose3d(1, 1, 1)),
 }
 
 

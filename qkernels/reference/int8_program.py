@@ -77,7 +77,7 @@ class Machine:
         self.values: dict[str, Value] = {}
         self.outputs: dict[int, Tensor] = {}
         self.broken = False  # a scale or a bias is not finite
-        self.nan = torch.zeros(inputs[0].shape[0], dtype=torch.bool)  # images with a NaN
+        self.nan = torch.zeros(inputs[0].shape[0], dtype=torch.bool, device=inputs[0].device)  # images with a NaN
 
     def finished(self, output: Tensor) -> Tensor:
         if self.shapes_only:
@@ -204,7 +204,7 @@ def _conv(m: Machine, step: Step) -> None:
     assert x.quantizer is not None
     n, c = int(step["out_channels"]), int(step["in"])
     weight = layouts.conv_unpack(data, (n, c // groups, *kernel), groups)
-    before, after = _ints(step, "padding"), _ints(step, "padding_after")
+    before, after = _ints(step, "padding"), _ints(step, "padding_after", step.get("padding", "0,0,0"))
     sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
     # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.
     padded = F.pad((x.data - x.quantizer.zero_point).double(), sides)
