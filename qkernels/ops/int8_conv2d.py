@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .. import checks, gemm_checks, layouts, library, samples
+from .. import checks, conv_checks, layouts, library, samples
 from ..reference import int8_conv2d as reference
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
@@ -39,7 +39,7 @@ def _unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def _fake_pack(q: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    gemm_checks.conv_weight("q", q.shape, groups)
+    conv_checks.conv_weight("q", q.shape, groups)
     data = q.new_empty((layouts.conv_bytes(q.shape, groups),), dtype=torch.int8)
     return data, q.new_empty((q.shape[0],), dtype=torch.int32)
 
@@ -58,7 +58,7 @@ def _transpose_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
 def _fake_transpose_pack(
     q: Tensor, groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    gemm_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
+    conv_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
     data = q.new_empty((layouts.conv_transpose_bytes(q.shape, groups, stride, dilation),), dtype=torch.int8)
     return data, q.new_empty((math.prod(stride) * q.shape[1] * groups,), dtype=torch.int32)
 
@@ -80,7 +80,7 @@ def _fake_conv2d(
     groups: int,
     channels_last: bool = True,
 ) -> Tensor:
-    n, c, h, w = gemm_checks.conv2d_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
+    n, c, h, w = conv_checks.conv2d_shape(x, colsum.shape[0], kernel_size, stride, padding, dilation, groups)
     return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c) if channels_last else (h * w * c, h * w, w, 1))
 
 

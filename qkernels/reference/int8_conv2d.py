@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from .. import gemm_checks, layouts
+from .. import conv_checks, gemm_checks, layouts
 from .int8_gemm import epilogue, quantize_codes, static_qparams
 
 
 def int8_conv_pack(q: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Codes [C_out, C_in/groups, *kernel] packed, and the sum of each output channel's codes."""
     gemm_checks.require(q.dtype == torch.int8, f"q: got {q.dtype}; accepted: torch.int8")
-    gemm_checks.conv_weight("q", q.shape, groups)
+    conv_checks.conv_weight("q", q.shape, groups)
     return layouts.conv_pack(q, groups), q.flatten(1).sum(1, dtype=torch.int32)
 
 
 def int8_conv_unpack(data: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     """The codes [C_out, C_in/groups, *kernel] that were packed into ``data``."""
-    gemm_checks.conv_weight("shape", shape, groups)
-    gemm_checks.conv_data(data, shape, groups)
+    conv_checks.conv_weight("shape", shape, groups)
+    conv_checks.conv_data(data, shape, groups)
     return layouts.conv_unpack(data, shape, groups)
 
 
@@ -31,7 +31,7 @@ def int8_conv_transpose_pack(
 ) -> tuple[Tensor, Tensor]:
     """Codes [C_in, C_out/groups, *kernel] packed, and the sums of codes of its classes, [classes·C_out]."""
     gemm_checks.require(q.dtype == torch.int8, f"q: got {q.dtype}; accepted: torch.int8")
-    gemm_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
+    conv_checks.conv_transpose_weight("q", q.shape, groups, stride, dilation)
     return layouts.conv_transpose_pack(q, groups, stride, dilation)
 
 
@@ -39,8 +39,8 @@ def int8_conv_transpose_unpack(
     data: Tensor, shape: Sequence[int], groups: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """The codes [C_in, C_out/groups, *kernel] that were packed into ``data``."""
-    gemm_checks.conv_transpose_weight("shape", shape, groups, stride, dilation)
-    gemm_checks.conv_transpose_data(data, shape, groups, stride, dilation)
+    conv_checks.conv_transpose_weight("shape", shape, groups, stride, dilation)
+    conv_checks.conv_transpose_data(data, shape, groups, stride, dilation)
     return layouts.conv_transpose_unpack(data, shape, groups, stride, dilation)
 
 
@@ -61,7 +61,7 @@ def int8_conv2d(
     groups: int,
     channels_last: bool = True,
 ) -> Tensor:
-    shape = gemm_checks.int8_conv2d(
+    shape = conv_checks.int8_conv2d(
         x, data, colsum, scale, bias, input_scale, input_zero_point, quant_min, quant_max, kernel_size, stride, padding,
         dilation, groups,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import gemm_checks, layouts
+from .. import conv_checks, layouts
 from .activation import FUNCTIONS, sigmoid, tanh
 from .int8_gemm import static_qparams
 
@@ -61,7 +61,7 @@ def int8_program(
     inputs: Sequence[Tensor], constants: Sequence[Tensor], plan: str, shapes_only: bool = False
 ) -> list[Tensor]:
     """shapes_only: looks at no values, for tracing: tensors may then be fake."""
-    gemm_checks.int8_program(inputs)
+    conv_checks.int8_program(inputs)
     machine = Machine(inputs, constants, shapes_only)
     for name, step in parse(plan):
         STEPS[name](machine, step)
