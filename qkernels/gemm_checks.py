@@ -263,15 +263,6 @@ def scale_dtype(name: str, t: Tensor) -> None:
     )
 
 
-def int4_weight(bits_: int, group_size: int, k: int, dtype: torch.dtype) -> int:
-    """Checks what an int4 weight is made with and returns the group size, with −1 resolved."""
-    bits(bits_)
-    scale_dtype("scale_dtype", torch.empty(0, dtype=dtype))
-    group_size = k if group_size == -1 else group_size
-    weight_group_size(group_size, k)
-    return group_size
-
-
 def activation_bits(act_bits: int) -> None:
     require(act_bits in (8, 16), f"act_bits: got {act_bits}; accepted: 8, 16")
 

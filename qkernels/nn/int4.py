@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import checks, gemm_checks, layouts
 from ..ops.int4_gemm import PackedInt, int4_linear
 from ..ops.packing import pack_bits, unpack_bits
-from ..ops.weight_groups import quantize_groups
+from ..ops.weight_groups import quantize_groups, resolved_group_size
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
 from .quantized import Logical, QuantizedInputLayer, check_finite
@@ -78,7 +78,7 @@ class Int4Linear(QuantizedInputLayer):
         input: FakeQuantize | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        group_size = gemm_checks.int4_weight(weight_bits, group_size, in_features, scale_dtype)
+        group_size = resolved_group_size(weight_bits, group_size, in_features, scale_dtype)
         checks.require(
             not (minimum and (symmetric or weight_bits != 4)),
             f"minimum: got True with symmetric={symmetric}, weight_bits={weight_bits}; accepted: with symmetric=False, "

@@ -10,7 +10,7 @@ from .. import checks, gemm_checks, layouts
 from ..ops.dynamic import quantize_dynamic
 from ..ops.packing import pack_bits, unpack_bits
 from ..ops.quantize import dequantize
-from ..ops.weight_groups import quantize_groups
+from ..ops.weight_groups import quantize_groups, resolved_group_size
 from .quantized import Logical, QuantizedLayer, check_finite, frozen
 from .replacing import take_over
 
@@ -111,7 +111,7 @@ class Int4Embedding(IntegerEmbedding):
         scale_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        group_size = gemm_checks.int4_weight(weight_bits, group_size, embedding_dim, scale_dtype)
+        group_size = resolved_group_size(weight_bits, group_size, embedding_dim, scale_dtype)
         super().__init__(
             num_embeddings, embedding_dim, padding_idx, weight_bits, group_size, symmetric, scale_dtype, dtype
         )

@@ -11,6 +11,15 @@ from .dynamic import quantize_dynamic
 from .quantize import quantize
 
 
+def resolved_group_size(bits: int, group_size: int, k: int, scale_dtype: torch.dtype) -> int:
+    """Checks what a weight of 2 to 4 bits is made with and returns the group size, with −1 resolved."""
+    gemm_checks.bits(bits)
+    gemm_checks.scale_dtype("scale_dtype", torch.empty(0, dtype=scale_dtype))
+    group_size = k if group_size == -1 else group_size
+    gemm_checks.weight_group_size(group_size, k)
+    return group_size
+
+
 def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
