@@ -286,7 +286,8 @@ def inputs_first(t: Tensor, groups: int) -> Tensor:
     """The reverse of ``outputs_first``."""
     c_out, group_in, *kernel = t.shape
     rows = t.reshape(groups, c_out // groups, group_in, *kernel).transpose(1, 2)
-    return rows.reshape(group_in * groups, c_out // groups, *kernel).contiguous()
+    # A view of a 1×1 kernel may have strides that torch takes for channels_last.
+    return rows.reshape(group_in * groups, c_out // groups, *kernel).clone(memory_format=torch.contiguous_format)
 
 
 # int4 in panels: a byte holds the code of channel c, plus 8, in its low bits and that of channel c + 16 in its high

@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import qkernels as qk
-from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv1d, Int8Conv2d, Int8Linear
+from qkernels.nn import (
+    Int4Embedding,
+    Int4Linear,
+    Int8Conv1d,
+    Int8Conv2d,
+    Int8Conv3d,
+    Int8ConvTranspose1d,
+    Int8ConvTranspose2d,
+    Int8Linear,
+)
 from qkernels.qat import QConfig, QSpec, calibrate, convert, prepare
 
 CONFIGS = {
@@ -48,6 +57,8 @@ def layers() -> dict[str, tuple[nn.Module, nn.Module, torch.Tensor]]:
     """Each integer layer beside the float one that it was made of, and an input."""
     linear, conv, table = nn.Linear(32, 7), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 32)
     images, sound, conv1d = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 9), nn.Conv1d(4, 6, 3, groups=2)
+    conv3d, video = nn.Conv3d(4, 6, 2, groups=2), torch.randn(2, 4, 3, 4, 3)
+    up1d, up2d = nn.ConvTranspose1d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, 2, groups=2)
     return {
         "Int8Linear": (linear, Int8Linear.from_float(linear), torch.randn(3, 32)),
         "Int8Linear, float input": (linear, Int8Linear.from_float(linear, act_bits=16), torch.randn(3, 32)),
@@ -58,6 +69,10 @@ def layers() -> dict[str, tuple[nn.Module, nn.Module, torch.Tensor]]:
         "Int8Conv2d, float input": (conv, Int8Conv2d.from_float(conv, act_bits=16), images),
         "Int8Conv1d": (conv1d, Int8Conv1d.from_float(conv1d), sound),
         "Int8Conv1d, float input": (conv1d, Int8Conv1d.from_float(conv1d, act_bits=16), sound),
+        "Int8Conv3d": (conv3d, Int8Conv3d.from_float(conv3d), video),
+        "Int8ConvTranspose1d": (up1d, Int8ConvTranspose1d.from_float(up1d), sound),
+        "Int8ConvTranspose2d": (up2d, Int8ConvTranspose2d.from_float(up2d), images),
+        "Int8ConvTranspose2d, float input": (up2d, Int8ConvTranspose2d.from_float(up2d, act_bits=16), images),
         "Int4Embedding": (table, Int4Embedding.from_float(table), torch.randint(9, (2, 3))),
     }
 

@@ -204,11 +204,18 @@ def sequences() -> torch.Tensor:
     return torch.randn(2, 4, 16)
 
 
+def upwards() -> nn.Module:
+    first = nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2, bias=False)
+    last = nn.ConvTranspose3d(6, 3, (1, 2, 2), (1, 2, 1), dilation=(1, 1, 2))
+    return nn.Sequential(first, nn.BatchNorm1d(6), nn.ReLU(), nn.Unflatten(2, (2, 4, 2)), last)
+
+
 def video() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, 3, bias=False), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1))
 
 
 ALL = {"output": QSpec(8)}  # beside weight and input
+ZERO_POINTS = {"weight": {"symmetric": False}}  # which no int8 kernel takes
 CASES = {
     "mlp": Case(mlp, rows),
     "mlp, 4 bits": Case(mlp, rows, QConfig(QSpec(4), QSpec(8, symmetric=False))),
@@ -226,9 +233,11 @@ CASES = {
     "mlp, bf16": Case(lambda: mlp().bfloat16(), lambda: rows().bfloat16(), QConfig(QSpec(4), QSpec(8))),
     "mlp, fp64": Case(lambda: mlp().double(), lambda: rows().double()),
     "one layer": Case(lambda: nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect"), images),
-    "BatchNorms": Case(Norms, images),
+    "BatchNorms": Case(Norms, images, QConfig(rules=[("up", ZERO_POINTS)])),
     "BatchNorms, float inputs": Case(Norms, images, QConfig(QSpec(8), None)),
     "channels_last": Case(lambda: Norms().to(memory_format=torch.channels_last), images),
+    "transposed": Case(upwards, lambda: torch.randn(2, 4, 7)),
+    "transposed, float inputs": Case(upwards, lambda: torch.randn(2, 4, 7), QConfig(QSpec(3, symmetric=False), None)),
     "video": Case(lambda: video().to(memory_format=torch.channels_last_3d), lambda: torch.randn(1, 2, 4, 5, 5)),
     "tied": Case(Tied, lambda: torch.randn(3, 32)),
     "tied, 4 bits": Case(Tied, lambda: torch.randn(3, 32), QConfig(QSpec(4), QSpec(8))),

@@ -97,7 +97,9 @@ def test_the_file_holds_the_state_dict_and_says_what_it_is(tmp_path):
     assert layer["arguments"]["weight_bits"] == layer["input"]["bits"] == 8
     assert layer["input"]["granularity"] == {"kind": "PerTensor"}
     assert found["layers"]["first"]["of"] == "SameConv"
-    assert found["layers"]["up"]["why_float"] == "there is no integer kernel for ConvTranspose2d"
+    assert found["layers"]["up"]["why_float"] == (
+        "its weight is quantized with a zero point; the int8 kernels take symmetric=True"
+    )
     assert found["quantizers"][found["layers"]["up"]["quantizers"]["input"]]["bits"] == 8
 
 

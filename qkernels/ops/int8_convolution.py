@@ -16,7 +16,12 @@ from ..reference import int8_convolution as reference
 from ..reference.transforms import as_if
 from .autograd import entered, transformed
 from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represented, wants_gradient
-from .int8_conv2d import int8_conv_pack, int8_conv_unpack
+from .int8_conv2d import (
+    int8_conv_pack,
+    int8_conv_transpose_pack,
+    int8_conv_transpose_unpack,
+    int8_conv_unpack,
+)
 from .int8_program import int8_program
 
 
@@ -62,7 +67,7 @@ class Geometry:
 def pack(q: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Codes of the geometry's shape, int8, as (data, colsum) of the program's step; ``layouts.py`` draws them."""
     if geometry.transposed:
-        return layouts.conv_transpose_pack(q, geometry.groups, geometry.stride, geometry.dilation)
+        return int8_conv_transpose_pack(q, geometry.groups, geometry.stride, geometry.dilation)  # type: ignore[no-any-return]
     return int8_conv_pack(q, geometry.groups)  # type: ignore[no-any-return]
 
 
@@ -70,7 +75,7 @@ def unpack(data: Tensor, geometry: Geometry) -> Tensor:
     """The codes that were packed."""
     shape, groups = geometry.shape, geometry.groups
     if geometry.transposed:
-        return layouts.conv_transpose_unpack(data, shape, groups, geometry.stride, geometry.dilation)
+        return int8_conv_transpose_unpack(data, shape, groups, geometry.stride, geometry.dilation)  # type: ignore[no-any-return]
     return int8_conv_unpack(data, shape, groups)  # type: ignore[no-any-return]
 
 

@@ -26,7 +26,7 @@ from .copying import copy_of, replace_modules
 from .equal_ranges import remove_sending
 from .fold import Folds, factor_and_bias, find_folds
 from .fuse import fuse
-from .integer_convolution import as_weight, integer_convolution, outputs_first
+from .integer_convolution import integer_convolution, times
 from .integer_layers import integer_attention, integer_embedding, integer_linear, integer_recurrent
 from .selection import no_integers, to_int4
 from .states import remove_check
@@ -239,9 +239,7 @@ def _folded_weight(layer: Any, weight: Tensor, quantizer: FakeQuantize, norm: nn
     # The values that a quantizer gives for a half-precision tensor are rounded; those for its fp32 copy are not yet.
     half = weight.dtype in (torch.float16, torch.bfloat16)
     values = quantizer(weight.float() if half else weight).double()
-    rows = outputs_first(layer, values)
-    product = as_weight(layer, rows * factor.view(-1, *[1] * (rows.dim() - 1)))
-    return product.to(weight.dtype)
+    return times(layer, values, factor).to(weight.dtype)
 
 
 def _tie(layers: Sequence[tuple[str, nn.Module]], made: dict[nn.Module, nn.Module], shared: set[int]) -> None:

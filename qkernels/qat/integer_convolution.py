@@ -37,6 +37,12 @@ def as_weight(layer: Any, rows: Tensor) -> Tensor:
     return layouts.inputs_first(rows, layer.groups) if layer.transposed else rows
 
 
+def times(layer: Any, weight: Tensor, factor: Tensor) -> Tensor:
+    """The weight, or another tensor of its shape, times a factor for each output channel."""
+    rows = outputs_first(layer, weight)
+    return as_weight(layer, rows * factor.view(-1, *[1] * (rows.dim() - 1)))
+
+
 @torch.no_grad()
 def integer_convolution(layer: QATConvolution | QATConvTranspose, norm: nn.Module | None) -> Int8Convolution:
     """norm: the BatchNorm whose factor and shift the layer's scales, signs of codes and bias take over."""
@@ -55,8 +61,7 @@ def integer_convolution(layer: QATConvolution | QATConvTranspose, norm: nn.Modul
         scale = scale.reshape(-1)
     if norm is not None:
         factor, folded_bias = (t.float() for t in factor_and_bias(norm, source.bias))
-        rows = outputs_first(layer, codes)
-        codes = as_weight(layer, torch.where(factor.view(-1, *[1] * (rows.dim() - 1)) < 0, -rows, rows))
+        codes = times(layer, codes, torch.where(factor < 0, -1, 1).to(torch.int8))
         scale, bias = scale * factor.abs(), folded_bias
     kind = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind.float_class))
     new = kind.like(layer, bias=bias is not None, **options).to(source.weight.device)

@@ -28,6 +28,7 @@ from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .fuse import unfused
+from .integer_convolution import times
 from .measures import clipped_share, sqnr
 from .prepare import FUSED_PATHS
 from .selection import float_reason, no_integers, unsupported
@@ -175,7 +176,7 @@ def report(
                 if weight is not None:
                     if name in folded:
                         factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
-                        weight = weight * factor.float().view(-1, *[1] * (weight.dim() - 1))
+                        weight = times(layer, weight, factor.float())
                     row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
             rows.append(row)
             if note:
