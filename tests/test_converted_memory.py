@@ -142,15 +142,15 @@ def test_a_memory_format_leaves_packed_tensors_alone(kind, format):
         plain, layer, x = nn.Linear(32, 7), WithImages(32, 7), torch.randn(3, 32)
     expected, private = layer(x), {name: getattr(layer, name) for name in layer.private_buffers}
     strides = {name: None if t is None else t.stride() for name, t in private.items()}
-    if isinstance(plain, nn.Conv2d) and format is torch.channels_last_3d:
+    rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(format)
+    if rank is not None and plain.weight.dim() in (4, 5) and plain.weight.dim() != rank:
         for refusing in (plain, layer):
-            with pytest.raises(RuntimeError, match="required rank 5 tensor"):
+            with pytest.raises(RuntimeError, match=f"required rank {rank} tensor"):
                 refusing.to(memory_format=format)
     else:
         assert layer.to(memory_format=format) is layer
         layer.double().to(torch.float32, memory_format=format)
-        last = isinstance(layer, Int8Conv2d) and format is torch.channels_last
-        assert layer.weight.dim() != 4 or layer.weight.is_contiguous(memory_format=torch.channels_last) == last
+        assert layer.weight.dim() != rank or layer.weight.is_contiguous(memory_format=format)
     for name, t in private.items():
         own = getattr(layer, name)
         assert t is own or (torch.equal(own, t) and own.stride() == strides[name]), name

@@ -11,7 +11,6 @@ import torch
 import torch.multiprocessing
 from converted import CONFIGS, DTYPES, KINDS, Net, batch, layers, ready
 from torch import nn
-from torch.nn import functional as F
 
 import qkernels as qk
 from qkernels.nn import Int4Embedding, Int4Linear, Int8Conv2d, Int8Linear, PerGroup
@@ -88,13 +87,12 @@ def test_weight_only_convolutions(spec):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.endswith("Embedding")])
 def test_gradients_are_those_of_the_dequantized_weight(kind):
-    _, layer, x = layers()[kind]
+    source, layer, x = layers()[kind]
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     bias = layer.bias.detach().clone().requires_grad_()
     layer.requires_grad_(True)  # scales get none
     y = layer(leaf)
-    product, options = {2: (F.linear, {}), 3: (F.conv1d, {"groups": 2}), 4: (F.conv2d, {"groups": 2})}[x.dim()]
-    expected = product(other, layer.weight, bias, **options)
+    expected = torch.func.functional_call(source, {"weight": layer.weight, "bias": bias}, other)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)
