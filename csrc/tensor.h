@@ -13,7 +13,31 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
+
+namespace qkernels {
+
+// A string argument of an op. What torch 2.10 to 2.13 converts to std::string leaks at every call.
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace qkernels
+
+template <>
+struct torch::stable::detail::ToImpl<qkernels::Text> {
+  static qkernels::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    qkernels::Text text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
 
 namespace qkernels {
 

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learnable_backward(const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_straight_through_backward(
     const Tensor& grad, const Tensor& x, const Tensor& scale, std::optional<Tensor> zero_point, int64_t quant_min,
-    int64_t quant_max, const std::string& straight_through, double ewgs_delta, double grad_factor) {
+    int64_t quant_max, const Text& straight_through, double ewgs_delta, double grad_factor) {
   const bool pass = straight_through == "pass", pact = straight_through == "pact", ewgs = straight_through == "ewgs";
   QK_CHECK(pass || pact || ewgs, "straight_through: got '", straight_through, "'; accepted: pass, pact, ewgs");
   QK_CHECK(ewgs_delta >= 0 && std::isfinite(ewgs_delta), "ewgs_delta: got ", ewgs_delta,

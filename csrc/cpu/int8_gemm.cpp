@@ -99,7 +99,7 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
 
 Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                       const std::optional<Tensor>& zero_point_a, const std::optional<Tensor>& colsum_b,
-                      const std::optional<Tensor>& bias, const std::string& activation, ScalarType out_dtype,
+                      const std::optional<Tensor>& bias, const Text& activation, ScalarType out_dtype,
                       const std::optional<Tensor>& out_scale, const std::optional<Tensor>& out_zero_point) {
   check_matrices(a, b);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
@@ -187,7 +187,7 @@ Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
 Tensor int8_linear(const Tensor& x, const Tensor& data, const Tensor& colsum, const Tensor& scale,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale,
                    const std::optional<Tensor>& input_zero_point, int64_t quant_min, int64_t quant_max,
-                   const std::string& activation, ScalarType out_dtype, const std::optional<Tensor>& out_scale,
+                   const Text& activation, ScalarType out_dtype, const std::optional<Tensor>& out_scale,
                    const std::optional<Tensor>& out_zero_point) {
   check_cpu("x", x);
   const bool codes = x.scalar_type() == ScalarType::Char;
