@@ -203,12 +203,14 @@ CellQparams cell_qparams(const std::optional<Tensor>& scale, const std::optional
   return {true, q.inverse, q.scale, q.zero_point, q.low, q.high};
 }
 
-std::tuple<Tensor, Tensor> int8_recurrent(
-    const Tensor& gates_any, const Tensor& states_any, const std::vector<int64_t>& sizes, const Text& mode,
-    const Tensor& data, const std::optional<Tensor>& colsum, const Tensor& scale, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& hidden_scale, const std::optional<Tensor>& hidden_zero_point, int64_t quant_min,
-    int64_t quant_max, const std::optional<Tensor>& cell_scale, const std::optional<Tensor>& cell_zero_point,
-    int64_t cell_min, int64_t cell_max, bool reverse) {
+std::tuple<Tensor, Tensor> int8_recurrent(const Tensor& gates_any, const Tensor& states_any,
+                                          const std::vector<int64_t>& sizes, const Text& mode, const Tensor& data,
+                                          const std::optional<Tensor>& colsum, const Tensor& scale,
+                                          const std::optional<Tensor>& bias, const std::optional<Tensor>& hidden_scale,
+                                          const std::optional<Tensor>& hidden_zero_point, int64_t quant_min,
+                                          int64_t quant_max, const std::optional<Tensor>& cell_scale,
+                                          const std::optional<Tensor>& cell_zero_point, int64_t cell_min,
+                                          int64_t cell_max, bool reverse) {
   Layer l{};
   l.mode = mode_of(mode);
   check_floats("gates", gates_any, 2, "[rows, gates·H]");

@@ -159,9 +159,12 @@ void multiply_float(const float* h, int64_t rows, int64_t k, const int8_t* codes
       const auto run = [&](auto block) {
         block(h + r * k, k, codes + c * k, scale + c, own_bias, out + r * out_row + c, out_row);
       };
-      if (high && wide) run(multiply_block<kRows, kChannels>);
-      else if (wide) run(multiply_block<1, kChannels>);
-      else run(multiply_block<1, 1>);
+      if (high && wide)
+        run(multiply_block<kRows, kChannels>);
+      else if (wide)
+        run(multiply_block<1, kChannels>);
+      else
+        run(multiply_block<1, 1>);
       r += high && wide ? kRows : 1;
     }
     c += wide ? kChannels : 1;
