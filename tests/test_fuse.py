@@ -19,10 +19,12 @@ from wild_cnns import CNNS, conv_bn
 from wild_models import WILD
 
 import qkernels as qk
-from qkernels.nn import FakeQuantize
+from qkernels.nn import FakeQuantize, QATLayer
+from qkernels.nn.int8 import Int8Convolution
 from qkernels.nn.quantized import QuantizedLayer
 from qkernels.qat.fuse import FusedForward, fused_parts
 
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 # Models without two operations in a row that a program runs, and those whose layers in float are not counted on.
 NONE = ("StyleTransfer",)
 LEFT = ("ConvNeXt", "ASPP")  # parts of them cannot be traced, or stay apart
@@ -64,6 +66,17 @@ def assert_fused(converted: nn.Module, *inputs: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) if b.numel() else 0.0)
 
 
+ONE_PROGRAM = ("C3D", "UNet", "ConvAutoencoder", "DCGANGenerator", "ResNetBasic", "MobileNetV2")
+
+
+@pytest.mark.parametrize("name", ONE_PROGRAM)
+def test_networks_that_are_one_program(name: str) -> None:
+    case = CNNS[name]
+    _, converted = made(case.make(), case.inputs(), case.config(8))
+    assert [len(part.plans) for part in fused_parts(converted).values()] == [1]
+    assert not any(isinstance(module, QATLayer) for module in converted.modules())
+
+
 @pytest.mark.parametrize("name", [name for name in CNNS if name not in NONE])
 def test_networks(name: str) -> None:
     case = CNNS[name]
@@ -79,7 +92,7 @@ def assert_layers(prepared: nn.Module, converted: nn.Module, inputs: tuple[Any, 
     handles = [
         module.register_forward_hook(lambda m, args, y, name=name: seen.__setitem__(name, (args[0], y)))
         for name, module in prepared.named_modules()
-        if isinstance(layers.get(name), QuantizedLayer) and isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(layers.get(name), QuantizedLayer) and isinstance(module, CONVOLUTIONS | nn.Linear)
     ]
     with torch.no_grad():
         prepared(*inputs)
@@ -89,7 +102,7 @@ def assert_layers(prepared: nn.Module, converted: nn.Module, inputs: tuple[Any, 
         for name, (x, expected) in seen.items():
             layer = layers[name]
             folded = (
-                isinstance(layer, qk.nn.Int8Conv2d)
+                isinstance(layer, Int8Convolution)
                 and layer.bias is not None
                 and prepared.get_submodule(name).bias is None
             )
