@@ -162,6 +162,8 @@ def main(argv: list[str]) -> int:
     options = parsed(argv)
     result: dict[str, Any] = {"machine": machine(), "rows": []}
     print(f"{result['machine']['cpu']}, {result['machine']['path']}, torch {torch.__version__}", flush=True)
+    if result["machine"]["path"] == "reference":
+        print("the C++ kernels are not loaded, python -m qkernels info says why: this times plain torch", flush=True)
     print(model_layers.HEADER if options.layers else HEADER, flush=True)
     peaks: dict[int, float] = {}
     for name, batch in itertools.product(options.models, options.batch):
