@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -250,3 +251,24 @@ def test_a_refused_sum_leaves_the_program_for_good() -> None:
         torch.testing.assert_close(model(x), expected)
         assert part.refused is None
         assert part.plans
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "wrong"),
+    [
+        (nn.Conv2d(3, 4, 3), X, [(3,), (5, 8), (4, 8, 8), (2, 4, 8, 8), (1, 2, 3, 8, 8), (2, 0, 8, 8)]),
+        (nn.Conv1d(3, 4, 3), X[0], [(), (3,), (4, 8), (2, 4, 8), (1, 2, 3, 8), (3, 0, 8)]),
+        (nn.Linear(12, 4), X, [(), (3,), (2, 3), (2, 3, 0, 0)]),
+    ],
+    ids=["conv2d", "conv1d", "linear"],
+)
+def test_inputs_of_another_shape(layer: nn.Module, x: torch.Tensor, wrong: list[tuple[int, ...]]) -> None:
+    x = x.transpose(0, 1) if isinstance(layer, nn.Conv1d) else x
+    _, model = made(nn.Sequential(layer, nn.ReLU()), (x,))
+    assert fused_parts(model)
+    for shape in wrong:
+        match = rf"input of Int8{type(layer).__name__}: got shape {re.escape(str(list(shape)))}; accepted: "
+        with pytest.raises(RuntimeError, match=match):
+            model(torch.randn(shape))
+    with pytest.raises(TypeError, match=f"input of Int8{type(layer).__name__}: got list; accepted: a tensor"):
+        model([x])

@@ -347,8 +347,8 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
         if not all(_is_plain(x) for x in inputs):
             raise _Unfit("an input of a program is no fp32 tensor on the CPU")
         lead = inputs[0].shape[:-1]
-        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
         try:
+            given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
             raise (_Stale if " differ" in str(error) else _Unfit)(str(error)) from None
