@@ -8,7 +8,7 @@ import heapq
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class FusedForward:
         self.refused: str | None = None
         self._built: _Built | None = None
         self._state: _State | None = None
+        self._cautious = False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -68,7 +69,7 @@ class FusedForward:
         with TRACING:
             state, built, reason = _State(self.module), None, None
             try:
-                built = _Built(self.module)
+                built = _Built(self.module, self._cautious)
             except Exception as error:  # a module's forward may raise anything when traced
                 first = next(iter(str(error).splitlines()), "")[:120]
                 reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
@@ -100,8 +101,18 @@ class FusedForward:
             self.build()
         except _Unfit as error:
             self.refused = str(error)
-            return self._own(*args)
+            result = self._own(*args)  # raises where the input is at fault
+            self._be_cautious()
+            return result
         return self._own(*args) if self._built is None else self._run(self._built, args)
+
+    def _be_cautious(self) -> None:
+        """Writes programs again that do not count on shapes which are seen only when they run."""
+        if self._cautious or torch.compiler.is_compiling():
+            return
+        with TRACING:
+            self._cautious = True
+            self.build()
 
     def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
         if not self._wants_gradient(args) or torch.compiler.is_exporting():
@@ -124,9 +135,11 @@ class FusedForward:
 
 
 class _State:
-    """What programs take for granted of a module: its tree, and the dtypes of its integer layers.
+    """What programs take for granted of a module, besides what tensors hold.
 
-    It is compared at each call, so it holds the dicts of the modules, which live as long as they.
+    That is its tree, the dtypes of its integer layers, which modules train or have a forward of their own, and the
+    numbers, texts and switches in the attributes of modules that torch.fx traces through. It is compared at each
+    call, so it holds the dicts of the modules, which live as long as they.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -135,19 +148,43 @@ class _State:
         self._parameters = [m._parameters for m in modules if m._parameters]
         self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
+        self._others = [vars(m) for m in modules if not isinstance(m, QuantizedLayer)]
+        self._inner = [vars(m) for m in modules if m is not module]
+        is_leaf = LayerTracer().is_leaf_module
+        traced = [m for name, m in module.named_modules() if m is module or not is_leaf(m, name)]
+        read = [(vars(m), name) for m in traced for name in _switches(m)]
+        self._held, self._names = [held for held, _ in read], [name for _, name in read]
         self._form = self._present()
 
-    def _present(self) -> tuple[list[Any], list[Any]]:
-        children = list(chain.from_iterable(map(dict.values, self._children)))
-        return children, [held["weight_dtype"].dtype for held in self._integers]
+    def _present(self) -> tuple[list[Any], ...]:
+        return (
+            list(chain.from_iterable(map(dict.values, self._children))),
+            [held["weight_dtype"].dtype for held in self._integers],
+            list(map(dict.get, self._others, repeat("training"))),
+            list(map(dict.get, self._inner, repeat("forward"))),
+            list(map(dict.get, self._held, self._names)),
+        )
 
     def holds(self) -> bool:
-        """Whether the module still has the same children and dtypes."""
+        """Whether the module still is as it was."""
         return self._present() == self._form
 
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
         return any(p is not None and p.requires_grad for p in held)
+
+
+def _switches(module: nn.Module) -> list[str]:
+    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
+    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
+    own = (name for name, value in vars(module).items() if _is_switch(value))
+    return list(dict.fromkeys((*own, *of_kinds)))
+
+
+def _is_switch(value: Any) -> bool:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))
 
 
 def _is_watched() -> bool:
@@ -168,12 +205,12 @@ class _Stale(Exception):
 class _Built:
     """The graph of a module with calls of programs in it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, cautious: bool) -> None:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
             raise NotImplementedError("its forward takes any number of arguments")
         concrete = {p.name: p.default for p in parameters if p.default is not p.empty}
-        graph = Graph(module, concrete)
+        graph = Graph(module, concrete, cautious)
         self.parts = parts_of(graph)
         if not self.parts:
             raise NotImplementedError(NOTHING)
@@ -202,30 +239,49 @@ def _with_gradient(own: Callable[..., Any], built: _Built, args: tuple[Any, ...]
 
 
 class _Recomputed(Function):
-    """Programs forwards; backwards the module's own forward again, with its gradients."""
+    """Programs forwards; backwards the module's own forward again, with its gradients, of any order."""
 
     @staticmethod
-    def forward(ctx: Any, own: Any, run: Any, structure: list[Any], count: int, *tensors: Any) -> Any:
-        ctx.own, ctx.args, ctx.wanted = own, tensors[:count], tensors[count:]
-        flat, spec = tree_flatten(run(*tensors[:count]))
+    def forward(ctx: Any, own: Any, run: Any, structure: list[Any], count: int, *given: Any) -> Any:
+        ctx.own, ctx.count = own, count
+        ctx.others = [None if isinstance(x, Tensor) else x for x in given]
+        ctx.save_for_backward(*(x for x in given if isinstance(x, Tensor)))  # torch refuses those written meanwhile
+        ctx.places = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
+        flat, spec = tree_flatten(run(*given[:count]))
         structure.append(spec)
         return tuple(flat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        given = list(ctx.others)
+        for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+            given[i] = x
+        further = torch.is_grad_enabled()  # gradients of these gradients will be wanted
         with torch.enable_grad():
-            args = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in ctx.args]
-            outputs, _ = tree_flatten(ctx.own(*args))
-            asked = [x for x in (*args, *ctx.wanted) if isinstance(x, Tensor) and x.requires_grad]
-            pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-            found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in (*args, *ctx.wanted)),
-        )
+            for i in ctx.places:
+                if i < ctx.count:  # another tensor, so that the gradient ends here
+                    x = given[i]
+                    given[i] = (
+                        x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_(x.requires_grad)
+                    )
+            outputs, _ = tree_flatten(ctx.own(*given[: ctx.count]))
+            asked = [i for i in ctx.places if given[i].requires_grad]
+            pairs = [
+                (y, g)
+                for y, g in zip(outputs, grads, strict=True)
+                if isinstance(y, Tensor) and g is not None and y.requires_grad
+            ]
+            found = torch.autograd.grad(
+                [y for y, _ in pairs],
+                [given[i] for i in asked],
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=further,
+            )
+        gradients: list[Any] = [None] * len(given)
+        for i, gradient in zip(asked, found, strict=True):
+            gradients[i] = gradient
+        return (None, None, None, None, *gradients)
 
 
 def _is_plain(x: Any) -> bool:
@@ -241,10 +297,7 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             raise NotImplementedError(f"{node.name} overwrites what a program reads")
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     units: list[fx.Node | Part] = [
-        node
-        for node in graph.graph.nodes
-        if node not in part_of
-        and (node in graph.read or node.op in ("placeholder", "output") or writes(node, graph.root))
+        node for node in graph.graph.nodes if node not in part_of and (node in graph.read or graph.stays(node))
     ]
     units += parts
     first = {id(unit): order[unit if isinstance(unit, fx.Node) else unit.nodes[0]] for unit in units}
@@ -267,21 +320,24 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             for i, node in enumerate(unit.outputs):
                 made[node] = new.call_function(operator.getitem, (result, i))
         elif unit.op == "get_attr":
-            made[unit] = new.call_function(_getter(graph.root, str(unit.target)))
+            made[unit] = new.call_function(_getter(graph, str(unit.target)))
         else:
             made[unit] = new.node_copy(unit, lambda node: made[node])
         for other in waiters.get(id(unit), ()):
             waiting[id(other)] -= 1
             if not waiting[id(other)]:
                 heapq.heappush(ready, (first[id(other)], id(other), other))
+    if any(waiting.values()):
+        raise NotImplementedError("its parts read each other")
     return new
 
 
-def _getter(root: nn.Module, name: str) -> Callable[[], Any]:
+def _getter(graph: Graph, name: str) -> Callable[[], Any]:
     """Reads an attribute of the root when it runs: a move to another dtype may have replaced it."""
+    root, constants = graph.root, graph.constants
 
     def attribute() -> Any:
-        return operator.attrgetter(name)(root)
+        return constants[name] if name in constants else operator.attrgetter(name)(root)
 
     return attribute
 
@@ -291,8 +347,8 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
         if not all(_is_plain(x) for x in inputs):
             raise _Unfit("an input of a program is no fp32 tensor on the CPU")
         lead = inputs[0].shape[:-1]
-        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
         try:
+            given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
             raise (_Stale if " differ" in str(error) else _Unfit)(str(error)) from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+import random
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -14,6 +17,7 @@ from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import Tracer
+from .copying import shadow_of
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
 
 MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
@@ -21,7 +25,9 @@ ANY_RANK = ("linear", "quantizer", "activate", "binary")  # they also take [...,
 
 
 class LayerTracer(Tracer):
-    """Layers of this package are single nodes."""
+    """Layers of this package are single nodes, and buffers are read when the graph runs, as parameters are."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
@@ -31,16 +37,21 @@ class LayerTracer(Tracer):
 class Graph:
     """A traced module: its graph, and what is known of the nodes that a program can run.
 
+    ``cautious``: a sum or product is an operation only if both operands are results of operations. Other operands are
+    else taken to have as many channels and pixels, which shows when they are there.
+
     Attributes:
         operations: nodes that a program can run.
         ranks: their numbers of spatial dims; None: any.
         channels: their numbers of channels, where known.
         points: nodes whose spatial sizes are all 1.
+        read: nodes whose results are used when the operations run as such.
+        constants: tensors that the forward makes of nothing that it is given, by the names in the graph.
     """
 
-    def __init__(self, root: nn.Module, concrete: dict[str, Any]) -> None:
-        self.root = root
-        self.graph = LayerTracer().trace(root, concrete)
+    def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
+        self.root, self._cautious = root, cautious
+        self.graph, self.constants = _traced(root, concrete)
         _without_writes(self.graph, root)
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
@@ -58,10 +69,24 @@ class Graph:
                 break
             for node in refused:
                 del self.operations[node]
-        self.read: set[fx.Node] = set()  # nodes whose results are used when the operations run as such
+        self.read = self._read()
+
+    def keep(self, nodes: Collection[fx.Node]) -> None:
+        """Forgets the operations of all other nodes, which then read what they read in the graph."""
+        self.operations = {node: operation for node, operation in self.operations.items() if node in nodes}
+        self.read = self._read()
+
+    def _read(self) -> set[fx.Node]:
+        read: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
-            if node.op in ("output", "placeholder") or node in self.read or writes(node, root):
-                self.read.update(self.sources_of(node))
+            if self.stays(node) or node in read:
+                read.update(self.sources_of(node))
+        return read
+
+    def stays(self, node: fx.Node) -> bool:
+        """Whether the node runs even if nobody reads its result."""
+        kept = node.op in ("output", "placeholder") or (node.op == "call_function" and node.is_impure())
+        return kept or writes(node, self.root)
 
     def sources_of(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose results the node reads: an operation may reach through others, such as a transposition."""
@@ -119,11 +144,9 @@ class Graph:
                 if all(source in self.channels for source in inputs):
                     self.channels[node] = sum(self.channels[source] for source in inputs)
             elif operation.kind == "slice":
-                if inputs[0] in self.channels:
-                    parts = _parts(self.channels[inputs[0]], operation.options)
-                    at = operation.options["at"]
-                    if -len(parts) <= at < len(parts):
-                        self.channels[node] = parts[at][1] - parts[at][0]
+                if self._has_slice(operation):
+                    begin, end = self.slice_of(node)
+                    self.channels[node] = end - begin
             elif operation.kind != "flatten":
                 known = [self.channels[source] for source in inputs if source in self.channels]
                 if known:
@@ -150,6 +173,9 @@ class Graph:
             return False
         if operation.kind == "binary":
             channels = {self.channels[source] for source in operation.inputs if source in self.channels}
+            known = all(source in self.operations for source in operation.inputs)
+            if self._cautious and not known:
+                return False
             if len(channels) > 1 or any(source.op == "get_attr" for source in operation.inputs):
                 return False
         if None in ranks:
@@ -161,7 +187,14 @@ class Graph:
         rank, dims = ranks[0], operation.options.get("dims")
         if dims is not None and rank is not None and {d % (rank + 2) for d in dims} != set(range(2, rank + 2)):
             return False
-        return operation.kind != "slice" or node in self.channels
+        return operation.kind != "slice" or self._has_slice(operation)
+
+    def _has_slice(self, operation: Operation) -> bool:
+        channels, at = self.channels.get(operation.inputs[0]), operation.options["at"]
+        if channels is None:
+            return False
+        parts = _parts(channels, operation.options)
+        return -len(parts) <= at < len(parts) and parts[-1][1] == channels
 
     def slice_of(self, node: fx.Node) -> tuple[int, int]:
         operation = self.operations[node]
@@ -173,6 +206,44 @@ def channels_of(layer: Any) -> tuple[int, int]:
     if isinstance(layer, Int8Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
+
+
+def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of a module, and the constants in it. What the forward does while it is traced, it does to a copy.
+
+    Raises:
+        NotImplementedError: the forward does something that the graph would not do: it sets attributes, or draws
+            random numbers that depend on no input.
+    """
+    shadow = shadow_of(root)
+    before, drawn = _attributes(shadow), (torch.get_rng_state(), random.getstate())
+    graph = LayerTracer().trace(shadow, concrete)
+    after = _attributes(shadow)
+    for (path, name), value in after.items():
+        if before.get((path, name)) != value and not _is_constant(path, name):
+            raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
+    if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+        raise NotImplementedError("its forward draws random numbers")
+    return graph, {name: getattr(shadow, name) for path, name in after if _is_constant(path, name)}
+
+
+def _is_constant(path: str, name: str) -> bool:
+    return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
+
+
+def _attributes(root: nn.Module) -> dict[tuple[str, str], tuple[int, list[int]]]:
+    """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
+    return {
+        (path, name): (id(value), list(map(id, _contents(value))))
+        for path, module in root.named_modules()
+        for name, value in vars(module).items()
+    }
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | set) else []
 
 
 def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:

@@ -88,29 +88,36 @@ def parts_of(graph: Graph) -> list[Part]:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
         groups.setdefault(find(node), []).append(node)
-    return [part for nodes in groups.values() if (part := _part(graph, nodes)) is not None]
+    kept = [nodes for nodes in groups.values() if _is_worth_it(graph, nodes)]
+    graph.keep({node for nodes in kept for node in nodes})
+    return [_part(graph, nodes) for nodes in kept]
 
 
-def _part(graph: Graph, nodes: list[fx.Node]) -> Part | None:
-    inside = set(nodes)
+def _is_worth_it(graph: Graph, nodes: list[fx.Node]) -> bool:
+    """Whether a program can run the nodes, and has something to do."""
     operations = [graph.operations[node] for node in nodes]
     work = [operation for operation in operations if operation.kind != "alias"]
-    if len(work) < 2 or not any(
-        operation.module is not None and isinstance(operation.module, LAYERS) for operation in work
-    ):
-        return None
-    inputs = list(dict.fromkeys(s for operation in operations for s in operation.inputs if s not in inside))
+    if len(work) < 2 or not any(isinstance(operation.module, LAYERS) for operation in work):
+        return False
+    ranks = {graph.ranks.get(node) for node in (*nodes, *_inputs(graph, nodes))}
+    return None not in ranks or ranks == {None}
+
+
+def _inputs(graph: Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    return list(dict.fromkeys(s for node in nodes for s in graph.operations[node].inputs if s not in inside))
+
+
+def _part(graph: Graph, nodes: list[fx.Node]) -> Part:
+    inside, inputs = set(nodes), _inputs(graph, nodes)
     outputs = [node for node in nodes if any(_reads_outside(graph, user, inside) for user in node.users)]
-    in_rows = {graph.ranks.get(node) for node in (*nodes, *inputs)} == {None}
-    if any(graph.ranks.get(node) is None for node in (*nodes, *inputs)) and not in_rows:
-        return None
-    part = Part(nodes, inputs, outputs, in_rows)
+    part = Part(nodes, inputs, outputs, in_rows={graph.ranks.get(node) for node in nodes} == {None})
     _Writer(graph, part).write()
     return part
 
 
 def _reads_outside(graph: Graph, user: fx.Node, inside: set[fx.Node]) -> bool:
-    return user not in inside and (user in graph.read or user.op == "output")
+    return user not in inside and (user in graph.read or graph.stays(user))
 
 
 @dataclass

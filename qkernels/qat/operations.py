@@ -75,7 +75,8 @@ def module_operation(node: fx.Node, module: nn.Module) -> Operation | None:
     if isinstance(module, FakeQuantize):
         return Operation("quantizer", inputs, quantizer=module) if is_plain(module) else None
     if kind in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
-        return Operation("alias", inputs)
+        drops = kind is not nn.Identity and module.training
+        return None if drops else Operation("alias", inputs)
     read = MODULES.get(kind)
     return None if read is None else read(inputs, module)
 
