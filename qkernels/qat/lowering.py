@@ -42,6 +42,7 @@ class Part:
     Attributes:
         nodes: the part's nodes, in the graph's order.
         inputs, outputs: the nodes outside that it reads, and its nodes that are read outside.
+        dims: how many dims each input must have; None: any.
         in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
         plan: the program's text.
         held: tensors that make up the program's constants, followed by ``made``.
@@ -50,6 +51,7 @@ class Part:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    dims: list[int | None]
     in_rows: bool
     plan: str = ""
     held: list[Held] = field(default_factory=list)
@@ -105,7 +107,8 @@ def _part(graph: Graph, nodes: list[fx.Node]) -> Part | None:
     in_rows = {graph.ranks.get(node) for node in (*nodes, *inputs)} == {None}
     if any(graph.ranks.get(node) is None for node in (*nodes, *inputs)) and not in_rows:
         return None
-    part = Part(nodes, inputs, outputs, in_rows)
+    dims = [None if (rank := graph.ranks.get(node)) is None else rank + 2 for node in inputs]
+    part = Part(nodes, inputs, outputs, dims, in_rows)
     _Writer(graph, part).write()
     return part
 
