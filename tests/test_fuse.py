@@ -189,6 +189,106 @@ def test_what_forwards_do(kind: type[nn.Module]) -> None:
             assert torch.equal(converted(*inputs, torch.ones(1))["y"], converted(*inputs)["y"])
 
 
+class Scores(nn.Module):
+    """Additive attention: sums of each query with each key, as many of the one as of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.value(torch.tanh(self.query(x).unsqueeze(2) + self.key(x).unsqueeze(1)))
+
+
+class OneByOne(nn.Module):
+    """Its body gets images without a batch, whose first and second dims are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+
+    def forward(self, x):
+        return self.body(torch.sin(x))
+
+
+class OverwritesItsArgument(nn.Module):
+    """The block's ReLU changes what is added to its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(True), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+    def forward(self, x):
+        x = -x if x.sum() > 1e9 else x * 1
+        return self.block(x) + x
+
+
+class OverwritesLater(nn.Module):
+    """What is read before it is overwritten is read with a result of the program, which waits for the overwriting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = torch.sin(x)
+        z = F.relu(self.a(x))
+        angle = torch.atan2(z, y)
+        y.clamp_(-0.1, 0.1)
+        return angle, self.b(z + torch.cos(y))
+
+
+class WritesToGiven(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        twice = torch.empty_like(y)
+        torch.mul(y, 2, out=twice)
+        return self.b(F.elu(y, 1.0, True)) + twice
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (Scores, (2, 5, 8)),
+        (OneByOne, (3, 3, 8)),
+        (OverwritesItsArgument, (3, 3, 8, 8)),
+        (OverwritesLater, (3, 3, 8, 8)),
+        (WritesToGiven, (3, 3, 8, 8)),
+    ],
+)
+def test_what_programs_cannot_do_is_left_to_the_layers(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    prepared, converted = made(kind(), (x,))
+    with torch.no_grad():
+        for got, expected in zip(tensors(converted(x)), tensors(prepared(x)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=0.02 * float(expected.abs().max()))
+
+
+def shuffled(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(dim=1, sizes=(2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def above_mean(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > x.mean(dim=None), x, -x)
+
+
+@pytest.mark.parametrize("change", [shuffled, above_mean])
+def test_calls_that_no_step_stands_for(change: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = conv_bn(3, 4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.head(change(self.body(x)))
+
+    assert_fused(made(Net(), images())[1], *images())
+
+
 def fused_net() -> tuple[nn.Module, torch.Tensor]:
     net = nn.Sequential(conv_bn(3, 6), conv_bn(6, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
     return made(net, images())[1], images()[0]
@@ -217,6 +317,22 @@ def test_hooks_and_new_modules_are_regarded() -> None:
         converted[4] = nn.Identity()
         assert converted(x).shape == (3, 6)
         converted[1] = nn.Identity()
+        torch.testing.assert_close(converted(x), torch.cat(own(converted, x)))
+
+
+def test_modes_and_switches_of_modules_inside_are_regarded() -> None:
+    net = nn.Sequential(conv_bn(3, 6), nn.Dropout(0.5), conv_bn(6, 6))
+    _, converted = made(net, images(), qk.QConfig(output=qk.QSpec(8)))
+    (x,) = images()
+    with torch.no_grad():
+        expected = converted(x)
+        converted[1].train()
+        assert not torch.equal(converted(x), expected)
+        converted[1].eval()
+        assert torch.equal(converted(x), expected)
+        for quantizer in quantizers_of(converted):
+            quantizer.disable_fake_quant()
+        assert not torch.equal(converted(x), expected)
         torch.testing.assert_close(converted(x), torch.cat(own(converted, x)))
 
 

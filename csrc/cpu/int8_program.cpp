@@ -278,10 +278,10 @@ std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const Tensor
 
 // Owns its arguments, and puts the result in their place.
 void boxed_int8_program(StableIValue* stack, uint64_t, uint64_t) {
-  const Text text(stack[2]);
+  const Text text = torch::stable::detail::to<Text>(stack[2]);
   const TensorList constants(stack[1]);
   const auto inputs = torch::stable::detail::to<std::vector<Tensor>>(stack[0]);
-  stack[0] = torch::stable::detail::from(int8_program(inputs, constants, text.view()));
+  stack[0] = torch::stable::detail::from(int8_program(inputs, constants, text));
 }
 
 }  // namespace

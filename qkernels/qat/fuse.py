@@ -18,11 +18,12 @@ from torch.autograd import Function
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .graph import Graph, LayerTracer, writes
+from .graph import Graph, LayerTracer, overwritten, writes
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
@@ -33,10 +34,10 @@ class FusedForward:
     """The forward of a converted module, in as few calls of programs as its graph allows.
 
     It stands in the module's ``forward`` attribute, so that the tree of modules, their names, hooks and state_dict stay
-    as they are. The module's own forward runs instead where a program would not do the same: in training mode, for
-    inputs that are not plain fp32 CPU tensors, under autocast or a transform of torch.func, if a module inside has
-    hooks, and while torch.fx or torch.jit traces. Gradients are those of the module's own forward, which the backward
-    pass runs again.
+    as they are. The module's own forward runs instead where a program would not do the same: if a module is in training
+    mode, or one inside has hooks; for inputs that are not plain fp32 CPU tensors; under autocast or a transform of
+    torch.func; and while torch.fx or torch.jit traces. Gradients are those of the module's own forward, which the
+    backward pass runs again.
 
     Attributes:
         reason: why there is no program; None: there is one.
@@ -93,18 +94,20 @@ class FusedForward:
                 if not self._is_current():  # another thread may have built it meanwhile
                     self.build()
         built, state = self._built, self._state
-        if built is None or any(state.hooks) or not built.takes(args):  # type: ignore[union-attr]
+        assert state is not None
+        if built is None or any(state.hooks) or state.trains() or not built.takes(args):
             return self._own(*args)
         try:
-            return self._run(built, args)
-        except _Stale:
-            self.build()
-        except _Unfit as error:
+            try:
+                return self._run(built, args)
+            except _Stale:
+                self.build()
+            return self._own(*args) if self._built is None else self._run(self._built, args)
+        except (_Stale, _Unfit) as error:
             self.refused = str(error)
             result = self._own(*args)  # raises where the input is at fault
             self._be_cautious()
             return result
-        return self._own(*args) if self._built is None else self._run(self._built, args)
 
     def _be_cautious(self) -> None:
         """Writes programs again that do not count on shapes which are seen only when they run."""
@@ -154,6 +157,7 @@ class _State:
         traced = [m for name, m in module.named_modules() if m is module or not is_leaf(m, name)]
         read = [(vars(m), name) for m in traced for name in _switches(m)]
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
+        self._quantizers = [m for m in modules if isinstance(m, FakeQuantize)]
         self._form = self._present()
 
     def _present(self) -> tuple[list[Any], ...]:
@@ -163,11 +167,16 @@ class _State:
             list(map(dict.get, self._others, repeat("training"))),
             list(map(dict.get, self._inner, repeat("forward"))),
             list(map(dict.get, self._held, self._names)),
+            [(quantizer.quantizes, quantizer.bits) for quantizer in self._quantizers],
         )
 
     def holds(self) -> bool:
         """Whether the module still is as it was."""
         return self._present() == self._form
+
+    def trains(self) -> bool:
+        """Whether a module inside is in training mode, as dropout is for Monte Carlo estimates."""
+        return any(held["training"] for held in self._inner)
 
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
@@ -290,21 +299,26 @@ def _is_plain(x: Any) -> bool:
 
 
 def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
-    """The graph with a call of a program in place of each part, in an order in which everything is made before use."""
+    """The graph with a call of a program in place of each part, in an order in which everything is made before use.
+
+    Raises:
+        NotImplementedError: there is no such order.
+    """
     part_of = {node: part for part in parts for node in part.nodes}
-    for node in graph.graph.nodes:
-        if node not in part_of and writes(node, graph.root) and any(user in part_of for user in node.args[0].users):
-            raise NotImplementedError(f"{node.name} overwrites what a program reads")
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     units: list[fx.Node | Part] = [
         node for node in graph.graph.nodes if node not in part_of and (node in graph.read or graph.stays(node))
     ]
+    kept = {*units, *part_of}
     units += parts
     first = {id(unit): order[unit if isinstance(unit, fx.Node) else unit.nodes[0]] for unit in units}
     waiting: dict[int, int] = {}
     waiters: dict[int, list[fx.Node | Part]] = {}
     for unit in units:
         sources = unit.all_input_nodes if isinstance(unit, fx.Node) else unit.inputs
+        if isinstance(unit, fx.Node) and writes(unit, graph.root):  # what reads the tensor before, does so before
+            readers = chain.from_iterable(node.users for node in overwritten(unit, graph.root))
+            sources = [*sources, *(user for user in readers if order[user] < order[unit] and user in kept)]
         needed = {id(part_of.get(source, source)) for source in sources}
         waiting[id(unit)] = len(needed)
         for source in needed:
@@ -328,7 +342,7 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             if not waiting[id(other)]:
                 heapq.heappush(ready, (first[id(other)], id(other), other))
     if any(waiting.values()):
-        raise NotImplementedError("its parts read each other")
+        raise NotImplementedError("a program would read before and after an operation overwrites a tensor")
     return new
 
 
@@ -346,12 +360,17 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
     def int8_part(*inputs: Tensor) -> list[Tensor]:
         if not all(_is_plain(x) for x in inputs):
             raise _Unfit("an input of a program is no fp32 tensor on the CPU")
+        if any(dims not in (None, x.dim()) for dims, x in zip(part.dims, inputs, strict=True)):
+            raise _Unfit(f"inputs of a program have {[x.dim() for x in inputs]} dims; accepted: {part.dims}")
         lead = inputs[0].shape[:-1]
+        if part.in_rows and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
+            raise _Unfit(f"inputs of a program have shapes {[list(x.shape) for x in inputs]}; accepted: equal ones")
+        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
         try:
             given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
-            raise (_Stale if " differ" in str(error) else _Unfit)(str(error)) from None
+            raise (_Stale if "for one quantizer" in str(error) else _Unfit)(str(error)) from None
         return [y.reshape(*lead, y.shape[-1]) for y in outputs] if part.in_rows else outputs
 
     return int8_part

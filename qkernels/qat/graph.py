@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 from collections.abc import Collection
@@ -260,23 +261,39 @@ def _without_writes(graph: fx.Graph, root: nn.Module) -> None:
     """Lets what reads a tensor after an operation has overwritten it read that operation's result.
 
     Raises:
-        NotImplementedError: an operation overwrites a view of a tensor that is read later.
+        NotImplementedError: an operation overwrites an argument, which the caller may read later; a view of a tensor
+            that is read later; or a tensor that it gets as ``out``.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
+        if node.kwargs.get("out") is not None:
+            raise NotImplementedError(f"{node.name} writes to a tensor that it gets as out")
         if not writes(node, root):
             continue
         target = node.args[0]
         if not isinstance(target, fx.Node):
             continue
-        base = target
-        while base.op != "placeholder" and _is_view(base, root) and isinstance(base.args[0], fx.Node):
-            base = base.args[0]
-            if any(order[user] > order[node] for user in base.users):
-                raise NotImplementedError(f"{node.name} overwrites a part of {base.name}, which is read later")
+        sources = overwritten(node, root)
+        if sources[-1].op == "placeholder":
+            raise NotImplementedError(f"{node.name} overwrites the argument {sources[-1].name}")
+        for source in sources[1:]:
+            if any(order[user] > order[node] for user in source.users):
+                raise NotImplementedError(f"{node.name} overwrites a part of {source.name}, which is read later")
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
+
+
+def overwritten(node: fx.Node, root: nn.Module) -> list[fx.Node]:
+    """What a node that writes overwrites: its first argument, and the tensors of which this is a view."""
+    source: Any = node.args[0]
+    found = []
+    while isinstance(source, fx.Node):
+        found.append(source)
+        if source.op == "placeholder" or not _is_view(source, root):
+            break
+        source = source.args[0]
+    return found
 
 
 def writes(node: fx.Node, root: nn.Module) -> bool:
@@ -288,27 +305,32 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-        return in_place or name.endswith("_") or node.kwargs.get("inplace") is True or _positional_in_place(node)
+        return in_place or name.endswith("_") or _is_asked_to_write(node)
     return False
 
 
-def _positional_in_place(node: fx.Node) -> bool:
-    at: dict[Any, int] = {
-        F.relu: 1,
-        F.relu6: 1,
-        F.hardswish: 1,
-        F.hardsigmoid: 1,
-        F.silu: 1,
-        F.leaky_relu: 2,
-        F.hardtanh: 3,
-    }
-    place = at.get(node.target)
-    return place is not None and len(node.args) > place and node.args[place] is True
+def _is_asked_to_write(node: fx.Node) -> bool:
+    if node.kwargs.get("inplace") is True:
+        return True
+    if getattr(node.target, "__module__", None) != F.__name__:
+        return False
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature has no such argument
+        return False
+    return given.get("inplace") is True
 
 
 def _is_view(node: fx.Node, root: nn.Module) -> bool:
-    views = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "chunk", "split", "getitem", "narrow",
-             "squeeze", "unsqueeze", "expand", "select", "t", "contiguous", "detach", "dropout")  # fmt: skip
+    views = (
+        *("view", "view_as", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze"),
+        *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "getattr", "adjoint"),
+        *("chunk", "split", "tensor_split", "unbind", "getitem", "narrow", "select", "diagonal", "unfold"),
+        *("expand", "expand_as", "broadcast_to", "detach"),
+        # The tensor itself, where nothing is to be done:
+        *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+    )
     if node.op == "call_module":
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         return isinstance(root.get_submodule(str(node.target)), kinds) if str(node.target) != "itself" else False

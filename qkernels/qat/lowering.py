@@ -41,6 +41,7 @@ class Part:
     Attributes:
         nodes: the part's nodes, in the graph's order.
         inputs, outputs: the nodes outside that it reads, and its nodes that are read outside.
+        dims: how many dims each input must have; None: any.
         in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
         plan: the program's text.
         held: tensors that make up the program's constants, followed by ``made``.
@@ -49,6 +50,7 @@ class Part:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    dims: list[int | None]
     in_rows: bool
     plan: str = ""
     held: list[Held] = field(default_factory=list)
@@ -111,7 +113,8 @@ def _inputs(graph: Graph, nodes: list[fx.Node]) -> list[fx.Node]:
 def _part(graph: Graph, nodes: list[fx.Node]) -> Part:
     inside, inputs = set(nodes), _inputs(graph, nodes)
     outputs = [node for node in nodes if any(_reads_outside(graph, user, inside) for user in node.users)]
-    part = Part(nodes, inputs, outputs, in_rows={graph.ranks.get(node) for node in nodes} == {None})
+    dims = [None if (rank := graph.ranks.get(node)) is None else rank + 2 for node in inputs]
+    part = Part(nodes, inputs, outputs, dims, in_rows={graph.ranks.get(node) for node in nodes} == {None})
     _Writer(graph, part).write()
     return part
 

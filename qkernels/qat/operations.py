@@ -296,6 +296,8 @@ def _cat(node: fx.Node) -> Operation | None:
 
 @_read("input", "dim", "keepdim", keepdim=False)
 def _mean(x: fx.Node, dim: Any, keepdim: bool) -> Operation | None:
+    if dim is None:
+        return None
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     options = {"keep": int(keepdim), "dims": dims}
     return Operation("mean", [x], options, out_rank=None if keepdim else 0)
@@ -303,6 +305,8 @@ def _mean(x: fx.Node, dim: Any, keepdim: bool) -> Operation | None:
 
 def _view(node: fx.Node) -> Operation | None:
     """``x.view(x.size(0), -1)``."""
+    if node.kwargs:
+        return None
     x, *sizes = node.args
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = list(sizes[0])
@@ -336,6 +340,8 @@ def _shuffled(node: fx.Node) -> Operation | None:
         return None
     x, *sizes = list[Any](parted.args)
     if parted.target in ("unflatten", torch.unflatten):
+        if len(sizes) != 2 or not isinstance(sizes[1], tuple | list) or not sizes[1]:
+            return None
         dim, (groups, *_) = sizes
         whole = node.target in ("flatten", torch.flatten) and node.args[1:] == (1, 2)
         fits = dim == 1 and len(sizes[1]) == 2 and isinstance(groups, int) and groups > 0 and whole

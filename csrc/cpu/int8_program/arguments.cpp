@@ -50,14 +50,4 @@ std::string TensorList::description(size_t i) const {
          shape_of(tensor);
 }
 
-Text::Text(StableIValue text) : handle_(torch::stable::detail::to<StringHandle>(text)) {
-  size_t length = 0;
-  const char* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
-  view_ = {data, length};
-}
-
-Text::~Text() { torch_delete_string(handle_); }
-
 }  // namespace qkernels

@@ -1,10 +1,8 @@
-// The arguments of a call, as torch hands them over. TORCH_BOX would serve, but for two reasons: its conversion of a
-// string leaks the string, here some 10 KB a call (torch 2.10 to 2.13); and some 300 constants as Tensor objects take
-// 20 us.
+// The list of constants of a call, as torch hands it over. TORCH_BOX would serve, but some 300 constants as Tensor
+// objects take 20 us.
 #pragma once
 
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "tensor.h"
@@ -29,21 +27,6 @@ class TensorList {
  private:
   StableListHandle list_;
   std::vector<AtenTensorHandle> handles_;
-};
-
-// A string, owned.
-class Text {
- public:
-  explicit Text(StableIValue text);
-  ~Text();
-  Text(const Text&) = delete;
-  Text& operator=(const Text&) = delete;
-
-  std::string_view view() const { return view_; }
-
- private:
-  StringHandle handle_;
-  std::string_view view_;
 };
 
 }  // namespace qkernels
