@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
@@ -125,7 +126,7 @@ class FusedForward:
         assert self._state is not None
         if not torch.is_grad_enabled():
             return False
-        return any(isinstance(x, Tensor) and x.requires_grad for x in args) or self._state.wants_gradient()
+        return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(args)) or self._state.wants_gradient()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(copy.deepcopy(self.module, memo))
@@ -152,6 +153,7 @@ class _State:
         self._inner = [vars(m) for m in modules if m is not module]
         is_leaf = LayerTracer().is_leaf_module
         traced = [m for name, m in module.named_modules() if m is module or not is_leaf(m, name)]
+        traced += [m for m in modules if isinstance(m, FakeQuantize)]
         read = [(vars(m), name) for m in traced for name in _switches(m)]
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
         self._form = self._present()
@@ -233,8 +235,16 @@ class _Built:
 
 def _with_gradient(own: Callable[..., Any], built: _Built, args: tuple[Any, ...], module: nn.Module) -> Any:
     wanted = [p for p in module.parameters() if p.requires_grad]
+    flat, spec = tree_flatten(args)
     structure: list[Any] = []
-    outputs = _Recomputed.apply(own, built.run, structure, len(args), *args, *wanted)  # type: ignore[no-untyped-call]
+
+    def own_of(given: Any) -> Any:
+        return own(*tree_unflatten(list(given), spec))
+
+    def run(given: Any) -> Any:
+        return built.run(*tree_unflatten(list(given), spec))
+
+    outputs = _Recomputed.apply(own_of, run, structure, len(flat), *flat, *wanted)  # type: ignore[no-untyped-call]
     return tree_unflatten(list(outputs), structure[0])
 
 
@@ -247,7 +257,7 @@ class _Recomputed(Function):
         ctx.others = [None if isinstance(x, Tensor) else x for x in given]
         ctx.save_for_backward(*(x for x in given if isinstance(x, Tensor)))  # torch refuses those written meanwhile
         ctx.places = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
-        flat, spec = tree_flatten(run(*given[:count]))
+        flat, spec = tree_flatten(run(given[:count]))
         structure.append(spec)
         return tuple(flat)
 
@@ -264,7 +274,7 @@ class _Recomputed(Function):
                     given[i] = (
                         x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_(x.requires_grad)
                     )
-            outputs, _ = tree_flatten(ctx.own(*given[: ctx.count]))
+            outputs, _ = tree_flatten(ctx.own(given[: ctx.count]))
             asked = [i for i in ctx.places if given[i].requires_grad]
             pairs = [
                 (y, g)
