@@ -27,6 +27,7 @@ from .graph import Graph, LayerTracer, writes
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
+_OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
 
 
@@ -149,12 +150,13 @@ class _State:
         self._parameters = [m._parameters for m in modules if m._parameters]
         self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
-        self._others = [vars(m) for m in modules if not isinstance(m, QuantizedLayer)]
         self._inner = [vars(m) for m in modules if m is not module]
-        is_leaf = LayerTracer().is_leaf_module
-        traced = [m for name, m in module.named_modules() if m is module or not is_leaf(m, name)]
-        traced += [m for m in modules if isinstance(m, FakeQuantize)]
-        read = [(vars(m), name) for m in traced for name in _switches(m)]
+        is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
+        for name, m in module.named_modules():
+            if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
+                read += [(vars(m), switch) for switch in _switches(m)]
+            elif not isinstance(m, QuantizedLayer):
+                read.append((vars(m), "training"))
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
         self._form = self._present()
 
@@ -162,7 +164,6 @@ class _State:
         return (
             list(chain.from_iterable(map(dict.values, self._children))),
             [held["weight_dtype"].dtype for held in self._integers],
-            list(map(dict.get, self._others, repeat("training"))),
             list(map(dict.get, self._inner, repeat("forward"))),
             list(map(dict.get, self._held, self._names)),
         )
@@ -181,7 +182,7 @@ def _switches(module: nn.Module) -> list[str]:
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
     own = (name for name, value in vars(module).items() if _is_switch(value))
-    return list(dict.fromkeys((*own, *of_kinds)))
+    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
 
 
 def _is_switch(value: Any) -> bool:
