@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import warnings
@@ -14,6 +15,7 @@ from test_fuse import made
 from torch import nn
 from torch.nn import functional as F
 
+import qkernels as qk
 from qkernels.qat.fuse import fused_parts
 
 
@@ -272,3 +274,30 @@ def test_inputs_of_another_shape(layer: nn.Module, x: torch.Tensor, wrong: list[
             model(torch.randn(shape))
     with pytest.raises(TypeError, match=f"input of Int8{type(layer).__name__}: got list; accepted: a tensor"):
         model([x])
+
+
+def test_a_quantizer_that_is_switched_off() -> None:
+    _, model = made(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (X,), qk.QConfig(output=qk.QSpec(bits=3)))
+    assert fused_parts(model)
+    with torch.no_grad():
+        before = model(X)
+        model[0].output_fake_quant.disable_fake_quant()
+        assert torch.equal(model(X), own(model, X))
+        assert not torch.equal(model(X), before)
+
+
+class TakesADict(Net):
+    def forward(self, inputs: Any) -> Any:
+        return super().forward(inputs["x"])
+
+
+def test_gradients_of_tensors_in_a_dict() -> None:
+    _, model = made(TakesADict(), ({"x": X},))
+    assert fused_parts(model)
+    gradients = []
+    for call in (model, model, functools.partial(own, model)):
+        x = X.clone().requires_grad_()
+        call({"x": x}).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[2])

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.quantized import QuantizedLayer
@@ -27,6 +27,7 @@ from .graph import Graph, LayerTracer, overwritten, writes
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
+_OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
 
 
@@ -128,7 +129,7 @@ class FusedForward:
         assert self._state is not None
         if not torch.is_grad_enabled():
             return False
-        return any(isinstance(x, Tensor) and x.requires_grad for x in args) or self._state.wants_gradient()
+        return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(args)) or self._state.wants_gradient()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(copy.deepcopy(self.module, memo))
@@ -151,11 +152,13 @@ class _State:
         self._parameters = [m._parameters for m in modules if m._parameters]
         self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
-        self._others = [vars(m) for m in modules if not isinstance(m, QuantizedLayer)]
         self._inner = [vars(m) for m in modules if m is not module]
-        is_leaf = LayerTracer().is_leaf_module
-        traced = [m for name, m in module.named_modules() if m is module or not is_leaf(m, name)]
-        read = [(vars(m), name) for m in traced for name in _switches(m)]
+        is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
+        for name, m in module.named_modules():
+            if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
+                read += [(vars(m), switch) for switch in _switches(m)]
+            elif not isinstance(m, QuantizedLayer):
+                read.append((vars(m), "training"))
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
         self._quantizers = [m for m in modules if isinstance(m, FakeQuantize)]
         self._form = self._present()
@@ -164,7 +167,6 @@ class _State:
         return (
             list(chain.from_iterable(map(dict.values, self._children))),
             [held["weight_dtype"].dtype for held in self._integers],
-            list(map(dict.get, self._others, repeat("training"))),
             list(map(dict.get, self._inner, repeat("forward"))),
             list(map(dict.get, self._held, self._names)),
             [(quantizer.quantizes, quantizer.bits) for quantizer in self._quantizers],
@@ -188,7 +190,7 @@ def _switches(module: nn.Module) -> list[str]:
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
     own = (name for name, value in vars(module).items() if _is_switch(value))
-    return list(dict.fromkeys((*own, *of_kinds)))
+    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
 
 
 def _is_switch(value: Any) -> bool:
@@ -242,8 +244,16 @@ class _Built:
 
 def _with_gradient(own: Callable[..., Any], built: _Built, args: tuple[Any, ...], module: nn.Module) -> Any:
     wanted = [p for p in module.parameters() if p.requires_grad]
+    flat, spec = tree_flatten(args)
     structure: list[Any] = []
-    outputs = _Recomputed.apply(own, built.run, structure, len(args), *args, *wanted)  # type: ignore[no-untyped-call]
+
+    def own_of(given: Any) -> Any:
+        return own(*tree_unflatten(list(given), spec))
+
+    def run(given: Any) -> Any:
+        return built.run(*tree_unflatten(list(given), spec))
+
+    outputs = _Recomputed.apply(own_of, run, structure, len(flat), *flat, *wanted)  # type: ignore[no-untyped-call]
     return tree_unflatten(list(outputs), structure[0])
 
 
@@ -256,7 +266,7 @@ class _Recomputed(Function):
         ctx.others = [None if isinstance(x, Tensor) else x for x in given]
         ctx.save_for_backward(*(x for x in given if isinstance(x, Tensor)))  # torch refuses those written meanwhile
         ctx.places = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
-        flat, spec = tree_flatten(run(*given[:count]))
+        flat, spec = tree_flatten(run(given[:count]))
         structure.append(spec)
         return tuple(flat)
 
@@ -273,7 +283,7 @@ class _Recomputed(Function):
                     given[i] = (
                         x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_(x.requires_grad)
                     )
-            outputs, _ = tree_flatten(ctx.own(*given[: ctx.count]))
+            outputs, _ = tree_flatten(ctx.own(given[: ctx.count]))
             asked = [i for i in ctx.places if given[i].requires_grad]
             pairs = [
                 (y, g)
