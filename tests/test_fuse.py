@@ -447,6 +447,15 @@ def test_other_models(name: str) -> None:
     assert_fused(converted, *case.inputs())
 
 
+def test_dropout_between_layers_that_take_any_dims() -> None:
+    inputs = images(2, 5, 8)
+    net = nn.Sequential(nn.Dropout(), nn.Linear(8, 6), nn.GELU(), nn.Dropout(), nn.Linear(6, 4))
+    _, converted = made(net, inputs)
+    assert_fused(converted, *inputs)
+    (plan,) = vars(converted)["forward"].plans
+    assert plan.count("linear ") == 2
+
+
 def test_layers_alone_stay_as_they_are() -> None:
     _, converted = made(nn.Sequential(nn.Linear(4, 4)), images(2, 4))
     assert not fused_parts(converted)

@@ -103,6 +103,13 @@ def test_quantize_and_dequantize(kernel: str, shape: tuple[int, ...]) -> None:
         check(plan, one, kernel=kernel)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0), (2, 0, 4, 4), (0, 3, 4, 4)])
+def test_empty_images(kernel: str, shape: tuple[int, ...]) -> None:
+    plan = Plan()
+    plan.output(plan.move("dequantize", plan.quantize(plan.input(), plan.quantizer(0.02, 3)), "f"))
+    check(plan, torch.randn(shape))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 15, 16, 17, 33, 64])
 def test_quantize_of_planes(kernel: str, channels: int) -> None:
     plan = Plan()

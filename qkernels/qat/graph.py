@@ -22,7 +22,13 @@ from .copying import shadow_of
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
 
 MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
-ANY_RANK = ("linear", "quantizer", "activate", "binary")  # they also take [..., C] with any number of dims in front
+ANY_RANK = (
+    "linear",
+    "quantizer",
+    "activate",
+    "binary",
+    "alias",
+)  # they also take [..., C] with any number of dims in front
 
 
 class LayerTracer(Tracer):

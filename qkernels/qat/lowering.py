@@ -82,9 +82,10 @@ def parts_of(graph: Graph) -> list[Part]:
         able = node in graph.operations
         sources = graph.sources_of(node)
         depth[node] = max((depth[s] + (s in graph.operations and not able) for s in sources), default=0)
-        if able:
+        operation = graph.operations.get(node)
+        if operation is not None and (operation.kind != "alias" or sources[0] in leader):  # else nothing is to be run
             leader[node] = node
-            for source in graph.operations[node].inputs:
+            for source in operation.inputs:
                 if source in leader and depth[source] == depth[node]:
                     leader[find(node)] = find(source)
     groups: dict[fx.Node, list[fx.Node]] = {}

@@ -129,17 +129,19 @@ def _activation(text: str) -> Callable[[Inputs, Any], Operation]:
     return lambda inputs, _: Operation("activate", inputs, {"first": text})
 
 
+def _window(rank: int, kernel: Any, stride: Any, padding: Any, ceil: bool) -> dict[str, Any]:
+    return {
+        "kernel": _full(kernel, rank, 1),
+        "stride": _full(kernel if stride in (None, (), []) else stride, rank, 1),
+        "padding": _full(padding, rank, 0),
+        "ceil": int(ceil),
+    }
+
+
 def _max_pool(
     inputs: Inputs, rank: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> Operation:
-    stride = kernel if stride is None or stride == () or stride == [] else stride
-    options = {
-        "kernel": _full(kernel, rank, 1),
-        "stride": _full(stride, rank, 1),
-        "padding": _full(padding, rank, 0),
-        "dilation": _full(dilation, rank, 1),
-        "ceil": int(ceil),
-    }
+    options = {**_window(rank, kernel, stride, padding, ceil), "dilation": _full(dilation, rank, 1)}
     return Operation("max_pool", inputs, options, rank=rank, out_rank=rank)
 
 
@@ -153,14 +155,7 @@ def _avg_pool(
     include: bool,
     divisor: int | None,
 ) -> Operation:
-    stride = kernel if stride is None or stride == () or stride == [] else stride
-    options = {
-        "kernel": _full(kernel, rank, 1),
-        "stride": _full(stride, rank, 1),
-        "padding": _full(padding, rank, 0),
-        "ceil": int(ceil),
-        "include_pad": int(include),
-    }
+    options = {**_window(rank, kernel, stride, padding, ceil), "include_pad": int(include)}
     if divisor is not None:
         options["divisor"] = divisor
     return Operation("avg_pool", inputs, options, rank=rank, out_rank=rank)

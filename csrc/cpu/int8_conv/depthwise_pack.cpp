@@ -1,5 +1,5 @@
 // Packed weights of depthwise convolutions, written and read at one tap at a time.
-#include <cstring>
+#include <algorithm>
 
 #include "cpu/int8_conv/depthwise.h"
 #include "cpu/int8_conv/depthwise_layout.h"
@@ -36,7 +36,7 @@ int64_t depthwise_packed_bytes(const ConvGeometry& g) {
 
 void pack_depthwise(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t* colsum) {
   const int64_t n_taps = g.kernel.d * g.kernel.h * g.kernel.w;
-  std::memset(data, 0, static_cast<size_t>(depthwise_packed_bytes(g)));
+  std::fill_n(data, depthwise_packed_bytes(g), int8_t{0});
   std::fill(colsum, colsum + g.out_channels, 0);
   for_each_tap(g, [&](int64_t tap, int64_t place) {
     data[place] = codes[tap];

@@ -1,5 +1,5 @@
 // Packing of convolution weights.
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "cpu/int8_conv/conv_layout.h"
@@ -39,7 +39,7 @@ int64_t conv_packed_bytes(const ConvGeometry& g) {
 
 void pack_conv(const ConvGeometry& g, const int8_t* codes, int8_t* data, int32_t* colsum) {
   if (is_depthwise(g)) return pack_depthwise(g, codes, data, colsum);
-  std::memset(data, 0, static_cast<size_t>(conv_packed_bytes(g)));
+  std::fill_n(data, conv_packed_bytes(g), int8_t{0});
   std::fill(colsum, colsum + g.out_channels, 0);
   for_each_weight(g, [&](int64_t packed, int64_t plain, int64_t n) {
     data[packed] = codes[plain];

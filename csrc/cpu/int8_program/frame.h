@@ -83,9 +83,11 @@ struct Frame {
     return {data + p.first, images, s.channels, s.size, p.stride_n, p.stride_c, p.stride_d, p.stride_h, p.stride_w};
   }
 
-  // Calls f(begin, end) for parts of `count` tasks, each of which handles about `elements` elements.
+  // Calls f(begin, end) for parts of `count` tasks, each of which handles about `elements` elements; for no task not at
+  // all, so that f can divide by the sizes of the image.
   template <typename F>
   void parallel(int64_t count, int64_t elements, const F& f) const {
+    if (count == 0) return;
     if (alone || count * elements <= kPointwiseGrain) return f(0, count);
     torch::stable::parallel_for(0, count, grain(kPointwiseGrain, elements), f);
   }

@@ -3,35 +3,15 @@
 #define QK_PROGRAM_POINTWISE
 
 #include "cpu/common/activation_kernels.h"
+#include "cpu/int8_conv/codes.h"
 #include "cpu/int8_program/kernels.h"
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-// How floats become bytes code + 128, on 16 lanes.
-struct Coder {
-  F32 inverse, zero_point, low, high;
-
-  explicit Coder(const Quantizer& q)
-      : inverse(F32::set1(q.inverse)),
-        zero_point(F32::set1(static_cast<float>(q.zero_point + 128))),
-        low(F32::set1(static_cast<float>(q.low + 128))),
-        high(F32::set1(static_cast<float>(q.high + 128))) {}
-
-  // Where an element is NaN, the result is the zero point.
-  F32 operator()(F32 v) const {
-    const F32 code = min(high, max(low, round(v * inverse) + zero_point));
-    return select(is_nan(code), zero_point, code);
-  }
-};
-
-inline F32 value_of(F32 byte, const Quantizer& q) {
-  return (byte - F32::set1(static_cast<float>(q.zero_point + 128))) * F32::set1(q.scale);
-}
-
 template <typename... Tail>
 inline F32 load_operand(const Operand& x, int64_t i, Tail... tail) {
-  return x.floats ? F32::load(x.floats + i, tail...) : value_of(F32::load(x.codes + i, tail...), x.quantizer);
+  return x.floats ? F32::load(x.floats + i, tail...) : FromCodes(x.quantizer)(F32::load(x.codes + i, tail...));
 }
 
 #if QK_PATH == QK_PATH_AVX512VNNI
@@ -62,7 +42,7 @@ inline uint64_t quantize_64(const float* x, const Quantizer& q, uint8_t* codes) 
 #endif
 
 bool quantize(const float* x, int64_t n, const Quantizer& q, uint8_t* codes) {
-  const Coder coder(q);
+  const ToCodes to_codes(q);
   uint64_t nan = 0;
   int64_t done = 0;
 #if QK_PATH == QK_PATH_AVX512VNNI
@@ -71,13 +51,13 @@ bool quantize(const float* x, int64_t n, const Quantizer& q, uint8_t* codes) {
   for_each_16(n - done, [&](int64_t i, auto... tail) QK_INLINE {
     const F32 v = F32::load(x + done + i, tail...);
     nan |= is_nan(v).bits();
-    coder(v).store(codes + done + i, tail...);
+    to_codes(v).store(codes + done + i, tail...);
   });
   return nan != 0;
 }
 
 void pointwise(const Pointwise& p, int64_t n) {
-  const Coder coder(p.quantizer);
+  const ToCodes to_codes(p.quantizer);
   for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE {
     F32 v = load_operand(p.a, i, tail...);
     switch (p.kind) {
@@ -90,7 +70,7 @@ void pointwise(const Pointwise& p, int64_t n) {
     }
     v = activate(v, p.first.kind, p.first.low, p.first.high);
     if (p.floats) v.store(p.floats + i, tail...);
-    if (p.codes) coder(v).store(p.codes + i, tail...);
+    if (p.codes) to_codes(v).store(p.codes + i, tail...);
   });
 }
 

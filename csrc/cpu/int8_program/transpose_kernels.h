@@ -75,7 +75,7 @@ inline void interleave_3(const uint8_t (&planes)[16][16], uint8_t* out) {
 // 16 pixels at a time: each channel's codes are a row of a square, which is then transposed.
 bool quantize_planes(const float* x, int64_t stride_c, int64_t channels, int64_t pixels, const Quantizer& q,
                      uint8_t* codes, int64_t stride_w) {
-  const Coder coder(q);
+  const ToCodes to_codes(q);
   uint32_t nan = 0;
   alignas(16) uint8_t square[16][16] = {};
   for_each_16(pixels, [&](int64_t i, auto... tail) QK_INLINE {
@@ -84,7 +84,7 @@ bool quantize_planes(const float* x, int64_t stride_c, int64_t channels, int64_t
       for (int64_t c = 0; c < count; ++c) {
         const F32 v = F32::load(x + (first + c) * stride_c + i, tail...);
         nan |= is_nan(v).bits();
-        coder(v).store(square[c]);
+        to_codes(v).store(square[c]);
       }
       uint8_t* out = codes + i * stride_w + first;
 #if QK_PATH != QK_PATH_SCALAR
