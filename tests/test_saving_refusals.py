@@ -190,7 +190,7 @@ def test_many_differences(path):
         ("mlp", lambda: edited(mlp(), "1", nn.GELU()), "the module '1' is a ReLU in the file, and a GELU in the model"),
         ("mlp", lambda: edited(mlp(), "0", Linear()), "'0' is a layer of torch.nn in the file, and a test_"),
         ("two names", lambda: unshared(), "'again' is 'layer' itself in the file, and a module of its own"),
-        ("language", lambda: nn.Sequential(mlp()), "the module 'table' (Embedding) is in the file and not"),
+        ("language", lambda: nn.Sequential(mlp()), "the module 'table' (Int8Embedding) is in the file and not"),
         ("attention", lambda: heads(4), "'own' has num_heads=2 in the file, and num_heads=4 in the model"),
         ("recurrent", lambda: nn.LSTM(16, 12, 2, bidirectional=True), "hidden_size=8 in the file, and hidden_size=12"),
         ("recurrent", lambda: nn.LSTM(16, 8, bidirectional=True), "num_layers=2 in the file, and num_layers=1 in the"),

@@ -375,9 +375,8 @@ def _caller(part: Part) -> Callable[..., list[Tensor]]:
         lead = inputs[0].shape[:-1]
         if part.in_rows and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
             raise _Unfit(f"inputs of a program have shapes {[list(x.shape) for x in inputs]}; accepted: equal ones")
-        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
         try:
-            given = [x.reshape(-1, x.shape[-1]) for x in inputs] if part.in_rows else list(inputs)
+            given = [x.flatten(0, -2) for x in inputs] if part.in_rows else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
             raise (_Stale if "for one quantizer" in str(error) else _Unfit)(str(error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -
     package = safetensors()
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     text = json.dumps({"format": FORMAT, "min_reader": FORMAT, "digest": _UNSIGNED, **description})
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask has it; safetensors makes files that their owner alone may read
