@@ -62,7 +62,7 @@ class Int8ConvTranspose(Int8ProgramConvolution):
         geometry = self._geometry(self.stride, self.padding, self.dilation, tuple(added))
         return self._output(self._run(input, geometry))
 
-    forward.__annotations__ = {}  # the code of a graph that was traced from the layer would repeat them
+    forward.__annotations__ = {}  # noqa: RUF012 (code of a graph that was traced from the layer would repeat them)
 
     def compute(self, input: Tensor) -> Tensor:
         return self._run(input, self._geometry(self.stride, self.padding, self.dilation, self.output_padding))
