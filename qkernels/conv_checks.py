@@ -50,7 +50,7 @@ def conv2d_shape(
 def conv_weight(name: str, shape: Sequence[int], groups: int) -> None:
     """shape is that of a convolution's weight that can be packed."""
     require(
-        3 <= len(shape) <= 5,
+        3 <= len(shape) <= 5 and min(shape) >= 0,
         f"{name}: got shape {list(shape)}; accepted: [C_out, C_in/groups, kernel], the kernel in 1 to 3 dims",
     )
     require(
@@ -65,7 +65,7 @@ def conv_transpose_weight(
 ) -> None:
     """shape is that of a transposed convolution's weight that can be packed."""
     require(
-        3 <= len(shape) <= 5,
+        3 <= len(shape) <= 5 and min(shape) >= 0,
         f"{name}: got shape {list(shape)}; accepted: [C_in, C_out/groups, kernel], the kernel in 1 to 3 dims",
     )
     require(

@@ -229,7 +229,7 @@ class Sized(nn.Module):
 def test_bad_input() -> None:
     up, conv = Int8ConvTranspose2d.from_float(UP(3, 4, 3)), Int8Conv3d.from_float(nn.Conv3d(3, 4, 2))
     for layer, shape, accepted in ((up, (2, 4, 5, 5), "[N, 3, H, W]"), (conv, (1, 2, 5, 5, 5), "[N, 3, D, H, W]")):
-        with pytest.raises(RuntimeError, match=r"x: got shape .*; accepted: ") as error:
+        with pytest.raises(RuntimeError, match=r"got shape .*; accepted: ") as error:
             layer(torch.randn(shape))
         assert accepted in str(error.value)
     with pytest.raises(RuntimeError, match="accepted: at least the dilated kernel's, 2"):

@@ -25,7 +25,11 @@ class NoCopies(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("op", sorted(trials))
+# Programs run on the CPU alone, and a weight is packed once.
+MAY_WAIT = {"int8_program", "int8_conv_transpose_pack", "int8_conv_transpose_unpack"}
+
+
+@pytest.mark.parametrize("op", sorted(set(trials) - MAY_WAIT))
 def test_the_reference_does_not_wait(op: str) -> None:
     kernel = registry.kernels(op)[-1]
     calls = 0

@@ -458,6 +458,7 @@ def _check_input(layer: nn.Module, x: Tensor, dim: int, channels: int, accepted:
     """Refuses an input with other channels in that dim, or with more than ``most`` dims."""
     if not isinstance(x, Tensor):
         raise TypeError(f"input of {type(layer).__name__}: got {type(x).__name__}; accepted: a tensor {accepted}")
+    checks.dense("input", x)
     if not torch.jit.is_tracing():  # sizes are tensors then
         fits = -dim <= x.dim() <= (most or x.dim()) and x.shape[dim] == channels
         checks.require(fits, f"input of {type(layer).__name__}: got shape {list(x.shape)}; accepted: {accepted}")
