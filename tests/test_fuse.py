@@ -460,3 +460,19 @@ def test_layers_alone_stay_as_they_are() -> None:
     _, converted = made(nn.Sequential(nn.Linear(4, 4)), images(2, 4))
     assert not fused_parts(converted)
     assert FusedForward(converted).plans == []
+
+
+def test_report_says_that_a_program_refused_a_call() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, y):
+            return self.b(torch.relu(self.a(x)) + y)
+
+    _, converted = made(Sum(), (*images(), *images()))
+    assert "" not in qk.report(converted).notes
+    with torch.no_grad():
+        converted(*images(), torch.randn(3, 3, 8, 1))
+    assert "a program refused a call" in qk.report(converted).notes[""]

@@ -28,7 +28,7 @@ from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
-from .fuse import unfused
+from .fuse import fused_parts, unfused
 from .integer_convolution import times
 from .measures import clipped_share, sqnr
 from .prepare import FUSED_PATHS
@@ -194,6 +194,9 @@ def report(
             notes[""] = f"sizes are those of the float model, as this one does not convert: {error}"
     for name, reason in unfused(stored).items():
         notes.setdefault(name, f"its layers hand floats to each other: {reason}")
+    for name, fused in fused_parts(stored).items():
+        if fused.refused is not None:
+            notes.setdefault(name, f"its own forward ran, layer by layer, as a program refused a call: {fused.refused}")
     quantized_bytes = _weigh(stored, rows, "quantized_bytes", _names_of_quantizers(model) if stored is model else ())
     source = model if float_model is None else float_model
     float_bytes = _weigh(source, rows, "float_bytes", _names_of_quantizers(source))
