@@ -158,7 +158,7 @@ print(qk.library.host.active_isa(), *(name for name, reason in qk.which("int8_mm
         assert done.stdout.startswith(f"{isa} cpu_{'avx2' if isa == 'avx512' else isa} "), done.stderr
 
 
-@pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx", "avx512vnni2"])
+@pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx2", "avx512vnni2"])
 def test_cpu_isa_that_does_not_exist(wanted: str) -> None:
     done = run_python("import qkernels", QKERNELS_CPU_ISA=wanted)
     assert done.returncode != 0

@@ -248,7 +248,7 @@ std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const Tensor
   Call call{plan, *layout, program_kernels(), {}, {}, {}, {}, nullptr};
   bool finite = read_constants(call, constants);
   finite = read_quantizers(call, constants) && finite;
-  record_isa(call.kernels.isa);
+  record_isa(int8_kernels().isa);
 
   const int64_t batch = inputs[0].size(0);
   std::vector<Tensor> readable_inputs, outputs;

@@ -64,6 +64,6 @@ int8_program = library.define(
     "(Tensor[] inputs, Tensor[] constants, str plan) -> Tensor[]",
     reference.int8_program,
     partial(reference.int8_program, shapes_only=True),
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_samples,
 )

@@ -50,7 +50,7 @@ int8_recurrent_op = library.define(
     "Tensor? cell_zero_point, SymInt cell_min, SymInt cell_max, bool reverse) -> (Tensor y, Tensor last)",
     reference.int8_recurrent,
     _fake,
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_samples,
     sums=(0, 1),
 )

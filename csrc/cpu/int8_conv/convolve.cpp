@@ -39,15 +39,14 @@ void set_walk(ConvWork& work, std::initializer_list<Dim> dims) {
 }
 
 // Divides the work among the threads. All threads read all of x or all of the weights, whichever is less.
-void run(const ConvWork& work, int64_t x_bytes) {
-  const ConvKernels& kernels = conv_kernels();
-  record_isa(kernels.isa);
+void run(ConvWork& work, int64_t x_bytes) {
+  const Convolve convolve_part = choose_convolve(work);
   const int64_t segments = work.segments(), pairs = (segments + 1) / 2, threads = torch::stable::get_num_threads();
-  const int64_t work_of_pair = work.panel_bytes * 2 * kSegment;  // and one panel
+  const int64_t work_of_pair = work.panel_bytes * 2 * work.segment;  // and one panel
   if (work.panels * work.panel_bytes <= x_bytes || work.panels == 1) {
     torch::stable::parallel_for(0, pairs, grain(kMultiplyGrain, work_of_pair * work.panels),
                                 [&](int64_t begin, int64_t end) {
-                                  kernels.convolve(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
+                                  convolve_part(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
                                 });
     return;
   }
@@ -58,8 +57,8 @@ void run(const ConvWork& work, int64_t x_bytes) {
         while (begin < end) {
           const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
           const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
-          kernels.convolve(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
-                           panel + std::max<int64_t>(whole, 1));
+          convolve_part(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
+                        panel + std::max<int64_t>(whole, 1));
           begin += whole ? whole * parts : last_part - part;
         }
       });
