@@ -127,10 +127,11 @@ void convolve_amx(const ConvWork& work, int64_t first_segment, int64_t last_segm
   });
 }
 
-// Whether tiles take less time than dot products.
+// Whether tiles take less time than dot products. A tile is one segment here, although several may share one.
 inline bool worth_amx(const ConvWork& work) {
   if (work.gather) return false;
-  return true;
+  const int64_t groups = work.runs * work.run_groups / (work.first_half ? 2 : 1);
+  return amx_pays(work.segments(), work.runs * AmxRun(work.run_groups).tiles, work.rows() * work.width, groups);
 }
 #endif
 

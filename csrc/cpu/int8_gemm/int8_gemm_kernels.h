@@ -47,10 +47,10 @@ constexpr Int8Kernels kKernels = {kIsa,         kFlip,       kTileRows, kUnpacke
 // The same by tiles of equal height; the last one overlaps the one before it, whose results it gives once more.
 void multiply_amx(const uint8_t* rows, int64_t row_stride, int64_t m, const int8_t* panel, int64_t k,
                   const PanelOutput& output) {
-  constexpr int64_t kLeastRows = 4;
-  if (m < kLeastRows) return multiply(rows, row_stride, m, panel, k, output);
-  const ChannelValues channels(output);
   const AmxRun run(k_groups(k));
+  const int64_t count = (m + kAmxRows - 1) / kAmxRows, height = (m + count - 1) / count;
+  if (!amx_pays(count, run.tiles, m, k_groups(k))) return multiply(rows, row_stride, m, panel, k, output);
+  const ChannelValues channels(output);
   std::vector<AmxStep> steps(static_cast<size_t>(run.tiles));
   for (int64_t t = 0; t < run.tiles; ++t)
     steps[static_cast<size_t>(t)] = {t * run.groups * 4, panel + t * run.tile_bytes()};
@@ -59,7 +59,6 @@ void multiply_amx(const uint8_t* rows, int64_t row_stride, int64_t m, const int8
     run.pad(steps.back().weights, padded);
     steps.back().weights = padded;
   }
-  const int64_t count = (m + kAmxRows - 1) / kAmxRows, height = (m + count - 1) / count;
   AmxTiles tiles(run);
   tiles.set_rows(height);
   alignas(64) const int32_t zeros[kPanel] = {};
