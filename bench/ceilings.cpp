@@ -11,8 +11,7 @@ namespace qkernels {
 namespace {
 
 // Dot products are in assembly, since a compiler may spill the sums or take the products out of the loop; whatever the
-// registers hold is summed. Each function returns the operations of one call, a multiplication and an addition being
-// two.
+// registers hold is summed. Each function returns the operations of one call, a multiplication and an addition being two.
 constexpr int64_t kRounds = 4096;
 
 #if defined(__x86_64__)
