@@ -84,8 +84,12 @@ def node_of(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
 
 
 def _say_where(error: Exception, layer: nn.Module) -> None:
-    """Puts the layer's name and class in front of an error's text, if no layer inside this one has done so."""
-    if hasattr(error, "layer") or len(error.args) != 1 or not isinstance(error.args[0], str):
+    """Puts the layer's name and class in front of an error's text, if no layer inside this one has done so.
+
+    An error of another class, such as one that calibrate raises in a hook, is not about the arguments of the layer.
+    """
+    plain = type(error) in (RuntimeError, TypeError, ValueError) and [type(arg) for arg in error.args] == [str]
+    if not plain or hasattr(error, "layer"):
         return
     kind, name = type(layer).__name__, _name_in_what_was_called(layer)
     error.layer = name  # type: ignore[attr-defined]

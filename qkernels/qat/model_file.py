@@ -124,7 +124,7 @@ def first_of(differences: Sequence[str]) -> str:
 
 
 def _facts(t: Tensor) -> dict[str, Any]:
-    values = t.detach().reshape(-1).view(torch.uint8).numpy()
+    values: Any = t.detach().reshape(-1).view(torch.uint8).numpy()
     return {
         "dtype": str(t.dtype).removeprefix("torch."),
         "shape": list(t.shape),
