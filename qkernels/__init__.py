@@ -44,6 +44,7 @@ from .qat import (
     reestimate_bn,
     report,
     save,
+    sensitivity,
     set_bits,
     unprepare,
 )
@@ -115,6 +116,7 @@ __all__ = [
     "rms_norm_fake_quantize_dynamic",
     "rms_norm_quantize_dynamic",
     "save",
+    "sensitivity",
     "set_bits",
     "silu_mul_fake_quantize_dynamic",
     "silu_mul_quantize_dynamic",

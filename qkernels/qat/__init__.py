@@ -9,6 +9,8 @@ from .prepare import prepare
 from .presets import presets
 from .report import Report, report
 from .saving import load, save
+from .sensitivity import sensitivity
+from .sensitivity_table import Sensitivity, SensitivityRow
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
@@ -17,6 +19,8 @@ __all__ = [
     "QConfig",
     "QSpec",
     "Report",
+    "Sensitivity",
+    "SensitivityRow",
     "calibrate",
     "convert",
     "enable_fake_quant",
@@ -30,6 +34,7 @@ __all__ = [
     "reestimate_bn",
     "report",
     "save",
+    "sensitivity",
     "set_bits",
     "unprepare",
 ]
