@@ -127,7 +127,7 @@ def test_layers_that_belong_together() -> None:
     assert weights["query", "key", "value"].multiplications == 3 * 6 * 16 * 16
     assert found.unreached == ("unused",)
     assert "no batch reached unused" in repr(found)
-    assert found.specs["unused"]["weight"].bits == 8
+    assert found.specs["unused"]["unused"]["weight"].bits == 8
 
 
 def test_layer_that_nothing_reached_is_named() -> None:

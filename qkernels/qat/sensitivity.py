@@ -148,10 +148,8 @@ def _table(metric: str, trials: Trials, scores: Scores) -> Sensitivity:
             sizes = {bits: sum(stored_bytes(*weight, bits) for weight in weights) for bits in own}
             elements = sum(weight.numel() for weight, _ in weights)
             rows.append(SensitivityRow(tuple(group.names), kind, own, elements, sizes, each))
-    specs: dict[str, Specs] = {}
     layers = {name: layer for name, layer in trials.model.named_modules() if isinstance(layer, QATLayer)}
-    for name, layer in layers.items():
-        specs.update(_specs(name, layer, trials.own))
+    specs = {name: _specs(name, layer, trials.own) for name, layer in layers.items()}
     adapters = "sum" if any(isinstance(layer, QATAdapted) for layer in layers.values()) else "base"
     return Sensitivity(metric, tuple(rows), specs, tuple(trials.unreached), adapters)
 

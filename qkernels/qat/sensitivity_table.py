@@ -43,14 +43,14 @@ class Sensitivity:
     Attributes:
         metric: of the scores.
         rows: a ``SensitivityRow`` for the weights, and one for the inputs, of each layer or group of layers.
-        specs: layer -> kind of tensor -> the QSpec that it had (None: float), of which a plan changes the bits.
+        specs: layer -> pattern of a rule for it -> kind of tensor -> the QSpec that it had (None: float).
         unreached: layers that no batch reached. They have no scores.
         adapters: that field of the QConfig.
     """
 
     metric: str
     rows: tuple[SensitivityRow, ...]
-    specs: Mapping[str, Specs]
+    specs: Mapping[str, Mapping[str, Specs]]
     unreached: tuple[str, ...] = ()
     adapters: str = "base"
 
@@ -71,7 +71,10 @@ class Sensitivity:
             }
             for row in self.rows
         ]
-        specs = {name: {kind: plain(spec) for kind, spec in kinds.items()} for name, kinds in self.specs.items()}
+        specs = {
+            name: {pattern: {kind: plain(spec) for kind, spec in kinds.items()} for pattern, kinds in rules.items()}
+            for name, rules in self.specs.items()
+        }
         return {
             "metric": self.metric,
             "rows": rows,
@@ -105,7 +108,10 @@ class Sensitivity:
                 for row in values["rows"]
             )
             specs = {
-                name: {kind: spec_of(spec) for kind, spec in kinds.items()} for name, kinds in values["specs"].items()
+                name: {
+                    pattern: {kind: spec_of(spec) for kind, spec in kinds.items()} for pattern, kinds in rules.items()
+                }
+                for name, rules in values["specs"].items()
             }
             return cls(values["metric"], rows, specs, tuple(values["unreached"]), values["adapters"])
         except KeyError as error:
