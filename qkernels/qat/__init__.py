@@ -1,5 +1,6 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from . import losses
 from .batch_norm import freeze_bn, reestimate_bn
 from .calibrate import calibrate
 from .config import QConfig
@@ -7,6 +8,7 @@ from .convert import convert
 from .exact import exact
 from .prepare import prepare
 from .presets import presets
+from .quant_loss import QuantLoss
 from .report import Report, report
 from .saving import load, save
 from .spec import QSpec
@@ -16,6 +18,7 @@ from .unprepare import unprepare
 __all__ = [
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "Report",
     "calibrate",
     "convert",
@@ -24,6 +27,7 @@ __all__ = [
     "freeze_bn",
     "freeze_observers",
     "load",
+    "losses",
     "parameter_groups",
     "prepare",
     "presets",
