@@ -137,9 +137,7 @@ def test_bad_models_and_calls_are_refused_by_name() -> None:
     assert_unchanged(model, before)
 
 
-def trained(
-    model: nn.Module, batches, called=None, parts: int = 1, penalty_of=None, cast=None
-) -> dict[str, torch.Tensor]:
+def trained(model: nn.Module, batches, called=None, parts: int = 1, cast: bool = False) -> dict[str, torch.Tensor]:
     """What a loop with a penalty leaves; ``called`` is what is called in the model's place."""
     called = model if called is None else called
     penalty = qk.QuantLoss(called, **ALL)

@@ -43,9 +43,9 @@ def divergence(
     output, target = wide(output), wide(target.detach())
     if measure == "mse":
         return F.mse_loss(output, target)
-    logs = [(t / temperature).log_softmax(dim) for t in (output, target)]
+    output, target = (output / temperature).log_softmax(dim), (target / temperature).log_softmax(dim)
     rows = max(output.numel() // max(output.shape[dim], 1), 1)
-    return F.kl_div(*logs, reduction="sum", log_target=True) * (temperature**2 / rows)
+    return F.kl_div(output, target, reduction="sum", log_target=True) * (temperature**2 / rows)
 
 
 def consistency(

@@ -71,11 +71,9 @@ def codes_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, int]:
 def ends_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and the highest level for the weight x, in a shape that broadcasts with x."""
     if isinstance(quantizer, CodebookQuantizer):
-        low, high = quantizer.levels.detach().aminmax()
-        scale, zero_point = quantizer.qparams(x)[0], None
-    else:
-        low, high = quantizer.quant_min, quantizer.quant_max
-        scale, zero_point = quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)
-    zero = 0 if zero_point is None else per_element(zero_point, x)
-    scale = per_element(scale, x)
-    return (low - zero) * scale, (high - zero) * scale
+        scale = per_element(quantizer.qparams(x)[0], x)
+        levels = quantizer.levels.detach()
+        return levels.amin() * scale, levels.amax() * scale
+    qparams = quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)
+    scale, zero = per_element(qparams[0], x), 0 if qparams[1] is None else per_element(qparams[1], x)
+    return (quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale
