@@ -29,6 +29,7 @@ from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quan
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import (
+    BitSchedule,
     QConfig,
     QSpec,
     QuantLoss,
@@ -48,11 +49,13 @@ from .qat import (
     save,
     set_bits,
     unprepare,
+    widths,
 )
 from .registry import kernels, which
 from .version import __version__ as __version__
 
 __all__ = [
+    "BitSchedule",
     "PackedInt",
     "PackedInt4",
     "PackedInt8",
@@ -127,4 +130,5 @@ __all__ = [
     "unprepare",
     "use_kernel",
     "which",
+    "widths",
 ]

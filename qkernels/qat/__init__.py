@@ -1,7 +1,8 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
-from . import losses
+from . import losses, widths
 from .batch_norm import freeze_bn, reestimate_bn
+from .bit_schedule import BitSchedule
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
@@ -16,6 +17,7 @@ from .training import enable_fake_quant, freeze_observers, parameter_groups, set
 from .unprepare import unprepare
 
 __all__ = [
+    "BitSchedule",
     "QConfig",
     "QSpec",
     "QuantLoss",
@@ -36,4 +38,5 @@ __all__ = [
     "save",
     "set_bits",
     "unprepare",
+    "widths",
 ]
