@@ -20,7 +20,7 @@ import qkernels as qk
 
 DOCS = Path(__file__).resolve().parent
 # pdoc follows __all__: qkernels, less the modules in it that are not for users, and the bridges, which are not in it.
-SHOWN = r"nn$|qat$|qat\.(losses|widths)$|codebooks$|registry$|reference"
+SHOWN = r"nn$|qat$|qat\.(losses|schedules)$|codebooks$|registry$|reference"
 MODULES = ["qkernels", rf"!qkernels\.(?!{SHOWN})", "qkernels.integrations"]
 
 

@@ -22,26 +22,30 @@ def drawn(width, count: int, name: str = "") -> list[int]:
 
 
 def test_widths_by_the_step() -> None:
-    cycle = drawn(qk.widths.cyclic(3, 8, period=20), 40)
+    cycle = drawn(qk.schedules.cyclic(3, 8, period=20), 40)
     assert cycle[:20] == cycle[20:]
     assert cycle[:20] == [round(3 + 2.5 * (1 - math.cos(t / 20 * math.pi))) for t in range(20)]
     assert (cycle[0], cycle[19]) == (3, 8)
-    assert drawn(qk.widths.progressive(8, 4, steps=10), 12) == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 4, 4]
-    assert drawn(qk.widths.progressive(2, 4, steps=3), 5) == [2, 3, 4, 4, 4]
-    falling = drawn(qk.widths.cosine(8, 2, steps=30), 40)
+    assert drawn(qk.schedules.progressive(8, 4, steps=10), 12) == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 4, 4]
+    assert drawn(qk.schedules.progressive(2, 4, steps=3), 5) == [2, 3, 4, 4, 4]
+    falling = drawn(qk.schedules.cosine(8, 2, steps=30), 40)
     assert falling == sorted(falling, reverse=True)
     assert (falling[0], falling[15], falling[30], falling[39]) == (8, 5, 2, 2)
-    assert drawn(qk.widths.steps({0: 8, 3: 6, 4: 4}), 6) == [8, 8, 8, 6, 4, 4]
-    for width in (qk.widths.cyclic(2, 8, period=7), qk.widths.cosine(3, 7, steps=9), qk.widths.steps({0: 8, 2: 3})):
+    assert drawn(qk.schedules.steps({0: 8, 3: 6, 4: 4}), 6) == [8, 8, 8, 6, 4, 4]
+    for width in (
+        qk.schedules.cyclic(2, 8, period=7),
+        qk.schedules.cosine(3, 7, steps=9),
+        qk.schedules.steps({0: 8, 2: 3}),
+    ):
         assert set(drawn(width, 50)) <= set(width.every)
 
 
 def test_random_widths_differ_by_name_and_seed_and_repeat() -> None:
-    width = qk.widths.random(2, 8)
+    width = qk.schedules.random(2, 8)
     a, b = drawn(width, 700, "a"), drawn(width, 700, "b")
-    assert a == drawn(qk.widths.random(2, 8), 700, "a")
+    assert a == drawn(qk.schedules.random(2, 8), 700, "a")
     assert a != b
-    assert a != drawn(qk.widths.random(2, 8, seed=1), 700, "a")
+    assert a != drawn(qk.schedules.random(2, 8, seed=1), 700, "a")
     for bits in range(2, 9):
         assert 60 < a.count(bits) < 150
     assert sum(x == y for x, y in zip(a, b, strict=True)) < 200
@@ -59,10 +63,10 @@ def test_names_have_the_widths_of_the_last_glob_that_matches() -> None:
     schedule = qk.BitSchedule(
         model,
         {
-            "*.weight_fake_quant": qk.widths.steps({0: 8, 2: 3}),
+            "*.weight_fake_quant": qk.schedules.steps({0: 8, 2: 3}),
             "*.input_fake_quant": lambda step: 7 - step,
             "0.2.*": 6,
-            "1.grad": qk.widths.progressive(8, 6, steps=3),
+            "1.grad": qk.schedules.progressive(8, 6, steps=3),
         },
     )
     seen = [schedule.bits]
@@ -124,7 +128,7 @@ def tensors(value) -> list[torch.Tensor]:
 @pytest.mark.parametrize("way", ["lsq", "minmax", "ema", "dynamic"])
 def test_a_step_allocates_nothing_of_a_weights_size_and_keeps_ranges(way: str) -> None:
     model = prepared("mlp", way)
-    schedule = qk.BitSchedule(model, {"*": qk.widths.steps(dict(enumerate((8, 2, 4, 8, 3, 5, 7, 2))))})
+    schedule = qk.BitSchedule(model, {"*": qk.schedules.steps(dict(enumerate((8, 2, 4, 8, 3, 5, 7, 2))))})
     addresses = {name: t.data_ptr() for name, t in (*model.named_parameters(), *model.named_buffers())}
     x = batches_of("mlp", 1)[0]
     for _ in range(7):
@@ -158,7 +162,7 @@ def test_a_width_that_stays_changes_nothing() -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_as_one_that_was_not() -> None:
-    widths = {"*weight_fake_quant": qk.widths.random(2, 8), "*input_fake_quant": qk.widths.cyclic(3, 8, period=4)}
+    widths = {"*weight_fake_quant": qk.schedules.random(2, 8), "*input_fake_quant": qk.schedules.cyclic(3, 8, period=4)}
     batches = batches_of("mlp", 6)
 
     def run(model, schedule, optimizer, batches) -> None:
@@ -188,7 +192,7 @@ def test_compiled_code_compiles_once_for_each_width() -> None:
     model, (x,) = prepared("mlp"), batches_of("mlp", 1)
     eager = copy.deepcopy(model)
     graph = torch.compile(model, fullgraph=True, backend=counter)
-    schedules = [qk.BitSchedule(each, {"*": qk.widths.steps({0: 8, 1: 4, 2: 8, 3: 4})}) for each in (graph, eager)]
+    schedules = [qk.BitSchedule(each, {"*": qk.schedules.steps({0: 8, 1: 4, 2: 8, 3: 4})}) for each in (graph, eager)]
     for _ in range(5):
         loss, expected = loss_of(graph, x), loss_of(eager, x)
         loss.backward()
@@ -220,7 +224,7 @@ def test_what_a_quantizer_does_not_take_is_refused_before_training(widths, error
     rules = [("1", {"weight": qk.QSpec(4, quantizer="nf4")}), ("2", {"weight": qk.QSpec(4, quantizer="kmeans")})]
     model = qk.prepare(layers, qk.QConfig(qk.QSpec(8), None, rules=rules))
     before = snapshot(model)
-    cyclic = qk.widths.cyclic(3, 8, period=4)
+    cyclic = qk.schedules.cyclic(3, 8, period=4)
     if isinstance(widths, dict):
         widths = {glob: cyclic if width == "cyclic" else width for glob, width in widths.items()}
     with pytest.raises(error, match=text):
@@ -231,12 +235,12 @@ def test_what_a_quantizer_does_not_take_is_refused_before_training(widths, error
 
 def test_bad_arguments_are_refused_by_name() -> None:
     for make, text in (
-        (lambda: qk.widths.cyclic(8, 3, period=4), r"^low: got 8 with high=3; accepted: at most high"),
-        (lambda: qk.widths.cyclic(3, 9, period=4), r"^high: got 9; accepted: 2 to 8"),
-        (lambda: qk.widths.cyclic(3, 8, period=0), r"^period: got 0; accepted: a whole number of at least 1"),
-        (lambda: qk.widths.cosine(8, 1, steps=3), r"^end: got 1; accepted: 2 to 8"),
-        (lambda: qk.widths.steps({5: 8}), r"^widths: got steps \[5\]; accepted: 0, and others above it"),
-        (lambda: qk.widths.steps({0: 8, 7: 12}), r"^the width from step 7 on: got 12"),
+        (lambda: qk.schedules.cyclic(8, 3, period=4), r"^low: got 8 with high=3; accepted: at most high"),
+        (lambda: qk.schedules.cyclic(3, 9, period=4), r"^high: got 9; accepted: 2 to 8"),
+        (lambda: qk.schedules.cyclic(3, 8, period=0), r"^period: got 0; accepted: a whole number of at least 1"),
+        (lambda: qk.schedules.cosine(8, 1, steps=3), r"^end: got 1; accepted: 2 to 8"),
+        (lambda: qk.schedules.steps({5: 8}), r"^widths: got steps \[5\]; accepted: 0, and others above it"),
+        (lambda: qk.schedules.steps({0: 8, 7: 12}), r"^the width from step 7 on: got 12"),
         (
             lambda: qk.BitSchedule(nn.Linear(3, 3), {"*": 4}),
             r"^model: got one without quantizers or Int8TrainingLinear",
@@ -245,7 +249,7 @@ def test_bad_arguments_are_refused_by_name() -> None:
         with pytest.raises(ValueError, match=text):
             make()
     with pytest.raises(TypeError, match=r"^steps: got 2.5, a float"):
-        qk.widths.progressive(8, 4, steps=2.5)
+        qk.schedules.progressive(8, 4, steps=2.5)
     model = prepared("mlp")
     schedule = qk.BitSchedule(model, {"*": lambda step: 8 - 4 * step})
     schedule.step()

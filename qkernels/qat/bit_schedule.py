@@ -12,10 +12,10 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8_training import Int8TrainingLinear
 from .calibrate import check_shapes, unwrapped
 from .quant_loss import steps_of
+from .schedules import ByStep, check_bits
 from .training import change_widths, check_widths
-from .widths import Widths, check_bits
 
-Width = int | Widths | Callable[[int], int]
+Width = int | ByStep | Callable[[int], int]
 GRADIENT = "grad"
 
 
@@ -23,7 +23,7 @@ class BitSchedule:
     """Gives quantizers of a prepared model, and gradients of int8 training layers, the widths of each step.
 
     ```
-    schedule = qk.BitSchedule(prepared, {"*": qk.widths.cyclic(3, 8, period=500), "head.*": 8})
+    schedule = qk.BitSchedule(prepared, {"*": qk.schedules.cyclic(3, 8, period=500), "head.*": 8})
     for x, target in batches:
         ...
         optimizer.step()
@@ -39,7 +39,7 @@ class BitSchedule:
 
     Args:
         model: from ``prepare``, or any that holds ``qk.nn.Int8TrainingLinear``.
-        widths: by a glob on names, the width: a number, a function of the step, or one of ``qk.widths``, which may
+        widths: by a glob on names, the width: a number, a function of the step, or one of ``qk.schedules``, which may
             differ by name. Names are those of quantizers, such as ``"layer1.0.weight_fake_quant"`` or
             ``"*input_fake_quant"``, and ``"<layer>.grad"`` for the gradients of an ``Int8TrainingLinear``. The last
             glob that matches a name decides; what none matches keeps its width.
@@ -70,8 +70,8 @@ class BitSchedule:
                 raise ValueError(f"widths: {glob!r} matches nothing; there are {', '.join(names)}")
             self._widths.update(dict.fromkeys(found, width))
         for name, width in self._widths.items():
-            if isinstance(width, Widths) or not callable(width):  # what a user's function returns is not known yet
-                for bits in width.every if isinstance(width, Widths) else (width,):
+            if isinstance(width, ByStep) or not callable(width):  # what a user's function returns is not known yet
+                for bits in width.every if isinstance(width, ByStep) else (width,):
                     self._check(name, bits)
         self._apply(0)
 
@@ -142,6 +142,6 @@ def _targets_of(model: nn.Module) -> tuple[dict[str, FakeQuantize], dict[str, In
 
 
 def _at(width: Width, step: int, name: str) -> int:
-    bits = width(step, name) if isinstance(width, Widths) else width(step) if callable(width) else width
+    bits = width(step, name) if isinstance(width, ByStep) else width(step) if callable(width) else width
     check_bits(f"{name}, at step {step}", bits)
     return bits

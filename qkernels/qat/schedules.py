@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 from .spec import check_type
 
-__all__ = ["Widths", "cosine", "cyclic", "progressive", "random", "steps"]
+__all__ = ["ByStep", "cosine", "cyclic", "progressive", "random", "steps"]
 
 
-class Widths:
+class ByStep:
     """A width as a function of the step and the name, and every width that it returns.
 
     Args:
@@ -30,7 +30,7 @@ class Widths:
         return self.function(step, name)
 
 
-def cyclic(low: int, high: int, *, period: int) -> Widths:
+def cyclic(low: int, high: int, *, period: int) -> ByStep:
     """From low to high by half a cosine, and again from low (cyclic precision training, arXiv 2101.09868, equation 1).
 
     The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout.
@@ -44,13 +44,13 @@ def cyclic(low: int, high: int, *, period: int) -> Widths:
     """
     _check_ends("low", low, "high", high)
     _check_count("period", period)
-    return Widths(
+    return ByStep(
         lambda step, _: round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2),
         _between(low, high),
     )
 
 
-def cosine(start: int, end: int, *, steps: int) -> Widths:
+def cosine(start: int, end: int, *, steps: int) -> ByStep:
     """From start to end by half a cosine over so many steps, and end from there on.
 
     Args:
@@ -62,13 +62,13 @@ def cosine(start: int, end: int, *, steps: int) -> Widths:
     """
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
-    return Widths(
+    return ByStep(
         lambda step, _: round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2),
         _between(start, end),
     )
 
 
-def progressive(start: int, end: int, *, steps: int) -> Widths:
+def progressive(start: int, end: int, *, steps: int) -> ByStep:
     """From start to end bit by bit, each for an equal share of the steps, and end from there on.
 
     Args:
@@ -81,10 +81,10 @@ def progressive(start: int, end: int, *, steps: int) -> Widths:
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
     stages = range(start, end - 1, -1) if start > end else range(start, end + 1)
-    return Widths(lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)], _between(start, end))
+    return ByStep(lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)], _between(start, end))
 
 
-def steps(widths: Mapping[int, int]) -> Widths:
+def steps(widths: Mapping[int, int]) -> ByStep:
     """Given widths from given steps on: ``steps({0: 8, 1000: 6, 2000: 4})``.
 
     Args:
@@ -99,10 +99,10 @@ def steps(widths: Mapping[int, int]) -> Widths:
     if 0 not in widths or min(widths) < 0:
         raise ValueError(f"widths: got steps {sorted(widths)}; accepted: 0, and others above it")
     starts = dict(sorted(widths.items()))
-    return Widths(lambda step, _: starts[max(at for at in starts if at <= step)], tuple(sorted(set(starts.values()))))
+    return ByStep(lambda step, _: starts[max(at for at in starts if at <= step)], tuple(sorted(set(starts.values()))))
 
 
-def random(low: int, high: int, *, seed: int = 0) -> Widths:
+def random(low: int, high: int, *, seed: int = 0) -> ByStep:
     """At each step another width for each name, drawn evenly: for models that are to run at several widths.
 
     A draw depends on seed, step and name alone, so that a resumed run and all processes draw alike.
@@ -116,7 +116,7 @@ def random(low: int, high: int, *, seed: int = 0) -> Widths:
     """
     _check_ends("low", low, "high", high)
     every = _between(low, high)
-    return Widths(lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every), every)
+    return ByStep(lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every), every)
 
 
 def check_bits(name: str, bits: object) -> None:
