@@ -156,7 +156,7 @@ def test_divergence_is_that_of_the_formula() -> None:
         torch.testing.assert_close(qk.losses.divergence(output, target, temperature=2.0, dim=dim), expected)
     torch.testing.assert_close(qk.losses.divergence(output, target, measure="mse"), (output - target).square().mean())
     assert torch.autograd.gradcheck(lambda y: qk.losses.divergence(y, target, temperature=3), output)
-    assert float(qk.losses.divergence(output, output)) == 0
+    assert qk.losses.divergence(output, output).item() == 0
     low = qk.losses.divergence(output.bfloat16(), target.bfloat16())
     assert low.dtype == torch.float32
 
@@ -181,7 +181,7 @@ def test_consistency_compares_with_the_same_weights_without_quantization() -> No
     assert all(p.grad is not None for p in model.parameters())
     qk.enable_fake_quant(model, False)
     model[3].p = 0.0
-    assert float(qk.losses.consistency(model, (x, None), model(x), measure="mse")) < 1e-12
+    assert qk.losses.consistency(model, (x, None), model(x), measure="mse").item() < 1e-12
 
 
 def test_distillation_leaves_the_teacher_as_it_is() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.qat_layer import QATLayer
-from .calibrate import call, check_shapes, quantizers_of, quantizers_replaced, uncompiled
+from .calibrate import call, check_shapes, quantizers_of, quantizers_replaced, tensors_in, uncompiled
 from .fold import BatchNorm, eval_mode
 from .model_losses import total, wide
 
@@ -128,9 +128,8 @@ def layer_outputs(model: nn.Module, inputs: Any, *, layers: str = "*") -> Tensor
     found: dict[nn.Module, list[Tensor]] = {}
 
     def record(module: nn.Module, _: Any, result: Any) -> None:
-        for tensor in _floating(result):
+        if (tensor := _floating(result)) is not None:
             found.setdefault(module, []).append(tensor)
-            break
 
     hooks = [module.register_forward_hook(record) for module in chosen.values()]
     try:
@@ -178,17 +177,12 @@ def chosen_layers(model: nn.Module, layers: str = "*") -> dict[str, nn.Module]:
     return found
 
 
-def _floating(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _floating(item)
+def _floating(value: Any) -> Tensor | None:
+    return next((t for t in tensors_in(value) if t.is_floating_point()), None)
 
 
 def _first(value: Any, name: str) -> Tensor:
-    found = next(_floating(value), None)
+    found = _floating(value)
     if found is None:
         raise ValueError(f"{name}: got a {type(value).__name__} without a floating tensor; accepted: one with some")
     return found
