@@ -29,8 +29,10 @@ from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quan
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import (
+    BitSchedule,
     QConfig,
     QSpec,
+    QuantLoss,
     adaround,
     assign,
     calibrate,
@@ -42,6 +44,7 @@ from .qat import (
     freeze_observers,
     gptq,
     load,
+    losses,
     measure_latency,
     parameter_groups,
     prepare,
@@ -49,6 +52,7 @@ from .qat import (
     reestimate_bn,
     report,
     save,
+    schedules,
     sensitivity,
     set_bits,
     unprepare,
@@ -57,6 +61,7 @@ from .registry import kernels, which
 from .version import __version__ as __version__
 
 __all__ = [
+    "BitSchedule",
     "PackedInt",
     "PackedInt4",
     "PackedInt8",
@@ -67,6 +72,7 @@ __all__ = [
     "PerToken",
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "adaround",
     "assign",
     "calibrate",
@@ -101,6 +107,7 @@ __all__ = [
     "kernels",
     "library",
     "load",
+    "losses",
     "measure_latency",
     "nn",
     "observe_fake_quantize",
@@ -126,6 +133,7 @@ __all__ = [
     "rms_norm_fake_quantize_dynamic",
     "rms_norm_quantize_dynamic",
     "save",
+    "schedules",
     "sensitivity",
     "set_bits",
     "silu_mul_fake_quantize_dynamic",

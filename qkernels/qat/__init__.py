@@ -1,9 +1,11 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from . import losses, schedules
 from .adaround import adaround
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
+from .bit_schedule import BitSchedule
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
@@ -12,6 +14,7 @@ from .gptq import gptq
 from .latency import measure_latency
 from .prepare import prepare
 from .presets import presets
+from .quant_loss import QuantLoss
 from .report import Report, report
 from .saving import load, save
 from .sensitivity import sensitivity
@@ -22,8 +25,10 @@ from .unprepare import unprepare
 
 __all__ = [
     "Assignment",
+    "BitSchedule",
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "Report",
     "Sensitivity",
     "SensitivityRow",
@@ -39,6 +44,7 @@ __all__ = [
     "freeze_observers",
     "gptq",
     "load",
+    "losses",
     "measure_latency",
     "parameter_groups",
     "prepare",
@@ -46,6 +52,7 @@ __all__ = [
     "reestimate_bn",
     "report",
     "save",
+    "schedules",
     "sensitivity",
     "set_bits",
     "unprepare",
