@@ -23,11 +23,10 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .graph import Graph, LayerTracer, overwritten, writes
+from .graph import Graph, LayerTracer, overwritten, switches, writes
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
-_OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
 
 
@@ -156,7 +155,7 @@ class _State:
         is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
         for name, m in module.named_modules():
             if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
-                read += [(vars(m), switch) for switch in _switches(m)]
+                read += [(vars(m), switch) for switch in switches(m)]
             elif not isinstance(m, QuantizedLayer):
                 read.append((vars(m), "training"))
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
@@ -183,19 +182,6 @@ class _State:
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
         return any(p is not None and p.requires_grad for p in held)
-
-
-def _switches(module: nn.Module) -> list[str]:
-    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
-    own = (name for name, value in vars(module).items() if _is_switch(value))
-    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
-
-
-def _is_switch(value: Any) -> bool:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))
 
 
 def _is_watched() -> bool:

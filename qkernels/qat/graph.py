@@ -17,6 +17,7 @@ from ..nn.int8 import Int8Linear
 from ..nn.int8_recurrent import Int8Recurrent
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
+from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import Tracer
 from .copying import shadow_of
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
@@ -31,13 +32,16 @@ ANY_RANK = (
 )  # they also take [..., C] with any number of dims in front
 
 
+_OF_ANY_MODULE = vars(nn.Module())
+
+
 class LayerTracer(Tracer):
     """Layers of this package are single nodes, and buffers are read when the graph runs, as parameters are."""
 
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
+        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent) and not isinstance(m, QATParameters)
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -223,9 +227,9 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
             random numbers that depend on no input.
     """
     shadow = shadow_of(root)
-    before, drawn = _attributes(shadow), (torch.get_rng_state(), random.getstate())
+    before, drawn = attributes_of(shadow), (torch.get_rng_state(), random.getstate())
     graph = LayerTracer().trace(shadow, concrete)
-    after = _attributes(shadow)
+    after = attributes_of(shadow)
     for (path, name), value in after.items():
         if before.get((path, name)) != value and not _is_constant(path, name):
             raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
@@ -238,7 +242,7 @@ def _is_constant(path: str, name: str) -> bool:
     return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
 
 
-def _attributes(root: nn.Module) -> dict[tuple[str, str], tuple[int, list[int]]]:
+def attributes_of(root: nn.Module) -> dict[tuple[str, str], tuple[int, list[int]]]:
     """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
     return {
         (path, name): (id(value), list(map(id, _contents(value))))
@@ -341,3 +345,16 @@ def _is_view(node: fx.Node, root: nn.Module) -> bool:
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         return isinstance(root.get_submodule(str(node.target)), kinds) if str(node.target) != "itself" else False
     return node.op != "get_attr" and (getattr(node.target, "__name__", None) or str(node.target)) in views
+
+
+def switches(module: nn.Module) -> list[str]:
+    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
+    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
+    own = (name for name, value in vars(module).items() if _is_switch(value))
+    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
+
+
+def _is_switch(value: Any) -> bool:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))

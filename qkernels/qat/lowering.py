@@ -400,8 +400,7 @@ class _Writer:
         else:
             options = {key: value for key, value in operation.options.items() if key != "dims"}
             source = self._inputs(node)[0]
-            x = self._either(source) if operation.kind == "activate" else self._floats(source)
-            self._emit_result(node, operation.kind, {"x": x, **options})
+            self._emit_result(node, operation.kind, {"x": self._either(source), **options})
 
     def _emit_result(self, node: fx.Node, step: str, options: dict[str, Any]) -> None:
         """A step whose result is stored in each form that is needed: at most floats and one kind of codes at once."""

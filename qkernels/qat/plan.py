@@ -10,20 +10,29 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..nn.granularity import PerTensor
 from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import Trial
+from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
 from ..nn.qat_classes import qat_class_of
+from ..nn.qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from ..nn.qat_layer import QATLayer, Role
 from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized_parameters import VALUES
 from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule, matches
+from .residual import Residuals, find_residuals, tensor_name
 from .selection import float_reason
 from .sharing import find_inputs
 from .spec import QSpec, nearest
 from .weight_readers import WeightReaders
 
 Specs = dict[str, QSpec | None]
+# Layers whose forward hands its input to the quantizer, and does nothing else with it.
+TAKERS = (
+    *(QATLinear, QATConv1d, QATConv2d, QATConv3d),
+    *(QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d),
+)
 
 
 @dataclass
@@ -40,6 +49,7 @@ class Plan:
     alone: dict[str, str] = field(default_factory=dict)  # layer -> its parameters that a rule names instead of it
     results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
     adapters: Adapters = field(default_factory=Adapters)
+    residuals: Residuals = field(default_factory=Residuals)  # of sums, concatenations and pools in other modules
 
 
 def check_rules(model: nn.Module, config: QConfig) -> None:
@@ -139,9 +149,10 @@ def plan_of(model: nn.Module, config: QConfig, readers: WeightReaders) -> Plan:
     # A forward of its own may hand its product another input than it got.
     modules = {name: model.get_submodule(name) for name in plan.specs if plan.specs[name].get("input")}
     plain = [name for name, module in modules.items() if type(module).forward is plan.classes[name].float_class.forward]
-    inputs = find_inputs(model, plain)
+    plan.residuals = residuals = _residuals_of(plan, config, model, plain)
+    inputs = find_inputs(residuals.marked(model), [*plain, *residuals.quantizer_names()])
     for number, group in enumerate(inputs.groups):
-        plan.groups.update(dict.fromkeys(group, number))
+        plan.groups.update({tensor_name(name): number for name in group})
     for name in inputs.given:
         spec = plan.specs[name]["input"]
         if (
@@ -152,6 +163,35 @@ def plan_of(model: nn.Module, config: QConfig, readers: WeightReaders) -> Plan:
         ):
             plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
     return plan
+
+
+def _residuals_of(plan: Plan, config: QConfig, model: nn.Module, plain: list[str]) -> Residuals:
+    """The tensors between layers that the config quantizes. A layer that reads one of them leaves that to its maker.
+
+    A layer whose input has another width, or a range of its own at every call, quantizes it again.
+    """
+    wanted = config.residual is not None or any("residual" in (overrides or {}) for _, overrides in config.rules)
+    if not wanted:
+        return Residuals()
+    known = {*plan.specs, *plan.excluded, *plan.floats, *plan.adapters.parts, *plan.adapters.sums}
+
+    def spec_of(name: str, module: nn.Module) -> QSpec | None:
+        return None if name in known else config.specs(name, module)["residual"]
+
+    takers = [name for name in plain if plan.classes[name] in TAKERS]
+    own_inputs = {name for name, specs in plan.parameters.items() if "input" in specs}
+    residuals = find_residuals(model, spec_of, takers, lambda name: name not in own_inputs)
+    for name, tensor in list(residuals.layers.items()):
+        spec, other = plan.specs[name]["input"], residuals.specs[tensor]
+        first = next(each for each, source in residuals.layers.items() if source == tensor)
+        if spec is None or not _is_alike(spec, other) or spec != plan.specs[first]["input"]:
+            del residuals.layers[name]
+    return residuals
+
+
+def _is_alike(spec: QSpec, other: QSpec) -> bool:
+    plain = all(each.granularity in (None, PerTensor()) and each.quantizer != "dynamic" for each in (spec, other))
+    return plain and spec.bits == other.bits
 
 
 def _plan_values(plan: Plan, config: QConfig, name: str, module: nn.Module, known: bool) -> None:
@@ -170,7 +210,7 @@ def _plan_values(plan: Plan, config: QConfig, name: str, module: nn.Module, know
     if rule is None or rule[1] is None or not (rule[0] == name or rule[0] is type(module)):
         return
     if not known:
-        _check_kinds(name, {*VALUES, "weight"} if adapted else set(VALUES), rule)
+        _check_kinds(name, {*VALUES, "residual", *(("weight",) if adapted else ())}, rule)
     specs = config.specs(name, module)
     for kind in VALUES:
         spec = specs[kind]

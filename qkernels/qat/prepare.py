@@ -34,6 +34,7 @@ FUSED_PATHS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
+UNTRACED = "why_sums_are_float"  # attribute of a module whose own forward could not be traced, for report
 SWITCHED_OFF = "fused_path_of_the_float_model"
 
 
@@ -125,6 +126,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
         )
     prepared = model if inplace else copy_of(model)
     made = _quantized_layers(prepared, plan)
+    for name, reason in plan.residuals.reasons.items():
+        prepared.get_submodule(name).__dict__[UNTRACED] = reason
     _warn(model, plan, {name: reader for name, reader in readers.too.items() if name in plan.specs})
     if inplace:
         for layer, qat in made.items():
@@ -143,6 +146,7 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
     made: dict[nn.Module, QATLayer] = {}
     tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
     inputs: dict[tuple[int, QSpec, Role], FakeQuantize] = {}  # one tensor has one scale
+    made_before: dict[str, FakeQuantize] = {}  # the layer's quantizer acts where its input is made
     for name, specs in plan.specs.items():
         layer, cls, trial = model.get_submodule(name), plan.classes[name], plan.trials[name]
         quantizers: dict[str, FakeQuantize | None] = {}
@@ -155,6 +159,13 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
                 later[key] = f"{name}.{key}{SUFFIX}".removeprefix("."), spec.for_weight
                 continue
             weight = _weight(layer, cls, role, trial)
+            tensor = plan.residuals.layers.get(name) if key == "input" else None
+            if tensor is not None:
+                if tensor not in made_before:
+                    made_before[tensor] = _quantizer(*tensor.rpartition(".")[::2], layer, role, spec, None, tied)
+                    made_before[tensor].at_source = True
+                quantizers[key] = made_before[tensor]
+                continue
             if key != "input" or name not in plan.groups:
                 quantizers[key] = _quantizer(name, key, layer, role, spec, weight, tied)
                 continue
@@ -172,14 +183,21 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
             made[layer].trial = trial  # type: ignore[assignment]
         if later:
             made[layer].later = later  # type: ignore[assignment]
-    for name, parameters in plan.parameters.items():
+    for name in dict.fromkeys((*plan.parameters, *plan.residuals.own, *plan.residuals.pools)):
         module = model.get_submodule(name)
         found = {}
-        for parameter, spec in parameters.items():
+        for parameter, spec in plan.parameters.get(name, {}).items():
             role = QATParameters.role_of(module, parameter)
             weight = _weight(module, QATParameters, role, Trial())
             found[parameter] = _quantizer(name, parameter, module, role, spec, weight, tied)
-        made[module] = QATParameters.of(module, found)
+        for key in plan.residuals.roles_of(name):
+            tensor = f"{name}.{key}".removeprefix(".")
+            if tensor not in made_before:
+                dims = plan.residuals.feature_dims.get(tensor, 1)
+                role, spec = Role("residual", feature_dims=dims, per_token=dims == 1), plan.residuals.specs[tensor]
+                made_before[tensor] = _quantizer(name, key, module, role, spec, None, tied)
+            found[key] = made_before[tensor]
+        made[module] = QATParameters.of(module, found, plan.residuals.traced_forward(name, module))
     return made
 
 
@@ -256,6 +274,8 @@ def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
     without = plan.adapters.without_dropout
     if without:
         said.append(f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(without)}")
+    if plan.residuals.reasons:
+        said.append(f"sums and pools in the forward of other modules stay in float: {_named(plan.residuals.reasons)}")
     known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
     # What a parametrization computes a layer's weight from is the layer's own.
     parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]

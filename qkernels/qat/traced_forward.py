@@ -1,0 +1,319 @@
+"""Quantizers inside of a module's own forward: for its sums, concatenations and average pools.
+
+torch.fx traces the forward with the module's children as leaves. The graph's code, with calls of the quantizers in it,
+then runs in place of the forward. A trace holds for one mode, for certain values of the module's attributes, and for
+certain kinds of arguments; other ones are traced when they come.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import linecache
+import operator
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
+
+from ..nn.qat_layer import SUFFIX, copied_state
+from ..nn.quantized_parameters import QATParameters
+from ..nn.tracing import TRACING, Tracer
+from .forward_tensors import PLACE, Place, find_tensors, place_of, without_writes
+from .graph import attributes_of, switches
+
+GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
+Pattern = tuple[str, ...]
+_FROZEN = (type(None), bool, str)  # arguments by which a forward decides
+_numbers = itertools.count()
+
+
+class TracedForward:
+    """Computes what a module's own forward does, with quantizers in it. Deep copies of a module share it.
+
+    Attributes:
+        roles: the role of the quantizer of each tensor, by the place in the source where the tensor is made.
+        patterns: the kinds of arguments with which the model calls the module.
+    """
+
+    def __init__(self, module: nn.Module, roles: dict[Place, str], patterns: list[Pattern]) -> None:
+        self.roles, self.patterns = roles, patterns
+        self.names, self.defaults, self.by_position = parameters_of(type(module))
+        self.switches = switches(module)
+        self._made: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self._bound(args, kwargs)
+        if bound is None:  # the module's own forward says what is wrong
+            return type(module).float_type.forward(module, *args, **kwargs)
+        pattern, values = bound
+        key = pattern, self._state_of(module)
+        if key not in self._made:
+            self._make(module, key, pattern)
+        return self._made[key](module, *values)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
+        """The pattern of a call, and the arguments that are given by it; None: they are not those of the forward."""
+        names = self.names
+        if len(args) > self.by_position:
+            return None
+        if kwargs:
+            rest = names[len(args) :]
+            if any(name not in rest for name in kwargs):
+                return None
+        pattern, values = [], []
+        for i, name in enumerate(names):
+            if i < len(args):
+                value = args[i]
+            elif name in kwargs:
+                value = kwargs[name]
+            elif self.defaults[i] is inspect.Parameter.empty:
+                return None
+            else:
+                pattern.append(DEFAULT)
+                continue
+            if not isinstance(value, _FROZEN):
+                pattern.append(GIVEN)
+                values.append(value)
+            else:
+                pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
+        return tuple(pattern), values
+
+    def _state_of(self, module: nn.Module) -> tuple[Any, ...]:
+        """The numbers, texts and switches among a module's attributes, and which of its children are missing."""
+        values = tuple([getattr(module, name, None) for name in self.switches])
+        return values, tuple([child is None for child in module._modules.values()])
+
+    def _make(self, module: QATParameters, key: tuple[Any, ...], pattern: Pattern) -> None:
+        with TRACING:
+            if key not in self._made:
+                self._made[key] = self._traced(module, pattern)
+
+    def _traced(self, module: QATParameters, pattern: Pattern) -> Callable[..., Any]:
+        kind = type(module).float_type
+        shadow = shadow_of_own(module, kind)
+        try:
+            trace = Trace(shadow, pattern)
+        except Exception as error:  # a forward may raise anything when traced
+            raise RuntimeError(
+                f"{kind.__name__}: its forward cannot be traced for this call ({reason_of(error)}), so that its sums "
+                "could not be quantized; accepted: calls and attributes like those that it had when it was prepared, "
+                'or a rule that gives its "residual" None'
+            ) from None
+        return trace.function(self.roles, f"{kind.__module__}.{kind.__qualname__}")
+
+    def check(self, module: QATParameters) -> None:
+        """Traces the module for the calls that are known, in both modes.
+
+        Raises:
+            RuntimeError: it cannot be traced.
+            ValueError: its forward makes other tensors than those for which there are quantizers.
+        """
+        seen: set[Place] = set()
+        modes = module.training
+        try:
+            for module.training, pattern in itertools.product((True, False), self.patterns):
+                self._make(module, (pattern, self._state_of(module)), pattern)
+                shadow = shadow_of_own(module, type(module).float_type)
+                seen |= set(Trace(shadow, pattern).tensors.places())
+        finally:
+            module.training = modes
+        missing = [f"{role} ({place})" for place, role in self.roles.items() if place not in seen]
+        if missing:
+            raise ValueError(f"its forward has no {', no '.join(missing)}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedForward:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": {}}
+
+
+def shadow_of_own(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The module with its own class again; it shares children and tensors."""
+    shadow = kind.__new__(kind)
+    shadow.__dict__ = copied_state(module)
+    return shadow
+
+
+def reason_of(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")[:120]
+    return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+
+
+def parameters_of(kind: type[nn.Module]) -> tuple[list[str], list[Any], int]:
+    """The names and defaults of the arguments of a class's forward, and how many it takes by position.
+
+    Raises:
+        NotImplementedError: it takes any number.
+    """
+    _, *found = inspect.signature(kind.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
+        raise NotImplementedError("its forward takes any number of arguments")
+    return [p.name for p in found], [p.default for p in found], sum(p.kind is not p.KEYWORD_ONLY for p in found)
+
+
+def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
+    """The kinds of the arguments in a call."""
+    names, defaults, _ = parameters_of(kind)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    pattern = []
+    for name, default in zip(names, defaults, strict=True):
+        value = given.get(name, default)
+        if value is default:
+            pattern.append(GIVEN if default is inspect.Parameter.empty else DEFAULT)
+        else:
+            pattern.append(f"is {value!r}" if isinstance(value, _FROZEN) else GIVEN)
+    return tuple(pattern)
+
+
+class _Asked(Proxy):
+    """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        frame = sys._getframe(1)
+        while (name := frame.f_globals.get("__name__", "")) in ("abc", "typing", "inspect", "functools"):
+            frame = frame.f_back  # type: ignore[assignment]
+        if name == "torch" or name.startswith(_OWN_CODE):
+            return _Asked
+        raise NotImplementedError("it asks for the type of what it is given")
+
+    # Without these Python would make a new tensor, where the forward overwrites one.
+    def __iadd__(self, other: Any) -> Proxy:
+        return self._overwritten(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Proxy:
+        return self._overwritten(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Proxy:
+        return self._overwritten(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Proxy:
+        return self._overwritten(operator.itruediv, other)
+
+    def _overwritten(self, function: Callable[..., Any], other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+class _OwnTracer(Tracer):
+    """Traces a module's own forward. It refuses what the graph would not do as the forward does."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self._counts: dict[str, int] = {}
+        self._modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _Asked(node, self)
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        kind = type(self.root)
+        names, defaults, by_position = parameters_of(kind)
+        values: list[Any] = []
+        for name, default, how in zip(names, defaults, self.pattern, strict=True):
+            if how == GIVEN:
+                values.append(self.create_proxy("placeholder", name, (), {}))
+            else:
+                values.append(default if how == DEFAULT else ast.literal_eval(how.removeprefix("is ")))
+        by_name = dict(zip(names[by_position:], values[by_position:], strict=True))
+        return functools.partial(kind.forward, **by_name), [self.root, *values[:by_position]]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.calls.append((m, args, kwargs))
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, Proxy):
+            raise NotImplementedError("it makes a tensor of nothing that it is given")
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind != "output":
+            if _modes() != self._modes:
+                raise NotImplementedError("it switches gradients or autocast")
+            if kind not in ("placeholder", "get_attr"):
+                node.meta[PLACE] = self._place()
+        return node
+
+    def _place(self) -> Place:
+        """The line of the user's code that runs, and how many calls that line has made before."""
+        frame, code, line = sys._getframe(2), None, 0
+        while frame is not None and frame.f_code is not _OwnTracer.trace.__code__:
+            name = frame.f_globals.get("__name__", "")
+            if name == "torch.utils.checkpoint":
+                raise NotImplementedError("it uses activation checkpointing")
+            if code is None and not name.startswith(_OWN_CODE):
+                code, line = frame.f_code, frame.f_lineno
+            frame = frame.f_back  # type: ignore[assignment]
+        place = "" if code is None else f"{getattr(code, 'co_qualname', code.co_name)}+{line - code.co_firstlineno}"
+        count = self._counts[place] = self._counts.get(place, -1) + 1
+        return f"{place}#{count}" if count else place
+
+
+_OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")
+
+
+def _modes() -> tuple[Any, ...]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+
+
+class Trace:
+    """The graph of a module's own forward for one pattern, in its mode.
+
+    Raises:
+        NotImplementedError: the graph would not do what the forward does.
+        Exception: whatever the forward raises when it is traced.
+    """
+
+    def __init__(self, module: nn.Module, pattern: Pattern) -> None:
+        tracer = _OwnTracer(pattern)
+        before, drawn = attributes_of(module), (torch.get_rng_state(), random.getstate())
+        self.graph = tracer.trace(module)
+        if attributes_of(module) != before:
+            raise NotImplementedError("it sets attributes")
+        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+            raise NotImplementedError("it draws random numbers")
+        self.calls = tracer.calls
+        without_writes(self.graph, module)
+        self.tensors = find_tensors(self.graph, module)
+
+    def function(self, roles: dict[Place, str], name: str) -> Callable[..., Any]:
+        """The forward with quantizers, a function of the module and the given arguments."""
+        for node in self.tensors.at:
+            role = roles.get(place_of(node))
+            if role is None:
+                continue
+            with self.graph.inserting_after(node):
+                quantizer = self.graph.get_attr(role + SUFFIX)
+            with self.graph.inserting_after(quantizer):
+                result = self.graph.call_function(passed, (quantizer, node))
+            node.replace_all_uses_with(result, lambda user, result=result: user is not result)  # type: ignore[misc]
+        code = self.graph.python_code("self")
+        file = f"<{name} with quantizers {next(_numbers)}>"
+        linecache.cache[file] = len(code.src), None, code.src.splitlines(True), file  # for tracebacks
+        scope = dict(code.globals)
+        exec(compile(code.src, file, "exec"), scope)
+        made: Callable[..., Any] = scope["forward"]
+        return made
+
+
+def passed(quantizer: nn.Module, x: Any) -> Any:
+    """x through the quantizer, if it is a tensor of floats."""
+    if isinstance(x, Tensor):
+        return quantizer(x) if x.is_floating_point() else x
+    return quantizer(x) if isinstance(x, Proxy) else x
