@@ -34,7 +34,7 @@ class QATParameters(QATLayer):
 
     quantized_names: ClassVar[tuple[str, ...]] = ()
     between: ClassVar[tuple[str, ...]] = ()  # those of them that are tensors between the input and the result
-    traced_forward: Callable[..., Any]
+    traced_forward: Any
 
     @classmethod
     def roles(cls, layer: nn.Module) -> dict[str, Role]:
@@ -87,6 +87,11 @@ class QATParameters(QATLayer):
         if between:
             layer.traced_forward = traced_forward
         return layer  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.between:
+            self.traced_forward.restore(self)
 
     def _released(self, module: nn.Module) -> None:
         module.__dict__.pop("traced_forward", None)

@@ -181,6 +181,9 @@ def _qat_layer(name: str, layer: QATLayer) -> Description:
     entry: Description = {"class": kind.__name__, "of": float_name(of), "bias": _has_bias(layer)}
     if isinstance(layer, QATForward):
         entry["trial"] = dataclasses.asdict(layer.trial)
+    if isinstance(layer, QATParameters) and layer.between:
+        traced = layer.traced_forward
+        entry["traced"] = {"roles": dict(traced.roles), "patterns": [list(pattern) for pattern in traced.patterns]}
     return entry
 
 
@@ -199,7 +202,9 @@ def _quantizers(module: nn.Module) -> list[tuple[FakeQuantize, list[int] | None]
 
 
 def _quantizer(quantizer: FakeQuantize, shape: list[int] | None) -> Description:
+    at_source = {"at_source": True} if quantizer.at_source else {}
     return {
+        **at_source,
         "quantizer": quantizer.quantizer,
         "bits": quantizer.bits,
         "granularity": plain(quantizer.granularity),

@@ -1,4 +1,4 @@
-"""Which tensors of a traced forward get quantizers: sums of activations, concatenations, and what average pools read."""
+"""Which tensors of a traced forward get quantizers: sums of activations, concatenations, and inputs of pools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .graph import overwritten, writes
+from .graph import writes
 
 Place = str  # where in the source a tensor is made, whatever mode and arguments a trace is for
 PLACE = "place"  # the key of a node's place in its ``meta``
@@ -29,16 +29,21 @@ POOL_MODULES = (
 )
 # Elementwise functions of one tensor, as functions, methods and classes of torch.nn (in small letters).
 ACTIVATIONS = frozenset(
-    ("relu", "relu6", "clamp", "clamp_min", "clamp_max", "hardtanh", "leakyrelu", "prelu", "elu", "selu", "celu")
-    + ("silu", "mish", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "identity")
+    (
+        *("relu", "relu6", "clamp", "clampmin", "clampmax", "hardtanh", "leakyrelu", "prelu", "elu", "selu"),
+        *("celu", "silu", "mish", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "identity"),
+    )
 )
 # Sums that these read are scores: they may be masked by infinities, and no layer reads them.
 OF_SCORES = frozenset(("softmax", "logsoftmax", "softmin", "maskedfill", "logsumexp"))
 # What gives no tensor of floats, or a tensor that no data is in.
 NO_VALUES = frozenset(
-    ("size", "dim", "numel", "ndimension", "stride", "argmax", "argmin", "long", "int", "bool", "len", "getattr")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logicalnot", "logicaland", "zeroslike")
-    + ("oneslike", "emptylike", "fulllike", "newzeros", "newones", "newempty", "newfull", "nonzero", "argsort")
+    (
+        *("size", "dim", "numel", "ndimension", "stride", "argmax", "argmin", "long", "int", "bool", "len"),
+        *("getattr", "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logicalnot", "logicaland"),
+        *("zeroslike", "oneslike", "emptylike", "fulllike", "newzeros", "newones", "newempty", "newfull"),
+        *("nonzero", "argsort"),
+    )
 )
 
 
@@ -179,23 +184,3 @@ class _Finder:
             return False
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(dims, tuple | list) and len(dims) > 1
-
-
-def without_writes(graph: fx.Graph, root: nn.Module) -> None:
-    """Lets what reads a tensor after an operation has overwritten it read that operation's result.
-
-    Raises:
-        NotImplementedError: an operation overwrites a part of a tensor that is read later, or one that it gets as out.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if node.kwargs.get("out") is not None:
-            raise NotImplementedError(f"{node.name} writes to a tensor that it gets as out")
-        if not writes(node, root) or not isinstance(node.args[0], fx.Node):
-            continue
-        target, *others = overwritten(node, root)
-        if any(order[user] > order[node] for source in others for user in source.users):
-            raise NotImplementedError(f"{node.name} overwrites a part of {others[0].name}, which is read later")
-        for user in list(target.users):
-            if order[user] > order[node]:
-                user.replace_input_with(target, node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,9 @@ class LayerTracer(Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent) and not isinstance(m, QATParameters)
+        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent) and not isinstance(
+            m, QATParameters
+        )
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -63,7 +65,7 @@ class Graph:
     def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
         self.root, self._cautious = root, cautious
         self.graph, self.constants = _traced(root, concrete)
-        _without_writes(self.graph, root)
+        without_writes(self.graph, root)
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
             operation = self._operation(node)
@@ -227,9 +229,10 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
             random numbers that depend on no input.
     """
     shadow = shadow_of(root)
-    before, drawn = attributes_of(shadow), (torch.get_rng_state(), random.getstate())
+    modules = dict(shadow.named_modules())
+    before, drawn = attributes_of(modules), (torch.get_rng_state(), random.getstate())
     graph = LayerTracer().trace(shadow, concrete)
-    after = attributes_of(shadow)
+    after = attributes_of(modules)
     for (path, name), value in after.items():
         if before.get((path, name)) != value and not _is_constant(path, name):
             raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
@@ -242,11 +245,11 @@ def _is_constant(path: str, name: str) -> bool:
     return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
 
 
-def attributes_of(root: nn.Module) -> dict[tuple[str, str], tuple[int, list[int]]]:
+def attributes_of(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], tuple[int, list[int]]]:
     """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
     return {
         (path, name): (id(value), list(map(id, _contents(value))))
-        for path, module in root.named_modules()
+        for path, module in modules.items()
         for name, value in vars(module).items()
     }
 
@@ -267,12 +270,14 @@ def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _without_writes(graph: fx.Graph, root: nn.Module) -> None:
+def without_writes(graph: fx.Graph, root: nn.Module, arguments: bool = False) -> None:
     """Lets what reads a tensor after an operation has overwritten it read that operation's result.
 
+    arguments: whether the operation still runs, so that it may overwrite an argument, which the caller may read later.
+
     Raises:
-        NotImplementedError: an operation overwrites an argument, which the caller may read later; a view of a tensor
-            that is read later; or a tensor that it gets as ``out``.
+        NotImplementedError: an operation overwrites an argument; a view of a tensor that is read later; or a tensor
+            that it gets as ``out``.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -284,7 +289,7 @@ def _without_writes(graph: fx.Graph, root: nn.Module) -> None:
         if not isinstance(target, fx.Node):
             continue
         sources = overwritten(node, root)
-        if sources[-1].op == "placeholder":
+        if sources[-1].op == "placeholder" and not arguments:
             raise NotImplementedError(f"{node.name} overwrites the argument {sources[-1].name}")
         for source in sources[1:]:
             if any(order[user] > order[node] for user in source.users):

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -154,15 +155,19 @@ def plan_of(model: nn.Module, config: QConfig, readers: WeightReaders) -> Plan:
     for number, group in enumerate(inputs.groups):
         plan.groups.update({tensor_name(name): number for name in group})
     for name in inputs.given:
-        spec = plan.specs[name]["input"]
-        if (
-            spec is not None
-            and spec.quantizer == "lsq"
-            and spec.bits > MSE_BITS
-            and not config.asks_for("input", name, modules[name])
-        ):
-            plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
+        tensor = tensor_name(name)
+        if tensor in residuals.specs:
+            residuals.specs[tensor] = _calibrated(residuals.specs[tensor])
+        elif not config.asks_for("input", name, modules[name]):
+            plan.specs[name]["input"] = _calibrated(plan.specs[name]["input"])
     return plan
+
+
+def _calibrated(spec: Any) -> Any:
+    """The spec for an input of the model, which needs no gradient: to learn its scale would ask for one."""
+    if spec is None or spec.quantizer != "lsq" or spec.bits <= MSE_BITS:
+        return spec
+    return dataclasses.replace(spec, quantizer="minmax", straight_through=None)
 
 
 def _residuals_of(plan: Plan, config: QConfig, model: nn.Module, plain: list[str]) -> Residuals:
@@ -173,7 +178,7 @@ def _residuals_of(plan: Plan, config: QConfig, model: nn.Module, plain: list[str
     wanted = config.residual is not None or any("residual" in (overrides or {}) for _, overrides in config.rules)
     if not wanted:
         return Residuals()
-    known = {*plan.specs, *plan.excluded, *plan.floats, *plan.adapters.parts, *plan.adapters.sums}
+    known = {*plan.specs, *plan.excluded, *plan.floats, *plan.adapters.parts, *plan.adapters.parts.values()}
 
     def spec_of(name: str, module: nn.Module) -> QSpec | None:
         return None if name in known else config.specs(name, module)["residual"]

@@ -24,6 +24,7 @@ from .equal_ranges import send_ranges
 from .fold import eval_mode
 from .plan import Plan, check_rules, plan_of
 from .presets import presets
+from .residual import may_hold_sums
 from .selection import unsupported
 from .spec import QSpec, nearest
 from .states import check_state
@@ -198,6 +199,12 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
                 made_before[tensor] = _quantizer(name, key, module, role, spec, None, tied)
             found[key] = made_before[tensor]
         made[module] = QATParameters.of(module, found, plan.residuals.traced_forward(name, module))
+    tensors = (*model.parameters(), *model.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), None)
+    for module, layer in made.items():
+        if like is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
+            for _, _, quantizer in layer.own_quantizers():
+                quantizer.to(like.device, like.dtype)
     return made
 
 
@@ -274,8 +281,9 @@ def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
     without = plan.adapters.without_dropout
     if without:
         said.append(f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(without)}")
-    if plan.residuals.reasons:
-        said.append(f"sums and pools in the forward of other modules stay in float: {_named(plan.residuals.reasons)}")
+    reasons = {n: r for n, r in plan.residuals.reasons.items() if may_hold_sums(model.get_submodule(n))}
+    if reasons:
+        said.append(f"sums and pools in the forward of {_count(reasons, 'module')} stay in float: {_named(reasons)}")
     known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
     # What a parametrization computes a layer's weight from is the layer's own.
     parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]
@@ -293,8 +301,8 @@ def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
         warnings.warn("prepare: " + "; ".join(said) + ". report lists every layer.", stacklevel=3)
 
 
-def _count(layers: Mapping[str, str]) -> str:
-    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+def _count(layers: Mapping[str, str], what: str = "layer") -> str:
+    return f"{len(layers)} {what}{'s' if len(layers) > 1 else ''}"
 
 
 def _named(reasons: Mapping[str, str]) -> str:

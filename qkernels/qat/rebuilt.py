@@ -26,6 +26,7 @@ from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Descriptio
 from .equal_ranges import send_ranges
 from .prepare import FUSED_PATHS, SWITCHED_OFF
 from .states import check_state
+from .traced_forward import TracedForward
 
 OWN = (QuantizedLayer, QATLayer, *COMPOSITES)
 CLASSES = {kind.__name__: kind for kind in INTEGER_LAYERS}
@@ -207,18 +208,21 @@ class _Builder:
         if name not in self.quantizers:
             options = dict(self.found["quantizers"][name])
             keeps_result, delta = options.pop("keeps_result"), options.pop("ewgs_delta")
+            at_source = options.pop("at_source", False)
             options["granularity"] = granularity_of(options["granularity"])
             with torch.device("cpu"):  # its levels have to be computed
                 quantizer = FakeQuantize(**options)
             quantizer.name, quantizer.ewgs_delta = name, delta
             quantizer.last = LastResult() if keeps_result else None
+            if at_source:
+                quantizer.at_source = True
             self.quantizers[name] = quantizer
         return self.quantizers[name]
 
     def _source(self, module: nn.Module, entry: Description, quantizers: dict[str, FakeQuantize | None]) -> Any:
         """The QAT layer of a float one; for a converted model with a plain weight, as ``convert`` leaves it."""
         if entry["class"] == "QATParameters":
-            layer: Any = QATParameters.of(module, quantizers)  # type: ignore[arg-type]
+            layer: Any = QATParameters.of(module, quantizers, _traced_forward(module, entry))  # type: ignore[arg-type]
         elif _is_summed(module, entry):
             layer = QATAdapted.from_float(module, **quantizers)
             layer = layer.as_sum() if self.is_converted else layer
@@ -316,6 +320,16 @@ class _Builder:
         if kind is IntegerMultiheadAttention:
             return IntegerMultiheadAttention(source, _projections(source)).eval()
         return kind(source, _products(source), quantizers).eval()  # type: ignore[no-any-return]
+
+
+def _traced_forward(module: nn.Module, entry: Description) -> TracedForward | None:
+    if "traced" not in entry:
+        return None
+    patterns = [tuple(pattern) for pattern in entry["traced"]["patterns"]]
+    try:
+        return TracedForward.of(module, entry["traced"]["roles"], patterns)
+    except Exception as error:  # a forward may raise anything when traced
+        raise OtherModelError(f"the forward of {type(module).__name__} is another one: {error}") from None
 
 
 def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..nn.integer_embedding import Int4Embedding, Int8Embedding
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
+from ..nn.quantized_parameters import QATParameters
 from .adapters import Adapters, find_adapters
 from .calibrate import call, quantizers_replaced
 from .convert import BURNT_IN, convert
@@ -31,7 +32,7 @@ from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .fuse import fused_parts, unfused
 from .integer_convolution import times
 from .measures import clipped_share, sqnr
-from .prepare import FUSED_PATHS
+from .prepare import FUSED_PATHS, UNTRACED
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
@@ -183,6 +184,9 @@ def report(
             if note:
                 notes[name] = note
     notes.update({name: f"BatchNorm stays a float layer: {reason}" for name, reason in folds.kept.items()})
+    for name, module in model.named_modules():
+        if UNTRACED in vars(module):
+            notes.setdefault(name, f"any sums and pools in its forward stay in float: {vars(module)[UNTRACED]}")
     if example is not None:
         _run_example(model, example, float_model, layers, folded, rows, notes)
     prepared = any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -291,6 +295,8 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders, adapters: Adapter
         return f"{readers.too[name]} also reads its weight, and gets it in float"
     if hasattr(layer, BURNT_IN):
         return f"float weights that hold quantized values: {getattr(layer, BURNT_IN)}"
+    if isinstance(layer, QATParameters) and layer.between:
+        return f"its own forward passes tensors through quantizers: {', '.join(layer.between)}"
     if isinstance(layer, QATLayer):
         if not any(layer.quantized_weights()):
             weightless = all(role.kind != "weight" for role in type(layer).roles(layer).values())

@@ -6,8 +6,11 @@ which of them are quantized already, and which layers read them.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -18,17 +21,21 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
 from .copying import replace_modules, shadow_of
-from .forward_tensors import POOL_MODULES, Place, name_of
+from .forward_tensors import POOL_MODULES, POOLS, Place, name_of
 from .sharing import graphs_of
 from .spec import QSpec
 from .traced_forward import Pattern, Trace, TracedForward, pattern_of, reason_of, shadow_of_own
 
 # Their results hold values of their input, and no others.
 MOVES = frozenset(
-    ("maxpool1d", "maxpool2d", "maxpool3d", "adaptivemaxpool2d", "identity", "flatten", "unflatten", "view", "reshape")
-    + ("permute", "transpose", "swapaxes", "contiguous", "chunk", "split", "unbind", "getitem", "squeeze", "unsqueeze")
-    + ("channelshuffle", "pixelshuffle", "pixelunshuffle")
+    (
+        *("maxpool1d", "maxpool2d", "maxpool3d", "adaptivemaxpool2d", "identity", "flatten", "unflatten", "view"),
+        *("reshape", "permute", "transpose", "swapaxes", "contiguous", "chunk", "split", "unbind", "getitem"),
+        *("squeeze", "unsqueeze", "channelshuffle", "pixelshuffle", "pixelunshuffle"),
+    )
 )
+# By which code may call what is quantized.
+NAMES = frozenset(("add", "add_", "cat", "concat", "concatenate", "mean", *(pool.__name__ for pool in POOLS)))
 
 
 @dataclass
@@ -37,9 +44,10 @@ class Own:
 
     roles: dict[Place, str] = field(default_factory=dict)
     sums: dict[str, list[str]] = field(default_factory=dict)  # role of a sum -> the roles of its operands
-    patterns: list[Pattern] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
 
     def add(self, trace: Trace) -> None:
+        self.traces.append(trace)
         for place, kind in trace.tensors.places().items():
             if place not in self.roles:
                 count = sum(role.rstrip("_0123456789") == kind for role in self.roles.values())
@@ -90,7 +98,7 @@ class Residuals:
 
     def traced_forward(self, name: str, module: nn.Module) -> TracedForward | None:
         own = self.own.get(name)
-        return None if own is None else TracedForward(module, own.roles, own.patterns)
+        return None if own is None else TracedForward(module, own.roles, own.traces)
 
     def quantizer_names(self) -> list[str]:
         return [name + SUFFIX for name in self.specs]
@@ -128,9 +136,10 @@ def find_residuals(
     residuals = found.residuals
     if not residuals.specs:
         return residuals
-    residuals.drop(_needless(residuals, model))
+    residuals.drop(_needless(residuals, residuals.marked(model)))
     if residuals.specs:
-        both = [_readers(residuals, model, takers, training) for training in (False, True)]
+        marked = residuals.marked(model)
+        both = [_readers(residuals, marked.train(training), takers) for training in (False, True)]
         residuals.layers = {layer: name for layer, name in both[0].items() if both[1].get(layer) == name}
     return residuals
 
@@ -148,17 +157,13 @@ def _own_tensors(model: nn.Module, spec_of: Callable[[str, nn.Module], QSpec | N
     found, traced = _Found(), dict[nn.Module, Own]()
     for training in (False, True):
         shadow.train(training)
-        for module, pattern, trace in _traces(shadow, found.residuals.reasons, names):
-            own = traced.setdefault(module, Own())
-            own.add(trace)
-            if pattern not in own.patterns:
-                own.patterns.append(pattern)
-            if type(module) is not nn.Sequential:
-                found.read |= {_joined(names[module], child) for child in trace.tensors.pools}
+        for module, trace in _traces(shadow, found.residuals.reasons, names):
+            traced.setdefault(module, Own()).add(trace)
+            found.read |= {_joined(names[module], child) for child in trace.tensors.pools}
     for module, own in traced.items():
         name = names[module]
         spec = spec_of(name, model.get_submodule(name)) if own.roles else None
-        if spec is None or type(module) is nn.Sequential or name in found.residuals.reasons:
+        if spec is None or name in found.residuals.reasons:
             continue
         found.residuals.own[name] = own
         found.residuals.specs.update({_joined(name, role): spec for role in own.roles.values()})
@@ -169,7 +174,7 @@ def _own_tensors(model: nn.Module, spec_of: Callable[[str, nn.Module], QSpec | N
 
 def _traces(
     shadow: nn.Module, reasons: dict[str, str], names: Mapping[nn.Module, str]
-) -> Iterator[tuple[nn.Module, Pattern, Trace]]:
+) -> Iterator[tuple[nn.Module, Trace]]:
     """The traces of all modules with a forward of their own, from the root on."""
     seen: set[tuple[nn.Module, Pattern]] = set()
     reached: set[nn.Module] = set()
@@ -183,6 +188,9 @@ def _traces(
         module, args, kwargs = calls.pop(0)
         reached.add(module)
         if module not in names or _is_known(module):
+            continue
+        if type(module).forward is nn.Sequential.forward:
+            calls += [(child, (...,), {}) for child in module.children()]
             continue
         kind = type(module)
         try:
@@ -199,7 +207,31 @@ def _traces(
             reasons.setdefault(names[module], reason_of(error))
             continue
         calls += trace.calls
-        yield module, pattern, trace
+        yield module, trace
+
+
+def may_hold_sums(module: nn.Module) -> bool:
+    """Whether the code of a forward, or of the functions that it calls by name, adds, concatenates or pools anything."""
+    waiting: list[Any] = [inspect.unwrap(type(module).forward)]
+    seen: set[Any] = set()
+    while waiting:
+        function = waiting.pop()
+        code = getattr(function, "__code__", function)
+        if not isinstance(code, CodeType) or code in seen:
+            continue
+        seen.add(code)
+        if not NAMES.isdisjoint(code.co_names) or any(map(_adds, dis.get_instructions(code))):
+            return True
+        named = getattr(function, "__globals__", {})
+        own = [name for name in code.co_names if not hasattr(nn.Module, name)]
+        waiting += [*code.co_consts, *(inspect.getattr_static(module, name, named.get(name)) for name in own)]
+    return False
+
+
+def _adds(step: dis.Instruction) -> bool:
+    in_one = step.opname == "BINARY_OP" and step.argrepr in ("+", "+=")
+    sums = step.opname == "LOAD_GLOBAL" and step.argval == "sum"
+    return in_one or sums or step.opname in ("BINARY_ADD", "INPLACE_ADD")  # the latter are Python 3.10's
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -232,13 +264,12 @@ def _markers(marked: nn.Module) -> dict[nn.Module, str]:
     return {module: name.removesuffix(SUFFIX) for name, module in quantizers}
 
 
-def _needless(residuals: Residuals, model: nn.Module) -> set[str]:
+def _needless(residuals: Residuals, marked: nn.Module) -> set[str]:
     """Inputs of sums and pools that hold quantized values anyway; and of each sum the operand that is made last.
 
     A product computes this one in float, and can add the other ones before anything is stored.
     """
-    marked = residuals.marked(model).eval()
-    markers = _markers(marked)
+    markers = _markers(marked.eval())
     dropped: set[str] = set()
     for root, graph in graphs_of(marked, markers):
         calls = _calls(root, graph, markers)
@@ -247,7 +278,7 @@ def _needless(residuals: Residuals, model: nn.Module) -> set[str]:
         for name, nodes in calls.items():
             if not name.endswith("input"):
                 continue
-            sources = [made_by.get(_source(node, root, made_by, dropped)) for node in nodes]
+            sources = [_maker(node, root, made_by, dropped) for node in nodes]
             if all(s is not None and residuals.specs[s] == residuals.specs[name] for s in sources):
                 dropped.add(name)
         for module, own in residuals.own.items():
@@ -263,32 +294,31 @@ def _needless(residuals: Residuals, model: nn.Module) -> set[str]:
 
 
 def _is_computed_for_one(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op in ("call_module", "call_function") and len(value.users) == 1
+    return isinstance(value, fx.Node) and value.op.startswith("call") and len(value.users) == 1
 
 
-def _source(node: fx.Node, root: nn.Module, made_by: Mapping[fx.Node, str], dropped: Collection[str]) -> fx.Node | None:
-    """The node whose values a call gets as its first argument: moves hand them on, and quantizers that are dropped."""
+def _maker(node: fx.Node, root: nn.Module, made_by: Mapping[fx.Node, str], dropped: Collection[str]) -> str | None:
+    """The quantized tensor whose values a call gets as its first argument, if moves alone hand them on."""
     source: Any = node.args[0] if node.args else None
     while isinstance(source, fx.Node) and source.op not in ("placeholder", "get_attr", "output"):
-        if source in made_by:
-            if made_by[source] not in dropped:
-                return source
-        elif name_of(source, root) not in MOVES:
-            return source
+        name = made_by.get(source)
+        if name is not None and name not in dropped:
+            return name
+        if name is None and name_of(source, root) not in MOVES:
+            return None
         source = source.args[0] if source.args else None
-    return source if isinstance(source, fx.Node) else None
+    return None
 
 
-def _readers(residuals: Residuals, model: nn.Module, takers: Collection[str], training: bool) -> dict[str, str]:
+def _readers(residuals: Residuals, marked: nn.Module, takers: Collection[str]) -> dict[str, str]:
     """The layers that are called once, with a quantized tensor, and that tensor."""
-    marked = residuals.marked(model).train(training)
     markers = _markers(marked)
     layers = {marked.get_submodule(name): name for name in takers}
     found: dict[str, str] = {}
     for root, graph in graphs_of(marked, {**markers, **layers}):
         made_by = {node: name for name, nodes in _calls(root, graph, markers).items() for node in nodes}
         for name, nodes in _calls(root, graph, layers).items():
-            source = made_by.get(_source(nodes[0], root, made_by, ())) if len(nodes) == 1 else None  # type: ignore[arg-type]
+            source = _maker(nodes[0], root, made_by, ()) if len(nodes) == 1 else None
             if source is not None:
                 found[name] = source
         for node, name in made_by.items():

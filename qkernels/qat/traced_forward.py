@@ -15,18 +15,19 @@ import linecache
 import operator
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
 
+from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, Tracer
-from .forward_tensors import PLACE, Place, find_tensors, place_of, without_writes
-from .graph import attributes_of, switches
+from .forward_tensors import PLACE, Place, find_tensors, place_of
+from .graph import attributes_of, switches, without_writes
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
 Pattern = tuple[str, ...]
@@ -42,20 +43,43 @@ class TracedForward:
         patterns: the kinds of arguments with which the model calls the module.
     """
 
-    def __init__(self, module: nn.Module, roles: dict[Place, str], patterns: list[Pattern]) -> None:
-        self.roles, self.patterns = roles, patterns
+    def __init__(self, module: nn.Module, roles: dict[Place, str], traces: Sequence[Trace]) -> None:
+        """traces: one at least; others are made when they are needed."""
+        self.roles = roles
+        self.switches = traces[0].switches
+        self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
         self.names, self.defaults, self.by_position = parameters_of(type(module))
-        self.switches = switches(module)
-        self._made: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
+
+    @classmethod
+    def of(cls, module: nn.Module, roles: dict[Place, str], patterns: Sequence[Pattern]) -> TracedForward:
+        """That of a float module for which the roles and patterns are known.
+
+        Raises:
+            ValueError: its forward does not make these tensors.
+        """
+        traces = _in_both_modes(module, type(module), patterns)
+        made = {place for trace in traces for place in trace.tensors.places()}
+        missing = [f"{role} ({place})" for place, role in roles.items() if place not in made]
+        if missing:
+            raise ValueError(f"its forward makes no {', no '.join(missing)}")
+        return cls(module, roles, traces)
+
+    def restore(self, module: QATParameters) -> None:
+        """Traces the module after it was pickled, so that compiled code finds what it needs."""
+        if not self._made:
+            traces = _in_both_modes(module, type(module).float_type, self.patterns)
+            self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
 
     def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self._bound(args, kwargs)
         if bound is None:  # the module's own forward says what is wrong
             return type(module).float_type.forward(module, *args, **kwargs)
         pattern, values = bound
-        key = pattern, self._state_of(module)
+        key = pattern, state_of(module, self.switches)
         if key not in self._made:
-            self._make(module, key, pattern)
+            with TRACING:
+                self._made[key] = self._traced(module, pattern).function(self.roles)
         return self._made[key](module, *values)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
@@ -85,54 +109,37 @@ class TracedForward:
                 pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
         return tuple(pattern), values
 
-    def _state_of(self, module: nn.Module) -> tuple[Any, ...]:
-        """The numbers, texts and switches among a module's attributes, and which of its children are missing."""
-        values = tuple([getattr(module, name, None) for name in self.switches])
-        return values, tuple([child is None for child in module._modules.values()])
-
-    def _make(self, module: QATParameters, key: tuple[Any, ...], pattern: Pattern) -> None:
-        with TRACING:
-            if key not in self._made:
-                self._made[key] = self._traced(module, pattern)
-
-    def _traced(self, module: QATParameters, pattern: Pattern) -> Callable[..., Any]:
+    def _traced(self, module: QATParameters, pattern: Pattern) -> Trace:
         kind = type(module).float_type
-        shadow = shadow_of_own(module, kind)
         try:
-            trace = Trace(shadow, pattern)
+            return Trace(shadow_of_own(module, kind), pattern)
         except Exception as error:  # a forward may raise anything when traced
             raise RuntimeError(
                 f"{kind.__name__}: its forward cannot be traced for this call ({reason_of(error)}), so that its sums "
                 "could not be quantized; accepted: calls and attributes like those that it had when it was prepared, "
                 'or a rule that gives its "residual" None'
             ) from None
-        return trace.function(self.roles, f"{kind.__module__}.{kind.__qualname__}")
-
-    def check(self, module: QATParameters) -> None:
-        """Traces the module for the calls that are known, in both modes.
-
-        Raises:
-            RuntimeError: it cannot be traced.
-            ValueError: its forward makes other tensors than those for which there are quantizers.
-        """
-        seen: set[Place] = set()
-        modes = module.training
-        try:
-            for module.training, pattern in itertools.product((True, False), self.patterns):
-                self._make(module, (pattern, self._state_of(module)), pattern)
-                shadow = shadow_of_own(module, type(module).float_type)
-                seen |= set(Trace(shadow, pattern).tensors.places())
-        finally:
-            module.training = modes
-        missing = [f"{role} ({place})" for place, role in self.roles.items() if place not in seen]
-        if missing:
-            raise ValueError(f"its forward has no {', no '.join(missing)}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedForward:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_made": {}}
+
+
+def _in_both_modes(module: nn.Module, kind: type[nn.Module], patterns: Sequence[Pattern]) -> list[Trace]:
+    traces = []
+    for training, pattern in itertools.product((False, True), patterns):
+        shadow = shadow_of_own(module, kind)
+        shadow.training = training
+        traces.append(Trace(shadow, pattern))
+    return traces
+
+
+def state_of(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
+    """The values of some attributes of a module, and which of its children are missing."""
+    values = tuple([getattr(module, name, None) for name in names])
+    return values, tuple([child is None for child in module._modules.values() if not isinstance(child, FakeQuantize)])
 
 
 def shadow_of_own(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -176,7 +183,7 @@ def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, A
 class _Asked(Proxy):
     """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         frame = sys._getframe(1)
         while (name := frame.f_globals.get("__name__", "")) in ("abc", "typing", "inspect", "functools"):
@@ -281,19 +288,23 @@ class Trace:
     """
 
     def __init__(self, module: nn.Module, pattern: Pattern) -> None:
-        tracer = _OwnTracer(pattern)
-        before, drawn = attributes_of(module), (torch.get_rng_state(), random.getstate())
+        self.pattern, self.switches = pattern, switches(module)
+        self.state = state_of(module, self.switches)
+        self._name = f"{type(module).__module__}.{type(module).__qualname__}"
+        tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
+        before, drawn = attributes_of(near), (torch.get_rng_state(), random.getstate())
         self.graph = tracer.trace(module)
-        if attributes_of(module) != before:
+        if attributes_of(near) != before:
             raise NotImplementedError("it sets attributes")
         if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
             raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
-        without_writes(self.graph, module)
+        without_writes(self.graph, module, arguments=True)
         self.tensors = find_tensors(self.graph, module)
 
-    def function(self, roles: dict[Place, str], name: str) -> Callable[..., Any]:
+    def function(self, roles: Mapping[Place, str]) -> Callable[..., Any]:
         """The forward with quantizers, a function of the module and the given arguments."""
+        added: list[fx.Node] = []
         for node in self.tensors.at:
             role = roles.get(place_of(node))
             if role is None:
@@ -303,8 +314,13 @@ class Trace:
             with self.graph.inserting_after(quantizer):
                 result = self.graph.call_function(passed, (quantizer, node))
             node.replace_all_uses_with(result, lambda user, result=result: user is not result)  # type: ignore[misc]
+            added += [quantizer, result]
         code = self.graph.python_code("self")
-        file = f"<{name} with quantizers {next(_numbers)}>"
+        for node in reversed(added):  # the trace may serve with other roles
+            if node.op == "call_function":
+                node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        file = f"<{self._name} with quantizers {next(_numbers)}>"
         linecache.cache[file] = len(code.src), None, code.src.splitlines(True), file  # for tracebacks
         scope = dict(code.globals)
         exec(compile(code.src, file, "exec"), scope)
