@@ -1,4 +1,4 @@
-"""Sums, concatenations and pools that a forward writes itself: which tensors ``residual`` quantizes, and the numbers."""
+"""Sums, concatenations and pools in a user's forward: which tensors ``residual`` quantizes, and with what numbers."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
 from .copying import replace_modules, shadow_of
-from .forward_tensors import POOL_MODULES, POOLS, Place, name_of
+from .forward_tensors import POOL_MODULES, POOLS, Place, Tensors, find_tensors, name_of
 from .sharing import graphs_of
 from .spec import QSpec
 from .traced_forward import Pattern, Trace, TracedForward, pattern_of, reason_of, shadow_of_own
@@ -46,13 +46,13 @@ class Own:
     sums: dict[str, list[str]] = field(default_factory=dict)  # role of a sum -> the roles of its operands
     traces: list[Trace] = field(default_factory=list)
 
-    def add(self, trace: Trace) -> None:
+    def add(self, trace: Trace, tensors: Tensors) -> None:
         self.traces.append(trace)
-        for place, kind in trace.tensors.places().items():
+        for place, kind in tensors.places().items():
             if place not in self.roles:
                 count = sum(role.rstrip("_0123456789") == kind for role in self.roles.values())
                 self.roles[place] = f"{kind}_{count}" if count else kind
-        for place, operands in trace.tensors.sums.items():
+        for place, operands in tensors.sums.items():
             if place in self.roles:
                 self.sums[self.roles[place]] = [self.roles[operand] for operand in operands]
 
@@ -158,8 +158,9 @@ def _own_tensors(model: nn.Module, spec_of: Callable[[str, nn.Module], QSpec | N
     for training in (False, True):
         shadow.train(training)
         for module, trace in _traces(shadow, found.residuals.reasons, names):
-            traced.setdefault(module, Own()).add(trace)
-            found.read |= {_joined(names[module], child) for child in trace.tensors.pools}
+            tensors = find_tensors(trace.graph, module)
+            traced.setdefault(module, Own()).add(trace, tensors)
+            found.read |= {_joined(names[module], child) for child in tensors.pools}
     for module, own in traced.items():
         name = names[module]
         spec = spec_of(name, model.get_submodule(name)) if own.roles else None
@@ -211,7 +212,7 @@ def _traces(
 
 
 def may_hold_sums(module: nn.Module) -> bool:
-    """Whether the code of a forward, or of the functions that it calls by name, adds, concatenates or pools anything."""
+    """Whether the code of a forward, or of the functions that it calls by name, adds, concatenates or pools."""
     waiting: list[Any] = [inspect.unwrap(type(module).forward)]
     seen: set[Any] = set()
     while waiting:

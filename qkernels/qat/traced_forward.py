@@ -26,7 +26,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, Tracer
-from .forward_tensors import PLACE, Place, find_tensors, place_of
+from .forward_tensors import PLACE, Place, place_of
 from .graph import attributes_of, switches, without_writes
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
@@ -59,7 +59,7 @@ class TracedForward:
             ValueError: its forward does not make these tensors.
         """
         traces = _in_both_modes(module, type(module), patterns)
-        made = {place for trace in traces for place in trace.tensors.places()}
+        made = {place for trace in traces for place in trace.places()}
         missing = [f"{role} ({place})" for place, role in roles.items() if place not in made]
         if missing:
             raise ValueError(f"its forward makes no {', no '.join(missing)}")
@@ -78,6 +78,11 @@ class TracedForward:
         pattern, values = bound
         key = pattern, state_of(module, self.switches)
         if key not in self._made:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{type(module).float_type.__name__}: got a call, or attributes, unlike those that it had when it "
+                    "was prepared; accepted: to call the model once in this way before it is compiled"
+                )
             with TRACING:
                 self._made[key] = self._traced(module, pattern).function(self.roles)
         return self._made[key](module, *values)
@@ -300,14 +305,18 @@ class Trace:
             raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
         without_writes(self.graph, module, arguments=True)
-        self.tensors = find_tensors(self.graph, module)
+
+    def places(self) -> dict[Place, fx.Node]:
+        """The nodes that make tensors, or other values, by their places."""
+        return {place_of(node): node for node in self.graph.nodes if node.op == "placeholder" or PLACE in node.meta}
 
     def function(self, roles: Mapping[Place, str]) -> Callable[..., Any]:
         """The forward with quantizers, a function of the module and the given arguments."""
         added: list[fx.Node] = []
-        for node in self.tensors.at:
-            role = roles.get(place_of(node))
-            if role is None:
+        made = self.places()
+        for place, role in roles.items():
+            node = made.get(place)
+            if node is None:
                 continue
             with self.graph.inserting_after(node):
                 quantizer = self.graph.get_attr(role + SUFFIX)
@@ -324,8 +333,7 @@ class Trace:
         linecache.cache[file] = len(code.src), None, code.src.splitlines(True), file  # for tracebacks
         scope = dict(code.globals)
         exec(compile(code.src, file, "exec"), scope)
-        made: Callable[..., Any] = scope["forward"]
-        return made
+        return scope["forward"]  # type: ignore[no-any-return]
 
 
 def passed(quantizer: nn.Module, x: Any) -> Any:
