@@ -55,6 +55,24 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     SiLU·mul is no module of torch: ``qk.rms_norm_fake_quantize_dynamic`` and ``qk.silu_mul_fake_quantize_dynamic`` are
     for a model's own forward.
 
+    With ``QConfig(residual=…)`` the tensors between layers are quantized too. ``prepare`` traces the own forward of each
+    module that is not torch's (its children are nodes) and lets it pass these through quantizers, its children
+    ``add_fake_quant``, ``add_1_fake_quant``, ``cat_fake_quant``, …:
+
+    - a sum of two activations or more, once for all its terms, behind the activation function that alone reads it
+      (``relu(x + y)``); sums with parameters, buffers and numbers, and scores that a softmax reads, stay as they are;
+    - of its operands all but the last computed one, unless they are quantized already (``add_input_fake_quant``);
+    - a concatenation of activations; the input of an average pool or of a mean over several dims
+      (``pool_input_fake_quant``; an average pool in a Sequential has ``input_fake_quant``).
+
+    All that reads such a tensor gets the quantized one. A Linear or convolution behind it has the same quantizer and
+    does not call it again; that quantizer then has the spec of the layer's input. A layer whose input has another
+    width or granularity, or is "dynamic", keeps its own behind it. The forward is traced anew when a number, text or
+    switch among the module's attributes, or the kind of an argument, is one that it has not had before. Where it
+    cannot be traced, or a trace would not do what it does (it asks for types, sets attributes, draws random numbers,
+    switches autocast or gradients, checkpoints activations), the module stays as it is, and a warning and ``report``
+    name it with the reason.
+
     A subclass of a layer keeps its class as a base. Where it has its own forward, that must call the parent's by
     ``super().forward``. A subclass of Linear or a convolution may also compute its product itself: ``prepare`` tries it
     on the meta device, and quantizes it if its forward uses its weight in one product alone. The quantizers then act at
