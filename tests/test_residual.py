@@ -324,6 +324,10 @@ def test_a_forward_that_does_other_things_in_other_calls() -> None:
     prepared = prepared_of(model)
     assert {name.partition(".")[2] for name in roles(prepared) if name.startswith("two")} >= {"cat", "add"}
     qk.enable_fake_quant(prepared, False)
+    prepared.one.twice = True
+    with pytest.warns(UserWarning, match=r"forward\+\d+(#\d+)?: a sum or concatenation that was not there"):
+        prepared(x)
+    warnings.simplefilter("ignore")  # further ones of that kind
     for training in (True, False):
         model.train(training)
         prepared.train(training)
@@ -460,3 +464,65 @@ def test_a_module_called_twice_and_one_under_two_names() -> None:
     check_numbers(model, prepared, *pair)
     check_training(prepared, *pair)
     assert prepared.again is prepared.block
+
+
+def test_a_tensor_that_enters_two_modules() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two, self.fc = nn.Conv2d(4, 4, 1), Basic(), Basic(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.fc(torch.cat([self.one(x), self.two(x)], 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    prepared = prepared_of(Two())
+    quantizer = prepared.one.add_input_fake_quant
+    assert quantizer is prepared.two.add_input_fake_quant is prepared.two.conv1.input_fake_quant
+    calls: list[torch.Tensor] = []
+    compute = quantizer._forward
+    quantizer._forward = lambda x: calls.append(x) or compute(x)
+    check_training(prepared, torch.randn(SHAPE))
+    assert len(calls) == 1
+    del quantizer._forward
+    check_numbers(qk.unprepare(prepared), prepared, torch.randn(SHAPE))
+
+
+def test_a_pool_in_a_sequential() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    prepared, x = prepared_of(model).eval(), torch.randn(SHAPE)
+    assert {"2.input_fake_quant.scale", "4.input_fake_quant.scale"} <= set(prepared.state_dict())
+    converted = qk.convert(prepared)
+    ((plan,),) = [part.plans for part in qk.qat.fuse.fused_parts(converted).values()]
+    assert [line.split()[0] for line in plan.splitlines() if " out=f" in line] == ["input", "linear"]
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared(x), rtol=1e-5, atol=1e-2)
+    assert type(qk.unprepare(prepared)[2]) is nn.AvgPool2d
+    own = [("2", {"residual": None}), ("4", {"input": qk.QSpec(7)})]
+    found = qk.prepare(model, qk.QConfig(residual=qk.QSpec(8), rules=own))
+    assert "2.input_fake_quant.scale" not in found.state_dict()
+    assert found[4].input_fake_quant.bits == 7
+
+
+def test_a_parameter_that_a_rule_names_beside_a_sum() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.conv = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return F.conv2d(x, self.w) + self.conv(x)
+
+    torch.manual_seed(0)
+    prepared = prepared_of(Own(), qk.QConfig(residual=qk.QSpec(8), rules=[("w", {"weight": qk.QSpec(4)})])).eval()
+    x = torch.randn(SHAPE)
+    quantized = prepared.w_fake_quant(prepared._parameters["w"])
+    y = prepared.add_input_fake_quant(F.conv2d(x, quantized)) + prepared.conv(x)
+    assert torch.equal(prepared(x), prepared.add_fake_quant(y))
+    torch.testing.assert_close(qk.convert(prepared)(x), prepared(x), rtol=1e-4, atol=0.05)
+    assert type(qk.unprepare(prepared)) is Own

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from .graph import writes
+from .operations import POOL_MODULES
 
 Place = str  # where in the source a tensor is made, whatever mode and arguments a trace is for
 PLACE = "place"  # the key of a node's place in its ``meta``
@@ -23,10 +24,6 @@ POOLS = (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
 )
 MEANS = (torch.mean, "mean")
-POOL_MODULES = (
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
 # Elementwise functions of one tensor, as functions, methods and classes of torch.nn (in small letters).
 ACTIVATIONS = frozenset(
     (

@@ -20,7 +20,7 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import Tracer
 from .copying import shadow_of
-from .operations import FUNCTIONS, LAYERS, Operation, module_operation
+from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
 MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
 ANY_RANK = (
@@ -41,9 +41,9 @@ class LayerTracer(Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent) and not isinstance(
-            m, QATParameters
-        )
+        if isinstance(m, QATParameters) and (m.between or type(m).float_type in POOL_MODULES):
+            return False
+        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
         return own or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -21,6 +21,10 @@ from .integer_convolution import CONVOLUTIONS
 Inputs = list[fx.Node]
 
 LAYERS: tuple[type[nn.Module], ...] = (Int8Linear, *CONVOLUTIONS)
+POOL_MODULES: tuple[type[nn.Module], ...] = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
 PRODUCTS = ("conv", "conv_transpose", "linear")  # the steps of these layers
 
 

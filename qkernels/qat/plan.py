@@ -153,7 +153,8 @@ def plan_of(model: nn.Module, config: QConfig, readers: WeightReaders) -> Plan:
     plan.residuals = residuals = _residuals_of(plan, config, model, plain)
     inputs = find_inputs(residuals.marked(model), [*plain, *residuals.quantizer_names()])
     for number, group in enumerate(inputs.groups):
-        plan.groups.update({tensor_name(name): number for name in group})
+        plan.groups.update({name: number for name in group if name in modules})
+        _share(plan, [tensor_name(name) for name in group if name not in modules])
     for name in inputs.given:
         tensor = tensor_name(name)
         if tensor in residuals.specs:
@@ -192,6 +193,18 @@ def _residuals_of(plan: Plan, config: QConfig, model: nn.Module, plain: list[str
         if spec is None or not _is_alike(spec, other) or spec != plan.specs[first]["input"]:
             del residuals.layers[name]
     return residuals
+
+
+def _share(plan: Plan, tensors: list[str]) -> None:
+    """Gives a tensor that enters several modules one quantizer, if all of them give it the same spec."""
+    residuals = plan.residuals
+
+    def specs(tensor: str) -> tuple[QSpec, QSpec | None]:
+        layer = next((name for name, source in residuals.layers.items() if source == tensor), None)
+        return residuals.specs[tensor], None if layer is None else plan.specs[layer]["input"]
+
+    alike = [tensor for tensor in tensors if specs(tensor) == specs(tensors[0])]
+    residuals.same.update(dict.fromkeys(alike[1:], "".join(alike[:1])))
 
 
 def _is_alike(spec: QSpec, other: QSpec) -> bool:

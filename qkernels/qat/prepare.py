@@ -55,8 +55,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     SiLU·mul is no module of torch: ``qk.rms_norm_fake_quantize_dynamic`` and ``qk.silu_mul_fake_quantize_dynamic`` are
     for a model's own forward.
 
-    With ``QConfig(residual=…)`` the tensors between layers are quantized too. ``prepare`` traces the own forward of each
-    module that is not torch's (its children are nodes) and lets it pass these through quantizers, its children
+    With ``QConfig(residual=…)`` the tensors between layers are quantized too. ``prepare`` traces the own forward of
+    each module that is not torch's (its children are nodes) and lets it pass these through quantizers, its children
     ``add_fake_quant``, ``add_1_fake_quant``, ``cat_fake_quant``, …:
 
     - a sum of two activations or more, once for all its terms, behind the activation function that alone reads it
@@ -179,6 +179,7 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
                 continue
             weight = _weight(layer, cls, role, trial)
             tensor = plan.residuals.layers.get(name) if key == "input" else None
+            tensor = plan.residuals.same.get(tensor or "", tensor)
             if tensor is not None:
                 if tensor not in made_before:
                     made_before[tensor] = _quantizer(*tensor.rpartition(".")[::2], layer, role, spec, None, tied)
@@ -210,11 +211,14 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
             weight = _weight(module, QATParameters, role, Trial())
             found[parameter] = _quantizer(name, parameter, module, role, spec, weight, tied)
         for key in plan.residuals.roles_of(name):
-            tensor = f"{name}.{key}".removeprefix(".")
+            own = f"{name}.{key}".removeprefix(".")
+            tensor = plan.residuals.same.get(own, own)
             if tensor not in made_before:
                 dims = plan.residuals.feature_dims.get(tensor, 1)
                 role, spec = Role("residual", feature_dims=dims, per_token=dims == 1), plan.residuals.specs[tensor]
                 made_before[tensor] = _quantizer(name, key, module, role, spec, None, tied)
+            if tensor != own:
+                made_before[tensor].last = LastResult()
             found[key] = made_before[tensor]
         made[module] = QATParameters.of(module, found, plan.residuals.traced_forward(name, module))
     tensors = (*model.parameters(), *model.buffers())

@@ -21,7 +21,8 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
 from .copying import replace_modules, shadow_of
-from .forward_tensors import POOL_MODULES, POOLS, Place, Tensors, find_tensors, name_of
+from .forward_tensors import POOLS, Place, Tensors, name_of
+from .operations import POOL_MODULES
 from .sharing import graphs_of
 from .spec import QSpec
 from .traced_forward import Pattern, Trace, TracedForward, pattern_of, reason_of, shadow_of_own
@@ -70,6 +71,7 @@ class Residuals:
         layers: layer -> the tensor that it reads.
         feature_dims: how many dims of each tensor make up a sample.
         reasons: modules whose forward stays as it is, and why.
+        same: tensor -> the first of those that are one tensor, which enters several modules.
     """
 
     own: dict[str, Own] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Residuals:
     layers: dict[str, str] = field(default_factory=dict)
     feature_dims: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
 
     def marked(self, model: nn.Module) -> nn.Module:
         """A copy of the model in which each tensor passes through a quantizer."""
@@ -158,7 +161,7 @@ def _own_tensors(model: nn.Module, spec_of: Callable[[str, nn.Module], QSpec | N
     for training in (False, True):
         shadow.train(training)
         for module, trace in _traces(shadow, found.residuals.reasons, names):
-            tensors = find_tensors(trace.graph, module)
+            tensors = trace.tensors()
             traced.setdefault(module, Own()).add(trace, tensors)
             found.read |= {_joined(names[module], child) for child in tensors.pools}
     for module, own in traced.items():

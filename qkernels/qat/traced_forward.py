@@ -15,6 +15,7 @@ import linecache
 import operator
 import random
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, Tracer
-from .forward_tensors import PLACE, Place, place_of
+from .forward_tensors import PLACE, Place, Tensors, find_tensors, place_of
 from .graph import attributes_of, switches, without_writes
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
@@ -47,6 +48,7 @@ class TracedForward:
         """traces: one at least; others are made when they are needed."""
         self.roles = roles
         self.switches = traces[0].switches
+        self.known = {place for trace in traces for place in trace.places()}
         self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
         self.names, self.defaults, self.by_position = parameters_of(type(module))
         self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
@@ -84,7 +86,9 @@ class TracedForward:
                     "was prepared; accepted: to call the model once in this way before it is compiled"
                 )
             with TRACING:
-                self._made[key] = self._traced(module, pattern).function(self.roles)
+                trace = self._traced(module, pattern)
+                self._made[key] = trace.function(self.roles)
+            self._name_new_sums(trace)
         return self._made[key](module, *values)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
@@ -113,6 +117,16 @@ class TracedForward:
             else:
                 pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
         return tuple(pattern), values
+
+    def _name_new_sums(self, trace: Trace) -> None:
+        kinds = trace.tensors().places().items()
+        new = [place for place, kind in kinds if kind in ("add", "cat") and place not in self.known]
+        if new:
+            warnings.warn(
+                f"{', '.join(new)}: a sum or concatenation that was not there when the model was prepared, for other "
+                "arguments or attributes; it stays in float",
+                stacklevel=5,
+            )
 
     def _traced(self, module: QATParameters, pattern: Pattern) -> Trace:
         kind = type(module).float_type
@@ -295,7 +309,7 @@ class Trace:
     def __init__(self, module: nn.Module, pattern: Pattern) -> None:
         self.pattern, self.switches = pattern, switches(module)
         self.state = state_of(module, self.switches)
-        self._name = f"{type(module).__module__}.{type(module).__qualname__}"
+        self._module, self._name = module, f"{type(module).__module__}.{type(module).__qualname__}"
         tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
         before, drawn = attributes_of(near), (torch.get_rng_state(), random.getstate())
         self.graph = tracer.trace(module)
@@ -305,6 +319,9 @@ class Trace:
             raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
         without_writes(self.graph, module, arguments=True)
+
+    def tensors(self) -> Tensors:
+        return find_tensors(self.graph, self._module)
 
     def places(self) -> dict[Place, fx.Node]:
         """The nodes that make tensors, or other values, by their places."""
