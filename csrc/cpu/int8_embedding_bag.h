@@ -1,0 +1,22 @@
+// What bags of rows of int8 codes ask of each instruction-set path.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/common/isa.h"
+
+namespace qkernels {
+
+// A row of a bag, for the columns that share a scale: their values are (code - zero_point) * scale.
+struct BagRow {
+  const int8_t* codes;
+  float scale, zero_point, weight;
+};
+
+struct BagKernels {
+  // out[i] = the sum of rows[r].weight * rows[r]'s values, in the order of rows; or, if `largest`, the largest value,
+  // without weights. count is at least 1.
+  void (*reduce)(const BagRow* rows, int64_t count, int64_t columns, bool largest, float* out);
+};
+
+}  // namespace qkernels
