@@ -19,41 +19,85 @@ Reduction reduction_of(const std::string& mode) {
   fail("mode: got '", mode, "'; accepted: sum, mean, max");
 }
 
-// Integers of either width.
-struct Indices {
-  Tensor tensor;
-  bool wide;
-  const void* data;
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
-Indices indices_of(const char* name, const Tensor& t) {
+// As int64.
+Tensor indices_of(const char* name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   QK_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, name, ": got ", dtype_name(dtype),
            "; accepted: torch.int32, torch.int64");
   QK_CHECK(t.dim() == 1, name, ": got shape ", shape_of(t), "; accepted: one dim");
-  const Tensor dense = to_contiguous(t);
-  return {dense, dtype == ScalarType::Long, dense.data_ptr()};
+  return to_contiguous_dtype(t, ScalarType::Long);
 }
 
-// Of each row and group of columns.
-struct Qparams {
-  Tensor tensor, zero_point_tensor;
-  Element type;
-  const void* scale;
-  const int8_t* zero_point;  // may be null
+void check_values(const int64_t* indices, int64_t count, const int64_t* offsets, int64_t offset_count, int64_t rows) {
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= static_cast<uint64_t>(indices[i]) < static_cast<uint64_t>(rows);
+  for (int64_t i = 0; !inside && i < count; ++i)
+    QK_CHECK(0 <= indices[i] && indices[i] < rows, "indices: got ", indices[i], "; accepted: 0 to ", rows - 1);
+  for (int64_t i = 0, before = 0; i < offset_count; before = offsets[i++])
+    QK_CHECK(before <= offsets[i] && offsets[i] <= count && (i || !offsets[i]), "offsets: got ", offsets[i], " at ", i,
+             "; accepted: 0, and from there on at least the one before and at most the number of indices, ", count);
+}
 
-  float scale_at(int64_t i) const {
-    switch (type) {
-      case Element::bf16: return to_float(static_cast<const BFloat16*>(scale)[i]);
-      case Element::f16: return to_float(static_cast<const Half*>(scale)[i]);
-      default: return static_cast<const float*>(scale)[i];
-    }
+constexpr int64_t kAtOnce = 32;  // rows of a bag
+constexpr int64_t kAhead = 24;   // rows lie anywhere in the table: they are asked for so many indices early
+
+// What one call reads.
+template <typename S>
+struct Bags {
+  const int8_t *codes, *zero_point;  // zero_point may be null
+  const S* scale;
+  int64_t columns, groups, count, padding_idx;
+  const int64_t *indices, *offsets;
+  int64_t offset_count;
+  const float* weights;  // may be null
+  Reduction reduction;
+
+  void ask_for([[maybe_unused]] int64_t i) const {
+#if defined(__GNUC__)
+    if (i >= count) return;
+    const int8_t* row = codes + indices[i] * columns;
+    for (int64_t line = 0; line < columns; line += 64) __builtin_prefetch(row + line);
+    __builtin_prefetch(scale + indices[i] * groups);
+#endif
   }
-  float zero_point_at(int64_t i) const { return zero_point ? static_cast<float>(zero_point[i]) : 0.0f; }
+
+  void run(int64_t bag, const BagKernels& kernels, float* out) const {
+    const int64_t first = offsets[bag], last = bag + 1 < offset_count ? offsets[bag + 1] : count;
+    const int64_t width = columns / groups;
+    int64_t rows = 0;
+    for (int64_t begin = first; begin < last; begin += kAtOnce) {
+      const int64_t end = std::min(begin + kAtOnce, last);
+      int64_t found = 0;
+      for (int64_t group = 0; group < groups; ++group) {
+        BagRow taken[kAtOnce];
+        found = 0;
+        for (int64_t i = begin; i < end; ++i) {
+          if (group == 0) ask_for(i + kAhead);
+          const int64_t row = indices[i], at = row * groups + group;
+          if (row == padding_idx) continue;
+          taken[found++] = {codes + row * columns + group * width, to_float(scale[at]),
+                            zero_point ? static_cast<float>(zero_point[at]) : 0.0f, weights ? weights[i] : 1.0f};
+        }
+        if (found) kernels.reduce(taken, found, width, reduction == Reduction::max, rows == 0, out + group * width);
+      }
+      rows += found;
+    }
+    if (rows == 0) std::fill(out, out + columns, 0.0f);
+    if (reduction == Reduction::mean && rows > 1)
+      for (int64_t c = 0; c < columns; ++c) out[c] /= static_cast<float>(rows);
+  }
 };
+
+template <typename S>
+void run(const Bags<S>& bags, int64_t count, float* out) {
+  const Isa isa = std::min(active_isa(), Isa::avx512);
+  record_isa(isa);
+  const BagKernels& kernels = QK_OF_ACTIVE_ISA(kBagKernels);
+  const int64_t of_one = (bags.count / std::max<int64_t>(count, 1) + 1) * bags.columns;
+  torch::stable::parallel_for(0, count, grain(kPointwiseGrain, of_one), [&](int64_t begin, int64_t end) {
+    for (int64_t bag = begin; bag < end; ++bag) bags.run(bag, kernels, out + bag * bags.columns);
+  });
+}
 
 Tensor int8_embedding_bag(const Tensor& data, const Tensor& scale, const std::optional<Tensor>& zero_point,
                           const Tensor& indices_any, const Tensor& offsets_any, const std::optional<Tensor>& weights,
@@ -67,14 +111,13 @@ Tensor int8_embedding_bag(const Tensor& data, const Tensor& scale, const std::op
   const bool fits = scale.dim() == 2 && scale.size(0) == rows && scale.size(1) > 0 && columns % scale.size(1) == 0;
   QK_CHECK(fits && scale.is_contiguous(), "scale: got shape ", shape_of(scale),
            "; accepted: contiguous [rows, groups] for data's shape ", shape_of(data));
-  const int64_t groups = scale.size(1), width = columns / groups;
   if (zero_point) {
     QK_CHECK(zero_point->scalar_type() == ScalarType::Char, "zero_point: got ", dtype_name(zero_point->scalar_type()),
              "; accepted: torch.int8");
     QK_CHECK(shape_of(*zero_point) == shape_of(scale) && zero_point->is_contiguous(), "zero_point: got shape ",
              shape_of(*zero_point), "; accepted: contiguous, of scale's shape ", shape_of(scale));
   }
-  const Indices indices = indices_of("indices", indices_any), offsets = indices_of("offsets", offsets_any);
+  const Tensor indices = indices_of("indices", indices_any), offsets = indices_of("offsets", offsets_any);
   const int64_t count = indices_any.size(0), bags = offsets_any.size(0) - (include_last_offset ? 1 : 0);
   QK_CHECK(bags >= 0, "offsets: got none; accepted: at least the last one, as include_last_offset says");
   const Reduction reduction = reduction_of(mode);
@@ -84,48 +127,32 @@ Tensor int8_embedding_bag(const Tensor& data, const Tensor& scale, const std::op
     weight = float_vector("weights", *weights, count, -1, false, "[L]");
   }
   QK_CHECK(-1 <= padding_idx && padding_idx < rows, "padding_idx: got ", padding_idx, "; accepted: -1 to ", rows - 1);
-  for (int64_t i = 0; i < count; ++i)
-    QK_CHECK(0 <= indices[i] && indices[i] < rows, "indices: got ", indices[i], "; accepted: 0 to ", rows - 1);
-  int64_t before = 0;
-  for (int64_t i = 0; i < offsets_any.size(0); ++i) {
-    const int64_t offset = offsets[i];
-    QK_CHECK(before <= offset && offset <= count && (i || !offset), "offsets: got ", offset, " at ", i,
-             "; accepted: 0, and from there on at least the one before and at most the number of indices, ", count);
-    before = offset;
-  }
+  const int64_t* offset_values = static_cast<const int64_t*>(offsets.data_ptr());
+  const int64_t* index_values = static_cast<const int64_t*>(indices.data_ptr());
+  check_values(index_values, count, offset_values, offsets.size(0), rows);
   Tensor out = empty({bags, columns}, ScalarType::Float);
-  const Qparams q = {scale, zero_point ? *zero_point : scale, type, scale.data_ptr(),
-                     zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr};
-  const int8_t* codes = static_cast<const int8_t*>(data.data_ptr());
-  float* y = static_cast<float*>(out.data_ptr());
-  const Isa isa = std::min(active_isa(), Isa::avx512);
-  record_isa(isa);
-  const BagKernels& kernels = QK_OF_ACTIVE_ISA(kBagKernels);
-  const int64_t of_one = (count / std::max<int64_t>(bags, 1) + 1) * columns;
-  torch::stable::parallel_for(0, bags, grain(kPointwiseGrain, of_one), [&](int64_t begin, int64_t end) {
-    std::vector<BagRow> found;
-    for (int64_t bag = begin; bag < end; ++bag) {
-      const int64_t first = offsets[bag], last = bag + 1 < offsets_any.size(0) ? offsets[bag + 1] : count;
-      float* result = y + bag * columns;
-      for (int64_t group = 0; group < groups; ++group, result += width) {
-        found.clear();
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t row = indices[i], at = row * groups + group;
-          if (row == padding_idx) continue;
-          found.push_back({codes + row * columns + group * width, q.scale_at(at), q.zero_point_at(at),
-                           weight ? weight->data[i] : 1.0f});
-        }
-        const int64_t length = static_cast<int64_t>(found.size());
-        if (length == 0) {
-          std::fill(result, result + width, 0.0f);
-          continue;
-        }
-        kernels.reduce(found.data(), length, width, reduction == Reduction::max, result);
-        if (reduction == Reduction::mean)
-          for (int64_t c = 0; c < width; ++c) result[c] /= static_cast<float>(length);
-      }
-    }
-  });
+  const auto run_as = [&](auto tag) {
+    using S = decltype(tag);
+    const Bags<S> all = {static_cast<const int8_t*>(data.data_ptr()),
+                         zero_point ? static_cast<const int8_t*>(zero_point->data_ptr()) : nullptr,
+                         static_cast<const S*>(scale.data_ptr()),
+                         columns,
+                         scale.size(1),
+                         count,
+                         padding_idx,
+                         index_values,
+                         offset_values,
+                         offsets.size(0),
+                         weight ? weight->data : nullptr,
+                         reduction};
+    run(all, bags, static_cast<float*>(out.data_ptr()));
+  };
+  if (type == Element::f32)
+    run_as(float{});
+  else if (type == Element::bf16)
+    run_as(BFloat16{});
+  else
+    run_as(Half{});
   return out;
 }
 

@@ -14,9 +14,9 @@ struct BagRow {
 };
 
 struct BagKernels {
-  // out[i] = the sum of rows[r].weight * rows[r]'s values, in the order of rows; or, if `largest`, the largest value,
-  // without weights. count is at least 1.
-  void (*reduce)(const BagRow* rows, int64_t count, int64_t columns, bool largest, float* out);
+  // Adds rows[r].weight * rows[r]'s values to out, in the order of rows; or, if `largest`, takes the larger ones,
+  // without weights. `first`: out holds nothing yet. count is at least 1.
+  void (*reduce)(const BagRow* rows, int64_t count, int64_t columns, bool largest, bool first, float* out);
 };
 
 }  // namespace qkernels

@@ -7,30 +7,25 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr int kVectors = 8;    // of sums in registers
-constexpr int64_t kAhead = 8;  // rows lie anywhere in the table: those that come later are asked for early
+constexpr int kVectors = 8;  // of sums in registers
 
 // The last of N vectors has as many elements as `tail` says.
 template <int N, bool largest, typename... Tail>
-inline void reduce_columns(const BagRow* rows, int64_t count, int64_t column, float* out, Tail... tail) {
+inline void reduce_columns(const BagRow* rows, int64_t count, int64_t column, bool first, float* out, Tail... tail) {
   F32 acc[N];
   const auto each = [&](auto f) QK_INLINE {
     for (int v = 0; v < N - 1; ++v) f(v, column + v * 16);
     f(N - 1, column + (N - 1) * 16, tail...);
   };
-  for (int v = 0; v < N; ++v) acc[v] = zero<F32>();
+  const F32 none = F32::set1(largest ? -std::numeric_limits<float>::infinity() : 0.0f);
+  each([&](int v, int64_t at, auto... rest) QK_INLINE { acc[v] = first ? none : F32::load(out + at, rest...); });
   for (int64_t r = 0; r < count; ++r) {
-#if defined(__GNUC__)
-    const int8_t* later = rows[r + kAhead < count ? r + kAhead : r].codes + column;
-    __builtin_prefetch(later);
-    if (N > 4) __builtin_prefetch(later + 64);
-#endif
     const F32 scale = F32::set1(rows[r].scale), zero_point = F32::set1(rows[r].zero_point);
     const F32 weight = F32::set1(rows[r].weight);
     each([&](int v, int64_t at, auto... rest) QK_INLINE {
       const F32 value = (F32::load(rows[r].codes + at, rest...) - zero_point) * scale;
       if constexpr (largest)
-        acc[v] = r == 0 ? value : select(is_nan(acc[v]), acc[v], max(acc[v], value));
+        acc[v] = select(is_nan(acc[v]), acc[v], max(acc[v], value));
       else
         acc[v] = acc[v] + value * weight;
     });
@@ -39,26 +34,27 @@ inline void reduce_columns(const BagRow* rows, int64_t count, int64_t column, fl
 }
 
 template <bool largest, int... N>
-void reduce_any(std::integer_sequence<int, N...>, const BagRow* rows, int64_t count, int64_t columns, float* out) {
-  using Whole = void (*)(const BagRow*, int64_t, int64_t, float*);
-  using Partial = void (*)(const BagRow*, int64_t, int64_t, float*, int64_t);
+void reduce_any(std::integer_sequence<int, N...>, const BagRow* rows, int64_t count, int64_t columns, bool first,
+                float* out) {
+  using Whole = void (*)(const BagRow*, int64_t, int64_t, bool, float*);
+  using Partial = void (*)(const BagRow*, int64_t, int64_t, bool, float*, int64_t);
   constexpr Whole kWhole[] = {reduce_columns<N + 1, largest>...};
   constexpr Partial kPartial[] = {reduce_columns<N + 1, largest, int64_t>...};
   for (int64_t column = 0; column < columns; column += kVectors * 16) {
     const int64_t width = std::min<int64_t>(columns - column, kVectors * 16), vectors = (width + 15) / 16;
     if (width % 16 == 0)
-      kWhole[vectors - 1](rows, count, column, out);
+      kWhole[vectors - 1](rows, count, column, first, out);
     else
-      kPartial[vectors - 1](rows, count, column, out, width % 16);
+      kPartial[vectors - 1](rows, count, column, first, out, width % 16);
   }
 }
 
-void reduce(const BagRow* rows, int64_t count, int64_t columns, bool largest, float* out) {
+void reduce(const BagRow* rows, int64_t count, int64_t columns, bool largest, bool first, float* out) {
   constexpr auto kWidths = std::make_integer_sequence<int, kVectors>();
   if (largest)
-    reduce_any<true>(kWidths, rows, count, columns, out);
+    reduce_any<true>(kWidths, rows, count, columns, first, out);
   else
-    reduce_any<false>(kWidths, rows, count, columns, out);
+    reduce_any<false>(kWidths, rows, count, columns, first, out);
 }
 
 constexpr BagKernels kBagKernels = {reduce};

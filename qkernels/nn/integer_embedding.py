@@ -278,18 +278,17 @@ class Int8EmbeddingBag(IntegerEmbedding):
     forward.__annotations__ = {}  # noqa: RUF012 (code of a graph that was traced from the layer would repeat them)
 
     def compute(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        checks.require(input.dim() in (1, 2), f"input: got {input.dim()} dims; accepted: 1 with offsets, or 2")
-        got, accepted = "a tensor" if offsets is not None else "None", "a tensor with 1 dim, None with 2"
-        checks.require(
-            (offsets is None) == (input.dim() == 2),
-            f"offsets: got {got} with an input of {input.dim()} dims; accepted: {accepted}",
-        )
+        checks.dense("input", input)
+        if input.dim() not in (1, 2):
+            raise RuntimeError(f"input: got {input.dim()} dims; accepted: 1 with offsets, or 2")
+        if (offsets is None) != (input.dim() == 2):
+            got, accepted = "None" if offsets is None else "a tensor", "a tensor with 1 dim, None with 2"
+            raise RuntimeError(f"offsets: got {got} with an input of {input.dim()} dims; accepted: {accepted}")
         last, weights = self.include_last_offset, per_sample_weights
         if weights is not None:
-            checks.require(
-                weights.shape == input.shape,
-                f"per_sample_weights: got shape {list(weights.shape)}; accepted: input's, {list(input.shape)}",
-            )
+            if weights.shape != input.shape:
+                got, accepted = str(list(weights.shape)), str(list(input.shape))
+                raise RuntimeError(f"per_sample_weights: got shape {got}; accepted: input's, {accepted}")
             weights = weights.reshape(-1)
         if offsets is None:
             count, length = input.shape
@@ -308,7 +307,7 @@ class Int8EmbeddingBag(IntegerEmbedding):
             padding_idx=-1 if padding is None else padding,
             include_last_offset=last,
         )
-        return y.to(self.dtype)
+        return y if self.dtype == torch.float32 else y.to(self.dtype)
 
     def _by_torch(self, index: Tensor, offsets: Tensor, weights: Tensor | None, last: bool) -> Tensor:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32

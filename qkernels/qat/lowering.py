@@ -9,29 +9,8 @@ from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
 from .graph import MOVES, Graph, channels_of
+from .held import Held, Made, value_of
 from .operations import LAYERS, PRODUCTS, Operation
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that a module holds, by the dict that holds it: the module may replace the tensor."""
-
-    tensors: dict[str, Any]
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((id(self.tensors), self.name))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self.tensors is other.tensors and self.name == other.name
-
-
-@dataclass(frozen=True)
-class Made:
-    """The scale (part 0) or zero point (part 1) that a quantizer makes of what it holds."""
-
-    quantizer: FakeQuantize
-    part: int
 
 
 @dataclass
@@ -495,13 +474,3 @@ class _Writer:
         self.part.plan = "\n".join(
             " ".join([step, *(f"{key}={text(value)}" for key, value in options.items())]) for step, options in lines
         )
-
-
-def value_of(constant: Held | Made) -> float | int:
-    """The number of a constant with one element."""
-    if isinstance(constant, Held):
-        number: float | int = constant.tensors[constant.name].item()
-        return number
-    value = constant.quantizer.qparams()[constant.part]
-    assert value is not None
-    return value.item()
