@@ -64,6 +64,8 @@ struct Bags {
   void run(int64_t bag, const BagKernels& kernels, float* out) const {
     const int64_t first = offsets[bag], last = bag + 1 < offset_count ? offsets[bag + 1] : count;
     const int64_t width = columns / groups;
+    const bool plain = !zero_point && !weights;
+    const BagOf of = reduction == Reduction::max ? BagOf::largest : plain ? BagOf::plain_sums : BagOf::sums;
     int64_t rows = 0;
     for (int64_t begin = first; begin < last; begin += kAtOnce) {
       const int64_t end = std::min(begin + kAtOnce, last);
@@ -78,7 +80,7 @@ struct Bags {
           taken[found++] = {codes + row * columns + group * width, to_float(scale[at]),
                             zero_point ? static_cast<float>(zero_point[at]) : 0.0f, weights ? weights[i] : 1.0f};
         }
-        if (found) kernels.reduce(taken, found, width, reduction == Reduction::max, rows == 0, out + group * width);
+        if (found) kernels.reduce(taken, found, width, of, rows == 0, out + group * width);
       }
       rows += found;
     }

@@ -13,10 +13,14 @@ struct BagRow {
   float scale, zero_point, weight;
 };
 
+// What becomes of the rows: sums of their values; of values without zero points, all weights being 1; or the largest
+// values, whatever the weights.
+enum class BagOf : int { sums, plain_sums, largest };
+
 struct BagKernels {
-  // Adds rows[r].weight * rows[r]'s values to out, in the order of rows; or, if `largest`, takes the larger ones,
-  // without weights. `first`: out holds nothing yet. count is at least 1.
-  void (*reduce)(const BagRow* rows, int64_t count, int64_t columns, bool largest, bool first, float* out);
+  // Adds rows[r].weight * rows[r]'s values to out, in the order of rows, or puts the largest value there. `first`: out
+  // holds nothing yet. count is at least 1.
+  void (*reduce)(const BagRow* rows, int64_t count, int64_t columns, BagOf of, bool first, float* out);
 };
 
 }  // namespace qkernels
