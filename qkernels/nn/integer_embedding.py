@@ -294,7 +294,7 @@ class Int8EmbeddingBag(IntegerEmbedding):
             count, length = input.shape
             offsets, last = torch.arange(count, dtype=input.dtype, device=input.device) * length, False
         index, padding = input.reshape(-1), self.padding_idx
-        if self.dtype == torch.float64 or wants_gradient(weights):
+        if self.dtype == torch.float64 or (weights is not None and wants_gradient(weights)):
             return self._by_torch(index, offsets, weights, last)
         y = int8_embedding_bag(
             self.data,
