@@ -14,14 +14,15 @@ from torch.nn import functional as F
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Linear
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import Tracer
 from .copying import shadow_of
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
 
-MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
+# Their results hold elements of their inputs.
+MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
 ANY_RANK = (
     "linear",
     "quantizer",
@@ -65,7 +66,7 @@ class LayerTracer(Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
+        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Stateful)
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -192,6 +193,13 @@ class Graph:
                 if self._has_slice(operation):
                     begin, end = self.slice_of(node)
                     self.channels[node] = end - begin
+            elif operation.kind in ("pixel_shuffle", "pixel_unshuffle"):
+                if inputs[0] in self.channels:
+                    channels, square = self.channels[inputs[0]], operation.options["factor"] ** 2
+                    self.channels[node] = channels // square if operation.kind == "pixel_shuffle" else channels * square
+            elif operation.has_like:
+                if inputs[0] in self.channels:
+                    self.channels[node] = self.channels[inputs[0]]
             elif operation.kind != "flatten":
                 known = [self.channels[source] for source in inputs if source in self.channels]
                 if known:
