@@ -19,6 +19,7 @@ from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import Tracer
 from .copying import shadow_of
+from .norms import NORMS, function_norm, module_norm
 from .operations import FUNCTIONS, LAYERS, Operation, module_operation
 
 MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
@@ -28,6 +29,7 @@ ANY_RANK = (
     "activate",
     "binary",
     "alias",
+    *NORMS,
 )  # they also take [..., C] with any number of dims in front
 
 
@@ -44,8 +46,8 @@ class LayerTracer(Tracer):
 class Graph:
     """A traced module: its graph, and what is known of the nodes that a program can run.
 
-    ``cautious``: a sum or product is an operation only if both operands are results of operations. Other operands are
-    else taken to have as many channels and pixels, which shows when they are there.
+    A sum or product is an operation only if an operand is the result of one; ``cautious``: if both are. Other operands
+    are else taken to have as many channels and pixels, which shows when they are there.
 
     Attributes:
         operations: nodes that a program can run.
@@ -108,10 +110,10 @@ class Graph:
     def _operation(self, node: fx.Node) -> Operation | None:
         module = self.module_of(node)
         if module is not None:
-            return module_operation(node, module)
+            return module_norm(node, module) or module_operation(node, module)
         if node.op in ("call_function", "call_method"):
             read = FUNCTIONS.get(node.target)
-            return None if read is None else read(node)
+            return function_norm(node, self.root) if read is None else read(node)
         return None
 
     def _infer_ranks(self) -> None:
@@ -145,6 +147,9 @@ class Graph:
                 before, after = channels_of(module)
                 self.channels.setdefault(inputs[0], before)
                 self.channels[node] = after
+            elif operation.kind in NORMS:
+                self.channels.setdefault(inputs[0], operation.options["channels"])
+                self.channels[node] = operation.options["channels"]
             elif operation.kind == "batch_norm":
                 self.channels[node] = module.num_features  # type: ignore[union-attr, assignment]
             elif operation.kind == "cat":
@@ -164,7 +169,7 @@ class Graph:
     def _is_point(self, operation: Operation) -> bool:
         if operation.kind == "mean" or operation.options.get("size") == (1, 1, 1):
             return True
-        keeps = operation.kind in ("activate", "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
+        keeps = operation.kind in ("activate", *NORMS, "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
         if isinstance(operation.module, LAYERS):
             kernel = operation.options.get("kernel", (1, 1, 1))
             added = [operation.options.get(key, (0, 0, 0)) for key in ("padding", "padding_after", "output_padding")]
@@ -180,14 +185,14 @@ class Graph:
             return False
         if operation.kind == "binary":
             channels = {self.channels[source] for source in operation.inputs if source in self.channels}
-            known = all(source in self.operations for source in operation.inputs)
-            if self._cautious and not known:
+            known = [self._is_result(source) for source in operation.inputs]
+            if not any(known) or (self._cautious and not all(known)):
                 return False
             if len(channels) > 1 or any(source.op == "get_attr" for source in operation.inputs):
                 return False
         if None in ranks:
             return operation.kind in ANY_RANK
-        if operation.kind == "linear":
+        if operation.kind in ("linear", *NORMS):
             return ranks == [0]
         if operation.kind == "batch_norm" and ranks[0] == 0:
             return isinstance(operation.module, nn.BatchNorm1d)
@@ -195,6 +200,12 @@ class Graph:
         if dims is not None and rank is not None and {d % (rank + 2) for d in dims} != set(range(2, rank + 2)):
             return False
         return operation.kind != "slice" or self._has_slice(operation)
+
+    def _is_result(self, node: fx.Node) -> bool:
+        """Whether an operation computes the node: of others, such as tables of positions, less is known."""
+        while node in self.operations and self.operations[node].kind == "alias":
+            node = self.operations[node].inputs[0]
+        return node in self.operations
 
     def _has_slice(self, operation: Operation) -> bool:
         channels, at = self.channels.get(operation.inputs[0]), operation.options["at"]

@@ -9,29 +9,9 @@ from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
 from .graph import MOVES, Graph, channels_of
+from .norms import NORMS
 from .operations import LAYERS, PRODUCTS, Operation
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that a module holds, by the dict that holds it: the module may replace the tensor."""
-
-    tensors: dict[str, Any]
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((id(self.tensors), self.name))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self.tensors is other.tensors and self.name == other.name
-
-
-@dataclass(frozen=True)
-class Made:
-    """The scale (part 0) or zero point (part 1) that a quantizer makes of what it holds."""
-
-    quantizer: FakeQuantize
-    part: int
+from .program_constants import Held, Made, value_of
 
 
 @dataclass
@@ -400,7 +380,7 @@ class _Writer:
         else:
             options = {key: value for key, value in operation.options.items() if key != "dims"}
             source = self._inputs(node)[0]
-            x = self._either(source) if operation.kind == "activate" else self._floats(source)
+            x = self._either(source) if operation.kind in ("activate", *NORMS) else self._floats(source)
             self._emit_result(node, operation.kind, {"x": x, **options})
 
     def _emit_result(self, node: fx.Node, step: str, options: dict[str, Any]) -> None:
@@ -485,13 +465,3 @@ class _Writer:
         self.part.plan = "\n".join(
             " ".join([step, *(f"{key}={text(value)}" for key, value in options.items())]) for step, options in lines
         )
-
-
-def value_of(constant: Held | Made) -> float | int:
-    """The number of a constant with one element."""
-    if isinstance(constant, Held):
-        number: float | int = constant.tensors[constant.name].item()
-        return number
-    value = constant.quantizer.qparams()[constant.part]
-    assert value is not None
-    return value.item()
