@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -23,6 +24,7 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
+from .attention_calls import attend
 from .graph import Graph, LayerTracer, overwritten, writes
 from .lowering import Part, parts_of
 
@@ -347,6 +349,8 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             made[unit] = new.call_function(_getter(graph, str(unit.target)))
         else:
             made[unit] = new.node_copy(unit, lambda node: made[node])
+            if unit.target is F.scaled_dot_product_attention:
+                made[unit].target = attend
         for other in waiters.get(id(unit), ()):
             waiting[id(other)] -= 1
             if not waiting[id(other)]:
