@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .attention_calls import attend
 from .graph import Graph, LayerTracer, overwritten, writes
 from .lowering import Part, parts_of
 
@@ -54,6 +54,8 @@ class FusedForward:
         self._built: _Built | None = None
         self._state: _State | None = None
         self._cautious = False
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self._defaults = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -90,6 +92,8 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
+        if kwargs:  # torch's Transformer says by keyword that there are no masks
+            kwargs = {name: value for name, value in kwargs.items() if self._defaults.get(name, kwargs) is not value}
         if kwargs or module.training or _is_watched():
             return self._own(*args, **kwargs)
         if not self._is_current():

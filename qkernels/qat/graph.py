@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Linear
 from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import Tracer
@@ -39,8 +40,19 @@ class LayerTracer(Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
-        return own or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent):
+            return True
+        holds = any(isinstance(inner, QuantizedLayer) for inner in m.modules())  # as torch's Transformer layers do
+        return not holds and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(m, IntegerMultiheadAttention):
+            given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
+            if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
+                return m.in_parts(**given)
+        return super().call_module(m, forward, args, kwargs)
 
 
 class Graph:
@@ -235,7 +247,12 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
     """
     shadow = shadow_of(root)
     before, drawn = _attributes(shadow), (torch.get_rng_state(), random.getstate())
-    graph = LayerTracer().trace(shadow, concrete)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
+    try:
+        graph = LayerTracer().trace(shadow, concrete)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     after = _attributes(shadow)
     for (path, name), value in after.items():
         if before.get((path, name)) != value and not _is_constant(path, name):

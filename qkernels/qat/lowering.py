@@ -49,8 +49,10 @@ def parts_of(graph: Graph) -> list[Part]:
     """The largest parts that programs can run and that hold an integer layer and something else, in the graph's order.
 
     Nodes are in one part if edges connect them and no path between them leads through a node that no program runs.
+    Linear layers that read one tensor are too, so that it is quantized once.
     """
     depth: dict[fx.Node, int] = {}
+    first_reader: dict[fx.Node, fx.Node] = {}
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -68,6 +70,8 @@ def parts_of(graph: Graph) -> list[Part]:
             for source in operation.inputs:
                 if source in leader and depth[source] == depth[node]:
                     leader[find(node)] = find(source)
+                elif operation.kind == "linear":
+                    leader[find(node)] = find(first_reader.setdefault(source, node))
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
         groups.setdefault(find(node), []).append(node)
