@@ -58,8 +58,9 @@ class LayerTracer(Tracer):
 class Graph:
     """A traced module: its graph, and what is known of the nodes that a program can run.
 
-    A sum or product is an operation only if an operand is the result of one; ``cautious``: if both are. Other operands
-    are else taken to have as many channels and pixels, which shows when they are there.
+    A product is an operation only if both operands are results of operations, as other factors seldom have their shape.
+    A sum is one if an operand is such a result; ``cautious``: if both are. The other operand is else taken to have as
+    many channels and pixels, which shows when it is there.
 
     Attributes:
         operations: nodes that a program can run.
@@ -198,7 +199,8 @@ class Graph:
         if operation.kind == "binary":
             channels = {self.channels[source] for source in operation.inputs if source in self.channels}
             known = [self._is_result(source) for source in operation.inputs]
-            if not any(known) or (self._cautious and not all(known)):
+            factor = operation.options["kind"] == "mul"
+            if not any(known) or ((self._cautious or factor) and not all(known)):
                 return False
             if len(channels) > 1 or any(source.op == "get_attr" for source in operation.inputs):
                 return False
