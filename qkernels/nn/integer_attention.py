@@ -90,7 +90,7 @@ class IntegerMultiheadAttention(AttentionForward):
         attn_mask: None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Proxy, Proxy]:
+    ) -> tuple[Any, Any]:
         """``forward`` without masks in a graph: its layers, and what lies between them as one node, ``between``."""
         tracer: Any = query.tracer
         layer = tracer.create_proxy("get_attr", tracer.path_of_module(self), (), {})

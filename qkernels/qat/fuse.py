@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
@@ -414,6 +415,8 @@ def unfused(model: nn.Module) -> dict[str, str]:
 def _tried(module: nn.Module, name: str = "") -> Iterator[tuple[str, FusedForward]]:
     """Programs of the module, or if it has none, of its children."""
     if LayerTracer().is_leaf_module(module, name) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
+        return
+    if isinstance(module, IntegerMultiheadAttention):  # it is traced as a part of another module alone
         return
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         fused = FusedForward(module)
