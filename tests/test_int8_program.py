@@ -127,6 +127,7 @@ ACTIVATIONS = (
     "hardsigmoid",
     "silu",
     "gelu",
+    "gelu_tanh",
 )
 
 

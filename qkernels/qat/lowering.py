@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
 from .graph import MOVES, Graph, channels_of
-from .held import Held, Made, value_of
+from .norms import NORMS
 from .operations import LAYERS, PRODUCTS, Operation
+from .program_constants import Held, Made, value_of
 
 
 @dataclass
@@ -48,8 +49,10 @@ def parts_of(graph: Graph) -> list[Part]:
     """The largest parts that programs can run and that hold an integer layer and something else, in the graph's order.
 
     Nodes are in one part if edges connect them and no path between them leads through a node that no program runs.
+    Linear layers that read one tensor are too, so that it is quantized once.
     """
     depth: dict[fx.Node, int] = {}
+    first_reader: dict[fx.Node, fx.Node] = {}
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -67,6 +70,8 @@ def parts_of(graph: Graph) -> list[Part]:
             for source in operation.inputs:
                 if source in leader and depth[source] == depth[node]:
                     leader[find(node)] = find(source)
+                elif operation.kind == "linear":
+                    leader[find(node)] = find(first_reader.setdefault(source, node))
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
         groups.setdefault(find(node), []).append(node)
@@ -386,7 +391,7 @@ class _Writer:
         else:
             options = {key: value for key, value in operation.options.items() if key != "dims"}
             source = self._inputs(node)[0]
-            x = self._either(source) if operation.kind == "activate" else self._floats(source)
+            x = self._either(source) if operation.kind in ("activate", *NORMS) else self._floats(source)
             self._emit_result(node, operation.kind, {"x": x, **options, **self._like(node)})
 
     def _like(self, node: fx.Node) -> dict[str, str]:

@@ -132,6 +132,10 @@ def _activation(text: str) -> Callable[[Inputs, Any], Operation]:
     return lambda inputs, _: Operation("activate", inputs, {"first": text})
 
 
+def _gelu(x: fx.Node, approximate: str) -> Operation:
+    return Operation("activate", [x], {"first": "gelu" if approximate == "none" else "gelu_tanh"})
+
+
 def _window(rank: int, kernel: Any, stride: Any, padding: Any, ceil: bool) -> dict[str, Any]:
     return {
         "kernel": _full(kernel, rank, 1),
@@ -249,7 +253,7 @@ MODULES: dict[type[nn.Module], Callable[[Inputs, Any], Operation | None]] = {
         "activate", inputs, {"first": f"clamp:{float(m.min_val)!r}:{float(m.max_val)!r}"}
     ),
     nn.LeakyReLU: lambda inputs, m: Operation("activate", inputs, {"first": f"leaky_relu:{float(m.negative_slope)!r}"}),
-    nn.GELU: lambda inputs, m: Operation("activate", inputs, {"first": "gelu"}) if m.approximate == "none" else None,
+    nn.GELU: lambda inputs, m: _gelu(inputs[0], m.approximate),
     nn.MaxPool1d: _module_max_pool(1),
     nn.MaxPool2d: _module_max_pool(2),
     nn.MaxPool3d: _module_max_pool(3),
@@ -433,9 +437,7 @@ FUNCTIONS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     F.silu: _elementwise("silu"),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), _elementwise("sigmoid")),
     **dict.fromkeys((F.tanh, torch.tanh, "tanh"), _elementwise("tanh")),
-    F.gelu: _read("input", "approximate", approximate="none")(
-        lambda x, how: Operation("activate", [x], {"first": "gelu"}) if how == "none" else None
-    ),
+    F.gelu: _read("input", "approximate", approximate="none")(_gelu),
     F.leaky_relu: _read("input", "negative_slope", "inplace", negative_slope=0.01, inplace=False)(
         lambda x, slope, _: Operation("activate", [x], {"first": f"leaky_relu:{float(slope)!r}"})
     ),

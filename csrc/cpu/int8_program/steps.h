@@ -27,6 +27,9 @@ std::unique_ptr<Step> make_activate(Line& line);
 std::unique_ptr<Step> make_binary(Line& line);
 std::unique_ptr<Step> make_batch_norm(Line& line);
 
+std::unique_ptr<Step> make_layer_norm(Line& line);
+std::unique_ptr<Step> make_rms_norm(Line& line);
+
 std::unique_ptr<Step> make_max_pool(Line& line);
 std::unique_ptr<Step> make_avg_pool(Line& line);
 std::unique_ptr<Step> make_adaptive_avg_pool(Line& line);

@@ -1,4 +1,4 @@
-"""Tensors of a converted model that are constants of its programs."""
+"""The tensors of a program, by what holds them: the program reads what a module puts in a tensor's place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..nn.fake_quantize import FakeQuantize
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that a module holds, by the dict that holds it: the module may replace the tensor."""
+    """A tensor that a module holds, by the dict that holds it."""
 
     tensors: dict[str, Any]
     name: str
