@@ -12,6 +12,7 @@ from .convert import convert
 from .exact import exact
 from .gptq import gptq
 from .latency import measure_latency
+from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
@@ -26,6 +27,7 @@ from .unprepare import unprepare
 __all__ = [
     "Assignment",
     "BitSchedule",
+    "OscillationTracker",
     "QConfig",
     "QSpec",
     "QuantLoss",
