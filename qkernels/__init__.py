@@ -40,6 +40,7 @@ from .qat import (
     convert,
     correct_bias,
     enable_fake_quant,
+    equalize,
     exact,
     freeze_bn,
     freeze_observers,
@@ -56,6 +57,7 @@ from .qat import (
     schedules,
     sensitivity,
     set_bits,
+    smoothquant,
     unprepare,
 )
 from .registry import kernels, which
@@ -85,6 +87,7 @@ __all__ = [
     "dequantize",
     "dequantize_codebook",
     "enable_fake_quant",
+    "equalize",
     "exact",
     "fake_quantize",
     "fake_quantize_codebook",
@@ -140,6 +143,7 @@ __all__ = [
     "set_bits",
     "silu_mul_fake_quantize_dynamic",
     "silu_mul_quantize_dynamic",
+    "smoothquant",
     "unpack_bits",
     "unpack_int4",
     "unprepare",

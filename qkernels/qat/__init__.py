@@ -9,6 +9,7 @@ from .bit_schedule import BitSchedule
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
+from .equalize import equalize
 from .exact import exact
 from .gptq import gptq
 from .latency import measure_latency
@@ -20,6 +21,7 @@ from .report import Report, report
 from .saving import load, save
 from .sensitivity import sensitivity
 from .sensitivity_table import Sensitivity, SensitivityRow
+from .smoothquant import smoothquant
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
@@ -41,6 +43,7 @@ __all__ = [
     "convert",
     "correct_bias",
     "enable_fake_quant",
+    "equalize",
     "exact",
     "freeze_bn",
     "freeze_observers",
@@ -57,5 +60,6 @@ __all__ = [
     "schedules",
     "sensitivity",
     "set_bits",
+    "smoothquant",
     "unprepare",
 ]
