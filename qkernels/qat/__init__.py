@@ -13,6 +13,7 @@ from .equalize import equalize
 from .exact import exact
 from .gptq import gptq
 from .latency import measure_latency
+from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
@@ -28,6 +29,7 @@ from .unprepare import unprepare
 __all__ = [
     "Assignment",
     "BitSchedule",
+    "OscillationTracker",
     "QConfig",
     "QSpec",
     "QuantLoss",
