@@ -6,8 +6,9 @@
 namespace qkernels {
 namespace {
 
-constexpr size_t kPlans = 64, kLayouts = 16;  // how many are kept, and for each plan
-constexpr int64_t kFrameBytes = 768 << 10;    // what one thread's activations may take of its second-level cache
+constexpr size_t kPlans = 64, kLayouts = 16;    // how many are kept, and for each plan
+constexpr int64_t kFrameBytes = 768 << 10;      // what one thread's activations may take of its second-level cache
+constexpr int64_t kRegionElements = 128 << 10;  // from about 20 us on a region for all steps is worth its start
 
 struct Program {
   std::unique_ptr<Plan> plan;
@@ -230,13 +231,18 @@ void run_all(const Call& call, int64_t batch) {
     const int64_t chunks = (apart + chunk - 1) / chunk;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      Team alone = Team::alone();
       for (int64_t i = next++; i < chunks; i = next++) {
         const int64_t first = i * chunk;
-        run_frame({call, arena + thread * chunk * call.layout.bytes, first, std::min(chunk, apart - first), true});
+        run_frame({call, arena + thread * chunk * call.layout.bytes, first, std::min(chunk, apart - first), alone});
       }
     });
   }
-  if (rest) run_frame({call, arena, apart, rest, false});
+  if (rest == 0) return;
+  const auto run_rest = [&](Team& team) { run_frame({call, arena, apart, rest, team}); };
+  if (rest * call.layout.elements >= kRegionElements) return Team::run(run_rest);
+  Team team;
+  run_rest(team);
 }
 
 std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const TensorList& constants,
