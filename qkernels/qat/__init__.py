@@ -1,22 +1,31 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
 from .exact import exact
+from .latency import measure_latency
 from .prepare import prepare
 from .presets import presets
 from .report import Report, report
 from .saving import load, save
+from .sensitivity import sensitivity
+from .sensitivity_table import Sensitivity, SensitivityRow
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
 
 __all__ = [
+    "Assignment",
     "QConfig",
     "QSpec",
     "Report",
+    "Sensitivity",
+    "SensitivityRow",
+    "Widths",
+    "assign",
     "calibrate",
     "convert",
     "enable_fake_quant",
@@ -24,12 +33,14 @@ __all__ = [
     "freeze_bn",
     "freeze_observers",
     "load",
+    "measure_latency",
     "parameter_groups",
     "prepare",
     "presets",
     "reestimate_bn",
     "report",
     "save",
+    "sensitivity",
     "set_bits",
     "unprepare",
 ]
