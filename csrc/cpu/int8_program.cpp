@@ -1,7 +1,7 @@
 // int8_program on the CPU: a plan's steps on a few images at a time, whose activations then stay in the cache.
 #include "cpu/int8_program/arguments.h"
 #include "cpu/int8_program/cache.h"
-#include "cpu/int8_program/frame.h"
+#include "cpu/int8_program/views.h"
 
 namespace qkernels {
 namespace {
@@ -184,28 +184,22 @@ Tensor make_output(const Shape& shape, int64_t batch, bool channels_last) {
   return empty_strided({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, ScalarType::Float);
 }
 
+// By the threads that write the rows inside soon after.
 void fill_border(const Frame& frame, const Border& border) {
   const CodeImage x = frame.codes(border.value);
   const int code = frame.quantizer(border.value).zero_point + 128;
-  const int64_t channels = x.stride_w, width = border.before.w + x.size.w + border.after.w;
-  const int64_t rows = border.before.h + x.size.h + border.after.h;
+  const Size3 before = border.before, after = border.after;
   const auto fill = [&](uint8_t* pixels, int64_t count) {
-    std::memset(pixels, code, static_cast<size_t>(count * channels));
+    std::memset(pixels, code, static_cast<size_t>(count * x.stride_w));
   };
-  for (int64_t n = 0; n < x.batch; ++n)
-    for (int64_t d = -border.before.d; d < x.size.d + border.after.d; ++d) {
-      uint8_t* plane = x.data + n * x.stride_n + d * x.stride_d - border.before.w * x.stride_w;
-      if (d < 0 || d >= x.size.d) {
-        fill(plane - border.before.h * x.stride_h, rows * width);
-        continue;
-      }
-      fill(plane - border.before.h * x.stride_h, border.before.h * width + border.before.w);
-      // What follows one row and what precedes the next are neighbours.
-      for (int64_t h = 0; h < x.size.h; ++h)
-        fill(plane + h * x.stride_h + (border.before.w + x.size.w) * x.stride_w,
-             border.after.w + (h + 1 < x.size.h ? border.before.w : 0));
-      fill(plane + x.size.h * x.stride_h, border.after.h * width);
-    }
+  const Size3 all = {before.d + x.size.d + after.d, before.h + x.size.h + after.h, before.w + x.size.w + after.w};
+  for_each_row(frame, all, (before.w + after.w) * x.stride_w, [&](int64_t n, int64_t i, int64_t j) {
+    const int64_t d = i - before.d, h = j - before.h;
+    uint8_t* row = x.data + n * x.stride_n + d * x.stride_d + h * x.stride_h;
+    if (d < 0 || d >= x.size.d || h < 0 || h >= x.size.h) return fill(row - before.w * x.stride_w, all.w);
+    fill(row - before.w * x.stride_w, before.w);
+    fill(row + x.size.w * x.stride_w, after.w);
+  });
 }
 
 void run_frame(const Frame& frame) {
