@@ -184,7 +184,6 @@ Tensor make_output(const Shape& shape, int64_t batch, bool channels_last) {
   return empty_strided({sizes.data(), sizes.size()}, {strides.data(), strides.size()}, ScalarType::Float);
 }
 
-// By the threads that write the rows inside soon after.
 void fill_border(const Frame& frame, const Border& border) {
   const CodeImage x = frame.codes(border.value);
   const int code = frame.quantizer(border.value).zero_point + 128;
