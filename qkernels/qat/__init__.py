@@ -1,11 +1,14 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from .adaround import adaround
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
+from .bias_correction import correct_bias
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
 from .exact import exact
+from .gptq import gptq
 from .latency import measure_latency
 from .prepare import prepare
 from .presets import presets
@@ -25,13 +28,16 @@ __all__ = [
     "Sensitivity",
     "SensitivityRow",
     "Widths",
+    "adaround",
     "assign",
     "calibrate",
     "convert",
+    "correct_bias",
     "enable_fake_quant",
     "exact",
     "freeze_bn",
     "freeze_observers",
+    "gptq",
     "load",
     "measure_latency",
     "parameter_groups",
