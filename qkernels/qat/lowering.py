@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,8 @@ class Part:
         dims: how many dims each input must have; None: any.
         in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
         plan: the program's text.
-        held: tensors that make up the program's constants, followed by ``made``.
+        dicts, names: the dicts and keys of the program's constants, followed by ``made``. Two lists, since hundreds of
+            constants are read at each call, and each further object that is looked at may lie outside the caches.
     """
 
     nodes: list[fx.Node]
@@ -33,11 +35,12 @@ class Part:
     dims: list[int | None]
     in_rows: bool
     plan: str = ""
-    held: list[Held] = field(default_factory=list)
+    dicts: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
 
     def constants(self) -> list[Tensor]:
-        tensors: list[Tensor] = [held.tensors[held.name] for held in self.held]
+        tensors: list[Tensor] = list(map(operator.getitem, self.dicts, self.names))
         for made in self.made:
             value = made.quantizer.qparams()[made.part]
             assert value is not None
@@ -462,12 +465,15 @@ class _Writer:
         places: dict[Any, int] = {}
         lines = [*self.header, *self.lines]
         constants = [v for _, options in lines for v in options.values() if isinstance(v, Held | Made)]
-        kinds: tuple[tuple[type, list[Any]], ...] = ((Held, self.part.held), (Made, self.part.made))
-        for kind, kept in kinds:
-            for constant in constants:
-                if isinstance(constant, kind) and constant not in places:
-                    places[constant] = len(places)
-                    kept.append(constant)
+        for constant in (c for kind in (Held, Made) for c in constants if isinstance(c, kind)):
+            if constant in places:
+                continue
+            places[constant] = len(places)
+            if isinstance(constant, Made):
+                self.part.made.append(constant)
+            else:
+                self.part.dicts.append(constant.tensors)
+                self.part.names.append(constant.name)
 
         def text(value: Any) -> str:
             if isinstance(value, Held | Made):
