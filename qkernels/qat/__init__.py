@@ -10,6 +10,7 @@ from .convert import convert
 from .equalize import equalize
 from .exact import exact
 from .gptq import gptq
+from .hybrid import Hybrid, hybrid
 from .latency import measure_latency
 from .prepare import prepare
 from .presets import presets
@@ -24,6 +25,7 @@ from .unprepare import unprepare
 
 __all__ = [
     "Assignment",
+    "Hybrid",
     "QConfig",
     "QSpec",
     "Report",
@@ -41,6 +43,7 @@ __all__ = [
     "freeze_bn",
     "freeze_observers",
     "gptq",
+    "hybrid",
     "load",
     "measure_latency",
     "parameter_groups",
