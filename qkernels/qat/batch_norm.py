@@ -96,7 +96,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], *, max_batches: int 
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.training, norm.momentum = True, None  # None: the cumulative mean
-            full = sum(run_batches(model, batches, max_batches, "reestimate_bn: batches"))
+            full = sum(full for full, _ in run_batches(model, batches, max_batches, "reestimate_bn: batches"))
         if not full:
             raise ValueError("batches: got none that holds elements; accepted: at least one batch of inputs")
         for name, norm in norms.items():

@@ -125,7 +125,7 @@ def calibrate(
                 told = item.state() if ranks.rank == first or not item.quantizer.is_weight else None
                 item.take(ranks.gather(told), _device_of(model, item.quantizer))
         reached = [item for item in observed if item.seen is not None]
-        ranges = [item.range() for item in _progress(reached, "calibrate: scales", len(reached))]
+        ranges = [item.range() for item in progress(reached, "calibrate: scales", len(reached))]
         for item, arguments in zip(reached, ranges, strict=True):
             item.apply(arguments)
         unreached = [item for item in observed if item.seen is None]
@@ -183,7 +183,7 @@ def _run(
         return x
 
     with _as_it_will_train(model), torch.no_grad(), quantizers_replaced(model, observe):
-        for full in run_batches(model, batches, max_batches, "calibrate: batches"):
+        for full, _ in run_batches(model, batches, max_batches, "calibrate: batches"):
             for item in observed:
                 item.end_batch()
             ran += full
@@ -191,32 +191,40 @@ def _run(
     return ran, taken
 
 
-def run_batches(model: nn.Module, batches: Iterable[Any], max_batches: int | None, what: str) -> Iterator[bool]:
-    """Calls the model on each batch; after each, gives whether the batch had elements, as otherwise it was skipped.
+def run_batches(
+    model: nn.Module, batches: Iterable[Any], max_batches: int | None, what: str
+) -> Iterator[tuple[bool, Any]]:
+    """Calls the model on each batch; after each, gives whether the batch had elements, and what the model returned.
 
-    what: the text of the progress bar.
+    A batch without elements is skipped. what: the text of the progress bar; "": there is none.
     """
+    check_batches(batches)
+    runs = unwrapped(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
+    given = -1  # not known, also where the iterable's class declares a length and then refuses it
+    with contextlib.suppress(NotImplementedError):
+        given = operator.length_hint(batches, -1)
+    total = max_batches if given < 0 else min(given, max_batches or given)
+    taken = itertools.islice(batches, max_batches)
+    for at, batch in enumerate(progress(taken, what, total) if what else taken):
+        args, kwargs = _arguments(model, batch, f"batches[{at}]")
+        full, output = not _is_empty((args, kwargs)), None
+        if full:
+            try:
+                output = runs(*args, **kwargs)
+            except Unusable:
+                raise
+            except Exception as error:
+                raise _failure(error, model, f"batches[{at}]") from error
+        yield full, output
+
+
+def check_batches(batches: Any) -> None:
+    """Refuses what is no iterable of batches; a tensor would give its rows."""
     iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if not iterable or isinstance(batches, Tensor | Mapping | str | PackedSequence):
         raise TypeError(
             f"batches: got a {type(batches).__name__}; accepted: an iterable of batches, such as a loader or [batch]"
         )
-    runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
-    given = -1  # not known, also where the iterable's class declares a length and then refuses it
-    with contextlib.suppress(NotImplementedError):
-        given = operator.length_hint(batches, -1)
-    total = max_batches if given < 0 else min(given, max_batches or given)
-    for at, batch in enumerate(_progress(itertools.islice(batches, max_batches), what, total)):
-        args, kwargs = _arguments(model, batch, f"batches[{at}]")
-        full = not _is_empty((args, kwargs))
-        if full:
-            try:
-                runs(*args, **kwargs)
-            except Unusable:
-                raise
-            except Exception as error:
-                raise _failure(error, model, f"batches[{at}]") from error
-        yield full
 
 
 def check_max_batches(max_batches: int | None) -> None:
@@ -226,18 +234,18 @@ def check_max_batches(max_batches: int | None) -> None:
 
 def _is_empty(arguments: Any) -> bool:
     """Whether there are tensors in the arguments, and none has elements."""
-    sizes = [t.numel() for t in _tensors(arguments)]
+    sizes = [t.numel() for t in tensors_in(arguments)]
     return bool(sizes) and not any(sizes)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _failure(error: Exception, model: nn.Module, batch: str) -> Exception:
@@ -261,7 +269,7 @@ def _device_of(model: nn.Module, quantizer: FakeQuantize) -> torch.device:
     return next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
 
 
-def _progress(items: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
+def progress(items: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
     """The items; after a second tqdm, if installed, shows on a terminal how many are done."""
     try:
         from tqdm import tqdm
@@ -352,7 +360,7 @@ def _arguments(model: nn.Module, batch: Any, name: str) -> tuple[tuple[Any, ...]
     return tuple(batch), {}
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model without wrappers that pass all arguments on, and without torch.compile."""
     inside: Any = model
     while True:
@@ -366,7 +374,7 @@ def _inside(model: nn.Module) -> nn.Module:
 
 def _positional(model: nn.Module) -> float:
     """How many arguments the model takes by position."""
-    parameters = inspect.signature(_inside(model).forward).parameters.values()
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -379,12 +387,17 @@ def quantizers_replaced(model: nn.Module, fn: Callable[[FakeQuantize, Tensor], T
     own = {quantizer: vars(quantizer)["forward"] for quantizer in quantizers if "forward" in vars(quantizer)}
     for quantizer in quantizers:
         quantizer.forward = lambda x, quantizer=quantizer: fn(quantizer, x)  # type: ignore[method-assign, misc]
-    compiles = "torch._dynamo" in sys.modules  # who compiles has imported it; to import it takes a second
     try:
-        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+        with uncompiled():
             yield
     finally:
         for quantizer in quantizers:
             del quantizer.forward
         for quantizer, forward in own.items():
             quantizer.forward = forward  # type: ignore[method-assign]
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what torch.compile compiled runs as it was before."""
+    compiles = "torch._dynamo" in sys.modules  # who compiles has imported it; to import it takes a second
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()  # type: ignore[no-any-return]

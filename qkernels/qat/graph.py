@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,25 +14,51 @@ from torch.nn import functional as F
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Linear
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import Tracer
 from .copying import shadow_of
+from .norms import NORMS, function_norm, module_norm
 from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
-MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
+# Their results hold elements of their inputs.
+MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
 ANY_RANK = (
     "linear",
     "quantizer",
     "activate",
     "binary",
     "alias",
+    *NORMS,
 )  # they also take [..., C] with any number of dims in front
 
 
-_OF_ANY_MODULE = vars(nn.Module())
+# What makes numbers of a tensor.
+SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item")
+IN_PLACE = {  # operators that overwrite a tensor, and those that make a number of a number
+    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in (*("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+                 *("and", "or", "xor", "lshift", "rshift"))
+}  # fmt: skip
+
+
+class InPlaceProxy(fx.Proxy):
+    """Records ``x += y`` as what it does. fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was."""
+
+
+def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        function = IN_PLACE[in_place] if _is_number(self.node) else in_place
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _operator in IN_PLACE:
+    setattr(InPlaceProxy, f"__{_operator.__name__}__", _recorder(_operator))
 
 
 class LayerTracer(Tracer):
@@ -40,18 +66,33 @@ class LayerTracer(Tracer):
 
     proxy_buffer_attributes = True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, QATParameters) and (m.between or type(m).float_type in POOL_MODULES):
             return False
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
-        return own or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Stateful):
+            return True
+        holds = any(isinstance(inner, QuantizedLayer) for inner in m.modules())  # as torch's Transformer layers do
+        return not holds and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(m, IntegerMultiheadAttention):
+            given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
+            if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
+                return m.in_parts(**given)
+        return super().call_module(m, forward, args, kwargs)
 
 
 class Graph:
     """A traced module: its graph, and what is known of the nodes that a program can run.
 
-    ``cautious``: a sum or product is an operation only if both operands are results of operations. Other operands are
-    else taken to have as many channels and pixels, which shows when they are there.
+    A product is an operation only if both operands are results of operations, as other factors seldom have their shape.
+    A sum is one if an operand is such a result; ``cautious``: if both are. The other operand is else taken to have as
+    many channels and pixels, which shows when it is there.
 
     Attributes:
         operations: nodes that a program can run.
@@ -60,12 +101,13 @@ class Graph:
         points: nodes whose spatial sizes are all 1.
         read: nodes whose results are used when the operations run as such.
         constants: tensors that the forward makes of nothing that it is given, by the names in the graph.
+        copies: nodes at the end that overwrite arguments, and these.
     """
 
     def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
         self.root, self._cautious = root, cautious
         self.graph, self.constants = _traced(root, concrete)
-        without_writes(self.graph, root)
+        self.copies = _copied_back(self.graph, without_writes(self.graph, root))
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
             operation = self._operation(node)
@@ -101,6 +143,15 @@ class Graph:
         kept = node.op in ("output", "placeholder") or (node.op == "call_function" and node.is_impure())
         return kept or writes(node, self.root)
 
+    def argument_overwritten_by(self, node: fx.Node) -> fx.Node | None:
+        """The argument that the node, run as such, would overwrite before the end."""
+        target = node.args[0] if node not in self.copies and writes(node, self.root) else None
+        return target if isinstance(target, fx.Node) and target.op == "placeholder" else None
+
+    def overwrites(self, node: fx.Node) -> bool:
+        """Whether the node overwrites a tensor when it runs: an argument only at the end."""
+        return writes(node, self.root) and self.argument_overwritten_by(node) is None
+
     def sources_of(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose results the node reads: an operation may reach through others, such as a transposition."""
         operation = self.operations.get(node)
@@ -114,10 +165,10 @@ class Graph:
     def _operation(self, node: fx.Node) -> Operation | None:
         module = self.module_of(node)
         if module is not None:
-            return module_operation(node, module)
+            return module_norm(node, module) or module_operation(node, module)
         if node.op in ("call_function", "call_method"):
             read = FUNCTIONS.get(node.target)
-            return None if read is None else read(node)
+            return function_norm(node, self.root) if read is None else read(node)
         return None
 
     def _infer_ranks(self) -> None:
@@ -151,6 +202,9 @@ class Graph:
                 before, after = channels_of(module)
                 self.channels.setdefault(inputs[0], before)
                 self.channels[node] = after
+            elif operation.kind in NORMS:
+                self.channels.setdefault(inputs[0], operation.options["channels"])
+                self.channels[node] = operation.options["channels"]
             elif operation.kind == "batch_norm":
                 self.channels[node] = module.num_features  # type: ignore[union-attr, assignment]
             elif operation.kind == "cat":
@@ -160,6 +214,13 @@ class Graph:
                 if self._has_slice(operation):
                     begin, end = self.slice_of(node)
                     self.channels[node] = end - begin
+            elif operation.kind in ("pixel_shuffle", "pixel_unshuffle"):
+                if inputs[0] in self.channels:
+                    channels, square = self.channels[inputs[0]], operation.options["factor"] ** 2
+                    self.channels[node] = channels // square if operation.kind == "pixel_shuffle" else channels * square
+            elif operation.has_like:
+                if inputs[0] in self.channels:
+                    self.channels[node] = self.channels[inputs[0]]
             elif operation.kind != "flatten":
                 known = [self.channels[source] for source in inputs if source in self.channels]
                 if known:
@@ -170,7 +231,7 @@ class Graph:
     def _is_point(self, operation: Operation) -> bool:
         if operation.kind == "mean" or operation.options.get("size") == (1, 1, 1):
             return True
-        keeps = operation.kind in ("activate", "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
+        keeps = operation.kind in ("activate", *NORMS, "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
         if isinstance(operation.module, LAYERS):
             kernel = operation.options.get("kernel", (1, 1, 1))
             added = [operation.options.get(key, (0, 0, 0)) for key in ("padding", "padding_after", "output_padding")]
@@ -186,14 +247,15 @@ class Graph:
             return False
         if operation.kind == "binary":
             channels = {self.channels[source] for source in operation.inputs if source in self.channels}
-            known = all(source in self.operations for source in operation.inputs)
-            if self._cautious and not known:
+            known = [self._is_result(source) for source in operation.inputs]
+            factor = operation.options["kind"] == "mul"
+            if not any(known) or ((self._cautious or factor) and not all(known)):
                 return False
             if len(channels) > 1 or any(source.op == "get_attr" for source in operation.inputs):
                 return False
         if None in ranks:
             return operation.kind in ANY_RANK
-        if operation.kind == "linear":
+        if operation.kind in ("linear", *NORMS):
             return ranks == [0]
         if operation.kind == "batch_norm" and ranks[0] == 0:
             return isinstance(operation.module, nn.BatchNorm1d)
@@ -201,6 +263,12 @@ class Graph:
         if dims is not None and rank is not None and {d % (rank + 2) for d in dims} != set(range(2, rank + 2)):
             return False
         return operation.kind != "slice" or self._has_slice(operation)
+
+    def _is_result(self, node: fx.Node) -> bool:
+        """Whether an operation computes the node: of others, such as tables of positions, less is known."""
+        while node in self.operations and self.operations[node].kind == "alias":
+            node = self.operations[node].inputs[0]
+        return node in self.operations
 
     def _has_slice(self, operation: Operation) -> bool:
         channels, at = self.channels.get(operation.inputs[0]), operation.options["at"]
@@ -231,7 +299,12 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
     shadow = shadow_of(root)
     modules = dict(shadow.named_modules())
     before, drawn = attributes_of(modules), (torch.get_rng_state(), random.getstate())
-    graph = LayerTracer().trace(shadow, concrete)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
+    try:
+        graph = LayerTracer().trace(shadow, concrete)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     after = attributes_of(modules)
     for (path, name), value in after.items():
         if before.get((path, name)) != value and not _is_constant(path, name):
@@ -270,33 +343,61 @@ def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def without_writes(graph: fx.Graph, root: nn.Module, arguments: bool = False) -> None:
+def without_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
     """Lets what reads a tensor after an operation has overwritten it read that operation's result.
 
-    arguments: whether the operation still runs, so that it may overwrite an argument, which the caller may read later.
+    Returns:
+        The arguments that are overwritten, and the last results that they hold.
 
     Raises:
-        NotImplementedError: an operation overwrites an argument; a view of a tensor that is read later; or a tensor
-            that it gets as ``out``.
+        NotImplementedError: an operation overwrites a view of an argument; a tensor that is read later through a view
+            that was made before; or a tensor that it gets as ``out``.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.kwargs.get("out") is not None:
             raise NotImplementedError(f"{node.name} writes to a tensor that it gets as out")
-        if not writes(node, root):
+        if not writes(node, root) or not isinstance(node.args[0], fx.Node):
             continue
-        target = node.args[0]
-        if not isinstance(target, fx.Node):
-            continue
-        sources = overwritten(node, root)
-        if sources[-1].op == "placeholder" and not arguments:
-            raise NotImplementedError(f"{node.name} overwrites the argument {sources[-1].name}")
-        for source in sources[1:]:
+        target, *of = overwritten(node, root)
+        whole = of[-1] if of else target
+        if of and whole.op == "placeholder":
+            raise NotImplementedError(f"{node.name} overwrites a part of the argument {whole.name}")
+        for source in (*of, *_views_of(whole, root) - {target}):
             if any(order[user] > order[node] for user in source.users):
-                raise NotImplementedError(f"{node.name} overwrites a part of {source.name}, which is read later")
+                raise NotImplementedError(f"{node.name} overwrites what {source.name} shows, which is read later")
+        argument = next((each for each, value in last.items() if value is target), target)
+        if argument.op == "placeholder":
+            last[argument] = node
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
+    return last
+
+
+def _copied_back(graph: fx.Graph, last: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Overwrites arguments for the caller too, by copies at the end of the graph, when no program can refuse any more.
+
+    What returns the argument then returns it.
+
+    Returns:
+        The copies, and the arguments that they write to.
+    """
+    end = next(node for node in graph.nodes if node.op == "output")
+    copies = {}
+    for argument, value in last.items():
+        with graph.inserting_before(end):
+            copy = graph.call_method("copy_", (argument, value))
+        end.replace_input_with(value, copy)
+        copies[copy] = argument
+    return copies
+
+
+def _views_of(tensor: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The nodes whose results are views of a tensor."""
+    views = {user for user in tensor.users if user.args[:1] == (tensor,) and _is_view(user, root)}
+    return views.union(*(_views_of(view, root) for view in views))
 
 
 def overwritten(node: fx.Node, root: nn.Module) -> list[fx.Node]:
@@ -319,9 +420,25 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-        return in_place or name.endswith("_") or _is_asked_to_write(node)
+        if getattr(node.target, "__module__", "") == operator.add.__module__:
+            return node.target in IN_PLACE  # operator.and_ writes nothing
+        return name.endswith("_") or _is_asked_to_write(node)
     return False
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a node's result is a size, or another number, which nothing can overwrite."""
+    if not isinstance(value, fx.Node):
+        return True
+    if value.op == "call_method":
+        return value.target in SIZES
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    if value.target is operator.getitem:
+        return _is_number(value.args[0])
+    return getattr(value.target, "__module__", "") == operator.add.__module__ and all(map(_is_number, value.args))
 
 
 def _is_asked_to_write(node: fx.Node) -> bool:
@@ -346,20 +463,9 @@ def _is_view(node: fx.Node, root: nn.Module) -> bool:
         *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     )
+    if _is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
+        return False
     if node.op == "call_module":
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         return isinstance(root.get_submodule(str(node.target)), kinds) if str(node.target) != "itself" else False
     return node.op != "get_attr" and (getattr(node.target, "__name__", None) or str(node.target)) in views
-
-
-def switches(module: nn.Module) -> list[str]:
-    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
-    own = (name for name, value in vars(module).items() if _is_switch(value))
-    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
-
-
-def _is_switch(value: Any) -> bool:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))

@@ -51,8 +51,11 @@ def find_inputs(model: nn.Module, names: Collection[str]) -> Inputs:
 
 
 def graphs_of(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """The largest modules with layers inside that torch.fx can trace, with their graphs, in which layers are nodes."""
-    wanted = [model]
+    """The model with its graph, or the largest modules in it that torch.fx can trace and that hold some of the layers.
+
+    The layers are single nodes. What a forward does while it is traced, it does to the model: trace a ``shadow_of`` it.
+    """
+    wanted: list[nn.Module] = [model]
     while wanted:
         module = wanted.pop()
         if module in layers or not any(inner in layers for inner in module.modules()):

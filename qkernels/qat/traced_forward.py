@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import linecache
-import operator
 import random
 import sys
 import warnings
@@ -28,7 +27,8 @@ from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, Tracer
 from .forward_tensors import PLACE, Place, Tensors, find_tensors, place_of
-from .graph import attributes_of, switches, without_writes
+from .fuse import switches
+from .graph import InPlaceProxy, attributes_of, without_writes
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
 Pattern = tuple[str, ...]
@@ -199,7 +199,7 @@ def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(pattern)
 
 
-class _Asked(Proxy):
+class _Asked(InPlaceProxy):
     """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
 
     @property  # type: ignore[misc]
@@ -210,22 +210,6 @@ class _Asked(Proxy):
         if name == "torch" or name.startswith(_OWN_CODE):
             return _Asked
         raise NotImplementedError("it asks for the type of what it is given")
-
-    # Without these Python would make a new tensor, where the forward overwrites one.
-    def __iadd__(self, other: Any) -> Proxy:
-        return self._overwritten(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Proxy:
-        return self._overwritten(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Proxy:
-        return self._overwritten(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Proxy:
-        return self._overwritten(operator.itruediv, other)
-
-    def _overwritten(self, function: Callable[..., Any], other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 class _OwnTracer(Tracer):
@@ -307,7 +291,7 @@ class Trace:
     """
 
     def __init__(self, module: nn.Module, pattern: Pattern) -> None:
-        self.pattern, self.switches = pattern, switches(module)
+        self.pattern, self.switches = pattern, ["training", *switches(module)]
         self.state = state_of(module, self.switches)
         self._module, self._name = module, f"{type(module).__module__}.{type(module).__qualname__}"
         tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
@@ -318,7 +302,7 @@ class Trace:
         if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
             raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
-        without_writes(self.graph, module, arguments=True)
+        without_writes(self.graph, module)
 
     def tensors(self) -> Tensors:
         return find_tensors(self.graph, self._module)

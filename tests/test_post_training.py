@@ -1,0 +1,268 @@
+"""gptq, adaround, correct_bias: a smaller error on new inputs, weights on the grid, a model untouched by what fails."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from qat_models import ConvNet, assert_unchanged, images, snapshot
+from torch import nn
+from torch.nn import functional as F
+
+import qkernels as qk
+
+QUICK = {"steps": 80, "lr": 5e-2}
+METHODS = {
+    "gptq": qk.gptq,
+    "adaround": lambda model, batches, **options: qk.adaround(model, batches, **{**QUICK, **options}),
+    "correct_bias": qk.correct_bias,
+}
+
+
+def correlated(rows: int, features: int = 32) -> torch.Tensor:
+    """Inputs with a few strong directions, the same at each call."""
+    mix = torch.randn(features, features, generator=torch.Generator().manual_seed(5)) / features**0.5
+    return torch.randn(rows, features) @ (mix * torch.linspace(2, 0.1, features))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 24))
+
+
+def prepared(model, batches, bits=3, **fields):
+    made = qk.prepare(model, qk.QConfig(qk.QSpec(bits, **fields)))
+    qk.calibrate(made, batches)
+    return made
+
+
+def error(model, quantized, x):
+    with torch.no_grad():
+        return float((quantized.eval()(x) - model.eval()(x)).square().mean())
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize(("method", "left"), [("gptq", 0.8), ("adaround", 0.75), ("correct_bias", 0.92)])
+def test_smaller_error_on_new_inputs(method: str, left: float, bits: int) -> None:
+    model, batches, new = mlp(), [correlated(256), correlated(256)], correlated(256)
+    made = prepared(model, batches, bits)
+    before = error(model, made, new)
+    METHODS[method](made, batches)
+    assert error(model, made, new) < left * before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_convolutions(method: str) -> None:
+    """Groups, dilation and a BatchNorm behind each; neighbours alike, as in images."""
+    model = ConvNet()
+    pictures = [F.avg_pool2d(torch.randn(32, 3, 12, 12), 5, 1) * 4 for _ in range(2)]
+    made = prepared(model, pictures[:1])
+    before = error(model, made, pictures[1])
+    found = METHODS[method](made, pictures[:1])
+    assert list(found) == ["conv1", "conv2", "fc"]
+    assert error(model, made, pictures[1]) < 0.85 * before
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bits": 8},
+        {"symmetric": False},
+        {"granularity": qk.PerGroup(16)},
+        {"granularity": qk.PerTensor(), "quantizer": "minmax"},
+        {"quantizer": "minmax", "symmetric": False, "bits": 6},
+    ],
+    ids=["learned", "8 bits", "zero point", "groups", "per tensor", "minmax"],
+)
+def test_weights_are_on_the_grid(method: str, fields) -> None:
+    """The layer computes with the very weights that were found, trained or not, and so does the converted one."""
+    model, batches = mlp(), [correlated(128)]
+    made = prepared(model, batches, **{"bits": 3, **fields})
+    scales = [made[at].weight_fake_quant.qparams(made[at].weight) for at in (0, 2)]
+    errors = METHODS[method](made, batches)
+    assert all(after <= before for before, after in errors.values())
+    assert any(after < before for before, after in errors.values())
+    for training in (False, True):
+        made.train(training)
+        for at, (scale, zero_point) in zip((0, 2), scales, strict=True):
+            layer = made[at]
+            assert torch.equal(layer.weight_fake_quant(layer.weight), layer.weight)
+            now = layer.weight_fake_quant.qparams(layer.weight)
+            assert torch.equal(now[0], scale)
+            assert zero_point is None or torch.equal(now[1], zero_point)
+    x = correlated(64)
+    assert error(made, qk.convert(made), x) < 1e-10
+    state = qk.prepare(mlp(), qk.QConfig(qk.QSpec(**{"bits": 3, **fields})))
+    state.load_state_dict(made.state_dict())
+    assert error(made, state, x) == 0
+
+
+def test_errors_that_gptq_names() -> None:
+    """They are those of the first layer's output by the rounding of its weight."""
+    model, x = nn.Sequential(nn.Linear(32, 24)), correlated(200)
+    made = prepared(model, [x])
+    layer = made[0]
+    quantized = layer.input_fake_quant(x)
+
+    def measured():
+        rounded = layer.weight_fake_quant(layer.weight)
+        return float((quantized @ (rounded - model[0].weight).T).square().mean().detach())
+
+    made.eval()
+    nearest = measured()
+    before, after = qk.gptq(made, [x])["0"]
+    assert before == pytest.approx(nearest, rel=1e-3)
+    assert after == pytest.approx(measured(), rel=1e-3)
+
+
+def test_convolution_is_the_product_with_its_patches() -> None:
+    """A 1x1 convolution and a Linear layer of the same weight are rounded alike; so are three kernels of one shape."""
+    linear, x = nn.Linear(12, 8), correlated(96, 12)
+    found = {}
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
+        conv = kind(12, 8, 1)
+        with torch.no_grad():
+            conv.weight.copy_(linear.weight.view(8, 12, *[1] * dims))
+        made = prepared(nn.Sequential(conv), [x.view(-1, 12, *[1] * dims)])
+        qk.gptq(made, [x.view(-1, 12, *[1] * dims)])
+        found[kind] = made[0].weight.detach().view(8, 12)
+    made = prepared(nn.Sequential(linear), [x])
+    qk.gptq(made, [x])
+    for weight in found.values():
+        torch.testing.assert_close(weight, made[0].weight.detach())
+
+
+def test_later_layers_see_the_inputs_that_earlier_ones_leave() -> None:
+    model, batches = mlp(), [correlated(128)]
+    made = prepared(model, batches, 2)
+    alone = prepared(model, batches, 2)
+    qk.gptq(made, batches)
+    qk.gptq(alone, batches, where="2")
+    assert not torch.equal(made[2].weight, alone[2].weight)
+    assert torch.equal(alone[0].weight, model[0].weight)
+
+
+def test_bias_correction_makes_means_equal() -> None:
+    model, batches = ConvNet(), [images(32), images(16)]
+    made = prepared(model, batches, 2)
+    mean = made.norm1.running_mean.clone()
+    moved = qk.correct_bias(made, batches)
+    assert not torch.equal(made.norm1.running_mean, mean), "conv1 has no bias"
+    assert all(value > 0 for value in moved.values())
+    x = torch.cat(batches)
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval()(x).mean(0), model.eval()(x).mean(0), rtol=0, atol=1e-5)
+    bare = prepared(nn.Sequential(nn.Linear(8, 4, bias=False)), [torch.randn(9, 8)])
+    assert qk.correct_bias(bare, [torch.randn(9, 8)]) == {}
+
+
+def test_float_model_gives_the_targets() -> None:
+    """Behind gptq the prepared model no longer knows the float weights."""
+    model, batches = mlp(), [correlated(256)]
+    made = prepared(model, batches, 2)
+    qk.gptq(made, batches)
+    qk.correct_bias(made, batches, float_model=model)
+    with torch.no_grad():
+        torch.testing.assert_close(made(batches[0]).mean(0), model(batches[0]).mean(0), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="float_model: got one without a layer '0'"):
+        qk.correct_bias(made, batches, float_model=nn.Linear(3, 3))
+
+
+def test_shared_and_own_layers_are_left_alone() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.twice, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.table.weight
+            self.norm = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, ids):
+            return self.head(self.norm(self.twice(self.twice(self.table(ids)).relu())))
+
+    model, batches = Model(), [torch.randint(0, 9, (6, 5)), torch.randint(0, 9, (3, 5))]
+    made = qk.prepare(model, qk.QConfig(qk.QSpec(3), rules=[("unused", None)]))
+    qk.calibrate(made, batches)
+    assert list(qk.gptq(made, batches)) == ["twice"]
+    assert torch.equal(made.table.weight, model.table.weight)
+    assert made.head.weight is made.table.weight
+    with pytest.raises(ValueError, match=r"where: got 'head'; accepted: a glob on the layers.*: 'twice'"):
+        qk.gptq(made, batches, where="head")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modes_and_random_generators_stay(method: str) -> None:
+    model = nn.Sequential(mlp(), nn.Dropout(), nn.Linear(24, 4))
+    batches = [correlated(32)]
+    made = prepared(model, batches).train()
+    made[1].eval()
+    modes, states = [module.training for module in made.modules()], (torch.get_rng_state(), random.getstate())
+    first = METHODS[method](made, batches)
+    assert [module.training for module in made.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert not any(vars(module).get("_forward_hooks") for module in made[0])
+    again = prepared(model, batches)
+    assert METHODS[method](again, batches) == first
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+
+
+class Stops:
+    """A loader that fails in the middle."""
+
+    def __iter__(self):
+        yield correlated(16)
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "text"),
+    [
+        ([], {}, ValueError, "batches: got none"),
+        (correlated(4), {}, TypeError, "batches: got a Tensor"),
+        ([correlated(4), correlated(4) * torch.nan], {}, ValueError, "the input of layer '0' holds NaN"),
+        ([correlated(4, 7)], {}, RuntimeError, r"batches\[0\]: layer '0'"),
+        (Stops(), {}, OSError, "the disk is gone"),
+        ([correlated(4)], {"where": "nothing"}, ValueError, "where: got 'nothing'; accepted.*: '0', '2'"),
+        ([correlated(4)], {"max_batches": 0}, ValueError, "max_batches: got 0"),
+    ],
+    ids=["none", "tensor", "nan", "shape", "loader", "where", "max_batches"],
+)
+def test_refusals(method: str, batches, options, error, text) -> None:
+    made = prepared(mlp(), [correlated(64)])
+    before = snapshot(made)
+    if method == "correct_bias" and "NaN" in text:
+        text = "NaN"
+    with pytest.raises(error, match=text):
+        METHODS[method](made, batches, **options)
+    assert_unchanged(made, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "text"),
+    [
+        (qk.gptq, {"damping": 0}, ValueError, "damping: got 0; accepted: a positive number"),
+        (qk.adaround, {"steps": 0}, ValueError, "steps: got 0"),
+        (qk.adaround, {"steps": 1.5}, TypeError, "steps: got 1.5"),
+        (qk.adaround, {"lr": -1}, ValueError, "lr: got -1"),
+        (qk.adaround, {"batch_size": 0}, ValueError, "batch_size: got 0"),
+    ],
+    ids=lambda value: "",
+)
+def test_arguments(method, options, error, text) -> None:
+    with pytest.raises(error, match=text):
+        method(prepared(mlp(), [correlated(16)]), [correlated(4)], **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models(method: str) -> None:
+    with pytest.raises(TypeError, match="model: got a int"):
+        METHODS[method](3, [correlated(4)])
+    with pytest.raises(ValueError, match="model: got one without quantizers"):
+        METHODS[method](mlp(), [correlated(4)])
+    with pytest.raises(ValueError, match="is not calibrated"):
+        METHODS[method](qk.prepare(mlp()), [correlated(4)])
