@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # else checkpoint would import it while torch.fx has replaced the functions of math
 from test_residual import ON, SHAPE, Block, roles
 from torch import nn
 from torch.utils.checkpoint import checkpoint
