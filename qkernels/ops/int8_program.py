@@ -18,10 +18,14 @@ places in ``constants``. Everything has three spatial dims: kernel=1,3,3 is a 2-
 - ``activate x first``, ``binary kind a b [first]`` (add, sub, mul; a or b may be [N, C] in every pixel), ``batch_norm x
   mean var [weight] [bias] eps [first]``, ``layer_norm x [weight] [bias] channels eps`` and ``rms_norm x [weight]
   channels eps`` (of the channels of each pixel), ``avg_pool x kernel stride padding ceil include_pad [divisor]``,
-  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x scale mode=linear [align_corners]``: each with [out] and
+  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x mode=linear [align_corners]``: each with [out] and
   [codes q].
 - ``max_pool out x kernel stride padding dilation ceil``, ``cat out xs``, ``slice out x begin end``, ``shuffle out x
-  groups``, ``upsample out x scale``, ``flatten out x``: they move values, floats or codes.
+  groups``, ``pixel_shuffle out x factor``, ``pixel_unshuffle out x factor``, ``upsample out x`` (the nearest pixels),
+  ``flatten out x``: they move values, floats or codes.
+
+``upsample`` and ``resize`` take the size of their result from one of three keys: scale, by which x's size is
+multiplied, size, or like, another value that has it.
 
 Activations: relu, clamp:low:high, leaky_relu:slope, hardswish, hardsigmoid, silu, gelu, gelu_tanh, sigmoid, tanh.
 
@@ -65,6 +69,6 @@ int8_program = library.define(
     "(Tensor[] inputs, Tensor[] constants, str plan) -> Tensor[]",
     reference.int8_program,
     partial(reference.int8_program, shapes_only=True),
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_samples,
 )

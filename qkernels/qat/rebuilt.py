@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, with_forward_of
@@ -24,6 +25,7 @@ from .config_json import granularity_of
 from .convert import BURNT_IN, identity_for, own_names
 from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
 from .equal_ranges import send_ranges
+from .model_file import first_of
 from .prepare import FUSED_PATHS, SWITCHED_OFF
 from .states import check_state
 
@@ -56,6 +58,9 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
     for name in found["folded"]:
         norm = model.get_submodule(name)
         model = _put(model, names[norm], identity_for(norm))
+    for module in model.modules():
+        if isinstance(module, Int8Stateful):
+            module.pack_for_steps()
     build.tie(model)
     _switch_off(model, found["switched_off"])
     if found["prepared"]:
@@ -70,10 +75,8 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
 
 
 def refuse(differences: list[str]) -> None:
-    named = 3
     if differences:
-        more = f"; and {len(differences) - named} more" if len(differences) > named else ""
-        raise OtherModelError("; ".join(differences[:named]) + more)
+        raise OtherModelError(first_of(differences))
 
 
 def _unknown_layers(found: Description) -> Iterator[str]:
@@ -326,9 +329,9 @@ def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:
     return dict(zip(PROJECTIONS, made, strict=True))
 
 
-def _products(layer: nn.RNNBase) -> dict[str, Any]:
+def _products(layer: nn.Module) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for name in (name for names in layer._all_weights for name in names if name.startswith("weight")):
+    for name in weight_names(layer):
         n, k = layer._parameters[name].shape  # type: ignore[union-attr]
         bias = layer._parameters.get(name.replace("weight", "bias")) is not None
         made[name.removeprefix("weight_")] = nn.Linear(k, n, bias, dtype=layer._parameters[name].dtype)  # type: ignore[union-attr]

@@ -334,20 +334,39 @@ def _shuffle(m: Machine, step: Step) -> None:
     m.move(step, lambda t: t.unflatten(1, (int(step["groups"]), -1)).transpose(1, 2).flatten(1, 2))
 
 
+def _pixel_shuffle(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: F.pixel_shuffle(t.squeeze(2), int(step["factor"])).unsqueeze(2))
+
+
+def _pixel_unshuffle(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: F.pixel_unshuffle(t.squeeze(2), int(step["factor"])).unsqueeze(2))
+
+
+def _new_sizes(m: Machine, step: Step) -> list[int]:
+    if "like" in step:
+        return list(m.values[step["like"]].data.shape[2:])
+    if "size" in step:
+        return _ints(step, "size")
+    return [size * times for size, times in zip(m.values[step["x"]].data.shape[2:], _ints(step, "scale"), strict=True)]
+
+
 def _upsample(m: Machine, step: Step) -> None:
-    def repeated(t: Tensor) -> Tensor:
-        for dim, times in enumerate(_ints(step, "scale"), 2):
-            t = t.repeat_interleave(times, dim)
+    def nearest(t: Tensor) -> Tensor:
+        if m.shapes_only:
+            return t.new_empty(*t.shape[:2], *_new_sizes(m, step))
+        for dim, (size, out) in enumerate(zip(t.shape[2:], _new_sizes(m, step), strict=True), 2):
+            ratio = torch.tensor(float(size)) / float(out)
+            at = (torch.arange(out, dtype=torch.float32) * ratio).long().clamp(max=size - 1)
+            t = t.index_select(dim, at.to(t.device))
         return t
 
-    m.move(step, repeated)
+    m.move(step, nearest)
 
 
 def _resize(m: Machine, step: Step) -> None:
-    x = m.values[step["x"]]
-    scale = [float(part) for part in step["scale"].split(",")]
+    x, sizes = m.values[step["x"]], _new_sizes(m, step)
     options = {"mode": "trilinear", "align_corners": step.get("align_corners") == "1"}
-    m.keep(step, F.interpolate(x.floats(), scale_factor=scale, **options), x.rank)  # type: ignore[arg-type]
+    m.keep(step, F.interpolate(x.floats(), size=sizes, **options), x.rank)  # type: ignore[arg-type]
 
 
 def _flatten(m: Machine, step: Step) -> None:
@@ -393,6 +412,8 @@ STEPS: dict[str, Callable[[Machine, Step], Any]] = {
     "cat": _cat,
     "slice": _slice,
     "shuffle": _shuffle,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
     "upsample": _upsample,
     "resize": _resize,
     "flatten": _flatten,

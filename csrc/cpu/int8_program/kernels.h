@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "cpu/common/isa.h"
 #include "cpu/int8_conv/int8_conv.h"
 
 namespace qkernels {
@@ -50,7 +49,6 @@ struct Blend {
 };
 
 struct ProgramKernels {
-  Isa isa;
   // n floats become codes. Returns whether one is a NaN.
   bool (*quantize)(const float* x, int64_t n, const Quantizer& q, uint8_t* codes);
   // The same for pixels whose channels lie `stride_c` floats apart, into pixels of neighbouring channels that lie

@@ -206,6 +206,8 @@ std::shared_ptr<const Layout> make_layout(const Plan& plan, const LayoutKey& key
                             layout->shapes[static_cast<size_t>(output.value)].rank + 2 == key.sizes[0]);
   Places(plan, *layout).assign(channels_last);
   layout->channels_last = channels_last;
+  for (const Shape& shape : layout->shapes) layout->elements += shape.channels * shape.pixels();
+  for (const ConstantUse& use : plan.constants) layout->elements += use.kind == ConstantKind::int8 ? use.numel : 0;
   return layout;
 }
 

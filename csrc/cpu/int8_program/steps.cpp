@@ -40,6 +40,8 @@ const std::map<std::string, StepMaker>& step_makers() {
                                                           {"cat", make_cat},
                                                           {"slice", make_slice},
                                                           {"shuffle", make_shuffle},
+                                                          {"pixel_shuffle", make_pixel_shuffle},
+                                                          {"pixel_unshuffle", make_pixel_unshuffle},
                                                           {"upsample", make_upsample},
                                                           {"resize", make_resize},
                                                           {"flatten", make_flatten}};

@@ -38,6 +38,8 @@ std::unique_ptr<Step> make_mean(Line& line);
 std::unique_ptr<Step> make_cat(Line& line);
 std::unique_ptr<Step> make_slice(Line& line);
 std::unique_ptr<Step> make_shuffle(Line& line);
+std::unique_ptr<Step> make_pixel_shuffle(Line& line);
+std::unique_ptr<Step> make_pixel_unshuffle(Line& line);
 std::unique_ptr<Step> make_upsample(Line& line);
 std::unique_ptr<Step> make_resize(Line& line);
 std::unique_ptr<Step> make_flatten(Line& line);
