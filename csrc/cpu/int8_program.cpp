@@ -8,6 +8,7 @@ namespace {
 
 constexpr size_t kPlans = 64, kLayouts = 16;    // how many are kept, and for each plan
 constexpr int64_t kFrameBytes = 768 << 10;      // what one thread's activations may take of its second-level cache
+constexpr int64_t kMany = 8;                    // images for each thread
 constexpr int64_t kRegionElements = 128 << 10;  // from about 20 us on a region for all steps is worth its start
 
 struct Program {
@@ -164,7 +165,8 @@ TensorPlace place_of(const Tensor& t) {
 // What is left of an input's order of dims: channels are neighbours, or the pixels of a row.
 bool is_readable(const Tensor& x) {
   const int64_t dims = x.dim();
-  return x.size(1) == 1 || x.stride(1) == 1 || dims == 2 || x.size(dims - 1) == 1 || x.stride(dims - 1) == 1;
+  if (x.size(1) == 1 || x.stride(1) == 1) return true;
+  return dims > 2 && (x.size(dims - 1) == 1 || x.stride(dims - 1) == 1);
 }
 
 Tensor make_output(const Shape& shape, int64_t batch, bool channels_last) {
@@ -211,12 +213,14 @@ void run_frame(const Frame& frame) {
 }
 
 // With at least as many images as threads, every thread takes images to itself, a few at a time, and runs all steps on
-// them. What is left is computed step by step, each step by all threads.
+// them. What is left is computed step by step, each step by all threads; of many images nothing is, as each step reads
+// its weights, and threads that have an image more to do are soon done with it.
 void run_all(const Call& call, int64_t batch) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t apart = batch / threads * threads, rest = batch - apart;
+  const int64_t apart = batch >= kMany * threads ? batch : batch / threads * threads, rest = batch - apart;
   const int64_t fitting = std::max<int64_t>(1, kFrameBytes / std::max<int64_t>(1, call.layout.bytes));
-  const int64_t chunk = std::min(fitting, std::max<int64_t>(1, apart / threads));
+  const int64_t share = std::max<int64_t>(1, (apart + threads - 1) / threads);
+  const int64_t chunk = (share - 1) / ((share + fitting - 1) / fitting) + 1;
   const int64_t bytes = std::max(apart ? threads * chunk : 0, rest) * call.layout.bytes;
   const Tensor memory = empty({bytes + 64}, ScalarType::Byte);
   uint8_t* arena = static_cast<uint8_t*>(memory.data_ptr());
@@ -247,7 +251,7 @@ std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const Tensor
   Call call{plan, *layout, program_kernels(), {}, {}, {}, {}, nullptr};
   bool finite = read_constants(call, constants);
   finite = read_quantizers(call, constants) && finite;
-  record_isa(call.kernels.isa);
+  record_isa(int8_kernels().isa);
 
   const int64_t batch = inputs[0].size(0);
   std::vector<Tensor> readable_inputs, outputs;

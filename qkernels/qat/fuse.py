@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
@@ -52,6 +55,8 @@ class FusedForward:
         self._built: _Built | None = None
         self._state: _State | None = None
         self._cautious = False
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self._defaults = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -89,6 +94,8 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
+        if kwargs:  # torch's Transformer says by keyword that there are no masks
+            kwargs = {name: value for name, value in kwargs.items() if self._defaults.get(name, kwargs) is not value}
         if kwargs or module.training or _is_watched():
             return self._own(*args, **kwargs)
         if not self._is_current():
@@ -365,6 +372,8 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             if (argument := graph.argument_overwritten_by(unit)) is not None:
                 given[argument] = new.call_method("clone", (made[argument],))
             made[unit] = new.node_copy(unit, given.__getitem__)
+            if unit.target is F.scaled_dot_product_attention:
+                made[unit].target = attend
         for other in waiters.get(id(unit), ()):
             waiting[id(other)] -= 1
             if not waiting[id(other)]:
@@ -427,6 +436,8 @@ def unfused(model: nn.Module) -> dict[str, str]:
 def _tried(module: nn.Module, name: str = "") -> Iterator[tuple[str, FusedForward]]:
     """Programs of the module, or if it has none, of its children."""
     if LayerTracer().is_leaf_module(module, name) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
+        return
+    if isinstance(module, IntegerMultiheadAttention):  # it is traced as a part of another module alone
         return
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         fused = FusedForward(module)

@@ -39,26 +39,27 @@ void set_walk(ConvWork& work, std::initializer_list<Dim> dims) {
 }
 
 // Divides the work among the threads.
-void run(const ConvWork& work, int64_t x_bytes, Team& team) {
-  const ConvKernels& kernels = conv_kernels();
-  record_isa(kernels.isa);
+void run(ConvWork& work, int64_t x_bytes, Team& team) {
+  const Convolve convolve_part = choose_convolve(work);
+  // Tiles multiply about 4 times as fast.
+  const int64_t least = work.segment > kSegment ? 4 * kMultiplyGrain : kMultiplyGrain;
   const int64_t segments = work.segments(), pairs = (segments + 1) / 2, threads = team.threads();
-  const int64_t work_of_pair = work.panel_bytes * 2 * kSegment;  // and one panel
+  const int64_t work_of_pair = work.panel_bytes * 2 * work.segment;  // and one panel
   if (by_pixels(work.panels * work.panel_bytes, x_bytes) || work.panels == 1) {
-    team.parallel_for(pairs, grain(kMultiplyGrain, work_of_pair * work.panels), [&](int64_t begin, int64_t end) {
-      kernels.convolve(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
+    team.parallel_for(pairs, grain(least, work_of_pair * work.panels), [&](int64_t begin, int64_t end) {
+      convolve_part(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
     });
     return;
   }
   // Where panels cannot be shared out evenly, parts of the pixels are.
   const int64_t parts = work.panels % threads ? std::min(threads, pairs) : 1;
   team.parallel_for(
-      work.panels * parts, grain(kMultiplyGrain, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
+      work.panels * parts, grain(least, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
         while (begin < end) {
           const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
           const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
-          kernels.convolve(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
-                           panel + std::max<int64_t>(whole, 1));
+          convolve_part(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
+                        panel + std::max<int64_t>(whole, 1));
           begin += whole ? whole * parts : last_part - part;
         }
       });

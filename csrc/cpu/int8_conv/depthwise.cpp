@@ -19,7 +19,6 @@ void convolve_depthwise(const ConvGeometry& g, const CodeImage& x, const int8_t*
   const DepthwiseTaps taps(g.kernel);
   const DepthwiseRow row(g, x, taps);
   const auto convolve = QK_OF_ACTIVE_ISA(convolve_rows);
-  record_isa(QK_OF_ACTIVE_ISA(kDepthwiseIsa));
   const uint8_t* first = x.data - g.padding.d * x.stride_d - g.padding.h * x.stride_h - g.padding.w * x.stride_w;
   // A product of 4 taps takes as long as 16 multiply-accumulates of a GEMM, and so does an epilogue.
   const int64_t work = g.out.w * block_width(g.out_channels, 0) * 16 * (1 + taps.products());
