@@ -1,29 +1,40 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from . import losses, schedules
 from .adaround import adaround
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
+from .bit_schedule import BitSchedule
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
+from .equalize import equalize
 from .exact import exact
 from .gptq import gptq
+from .hybrid import Hybrid, hybrid
 from .latency import measure_latency
+from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
+from .quant_loss import QuantLoss
 from .report import Report, report
 from .saving import load, save
 from .sensitivity import sensitivity
 from .sensitivity_table import Sensitivity, SensitivityRow
+from .smoothquant import smoothquant
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
 from .unprepare import unprepare
 
 __all__ = [
     "Assignment",
+    "BitSchedule",
+    "Hybrid",
+    "OscillationTracker",
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "Report",
     "Sensitivity",
     "SensitivityRow",
@@ -34,11 +45,14 @@ __all__ = [
     "convert",
     "correct_bias",
     "enable_fake_quant",
+    "equalize",
     "exact",
     "freeze_bn",
     "freeze_observers",
     "gptq",
+    "hybrid",
     "load",
+    "losses",
     "measure_latency",
     "parameter_groups",
     "prepare",
@@ -46,7 +60,9 @@ __all__ = [
     "reestimate_bn",
     "report",
     "save",
+    "schedules",
     "sensitivity",
     "set_bits",
+    "smoothquant",
     "unprepare",
 ]

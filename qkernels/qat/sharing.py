@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,21 @@ def find_inputs(model: nn.Module, names: Collection[str]) -> Inputs:
     shadow = shadow_of(model).eval()
     layers = {shadow.get_submodule(name): name for name in names}
     found = Inputs()
-    wanted: list[nn.Module] = [shadow]
+    for module, graph in graphs_of(shadow, layers):
+        sources = _sources(module, graph, layers)
+        found.groups += [names for names in sources.values() if len(names) > 1]
+        if module is shadow:
+            free = _free_of_weights(module, graph)
+            found.given.update(name for node, names in sources.items() if node in free for name in names)
+    return found
+
+
+def graphs_of(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    """The model with its graph, or the largest modules in it that torch.fx can trace and that hold some of the layers.
+
+    The layers are single nodes. What a forward does while it is traced, it does to the model: trace a ``shadow_of`` it.
+    """
+    wanted: list[nn.Module] = [model]
     while wanted:
         module = wanted.pop()
         if module in layers or not any(inner in layers for inner in module.modules()):
@@ -51,12 +65,7 @@ def find_inputs(model: nn.Module, names: Collection[str]) -> Inputs:
         except Exception:  # a model's forward may raise anything when traced
             wanted += reversed(list(module.children()))
             continue
-        sources = _sources(module, graph, layers)
-        found.groups += [names for names in sources.values() if len(names) > 1]
-        if module is shadow:
-            free = _free_of_weights(module, graph)
-            found.given.update(name for node, names in sources.items() if node in free for name in names)
-    return found
+        yield module, graph
 
 
 def _sources(module: nn.Module, graph: fx.Graph, layers: dict[nn.Module, str]) -> dict[fx.Node, list[str]]:
