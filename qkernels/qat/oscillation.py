@@ -162,7 +162,7 @@ class OscillationTracker:
             track.frozen |= now
         track.codes = codes
         if self.threshold is not None:
-            x.copy_(torch.where(track.frozen, values_of(quantizer, codes, scales, x.dtype), x))
+            torch.where(track.frozen, values_of(quantizer, codes, scales, x.dtype), x, out=x)
 
     def oscillating(self, threshold: float = 0.005) -> dict[str, float]:
         """The share of each tracked weight's elements that turn back more often than that (waits for the device).
