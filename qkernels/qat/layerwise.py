@@ -42,7 +42,12 @@ class Layerwise:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Any, where: str, max_batches: int | None, float_model: nn.Module | None
+        self,
+        model: nn.Module,
+        batches: Any,
+        where: str | Sequence[str],
+        max_batches: int | None,
+        float_model: nn.Module | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
@@ -54,11 +59,13 @@ class Layerwise:
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
-        held = Counter(id(weight) for layer in found.values() for weight in _weights(layer))
-        able = [
-            name for name in self.calls if _reason(found[name]) is None and held[id(next(_weights(found[name])))] == 1
+        able = [name for name in roundable(self.model) if name in self.calls]
+        patterns = (where,) if isinstance(where, str) else tuple(where)
+        self.names = [
+            name
+            for name in self.calls
+            if name in able and any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         ]
-        self.names = [name for name in able if fnmatch.fnmatchcase(name, where)]
         if not self.names:
             others = ", ".join(map(repr, able)) or "none"
             raise ValueError(f"where: got {where!r}; accepted: a glob on the layers that can be changed: {others}")
@@ -186,20 +193,21 @@ def _record(
     return iter(found)
 
 
-def _reason(layer: QATLayer) -> str | None:
-    """Why the rounding of the layer's weight cannot be changed; None: it can."""
+def roundable(model: nn.Module) -> list[str]:
+    """The layers of a prepared model whose weights can be rounded in another way than to the nearest."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QATLayer)}
+    held = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    return [name for name, layer in layers.items() if _is_roundable(layer) and held[id(layer.weight)] == 1]
+
+
+def _is_roundable(layer: QATLayer) -> bool:
+    """Whether its one product is with its own parameter, which is rounded to integers times a fixed scale."""
     if not isinstance(layer, QATLinear | QATConvolution) or type(layer).forward not in PLAIN_FORWARDS:
-        return "its product is not a plain one"
+        return False
     quantizer = layer.weight_fake_quant
     if quantizer is None or quantizer.quantizer not in ROUNDED:
-        return "its weight is not rounded to integers times a fixed scale"
-    if effective_weight(layer) is not layer._parameters.get("weight"):
-        return "its weight is computed from others"
-    return None
-
-
-def _weights(layer: QATLayer) -> Iterator[Tensor]:
-    return (p for p in layer._parameters.values() if p is not None and p.dim() > 1)
+        return False
+    return effective_weight(layer) is layer._parameters.get("weight")
 
 
 def _device(model: nn.Module) -> torch.device:
