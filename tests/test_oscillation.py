@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import qkernels as qk
-from qkernels.qat.quantized_weights import codes_of, values_of
+from qkernels.qat.quantized_weights import codes_of, rounded, scales_of, values_of
 
 GRANULARITIES = {"tensor": qk.PerTensor(), "channel": qk.PerChannel(), "group": qk.PerGroup(4)}
 
@@ -29,9 +29,11 @@ def layer(bits: int = 3, quantizer: str = "lsq", granularity: str = "channel") -
 def test_codes_stand_for_the_values_of_the_quantizer(quantizer: str, granularity: str) -> None:
     model = layer(width(quantizer, 3), quantizer, granularity).eval()
     w, quantize = model[0].weight.detach(), model[0].weight_fake_quant
-    codes, count = codes_of(quantize, w)
+    scales = scales_of(quantize, w)
+    codes, count = codes_of(quantize, w, scales)
+    assert torch.equal(rounded(quantize, w, scales), quantize(w))
     assert int(codes.max()) < count
-    assert torch.equal(values_of(quantize, w, codes), quantize(w))
+    assert torch.equal(values_of(quantize, codes, scales, w.dtype), quantize(w))
     order = codes[:1].reshape(-1).argsort(), quantize(w)[:1].detach().reshape(-1).argsort()
     if granularity != "group":  # within a scale, larger codes stand for larger values
         values = quantize(w)[:1].detach().reshape(-1)
@@ -45,7 +47,7 @@ def test_frequencies_follow_the_formula() -> None:
     w, quantize = model[0].weight, model[0].weight_fake_quant
     tracker = qk.OscillationTracker(model, momentum=momentum)
     n = w.numel()
-    code = codes_of(quantize, w)[0].reshape(-1).tolist()
+    code = codes_of(quantize, w, scales_of(quantize, w))[0].reshape(-1).tolist()
     frequency, average, last = [0.0] * n, [float(c) for c in code], [0] * n
     for _ in range(30):
         with torch.no_grad():
@@ -53,7 +55,7 @@ def test_frequencies_follow_the_formula() -> None:
         before = state_of(model)
         tracker.step()
         assert_same(state_of(model), before)  # without a threshold nothing is written
-        for i, now in enumerate(codes_of(quantize, w)[0].reshape(-1).tolist()):
+        for i, now in enumerate(codes_of(quantize, w, scales_of(quantize, w))[0].reshape(-1).tolist()):
             change = (now > code[i]) - (now < code[i])
             turned = change != 0 and change == -last[i]
             frequency[i] = momentum * turned + (1 - momentum) * frequency[i]
@@ -88,7 +90,10 @@ def test_frozen_weights_keep_their_code_while_all_else_learns(quantizer: str) ->
         if step < 20:
             assert tracker.frozen()["0.weight"] == 0
         state = tracker.state_dict()["weights"]["0.weight"]
-        frozen, codes = state["frozen"].reshape(-1), codes_of(quantize, weight)[0].reshape(-1)
+        frozen, codes = (
+            state["frozen"].reshape(-1),
+            codes_of(quantize, weight, scales_of(quantize, weight))[0].reshape(-1),
+        )
         assert torch.equal(codes[frozen], state["codes"].reshape(-1)[frozen])
         for i in frozen.nonzero().reshape(-1).tolist():
             assert held.setdefault(i, int(codes[i])) == int(codes[i])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .calibrate import unwrapped
 from .fold import eval_mode
 from .quant_loss import steps_of
-from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, values_of
+from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, scales_of, values_of
 
 FEW_BITS = 4  # at more the steps are so fine that it does not matter which of two codes a weight has
 UNORDERED = {"dorefa": "which rounds tanh of the weight", "kmeans": "whose levels are trained"}
@@ -101,10 +101,10 @@ class OscillationTracker:
             raise ValueError(f"where: got {given}; accepted: a glob on {', '.join(every)}")
         with torch.no_grad(), eval_mode(self.model):
             self._check()
-            self._tracks = {
-                name: _Track.of(codes_of(weight.quantizer, weight.value)[0], weight.quantizer.bits)
-                for name, weight in self._weights.items()
-            }
+            self._tracks = {}
+            for name, weight in self._weights.items():
+                x, quantizer = weight.value, weight.quantizer
+                self._tracks[name] = _Track.of(codes_of(quantizer, x, scales_of(quantizer, x))[0], quantizer.bits)
 
     def _check(self) -> None:
         held = [weight.value for weight in self._weights.values()]
@@ -145,23 +145,24 @@ class OscillationTracker:
 
     def _look(self, name: str, weight: QuantizedWeight, threshold: float | None) -> None:
         track, quantizer, x = self._tracks[name], weight.quantizer, weight.value
-        codes, _ = codes_of(quantizer, x)
+        scales = scales_of(quantizer, x)
+        codes, _ = codes_of(quantizer, x, scales)
         if track.bits != quantizer.bits:
             self._tracks[name] = _Track.of(codes, quantizer.bits)
             return
         codes = torch.where(track.frozen, track.codes, codes)
-        change = (codes.short() - track.codes.short()).sign_().to(torch.int8)
-        turned = (change != 0) & (change == -track.direction)
-        track.frequency.lerp_(turned.float(), self.momentum)
-        track.average.lerp_(codes.float(), self.momentum)
-        track.direction = torch.where(change != 0, change, track.direction)
+        change = (codes > track.codes).to(torch.int8).sub_((codes < track.codes).to(torch.int8))
+        turned = change * track.direction < 0
+        track.frequency.mul_(1 - self.momentum).add_(turned, alpha=self.momentum)
+        track.average.mul_(1 - self.momentum).add_(codes, alpha=self.momentum)
+        track.direction = torch.where(change == 0, track.direction, change)
         if threshold is not None:
             now = (track.frequency > threshold) & ~track.frozen
             codes = torch.where(now, track.average.round().to(torch.uint8), codes)
             track.frozen |= now
         track.codes = codes
         if self.threshold is not None:
-            x.copy_(torch.where(track.frozen, values_of(quantizer, x, codes), x))
+            torch.where(track.frozen, values_of(quantizer, codes, scales, x.dtype), x, out=x)
 
     def oscillating(self, threshold: float = 0.005) -> dict[str, float]:
         """The share of each tracked weight's elements that turn back more often than that (waits for the device).
