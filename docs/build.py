@@ -20,7 +20,8 @@ import qkernels as qk
 
 DOCS = Path(__file__).resolve().parent
 # pdoc follows __all__: qkernels, less the modules in it that are not for users, and the bridges, which are not in it.
-MODULES = ["qkernels", r"!qkernels\.(?!nn$|qat$|codebooks$|registry$|reference)", "qkernels.integrations"]
+SHOWN = r"nn$|qat$|qat\.(losses|schedules)$|codebooks$|registry$|reference"
+MODULES = ["qkernels", rf"!qkernels\.(?!{SHOWN})", "qkernels.integrations"]
 
 
 def pages() -> dict[Path, str]:

@@ -29,8 +29,10 @@ from .ops.silu_mul_quantize import silu_mul_fake_quantize_dynamic, silu_mul_quan
 from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import (
+    BitSchedule,
     QConfig,
     QSpec,
+    QuantLoss,
     adaround,
     assign,
     calibrate,
@@ -44,6 +46,7 @@ from .qat import (
     gptq,
     hybrid,
     load,
+    losses,
     measure_latency,
     parameter_groups,
     prepare,
@@ -51,6 +54,7 @@ from .qat import (
     reestimate_bn,
     report,
     save,
+    schedules,
     sensitivity,
     set_bits,
     smoothquant,
@@ -60,6 +64,7 @@ from .registry import kernels, which
 from .version import __version__ as __version__
 
 __all__ = [
+    "BitSchedule",
     "PackedInt",
     "PackedInt4",
     "PackedInt8",
@@ -70,6 +75,7 @@ __all__ = [
     "PerToken",
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "adaround",
     "assign",
     "calibrate",
@@ -106,6 +112,7 @@ __all__ = [
     "kernels",
     "library",
     "load",
+    "losses",
     "measure_latency",
     "nn",
     "observe_fake_quantize",
@@ -131,6 +138,7 @@ __all__ = [
     "rms_norm_fake_quantize_dynamic",
     "rms_norm_quantize_dynamic",
     "save",
+    "schedules",
     "sensitivity",
     "set_bits",
     "silu_mul_fake_quantize_dynamic",

@@ -31,12 +31,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
-def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> None:
+def rewrite(path: Path, held: dict[str, torch.Tensor] | None = None, /, **changes: Any) -> None:
     """Writes the file again with other tensors or another description, and with a digest that fits."""
     from qkernels.qat import model_file
 
     described = {**description_of(path), **changes}
-    held = tensors_of(path) if tensors is None else tensors
+    held = tensors_of(path) if held is None else held
     save_file(held, path, metadata={"qkernels": json.dumps({**described, "digest": "0" * 64})})
     digest = model_file._digest(path, "0" * 64)
     save_file(held, path, metadata={"qkernels": json.dumps({**described, "digest": digest})})

@@ -18,8 +18,9 @@ from conftest import ROOT
 import qkernels as qk
 
 PAGES = [page for folder in (".", "docs", "examples") for page in sorted((ROOT / folder).glob("*.md"))]
-PUBLIC = ("qkernels", "qkernels.nn", "qkernels.qat", "qkernels.codebooks", "qkernels.integrations.aten",
-          "qkernels.integrations.compressed_tensors", "qkernels.integrations.gguf")  # fmt: skip
+PUBLIC = ("qkernels", "qkernels.nn", "qkernels.qat", "qkernels.qat.losses", "qkernels.qat.schedules",
+          "qkernels.codebooks", "qkernels.integrations.aten", "qkernels.integrations.compressed_tensors",
+          "qkernels.integrations.gguf")  # fmt: skip
 
 
 def names_of(module: ModuleType) -> list[str]:

@@ -424,10 +424,10 @@ def test_what_cannot_be_traced_is_fused_in_parts() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(conv_bn(3, 4), conv_bn(4, 4))
+            self.body, self.head = nn.Sequential(conv_bn(3, 4), conv_bn(4, 4)), nn.Conv2d(4, 3, 1)
 
         def forward(self, x):
-            return self.body(x) if x.sum() > 0 else self.body(-x)
+            return self.head(self.body(x) if x.sum() > 0 else self.body(-x))
 
     _, converted = made(Branching(), images())
     assert list(fused_parts(converted)) == ["body"]

@@ -269,10 +269,10 @@ def test_inputs_of_another_shape(layer: nn.Module, x: torch.Tensor, wrong: list[
     _, model = made(nn.Sequential(layer, nn.ReLU()), (x,))
     assert fused_parts(model)
     for shape in wrong:
-        match = rf"input of Int8{type(layer).__name__}: got shape {re.escape(str(list(shape)))}; accepted: "
+        match = rf"^0 \(Int8{type(layer).__name__}\): input: got shape {re.escape(str(list(shape)))}; accepted: "
         with pytest.raises(RuntimeError, match=match):
             model(torch.randn(shape))
-    with pytest.raises(TypeError, match=f"input of Int8{type(layer).__name__}: got list; accepted: a tensor"):
+    with pytest.raises(TypeError, match=rf"^0 \(Int8{type(layer).__name__}\): input: got list; accepted: a tensor"):
         model([x])
 
 

@@ -134,7 +134,7 @@ def test_module_is_nn_linear() -> None:
     assert layer.bias is linear.bias
     assert not layer.training
     assert list(layer.state_dict()) == ["weight", "bias"]
-    assert "grad_weight=float, stochastic_rounding=True" in repr(layer)
+    assert "grad_weight=float, grad_bits=8, stochastic_rounding=True" in repr(layer)
     assert qk.nn.Int8TrainingLinear(16, 8, bias=False, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
     with pytest.raises(TypeError, match="from_float: got ReLU; accepted: Linear"):
         qk.nn.Int8TrainingLinear.from_float(nn.ReLU())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import random
 import re
 import sys
 
@@ -50,7 +53,7 @@ def test_a_file_that_is_cut_off(path):
     saved("mlp", path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for length in (0, 3, 8, 9, header // 2, header - 1, header, header + 1, len(whole) - 1):
+    for length in (*range(0, len(whole), 97), 3, 8, 9, header - 1, header, header + 1, len(whole) - 1):
         path.write_bytes(whole[:length])
         text = refused(path, mlp())
         assert "is not a whole safetensors file" in text
@@ -61,16 +64,73 @@ def test_a_file_that_is_cut_off(path):
     qk.load(path, mlp())
 
 
-def test_a_file_that_was_changed(path):
+def offsets(whole: bytes) -> dict[str, int]:
+    """Where the bytes of each tensor begin."""
+    header = int.from_bytes(whole[:8], "little")
+    entries = json.loads(whole[8 : 8 + header])
+    return {name: 8 + header + each["data_offsets"][0] for name, each in entries.items() if name != "__metadata__"}
+
+
+def test_a_byte_of_a_tensor_that_was_changed(path):
+    saved("mlp", path)
+    whole = path.read_bytes()
+    for name, place in offsets(whole).items():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert f"written: its digest differs: the tensor {name!r} has other values; accepted" in refused(path, mlp())
+
+
+def test_a_byte_of_the_header_that_was_changed(path):
     saved("mlp", path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    width = whole.index(b'weight_bits\\": 8') + len(b'weight_bits\\": ')
-    for place, byte in ((header, None), (len(whole) - 1, None), ((header + len(whole)) // 2, None), (width, b"7")):
-        changed = bytearray(whole)
-        changed[place : place + 1] = byte or bytes([changed[place] ^ 1])
-        path.write_bytes(changed)
-        assert "is not as it was written: its digest differs" in refused(path, mlp())
+    texts = {
+        b'weight_bits\\": 8': (b"7", "its digest differs: its tensors are as they were, its header is not"),
+        b'"0.bias': (b"t", "differs: the tensor '0.bias' is missing; the tensor '0.biat' was not in it; accepted"),
+        b'"0.scale":{"dtype":"F32","shape":[3': (b"4", "Error while deserializing header"),
+        b'min_reader\\": 1': (b"3", "its tensors are as they were, its header is not"),
+        b'"qkernels': (b"t", "without the description that qk.save writes"),
+    }
+    for place, (byte, text) in texts.items():
+        at = whole.rindex(place) + len(place) - 1
+        path.write_bytes(whole[:at] + byte + whole[at + 1 :])
+        assert text in refused(path, mlp())
+    for at in [*range(9), *random.Random(0).sample(range(9, header), 60)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        assert refused(path, mlp()).startswith("path: ")
+
+
+def test_tensors_that_were_changed(path):
+    saved("mlp", path)
+    tensors, description = tensors_of(path), description_of(path)
+    changes = {
+        "the tensor '0.scale' is missing; accepted": {"0.scale": None},
+        "the tensor 'more' was not in it; accepted": {"more": torch.zeros(2)},
+        "the tensor '2.bias' has shape [2, 2], and had [4]; accepted": {"2.bias": tensors["2.bias"].view(2, 2)},
+        "the tensor '2.bias' has dtype int32, and had float32": {"2.bias": tensors["2.bias"].view(torch.int32)},
+        "'2.bias' has other values; the tensor '2.scale' is missing; and 1 more;": {
+            "0.scale": None,
+            "2.scale": None,
+            "2.bias": -tensors["2.bias"],
+            "more": torch.zeros(2),
+        },
+    }
+    for text, change in changes.items():
+        held = {name: t for name, t in {**tensors, **change}.items() if t is not None}
+        save_file(held, path, metadata={"qkernels": json.dumps(description)})
+        assert text in refused(path, mlp())
+    for facts in (3, {}, dict.fromkeys(tensors, 3)):
+        save_file(tensors, path, metadata={"qkernels": json.dumps({**description, "tensors": facts})})
+        assert "is not as it was written: its digest differs: " in refused(path, mlp())
+
+
+def test_a_file_of_before_it_said_what_its_tensors_are(path):
+    model = saved("mlp", path)
+    rewrite(path, tensors=None)
+    x = rows()
+    assert torch.equal(qk.load(path, mlp())(x), model(x))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "its digest differs: it does not say what its tensors were" in refused(path, mlp())
 
 
 def test_a_newer_file(path):
@@ -88,9 +148,21 @@ def test_other_files(path, tmp_path):
         assert "has a description that cannot be read" in refused(path, mlp())
     torch.save(mlp().state_dict(), path)
     assert "is not a whole safetensors file" in refused(path, mlp())
-    for missing in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"where no file is; accepted: a file that qk.save wrote"):
-            qk.load(missing, mlp())
+    path.write_bytes(b"")
+    assert "is not a whole safetensors file" in refused(path, mlp())
+    with pytest.raises(FileNotFoundError, match=r"where no file is; accepted: a file that qk.save wrote"):
+        qk.load(tmp_path / "none.safetensors", mlp())
+    with pytest.raises(IsADirectoryError, match=r"a folder; accepted: a file that qk.save wrote"):
+        qk.load(tmp_path, mlp())
+
+
+def test_a_file_that_may_not_be_read(path, monkeypatch):
+    saved("mlp", path)
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root may read anything
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="which this process may not read"):
+        qk.load(path, mlp())
 
 
 # Models

@@ -237,10 +237,10 @@ def test_layers_that_calibration_does_not_reach_start_in_training():
     torch.testing.assert_close(prepared.auxiliary.input_fake_quant.scale, scale.detach().reshape(1))
     qk.convert(prepared.eval())
     fresh = qk.prepare(Auxiliary()).eval()
-    with pytest.raises(RuntimeError, match=r"^body\.input_fake_quant: .* has no scale yet"):
+    with pytest.raises(RuntimeError, match=r"^body \(QATLinear\): body\.input_fake_quant: .* has no scale yet"):
         fresh(x)
     fresh.train()
-    with pytest.raises(RuntimeError, match=r"^body\.input_fake_quant: got a tensor that holds NaN"):
+    with pytest.raises(RuntimeError, match=r"^body \(QATLinear\): body\.input_fake_quant: got a tensor that holds NaN"):
         fresh(torch.full((2, 4), torch.nan))
     assert fresh(torch.empty(0, 4)).shape == (0, 2)  # nothing to start from, nothing to quantize
     fresh(x)

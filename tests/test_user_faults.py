@@ -1,6 +1,8 @@
 """Faults that a user's trial of the guide found: small models, each beside the documented case."""
 
+import copy
 import dataclasses
+import re
 import warnings
 
 import pytest
@@ -140,3 +142,75 @@ def test_a_rule_leaves_a_weight_in_float_by_its_name():
     assert qk.prepare(recurrent, QConfig(input=None, rules=[("lstm.weight_*", None)]))["lstm"] is not None
     with pytest.raises(ValueError, match="layer 'lstm': a rule leaves 'weight_ih_l0' in float and not 'weight_hh_l0'"):
         qk.prepare(recurrent, QConfig(rules=[("*.weight_ih_l0", None)]))
+
+
+class Branches(nn.Module):
+    """Of each kind of layer one, some frames below the model's call."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1))
+        self.up = nn.ModuleList([nn.ConvTranspose1d(3, 4, 2)])
+        self.linear, self.table, self.gru = nn.Linear(6, 6), nn.Embedding(9, 6), nn.GRU(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2)
+
+    def forward(self, kind, x):
+        if kind == "attention":
+            return self.attention(x, x, x)
+        return self.up[0](x) if kind == "up" else getattr(self, kind)(x)
+
+
+class Pairs(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pair):
+        return self.model(*pair)
+
+
+INPUTS = {
+    "conv": torch.rand(2, 3, 5, 5),
+    "up": torch.rand(2, 3, 5),
+    "linear": torch.rand(2, 6),
+    "table": torch.tensor([[0, 8]]),
+    "gru": torch.rand(4, 2, 6),
+    "attention": torch.rand(4, 2, 6),
+}
+WRONG = [
+    ("conv", torch.rand(2, 5, 8, 8), "conv.0.0", "Conv2d", "5, 8, 8"),
+    ("conv", torch.zeros(2, 3, 8, 8, dtype=torch.int64), "conv.0.0", "Conv2d", "int64|Long"),
+    ("up", torch.rand(2, 4, 5), "up.0", "ConvTranspose1d", "2, 4, 5"),
+    ("up", torch.rand(2, 4, 5, 5), "up.0", "ConvTranspose1d", "2, 4, 5, 5"),
+    ("linear", torch.rand(2, 5), "linear", "Linear", "2, 5|2x5"),
+    ("table", torch.rand(2), "table", "Embedding", "float|Float"),
+    ("gru", torch.rand(4, 2, 5), "gru", "GRU", "6"),
+    ("gru", torch.rand(5), "gru", "GRU", "dims"),
+    ("attention", torch.rand(4, 2, 5), "attention", "Attention", "4, 2, 5"),
+]
+
+
+@pytest.fixture(scope="module")
+def stages():
+    prepared = qk.prepare(Branches())
+    qk.calibrate(prepared, list(INPUTS.items()))
+    whole, hooked = (qk.convert(prepared.eval()) for _ in range(2))
+    hooked.conv[0][0].register_forward_hook(lambda *_: None)  # layers then run one by one
+    return {"prepared": prepared, "converted": whole, "hooked": hooked, "copied": copy.deepcopy(whole)}
+
+
+@pytest.mark.parametrize("stage", ["prepared", "converted", "hooked", "copied"])
+@pytest.mark.parametrize(("kind", "x", "name", "layer", "text"), WRONG, ids=range(len(WRONG)))
+def test_an_error_says_which_layer_of_the_model_it_is_of(stages, stage, kind, x, name, layer, text):
+    """By the name in the model that was called, whatever model that is."""
+    for model, prefix in ((stages[stage], ""), (nn.Sequential(Pairs(stages[stage])), "0.model.")):
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
+            model((kind, x)) if prefix else model(kind, x)
+        place = re.escape(prefix + name)
+        assert re.match(rf"{place} \(\w*{layer}\w*\): .*({text})", str(error.value), re.DOTALL), error.value
+
+
+def test_an_error_of_a_layer_alone_says_its_class():
+    layer = qk.nn.Int8Linear.from_float(nn.Linear(3, 4))
+    with pytest.raises(RuntimeError, match=r"^Int8Linear: input: got shape \[2, 4\]; accepted: \[\.\.\., 3\]$"):
+        layer(torch.rand(2, 4))

@@ -202,7 +202,7 @@ class Int8Linear(Int8Layer):
         return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 
     def compute(self, input: Tensor) -> Tensor:
-        _check_input(self, input, -1, self.in_features, f"[..., {self.in_features}]")
+        _check_input(input, -1, self.in_features, f"[..., {self.in_features}]")
         out_dtype = self._out_dtype(input)
         if self._computes_in_float(input.dtype):
             return self.for_steps(input.dtype)(input)
@@ -348,7 +348,7 @@ class Int8Convolution(Int8Layer):
     def compute(self, input: Tensor) -> Tensor:
         rank = len(self.kernel_size)
         sizes = f"{self.in_channels}, {('L', 'H, W', 'D, H, W')[rank - 1]}]"
-        _check_input(self, input, -1 - rank, self.in_channels, f"[N, {sizes} or [{sizes}", most=rank + 2)
+        _check_input(input, -1 - rank, self.in_channels, f"[N, {sizes} or [{sizes}", most=rank + 2)
         return self.convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
@@ -454,14 +454,14 @@ class Int8Conv2d(Int8Convolution):
         return y if x.dim() == 4 else y.squeeze(0)
 
 
-def _check_input(layer: nn.Module, x: Tensor, dim: int, channels: int, accepted: str, most: int | None = None) -> None:
+def _check_input(x: Tensor, dim: int, channels: int, accepted: str, most: int | None = None) -> None:
     """Refuses an input with other channels in that dim, or with more than ``most`` dims."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"input of {type(layer).__name__}: got {type(x).__name__}; accepted: a tensor {accepted}")
+        raise TypeError(f"input: got {type(x).__name__}; accepted: a tensor {accepted}")
     checks.dense("input", x)
     if not torch.jit.is_tracing():  # sizes are tensors then
         fits = -dim <= x.dim() <= (most or x.dim()) and x.shape[dim] == channels
-        checks.require(fits, f"input of {type(layer).__name__}: got shape {list(x.shape)}; accepted: {accepted}")
+        checks.require(fits, f"input: got shape {list(x.shape)}; accepted: {accepted}")
 
 
 def suggests_channels_last(x: Tensor) -> bool:

@@ -37,6 +37,8 @@ class Int8TrainingLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         output, grad_input, grad_weight: "int8" or "float", for each of the three matrix products.
+        grad_bits: 2 to 8, the width of gradients in these products; an attribute that a loop may change
+            (``qk.BitSchedule`` does).
         stochastic_rounding: rounds gradients stochastically. The random numbers come from torch's generator, as those
             of dropout do: ``torch.manual_seed`` and activation checkpointing repeat them.
 
@@ -49,6 +51,7 @@ class Int8TrainingLinear(nn.Linear):
     """
 
     __call__ = call_as_leaf
+    grad_bits = 8  # of layers that were saved before they had one
     _kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None
 
     def __init__(
@@ -62,10 +65,11 @@ class Int8TrainingLinear(nn.Linear):
         output: str = "int8",
         grad_input: str = "int8",
         grad_weight: str = "int8",
+        grad_bits: int = 8,
         stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set(output, grad_input, grad_weight, stochastic_rounding)
+        self._set(output, grad_input, grad_weight, grad_bits, stochastic_rounding)
 
     @classmethod
     def from_float(
@@ -75,6 +79,7 @@ class Int8TrainingLinear(nn.Linear):
         output: str = "int8",
         grad_input: str = "int8",
         grad_weight: str = "int8",
+        grad_bits: int = 8,
         stochastic_rounding: bool = False,
     ) -> Int8TrainingLinear:
         """Makes a layer that shares the parameters, hooks and training mode of ``linear``."""
@@ -85,12 +90,13 @@ class Int8TrainingLinear(nn.Linear):
             key: value.copy() if isinstance(value, dict) else value for key, value in vars(linear).items()
         }
         take_hooks(layer, linear)
-        layer._set(output, grad_input, grad_weight, stochastic_rounding)
+        layer._set(output, grad_input, grad_weight, grad_bits, stochastic_rounding)
         return layer
 
-    def _set(self, output: str, grad_input: str, grad_weight: str, stochastic_rounding: bool) -> None:
+    def _set(self, output: str, grad_input: str, grad_weight: str, grad_bits: int, stochastic_rounding: bool) -> None:
         int8_training._modes(output, grad_input, grad_weight)
-        self.output, self.grad_input, self.grad_weight = output, grad_input, grad_weight
+        int8_training.check_grad_bits(grad_bits)
+        self.output, self.grad_input, self.grad_weight, self.grad_bits = output, grad_input, grad_weight, grad_bits
         self.stochastic_rounding = stochastic_rounding
         self.forget_codes()
 
@@ -105,7 +111,7 @@ class Int8TrainingLinear(nn.Linear):
         codes = self._codes() if self.training and not torch.compiler.is_compiling() else None
         return int8_training_linear(
             input, self.weight, self.bias, output=self.output, grad_input=self.grad_input,
-            grad_weight=self.grad_weight, seed=seed, offset=offset, codes=codes,
+            grad_weight=self.grad_weight, grad_bits=self.grad_bits, seed=seed, offset=offset, codes=codes,
         )  # fmt: skip
 
     def _codes(self) -> Codes | None:
@@ -141,5 +147,6 @@ class Int8TrainingLinear(nn.Linear):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, output={self.output}, grad_input={self.grad_input}, "
-            f"grad_weight={self.grad_weight}, stochastic_rounding={self.stochastic_rounding}"
+            f"grad_weight={self.grad_weight}, grad_bits={self.grad_bits}, "
+            f"stochastic_rounding={self.stochastic_rounding}"
         )

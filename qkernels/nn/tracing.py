@@ -1,7 +1,8 @@
-"""Graphs of torch.fx: each layer of this package is one node, as torch's own are; other threads run on meanwhile."""
+"""Calls of layers: one node each in graphs of torch.fx, as torch's own are; their errors name them in the model."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -43,11 +44,16 @@ class Tracer(torch.fx.Tracer):
 def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``nn.Module.__call__`` that a tracer records as one call; the default tracer would trace into the layer.
 
-    Hooks then run when the graph runs, and ``convert`` finds the layers in the graph.
+    Hooks then run when the graph runs, and ``convert`` finds the layers in the graph. An error of the call says of
+    which layer it is: "layer1.0.conv1 (Int8Conv2d): …".
     """
     first = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(first, Proxy):
-        return nn.Module.__call__(self, *args, **kwargs)
+        try:
+            return nn.Module.__call__(self, *args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            _say_where(error, self)
+            raise
     tracer: Any = first.tracer
 
     def node(*args: Any, **kwargs: Any) -> Any:
@@ -75,3 +81,30 @@ def node_of(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy:
     tracer: Any = next(value.tracer for value in (*args, *kwargs.values()) if isinstance(value, Proxy))
     name = "itself" if tracer.root is layer else tracer.path_of_module(layer)
     return tracer.create_proxy("call_module", name, args, kwargs)
+
+
+def _say_where(error: Exception, layer: nn.Module) -> None:
+    """Puts the layer's name and class in front of an error's text, if no layer inside this one has done so.
+
+    An error of another class, such as one that calibrate raises in a hook, is not about the arguments of the layer.
+    """
+    plain = type(error) in (RuntimeError, TypeError, ValueError) and [type(arg) for arg in error.args] == [str]
+    if not plain or hasattr(error, "layer"):
+        return
+    kind, name = type(layer).__name__, _name_in_what_was_called(layer)
+    error.layer = name  # type: ignore[attr-defined]
+    error.args = (f"{name} ({kind}): {error}" if name else f"{kind}: {error}",)
+
+
+def _name_in_what_was_called(layer: nn.Module) -> str:
+    """The layer's name in the outermost module whose call is running; "": the layer itself was called.
+
+    It is looked up when it is wanted, so that no layer has to remember a name, which another model may not know it by.
+    """
+    found, frame = "", sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            called: nn.Module = frame.f_locals["self"]
+            found = next((name for name, module in called.named_modules() if module is layer), found)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found

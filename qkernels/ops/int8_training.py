@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import checks, gemm_checks
 from .autograd import entered, transformed
-from .dynamic import quantize_dynamic_op
+from .dynamic import quantize_dynamic_op, range_of_bits
 from .int8_gemm import int8_mm, int8_scaled_mm
 from .quantize import dequantize_op
 from .quantize_transposed import quantize_transposed_op
@@ -45,8 +45,8 @@ def _product(
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _rows(x: Tensor) -> Codes:
-    q, scale, _ = quantize_dynamic_op(x, -1, -QUANT_MAX, QUANT_MAX, True)
+def _rows(x: Tensor, quant_max: int = QUANT_MAX) -> Codes:
+    q, scale, _ = quantize_dynamic_op(x, -1, -quant_max, quant_max, True)
     return q, scale, None, None
 
 
@@ -67,7 +67,7 @@ def _output(x: Tensor, w: Tensor, bias: Tensor | None, codes: Codes, x_codes: Co
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-Numbers = tuple[int | None, int, Tensor | None]
+Numbers = tuple[int, int | None, int, Tensor | None]  # of the output's gradient: largest code, seed, offset twice
 
 
 def _kept(
@@ -102,10 +102,10 @@ def _gradients(
     needs_x, needs_w, needs_bias = needs
     _, grad_input, grad_weight = int8
     q = scale = q_t = scale_t = dx = dw = dbias = None
-    if (needs_w and grad_weight) or (needs_x and grad_input and numbers[0] is not None):
-        q, scale, q_t, scale_t = quantize_transposed_op(grad, QUANT_MAX, *numbers)
+    if (needs_w and grad_weight) or (needs_x and grad_input and numbers[1] is not None):
+        q, scale, q_t, scale_t = quantize_transposed_op(grad, *numbers)
     elif needs_x and grad_input:
-        q, scale, _, _ = _rows(grad)
+        q, scale, _, _ = _rows(grad, numbers[0])
     if needs_x and grad_input:
         dx = _product(q, w, scale, w_scale, None, grad.dtype)
     elif needs_x:
@@ -127,11 +127,11 @@ class _Int8TrainingLinear(Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, q: Tensor | None, scale: Tensor | None,
         q_t: Tensor | None, scale_t: Tensor | None, int8: tuple[bool, bool, bool], keep_x: bool, keep_w: bool,
-        seed: int | None, offset: int, offset_tensor: Tensor | None,
+        quant_max: int, seed: int | None, offset: int, offset_tensor: Tensor | None,
     ) -> Tensor:  # fmt: skip
         codes, x_codes = (q, scale, q_t, scale_t), _codes_of_input(x, int8, keep_x)
         ctx.save_for_backward(*_kept(x, w, codes, x_codes, int8, keep_x, keep_w), offset_tensor)
-        ctx.int8, ctx.numbers = int8, (seed, offset)
+        ctx.int8, ctx.numbers = int8, (quant_max, seed, offset)
         ctx.dtypes = w.dtype, None if bias is None else bias.dtype
         return _output(x, w, bias, codes if int8[0] else NONE, x_codes if int8[0] else NONE)
 
@@ -142,7 +142,7 @@ class _Int8TrainingLinear(Function):
         *kept, offset_tensor = ctx.saved_tensors
         numbers = (*ctx.numbers, offset_tensor)
         gradients = _gradients(grad, kept, ctx.int8, numbers, ctx.needs_input_grad[:3], ctx.dtypes)
-        return *gradients, None, None, None, None, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None, None, None, None, None
 
 
 class _FirstDerivatives(Function):
@@ -174,8 +174,8 @@ class _InTransforms(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, int8: tuple[bool, bool, bool], seed: int | None, offset: int,
-        offset_tensor: Tensor | None,
+        x: Tensor, w: Tensor, bias: Tensor | None, int8: tuple[bool, bool, bool], quant_max: int, seed: int | None,
+        offset: int, offset_tensor: Tensor | None,
     ) -> Tensor:  # fmt: skip
         return _output(x, w, bias, weight_codes(w, int8[0], False), _rows(x) if int8[0] else NONE)
 
@@ -192,7 +192,7 @@ class _InTransforms(Function):
         codes, x_codes = weight_codes(w, *ctx.int8[:2]), _codes_of_input(x, ctx.int8, True)
         kept, numbers = _kept(x, w, codes, x_codes, ctx.int8, True, True), (*ctx.numbers, offset_tensor)
         gradients = _gradients(grad, kept, ctx.int8, numbers, ctx.needs_input_grad[:3], ctx.dtypes)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -216,6 +216,7 @@ def int8_training_linear(
     output: str = "int8",
     grad_input: str = "int8",
     grad_weight: str = "int8",
+    grad_bits: int = 8,
     seed: int | None = None,
     offset: int | Tensor = 0,
     codes: Codes | None = None,
@@ -235,6 +236,8 @@ def int8_training_linear(
             takes the dequantized values behind the output. So output="int8", grad_input="float", grad_weight="float" is
             W8A8 quantization-aware training: up to the rounding of float sums, the output is that of
             ``fake_quantize_dynamic`` on x and w, and gradients pass straight through.
+        grad_bits: 2 to 8, the width of the output's gradient in the products that are int8: its codes are
+            −(2**(bits−1)−1) … 2**(bits−1)−1.
         seed, offset: seed=None rounds gradients to nearest. Else rounding is stochastic, as in ``quantize_stochastic``,
             so that gradients are right on average; the same numbers give the same bits. An offset tensor must not
             change before the backward pass.
@@ -252,23 +255,24 @@ def int8_training_linear(
 
     Raises:
         RuntimeError: an argument's dtype, device or shape does not fit; the message names it.
-        ValueError: output, grad_input or grad_weight is another string.
+        ValueError: output, grad_input or grad_weight is another string, or grad_bits another number.
     """
     int8 = _modes(output, grad_input, grad_weight)
+    check_grad_bits(grad_bits)
     _check(x, w, bias, int8, codes)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    shape = x.shape
+    shape, quant_max = x.shape, range_of_bits(grad_bits)[1]
     x = x.reshape(math.prod(shape[:-1]), shape[-1])
     if transformed():
-        numbers = (None, 0, None) if seed is None else seed_and_offset(seed, offset)
+        numbers = (quant_max, *((None, 0, None) if seed is None else seed_and_offset(seed, offset)))
         return _InTransforms.apply(x, w, bias, int8, *numbers).reshape(*shape[:-1], w.shape[0])
     grad = torch.is_grad_enabled()
     keep_x, keep_w = grad and w.requires_grad, grad and x.requires_grad
     w_codes: Codes = codes or weight_codes(w, int8[0], int8[1] and keep_w)
     if keep_x or keep_w or (grad and bias is not None and bias.requires_grad):
-        numbers = (None, 0, None) if seed is None else seed_and_offset(seed, offset)
+        numbers = (quant_max, *((None, 0, None) if seed is None else seed_and_offset(seed, offset)))
         y = _linear(x, w, bias, *w_codes, int8, keep_x, keep_w, *numbers)
     else:
         y = _output(x, w, bias, w_codes if int8[0] else NONE, _rows(x) if int8[0] else NONE)
@@ -280,6 +284,11 @@ def _modes(output: str, grad_input: str, grad_weight: str) -> tuple[bool, bool, 
         if mode not in ("int8", "float"):
             raise ValueError(f"{name}: got {mode!r}; accepted: int8, float")
     return output == "int8", grad_input == "int8", grad_weight == "int8"
+
+
+def check_grad_bits(grad_bits: int) -> None:
+    if not 2 <= grad_bits <= 8:
+        raise ValueError(f"grad_bits: got {grad_bits}; accepted: 2 to 8")
 
 
 def _check(

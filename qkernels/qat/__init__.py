@@ -1,9 +1,11 @@
 """The thin QAT layer: QSpec and QConfig, prepare, calibrate, switches for training, convert, unprepare, report."""
 
+from . import losses, schedules
 from .adaround import adaround
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
+from .bit_schedule import BitSchedule
 from .calibrate import calibrate
 from .config import QConfig
 from .convert import convert
@@ -14,6 +16,7 @@ from .hybrid import Hybrid, hybrid
 from .latency import measure_latency
 from .prepare import prepare
 from .presets import presets
+from .quant_loss import QuantLoss
 from .report import Report, report
 from .saving import load, save
 from .sensitivity import sensitivity
@@ -25,9 +28,11 @@ from .unprepare import unprepare
 
 __all__ = [
     "Assignment",
+    "BitSchedule",
     "Hybrid",
     "QConfig",
     "QSpec",
+    "QuantLoss",
     "Report",
     "Sensitivity",
     "SensitivityRow",
@@ -45,6 +50,7 @@ __all__ = [
     "gptq",
     "hybrid",
     "load",
+    "losses",
     "measure_latency",
     "parameter_groups",
     "prepare",
@@ -52,6 +58,7 @@ __all__ = [
     "reestimate_bn",
     "report",
     "save",
+    "schedules",
     "sensitivity",
     "set_bits",
     "smoothquant",

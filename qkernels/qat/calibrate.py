@@ -199,7 +199,7 @@ def run_batches(
     A batch without elements is skipped. what: the text of the progress bar; "": there is none.
     """
     check_batches(batches)
-    runs = _inside(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
+    runs = unwrapped(model)  # DistributedDataParallel would send the buffers to ranks that may have no batch
     given = -1  # not known, also where the iterable's class declares a length and then refuses it
     with contextlib.suppress(NotImplementedError):
         given = operator.length_hint(batches, -1)
@@ -360,7 +360,7 @@ def _arguments(model: nn.Module, batch: Any, name: str) -> tuple[tuple[Any, ...]
     return tuple(batch), {}
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model without wrappers that pass all arguments on, and without torch.compile."""
     inside: Any = model
     while True:
@@ -374,7 +374,7 @@ def _inside(model: nn.Module) -> nn.Module:
 
 def _positional(model: nn.Module) -> float:
     """How many arguments the model takes by position."""
-    parameters = inspect.signature(_inside(model).forward).parameters.values()
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -387,12 +387,17 @@ def quantizers_replaced(model: nn.Module, fn: Callable[[FakeQuantize, Tensor], T
     own = {quantizer: vars(quantizer)["forward"] for quantizer in quantizers if "forward" in vars(quantizer)}
     for quantizer in quantizers:
         quantizer.forward = lambda x, quantizer=quantizer: fn(quantizer, x)  # type: ignore[method-assign, misc]
-    compiles = "torch._dynamo" in sys.modules  # who compiles has imported it; to import it takes a second
     try:
-        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+        with uncompiled():
             yield
     finally:
         for quantizer in quantizers:
             del quantizer.forward
         for quantizer, forward in own.items():
             quantizer.forward = forward  # type: ignore[method-assign]
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what torch.compile compiled runs as it was before."""
+    compiles = "torch._dynamo" in sys.modules  # who compiles has imported it; to import it takes a second
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()  # type: ignore[no-any-return]

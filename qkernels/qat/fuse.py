@@ -23,7 +23,7 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .graph import Graph, LayerTracer, overwritten, writes
+from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
@@ -37,8 +37,8 @@ class FusedForward:
     It stands in the module's ``forward`` attribute, so that the tree of modules, their names, hooks and state_dict stay
     as they are. The module's own forward runs instead where a program would not do the same: if a module is in training
     mode, or one inside has hooks; for inputs that are not plain fp32 CPU tensors; under autocast or a transform of
-    torch.func; and while torch.fx or torch.jit traces. Gradients are those of the module's own forward, which the
-    backward pass runs again.
+    torch.func; while torch.fx or torch.jit traces; and, where an argument is overwritten, for gradients. Gradients are
+    those of the module's own forward, which the backward pass runs again.
 
     Attributes:
         reason: why there is no program; None: there is one.
@@ -74,7 +74,8 @@ class FusedForward:
                 built = _Built(self.module, self._cautious)
             except Exception as error:  # a module's forward may raise anything when traced
                 first = next(iter(str(error).splitlines()), "")[:120]
-                reason = first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+                named = isinstance(error, NotImplementedError)
+                reason = first if named else f"torch.fx cannot trace its forward ({type(error).__name__}: {first})"
             self._built, self.reason = built, reason
             self._state = state  # at last, as other threads look at it first
 
@@ -121,9 +122,9 @@ class FusedForward:
     def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
         if not self._wants_gradient(args) or torch.compiler.is_exporting():
             return built.run(*args)
-        return (
-            self._own(*args) if torch.compiler.is_compiling() else _with_gradient(self._own, built, args, self.module)
-        )
+        if torch.compiler.is_compiling() or built.overwritten:  # the backward pass would run on what was overwritten
+            return self._own(*args)
+        return _with_gradient(self._own, built, args, self.module)
 
     def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
         assert self._state is not None
@@ -219,7 +220,7 @@ class _Built:
     def __init__(self, module: nn.Module, cautious: bool) -> None:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
-            raise NotImplementedError("its forward takes any number of arguments")
+            raise NotImplementedError("its forward takes arguments by *args, **kwargs or by name alone")
         concrete = {p.name: p.default for p in parameters if p.default is not p.empty}
         graph = Graph(module, concrete, cautious)
         self.parts = parts_of(graph)
@@ -234,11 +235,16 @@ class _Built:
             None if node not in read else 0 if rank is None else rank + 2
             for node, rank in zip(places, ranks, strict=True)
         ]
+        self.overwritten = [i for i, node in enumerate(places) if node in graph.copies.values()]
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
     def takes(self, args: tuple[Any, ...]) -> bool:
-        return len(args) == len(self.dims) and all(
-            dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(args, self.dims, strict=True)
+        return (
+            len(args) == len(self.dims)
+            and all(
+                dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(args, self.dims, strict=True)
+            )
+            and all(isinstance(args[i], Tensor) and _is_alone(args[i], args) for i in self.overwritten)
         )
 
 
@@ -303,6 +309,14 @@ class _Recomputed(Function):
         return (None, None, None, None, *gradients)
 
 
+def _is_alone(x: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether no other tensor among the arguments has its memory; a graph of torch.compile cannot ask."""
+    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    if len(tensors) == 1 or torch.compiler.is_compiling():
+        return len(tensors) == 1
+    return sum(t.untyped_storage()._cdata == x.untyped_storage()._cdata for t in tensors) == 1
+
+
 def _is_plain(x: Any) -> bool:
     kind = type(x) is Tensor or isinstance(x, FakeTensor) or type(x) is nn.Parameter
     return kind and x.dtype is torch.float32 and x.device.type == "cpu" and x.layout is torch.strided and x.dim() >= 2
@@ -326,7 +340,7 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
     waiters: dict[int, list[fx.Node | Part]] = {}
     for unit in units:
         sources = unit.all_input_nodes if isinstance(unit, fx.Node) else unit.inputs
-        if isinstance(unit, fx.Node) and writes(unit, graph.root):  # what reads the tensor before, does so before
+        if isinstance(unit, fx.Node) and graph.overwrites(unit):  # what reads the tensor before, does so before
             readers = chain.from_iterable(node.users for node in overwritten(unit, graph.root))
             sources = [*sources, *(user for user in readers if order[user] < order[unit] and user in kept)]
         needed = {id(part_of.get(source, source)) for source in sources}
@@ -346,7 +360,10 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
         elif unit.op == "get_attr":
             made[unit] = new.call_function(_getter(graph, str(unit.target)))
         else:
-            made[unit] = new.node_copy(unit, lambda node: made[node])
+            given = dict(made)
+            if (argument := graph.argument_overwritten_by(unit)) is not None:
+                given[argument] = new.call_method("clone", (made[argument],))
+            made[unit] = new.node_copy(unit, given.__getitem__)
         for other in waiters.get(id(unit), ()):
             waiting[id(other)] -= 1
             if not waiting[id(other)]:
@@ -394,13 +411,16 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfused(model: nn.Module) -> dict[str, str]:
-    """The modules of a converted model with two integer layers or more that cannot be traced, and why, by name."""
-    return {
-        name: fused.reason
-        for name, fused in _tried(model)
-        if fused.reason not in (None, NOTHING)
-        and sum(isinstance(m, QuantizedLayer) for m in fused.module.modules()) > 1
-    }
+    """The modules of a converted model that cannot be traced, though more than one layer or program runs in them."""
+    tried = list(_tried(model))
+    programs = {fused.module for _, fused in tried if fused.reason is None}
+    inside = {layer for module in programs for layer in module.modules()} - programs
+    found = {}
+    for name, fused in tried:
+        runs = {m for m in fused.module.modules() if m in programs or isinstance(m, QuantizedLayer)} - inside
+        if fused.reason not in (None, NOTHING) and len(runs) > 1:
+            found[name] = str(fused.reason)
+    return found
 
 
 def _tried(module: nn.Module, name: str = "") -> Iterator[tuple[str, FusedForward]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,10 +31,38 @@ ANY_RANK = (
 )  # they also take [..., C] with any number of dims in front
 
 
+# What makes numbers of a tensor.
+SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item")
+IN_PLACE = {  # operators that overwrite a tensor, and those that make a number of a number
+    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in (*("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+                 *("and", "or", "xor", "lshift", "rshift"))
+}  # fmt: skip
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it does. fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was."""
+
+
+def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        function = IN_PLACE[in_place] if _is_number(self.node) else in_place
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _operator in IN_PLACE:
+    setattr(_Proxy, f"__{_operator.__name__}__", _recorder(_operator))
+
+
 class LayerTracer(Tracer):
     """Layers of this package are single nodes, and buffers are read when the graph runs, as parameters are."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
@@ -54,12 +82,13 @@ class Graph:
         points: nodes whose spatial sizes are all 1.
         read: nodes whose results are used when the operations run as such.
         constants: tensors that the forward makes of nothing that it is given, by the names in the graph.
+        copies: nodes at the end that overwrite arguments, and these.
     """
 
     def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
         self.root, self._cautious = root, cautious
         self.graph, self.constants = _traced(root, concrete)
-        _without_writes(self.graph, root)
+        self.copies = _without_writes(self.graph, root)
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
             operation = self._operation(node)
@@ -94,6 +123,15 @@ class Graph:
         """Whether the node runs even if nobody reads its result."""
         kept = node.op in ("output", "placeholder") or (node.op == "call_function" and node.is_impure())
         return kept or writes(node, self.root)
+
+    def argument_overwritten_by(self, node: fx.Node) -> fx.Node | None:
+        """The argument that the node, run as such, would overwrite before the end."""
+        target = node.args[0] if node not in self.copies and writes(node, self.root) else None
+        return target if isinstance(target, fx.Node) and target.op == "placeholder" else None
+
+    def overwrites(self, node: fx.Node) -> bool:
+        """Whether the node overwrites a tensor when it runs: an argument only at the end."""
+        return writes(node, self.root) and self.argument_overwritten_by(node) is None
 
     def sources_of(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose results the node reads: an operation may reach through others, such as a transposition."""
@@ -263,31 +301,53 @@ def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _without_writes(graph: fx.Graph, root: nn.Module) -> None:
+def _without_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
     """Lets what reads a tensor after an operation has overwritten it read that operation's result.
 
+    An argument is overwritten for the caller too, by a copy at the end of the graph, when no program can refuse any
+    more. What returns the argument then returns it.
+
+    Returns:
+        The copies, and the arguments that they write to.
+
     Raises:
-        NotImplementedError: an operation overwrites an argument, which the caller may read later; a view of a tensor
-            that is read later; or a tensor that it gets as ``out``.
+        NotImplementedError: an operation overwrites a view of an argument; a tensor that is read later through a view
+            that was made before; or a tensor that it gets as ``out``.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.kwargs.get("out") is not None:
             raise NotImplementedError(f"{node.name} writes to a tensor that it gets as out")
-        if not writes(node, root):
+        if not writes(node, root) or not isinstance(node.args[0], fx.Node):
             continue
-        target = node.args[0]
-        if not isinstance(target, fx.Node):
-            continue
-        sources = overwritten(node, root)
-        if sources[-1].op == "placeholder":
-            raise NotImplementedError(f"{node.name} overwrites the argument {sources[-1].name}")
-        for source in sources[1:]:
+        target, *of = overwritten(node, root)
+        whole = of[-1] if of else target
+        if of and whole.op == "placeholder":
+            raise NotImplementedError(f"{node.name} overwrites a part of the argument {whole.name}")
+        for source in (*of, *_views_of(whole, root) - {target}):
             if any(order[user] > order[node] for user in source.users):
-                raise NotImplementedError(f"{node.name} overwrites a part of {source.name}, which is read later")
+                raise NotImplementedError(f"{node.name} overwrites what {source.name} shows, which is read later")
+        argument = next((each for each, value in last.items() if value is target), target)
+        if argument.op == "placeholder":
+            last[argument] = node
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
+    end = next(node for node in graph.nodes if node.op == "output")
+    copies = {}
+    for argument, value in last.items():
+        with graph.inserting_before(end):
+            copy = graph.call_method("copy_", (argument, value))
+        end.replace_input_with(value, copy)
+        copies[copy] = argument
+    return copies
+
+
+def _views_of(tensor: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The nodes whose results are views of a tensor."""
+    views = {user for user in tensor.users if user.args[:1] == (tensor,) and _is_view(user, root)}
+    return views.union(*(_views_of(view, root) for view in views))
 
 
 def overwritten(node: fx.Node, root: nn.Module) -> list[fx.Node]:
@@ -310,9 +370,25 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        in_place = node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv)
-        return in_place or name.endswith("_") or _is_asked_to_write(node)
+        if getattr(node.target, "__module__", "") == operator.add.__module__:
+            return node.target in IN_PLACE  # operator.and_ writes nothing
+        return name.endswith("_") or _is_asked_to_write(node)
     return False
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a node's result is a size, or another number, which nothing can overwrite."""
+    if not isinstance(value, fx.Node):
+        return True
+    if value.op == "call_method":
+        return value.target in SIZES
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    if value.target is operator.getitem:
+        return _is_number(value.args[0])
+    return getattr(value.target, "__module__", "") == operator.add.__module__ and all(map(_is_number, value.args))
 
 
 def _is_asked_to_write(node: fx.Node) -> bool:
@@ -337,6 +413,8 @@ def _is_view(node: fx.Node, root: nn.Module) -> bool:
         *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     )
+    if _is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
+        return False
     if node.op == "call_module":
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         return isinstance(root.get_submodule(str(node.target)), kinds) if str(node.target) != "itself" else False

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KEY = "qkernels"  # of the description among the file's metadata
@@ -33,11 +35,14 @@ def write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -
     Args:
         tensors: contiguous, on the CPU, no two in one memory.
         description: JSON values. The file's has ``format``, ``min_reader`` (the oldest format whose readers understand
-            it) and ``digest`` as well: SHA-256 of the whole file with zeros in the digest's place.
+            it) and ``digest`` as well: SHA-256 of the whole file with zeros in the digest's place. ``tensors`` says
+            what each tensor was, so that a reader can name one that was changed.
     """
     package = safetensors()
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    text = json.dumps({"format": FORMAT, "min_reader": FORMAT, "digest": _UNSIGNED, **description})
+    written = {name: _facts(t) for name, t in tensors.items()}
+    own = {"format": FORMAT, "min_reader": FORMAT, "digest": _UNSIGNED, "tensors": written}
+    text = json.dumps({**own, **description})
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.touch()
@@ -64,12 +69,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors, which are views of the file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError, PermissionError: no file that can be read.
         ValueError: not a whole file of ``write``, one of a newer version, or one that was changed.
     """
     package = safetensors()
+    if path.is_dir():
+        raise IsADirectoryError(f"path: got {str(path)!r}, a folder; accepted: a file that qk.save wrote")
     if not path.is_file():
         raise FileNotFoundError(f"path: got {str(path)!r}, where no file is; accepted: a file that qk.save wrote")
+    if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+        raise PermissionError(f"path: got {str(path)!r}, which this process may not read; accepted: a file that it may")
     try:
         with package.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -87,24 +96,69 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         description = json.loads(text)
-        oldest, digest = int(description["min_reader"]), str(description["digest"])
+        format, oldest, digest = int(description["format"]), int(description["min_reader"]), str(description["digest"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"path: {str(path)!r} has a description that cannot be read ({type(error).__name__}: {error}); accepted: "
             "a file as qk.save wrote it"
         ) from error
-    if oldest > FORMAT:
+    if FORMAT < oldest <= format:
         raise ValueError(
-            f"path: {str(path)!r} has format {description.get('format')}, written by qkernels "
+            f"path: {str(path)!r} has format {format}, written by qkernels "
             f"{description.get('version')}; accepted by this version: formats up to {FORMAT}, so install that one or a "
             "later one"
         )
     if _digest(path, digest) != digest:
         raise ValueError(
-            f"path: {str(path)!r} is not as it was written: its digest differs; accepted: a file that nothing has "
+            f"path: {str(path)!r} is not as it was written: its digest differs: "
+            f"{first_of(list(_changes(description.get('tensors'), tensors)))}; accepted: a file that nothing has "
             "changed, so copy it again or save it again"
         )
     return description, tensors
+
+
+def first_of(differences: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
+
+
+def _facts(t: Tensor) -> dict[str, Any]:
+    values: Any = t.detach().reshape(-1).view(torch.uint8).numpy()
+    return {
+        "dtype": str(t.dtype).removeprefix("torch."),
+        "shape": list(t.shape),
+        "digest": hashlib.sha256(values).hexdigest()[:16],  # against damage; against intent there is the file's
+    }
+
+
+def _changes(written: Any, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What of a file whose digest differs is not as it was written."""
+    if not isinstance(written, dict):
+        yield "it does not say what its tensors were, as older files do not"
+        return
+    unchanged = True
+    for name in dict.fromkeys((*written, *tensors)):
+        if name not in tensors:
+            yield f"the tensor {name!r} is missing"
+        elif name not in written:
+            yield f"the tensor {name!r} was not in it"
+        elif (fact := _first_that_differs(_facts(tensors[name]), written[name])) is not None:
+            yield f"the tensor {name!r} {fact}"
+        else:
+            continue
+        unchanged = False
+    if unchanged:
+        yield "its tensors are as they were, its header is not"
+
+
+def _first_that_differs(facts: dict[str, Any], written: Any) -> str | None:
+    if not isinstance(written, dict):
+        return "has no facts that can be read"
+    for key, here in facts.items():
+        if here != written.get(key):
+            return "has other values" if key == "digest" else f"has {key} {here}, and had {written.get(key)}"
+    return None
 
 
 def _header(path: Path) -> bytes:

@@ -24,6 +24,7 @@ from .config_json import granularity_of
 from .convert import BURNT_IN, identity_for, own_names
 from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
 from .equal_ranges import send_ranges
+from .model_file import first_of
 from .prepare import FUSED_PATHS, SWITCHED_OFF
 from .states import check_state
 
@@ -70,10 +71,8 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
 
 
 def refuse(differences: list[str]) -> None:
-    named = 3
     if differences:
-        more = f"; and {len(differences) - named} more" if len(differences) > named else ""
-        raise OtherModelError("; ".join(differences[:named]) + more)
+        raise OtherModelError(first_of(differences))
 
 
 def _unknown_layers(found: Description) -> Iterator[str]:

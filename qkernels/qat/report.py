@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +23,14 @@ from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from .adapters import Adapters, find_adapters
-from .calibrate import call, quantizers_replaced
+from .calibrate import quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .fuse import fused_parts, unfused
 from .integer_convolution import times
 from .measures import clipped_share, sqnr
-from .prepare import FUSED_PATHS
+from .recorded import Record, off_fused_paths, submodule
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
@@ -163,7 +162,7 @@ def report(
     folded = {
         conv: norm
         for conv, norm in float_folds.items()
-        if conv in layers and not isinstance(_submodule(model, norm), BatchNorm)
+        if conv in layers and not isinstance(submodule(model, norm), BatchNorm)
     }
     readers, adapters = find_weight_readers(model), find_adapters(model)
     rows, notes = [], {}
@@ -173,7 +172,7 @@ def report(
             row, note = _row(name, layer), _note(name, layer, readers, adapters)
             parts = _on_integers(layer)
             if parts and float_model is not None:
-                weight = _float_weight(_submodule(float_model, name))
+                weight = _float_weight(submodule(float_model, name))
                 if weight is not None:
                     if name in folded:
                         factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
@@ -182,6 +181,7 @@ def report(
             rows.append(row)
             if note:
                 notes[name] = note
+    notes.update({**_weights_of_two_quantizers(layers), **notes})
     notes.update({name: f"BatchNorm stays a float layer: {reason}" for name, reason in folds.kept.items()})
     if example is not None:
         _run_example(model, example, float_model, layers, folded, rows, notes)
@@ -193,7 +193,11 @@ def report(
         except ValueError as error:  # somebody changed layers after prepare
             notes[""] = f"sizes are those of the float model, as this one does not convert: {error}"
     for name, reason in unfused(stored).items():
-        notes.setdefault(name, f"its layers hand floats to each other: {reason}")
+        notes.setdefault(
+            name,
+            f"its layers hand floats to each other: {reason}; a module inside that torch.fx can trace, such as an "
+            "nn.Sequential of them, hands on codes",
+        )
     for name, fused in fused_parts(stored).items():
         if fused.refused is not None:
             notes.setdefault(name, f"its own forward ran, layer by layer, as a program refused a call: {fused.refused}")
@@ -281,6 +285,14 @@ def _input_quantizer(layer: QATLayer) -> FakeQuantize | None:
     return layer.quantizer_of("input") or next(found, None)
 
 
+def _has_one_scale(layer: nn.Module) -> bool:
+    """Whether a fixed scale quantizes the input of every call."""
+    if parts := _on_integers(layer):
+        return getattr(parts[0], "input_scale", None) is not None
+    quantizer = _input_quantizer(layer) if isinstance(layer, QATLayer) else None
+    return quantizer is not None and quantizer.quantizer != "dynamic"
+
+
 def _clipped_weights(weight: Tensor, quantizer: FakeQuantize) -> float:
     _, scale, zero_point = quantizer.quantize(weight)
     return clipped_share(weight, scale, zero_point, quantizer.quant_min, quantizer.quant_max)
@@ -309,6 +321,21 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders, adapters: Adapter
         reason = float_reason(name, layer, cls, readers)[0] or "no rule or default of the config selects it"
         return f"weight stays float: {reason}"
     return f"weight stays float: {unsupported(layer)}"
+
+
+def _weights_of_two_quantizers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Notes on layers whose weight an earlier one has too, under another quantizer."""
+    first: dict[int, tuple[str, int]] = {}
+    notes = {}
+    for name, layer in layers.items():
+        for parameter, quantizer in layer.quantized_weights() if isinstance(layer, QATLayer) else ():
+            other, known = first.setdefault(id(getattr(layer, parameter, None)), (name, id(quantizer)))
+            if known != id(quantizer):
+                notes[name] = (
+                    f"its {parameter} is also that of {other!r}, under another quantizer, so the file holds codes of "
+                    "both; the same spec for both makes them one"
+                )
+    return notes
 
 
 def _converted(model: nn.Module) -> nn.Module:
@@ -378,24 +405,32 @@ def _run_example(
     rows: list[LayerRow],
     notes: dict[str, str],
 ) -> None:
+    same = {name: name for name in layers}
     with eval_mode(model):
-        inputs, outputs, called = _record(model, example, {name: name for name in layers})
+        record = Record(model, example, same)
         references: dict[str, Tensor] = {}
         if float_model is not None:
-            with eval_mode(float_model), _unfused(float_model):
-                _, references, _ = _record(float_model, example, {name: folded.get(name, name) for name in layers})
+            with eval_mode(float_model), off_fused_paths(float_model):
+                references = Record(float_model, example, {name: folded.get(name, name) for name in layers}).outputs
         elif any(isinstance(layer, QATLayer) for layer in layers.values()):
             with quantizers_replaced(model, lambda quantizer, x: x):
-                _, references, _ = _record(model, example, {name: name for name in layers})
+                references = Record(model, example, same).outputs
     for row in rows:
         layer = layers[row.name]
-        if row.name in references and row.name in outputs:
-            row.output_sqnr = sqnr(references[row.name], outputs[row.name])
-        if row.name not in called and _is_quantized(layer):
+        if row.name in references and row.name in record.outputs:
+            row.output_sqnr = sqnr(references[row.name], record.outputs[row.name])
+        if row.name not in record.called and _is_quantized(layer):
             notes.setdefault(row.name, "nothing called it on the example: what reads its weight gets it in float")
-        if row.name not in inputs:
+        if row.name not in record.inputs:
             continue
-        x = inputs[row.name]
+        x, factor = record.inputs[row.name], record.factor(row.name)
+        if _has_one_scale(layer) and factor > 2:
+            notes.setdefault(
+                row.name,
+                f"one scale serves its {len(record.called[row.name])} calls, whose inputs differ by a factor of "
+                f"{factor:.1f}; a layer for each call with the same weight (second.weight = first.weight, before "
+                "prepare) has a scale for each",
+            )
         if parts := _on_integers(layer):
             first = parts[0]
             scale = getattr(first, "input_scale", None)
@@ -407,76 +442,9 @@ def _run_example(
                 row.input_clipped = clipped_share(x, *quantizer.qparams(), quantizer.quant_min, quantizer.quant_max)
 
 
-@contextlib.contextmanager
-def _unfused(model: nn.Module) -> Iterator[None]:
-    """Keeps torch's Transformer modules off their fused paths, where layers get nested tensors, or are not called."""
-    fused = [
-        (module, name, getattr(module, name))
-        for module in model.modules()
-        for kind, name in FUSED_PATHS.items()
-        if isinstance(module, kind)
-    ]
-    try:
-        for module, name, value in fused:
-            setattr(module, name, type(value)(0))
-        yield
-    finally:
-        for module, name, value in fused:
-            setattr(module, name, value)
-
-
-def _record(
-    model: nn.Module, example: Any, modules: dict[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """First floating input and output of the modules (row name -> module name), and the names of those called."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    called: set[str] = set()
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name in called:
-                return
-            called.add(name)
-            for values, found in (((args, kwargs), inputs), (output, outputs)):
-                tensor = _first_tensor(values)
-                if tensor is not None:
-                    found[name] = tensor.detach()
-
-        return hook
-
-    handles = []
-    for name, target in modules.items():
-        module = _submodule(model, target)
-        if module is not None:
-            handles.append(module.register_forward_hook(hook_of(name), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs, outputs, called
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    """The first floating tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return None
-    return next((tensor for item in value if (tensor := _first_tensor(item)) is not None), None)
-
-
 def _eval(quantizer: FakeQuantize, x: Tensor) -> Tensor:
     with eval_mode(quantizer), torch.no_grad():
         return quantizer(x)
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules(remove_duplicate=False)).get(name)
 
 
 def _cell(value: float | None, spec: str, missing: str = "–") -> str:

@@ -29,8 +29,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file holds the tensors of ``model.state_dict()`` under their names, tensors that are one in the model once, and
     in its metadata, as JSON under ``qkernels``, all that tells the model from the float one: the class, geometry,
     widths and granularities of its layers, their quantizers, folded BatchNorms, which tensors are shared, the version
-    of the format, and a digest. It holds no code, so to load it runs none. The file is written beside ``path``, and
-    renamed when it is whole: a file that was there before stays until then.
+    of the format, and digests of the whole and of each tensor. It holds no code, so to load it runs none. The file is
+    written beside ``path``, and renamed when it is whole: a file that was there before stays until then.
 
     Whether a model trains, and hooks, are not saved.
 
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a file that is cut off, changed, of a newer version, or not of ``save``; or another model. The text
             names the modules or tensors that differ, and what to do.
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError, PermissionError: no file that can be read.
         ImportError: the safetensors package is not installed.
     """
     if not isinstance(model, nn.Module):

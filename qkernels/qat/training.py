@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,20 +54,22 @@ def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
         ValueError: the model has no quantizers, or lazy layers that have not run yet.
     """
     check_shapes(model)
+    quantizers = set(quantizers_of(model).values())
     if frozen:
-        _follow_weights(model)
-    for quantizer in quantizers_of(model).values():
+        _follow_weights(model, quantizers)
+    for quantizer in quantizers:
         quantizer.enable_observer(not frozen)
 
 
 @torch.no_grad()
-def _follow_weights(model: nn.Module) -> None:
+def _follow_weights(model: nn.Module, quantizers: Collection[FakeQuantize]) -> None:
     """Takes the present range of each followed weight, which may have changed since a forward pass in training mode."""
     with eval_mode(model):
         for layer in model.modules():
             if isinstance(layer, QATLayer):
                 for name, quantizer in layer.quantized_weights():
-                    quantizer.follow(effective_weight(layer, name))
+                    if quantizer in quantizers:
+                        quantizer.follow(effective_weight(layer, name))
 
 
 def enable_fake_quant(
@@ -118,12 +121,25 @@ def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
     if not chosen:
         raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
     check_type("bits", bits, int, "2 to 8")
-    for name, quantizer in chosen.items():  # before any changes: the way back would lose what is rounded or forgotten
+    check_widths(chosen, dict.fromkeys(chosen, bits))
+    change_widths(model, dict.fromkeys(chosen.values(), bits))
+    return list(chosen)
+
+
+def check_widths(quantizers: Mapping[str, FakeQuantize], widths: Mapping[str, int]) -> None:
+    """Raises ValueError if a quantizer does not take its width, before any changes.
+
+    The way back would lose what is rounded or forgotten.
+    """
+    for name, quantizer in quantizers.items():
         try:
-            quantizer.check_width(bits)
+            quantizer.check_width(widths[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    _follow_weights(model)
-    for quantizer in dict.fromkeys(chosen.values()):
+
+
+def change_widths(model: nn.Module, widths: Mapping[FakeQuantize, int]) -> None:
+    """Gives quantizers of the model widths that they take."""
+    _follow_weights(model, widths.keys())
+    for quantizer, bits in widths.items():
         quantizer.set_bits(bits)
-    return list(chosen)

@@ -1,0 +1,147 @@
+"""BitSchedule: widths of weights, activations and gradients that follow the step."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8_training import Int8TrainingLinear
+from .calibrate import check_shapes, unwrapped
+from .quant_loss import steps_of
+from .schedules import ByStep, check_bits
+from .training import change_widths, check_widths
+
+Width = int | ByStep | Callable[[int], int]
+GRADIENT = "grad"
+
+
+class BitSchedule:
+    """Gives quantizers of a prepared model, and gradients of int8 training layers, the widths of each step.
+
+    ```
+    schedule = qk.BitSchedule(prepared, {"*": qk.schedules.cyclic(3, 8, period=500), "head.*": 8})
+    for x, target in batches:
+        ...
+        optimizer.step()
+        schedule.step()
+    ```
+
+    The model gets the widths of step 0 at once. ``step``, called after a step of the optimizer, gives it those of the
+    next. A width that does not change costs nothing; one that does goes by ``qk.set_bits``: the range stays, so
+    scale' = scale·steps/steps' (steps: the codes on the longer side of zero), and so do log_scale and an optimizer's
+    state. Above 4 bits a weight's range is again that of its values, whatever was clipped before. Nothing of a
+    tensor's size is allocated, and scales stay where they are in memory. Compiled code compiles once for each width,
+    or combination of widths, that it meets (see ``torch._dynamo.config.recompile_limit``): eager code never.
+
+    Args:
+        model: from ``prepare``, or any that holds ``qk.nn.Int8TrainingLinear``.
+        widths: by a glob on names, the width: a number, a function of the step, or one of ``qk.schedules``, which may
+            differ by name. Names are those of quantizers, such as ``"layer1.0.weight_fake_quant"`` or
+            ``"*input_fake_quant"``, and ``"<layer>.grad"`` for the gradients of an ``Int8TrainingLinear``. The last
+            glob that matches a name decides; what none matches keeps its width.
+
+    Raises:
+        ValueError: a glob that matches nothing, a width other than 2 to 8 or that a quantizer does not take (the text
+            names both), lazy layers that have not run yet, or nothing to schedule. The model then stays as it was. What
+            a function of the user's returns is looked at when its step comes.
+        TypeError: model is not a module, or a width is neither a number nor a function.
+    """
+
+    def __init__(self, model: nn.Module, widths: Mapping[str, Width]) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        self.model = unwrapped(model)
+        check_shapes(self.model)
+        self._quantizers, self._layers = _targets_of(self.model)
+        self.steps = 0  # how often ``step`` was called
+        names = [*self._quantizers, *self._layers]
+        if not names:
+            raise ValueError("model: got one without quantizers or Int8TrainingLinear; accepted: one with some")
+        if not isinstance(widths, Mapping) or not widths:
+            raise TypeError(f"widths: got {widths!r}; accepted: a dict of globs on names and their widths")
+        self._widths: dict[str, Width] = {}
+        for glob, width in widths.items():
+            found = fnmatch.filter(names, glob)
+            if not found:
+                raise ValueError(f"widths: {glob!r} matches nothing; there are {', '.join(names)}")
+            self._widths.update(dict.fromkeys(found, width))
+        for name, width in self._widths.items():
+            if isinstance(width, ByStep) or not callable(width):  # what a user's function returns is not known yet
+                for bits in width.every if isinstance(width, ByStep) else (width,):
+                    self._check(name, bits)
+        self._apply(0)
+
+    def _check(self, name: str, bits: int) -> None:
+        check_bits(name, bits)
+        if name in self._quantizers:
+            check_widths({name: self._quantizers[name]}, {name: bits})
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """The present widths of all that is scheduled, by name."""
+        return {name: self._bits_of(name) for name in self._widths}
+
+    def _bits_of(self, name: str) -> int:
+        return self._quantizers[name].bits if name in self._quantizers else self._layers[name].grad_bits
+
+    def step(self) -> dict[str, int]:
+        """Goes on by one step, after one of the optimizer's.
+
+        Returns:
+            The names whose width changed, with the new widths.
+
+        Raises:
+            ValueError, TypeError: a function of the user's returned what its quantizer does not take; the text names
+                both. Model and step then stay as they were.
+        """
+        changed = self._apply(self.steps + 1)
+        self.steps += 1
+        return changed
+
+    def _apply(self, step: int) -> dict[str, int]:
+        wanted = {name: _at(width, step, name) for name, width in self._widths.items()}
+        changed = {name: bits for name, bits in wanted.items() if bits != self._bits_of(name)}
+        for name, bits in changed.items():
+            self._check(name, bits)
+        quantizers = {name: self._quantizers[name] for name in changed if name in self._quantizers}
+        if quantizers:
+            change_widths(self.model, {quantizer: changed[name] for name, quantizer in quantizers.items()})
+        for name in changed.keys() - quantizers.keys():
+            self._layers[name].grad_bits = changed[name]
+        return changed
+
+    def state_dict(self) -> dict[str, int]:
+        """The step, to go on from in a resumed run; it raises nothing."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the step of a ``state_dict``, and gives the model its widths.
+
+        A model's state loads into a model of its widths: load the schedule's first.
+
+        Raises:
+            ValueError: state holds no number of steps; or as ``step``.
+        """
+        steps = steps_of(state)
+        self._apply(steps)
+        self.steps = steps
+
+
+def _targets_of(model: nn.Module) -> tuple[dict[str, FakeQuantize], dict[str, Int8TrainingLinear]]:
+    quantizers, layers = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantize):
+            quantizers[name] = module
+        elif isinstance(module, Int8TrainingLinear):
+            layers[f"{name}.{GRADIENT}".removeprefix(".")] = module
+    return quantizers, layers
+
+
+def _at(width: Width, step: int, name: str) -> int:
+    bits = width(step, name) if isinstance(width, ByStep) else width(step) if callable(width) else width
+    check_bits(f"{name}, at step {step}", bits)
+    return bits

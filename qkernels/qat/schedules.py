@@ -1,0 +1,142 @@
+"""Widths by the step, for ``qk.BitSchedule``: each function here makes one.
+
+A width is a function of the step, or of the step and the name of what it is for, that returns 2 to 8. These also say
+which widths they will ever return, so that a schedule can refuse one that a quantizer does not take before training.
+"""
+
+from __future__ import annotations
+
+import math
+import random as generator
+from collections.abc import Callable, Mapping
+
+from .spec import check_type
+
+__all__ = ["ByStep", "cosine", "cyclic", "progressive", "random", "steps"]
+
+
+class ByStep:
+    """A width as a function of the step and the name, and every width that it returns.
+
+    Args:
+        function: (step, name) -> bits.
+        every: all that it may return.
+    """
+
+    def __init__(self, function: Callable[[int, str], int], every: tuple[int, ...]) -> None:
+        self.function, self.every = function, every
+
+    def __call__(self, step: int, name: str = "") -> int:
+        return self.function(step, name)
+
+
+def cyclic(low: int, high: int, *, period: int) -> ByStep:
+    """From low to high by half a cosine, and again from low (cyclic precision training, arXiv 2101.09868, equation 1).
+
+    The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout.
+
+    Args:
+        low, high: the ends of a cycle, 2 to 8.
+        period: how many steps a cycle takes.
+
+    Raises:
+        ValueError, TypeError: low, high or period is out of range or no int.
+    """
+    _check_ends("low", low, "high", high)
+    _check_count("period", period)
+    return ByStep(
+        lambda step, _: round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2),
+        _between(low, high),
+    )
+
+
+def cosine(start: int, end: int, *, steps: int) -> ByStep:
+    """From start to end by half a cosine over so many steps, and end from there on.
+
+    Args:
+        start, end: 2 to 8.
+        steps: how many it takes.
+
+    Raises:
+        ValueError, TypeError: start, end or steps is out of range or no int.
+    """
+    _check_ends("start", start, "end", end)
+    _check_count("steps", steps)
+    return ByStep(
+        lambda step, _: round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2),
+        _between(start, end),
+    )
+
+
+def progressive(start: int, end: int, *, steps: int) -> ByStep:
+    """From start to end bit by bit, each for an equal share of the steps, and end from there on.
+
+    Args:
+        start, end: 2 to 8.
+        steps: how many all widths together take, end's share included.
+
+    Raises:
+        ValueError, TypeError: start, end or steps is out of range or no int.
+    """
+    _check_ends("start", start, "end", end)
+    _check_count("steps", steps)
+    stages = range(start, end - 1, -1) if start > end else range(start, end + 1)
+    return ByStep(lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)], _between(start, end))
+
+
+def steps(widths: Mapping[int, int]) -> ByStep:
+    """Given widths from given steps on: ``steps({0: 8, 1000: 6, 2000: 4})``.
+
+    Args:
+        widths: the width from each step on; one is from step 0.
+
+    Raises:
+        ValueError, TypeError: a width or step is out of range or no int, or none is for step 0.
+    """
+    for at, bits in widths.items():
+        check_type("step", at, int, "a whole number of at least 0")
+        check_bits(f"the width from step {at} on", bits)
+    if 0 not in widths or min(widths) < 0:
+        raise ValueError(f"widths: got steps {sorted(widths)}; accepted: 0, and others above it")
+    starts = dict(sorted(widths.items()))
+    return ByStep(lambda step, _: starts[max(at for at in starts if at <= step)], tuple(sorted(set(starts.values()))))
+
+
+def random(low: int, high: int, *, seed: int = 0) -> ByStep:
+    """At each step another width for each name, drawn evenly: for models that are to run at several widths.
+
+    A draw depends on seed, step and name alone, so that a resumed run and all processes draw alike.
+
+    Args:
+        low, high: the smallest and the largest width, 2 to 8.
+        seed: another one gives other draws.
+
+    Raises:
+        ValueError, TypeError: low or high is out of range or no int.
+    """
+    _check_ends("low", low, "high", high)
+    every = _between(low, high)
+    return ByStep(lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every), every)
+
+
+def check_bits(name: str, bits: object) -> None:
+    check_type(name, bits, int, "2 to 8")
+    if not 2 <= bits <= 8:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {bits}; accepted: 2 to 8")
+
+
+def _check_ends(first: str, one: int, second: str, other: int) -> None:
+    check_bits(first, one)
+    check_bits(second, other)
+    if first == "low" and one > other:
+        raise ValueError(f"low: got {one} with high={other}; accepted: at most high")
+
+
+def _check_count(name: str, count: int) -> None:
+    check_type(name, count, int, "a whole number of at least 1")
+    if count < 1:
+        raise ValueError(f"{name}: got {count}; accepted: a whole number of at least 1")
+
+
+def _between(one: int, other: int) -> tuple[int, ...]:
+    return tuple(range(min(one, other), max(one, other) + 1))
