@@ -51,6 +51,25 @@ int64_t read_avx512(const char* data, int64_t bytes) {
 QK_TARGET_END
 #endif
 
+#ifdef QK_HAS_AMX
+double dots_amx() {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.rows[t] = 16;
+    config.row_bytes[t] = 64;
+  }
+  tile_config(config);
+  for (int64_t round = 0; round < kRounds; ++round) {
+    tile_dot<0, 4, 6>();
+    tile_dot<1, 4, 7>();
+    tile_dot<2, 5, 6>();
+    tile_dot<3, 5, 7>();
+  }
+  tile_release();
+  return 4 * 2.0 * 16 * 16 * 64 * kRounds;
+}
+#endif
+
 double dots_scalar() {
   int32_t sums[8] = {};
   for (int64_t round = 0; round < kRounds; ++round)
@@ -81,7 +100,12 @@ extern "C" double dot_ceiling(int path, double seconds) {
   double ops = 0, start = seconds_now(), now = start;
   while (now < start + seconds) {
 #if defined(__x86_64__)
-    ops += isa >= Isa::avx512vnni ? dots_avx512vnni() : isa >= Isa::avx2 ? dots_avx2() : dots_scalar();
+#ifdef QK_HAS_AMX
+    if (isa >= Isa::amx)
+      ops += dots_amx();
+    else
+#endif
+      ops += isa >= Isa::avx512vnni ? dots_avx512vnni() : isa >= Isa::avx2 ? dots_avx2() : dots_scalar();
 #else
     (void)isa;
     ops += dots_scalar();

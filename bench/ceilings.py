@@ -30,7 +30,8 @@ def compiled() -> ctypes.CDLL | None:
     if compiler is None or qk.library.host is None:
         return None
     source = ROOT / "bench" / "ceilings.cpp"
-    digest = hashlib.sha256(source.read_bytes() + (ROOT / "csrc/cpu/common/isa.h").read_bytes()).hexdigest()[:16]
+    sources = [source, *(ROOT / "csrc/cpu/common" / name for name in ("isa.h", "amx.h"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     built = ROOT / "build" / f"ceilings-{digest}.so"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)

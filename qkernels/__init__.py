@@ -30,6 +30,7 @@ from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import (
     BitSchedule,
+    OscillationTracker,
     QConfig,
     QSpec,
     QuantLoss,
@@ -65,6 +66,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "BitSchedule",
+    "OscillationTracker",
     "PackedInt",
     "PackedInt4",
     "PackedInt8",

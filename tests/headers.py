@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CPU = ROOT / "csrc" / "cpu"
-PATHS = ("scalar", "avx2", "avx512", "avx512vnni")  # as csrc/cpu/common/isa.h numbers them
+PATHS = ("scalar", "avx2", "avx512", "avx512vnni")  # as csrc/cpu/common/isa.h numbers those that are compiled
 FLAGS = ["-std=c++17", "-fsyntax-only", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-I{ROOT / 'csrc'}", "-isystem", str(Path(torch.__file__).parent / "include")]
 PARTS = {"foreach_isa.h", "end_of_path.h"}  # they surround what they compile
@@ -24,6 +24,8 @@ PARTS = {"foreach_isa.h", "end_of_path.h"}  # they surround what they compile
 
 def paths_of(header: Path) -> list[str]:
     """The paths that compile a header, the scalar one first."""
+    if header.stem == "amx":  # the path that has the code of another one
+        return ["avx512vnni"]
     if header.stem in PATHS:
         return [header.stem]
     return [

@@ -25,6 +25,7 @@ SHAPES = [
     (16, 64, 130),
     (17, 5, 3),
     (31, 65, 257),
+    (37, 70, 270),  # 3 blocks of 13 rows, of which the last two overlap, and tiles of 56 codes that end beyond K
     (64, 96, 200),
     (9, 200, 101),  # packed 4 panels and then 3 at once, 64, 32 and 5 k
     (2, 130, 300),

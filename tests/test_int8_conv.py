@@ -128,6 +128,42 @@ def test_random_transposed_convolutions(kernel: str, seed: int) -> None:
     check(plan, *inputs, kernel=kernel, threads=draw.choice((1, 2)))
 
 
+# Channels, the image, and the geometry: what fills matrix tiles of 16 pixels with 64 codes each, and what does not.
+TILES: dict[str, tuple[int, int, tuple[int, int], dict[str, Any]]] = {
+    "rows of 7, two to a tile": (64, 70, (9, 7), {"padding": (0, 1, 1)}),
+    "rows of 15 and 16 pixels": (32, 16, (5, 31), {"padding": (0, 1, 1)}),
+    "a last tile that ends early": (64, 33, (3, 23), {"padding": (0, 1, 1)}),
+    "runs that no tile divides": (68, 33, (7, 16), {"padding": (0, 1, 1), "stride": (1, 2, 2)}),
+    "one run for each tap": (36, 48, (9, 20), {"padding": (0, 2, 2), "dilation": (1, 2, 2)}),
+    "groups in halves of a panel": (64, 64, (6, 14), {"padding": (0, 1, 1), "groups": 16}),
+    "groups of many channels": (96, 80, (6, 14), {"padding": (0, 1, 1), "groups": 2}),
+    "one long row": (264, 40, (5, 5), {"kernel": (1, 1, 1)}),
+    "strided pixels": (129, 40, (9, 9), {"kernel": (1, 1, 1), "stride": (1, 2, 2)}),
+}
+
+
+@pytest.mark.parametrize("epilogue", ["codes", "residual"])
+@pytest.mark.parametrize("case", TILES)
+def test_whole_tiles(kernel: str, case: str, epilogue: str) -> None:
+    c_in, c_out, size, geometry = TILES[case]
+    plan = Plan()
+    x, q, out = plan.input(), plan.quantizer(0.03, 3), plan.quantizer(0.05, -7)
+    conv = plan.conv(
+        plan.quantize(x, q),
+        c_in,
+        c_out,
+        geometry.get("kernel", (1, 3, 3)),
+        **{key: value for key, value in geometry.items() if key != "kernel"},
+    )
+    inputs = [torch.randn(2, c_in, 1, *size)]
+    if epilogue == "codes":
+        plan.output(plan.move("dequantize", plan.codes("conv", out, first="relu", **conv), "f"))
+    else:
+        plain = plan.floats("conv", **conv)
+        plan.output(plan.floats("conv", first="hardswish", residual=plain, **conv))
+    check(plan, *inputs, kernel=kernel)
+
+
 @pytest.mark.parametrize("zero_point", [-128, 127])
 def test_sums_beyond_int32(kernel: str, zero_point: int) -> None:
     """Of a K so large that the codes' sum fits int32, but not what the zero point adds to it."""

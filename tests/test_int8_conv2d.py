@@ -198,6 +198,7 @@ def test_opcheck() -> None:
 
 def test_kernels_are_listed() -> None:
     assert [kernel.name for kernel in registry.kernels("int8_conv2d")] == [
+        "cpu_amx",
         "cpu_avx512vnni",
         "cpu_avx2",
         "cpu_scalar",

@@ -186,7 +186,7 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_listed(op: str) -> None:
     expected = (
-        ("cpu_avx512vnni", "cpu_avx2", "cpu_scalar", "reference")
+        ("cpu_amx", "cpu_avx512vnni", "cpu_avx2", "cpu_scalar", "reference")
         if op != "int8_unpack"
         else ("cpu_scalar", "reference")
     )

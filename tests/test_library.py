@@ -16,7 +16,7 @@ from conftest import ROOT, run_python
 from sampling import in_turn
 
 import qkernels as qk
-from qkernels import __main__, info, loading, registry, selfcheck
+from qkernels import __main__, info, library, loading, registry, selfcheck
 from qkernels.registry import Kernel
 
 # Prints what is missing, the warnings that two calls of two ops gave, and whether the values are right.
@@ -158,13 +158,30 @@ print(qk.library.host.active_isa(), *(name for name, reason in qk.which("int8_mm
         assert done.stdout.startswith(f"{isa} cpu_{'avx2' if isa == 'avx512' else isa} "), done.stderr
 
 
-@pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx", "avx512vnni2"])
+@pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx2", "avx512vnni2"])
 def test_cpu_isa_that_does_not_exist(wanted: str) -> None:
     done = run_python("import qkernels", QKERNELS_CPU_ISA=wanted)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(
         f"ValueError: QKERNELS_CPU_ISA: isa: got '{wanted}'; this CPU runs scalar"
     )
+
+
+@pytest.mark.skipif(library.isa_missing("amx") is not None, reason="this CPU has no AMX, or Linux refuses it")
+def test_no_tiles_where_linux_refuses_them() -> None:
+    """As where a thread has a stack for signals that is too small for their state."""
+    code = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+import torch, qkernels as qk
+a = torch.ones(40, 64, dtype=torch.int8)
+print(qk.library.host.supported_isa(), qk.int8_mm(a, a.t()).unique().tolist(), qk.library.host.last_isa())
+"""
+    done = run_python(code)
+    assert done.stdout == "avx512vnni [64] avx512vnni\n", done.stderr
 
 
 def test_import_is_light() -> None:

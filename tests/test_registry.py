@@ -130,7 +130,7 @@ def forward(x: torch.Tensor) -> str | None:
 
 def test_use_kernel_refuses_on_entry_a_path_that_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qk.library.host, "supported_isa", lambda: "avx2")
-    for isa in ("avx512", "avx512vnni"):
+    for isa in ("avx512", "avx512vnni", "amx"):
         with (
             pytest.raises(RuntimeError, match=f"use_kernel: cannot run cpu_{isa}: this CPU has no {isa}"),
             qk.use_kernel(f"cpu_{isa}"),

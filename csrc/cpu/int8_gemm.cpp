@@ -9,6 +9,8 @@
 namespace qkernels {
 namespace {
 
+constexpr int64_t kLine = 64;  // where weights begin at other addresses, every load of them touches two cache lines
+
 void multiply_packed(const Int8Kernels& kernels, const uint8_t* rows, int64_t row_stride, int64_t m, int64_t n,
                      int64_t k, const int8_t* data, const PanelOutput& output) {
   const int64_t n_panels = panels(n);
@@ -57,14 +59,15 @@ void multiply_matrices(const Int8Kernels& kernels, const Tensor& a, const Tensor
       // Where k is contiguous, one panel already reads whole cache lines.
       const int64_t at_once = b_k == 1 ? 1 : std::min<int64_t>(kPackedPanels, end - begin);
       alignas(64) int32_t colsum[kPackedPanels * kPanel];
-      std::unique_ptr<int8_t[]> packed(new int8_t[static_cast<size_t>(at_once * panel_bytes(k))]);
+      std::unique_ptr<int8_t[]> memory(new int8_t[static_cast<size_t>(at_once * panel_bytes(k) + kLine)]);
+      int8_t* packed = memory.get() + (kLine - reinterpret_cast<uintptr_t>(memory.get()) % kLine);
       for (int64_t panel = begin; panel < end; panel += at_once) {
         const int64_t count = std::min(at_once, end - panel), channels = std::min(n - panel * kPanel, count * kPanel);
-        kernels.pack_panels(b_data + panel * kPanel * b_n, b_n, b_k, channels, k, packed.get(), colsum);
+        kernels.pack_panels(b_data + panel * kPanel * b_n, b_n, b_k, channels, k, packed, colsum);
         for (int64_t i = 0; i < count; ++i) {
           PanelOutput o = at(output, first, (panel + i) * kPanel);
           o.colsum = colsum + i * kPanel;
-          kernels.multiply(rows, stride, height, packed.get() + i * panel_bytes(k), k, o);
+          kernels.multiply(rows, stride, height, packed + i * panel_bytes(k), k, o);
         }
       }
     });
@@ -157,17 +160,6 @@ std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
                           packed + p * panel_bytes(k), sums + p * kPanel);
   });
   return {data, colsum};
-}
-
-void check_packed(const Tensor& data, int64_t n, int64_t k) {
-  check_cpu("data", data);
-  QK_CHECK(data.scalar_type() == ScalarType::Char, "data: got ", dtype_name(data.scalar_type()),
-           "; accepted: torch.int8");
-  QK_CHECK(data.dim() == 4 && data.size(0) == panels(n) && data.size(1) == k_groups(k) && data.size(2) == kPanel &&
-               data.size(3) == 4,
-           "data: got shape ", shape_of(data), "; accepted: what int8_pack gives for N = ", n, " and K = ", k, ", [",
-           panels(n), ", ", k_groups(k), ", ", kPanel, ", 4]");
-  QK_CHECK(data.is_contiguous(), "data: got strided memory; accepted: contiguous");
 }
 
 Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {

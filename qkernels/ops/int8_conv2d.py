@@ -91,7 +91,7 @@ _int8_conv2d = library.define(
     "SymInt groups, bool channels_last=True) -> Tensor",
     reference.int8_conv2d,
     _fake_conv2d,
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_int8_conv2d_samples,
 )
 int8_conv_pack = library.define(

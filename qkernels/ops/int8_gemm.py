@@ -25,7 +25,7 @@ from .frozen import (
     wants_gradient,
 )
 
-_define = partial(library.define, cpu=("avx512vnni", "avx2", "scalar"))
+_define = partial(library.define, cpu=("amx", "avx512vnni", "avx2", "scalar"))
 
 
 def _int8_mm_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -14,6 +14,7 @@ from .exact import exact
 from .gptq import gptq
 from .hybrid import Hybrid, hybrid
 from .latency import measure_latency
+from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
@@ -30,6 +31,7 @@ __all__ = [
     "Assignment",
     "BitSchedule",
     "Hybrid",
+    "OscillationTracker",
     "QConfig",
     "QSpec",
     "QuantLoss",

@@ -12,7 +12,8 @@ from ..nn.codebook_quantizers import CodebookQuantizer
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.ranges import is_sharded, per_element
-from ..ops.codebook import quantize_codebook
+from ..ops.codebook import dequantize_codebook, quantize_codebook
+from ..ops.quantize import dequantize
 from .calibrate import check_shapes, quantizers_of
 
 
@@ -68,12 +69,25 @@ def codes_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
+def values_of(quantizer: FakeQuantize, x: Tensor, codes: Tensor) -> Tensor:
+    """The levels that codes, as ``codes_of`` counts them, stand for where the weight is x; in x's shape and dtype."""
+    scale, zero_point = _qparams(quantizer, x)
+    if isinstance(quantizer, CodebookQuantizer):
+        return dequantize_codebook(codes, scale, quantizer.levels.detach(), dtype=x.dtype)
+    return dequantize((codes + quantizer.quant_min % 256).view(torch.int8), scale, zero_point, dtype=x.dtype)
+
+
+@torch.no_grad()
 def ends_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and the highest level for the weight x, in a shape that broadcasts with x."""
+    scale, zero_point = (None if t is None else per_element(t, x) for t in _qparams(quantizer, x))
+    assert scale is not None
     if isinstance(quantizer, CodebookQuantizer):
-        scale = per_element(quantizer.qparams(x)[0], x)
         levels = quantizer.levels.detach()
         return levels.amin() * scale, levels.amax() * scale
-    qparams = quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)
-    scale, zero = per_element(qparams[0], x), 0 if qparams[1] is None else per_element(qparams[1], x)
+    zero = 0 if zero_point is None else zero_point
     return (quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale
+
+
+def _qparams(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, with_forward_of
@@ -57,6 +58,9 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
     for name in found["folded"]:
         norm = model.get_submodule(name)
         model = _put(model, names[norm], identity_for(norm))
+    for module in model.modules():
+        if isinstance(module, Int8Stateful):
+            module.pack_for_steps()
     build.tie(model)
     _switch_off(model, found["switched_off"])
     if found["prepared"]:
@@ -325,9 +329,9 @@ def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:
     return dict(zip(PROJECTIONS, made, strict=True))
 
 
-def _products(layer: nn.RNNBase) -> dict[str, Any]:
+def _products(layer: nn.Module) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for name in (name for names in layer._all_weights for name in names if name.startswith("weight")):
+    for name in weight_names(layer):
         n, k = layer._parameters[name].shape  # type: ignore[union-attr]
         bias = layer._parameters.get(name.replace("weight", "bias")) is not None
         made[name.removeprefix("weight_")] = nn.Linear(k, n, bias, dtype=layer._parameters[name].dtype)  # type: ignore[union-attr]

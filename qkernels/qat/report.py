@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Convolution, Int8Linear
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import IntegerMultiheadAttention
-from ..nn.integer_embedding import Int4Embedding, Int8Embedding
+from ..nn.integer_embedding import IntegerEmbedding
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
@@ -34,7 +34,7 @@ from .recorded import Record, off_fused_paths, submodule
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, Int4Embedding, Int8Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, IntegerEmbedding)
 
 
 @dataclass
@@ -242,7 +242,7 @@ def _on_integers(layer: nn.Module | None) -> Sequence[Any]:
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
     """The layers on integers that a converted layer consists of, by their names in it."""
-    return layer.parts if isinstance(layer, IntegerMultiheadAttention | Int8Recurrent) else {}
+    return layer.parts if isinstance(layer, IntegerMultiheadAttention | Int8Stateful) else {}
 
 
 def _float_weight(layer: nn.Module | None) -> Tensor | None:
@@ -250,8 +250,8 @@ def _float_weight(layer: nn.Module | None) -> Tensor | None:
     names: Sequence[str] = ("weight",)
     if isinstance(layer, nn.MultiheadAttention):
         names = projection_weights(layer)
-    elif isinstance(layer, nn.RNNBase):
-        names = [name for names in layer._all_weights for name in names if name.startswith("weight")]
+    elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        names = weight_names(layer)
     if layer is None or not isinstance(getattr(layer, names[0], None), Tensor):
         return None
     weights = [effective_weight(layer, name).detach().float() for name in names]

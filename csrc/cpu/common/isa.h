@@ -7,10 +7,13 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/common/amx.h"
+
 namespace qkernels {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
-constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
+// amx is the avx512vnni path, whose code is not compiled once more, with the products of int8_gemm/amx.h.
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, amx = 4 };
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "amx"};
 
 struct IsaState {
   std::atomic<int> active;  // the highest path that kernels may take
@@ -24,7 +27,8 @@ inline Isa supported_isa() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+  return amx_allowed() ? Isa::amx : Isa::avx512vnni;
 #else
   return Isa::scalar;
 #endif

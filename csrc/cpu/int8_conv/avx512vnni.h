@@ -101,40 +101,61 @@ void conv_tile(const TileInput& in, const int8_t* weights, const int32_t* start,
   });
 }
 
-// Codes straight from the sums, where the results are finite and the activation only clamps them: 9 instructions
-// for 16.
+// Codes straight from the sums of a panel's channels, where the results are finite and the activation only clamps them:
+// 9 instructions for 16.
+class CodesOfSums {
+ public:
+  CodesOfSums(const PanelValues& panel, const ClampedCodes& to)
+      : panel_(panel),
+        in_scale_(_mm512_set1_ps(to.in_scale)),
+        inverse_(_mm512_set1_ps(to.inverse)),
+        most_(_mm512_set1_ps(1e9f)),
+        zero_point_(_mm512_set1_epi16(to.zero_point)),
+        low_(_mm512_set1_epi8(static_cast<char>(to.low))),
+        high_(_mm512_set1_epi8(static_cast<char>(to.high))),
+        order_(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)),
+        inside_(to.inside) {}
+
+  // Of one pixel, as words.
+  QK_INLINE __m512i words(__m512i first, __m512i second) const {
+    return _mm512_adds_epi16(_mm512_packs_epi32(steps(first, 0), steps(second, 16)), zero_point_);
+  }
+  // Of two pixels, one behind the other, as bytes.
+  QK_INLINE __m512i bytes(__m512i first, __m512i second) const {
+    const __m512i codes = _mm512_permutexvar_epi32(order_, _mm512_packus_epi16(first, second));
+    return _mm512_min_epu8(_mm512_max_epu8(codes, low_), high_);
+  }
+  QK_INLINE void store(__m256i codes, uint8_t* pixel) const { _mm256_mask_storeu_epi8(pixel, inside_, codes); }
+
+ private:
+  QK_INLINE __m512i steps(__m512i sum, int at) const {
+    __m512 v = _mm512_cvtepi32_ps(sum);
+    v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_load_ps(panel_.scale + at)), in_scale_);
+    v = _mm512_add_ps(v, _mm512_load_ps(panel_.bias + at));
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(v, inverse_), most_));
+  }
+
+  const PanelValues& panel_;
+  __m512 in_scale_, inverse_;
+  __m512 most_;  // more would not fit into int32, and means the highest code too
+  __m512i zero_point_, low_, high_;
+  __m512i order_;  // packing two pixels leaves 4 channels of each half of each pixel in every 128 bits
+  __mmask32 inside_;
+};
+
 template <int H, int Segments>
 void conv_tile_codes(const TileInput& in, const int8_t* weights, const PanelValues& panel, const ClampedCodes& to) {
   multiply_tile<H, Segments>(
       in, weights, panel.start, [&](__m512i(&acc)[H * Segments][2]) __attribute__((always_inline)) {
         constexpr int kPixels = H * Segments;
-        const __m512 in_scale = _mm512_set1_ps(to.in_scale), inverse = _mm512_set1_ps(to.inverse);
-        const __m512 most = _mm512_set1_ps(1e9f);  // more would not fit into int32, and means the highest code too
-        const __m512i zero_point = _mm512_set1_epi16(to.zero_point), low = _mm512_set1_epi8(static_cast<char>(to.low)),
-                      high = _mm512_set1_epi8(static_cast<char>(to.high));
-        // Packing two pixels leaves 4 channels of each half of each pixel in every 128 bits.
-        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const __mmask32 inside = to.inside;
-        const auto steps = [&](__m512i sum, int h) __attribute__((always_inline)) {
-          __m512 v = _mm512_cvtepi32_ps(sum);
-          v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_load_ps(panel.scale + h * 16)), in_scale);
-          v = _mm512_add_ps(v, _mm512_load_ps(panel.bias + h * 16));
-          return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(v, inverse), most));
-        };
-        const auto words = [&](auto i) __attribute__((always_inline)) {
-          constexpr int kPixel = decltype(i)::value;
-          return _mm512_adds_epi16(_mm512_packs_epi32(steps(acc[kPixel][0], 0), steps(acc[kPixel][1], 1)), zero_point);
-        };
+        const CodesOfSums of(panel, to);
         for_each_pixel(std::make_index_sequence<(kPixels + 1) / 2>(), [&](auto pair) __attribute__((always_inline)) {
           constexpr int kFirst = 2 * decltype(pair)::value, kSecond = std::min(kFirst + 1, kPixels - 1);
-          const __m512i first = words(std::integral_constant<int, kFirst>());
-          const __m512i second = words(std::integral_constant<int, kSecond>());
-          __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second));
-          codes = _mm512_min_epu8(_mm512_max_epu8(codes, low), high);
-          _mm256_mask_storeu_epi8(to.codes[kFirst / H] + kFirst % H * to.step, inside, _mm512_castsi512_si256(codes));
+          const __m512i codes =
+              of.bytes(of.words(acc[kFirst][0], acc[kFirst][1]), of.words(acc[kSecond][0], acc[kSecond][1]));
+          of.store(_mm512_castsi512_si256(codes), to.codes[kFirst / H] + kFirst % H * to.step);
           if constexpr (kFirst != kSecond)
-            _mm256_mask_storeu_epi8(to.codes[kSecond / H] + kSecond % H * to.step, inside,
-                                    _mm512_extracti64x4_epi64(codes, 1));
+            of.store(_mm512_extracti64x4_epi64(codes, 1), to.codes[kSecond / H] + kSecond % H * to.step);
         });
       });
 }

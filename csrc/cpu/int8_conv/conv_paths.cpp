@@ -5,6 +5,13 @@
 
 namespace qkernels {
 
-const ConvKernels& conv_kernels() { return QK_OF_ACTIVE_ISA(kConvKernels); }
+Convolve choose_convolve(ConvWork& work) {
+#ifdef QK_HAS_AMX
+  work.segment = kAmxRows;
+  if (active_isa() >= Isa::amx && avx512vnni::worth_amx(work)) return avx512vnni::convolve_amx;
+#endif
+  work.segment = kSegment;
+  return QK_OF_ACTIVE_ISA(convolve);
+}
 
 }  // namespace qkernels

@@ -3,14 +3,13 @@
 
 #include <cstdint>
 
-#include "cpu/common/isa.h"
 #include "cpu/int8_conv/int8_conv.h"
 
 namespace qkernels {
 
 // A row of output pixels is cut into segments of equal width, up to so many pixels. So all rows of 7, 14, 28, 56 and
 // 112 pixels consist of full segments. A tile is one segment, or two of equal width: 14 pixels times 32 channels fill
-// 28 of 32 registers with sums.
+// 28 of 32 registers with sums. On the amx path segments are as wide as its tiles.
 constexpr int kSegment = 7;
 
 // Offsets into what a walk reads and writes: the codes x and the outputs, in bytes or elements.
@@ -31,6 +30,7 @@ struct ConvWork {
   // fastest, and pixels of a row by w.
   int64_t outer[3], width;
   Offsets outer_steps[3], step;
+  int64_t segment;  // the most pixels of a segment
 
   // Output pixel p reads, for each run r, the codes from x + p + offsets[r] on.
   const uint8_t* x;
@@ -48,7 +48,7 @@ struct ConvWork {
   bool wide;  // acc - zero_point * colsum may leave int32
 
   int64_t rows() const { return outer[0] * outer[1] * outer[2]; }
-  int64_t segments_of_row() const { return (width + kSegment - 1) / kSegment; }
+  int64_t segments_of_row() const { return (width + segment - 1) / segment; }
   int64_t segments() const { return rows() * segments_of_row(); }
 };
 
@@ -64,13 +64,11 @@ struct TileInput {
   int64_t first_half;
 };
 
-struct ConvKernels {
-  Isa isa;
-  // Computes the segments and panels with these numbers.
-  void (*convolve)(const ConvWork& work, int64_t first_segment, int64_t last_segment, int64_t first_panel,
-                   int64_t last_panel);
-};
+// Computes the segments and panels with these numbers.
+using Convolve = void (*)(const ConvWork& work, int64_t first_segment, int64_t last_segment, int64_t first_panel,
+                          int64_t last_panel);
 
-const ConvKernels& conv_kernels();
+// Sets the width of segments, and gives the kernel that takes them.
+Convolve choose_convolve(ConvWork& work);
 
 }  // namespace qkernels

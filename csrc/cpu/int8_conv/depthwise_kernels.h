@@ -11,8 +11,6 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr Isa kDepthwiseIsa = static_cast<Isa>(QK_PATH);
-
 template <int Width, typename Sink>
 inline void convolve_to(const DepthwiseRow& row, const DepthwiseTask& task, const BlockValues<Width>& values,
                         const CodeRule& rule) {

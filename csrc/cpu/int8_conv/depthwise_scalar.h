@@ -4,8 +4,6 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr Isa kDepthwiseIsa = Isa::scalar;
-
 // Adds a product of all channels of a block, and returns the weights of the next. Sums may leave int32 on the way.
 inline const int8_t* add_product(const uint8_t* const (&rows)[4], const int8_t* weights, int64_t width, int32_t* sums) {
   for (int64_t q = 0; q < 4; ++q)

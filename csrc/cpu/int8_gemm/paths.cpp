@@ -5,6 +5,11 @@
 
 namespace qkernels {
 
-const Int8Kernels& int8_kernels() { return QK_OF_ACTIVE_ISA(kKernels); }
+const Int8Kernels& int8_kernels() {
+#ifdef QK_HAS_AMX
+  if (active_isa() >= Isa::amx) return avx512vnni::kAmxKernels;
+#endif
+  return QK_OF_ACTIVE_ISA(kKernels);
+}
 
 }  // namespace qkernels
