@@ -55,7 +55,8 @@ class Layerwise:
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
-        self.source, self.float_model = model, float_model
+        self.source = model
+        self.float_model = model if float_model is None else _with_weights_of(float_model, copy_of(model))
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
@@ -111,15 +112,9 @@ class Layerwise:
 
     def targets(self, name: str) -> list[Tensor]:
         """What the layer returns in the float model, of each call."""
-        model = self.source if self.float_model is None else self.float_model
-        if name not in dict(model.named_modules()):
-            raise ValueError(f"float_model: got one without a layer {name!r}; accepted: the model before qk.prepare")
-        with eval_mode(model):
-            if self.float_model is None:
-                with quantizers_replaced(model, lambda quantizer, x: x):
-                    found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
-            else:
-                found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
+        model = self.float_model
+        with eval_mode(model), quantizers_replaced(model, lambda quantizer, x: x):
+            found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
         for y in found:
             _check_finite(y, f"batches: the output of layer {name!r} in float")
         return found
@@ -136,6 +131,29 @@ class Layerwise:
         for name, layer in self.changed.items():
             own: Any = self.source.get_submodule(name)
             set_weight(own, layer.weight, *layer.weight_fake_quant.qparams())  # type: ignore[arg-type, union-attr, operator]
+
+
+@torch.no_grad()
+def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
+    """The prepared model with the parameters and buffers of the float one.
+
+    The float model itself may compute without calling its layers, as torch's attention does.
+    """
+    if not isinstance(float_model, nn.Module):
+        raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
+    held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
+    quantizers = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, FakeQuantize))
+    given = dict(
+        [*float_model.named_parameters(remove_duplicate=False), *float_model.named_buffers(remove_duplicate=False)]
+    )
+    for key, t in held.items():
+        if key.startswith(quantizers):
+            continue
+        if key not in given or given[key].shape != t.shape:
+            got = f"of shape {list(given[key].shape)}" if key in given else "missing"
+            raise ValueError(f"float_model: its {key!r} is {got}; accepted: the model before qk.prepare")
+        t.copy_(given[key])
+    return prepared
 
 
 def set_weight(layer: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
