@@ -14,7 +14,10 @@ import qkernels as qk
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("hidden", ["codes", "float"])
 def test_lstm(compare: Compare, batch: int, hidden: str) -> None:
-    """128 steps. codes: inputs and hidden states are quantized per token, as torch's per tensor; float: neither is."""
+    """128 steps. codes: inputs and hidden states are quantized per token, as torch's per tensor; float: neither is.
+
+    A state in float is multiplied as three codes for each element.
+    """
     layer, x = nn.LSTM(512, 512, 2), torch.randn(128, batch, 512)
     made = qk.nn.Int8LSTM.from_float(layer, act_bits=8 if hidden == "codes" else 16)
     with torch.no_grad():

@@ -48,8 +48,20 @@ def converted(job: Job, residual: bool) -> nn.Module:
         prepared = qk.prepare(job.model, config).eval()
         qk.calibrate(prepared, job.calibration, method="minmax")
         job.quantized[f"{key} quantizers"] = sum(isinstance(m, qk.nn.FakeQuantize) for m in prepared.modules())
-        job.quantized[key] = qk.convert(prepared).eval()
+        model = qk.convert(prepared).eval()
+        agrees(model, prepared, job)
+        job.quantized[key] = model
     return job.quantized[key]
+
+
+def agrees(model: nn.Module, prepared: nn.Module, job: Job) -> None:
+    """Refuses a converted model that is farther from the prepared one than that is from the float model."""
+    with torch.no_grad():
+        trained, y = prepared(job.x).double(), model(job.x).double()
+    signal = job.expected - job.usual
+    found, quantization = (model_peers.decibels(signal, noise) for noise in (y - trained, trained - job.expected))
+    if found < quantization:
+        raise RuntimeError(f"{found:.1f} dB against the prepared model, which has {quantization:.1f} dB against fp32")
 
 
 def ours(job: Job) -> dict[str, Callable[[], Call]]:

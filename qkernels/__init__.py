@@ -30,6 +30,7 @@ from .ops.statistics import histogram, quantization_errors
 from .ops.stochastic import fake_quantize_stochastic, quantize_stochastic
 from .qat import (
     BitSchedule,
+    OscillationTracker,
     QConfig,
     QSpec,
     QuantLoss,
@@ -44,6 +45,7 @@ from .qat import (
     freeze_bn,
     freeze_observers,
     gptq,
+    hybrid,
     load,
     losses,
     measure_latency,
@@ -64,6 +66,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "BitSchedule",
+    "OscillationTracker",
     "PackedInt",
     "PackedInt4",
     "PackedInt8",
@@ -101,6 +104,7 @@ __all__ = [
     "fused_moving_avg_obs_fake_quant",
     "gptq",
     "histogram",
+    "hybrid",
     "int4_linear",
     "int8_conv2d",
     "int8_linear",

@@ -407,3 +407,21 @@ def quantization_errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, qua
             f"zero_point: got shape {list(zero_point.shape)}; accepted: scale's shape {list(scale.shape)}"
         )
     granularity("scale[0]", scale.new_empty(scale.shape[1:]), x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        device(name, t, q, "q")
+        require(
+            t.dtype == torch.float32 and t.dim() == 4,
+            f"{name}: got {t.dtype} of shape {list(t.shape)}; accepted: torch.float32 [batch, heads, rows, size]",
+        )
+    batch, heads, _, size = q.shape
+    require(
+        k.shape[0] == batch and k.shape[1] > 0 and heads % k.shape[1] == 0 and k.shape[2] > 0 and k.shape[3] == size,
+        f"k: got shape {list(k.shape)}; accepted: [{batch}, a divisor of {heads}, at least 1, {size}]",
+    )
+    require(
+        v.shape[:3] == k.shape[:3],
+        f"v: got shape {list(v.shape)}; accepted: k's shape but for the last dim, {list(k.shape)}",
+    )

@@ -55,16 +55,17 @@ def static(of: str, scale: Tensor, zero_point: Tensor | None, quant_min: int, qu
     int8_range(quant_min, quant_max)
     require(scale.numel() == 1, f"{of}_scale: got shape {list(scale.shape)}; accepted: one element")
     values(f"{of}_scale", scale)
-    if zero_point is None:
-        return
-    require(zero_point.numel() == 1, f"{of}_zero_point: got shape {list(zero_point.shape)}; accepted: one element")
-    int_zero_point(f"{of}_zero_point", zero_point)
-    if zero_point.device.type == "cpu":
+    z = 0
+    if zero_point is not None:
+        require(zero_point.numel() == 1, f"{of}_zero_point: got shape {list(zero_point.shape)}; accepted: one element")
+        int_zero_point(f"{of}_zero_point", zero_point)
+        if zero_point.device.type != "cpu":
+            return
         z = int(zero_point)
-        require(
-            quant_min <= z <= quant_max,
-            f"{of}_zero_point: got {z}; accepted: quant_min to quant_max, {quant_min} to {quant_max}",
-        )
+    require(
+        quant_min <= z <= quant_max,
+        f"{of}_zero_point: got {z}; accepted: quant_min to quant_max, {quant_min} to {quant_max}",
+    )
 
 
 def by_row(name: str, t: Tensor, m: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gemm_checks
-from .checks import int8_range, require
+from .checks import int8_range, require, values
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 STATES = {"LSTM": 2, "GRU": 1, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -33,7 +33,12 @@ def rows_of_steps(sizes: Sequence[int], rows: int, n: int) -> list[int]:
     return list(sizes)
 
 
-def _hidden(scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
+def _hidden(
+    float_hidden: bool, scale: Tensor | None, zero_point: Tensor | None, quant_min: int, quant_max: int
+) -> None:
+    if float_hidden:
+        none = scale is None and zero_point is None
+        return require(none, "hidden_scale, hidden_zero_point: got a tensor with float_hidden; accepted: None")
     if scale is not None:
         return gemm_checks.static("hidden", scale, zero_point, quant_min, quant_max)
     require(zero_point is None, "hidden_zero_point: got a tensor without hidden_scale; accepted: both, or neither")
@@ -46,9 +51,10 @@ def int8_recurrent(
     sizes: Sequence[int],
     mode: str,
     data: Tensor,
-    colsum: Tensor | None,
+    colsum: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    float_hidden: bool,
     hidden_scale: Tensor | None,
     hidden_zero_point: Tensor | None,
     quant_min: int,
@@ -72,18 +78,12 @@ def int8_recurrent(
     require(gates.shape[1] == width, f"gates: got shape {list(gates.shape)}; accepted: [rows, {width}]")
     gemm_checks.max_k("states", hidden)
     gemm_checks.vector("scale", scale, width, "[N]")
+    values("scale", scale)
     gemm_checks.bias_of(bias, width)
-    if colsum is None:
-        require(
-            data.dtype == torch.int8 and tuple(data.shape) == (width, hidden) and data.is_contiguous(),
-            f"data: got {data.dtype} of shape {list(data.shape)}; accepted: contiguous torch.int8 [{width}, {hidden}]",
-        )
-        require(hidden_scale is None, "hidden_scale: got a tensor without colsum; accepted: None, as h stays in float")
-    else:
-        gemm_checks.vector("colsum", colsum, width, "[N]")
-        gemm_checks.int32_sums("colsum", colsum)
-        gemm_checks.int8_data(data, width, hidden)
-        _hidden(hidden_scale, hidden_zero_point, quant_min, quant_max)
+    gemm_checks.vector("colsum", colsum, width, "[N]")
+    gemm_checks.int32_sums("colsum", colsum)
+    gemm_checks.int8_data(data, width, hidden)
+    _hidden(float_hidden, hidden_scale, hidden_zero_point, quant_min, quant_max)
     if cell_scale is not None:
         require(mode == "LSTM", f"cell_scale: got a tensor with mode={mode!r}; accepted: None")
         gemm_checks.static("cell", cell_scale, cell_zero_point, cell_min, cell_max)

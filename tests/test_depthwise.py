@@ -42,6 +42,7 @@ GEOMETRIES: list[tuple[Triple, Triple, Triple, tuple[int, ...]]] = [
     ((3, 3, 3), ONE, ONE, (4, 5, 9)),
     ((2, 4, 3), (2, 1, 2), (1, 2, 1), (5, 9, 8)),
     ((3, 1, 5), ONE, ONE, (4, 2, 11)),
+    ((5, 1, 5), ONE, ONE, (6, 2, 11)),
 ]
 # first, second, residual
 EPILOGUES = [

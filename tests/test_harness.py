@@ -31,7 +31,7 @@ def test_a_sample_holds_each_value_and_repeats(seeded: pytest.MonkeyPatch, seed:
     assert 50 <= len(kept) < 70
     for key in "abc":
         assert {CASES[at][key] for at in kept} == {case[key] for case in CASES}
-    assert len(sampling.cases_of(CASES[:20], "test")) == 20
+    assert len(sampling.cases_of(CASES[: sampling.MOST_CASES], "test")) == sampling.MOST_CASES
     assert sampling.in_turn("abcd", 2) == {"1": ["b", "c"], "2": ["c", "d"], "37": ["b", "c"]}[seed]
     assert 20 < len(list(sampling.drawn(range(600), 0.1, "test"))) < 120
 

@@ -127,6 +127,7 @@ ACTIVATIONS = (
     "hardsigmoid",
     "silu",
     "gelu",
+    "gelu_tanh",
 )
 
 
@@ -292,6 +293,40 @@ def test_resize(kernel: str, shape: tuple[int, ...], align_corners: int) -> None
     for y in floats:
         plan.output(plan.move("dequantize", y, "f") if y[0] == "q" else y)
     check(plan, torch.randn(shape), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("step", ["upsample", "resize"])
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 17, 4, 3), (1, 3, 2, 3, 4)])
+def test_sizes_of_any_ratio(kernel: str, shape: tuple[int, ...], step: str) -> None:
+    """Larger and smaller ones, given or those of another value, floats and codes."""
+    plan, rank = Plan(), len(shape) - 2
+    x, other, q = plan.input(), plan.input(), plan.quantizer(0.03, 5)
+    sizes: list[dict[str, Any]] = [
+        {"size": [1] * (3 - rank) + size[:rank]} for size in ([7, 2, 5], [1, 1, 1], [4, 9, 3])
+    ]
+    for values in ({"like": other}, {"like": plan.quantize(other, q)}, *sizes):
+        if step == "upsample":
+            found = both_kinds(lambda p, v, like=values: p.move(step, v, **like))(plan, x, q)
+        else:
+            found = [plan.floats(step, x=v, mode="linear", **values) for v in (x, plan.quantize(x, q))]
+        for y in found:
+            plan.output(y)
+    check(plan, torch.randn(shape), torch.randn(2 if rank < 3 else 1, 3, *(5, 6, 2)[:rank]), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 3, 16, 33])
+def test_pixel_shuffles(kernel: str, factor: int, channels: int) -> None:
+    plan, square = Plan(), factor**2
+    fine, coarse, q = plan.input(), plan.input(), plan.quantizer(0.03, 5)
+    for step, x in (("pixel_unshuffle", fine), ("pixel_shuffle", coarse)):
+        for y in both_kinds(lambda p, v, step=step: p.move(step, v, factor=factor))(plan, x, q):
+            plan.output(y)
+    fine_image = torch.randn(2, channels, 4 * factor, 3 * factor)
+    check(plan, fine_image, torch.randn(2, channels * square, 3, 5))
+    unshuffled, _, shuffled, _ = run(plan, fine_image, torch.nn.functional.pixel_unshuffle(fine_image, factor))
+    assert torch.equal(unshuffled, torch.nn.functional.pixel_unshuffle(fine_image, factor))
+    assert torch.equal(shuffled, fine_image)
 
 
 @pytest.mark.parametrize("kind", ["floats", "codes", "both"])

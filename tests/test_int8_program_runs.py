@@ -143,10 +143,12 @@ def test_odd_scales(value: float) -> None:
 
 
 def test_threads_call_one_plan_at_once() -> None:
-    plan, values = network(), [inputs(batch) for batch in (1, 2, 5)]
+    large = torch.randn(1, 4, 190, 170), torch.randn(1, 10)  # all its steps are one parallel region
+    plan, values = network(), [large, *(inputs(batch) for batch in (2, 5))]
     want = [run(plan, *value) for value in values]
 
     def call(i: int) -> None:
+        torch.set_num_threads(1 + i % 4)
         same(run(plan, *values[i % 3]), want[i % 3])
 
     with ThreadPoolExecutor(4) as pool:

@@ -398,9 +398,11 @@ def test_a_list_with_the_rows_of_the_states_stands_for_every_step():
     """AOTInductor cannot hand an empty list to an op."""
     from qkernels.ops.int8_recurrent import int8_recurrent_op
 
-    codes, scale = torch.randint(-127, 128, (20, 20), dtype=torch.int8), torch.full((20,), 1e-3)
+    codes = torch.randint(-127, 128, (20, 20), dtype=torch.int8)
+    weight = qk.PackedInt8.from_quantized(codes, torch.full((20,), 1e-3))
     gates, states = torch.randn(6, 20), torch.rand(1, 3, 20)
-    rest = "RNN_TANH", codes, None, scale, None, None, None, -128, 127, None, None, -8, 7, False
+    none = None, None, -128, 127
+    rest = "RNN_TANH", weight.data, weight.colsum, weight.scale, None, True, *none, *none, False
     for found, expected in zip(
         int8_recurrent_op(gates, states, [3], *rest), int8_recurrent_op(gates, states, [], *rest), strict=True
     ):

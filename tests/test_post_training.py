@@ -167,8 +167,28 @@ def test_float_model_gives_the_targets() -> None:
     qk.correct_bias(made, batches, float_model=model)
     with torch.no_grad():
         torch.testing.assert_close(made(batches[0]).mean(0), model(batches[0]).mean(0), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="float_model: got one without a layer '0'"):
+    with pytest.raises(
+        ValueError, match=r"float_model: its '0\.weight' is missing; accepted: the model before qk.prepare"
+    ):
         qk.correct_bias(made, batches, float_model=nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="float_model: got a int"):
+        qk.adaround(made, batches, float_model=3)
+
+
+def test_layers_that_the_float_model_does_not_call() -> None:
+    """torch's attention reads the weight of its out_proj, and a whole layer on its fused path all weights."""
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(4, 6, 8)
+    made = prepared(model, [x], 2)
+    assert list(qk.gptq(made, [x])) == ["self_attn.out_proj", "linear1", "linear2"]
+    assert min(qk.correct_bias(made, [x], float_model=model).values()) > 1e-4
+    again = qk.correct_bias(made, [x], float_model=model)
+    assert list(again) == ["self_attn.out_proj", "linear1", "linear2"]
+    assert max(again.values()) < 1e-6, "the means were equal already"
+
+
+def test_where_takes_names() -> None:
+    made = prepared(mlp(), [correlated(64)])
+    assert list(qk.gptq(made, [correlated(64)], where=["2", "nothing"])) == ["2"]
 
 
 def test_shared_and_own_layers_are_left_alone() -> None:

@@ -20,7 +20,7 @@ LAYERS = (
     ("version", "registry", "host", "checks", "codebooks", "samples"),
     ("loading", "layouts"),
     ("gemm_checks",),
-    ("conv_checks", "recurrent_checks"),
+    ("conv_checks", "embedding_checks", "recurrent_checks"),
     ("reference",),
     ("triton",),
     ("library",),

@@ -293,13 +293,13 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
                                static_cast<int32_t>(q.high)};
   const Size3 size = {1, x.size(2), x.size(3)};
   const int64_t bytes = (size.h + 2 * border.h) * (size.w + 2 * border.w) * g.in_channels;
-  const int64_t at_once =
-      std::clamp<int64_t>(kCodesOfThread * torch::stable::get_num_threads() / std::max<int64_t>(bytes, 1), 1, batch);
+  Team team;
+  const int64_t at_once = std::clamp<int64_t>(kCodesOfThread * team.threads() / std::max<int64_t>(bytes, 1), 1, batch);
   Codes codes(at_once, g.in_channels, size, g.padding, static_cast<uint8_t>(o.in_zero_point + 128));
   for (int64_t first = 0; first < batch; first += at_once, o.floats += at_once * o.floats_n) {
     codes.image.batch = std::min(at_once, batch - first);
     const bool nan = quantize_images(source, first, quantizer, codes.image);
-    convolve(g, codes.image, static_cast<const int8_t*>(data.data_ptr()), o);
+    convolve(g, codes.image, static_cast<const int8_t*>(data.data_ptr()), o, team);
     if (nan) spread_nan(source, g, first, codes.image.batch, o);
   }
   if (x.scalar_type() != ScalarType::Float) torch::stable::copy_(out, result);

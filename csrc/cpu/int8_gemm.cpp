@@ -162,17 +162,6 @@ std::tuple<Tensor, Tensor> int8_pack(const Tensor& w) {
   return {data, colsum};
 }
 
-void check_packed(const Tensor& data, int64_t n, int64_t k) {
-  check_cpu("data", data);
-  QK_CHECK(data.scalar_type() == ScalarType::Char, "data: got ", dtype_name(data.scalar_type()),
-           "; accepted: torch.int8");
-  QK_CHECK(data.dim() == 4 && data.size(0) == panels(n) && data.size(1) == k_groups(k) && data.size(2) == kPanel &&
-               data.size(3) == 4,
-           "data: got shape ", shape_of(data), "; accepted: what int8_pack gives for N = ", n, " and K = ", k, ", [",
-           panels(n), ", ", k_groups(k), ", ", kPanel, ", 4]");
-  QK_CHECK(data.is_contiguous(), "data: got strided memory; accepted: contiguous");
-}
-
 Tensor int8_unpack(const Tensor& data, int64_t n, int64_t k) {
   QK_CHECK(n >= 0 && k >= 0, "n, k: got ", n, ", ", k, "; accepted: at least 0");
   check_packed(data, n, k);

@@ -1,13 +1,15 @@
 // int8_program on the CPU: a plan's steps on a few images at a time, whose activations then stay in the cache.
 #include "cpu/int8_program/arguments.h"
 #include "cpu/int8_program/cache.h"
-#include "cpu/int8_program/frame.h"
+#include "cpu/int8_program/views.h"
 
 namespace qkernels {
 namespace {
 
-constexpr size_t kPlans = 64, kLayouts = 16;  // how many are kept, and for each plan
-constexpr int64_t kFrameBytes = 768 << 10;    // what one thread's activations may take of its second-level cache
+constexpr size_t kPlans = 64, kLayouts = 16;    // how many are kept, and for each plan
+constexpr int64_t kFrameBytes = 768 << 10;      // what one thread's activations may take of its second-level cache
+constexpr int64_t kMany = 8;                    // images for each thread
+constexpr int64_t kRegionElements = 128 << 10;  // from about 20 us on a region for all steps is worth its start
 
 struct Program {
   std::unique_ptr<Plan> plan;
@@ -163,7 +165,8 @@ TensorPlace place_of(const Tensor& t) {
 // What is left of an input's order of dims: channels are neighbours, or the pixels of a row.
 bool is_readable(const Tensor& x) {
   const int64_t dims = x.dim();
-  return x.size(1) == 1 || x.stride(1) == 1 || dims == 2 || x.size(dims - 1) == 1 || x.stride(dims - 1) == 1;
+  if (x.size(1) == 1 || x.stride(1) == 1) return true;
+  return dims > 2 && (x.size(dims - 1) == 1 || x.stride(dims - 1) == 1);
 }
 
 Tensor make_output(const Shape& shape, int64_t batch, bool channels_last) {
@@ -186,25 +189,18 @@ Tensor make_output(const Shape& shape, int64_t batch, bool channels_last) {
 void fill_border(const Frame& frame, const Border& border) {
   const CodeImage x = frame.codes(border.value);
   const int code = frame.quantizer(border.value).zero_point + 128;
-  const int64_t channels = x.stride_w, width = border.before.w + x.size.w + border.after.w;
-  const int64_t rows = border.before.h + x.size.h + border.after.h;
+  const Size3 before = border.before, after = border.after;
   const auto fill = [&](uint8_t* pixels, int64_t count) {
-    std::memset(pixels, code, static_cast<size_t>(count * channels));
+    std::memset(pixels, code, static_cast<size_t>(count * x.stride_w));
   };
-  for (int64_t n = 0; n < x.batch; ++n)
-    for (int64_t d = -border.before.d; d < x.size.d + border.after.d; ++d) {
-      uint8_t* plane = x.data + n * x.stride_n + d * x.stride_d - border.before.w * x.stride_w;
-      if (d < 0 || d >= x.size.d) {
-        fill(plane - border.before.h * x.stride_h, rows * width);
-        continue;
-      }
-      fill(plane - border.before.h * x.stride_h, border.before.h * width + border.before.w);
-      // What follows one row and what precedes the next are neighbours.
-      for (int64_t h = 0; h < x.size.h; ++h)
-        fill(plane + h * x.stride_h + (border.before.w + x.size.w) * x.stride_w,
-             border.after.w + (h + 1 < x.size.h ? border.before.w : 0));
-      fill(plane + x.size.h * x.stride_h, border.after.h * width);
-    }
+  const Size3 all = {before.d + x.size.d + after.d, before.h + x.size.h + after.h, before.w + x.size.w + after.w};
+  for_each_row(frame, all, (before.w + after.w) * x.stride_w, [&](int64_t n, int64_t i, int64_t j) {
+    const int64_t d = i - before.d, h = j - before.h;
+    uint8_t* row = x.data + n * x.stride_n + d * x.stride_d + h * x.stride_h;
+    if (d < 0 || d >= x.size.d || h < 0 || h >= x.size.h) return fill(row - before.w * x.stride_w, all.w);
+    fill(row - before.w * x.stride_w, before.w);
+    fill(row + x.size.w * x.stride_w, after.w);
+  });
 }
 
 void run_frame(const Frame& frame) {
@@ -217,12 +213,14 @@ void run_frame(const Frame& frame) {
 }
 
 // With at least as many images as threads, every thread takes images to itself, a few at a time, and runs all steps on
-// them. What is left is computed step by step, each step by all threads.
+// them. What is left is computed step by step, each step by all threads; of many images nothing is, as each step reads
+// its weights, and threads that have an image more to do are soon done with it.
 void run_all(const Call& call, int64_t batch) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t apart = batch / threads * threads, rest = batch - apart;
+  const int64_t apart = batch >= kMany * threads ? batch : batch / threads * threads, rest = batch - apart;
   const int64_t fitting = std::max<int64_t>(1, kFrameBytes / std::max<int64_t>(1, call.layout.bytes));
-  const int64_t chunk = std::min(fitting, std::max<int64_t>(1, apart / threads));
+  const int64_t share = std::max<int64_t>(1, (apart + threads - 1) / threads);
+  const int64_t chunk = (share - 1) / ((share + fitting - 1) / fitting) + 1;
   const int64_t bytes = std::max(apart ? threads * chunk : 0, rest) * call.layout.bytes;
   const Tensor memory = empty({bytes + 64}, ScalarType::Byte);
   uint8_t* arena = static_cast<uint8_t*>(memory.data_ptr());
@@ -230,13 +228,18 @@ void run_all(const Call& call, int64_t batch) {
     const int64_t chunks = (apart + chunk - 1) / chunk;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+      Team alone = Team::alone();
       for (int64_t i = next++; i < chunks; i = next++) {
         const int64_t first = i * chunk;
-        run_frame({call, arena + thread * chunk * call.layout.bytes, first, std::min(chunk, apart - first), true});
+        run_frame({call, arena + thread * chunk * call.layout.bytes, first, std::min(chunk, apart - first), alone});
       }
     });
   }
-  if (rest) run_frame({call, arena, apart, rest, false});
+  if (rest == 0) return;
+  const auto run_rest = [&](Team& team) { run_frame({call, arena, apart, rest, team}); };
+  if (rest * call.layout.elements >= kRegionElements) return Team::run(run_rest);
+  Team team;
+  run_rest(team);
 }
 
 std::vector<Tensor> int8_program(const std::vector<Tensor>& inputs, const TensorList& constants,

@@ -1,5 +1,5 @@
-// The steps of a recurrent layer on the CPU: checks, and the split of each step over threads. Products of codes are
-// those of int8_gemm/; gates are in int8_recurrent_kernels.h.
+// The steps of a recurrent layer on the CPU: checks, and the split of each step over threads. Products are those of
+// int8_gemm/; gates are in int8_recurrent_kernels.h.
 #include "cpu/int8_recurrent.h"
 
 #include "cpu/common/int8_ops.h"
@@ -23,11 +23,10 @@ struct Layer {
   const float *gates, *first_h;
   float *y, *c;  // c: of all rows, moved on in place
   CellQparams cell;
-  bool floats;  // h is not quantized, and the weight is [gates * hidden, hidden]
+  int64_t parts;  // rows of codes that stand for a row of h: 1, or 3 if it is not quantized (see int8_recurrent.h)
   const int8_t* data;
-  const float *scale, *bias;
   RowQparams qparams;
-  PanelOutput output;  // of the products of codes
+  PanelOutput output;
 
   int64_t width() const { return gates_of(mode) * hidden; }
   int64_t steps() const { return static_cast<int64_t>(rows.size()); }
@@ -59,12 +58,12 @@ class Worker {
       : l_(layer), int8_(int8_kernels()), kernels_(recurrent_kernels()), shared_(shared_sums) {
     stride_ = code_row_stride(l_.hidden);
     const int64_t blocks = (l_.n + kBlockRows - 1) / kBlockRows;
-    if (!l_.floats) {
-      codes_.resize(static_cast<size_t>(l_.n * stride_));
-      scales_.resize(static_cast<size_t>(l_.n));
-      quantized_.assign(static_cast<size_t>(blocks), -1);
-    }
-    if (!shared_) sums_.resize(static_cast<size_t>(std::min(l_.n, kBlockRows) * gates_of(l_.mode) * kPanel));
+    codes_.resize(static_cast<size_t>(l_.parts * l_.n * stride_));
+    scales_.resize(static_cast<size_t>(l_.parts * l_.n));
+    quantized_.assign(static_cast<size_t>(blocks), -1);
+    const int64_t at_once = std::min(l_.n, kBlockRows) * kPanel;
+    if (l_.parts > 1) parts_.resize(static_cast<size_t>(l_.parts * at_once));
+    if (!shared_) sums_.resize(static_cast<size_t>(gates_of(l_.mode) * at_once));
   }
 
   void operator()(int64_t phase, int64_t task) {
@@ -91,29 +90,39 @@ class Worker {
     int64_t& last = quantized_[static_cast<size_t>(row / kBlockRows)];
     if (last == step) return;
     last = step;
-    for (int64_t r = row; r < end; ++r)
-      scales_[static_cast<size_t>(r)] = int8_.quantize_row(l_.h_before(step, r), Element::f32, l_.hidden, l_.qparams,
-                                                           int8_.flip, codes_.data() + r * stride_);
+    for (int64_t r = row; r < end; ++r) {
+      const float* h = l_.h_before(step, r);
+      uint8_t* codes = codes_.data() + l_.parts * r * stride_;
+      float* scales = scales_.data() + l_.parts * r;
+      if (l_.parts == 1) {
+        scales[0] = int8_.quantize_row(h, Element::f32, l_.hidden, l_.qparams, int8_.flip, codes);
+      } else {
+        scales[2] = kernels_.split_row(h, l_.hidden, int8_.flip, codes, stride_);
+        scales[1] = 256 * scales[2];
+        scales[0] = 256 * scales[1];
+      }
+    }
   }
 
   void multiply(int64_t step, int64_t row, int64_t end, int64_t channel, int64_t channels, float* out,
                 int64_t out_row) {
-    if (l_.floats) {
-      l_.in_pieces(step, row, end, [&](int64_t r, int64_t count) {
-        kernels_.multiply_float(l_.h_before(step, r), count, l_.hidden, l_.data + channel * l_.hidden, channels,
-                                l_.scale + channel, l_.bias ? l_.bias + channel : nullptr, out + (r - row) * out_row,
-                                out_row);
-      });
-      return;
-    }
     quantize(step, row, end);
     PanelOutput o = at(l_.output, 0, channel);
     o.out = out;
     o.row_stride = out_row;
     o.channels = channels;
-    o.scale_a = scales_.data() + row;
+    o.scale_a = scales_.data() + l_.parts * row;
+    if (l_.parts > 1) {
+      o.out = parts_.data();
+      o.row_stride = kPanel;
+      o.bias = nullptr;
+    }
     const int8_t* panel = l_.data + channel / kPanel * panel_bytes(l_.hidden);
-    int8_.multiply(codes_.data() + row * stride_, stride_, end - row, panel, l_.hidden, o);
+    const uint8_t* codes = codes_.data() + l_.parts * row * stride_;
+    int8_.multiply(codes, stride_, l_.parts * (end - row), panel, l_.hidden, o);
+    if (l_.parts > 1)
+      kernels_.add_parts(parts_.data(), end - row, channels, l_.output.bias ? l_.output.bias + channel : nullptr, out,
+                         out_row);
   }
 
   void advance(int64_t step, int64_t row, int64_t end, int64_t unit, int64_t units, const float* sums, int64_t sums_row,
@@ -141,7 +150,7 @@ class Worker {
   float* shared_;  // the products of a step [N, gates * hidden], or null
   int64_t stride_;
   std::vector<uint8_t> codes_;  // of h, each thread its own: that costs less than to wait for each other
-  std::vector<float> scales_, sums_;
+  std::vector<float> scales_, parts_, sums_;
   std::vector<int64_t> quantized_;  // by block of rows: the step whose h codes_ holds
 };
 
@@ -153,11 +162,17 @@ Recurrence mode_of(const std::string& name) {
   fail("mode: got '", name, "'; accepted: LSTM, GRU, RNN_TANH, RNN_RELU");
 }
 
-void check_floats(const char* name, const Tensor& t, int64_t dims, const char* shape) {
+void check_floats(const char* name, const Tensor& t, int64_t dims, const std::string& shape) {
   check_cpu(name, t);
   QK_CHECK(t.scalar_type() == ScalarType::Float, name, ": got ", dtype_name(t.scalar_type()),
            "; accepted: torch.float32");
   QK_CHECK(t.dim() == dims, name, ": got shape ", shape_of(t), "; accepted: ", shape);
+}
+
+std::string text_of(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "[") << sizes[i];
+  return text.str() + "]";
 }
 
 std::vector<int64_t> rows_of_steps(const std::vector<int64_t>& sizes, int64_t rows, int64_t n) {
@@ -168,32 +183,12 @@ std::vector<int64_t> rows_of_steps(const std::vector<int64_t>& sizes, int64_t ro
   }
   int64_t before = n, sum = 0;
   for (const int64_t size : sizes) {
-    QK_CHECK(before >= size && size >= 1, "sizes: got ", size, " behind ", before, "; accepted: from at most ", n,
+    QK_CHECK(before >= size && size >= 1, "sizes: got ", text_of(sizes), "; accepted: from at most ", n,
              ", the rows of states, down to at least 1");
     sum += before = size;
   }
   QK_CHECK(sum == rows, "sizes: got a sum of ", sum, "; accepted: the rows of gates, ", rows);
   return sizes;
-}
-
-void check_weight(const Tensor& data, const std::optional<Tensor>& colsum, const std::optional<Tensor>& hidden_scale,
-                  int64_t width, int64_t hidden) {
-  check_cpu("data", data);
-  const bool bytes = data.scalar_type() == ScalarType::Char && data.is_contiguous();
-  if (!colsum) {
-    QK_CHECK(bytes && data.dim() == 2 && data.size(0) == width && data.size(1) == hidden, "data: got ",
-             dtype_name(data.scalar_type()), " of shape ", shape_of(data), "; accepted: contiguous torch.int8 [", width,
-             ", ", hidden, "]");
-    QK_CHECK(!hidden_scale, "hidden_scale: got a tensor without colsum; accepted: None, as h stays in float");
-    return;
-  }
-  QK_CHECK(bytes && data.dim() == 4 && data.size(0) == panels(width) && data.size(1) == k_groups(hidden) &&
-               data.size(2) == kPanel && data.size(3) == 4,
-           "data: got ", dtype_name(data.scalar_type()), " of shape ", shape_of(data),
-           "; accepted: what int8_pack gives for N = ", width, " and K = ", hidden);
-  check_vector("colsum", *colsum, width, -1, false, "[N]");
-  QK_CHECK(colsum->scalar_type() == ScalarType::Int && colsum->is_contiguous(), "colsum: got ",
-           dtype_name(colsum->scalar_type()), "; accepted: contiguous torch.int32");
 }
 
 CellQparams cell_qparams(const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point, int64_t cell_min,
@@ -205,30 +200,35 @@ CellQparams cell_qparams(const std::optional<Tensor>& scale, const std::optional
 
 std::tuple<Tensor, Tensor> int8_recurrent(const Tensor& gates_any, const Tensor& states_any,
                                           const std::vector<int64_t>& sizes, const Text& mode, const Tensor& data,
-                                          const std::optional<Tensor>& colsum, const Tensor& scale,
-                                          const std::optional<Tensor>& bias, const std::optional<Tensor>& hidden_scale,
+                                          const Tensor& colsum, const Tensor& scale, const std::optional<Tensor>& bias,
+                                          bool float_hidden, const std::optional<Tensor>& hidden_scale,
                                           const std::optional<Tensor>& hidden_zero_point, int64_t quant_min,
                                           int64_t quant_max, const std::optional<Tensor>& cell_scale,
                                           const std::optional<Tensor>& cell_zero_point, int64_t cell_min,
                                           int64_t cell_max, bool reverse) {
   Layer l{};
   l.mode = mode_of(mode);
-  check_floats("gates", gates_any, 2, "[rows, gates·H]");
-  check_floats("states", states_any, 3, "[states, N, H]");
   const int64_t count = l.mode == Recurrence::lstm ? 2 : 1;
-  QK_CHECK(states_any.size(0) == count, "states: got shape ", shape_of(states_any), "; accepted: [", count, ", N, H]");
+  const std::string shape_of_states = "[" + std::to_string(count) + ", N, H]";
+  check_floats("gates", gates_any, 2, "[rows, gates·H]");
+  check_floats("states", states_any, 3, shape_of_states);
+  QK_CHECK(states_any.size(0) == count, "states: got shape ", shape_of(states_any), "; accepted: ", shape_of_states);
   l.n = states_any.size(1);
   l.hidden = states_any.size(2);
   QK_CHECK(gates_any.size(1) == l.width(), "gates: got shape ", shape_of(gates_any), "; accepted: [rows, ", l.width(),
            "]");
   check_k("states", l.hidden);
-  check_weight(data, colsum, hidden_scale, l.width(), l.hidden);
   const auto channel_scale = float_vector("scale", scale, l.width(), -1, false, "[N]");
   std::optional<Values<float>> offset;
   if (bias) offset = float_vector("bias", *bias, l.width(), -1, false, "[N]");
-  l.floats = !colsum;
+  check_colsum(colsum, l.width());
+  check_packed(data, l.width(), l.hidden);
+  l.parts = float_hidden ? 3 : 1;
   int32_t zero_point = 0;
-  if (!l.floats) {
+  if (float_hidden) {
+    QK_CHECK(!hidden_scale && !hidden_zero_point,
+             "hidden_scale, hidden_zero_point: got a tensor with float_hidden; accepted: None");
+  } else {
     QK_CHECK(hidden_scale || !hidden_zero_point,
              "hidden_zero_point: got a tensor without hidden_scale; accepted: both, or neither");
     l.qparams = hidden_scale ? static_qparams("hidden", *hidden_scale, hidden_zero_point, quant_min, quant_max)
@@ -254,12 +254,12 @@ std::tuple<Tensor, Tensor> int8_recurrent(const Tensor& gates_any, const Tensor&
   l.y = static_cast<float*>(y.data_ptr());
   l.c = count == 2 ? ended + of_state : nullptr;
   l.data = static_cast<const int8_t*>(data.data_ptr());
-  l.scale = l.output.scale_b = channel_scale.data;
-  l.bias = l.output.bias = offset ? offset->data : nullptr;
+  l.output.scale_b = channel_scale.data;
+  l.output.bias = offset ? offset->data : nullptr;
   l.output.type = Element::f32;
   l.output.channels = l.width();
   l.output.scale_a_step = 1;
-  l.output.colsum = colsum ? static_cast<const int32_t*>(colsum->data_ptr()) : nullptr;
+  l.output.colsum = static_cast<const int32_t*>(colsum.data_ptr());
   l.output.zero_point = &zero_point;
   l.output.wide = is_wide(std::abs(zero_point), l.hidden);
   int64_t begin = 0;
@@ -272,12 +272,12 @@ std::tuple<Tensor, Tensor> int8_recurrent(const Tensor& gates_any, const Tensor&
     std::reverse(l.begin.begin(), l.begin.end());
   }
 
-  const bool two_phases = !l.floats && gates_of(l.mode) > 1 && l.hidden % kPanel != 0;
+  const bool two_phases = gates_of(l.mode) > 1 && l.hidden % kPanel != 0;
   Tensor shared = empty({two_phases ? l.n * l.width() : 0}, ScalarType::Float);
   float* shared_sums = two_phases ? static_cast<float*>(shared.data_ptr()) : nullptr;
   const int64_t row_blocks = (l.n + kBlockRows - 1) / kBlockRows;
   const int64_t tasks = panels(two_phases ? l.width() : l.hidden) * row_blocks;
-  const int64_t work = l.width() * l.hidden * (std::min(l.n, kBlockRows) + 3) * (l.floats ? 4 : 1) * row_blocks;
+  const int64_t work = l.width() * l.hidden * (l.parts * std::min(l.n, kBlockRows) + 3) * row_blocks;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, work / kStepWork));
   Phases(l.steps() * (two_phases ? 2 : 1), tasks, threads).run([&] { return Worker(l, shared_sums); });
 

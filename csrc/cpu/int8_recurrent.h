@@ -28,13 +28,19 @@ struct Units {
   int64_t state_row;
 };
 
+// Where h has no quantizer, its product is one of integers too: 24 bits of each element, relative to the largest of its
+// row, as three rows of codes, one for each byte. That is as exact as a sum in fp32, and weights are read once for the
+// three. The largest integer whose bytes are all codes:
+constexpr float kLargestParts = 127 * 65536 + 127 * 256 + 127;
+
 struct RecurrentKernels {
   // The new states of `units` units of `rows` rows.
   void (*advance)(Recurrence mode, const Units& u, int64_t rows, int64_t units, const CellQparams& cell);
-  // out[row][channel] = h[row] . codes[channel] * scale[channel] + bias[channel], summed in fp32; rows of h and codes
-  // have k elements. bias may be null.
-  void (*multiply_float)(const float* h, int64_t rows, int64_t k, const int8_t* codes, int64_t channels,
-                         const float* scale, const float* bias, float* out, int64_t out_row);
+  // A row of floats as integers times a power of two, the unit, which is returned: NaN where h holds a NaN or an
+  // infinity. The integers' bytes become three rows of codes, the most significant one first, XORed with `flip`.
+  float (*split_row)(const float* h, int64_t k, uint8_t flip, uint8_t* rows, int64_t stride);
+  // The sum of each three rows of parts [3 * rows, kPanel], plus bias, which may be null.
+  void (*add_parts)(const float* parts, int64_t rows, int64_t channels, const float* bias, float* out, int64_t out_row);
 };
 
 const RecurrentKernels& recurrent_kernels();

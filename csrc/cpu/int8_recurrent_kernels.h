@@ -1,5 +1,6 @@
-// The gates of LSTM, GRU and RNN, and products of floats and int8 codes, on one path.
+// The gates of LSTM, GRU and RNN, and floats as three rows of codes, on one path.
 #include "cpu/common/activation_kernels.h"
+#include "cpu/int8_gemm/int8_gemm.h"
 #include "cpu/int8_recurrent.h"
 
 namespace qkernels::QK_NAMESPACE {
@@ -102,76 +103,51 @@ void advance(Recurrence mode, const Units& u, int64_t rows, int64_t units, const
   }
 }
 
-#if QK_PATH == QK_PATH_SCALAR
-inline F32 multiply_add(F32 a, F32 b, F32 sum) { return sum + a * b; }
-constexpr int kRows = 1, kChannels = 2;
-#elif QK_PATH == QK_PATH_AVX2
-inline F32 multiply_add(F32 a, F32 b, F32 sum) {
-  return {_mm256_fmadd_ps(a.lo, b.lo, sum.lo), _mm256_fmadd_ps(a.hi, b.hi, sum.hi)};
-}
-constexpr int kRows = 2, kChannels = 2;  // 8 registers of sums
-#else
-inline F32 multiply_add(F32 a, F32 b, F32 sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
-constexpr int kRows = 4, kChannels = 4;  // 16 registers of sums
-#endif
-
-inline float sum_lanes(F32 a) {
-  float lane[16];
-  a.store(lane);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// The three bytes of an integer q within kLargestParts, most significant first: q = 65536 a + 256 b + c, each from -128
+// to 127. Every step is exact, as fp32 holds all integers below 2^24, and the halves leave no ties.
+inline void split(F32 q, F32 (&parts)[3]) {
+  parts[0] = round((q + F32::set1(128.5f)) * F32::set1(1.0f / 65536));
+  const F32 rest = q - parts[0] * F32::set1(65536);
+  parts[1] = round((rest + F32::set1(0.5f)) * F32::set1(1.0f / 256));
+  parts[2] = rest - parts[1] * F32::set1(256);
 }
 
-template <int MR, int NC>
-inline void dot_products(const float* h, int64_t k, const int8_t* codes, float (&sums)[MR][NC]) {
-  F32 acc[MR][NC];
-  for (int r = 0; r < MR; ++r)
-    for (int c = 0; c < NC; ++c) acc[r][c] = zero<F32>();
+float split_row(const float* h, int64_t k, uint8_t flip, uint8_t* rows, int64_t stride) {
+  F32 largest = zero<F32>();
+  for_each_16(k, [&](int64_t i, auto... tail) QK_INLINE { largest = max_abs(largest, F32::load(h + i, tail...)); });
+  const float amax = lane_max_abs(largest);
+  if (!(amax <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::quiet_NaN();
+  float unit = std::max(amax / kLargestParts, std::numeric_limits<float>::min());
+  uint32_t bits;
+  std::memcpy(&bits, &unit, 4);
+  bits = (bits + 0x7fffff) & 0xff800000;  // the next power of two
+  std::memcpy(&unit, &bits, 4);
+  const F32 inverse = F32::set1(1 / unit), low = F32::set1(-kLargestParts), high = F32::set1(kLargestParts);
   for_each_16(k, [&](int64_t i, auto... tail) QK_INLINE {
-    F32 values[MR];
-    for (int r = 0; r < MR; ++r) values[r] = F32::load(h + r * k + i, tail...);
-    for (int c = 0; c < NC; ++c) {
-      const F32 w = F32::load(codes + c * k + i, tail...);
-      for (int r = 0; r < MR; ++r) acc[r][c] = multiply_add(values[r], w, acc[r][c]);
+    F32 parts[3];
+    split(min(high, max(low, round(F32::load(h + i, tail...) * inverse))), parts);
+    for (int part = 0; part < 3; ++part) {
+      uint8_t* bytes = rows + part * stride + i;
+      if (flip)
+        (parts[part] + F32::set1(128)).store(bytes, tail...);
+      else
+        parts[part].store(reinterpret_cast<int8_t*>(bytes), tail...);
     }
   });
-  for (int r = 0; r < MR; ++r)
-    for (int c = 0; c < NC; ++c) sums[r][c] = sum_lanes(acc[r][c]);
+  return unit;
 }
 
-template <int MR, int NC>
-inline void multiply_block(const float* h, int64_t k, const int8_t* codes, const float* scale, const float* bias,
-                           float* out, int64_t out_row) {
-  float sums[MR][NC];
-  dot_products<MR, NC>(h, k, codes, sums);
-  for (int r = 0; r < MR; ++r)
-    for (int c = 0; c < NC; ++c) out[r * out_row + c] = sums[r][c] * scale[c] + (bias ? bias[c] : 0.0f);
+void add_parts(const float* parts, int64_t rows, int64_t channels, const float* bias, float* out, int64_t out_row) {
+  for (int64_t row = 0; row < rows; ++row, parts += 3 * kPanel, out += out_row)
+    for_each_16(channels, [&](int64_t i, auto... tail) QK_INLINE {
+      F32 sum = F32::load(parts + i, tail...) + F32::load(parts + kPanel + i, tail...);
+      sum = sum + F32::load(parts + 2 * kPanel + i, tail...);
+      if (bias) sum = sum + F32::load(bias + i, tail...);
+      sum.store(out + i, tail...);
+    });
 }
 
-void multiply_float(const float* h, int64_t rows, int64_t k, const int8_t* codes, int64_t channels, const float* scale,
-                    const float* bias, float* out, int64_t out_row) {
-  for (int64_t c = 0; c < channels;) {
-    const bool wide = channels - c >= kChannels;
-    const float* own_bias = bias ? bias + c : nullptr;
-    for (int64_t r = 0; r < rows;) {
-      const bool high = rows - r >= kRows;
-      const auto run = [&](auto block) {
-        block(h + r * k, k, codes + c * k, scale + c, own_bias, out + r * out_row + c, out_row);
-      };
-      if (high && wide)
-        run(multiply_block<kRows, kChannels>);
-      else if (wide)
-        run(multiply_block<1, kChannels>);
-      else
-        run(multiply_block<1, 1>);
-      r += high && wide ? kRows : 1;
-    }
-    c += wide ? kChannels : 1;
-  }
-}
-
-constexpr RecurrentKernels kRecurrentKernels = {advance, multiply_float};
+constexpr RecurrentKernels kRecurrentKernels = {advance, split_row, add_parts};
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE

@@ -1,30 +1,9 @@
 // RMSNorm fused with dynamic quantization.
 #include "cpu/common/dynamic_rows_kernels.h"
+#include "cpu/common/row_sum.h"
 #include "cpu/rms_norm_quantize.h"
 
 namespace qkernels::QK_NAMESPACE {
-
-// A sum in one order on every path: lane by lane over up to 64 vectors, then in fp64.
-template <typename V>
-class Sum {
- public:
-  void add(V term) {
-    held_ = held_ + term;
-    if (++count_ < 64) return;
-    add_lanes(total_, held_);
-    held_ = zero<V>();
-    count_ = 0;
-  }
-  double total() {
-    add_lanes(total_, held_);
-    return tree_sum(total_);
-  }
-
- private:
-  V held_ = zero<V>();
-  int count_ = 0;
-  double total_[16] = {};
-};
 
 // `weight` holds a value for each element of a row.
 template <typename S, typename O>

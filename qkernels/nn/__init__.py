@@ -15,13 +15,14 @@ from .functional import (
 from .granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from .int4 import Int4Linear
 from .int8 import Int8Conv2d, Int8Linear
+from .int8_cells import Int8GRUCell, Int8LSTMCell, Int8RNNCell
 from .int8_conv1d import Int8Conv1d
 from .int8_conv3d import Int8Conv3d
 from .int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, Int8ConvTranspose3d
 from .int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from .int8_training import Int8TrainingLinear
 from .integer_attention import IntegerMultiheadAttention
-from .integer_embedding import Int4Embedding, Int8Embedding
+from .integer_embedding import Int4Embedding, Int8Embedding, Int8EmbeddingBag
 from .qat import QATBilinear, QATConv1d, QATConv2d, QATConv3d, QATLinear
 from .qat_attention import QATMultiheadAttention
 from .qat_cells import QATGRUCell, QATLSTMCell, QATRNNCell
@@ -51,10 +52,14 @@ __all__ = [
     "Int8ConvTranspose2d",
     "Int8ConvTranspose3d",
     "Int8Embedding",
+    "Int8EmbeddingBag",
     "Int8GRU",
+    "Int8GRUCell",
     "Int8LSTM",
+    "Int8LSTMCell",
     "Int8Linear",
     "Int8RNN",
+    "Int8RNNCell",
     "Int8TrainingLinear",
     "IntegerMultiheadAttention",
     "MatMul",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,13 +62,29 @@ class AttentionForward(nn.Module):
         Raises:
             RuntimeError: a tensor has another shape or kind.
         """
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        self.check(query, key, value, key_padding_mask, attn_mask, is_causal)
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else _added(attn_mask, query.dtype)
         padding = _added(key_padding_mask, query.dtype)
-        batched = query.dim() == 3
+        projections = self.projected(query, key, value)
+        y, weights = self.attended(*projections, mask, padding, causal, need_weights, average_attn_weights)
+        return self.passed("output", self.out_proj(y)), weights
 
-        q, k, v = (self._heads(t) for t in self.projected(query, key, value))
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        padding: Tensor | None = None,
+        causal: bool = False,
+        need_weights: bool = False,
+        average: bool = True,
+        kernel: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections, which it gets, and ``out_proj``. Masks are added to the scores."""
+        batched = query.dim() == 3
+        q, k, v = (self._heads(t) for t in (query, key, value))
         n, heads, length, _ = q.shape
         if self.bias_k is not None and self.bias_v is not None:
             rows = [bias.view(1, heads, 1, -1).expand(n, -1, -1, -1) for bias in (self.bias_k, self.bias_v)]
@@ -92,16 +109,16 @@ class AttentionForward(nn.Module):
             weights = torch.softmax(scores, dim=-1)
             weights = F.dropout(weights, dropout)
             y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights.mean(1) if average else weights
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+            y = kernel(q, k, v, mask, dropout, causal)
         if batched and not self.batch_first:
             y = y.permute(2, 0, 1, 3).reshape(length, n, self.embed_dim)
         else:
             y = y.transpose(1, 2).reshape(n, length, self.embed_dim)
         if not batched:
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return self.passed("output", self.out_proj(y)), weights
+        return y, weights
 
     def _heads(self, t: Tensor) -> Tensor:
         """[N, heads, L, head_dim], a view of the projection, whose dims are in the layer's order."""
@@ -111,7 +128,7 @@ class AttentionForward(nn.Module):
             t = t.transpose(0, 1)
         return t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def _check(
+    def check(
         self,
         query: Tensor,
         key: Tensor,
@@ -120,6 +137,7 @@ class AttentionForward(nn.Module):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
+        """Refuses arguments of ``forward``."""
         for name, t in (("query", query), ("key", key), ("value", value)):
             if t.is_nested:
                 raise RuntimeError(f"{name}: got a nested tensor; accepted: a padded one with a mask")

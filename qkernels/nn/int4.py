@@ -114,7 +114,6 @@ class Int4Linear(QuantizedInputLayer):
             RuntimeError: a group_size, act_bits, weight_bits or scale_dtype that the layer does not accept.
         """
         weight = check_finite(linear.weight)
-        codes, scale, zero_point = quantize_groups(weight, weight_bits, group_size, symmetric, scale_dtype)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -126,6 +125,7 @@ class Int4Linear(QuantizedInputLayer):
             act_bits=act_bits,
             dtype=weight.dtype,
         ).to(weight.device)
+        codes, scale, zero_point = quantize_groups(weight, weight_bits, group_size, symmetric, scale_dtype)
         layer.set_weight(codes, scale, linear.bias, zero_point)
         return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 

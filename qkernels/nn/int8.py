@@ -46,6 +46,7 @@ class Int8Layer(QuantizedInputLayer):
     scale: nn.Parameter
     zero_point: Tensor | None
     private_buffers = ("data", "colsum")
+    is_for_steps = False  # of a linear layer: see ``take_steps``
 
     def __init__(
         self,
@@ -81,9 +82,14 @@ class Int8Layer(QuantizedInputLayer):
         self._register_private()
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the codes are packed for the int8 kernels."""
+        return self.act_bits == 8 or self.is_for_steps
+
+    @property
     def codes(self) -> Tensor:
         """The integers in the float layer's shape, int8."""
-        return self.data if self.act_bits == 16 else self._packed().unpack()[0]
+        return self._packed().unpack()[0] if self.is_packed else self.data
 
     def set_weight(self, codes: Tensor, scale: Tensor, bias: Tensor | None, zero_point: Tensor | None = None) -> None:
         """Takes codes (int8, the float layer's shape) with one scale per output channel, or per group.
@@ -225,6 +231,17 @@ class Int8Linear(Int8Layer):
         weight, bias = self._weight_in(dtype), self._bias_in(dtype)
         return lambda x: F.linear(self._input_values(x), weight, bias)
 
+    def take_steps(self) -> None:
+        """Packs the weight for the steps of a recurrent layer, whose kernels take a state that stays in float too.
+
+        Not a weight in groups or with zero points, and those are multiplied as floats.
+        """
+        if self.act_bits == 16 and self.zero_point is None and self.scale.dim() == 1:
+            logical = self._unpack()
+            self.is_for_steps = True
+            self._hold(self._pack(logical))
+            self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))  # as at first
+
     def _computes_in_float(self, dtype: torch.dtype) -> bool:
         return self.act_bits == 16 or dtype == torch.float64
 
@@ -234,13 +251,13 @@ class Int8Linear(Int8Layer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
         device = self.data.device
-        stale = layouts.int8_layout(self.data) != layouts.int8_layout_on(device)
-        if self.act_bits == 8 and device.type != "meta" and stale:
+        stale = self.is_packed and layouts.int8_layout(self.data) != layouts.int8_layout_on(device)
+        if stale and device.type != "meta":
             self._hold(self._pack(self._unpack()))  # the layer moved between the CPU and a GPU
         return self
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor | None]:
-        if self.act_bits == 16:
+        if not self.is_packed:
             return {"data": codes.detach().clone(memory_format=torch.contiguous_format), "colsum": None}
         packed = PackedInt8.from_quantized(codes, torch.ones(1))
         return {"data": packed.data, "colsum": packed.colsum}
@@ -250,7 +267,11 @@ class Int8Linear(Int8Layer):
 
 
 class Int8Convolution(Int8Layer):
-    """What the int8 convolutions share: arguments as in torch's layers, and as ``Int8Linear``.
+    """What the int8 convolutions share.
+
+    Args:
+        geometry, named: the arguments of torch's layer, ``float_class``, in its order and under its names.
+        weight_bits, act_bits, group_size, symmetric, input, dtype: as ``Int8Linear``.
 
     channels_last: whether the weight is, in a layer of 2 or 3 dims; the result then is too, as that of torch's layer.
     """
@@ -270,43 +291,20 @@ class Int8Convolution(Int8Layer):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: str | int | tuple[int, ...] = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
+        *geometry: Any,
         weight_bits: int = 8,
         act_bits: int = 8,
         group_size: int = -1,
         symmetric: bool = True,
         input: FakeQuantize | None = None,
         dtype: torch.dtype = torch.float32,
+        **named: Any,
     ) -> None:
-        # The float layer checks the arguments and resolves ints.
-        geometry: Any = (kernel_size, stride, padding, dilation, groups)
-        conv = self.float_class(in_channels, out_channels, *geometry, bias, padding_mode, device="meta")
-        self._build(conv, weight_bits, act_bits, group_size, symmetric, input, dtype)
-
-    def _build(
-        self,
-        conv: Any,
-        weight_bits: int,
-        act_bits: int,
-        group_size: int,
-        symmetric: bool,
-        input: FakeQuantize | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """Makes the layer, without weights, with the geometry of a float one."""
+        conv = self.float_class(*geometry, **named, device="meta")  # checks the arguments and resolves ints
         for name in GEOMETRY:  # before the base class packs the weight
             setattr(self, name, getattr(conv, name))
         codes = weight_bits, act_bits, group_size, symmetric
-        Int8Layer.__init__(self, conv.weight.shape, conv.bias is not None, *codes, input, PerTensor(), dtype)
+        super().__init__(conv.weight.shape, conv.bias is not None, *codes, input, PerTensor(), dtype)
 
     @classmethod
     def from_float(cls: type[Convolution], conv: nn.Module, *, act_bits: int = 8) -> Convolution:

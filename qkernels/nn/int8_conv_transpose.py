@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
@@ -13,7 +12,6 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from .. import layouts
 from ..ops.int8_convolution import Geometry
-from .fake_quantize import FakeQuantize
 from .int8_conv3d import Int8ProgramConvolution
 from .tracing import node_of
 
@@ -27,30 +25,6 @@ class Int8ConvTranspose(Int8ProgramConvolution):
     """
 
     product: ClassVar[Callable[..., Tensor]]
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] = 0,
-        output_padding: int | tuple[int, ...] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, ...] = 1,
-        padding_mode: str = "zeros",
-        *,
-        weight_bits: int = 8,
-        act_bits: int = 8,
-        group_size: int = -1,
-        symmetric: bool = True,
-        input: FakeQuantize | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        geometry = kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode
-        conv = self.float_class(in_channels, out_channels, *geometry, device="meta")
-        self._build(conv, weight_bits, act_bits, group_size, symmetric, input, dtype)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """output_size: as in torch's layer, with or without the dims of the batch and the channels."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+from torch import Tensor
+from torch.fx import Proxy
+
+from .attend import attend
 from .attention import AttentionForward
 from .int4 import Int4Linear
 from .int8 import Int8Linear
@@ -14,6 +18,21 @@ from .replacing import take_over
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 SETTINGS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
 QUANTIZERS = ("query", "key", "value", "output")
+
+
+def between(
+    layer: IntegerMultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    need_weights: bool,
+    average: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer computes of the projections, in a graph that runs without gradients."""
+    layer.check(query, key, value, None, None, is_causal)  # they have the lengths of what they are projections of
+    causal = is_causal and not need_weights
+    return layer.attended(query, key, value, None, None, causal, need_weights, average, attend)
 
 
 class IntegerMultiheadAttention(AttentionForward):
@@ -60,6 +79,26 @@ class IntegerMultiheadAttention(AttentionForward):
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (project(x) for project, x in zip(self.projections, (query, key, value), strict=True))
         return q, k, v
+
+    def in_parts(
+        self,
+        query: Proxy,
+        key: Proxy,
+        value: Proxy,
+        key_padding_mask: None = None,
+        need_weights: bool = True,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Any, Any]:
+        """``forward`` without masks in a graph: its layers, and what lies between them as one node, ``between``."""
+        tracer: Any = query.tracer
+        layer = tracer.create_proxy("get_attr", tracer.path_of_module(self), (), {})
+        projections = self.projected(query, key, value)  # type: ignore[arg-type]
+        arguments = layer, *projections, need_weights, average_attn_weights, is_causal
+        both = tracer.create_proxy("call_function", between, arguments, {})
+        y, weights = both[0], both[1]
+        return self.passed("output", self.out_proj(y)), weights
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"

@@ -50,7 +50,7 @@ class QATLinear(QATProductLayer, nn.Linear):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_fake_quant is not None:
+        if self.input_fake_quant is not None and not self.input_fake_quant.at_source:
             input = self.input_fake_quant(input)
         weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)
         y = F.linear(input, weight, self.bias)
@@ -102,7 +102,7 @@ class QATConvolution(QATProductLayer):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_fake_quant is not None:
+        if self.input_fake_quant is not None and not self.input_fake_quant.at_source:
             input = self.input_fake_quant(input)
         weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)  # type: ignore[arg-type]
         y: Tensor = self._conv_forward(input, weight, self.bias)  # type: ignore[operator]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fake_quantize import FakeQuantize
 from .qat_layer import Role
 from .qat_recurrent import QATStateful
 from .recurrent_steps import States, gru_step
@@ -37,6 +39,10 @@ class QATCell(QATStateful):
         if isinstance(layer, nn.LSTMCell):
             roles["cell"] = Role("cell", per_token=True)
         return roles
+
+    def products(self) -> Iterator[tuple[str, FakeQuantize | None]]:
+        yield "weight_ih", self.quantizer_of("input")
+        yield "weight_hh", self.quantizer_of("hidden")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if input.dim() not in (1, 2):

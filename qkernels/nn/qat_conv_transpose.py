@@ -37,7 +37,12 @@ class QATConvTranspose(QATLayer):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         layer: Any = self
-        x, weight = self.passed("input", input), self.passed("weight", layer.weight)
+        x = (
+            input
+            if layer.input_fake_quant is not None and layer.input_fake_quant.at_source
+            else self.passed("input", input)
+        )
+        weight = self.passed("weight", layer.weight)
         stride, padding, dilation, size = layer.stride, layer.padding, layer.dilation, layer.kernel_size
         added = layer._output_padding(x, output_size, stride, padding, size, len(size), dilation)
         y = type(self).product(x, weight, layer.bias, stride, padding, added, layer.groups, dilation)

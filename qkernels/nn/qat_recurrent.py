@@ -44,6 +44,10 @@ class QATStateful(QATLayer):
         """Whether h lies within (−1, 1)."""
         return True
 
+    def products(self) -> Iterator[tuple[str, FakeQuantize | None]]:
+        """The names of all weights, each with the quantizer of what it is multiplied by."""
+        raise NotImplementedError
+
     def _prepared(self) -> None:
         for name, role, quantizer in self.own_quantizers():
             if role.kind not in ("hidden", "cell"):
@@ -107,7 +111,6 @@ class QATRecurrent(RecurrentForward, QATStateful):
         return self.mode != "RNN_RELU" and self.proj_size == 0
 
     def products(self) -> Iterator[tuple[str, FakeQuantize | None]]:
-        """The names of all weights, each with the quantizer of what it is multiplied by."""
         for index in range(self.num_layers):
             for suffix in self.suffixes(index):
                 yield f"weight_ih{suffix}", self.quantizer_of(f"input_l{index}" if index else "input")

@@ -27,9 +27,14 @@ class QATParameters(QATLayer):
 
     The roles "input" and "output" are the first floating tensor among the arguments of its forward, and the first in
     its result: a tensor, or an element of a tuple, list or dict.
+
+    Further roles are tensors between the two. ``traced_forward`` then computes what the module's own forward does, with
+    the quantizers of these roles in it (``qat/traced_forward.py``).
     """
 
     quantized_names: ClassVar[tuple[str, ...]] = ()
+    between: ClassVar[tuple[str, ...]] = ()  # those of them that are tensors between the input and the result
+    traced_forward: Any
 
     @classmethod
     def roles(cls, layer: nn.Module) -> dict[str, Role]:
@@ -40,33 +45,56 @@ class QATParameters(QATLayer):
         """By default each row of the last dim has a scale: [E, N, 1] for expert weights [E, N, K]."""
         if name in VALUES:
             return Role(name, per_token=True)
+        if name not in module._parameters:
+            return Role("residual", per_token=True)
         parameter = module._parameters[name]
         rows = 1 if parameter is None else parameter.dim() - 1
         return Role("weight", name, tuple(range(rows)) if rows > 1 else 0)
 
     @classmethod
-    def of(cls, module: nn.Module, quantizers: dict[str, FakeQuantize]) -> QATParameters:
+    def of(
+        cls,
+        module: nn.Module,
+        quantizers: Mapping[str, FakeQuantize],
+        traced_forward: Callable[..., Any] | None = None,
+    ) -> QATParameters:
         """The module with quantizers for some of its parameters, by their names, and for its input and output.
 
         It shares the parameters and hooks.
 
+        traced_forward: called with the module, the arguments and the keyword arguments of a call; it has to be given
+        with roles of tensors in between.
+
         Raises:
             ValueError: the module has no such parameter of its own, or torch has parametrized it.
         """
+        between: tuple[str, ...] = ()
+        if traced_forward is not None:
+            between = tuple(name for name in quantizers if name not in VALUES and name not in module._parameters)
         for name in quantizers:
-            if name not in VALUES and module._parameters.get(name) is None:
+            if name not in (*VALUES, *between) and module._parameters.get(name) is None:
                 raise ValueError(f"parameter: got {name!r}; accepted: one of {', '.join(module._parameters) or 'none'}")
-        made = _class_of(type(module), tuple(quantizers))  # type: ignore[arg-type]
+        made = _class_of(type(module), tuple(quantizers), between)  # type: ignore[arg-type]
         layer: Any = made.__new__(made)
         layer.__dict__ = copied_state(module)
         take_hooks(layer, module)
         some = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
         for name, quantizer in quantizers.items():
-            like = some if name in VALUES else module._parameters[name]
+            like = some if name in (*VALUES, *between) else module._parameters[name]
             if like is not None:
                 quantizer.to(like.device, like.dtype)
             setattr(layer, name + SUFFIX, quantizer.train(module.training))
+        if between:
+            layer.traced_forward = traced_forward
         return layer  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.between:
+            self.traced_forward.restore(self)
+
+    def _released(self, module: nn.Module) -> None:
+        module.__dict__.pop("traced_forward", None)
 
     def unquantized(self, parameter: str) -> Tensor:
         value = self._parameters[parameter]
@@ -75,19 +103,33 @@ class QATParameters(QATLayer):
 
 
 @functools.cache
-def _class_of(kind: type[nn.Module], names: tuple[str, ...]) -> type[QATParameters]:
-    attributes: dict[str, Any] = {name: _reader(name) for name in names if name not in VALUES}
+def _class_of(kind: type[nn.Module], names: tuple[str, ...], between: tuple[str, ...]) -> type[QATParameters]:
+    attributes: dict[str, Any] = {name: _reader(name) for name in names if name not in (*VALUES, *between)}
+    forward = _replaced(kind.forward) if between else kind.forward
     if any(name in VALUES for name in names):
-        attributes["forward"] = _quantizing(kind.forward)
+        attributes["forward"] = _quantizing(forward)
+    elif between:
+        attributes["forward"] = forward
     attributes.update(
         {
             "__module__": kind.__module__,
             "__reduce_ex__": _reduce,
             "float_type": kind,
             "quantized_names": names,
+            "between": between,
         }
     )
     return type(f"QAT{kind.__name__}", (QATParameters, kind), attributes)
+
+
+def _replaced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of the same signature that is computed by ``traced_forward``."""
+
+    @functools.wraps(forward)
+    def replaced(self: QATParameters, *args: Any, **kwargs: Any) -> Any:
+        return self.traced_forward(self, args, kwargs)
+
+    return replaced
 
 
 def _quantizing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,4 +178,5 @@ def _reader(name: str) -> property:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return made_again, (_class_of, type(self).float_type, type(self).quantized_names), self.__getstate__()
+    kind = type(self)
+    return made_again, (_class_of, kind.float_type, kind.quantized_names, kind.between), self.__getstate__()

@@ -47,6 +47,7 @@ class QuantizerState(nn.Module):
     magnitude: Tensor  # the mean |x| that the start of a learned scale is for; -1: not known
     # Of the last sequence that moved them: whether there was a scale, its start, and the zero point (see for_steps).
     _of_steps: tuple[bool, Tensor, Tensor | None] | None = None
+    at_source: bool = False  # whether it acts where the tensor is made, so that layers that have it too do not call it
     ewgs_delta: float = 1e-3  # a plain attribute, not a tensor: EWGS's authors change it every some epochs
 
     def __init_subclass__(cls, quantizers: Sequence[str] = (), **options: Any) -> None:

@@ -20,7 +20,7 @@ from .frozen import as_torch_jit_takes_them, bias_gradient, constant, represente
 from .int8_gemm import by_row
 from .packing import pack_bits, unpack_bits
 from .pickling import reduce_for_a_process
-from .weight_groups import grouped, quantize_groups
+from .weight_groups import grouped, quantize_groups, resolved_group_size
 
 
 def _int4_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -212,6 +212,8 @@ class PackedInt:
             ValueError: w is not a finite floating matrix, or has a scale that scale_dtype does not hold.
             RuntimeError: group_size, bits or scale_dtype is none of these.
         """
+        checks.finite_weight(w)
+        resolved_group_size(bits, group_size, w.shape[1], scale_dtype)
         q, scale, zero_point = quantize_groups(w, bits, group_size, symmetric, scale_dtype)
         return cls.from_quantized(q, scale, zero_point, bits=bits)
 

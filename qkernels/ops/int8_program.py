@@ -16,16 +16,21 @@ places in ``constants``. Everything has three spatial dims: kernel=1,3,3 is a 2-
   ``conv_transpose``: the same with output_padding instead of padding_after. ``linear``: the same on [N, C], without the
   geometry.
 - ``activate x first``, ``binary kind a b [first]`` (add, sub, mul; a or b may be [N, C] in every pixel), ``batch_norm x
-  mean var [weight] [bias] eps [first]``, ``avg_pool x kernel stride padding ceil include_pad [divisor]``,
-  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x scale mode=linear [align_corners]``: each with [out] and
+  mean var [weight] [bias] eps [first]``, ``layer_norm x [weight] [bias] channels eps`` and ``rms_norm x [weight]
+  channels eps`` (of the channels of each pixel), ``avg_pool x kernel stride padding ceil include_pad [divisor]``,
+  ``adaptive_avg_pool x size``, ``mean x keep``, ``resize x mode=linear [align_corners]``: each with [out] and
   [codes q].
 - ``max_pool out x kernel stride padding dilation ceil``, ``cat out xs``, ``slice out x begin end``, ``shuffle out x
-  groups``, ``upsample out x scale``, ``flatten out x``: they move values, floats or codes.
+  groups``, ``pixel_shuffle out x factor``, ``pixel_unshuffle out x factor``, ``upsample out x`` (the nearest pixels),
+  ``flatten out x``: they move values, floats or codes.
 
-Activations: relu, clamp:low:high, leaky_relu:slope, hardswish, hardsigmoid, silu, gelu, sigmoid, tanh.
+``upsample`` and ``resize`` take the size of their result from one of three keys: scale, by which x's size is
+multiplied, size, or like, another value that has it.
 
-An image that holds a NaN gives NaN in all its outputs. So do all images if a scale, a bias or a tensor of a BatchNorm
-is not finite: codes could not carry it.
+Activations: relu, clamp:low:high, leaky_relu:slope, hardswish, hardsigmoid, silu, gelu, gelu_tanh, sigmoid, tanh.
+
+An image that holds a NaN gives NaN in all its outputs, and so does one whose norm is NaN, as that of an infinity is. So
+do all images if a scale, a bias or a tensor of a norm is not finite: codes could not carry it.
 """
 
 from __future__ import annotations

@@ -23,13 +23,11 @@ def resolved_group_size(bits: int, group_size: int, k: int, scale_dtype: torch.d
 def quantize_groups(
     w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [N, K] int8, scales and int8 zero points [N, K/group_size], which ``PackedInt.from_float`` packs."""
+    """Codes [N, K] int8, scales and int8 zero points [N, K/group_size], which has to divide K."""
     checks.finite_weight(w)
     values = w.detach().float().contiguous()
-    gemm_checks.bits(bits)
     n, k = w.shape
     size = k if group_size == -1 else group_size
-    gemm_checks.weight_group_size(size, k)
     low, high = layouts.code_range(bits)
     q, scale, zero_point = quantize_dynamic(
         values, bits=bits, group_size=-1 if size == k else size, symmetric=symmetric

@@ -12,7 +12,9 @@ from .convert import convert
 from .equalize import equalize
 from .exact import exact
 from .gptq import gptq
+from .hybrid import Hybrid, hybrid
 from .latency import measure_latency
+from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
@@ -28,6 +30,8 @@ from .unprepare import unprepare
 __all__ = [
     "Assignment",
     "BitSchedule",
+    "Hybrid",
+    "OscillationTracker",
     "QConfig",
     "QSpec",
     "QuantLoss",
@@ -46,6 +50,7 @@ __all__ = [
     "freeze_bn",
     "freeze_observers",
     "gptq",
+    "hybrid",
     "load",
     "losses",
     "measure_latency",

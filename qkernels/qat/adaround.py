@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def adaround(
     model: nn.Module,
     batches: Any,
     *,
-    where: str = "*",
+    where: str | Sequence[str] = "*",
     steps: int = 1000,
     lr: float = 1e-2,
     batch_size: int = 32,
@@ -42,7 +43,7 @@ def adaround(
     Args:
         model: prepared and calibrated. It stays as it was after every error.
         batches: as for ``calibrate``, taken as a list; the paper takes 1024 samples.
-        where: a glob on the names of the layers, as for ``gptq``.
+        where: which layers, as for ``gptq``.
         steps: of Adam, for each layer.
         lr: the learning rate. The paper's 10000 steps at 1e-3 left 45 %, in ten times the time.
         batch_size: how many samples of one batch a step takes at most.

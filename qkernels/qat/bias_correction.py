@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def correct_bias(
     model: nn.Module,
     batches: Any,
     *,
-    where: str = "*",
+    where: str | Sequence[str] = "*",
     float_model: nn.Module | None = None,
     max_batches: int | None = None,
 ) -> dict[str, float]:
@@ -31,7 +32,7 @@ def correct_bias(
     Args:
         model: prepared and calibrated. It stays as it was after every error.
         batches: as for ``calibrate``, taken as a list.
-        where: a glob on the names of the layers, as for ``gptq``.
+        where: which layers, as for ``gptq``.
         float_model: the model before ``prepare``; None: the prepared model without quantization, whose weights another
             method may have rounded already.
         max_batches: how many batches to take at most; None: all.

@@ -30,7 +30,9 @@ class QConfig:
 
     Args:
         weight, input, output: the spec of that tensor in every layer; None leaves the tensor in float.
-        residual: the spec for the results of ``qk.nn.Add``, ``qk.nn.Cat`` and torch's FloatFunctional.
+        residual: the spec for tensors between layers: sums and concatenations of activations and the inputs of average
+            pools, in the forward of any module that torch.fx can trace, and the results of ``qk.nn.Add``, ``qk.nn.Cat``
+            and torch's FloatFunctional. None leaves them in float. ``prepare`` says more.
         rules: pairs (pattern, overrides), of which the last that matches a layer decides. A pattern is a glob on the
             module name (``"layer1.*"``), a module type, or a glob on the full names of parameters that matches no
             module (``"*.experts.gate_up_proj"``). Overrides are None (leave it in float) or a dict that gives kinds of

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.own_forward import QATForward, has_own_forward, with_forward_of
 from ..nn.qat import QATConvolution, QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
-from ..nn.qat_embedding import QATEmbedding
+from ..nn.qat_embedding import QATTable
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight
-from ..nn.qat_recurrent import QATRecurrent
+from ..nn.qat_recurrent import QATStateful
 from ..nn.qat_sequential import part
 from ..nn.quantized import QuantizedLayer
 from ..nn.replacing import take_over
@@ -51,10 +51,12 @@ def convert(model: nn.Module) -> nn.Module:
       they compute in float with the dequantized weight. If such a layer shares its weight with a float layer, it keeps
       that weight and quantizes it at each call, so that the file holds it once; if it shares it with a layer that gets
       the quantized values, both hold these as one Parameter.
-    - An Embedding becomes an ``Int4Embedding`` if its weight has 4 bits or less, else an ``Int8Embedding``.
+    - An Embedding becomes an ``Int4Embedding`` if its weight has 4 bits or less, else an ``Int8Embedding``; an
+      EmbeddingBag becomes an ``Int8EmbeddingBag``.
     - These layers keep the quantizers of their outputs.
-    - An LSTM, GRU or RNN becomes an ``Int8LSTM``, ``Int8GRU`` or ``Int8RNN``. The product of its inputs runs on int8
-      codes if they are quantized, and that of the hidden state if that is ("hidden"); gates are computed in float.
+    - An LSTM, GRU or RNN becomes an ``Int8LSTM``, ``Int8GRU`` or ``Int8RNN``, and their cells likewise. The product of
+      the inputs runs on int8 codes if they are quantized; so does that of the hidden state, which a spec for "hidden"
+      rounds to codes, and which else keeps 24 bits. Gates are computed in float.
     - A MultiheadAttention becomes an ``IntegerMultiheadAttention``, whose projections are such layers; softmax and
       products are computed in float.
     - Layers of one weight that get the same codes share them, in memory and in the file.
@@ -135,10 +137,10 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
         if isinstance(layer, QATMultiheadAttention):
             made[layer] = integer_attention(layer).eval()
             continue
-        if isinstance(layer, QATRecurrent):
+        if isinstance(layer, QATStateful):
             made[layer] = integer_recurrent(layer).eval()
             continue
-        if isinstance(layer, QATEmbedding):
+        if isinstance(layer, QATTable):
             made[layer] = integer_embedding(layer)
             continue
         assert isinstance(layer, QATLinear | QATConvolution | QATConvTranspose)
@@ -160,7 +162,7 @@ def replace_layers(model: nn.Module, folds: Folds) -> nn.Module:
                 made[layer].__dict__["folded"] = norm is not None
     _tie(layers, made, _float_weights(model, {layer for _, layer in layers}))
     for source, new in made.items():
-        if isinstance(source, QATLinear | QATConvolution | QATConvTranspose | QATEmbedding):
+        if isinstance(source, QATLinear | QATConvolution | QATConvTranspose | QATTable):
             if source.output_fake_quant is not None:
                 new.quantize_output(source.output_fake_quant)  # type: ignore[operator]
             made[source] = with_forward_of(take_over(new, source, own_names(source)).eval(), source)
@@ -261,7 +263,7 @@ def _weights(source: nn.Module, new: nn.Module | None) -> Iterator[tuple[tuple[i
         names = projection_weights(source)
         for i, part in enumerate(new.projections):
             yield (id(getattr(source, names[i % len(names)])), i), part
-    elif isinstance(new, Int8Recurrent):
+    elif isinstance(new, Int8Stateful):
         for name, part in new.parts.items():
             yield (id(getattr(source, f"weight_{name}")), 0), part
 

@@ -14,11 +14,9 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Convolution, Int8Linear
-from ..nn.int8_recurrent import SETTINGS as RECURRENT
-from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
 from ..nn.integer_attention import SETTINGS as ATTENTION
 from ..nn.integer_attention import IntegerMultiheadAttention
-from ..nn.integer_embedding import Int4Embedding, Int8Embedding
+from ..nn.integer_embedding import Int4Embedding, Int8Embedding, Int8EmbeddingBag
 from ..nn.own_forward import ConvertedForward, QATForward
 from ..nn.qat_classes import QAT_CLASSES
 from ..nn.qat_layer import SUFFIX, QATLayer
@@ -30,6 +28,7 @@ from .config_json import plain
 from .convert import BURNT_IN, FOLDED
 from .equal_ranges import send_ranges
 from .integer_convolution import CONVOLUTIONS
+from .integer_layers import RECURRENT
 from .prepare import SWITCHED_OFF
 
 Description = dict[str, Any]
@@ -39,15 +38,12 @@ INTEGER_LAYERS: dict[type[QuantizedLayer], type[nn.Module]] = {
     Int8Linear: nn.Linear,
     Int4Linear: nn.Linear,
     **{kind: kind.float_class for kind in CONVOLUTIONS},
-    Int4Embedding: nn.Embedding,
-    Int8Embedding: nn.Embedding,
+    **{kind: kind.float_class for kind in (Int4Embedding, Int8Embedding, Int8EmbeddingBag)},
 }
 # Layers that consist of such layers under names of their own, the float layer, and what both keep of its arguments.
 COMPOSITES: dict[type[nn.Module], tuple[type[nn.Module], tuple[str, ...]]] = {
     IntegerMultiheadAttention: (nn.MultiheadAttention, ATTENTION),
-    Int8LSTM: (nn.LSTM, RECURRENT),
-    Int8GRU: (nn.GRU, RECURRENT),
-    Int8RNN: (nn.RNN, RECURRENT),
+    **{kind: (kind.float_class, kind.settings) for kind in RECURRENT},
 }
 QAT_LAYERS: tuple[type[QATLayer], ...] = (QATAdapted, QATParameters, *QAT_CLASSES)
 FLOAT = "float"  # the class of a float layer whose parameters hold quantized values
@@ -151,7 +147,10 @@ def _arguments(layer: Any, kind: type[nn.Module]) -> Description:
     found: Description = {"symmetric": offset is None, "minimum": offset == "minimum"}
     found["bias"] = _has_bias(layer)
     found["scale_dtype"] = layer.scale_dtype if hasattr(layer, "scale_dtype") else layer.scale.dtype
-    names = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "input", "dtype")]
+    kinds: tuple[Any, ...] = (kind.float_class, kind) if issubclass(kind, Int8Convolution) else (kind,)
+    parameters = [p for each in kinds for p in inspect.signature(each.__init__).parameters.values()]
+    given = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [name for name in given if name not in ("self", "input", "dtype", "device")]
     values = {name: found[name] if name in found else getattr(layer, name) for name in names}
     return {name: _dtype(value) if isinstance(value, torch.dtype) else value for name, value in values.items()}
 
@@ -181,6 +180,9 @@ def _qat_layer(name: str, layer: QATLayer) -> Description:
     entry: Description = {"class": kind.__name__, "of": float_name(of), "bias": _has_bias(layer)}
     if isinstance(layer, QATForward):
         entry["trial"] = dataclasses.asdict(layer.trial)
+    if isinstance(layer, QATParameters) and layer.between:
+        traced = layer.traced_forward
+        entry["traced"] = {"roles": dict(traced.roles), "patterns": [list(pattern) for pattern in traced.patterns]}
     return entry
 
 
@@ -199,7 +201,9 @@ def _quantizers(module: nn.Module) -> list[tuple[FakeQuantize, list[int] | None]
 
 
 def _quantizer(quantizer: FakeQuantize, shape: list[int] | None) -> Description:
+    at_source = {"at_source": True} if quantizer.at_source else {}
     return {
+        **at_source,
         "quantizer": quantizer.quantizer,
         "bits": quantizer.bits,
         "granularity": plain(quantizer.granularity),

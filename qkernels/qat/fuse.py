@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
@@ -52,6 +55,8 @@ class FusedForward:
         self._built: _Built | None = None
         self._state: _State | None = None
         self._cautious = False
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self._defaults = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -89,6 +94,8 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
+        if kwargs:  # torch's Transformer says by keyword that there are no masks
+            kwargs = {name: value for name, value in kwargs.items() if self._defaults.get(name, kwargs) is not value}
         if kwargs or module.training or _is_watched():
             return self._own(*args, **kwargs)
         if not self._is_current():
@@ -97,7 +104,7 @@ class FusedForward:
                     self.build()
         built, state = self._built, self._state
         assert state is not None
-        if built is None or any(state.hooks) or state.trains() or not built.takes(args):
+        if built is None or any(state.hooks) or state.trains or not built.takes(args):
             return self._own(*args)
         try:
             try:
@@ -142,9 +149,13 @@ class FusedForward:
 class _State:
     """What programs take for granted of a module, besides what tensors hold.
 
-    That is its tree, the dtypes of its integer layers, which modules train or have a forward of their own, and the
-    numbers, texts and switches in the attributes of modules that torch.fx traces through. It is compared at each
+    That is its tree, the dtypes of its integer layers, whether a module trains, which have a forward of their own, and
+    the numbers, texts and switches in the attributes of modules that torch.fx traces through. It is compared at each
     call, so it holds the dicts of the modules, which live as long as they.
+
+    Attributes:
+        hooks: the dicts of the hooks of modules inside.
+        trains: whether a module was in training mode, as dropout is for Monte Carlo estimates.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -153,19 +164,20 @@ class _State:
         self._parameters = [m._parameters for m in modules if m._parameters]
         self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
+        self._all = [vars(m) for m in modules]
         self._inner = [vars(m) for m in modules if m is not module]
         is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
         for name, m in module.named_modules():
             if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
-                read += [(vars(m), switch) for switch in _switches(m)]
-            elif not isinstance(m, QuantizedLayer):
-                read.append((vars(m), "training"))
+                read += [(vars(m), switch) for switch in switches(m)]
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
         self._quantizers = [m for m in modules if isinstance(m, FakeQuantize)]
         self._form = self._present()
+        self.trains: bool = self._form[0]
 
-    def _present(self) -> tuple[list[Any], ...]:
+    def _present(self) -> tuple[Any, ...]:
         return (
+            any(map(operator.getitem, self._all, repeat("training"))),
             list(chain.from_iterable(map(dict.values, self._children))),
             [held["weight_dtype"].dtype for held in self._integers],
             list(map(dict.get, self._inner, repeat("forward"))),
@@ -177,21 +189,17 @@ class _State:
         """Whether the module still is as it was."""
         return self._present() == self._form
 
-    def trains(self) -> bool:
-        """Whether a module inside is in training mode, as dropout is for Monte Carlo estimates."""
-        return any(held["training"] for held in self._inner)
-
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
         return any(p is not None and p.requires_grad for p in held)
 
 
-def _switches(module: nn.Module) -> list[str]:
+def switches(module: nn.Module) -> list[str]:
     """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
     own = (name for name, value in vars(module).items() if _is_switch(value))
-    return [name for name in dict.fromkeys((*own, *of_kinds)) if name == "training" or name not in _OF_ANY_MODULE]
+    return [name for name in dict.fromkeys((*own, *of_kinds)) if name not in _OF_ANY_MODULE]
 
 
 def _is_switch(value: Any) -> bool:
@@ -364,6 +372,8 @@ def _rewritten(graph: Graph, parts: list[Part]) -> fx.Graph:
             if (argument := graph.argument_overwritten_by(unit)) is not None:
                 given[argument] = new.call_method("clone", (made[argument],))
             made[unit] = new.node_copy(unit, given.__getitem__)
+            if unit.target is F.scaled_dot_product_attention:
+                made[unit].target = attend
         for other in waiters.get(id(unit), ()):
             waiting[id(other)] -= 1
             if not waiting[id(other)]:
@@ -426,6 +436,8 @@ def unfused(model: nn.Module) -> dict[str, str]:
 def _tried(module: nn.Module, name: str = "") -> Iterator[tuple[str, FusedForward]]:
     """Programs of the module, or if it has none, of its children."""
     if LayerTracer().is_leaf_module(module, name) or not any(isinstance(m, QuantizedLayer) for m in module.modules()):
+        return
+    if isinstance(module, IntegerMultiheadAttention):  # it is traced as a part of another module alone
         return
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         fused = FusedForward(module)

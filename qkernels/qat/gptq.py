@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def gptq(
     model: nn.Module,
     batches: Any,
     *,
-    where: str = "*",
+    where: str | Sequence[str] = "*",
     damping: float = 0.01,
     max_batches: int | None = None,
 ) -> dict[str, tuple[float, float]]:
@@ -37,8 +38,9 @@ def gptq(
     Args:
         model: prepared and calibrated. It stays as it was after every error.
         batches: as for ``calibrate``, taken as a list; 128 samples do.
-        where: a glob on the names of the layers. Others stay as they are: those with a forward of their own, of a
-            computed or shared weight, and of quantizers without integers times a fixed scale.
+        where: a glob on the names of the layers, or a list of names and globs. Some stay as they are all the same:
+            those with a forward of their own, a computed or shared weight, or a quantizer without integers times a
+            fixed scale.
         damping: the share of H's mean diagonal that is added to the diagonal.
         max_batches: how many batches to take at most; None: all.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,20 +14,25 @@ from torch.nn import functional as F
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Linear
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful
+from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
+from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import Tracer
 from .copying import shadow_of
-from .operations import FUNCTIONS, LAYERS, Operation, module_operation
+from .norms import NORMS, function_norm, module_norm
+from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
-MOVES = ("max_pool", "cat", "slice", "shuffle", "upsample", "flatten")  # their results hold elements of their inputs
+# Their results hold elements of their inputs.
+MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
 ANY_RANK = (
     "linear",
     "quantizer",
     "activate",
     "binary",
     "alias",
+    *NORMS,
 )  # they also take [..., C] with any number of dims in front
 
 
@@ -40,7 +45,7 @@ IN_PLACE = {  # operators that overwrite a tensor, and those that make a number 
 }  # fmt: skip
 
 
-class _Proxy(fx.Proxy):
+class InPlaceProxy(fx.Proxy):
     """Records ``x += y`` as what it does. fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was."""
 
 
@@ -53,7 +58,7 @@ def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
 
 
 for _operator in IN_PLACE:
-    setattr(_Proxy, f"__{_operator.__name__}__", _recorder(_operator))
+    setattr(InPlaceProxy, f"__{_operator.__name__}__", _recorder(_operator))
 
 
 class LayerTracer(Tracer):
@@ -62,18 +67,32 @@ class LayerTracer(Tracer):
     proxy_buffer_attributes = True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Recurrent)
-        return own or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, QATParameters) and (m.between or type(m).float_type in POOL_MODULES):
+            return False
+        if isinstance(m, QuantizedLayer | QATLayer | FakeQuantize | Int8Stateful):
+            return True
+        holds = any(isinstance(inner, QuantizedLayer) for inner in m.modules())  # as torch's Transformer layers do
+        return not holds and super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(m, IntegerMultiheadAttention):
+            given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
+            if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
+                return m.in_parts(**given)
+        return super().call_module(m, forward, args, kwargs)
 
 
 class Graph:
     """A traced module: its graph, and what is known of the nodes that a program can run.
 
-    ``cautious``: a sum or product is an operation only if both operands are results of operations. Other operands are
-    else taken to have as many channels and pixels, which shows when they are there.
+    A product is an operation only if both operands are results of operations, as other factors seldom have their shape.
+    A sum is one if an operand is such a result; ``cautious``: if both are. The other operand is else taken to have as
+    many channels and pixels, which shows when it is there.
 
     Attributes:
         operations: nodes that a program can run.
@@ -88,7 +107,7 @@ class Graph:
     def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
         self.root, self._cautious = root, cautious
         self.graph, self.constants = _traced(root, concrete)
-        self.copies = _without_writes(self.graph, root)
+        self.copies = _copied_back(self.graph, without_writes(self.graph, root))
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
             operation = self._operation(node)
@@ -146,10 +165,10 @@ class Graph:
     def _operation(self, node: fx.Node) -> Operation | None:
         module = self.module_of(node)
         if module is not None:
-            return module_operation(node, module)
+            return module_norm(node, module) or module_operation(node, module)
         if node.op in ("call_function", "call_method"):
             read = FUNCTIONS.get(node.target)
-            return None if read is None else read(node)
+            return function_norm(node, self.root) if read is None else read(node)
         return None
 
     def _infer_ranks(self) -> None:
@@ -183,6 +202,9 @@ class Graph:
                 before, after = channels_of(module)
                 self.channels.setdefault(inputs[0], before)
                 self.channels[node] = after
+            elif operation.kind in NORMS:
+                self.channels.setdefault(inputs[0], operation.options["channels"])
+                self.channels[node] = operation.options["channels"]
             elif operation.kind == "batch_norm":
                 self.channels[node] = module.num_features  # type: ignore[union-attr, assignment]
             elif operation.kind == "cat":
@@ -192,6 +214,13 @@ class Graph:
                 if self._has_slice(operation):
                     begin, end = self.slice_of(node)
                     self.channels[node] = end - begin
+            elif operation.kind in ("pixel_shuffle", "pixel_unshuffle"):
+                if inputs[0] in self.channels:
+                    channels, square = self.channels[inputs[0]], operation.options["factor"] ** 2
+                    self.channels[node] = channels // square if operation.kind == "pixel_shuffle" else channels * square
+            elif operation.has_like:
+                if inputs[0] in self.channels:
+                    self.channels[node] = self.channels[inputs[0]]
             elif operation.kind != "flatten":
                 known = [self.channels[source] for source in inputs if source in self.channels]
                 if known:
@@ -202,7 +231,7 @@ class Graph:
     def _is_point(self, operation: Operation) -> bool:
         if operation.kind == "mean" or operation.options.get("size") == (1, 1, 1):
             return True
-        keeps = operation.kind in ("activate", "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
+        keeps = operation.kind in ("activate", *NORMS, "batch_norm", "quantizer", "alias", "binary", "cat", "slice")
         if isinstance(operation.module, LAYERS):
             kernel = operation.options.get("kernel", (1, 1, 1))
             added = [operation.options.get(key, (0, 0, 0)) for key in ("padding", "padding_after", "output_padding")]
@@ -218,14 +247,15 @@ class Graph:
             return False
         if operation.kind == "binary":
             channels = {self.channels[source] for source in operation.inputs if source in self.channels}
-            known = all(source in self.operations for source in operation.inputs)
-            if self._cautious and not known:
+            known = [self._is_result(source) for source in operation.inputs]
+            factor = operation.options["kind"] == "mul"
+            if not any(known) or ((self._cautious or factor) and not all(known)):
                 return False
             if len(channels) > 1 or any(source.op == "get_attr" for source in operation.inputs):
                 return False
         if None in ranks:
             return operation.kind in ANY_RANK
-        if operation.kind == "linear":
+        if operation.kind in ("linear", *NORMS):
             return ranks == [0]
         if operation.kind == "batch_norm" and ranks[0] == 0:
             return isinstance(operation.module, nn.BatchNorm1d)
@@ -233,6 +263,12 @@ class Graph:
         if dims is not None and rank is not None and {d % (rank + 2) for d in dims} != set(range(2, rank + 2)):
             return False
         return operation.kind != "slice" or self._has_slice(operation)
+
+    def _is_result(self, node: fx.Node) -> bool:
+        """Whether an operation computes the node: of others, such as tables of positions, less is known."""
+        while node in self.operations and self.operations[node].kind == "alias":
+            node = self.operations[node].inputs[0]
+        return node in self.operations
 
     def _has_slice(self, operation: Operation) -> bool:
         channels, at = self.channels.get(operation.inputs[0]), operation.options["at"]
@@ -261,9 +297,15 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
             random numbers that depend on no input.
     """
     shadow = shadow_of(root)
-    before, drawn = _attributes(shadow), (torch.get_rng_state(), random.getstate())
-    graph = LayerTracer().trace(shadow, concrete)
-    after = _attributes(shadow)
+    modules = dict(shadow.named_modules())
+    before, drawn = attributes_of(modules), (torch.get_rng_state(), random.getstate())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
+    try:
+        graph = LayerTracer().trace(shadow, concrete)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    after = attributes_of(modules)
     for (path, name), value in after.items():
         if before.get((path, name)) != value and not _is_constant(path, name):
             raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
@@ -276,11 +318,11 @@ def _is_constant(path: str, name: str) -> bool:
     return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
 
 
-def _attributes(root: nn.Module) -> dict[tuple[str, str], tuple[int, list[int]]]:
+def attributes_of(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], tuple[int, list[int]]]:
     """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
     return {
         (path, name): (id(value), list(map(id, _contents(value))))
-        for path, module in root.named_modules()
+        for path, module in modules.items()
         for name, value in vars(module).items()
     }
 
@@ -301,14 +343,11 @@ def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _without_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
+def without_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
     """Lets what reads a tensor after an operation has overwritten it read that operation's result.
 
-    An argument is overwritten for the caller too, by a copy at the end of the graph, when no program can refuse any
-    more. What returns the argument then returns it.
-
     Returns:
-        The copies, and the arguments that they write to.
+        The arguments that are overwritten, and the last results that they hold.
 
     Raises:
         NotImplementedError: an operation overwrites a view of an argument; a tensor that is read later through a view
@@ -334,6 +373,17 @@ def _without_writes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, fx.Node]:
         for user in list(target.users):
             if order[user] > order[node]:
                 user.replace_input_with(target, node)
+    return last
+
+
+def _copied_back(graph: fx.Graph, last: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Overwrites arguments for the caller too, by copies at the end of the graph, when no program can refuse any more.
+
+    What returns the argument then returns it.
+
+    Returns:
+        The copies, and the arguments that they write to.
+    """
     end = next(node for node in graph.nodes if node.op == "output")
     copies = {}
     for argument, value in last.items():

@@ -12,15 +12,19 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import PerGroup
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Linear
-from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8Recurrent, Int8RNN
+from ..nn.int8_cells import Int8GRUCell, Int8LSTMCell, Int8RNNCell
+from ..nn.int8_recurrent import Int8GRU, Int8LSTM, Int8RNN
+from ..nn.int8_stateful import Int8Stateful
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
-from ..nn.integer_embedding import Int4Embedding, Int8Embedding
+from ..nn.integer_embedding import Int4Embedding, Int8Embedding, Int8EmbeddingBag, IntegerEmbedding
 from ..nn.qat import QATLinear
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
-from ..nn.qat_embedding import QATEmbedding
-from ..nn.qat_recurrent import QATRecurrent
+from ..nn.qat_embedding import QATEmbeddingBag, QATTable
+from ..nn.qat_recurrent import QATStateful
 
 Linear = TypeVar("Linear", Int8Linear, Int4Linear, Int8Linear | Int4Linear)
+
+RECURRENT: tuple[type[Int8Stateful], ...] = (Int8LSTM, Int8GRU, Int8RNN, Int8LSTMCell, Int8GRUCell, Int8RNNCell)
 
 
 def group_size(quantizer: FakeQuantize) -> int:
@@ -37,20 +41,15 @@ def integer_linear(layer: QATLinear) -> Int8Linear | Int4Linear:
 
 
 @torch.no_grad()
-def integer_embedding(layer: QATEmbedding) -> Int4Embedding | Int8Embedding:
+def integer_embedding(layer: QATTable) -> IntegerEmbedding:
     weight = layer.weight_fake_quant
     assert weight is not None
-    codes, scale, zero_point = weight.quantize(layer.weight)
-    kind = Int4Embedding if weight.bits in layouts.BITS else Int8Embedding
-    new = kind(
-        layer.num_embeddings,
-        layer.embedding_dim,
-        layer.padding_idx,
-        weight_bits=weight.bits,
-        group_size=group_size(weight),
-        symmetric=weight.symmetric,
-        dtype=layer.weight.dtype,
-    ).to(layer.weight.device)
+    codes, scale, zero_point = weight.quantize(layer.weight)  # type: ignore[arg-type]
+    kind: Any = Int4Embedding if weight.bits in layouts.BITS else Int8Embedding
+    if isinstance(layer, QATEmbeddingBag):
+        kind = Int8EmbeddingBag
+    options = {"weight_bits": weight.bits, "group_size": group_size(weight), "symmetric": weight.symmetric}
+    new: IntegerEmbedding = kind.like(layer, **options)
     groups = new.scale.shape
 
     def by_row(t: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def integer_attention(layer: QATMultiheadAttention) -> IntegerMultiheadAttention
 
 
 @torch.no_grad()
-def integer_recurrent(layer: QATRecurrent) -> Int8Recurrent:
+def integer_recurrent(layer: QATStateful) -> Int8Stateful:
     """Each weight becomes an Int8Linear, whose files pack codes of 4 bits or less."""
     parts = {}
     for name, input in layer.products():
@@ -93,8 +92,8 @@ def integer_recurrent(layer: QATRecurrent) -> Int8Recurrent:
             Int8Linear, quantizer.quantize(weight), bias, quantizer, input, weight.dtype
         )
     kept = {name: q for name, role, q in layer.own_quantizers() if role.kind in ("cell", "output")}
-    kind = next(kind for kind in (Int8LSTM, Int8GRU, Int8RNN) if isinstance(layer, kind.float_class))
-    return kind(layer, parts, kept)  # type: ignore[arg-type]
+    kind = next(kind for kind in RECURRENT if isinstance(layer, kind.float_class))
+    return kind(layer, parts, kept)
 
 
 def projection_inputs(layer: QATMultiheadAttention) -> tuple[FakeQuantize | None, ...]:

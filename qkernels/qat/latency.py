@@ -67,7 +67,7 @@ def measure_latency(
             }:
                 if takes(quantizer, width):
                     quantizer.set_bits(width)
-            calibrate(copy, trials.batches)
+            calibrate(copy, trials.batches, fallback=1.0)  # what no batch reaches needs a range to convert
             converted[width] = dict(convert(copy).named_modules())
         times: dict[str, dict[int, float]] = {}
         for name in progress(called, "measure_latency: layers", len(called)):

@@ -42,7 +42,12 @@ class Layerwise:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Any, where: str, max_batches: int | None, float_model: nn.Module | None
+        self,
+        model: nn.Module,
+        batches: Any,
+        where: str | Sequence[str],
+        max_batches: int | None,
+        float_model: nn.Module | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
@@ -50,15 +55,18 @@ class Layerwise:
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
-        self.source, self.float_model = model, float_model
+        self.source = model
+        self.float_model = model if float_model is None else _with_weights_of(float_model, copy_of(model))
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
-        held = Counter(id(weight) for layer in found.values() for weight in _weights(layer))
-        able = [
-            name for name in self.calls if _reason(found[name]) is None and held[id(next(_weights(found[name])))] == 1
+        able = [name for name in roundable(self.model) if name in self.calls]
+        patterns = (where,) if isinstance(where, str) else tuple(where)
+        self.names = [
+            name
+            for name in self.calls
+            if name in able and any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         ]
-        self.names = [name for name in able if fnmatch.fnmatchcase(name, where)]
         if not self.names:
             others = ", ".join(map(repr, able)) or "none"
             raise ValueError(f"where: got {where!r}; accepted: a glob on the layers that can be changed: {others}")
@@ -104,15 +112,9 @@ class Layerwise:
 
     def targets(self, name: str) -> list[Tensor]:
         """What the layer returns in the float model, of each call."""
-        model = self.source if self.float_model is None else self.float_model
-        if name not in dict(model.named_modules()):
-            raise ValueError(f"float_model: got one without a layer {name!r}; accepted: the model before qk.prepare")
-        with eval_mode(model):
-            if self.float_model is None:
-                with quantizers_replaced(model, lambda quantizer, x: x):
-                    found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
-            else:
-                found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
+        model = self.float_model
+        with eval_mode(model), quantizers_replaced(model, lambda quantizer, x: x):
+            found = [y for _, y in _record(model, name, self.batches, self.calls[name])]
         for y in found:
             _check_finite(y, f"batches: the output of layer {name!r} in float")
         return found
@@ -129,6 +131,29 @@ class Layerwise:
         for name, layer in self.changed.items():
             own: Any = self.source.get_submodule(name)
             set_weight(own, layer.weight, *layer.weight_fake_quant.qparams())  # type: ignore[arg-type, union-attr, operator]
+
+
+@torch.no_grad()
+def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
+    """The prepared model with the parameters and buffers of the float one.
+
+    The float model itself may compute without calling its layers, as torch's attention does.
+    """
+    if not isinstance(float_model, nn.Module):
+        raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
+    held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
+    quantizers = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, FakeQuantize))
+    given = dict(
+        [*float_model.named_parameters(remove_duplicate=False), *float_model.named_buffers(remove_duplicate=False)]
+    )
+    for key, t in held.items():
+        if key.startswith(quantizers):
+            continue
+        if key not in given or given[key].shape != t.shape:
+            got = f"of shape {list(given[key].shape)}" if key in given else "missing"
+            raise ValueError(f"float_model: its {key!r} is {got}; accepted: the model before qk.prepare")
+        t.copy_(given[key])
+    return prepared
 
 
 def set_weight(layer: Any, weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
@@ -186,20 +211,21 @@ def _record(
     return iter(found)
 
 
-def _reason(layer: QATLayer) -> str | None:
-    """Why the rounding of the layer's weight cannot be changed; None: it can."""
+def roundable(model: nn.Module) -> list[str]:
+    """The layers of a prepared model whose weights can be rounded in another way than to the nearest."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QATLayer)}
+    held = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    return [name for name, layer in layers.items() if _is_roundable(layer) and held[id(layer.weight)] == 1]
+
+
+def _is_roundable(layer: QATLayer) -> bool:
+    """Whether its one product is with its own parameter, which is rounded to integers times a fixed scale."""
     if not isinstance(layer, QATLinear | QATConvolution) or type(layer).forward not in PLAIN_FORWARDS:
-        return "its product is not a plain one"
+        return False
     quantizer = layer.weight_fake_quant
     if quantizer is None or quantizer.quantizer not in ROUNDED:
-        return "its weight is not rounded to integers times a fixed scale"
-    if effective_weight(layer) is not layer._parameters.get("weight"):
-        return "its weight is computed from others"
-    return None
-
-
-def _weights(layer: QATLayer) -> Iterator[Tensor]:
-    return (p for p in layer._parameters.values() if p is not None and p.dim() > 1)
+        return False
+    return effective_weight(layer) is layer._parameters.get("weight")
 
 
 def _device(model: nn.Module) -> torch.device:

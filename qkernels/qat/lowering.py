@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,29 +10,9 @@ from torch import Tensor, fx
 
 from ..nn.fake_quantize import FakeQuantize
 from .graph import MOVES, Graph, channels_of
+from .norms import NORMS
 from .operations import LAYERS, PRODUCTS, Operation
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor that a module holds, by the dict that holds it: the module may replace the tensor."""
-
-    tensors: dict[str, Any]
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((id(self.tensors), self.name))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self.tensors is other.tensors and self.name == other.name
-
-
-@dataclass(frozen=True)
-class Made:
-    """The scale (part 0) or zero point (part 1) that a quantizer makes of what it holds."""
-
-    quantizer: FakeQuantize
-    part: int
+from .program_constants import Held, Made, value_of
 
 
 @dataclass
@@ -44,7 +25,8 @@ class Part:
         dims: how many dims each input must have; None: any.
         in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
         plan: the program's text.
-        held: tensors that make up the program's constants, followed by ``made``.
+        dicts, names: the dicts and keys of the program's constants, followed by ``made``. Two lists, since hundreds of
+            constants are read at each call, and each further object that is looked at may lie outside the caches.
     """
 
     nodes: list[fx.Node]
@@ -53,11 +35,12 @@ class Part:
     dims: list[int | None]
     in_rows: bool
     plan: str = ""
-    held: list[Held] = field(default_factory=list)
+    dicts: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
 
     def constants(self) -> list[Tensor]:
-        tensors: list[Tensor] = [held.tensors[held.name] for held in self.held]
+        tensors: list[Tensor] = list(map(operator.getitem, self.dicts, self.names))
         for made in self.made:
             value = made.quantizer.qparams()[made.part]
             assert value is not None
@@ -69,8 +52,10 @@ def parts_of(graph: Graph) -> list[Part]:
     """The largest parts that programs can run and that hold an integer layer and something else, in the graph's order.
 
     Nodes are in one part if edges connect them and no path between them leads through a node that no program runs.
+    Linear layers that read one tensor are too, so that it is quantized once.
     """
     depth: dict[fx.Node, int] = {}
+    first_reader: dict[fx.Node, fx.Node] = {}
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -88,6 +73,8 @@ def parts_of(graph: Graph) -> list[Part]:
             for source in operation.inputs:
                 if source in leader and depth[source] == depth[node]:
                     leader[find(node)] = find(source)
+                elif operation.kind == "linear":
+                    leader[find(node)] = find(first_reader.setdefault(source, node))
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
         groups.setdefault(find(node), []).append(node)
@@ -191,6 +178,11 @@ class _Writer:
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         return [self._source(source) for source in self.graph.operations[node].inputs]
 
+    def _values(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of which a node reads more than their size."""
+        inputs = self._inputs(node)
+        return inputs[:-1] if self.graph.operations[node].has_like else inputs
+
     # --- which nodes one step computes ---
 
     def _readers(self, node: fx.Node) -> list[fx.Node] | None:
@@ -275,7 +267,7 @@ class _Writer:
         if operation.quantizer is not None:
             return self._quantizer_of(operation.quantizer)
         if operation.kind in MOVES:
-            found = {self.native(source) for source in self._inputs(node)}
+            found = {self.native(source) for source in self._values(node)}
             return found.pop() if len(found) == 1 else None
         return None
 
@@ -296,6 +288,8 @@ class _Writer:
             operation, need = self.graph.operations[node], self.needs[node]
             if operation.kind == "alias":
                 continue
+            if operation.has_like:
+                self._need_any(self._inputs(node)[-1])
             if node in self.head:
                 # The group's result is this node's if it is the last; its first node asks for the inputs.
                 head = self.head[node]
@@ -313,13 +307,13 @@ class _Writer:
             elif operation.kind == "quantizer":
                 self._need(self._inputs(node)[0], self.native(node))
             elif operation.kind in MOVES:
-                for source in self._inputs(node):
+                for source in self._values(node):
                     for q in need.codes:
                         self._need(source, q)
                     if need.floats:
                         self._need_any(source) if self.native(node) is not None else self._need(source, None)
             else:
-                for source in self._inputs(node):
+                for source in self._values(node):
                     self._need_any(source)
 
     def _input_quantizer(self, operation: Operation) -> int:
@@ -400,8 +394,12 @@ class _Writer:
         else:
             options = {key: value for key, value in operation.options.items() if key != "dims"}
             source = self._inputs(node)[0]
-            x = self._either(source) if operation.kind == "activate" else self._floats(source)
-            self._emit_result(node, operation.kind, {"x": x, **options})
+            of_codes = "activate", "avg_pool", "adaptive_avg_pool", "mean", *NORMS
+            x = self._either(source) if operation.kind in of_codes else self._floats(source)
+            self._emit_result(node, operation.kind, {"x": x, **options, **self._like(node)})
+
+    def _like(self, node: fx.Node) -> dict[str, str]:
+        return {"like": self._either(self._inputs(node)[-1])} if self.graph.operations[node].has_like else {}
 
     def _emit_result(self, node: fx.Node, step: str, options: dict[str, Any]) -> None:
         """A step whose result is stored in each form that is needed: at most floats and one kind of codes at once."""
@@ -431,9 +429,9 @@ class _Writer:
             }
             if operation.kind == "slice":
                 options["begin"], options["end"] = self.graph.slice_of(node)
-            sources = [self._floats(s) if q is None else self._codes(s, q) for s in self._inputs(node)]
+            sources = [self._floats(s) if q is None else self._codes(s, q) for s in self._values(node)]
             options["xs" if operation.kind == "cat" else "x"] = ",".join(sources)
-            self.add(operation.kind, out=self._name(node, q), **options)
+            self.add(operation.kind, out=self._name(node, q), **options, **self._like(node))
 
     def _emit_group(self, head: fx.Node, tail: fx.Node) -> None:
         operation, group = self.graph.operations[head], self.groups[head]
@@ -468,12 +466,15 @@ class _Writer:
         places: dict[Any, int] = {}
         lines = [*self.header, *self.lines]
         constants = [v for _, options in lines for v in options.values() if isinstance(v, Held | Made)]
-        kinds: tuple[tuple[type, list[Any]], ...] = ((Held, self.part.held), (Made, self.part.made))
-        for kind, kept in kinds:
-            for constant in constants:
-                if isinstance(constant, kind) and constant not in places:
-                    places[constant] = len(places)
-                    kept.append(constant)
+        for constant in (c for kind in (Held, Made) for c in constants if isinstance(c, kind)):
+            if constant in places:
+                continue
+            places[constant] = len(places)
+            if isinstance(constant, Made):
+                self.part.made.append(constant)
+            else:
+                self.part.dicts.append(constant.tensors)
+                self.part.names.append(constant.name)
 
         def text(value: Any) -> str:
             if isinstance(value, Held | Made):
@@ -485,13 +486,3 @@ class _Writer:
         self.part.plan = "\n".join(
             " ".join([step, *(f"{key}={text(value)}" for key, value in options.items())]) for step, options in lines
         )
-
-
-def value_of(constant: Held | Made) -> float | int:
-    """The number of a constant with one element."""
-    if isinstance(constant, Held):
-        number: float | int = constant.tensors[constant.name].item()
-        return number
-    value = constant.quantizer.qparams()[constant.part]
-    assert value is not None
-    return value.item()

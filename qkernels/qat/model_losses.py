@@ -15,7 +15,7 @@ from ..ops.codebook import dequantize_codebook
 from ..ops.statistics import histogram
 from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
-from .quantized_weights import codes_of, ends_of, quantized_weights
+from .quantized_weights import codes_of, ends_of, quantized_weights, rounded, scales_of
 
 
 def weight_error(model: nn.Module) -> Tensor:
@@ -59,8 +59,9 @@ def dampening(model: nn.Module) -> Tensor:
     """
 
     def pull(x: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
-        low, high = ends_of(quantizer, x)
-        d = torch.clamp(wide(x), low, high).sub_(wide(quantizer(x)))  # 0 where x is clipped, as its gradient is
+        scales = scales_of(quantizer, x)
+        d = torch.clamp(wide(x), *ends_of(quantizer, x, scales))
+        d.sub_(wide(rounded(quantizer, x, scales)))  # 0 where x is clipped, as its gradient is
         share = 1 / _per_channel(x)
         return share * _dot(d, d), d.mul_(2 * share)
 
@@ -83,10 +84,11 @@ def bin_regularization(model: nn.Module) -> Tensor:
     """
 
     def pull(x: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
-        codes, count = codes_of(quantizer, x)
+        scales = scales_of(quantizer, x)
+        codes, count = codes_of(quantizer, x, scales)
         ends = torch.arange(-0.5, count, count, device=x.device).view(2, 1)  # −0.5 and count − 0.5
         sizes, _ = histogram(codes.float(), *ends, bins=count)  # bincount would wait for the device
-        d = wide(x) - wide(quantizer(x))
+        d = wide(x) - wide(rounded(quantizer, x, scales))
         shares = sizes.view(-1).clamp(min=1).to(d.dtype).reciprocal()
         pulls = dequantize_codebook(codes, shares.new_ones(1), shares, dtype=d.dtype).mul_(d)
         return _dot(d, pulls), pulls.mul_(2)

@@ -17,10 +17,15 @@ from ..nn.granularity import PerTensor
 from ..nn.int8 import Int8Linear
 from ..ops.int8_convolution import three
 from .integer_convolution import CONVOLUTIONS
+from .node_sizes import size_of, spatial_sizes_of
 
 Inputs = list[fx.Node]
 
 LAYERS: tuple[type[nn.Module], ...] = (Int8Linear, *CONVOLUTIONS)
+POOL_MODULES: tuple[type[nn.Module], ...] = (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
 PRODUCTS = ("conv", "conv_transpose", "linear")  # the steps of these layers
 
 
@@ -36,6 +41,7 @@ class Operation:
         quantizer: what its result passes through.
         rank: the number of spatial dims that its inputs must have; None: any.
         out_rank: that of its result; None: as its inputs.
+        has_like: whether its last input gives it nothing but a size.
     """
 
     kind: str
@@ -45,6 +51,7 @@ class Operation:
     quantizer: FakeQuantize | None = None
     rank: int | None = None
     out_rank: int | None = None
+    has_like: bool = False
 
 
 def is_plain(quantizer: FakeQuantize) -> bool:
@@ -129,6 +136,10 @@ def _activation(text: str) -> Callable[[Inputs, Any], Operation]:
     return lambda inputs, _: Operation("activate", inputs, {"first": text})
 
 
+def _gelu(x: fx.Node, approximate: str) -> Operation:
+    return Operation("activate", [x], {"first": "gelu" if approximate == "none" else "gelu_tanh"})
+
+
 def _window(rank: int, kernel: Any, stride: Any, padding: Any, ceil: bool) -> dict[str, Any]:
     return {
         "kernel": _full(kernel, rank, 1),
@@ -200,18 +211,34 @@ LINEAR = {"linear": 1, "bilinear": 2, "trilinear": 3}  # modes of interpolation,
 def _upsample(
     inputs: Inputs, size: Any, scale: Any, mode: str, align_corners: Any, recompute: Any = None, antialias: bool = False
 ) -> Operation | None:
-    if size is not None or scale is None or recompute or antialias or mode not in ("nearest", *LINEAR):
+    if (size is None) == (scale is None) or recompute or antialias or mode not in ("nearest", *LINEAR):
         return None
-    # One scale is for all dims. Nearest pixels of a 2-D image are what everybody wants; other ranks are refused.
-    scales = list(scale) if isinstance(scale, tuple | list) else [scale] * LINEAR.get(mode, 2)
-    rank = len(scales)
-    if rank != LINEAR.get(mode, rank) or any(s != int(s) or s < 1 for s in scales):
-        return None
-    options: dict[str, Any] = {"scale": three([int(s) for s in scales], 1)}
-    if mode == "nearest":
-        return Operation("upsample", inputs, options, rank=rank, out_rank=rank)
-    options.update(mode="linear", align_corners=int(bool(align_corners)))
-    return Operation("resize", inputs, options, rank=rank, out_rank=rank)
+    like, rank = spatial_sizes_of(size) or (None, None)
+    given = scale if size is None else size
+    # One number is for all dims. Nearest pixels of a 2-D image are what everybody wants; other ranks are refused.
+    numbers = list(given) if isinstance(given, tuple | list) else [given] * LINEAR.get(mode, 2)
+    options: dict[str, Any] = {}
+    if like is None:
+        if not all(isinstance(n, int | float) and n == int(n) and n >= 1 for n in numbers):
+            return None
+        rank = len(numbers)
+        options["scale" if size is None else "size"] = three([int(n) for n in numbers], 1)
+    if mode != "nearest":
+        if rank not in (None, LINEAR[mode]):
+            return None
+        rank = LINEAR[mode]
+        options.update(mode="linear", align_corners=int(bool(align_corners)))
+    tensors = inputs if like is None else [*inputs, like]
+    kind = "upsample" if mode == "nearest" else "resize"
+    return Operation(kind, tensors, options, rank=rank, out_rank=rank, has_like=like is not None)
+
+
+def _pixel_shuffle(kind: str) -> Callable[[Inputs, Any], Operation | None]:
+    def read(inputs: Inputs, factor: Any) -> Operation | None:
+        fits = isinstance(factor, int) and factor >= 1
+        return Operation(kind, inputs, {"factor": factor}, rank=2, out_rank=2) if fits else None
+
+    return read
 
 
 def _flatten(inputs: Inputs, start: int, end: int) -> Operation | None:
@@ -230,7 +257,7 @@ MODULES: dict[type[nn.Module], Callable[[Inputs, Any], Operation | None]] = {
         "activate", inputs, {"first": f"clamp:{float(m.min_val)!r}:{float(m.max_val)!r}"}
     ),
     nn.LeakyReLU: lambda inputs, m: Operation("activate", inputs, {"first": f"leaky_relu:{float(m.negative_slope)!r}"}),
-    nn.GELU: lambda inputs, m: Operation("activate", inputs, {"first": "gelu"}) if m.approximate == "none" else None,
+    nn.GELU: lambda inputs, m: _gelu(inputs[0], m.approximate),
     nn.MaxPool1d: _module_max_pool(1),
     nn.MaxPool2d: _module_max_pool(2),
     nn.MaxPool3d: _module_max_pool(3),
@@ -245,6 +272,10 @@ MODULES: dict[type[nn.Module], Callable[[Inputs, Any], Operation | None]] = {
     nn.Upsample: lambda inputs, m: _upsample(
         inputs, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor
     ),
+    nn.PixelShuffle: lambda inputs, m: _pixel_shuffle("pixel_shuffle")(inputs, m.upscale_factor),
+    nn.PixelUnshuffle: lambda inputs, m: _pixel_shuffle("pixel_unshuffle")(inputs, m.downscale_factor),
+    nn.UpsamplingNearest2d: lambda inputs, m: _upsample(inputs, m.size, m.scale_factor, "nearest", None),
+    nn.UpsamplingBilinear2d: lambda inputs, m: _upsample(inputs, m.size, m.scale_factor, "bilinear", True),
     nn.ChannelShuffle: lambda inputs, m: Operation("shuffle", inputs, {"groups": m.groups}),
 }
 
@@ -305,22 +336,9 @@ def _view(node: fx.Node) -> Operation | None:
     x, *sizes = node.args
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = list(sizes[0])
-    if not isinstance(x, fx.Node) or len(sizes) != 2 or sizes[1] != -1 or not is_size(sizes[0], x, 0):
+    if not isinstance(x, fx.Node) or len(sizes) != 2 or sizes[1] != -1 or size_of(sizes[0]) != (x, 0):
         return _shuffled(node)
     return Operation("flatten", [x], out_rank=0)
-
-
-def is_size(value: Any, x: fx.Node, dim: int) -> bool:
-    """Whether a node is ``x.size(dim)`` or ``x.shape[dim]``."""
-    if not isinstance(value, fx.Node):
-        return False
-    if value.target == "size":
-        return value.args == (x, dim) or (value.args == (x,) and value.kwargs == {"dim": dim})
-    if value.target is not operator.getitem or value.args[1] != dim:
-        return False
-    source = value.args[0]
-    whole = isinstance(source, fx.Node) and source.args[:1] == (x,)
-    return whole and (source.target == "size" or (source.target is getattr and source.args[1] == "shape"))  # type: ignore[union-attr]
 
 
 def _shuffled(node: fx.Node) -> Operation | None:
@@ -345,9 +363,9 @@ def _shuffled(node: fx.Node) -> Operation | None:
         return None
     if not isinstance(x, fx.Node) or len(sizes) != 5 or not isinstance(sizes[1], int) or len(node.args) != 5:
         return None
-    inner = is_size(sizes[0], x, 0) and is_size(sizes[3], x, 2) and is_size(sizes[4], x, 3)
+    inner = [size_of(sizes[at]) for at in (0, 3, 4)] == [(x, 0), (x, 2), (x, 3)]
     n, c, h, w = node.args[1:]
-    outer = is_size(n, x, 0) and (c == -1 or is_size(c, x, 1)) and is_size(h, x, 2) and is_size(w, x, 3)
+    outer = [size_of(each) for each in (n, h, w)] == [(x, 0), (x, 2), (x, 3)] and (c == -1 or size_of(c) == (x, 1))
     return Operation("shuffle", [x], {"groups": sizes[1]}, rank=2, out_rank=2) if inner and outer else None
 
 
@@ -397,11 +415,15 @@ def _averaged(rank: int) -> Any:
     return _read(*names, **defaults)(lambda x, *rest: _avg_pool([x], rank, *rest))
 
 
-@_read("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias",
-       size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None,
-       antialias=False)  # fmt: skip
-def _interpolate(x: fx.Node, *options: Any) -> Operation | None:
-    return _upsample([x], *options)
+def _interpolate(node: fx.Node) -> Operation | None:
+    names = "input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    x, others = given.pop("input", None), {key: value for key, value in given.items() if key != "size"}
+    if not isinstance(x, fx.Node) or any(isinstance(value, fx.Node) for value in others.values()):
+        return None
+    defaults: dict[str, Any] = {**dict.fromkeys(names[1:]), "mode": "nearest", "antialias": False}
+    values = {**defaults, **given}
+    return _upsample([x], *(values[name] for name in names[1:])) if set(values) == set(defaults) else None
 
 
 @_read("input", "p", "training", "inplace", p=0.5, training=True, inplace=False)
@@ -419,9 +441,7 @@ FUNCTIONS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     F.silu: _elementwise("silu"),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), _elementwise("sigmoid")),
     **dict.fromkeys((F.tanh, torch.tanh, "tanh"), _elementwise("tanh")),
-    F.gelu: _read("input", "approximate", approximate="none")(
-        lambda x, how: Operation("activate", [x], {"first": "gelu"}) if how == "none" else None
-    ),
+    F.gelu: _read("input", "approximate", approximate="none")(_gelu),
     F.leaky_relu: _read("input", "negative_slope", "inplace", negative_slope=0.01, inplace=False)(
         lambda x, slope, _: Operation("activate", [x], {"first": f"leaky_relu:{float(slope)!r}"})
     ),
@@ -445,6 +465,8 @@ FUNCTIONS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     F.adaptive_avg_pool3d: _read("input", "output_size")(lambda x, size: _adaptive([x], 3, size)),
     F.interpolate: _interpolate,
     F.dropout: _dropout,
+    F.pixel_shuffle: _read("input", "upscale_factor")(lambda x, r: _pixel_shuffle("pixel_shuffle")([x], r)),
+    F.pixel_unshuffle: _read("input", "downscale_factor")(lambda x, r: _pixel_shuffle("pixel_unshuffle")([x], r)),
     **dict.fromkeys((torch.channel_shuffle, F.channel_shuffle), _read("input", "groups")(
         lambda x, groups: Operation("shuffle", [x], {"groups": groups})
     )),

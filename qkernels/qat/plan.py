@@ -6,24 +6,34 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..nn.granularity import PerTensor
 from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import Trial
+from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
 from ..nn.qat_classes import qat_class_of
+from ..nn.qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
 from ..nn.qat_layer import QATLayer, Role
 from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized_parameters import VALUES
 from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule, matches
+from .residual import Residuals, find_residuals, tensor_name
 from .selection import float_reason
 from .sharing import find_inputs
 from .spec import QSpec, nearest
 from .weight_readers import WeightReaders
 
 Specs = dict[str, QSpec | None]
+# Layers whose forward hands its input to the quantizer, and does nothing else with it.
+TAKERS = (
+    *(QATLinear, QATConv1d, QATConv2d, QATConv3d),
+    *(QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d),
+)
 
 
 @dataclass
@@ -40,6 +50,7 @@ class Plan:
     alone: dict[str, str] = field(default_factory=dict)  # layer -> its parameters that a rule names instead of it
     results: set[str] = field(default_factory=set)  # layers whose result is that of their parent, which quantizes it
     adapters: Adapters = field(default_factory=Adapters)
+    residuals: Residuals = field(default_factory=Residuals)  # of sums, concatenations and pools in other modules
 
 
 def check_rules(model: nn.Module, config: QConfig) -> None:
@@ -139,19 +150,66 @@ def plan_of(model: nn.Module, config: QConfig, readers: WeightReaders) -> Plan:
     # A forward of its own may hand its product another input than it got.
     modules = {name: model.get_submodule(name) for name in plan.specs if plan.specs[name].get("input")}
     plain = [name for name, module in modules.items() if type(module).forward is plan.classes[name].float_class.forward]
-    inputs = find_inputs(model, plain)
+    plan.residuals = residuals = _residuals_of(plan, config, model, plain)
+    inputs = find_inputs(residuals.marked(model), [*plain, *residuals.quantizer_names()])
     for number, group in enumerate(inputs.groups):
-        plan.groups.update(dict.fromkeys(group, number))
+        plan.groups.update({name: number for name in group if name in modules})
+        _share(plan, [tensor_name(name) for name in group if name not in modules])
     for name in inputs.given:
-        spec = plan.specs[name]["input"]
-        if (
-            spec is not None
-            and spec.quantizer == "lsq"
-            and spec.bits > MSE_BITS
-            and not config.asks_for("input", name, modules[name])
-        ):
-            plan.specs[name]["input"] = dataclasses.replace(spec, quantizer="minmax", straight_through=None)
+        tensor = tensor_name(name)
+        if tensor in residuals.specs:
+            residuals.specs[tensor] = _calibrated(residuals.specs[tensor])
+        elif not config.asks_for("input", name, modules[name]):
+            plan.specs[name]["input"] = _calibrated(plan.specs[name]["input"])
     return plan
+
+
+def _calibrated(spec: Any) -> Any:
+    """The spec for an input of the model, which needs no gradient: to learn its scale would ask for one."""
+    if spec is None or spec.quantizer != "lsq" or spec.bits <= MSE_BITS:
+        return spec
+    return dataclasses.replace(spec, quantizer="minmax", straight_through=None)
+
+
+def _residuals_of(plan: Plan, config: QConfig, model: nn.Module, plain: list[str]) -> Residuals:
+    """The tensors between layers that the config quantizes. A layer that reads one of them leaves that to its maker.
+
+    A layer whose input has another width, or a range of its own at every call, quantizes it again.
+    """
+    wanted = config.residual is not None or any("residual" in (overrides or {}) for _, overrides in config.rules)
+    if not wanted:
+        return Residuals()
+    known = {*plan.specs, *plan.excluded, *plan.floats, *plan.adapters.parts, *plan.adapters.parts.values()}
+
+    def spec_of(name: str, module: nn.Module) -> QSpec | None:
+        return None if name in known else config.specs(name, module)["residual"]
+
+    takers = [name for name in plain if plan.classes[name] in TAKERS]
+    own_inputs = {name for name, specs in plan.parameters.items() if "input" in specs}
+    residuals = find_residuals(model, spec_of, takers, lambda name: name not in own_inputs)
+    for name, tensor in list(residuals.layers.items()):
+        spec, other = plan.specs[name]["input"], residuals.specs[tensor]
+        first = next(each for each, source in residuals.layers.items() if source == tensor)
+        if spec is None or not _is_alike(spec, other) or spec != plan.specs[first]["input"]:
+            del residuals.layers[name]
+    return residuals
+
+
+def _share(plan: Plan, tensors: list[str]) -> None:
+    """Gives a tensor that enters several modules one quantizer, if all of them give it the same spec."""
+    residuals = plan.residuals
+
+    def specs(tensor: str) -> tuple[QSpec, QSpec | None]:
+        layer = next((name for name, source in residuals.layers.items() if source == tensor), None)
+        return residuals.specs[tensor], None if layer is None else plan.specs[layer]["input"]
+
+    alike = [tensor for tensor in tensors if specs(tensor) == specs(tensors[0])]
+    residuals.same.update(dict.fromkeys(alike[1:], "".join(alike[:1])))
+
+
+def _is_alike(spec: QSpec, other: QSpec) -> bool:
+    plain = all(each.granularity in (None, PerTensor()) and each.quantizer != "dynamic" for each in (spec, other))
+    return plain and spec.bits == other.bits
 
 
 def _plan_values(plan: Plan, config: QConfig, name: str, module: nn.Module, known: bool) -> None:
@@ -170,7 +228,7 @@ def _plan_values(plan: Plan, config: QConfig, name: str, module: nn.Module, know
     if rule is None or rule[1] is None or not (rule[0] == name or rule[0] is type(module)):
         return
     if not known:
-        _check_kinds(name, {*VALUES, "weight"} if adapted else set(VALUES), rule)
+        _check_kinds(name, {*VALUES, "residual", *(("weight",) if adapted else ())}, rule)
     specs = config.specs(name, module)
     for kind in VALUES:
         spec = specs[kind]

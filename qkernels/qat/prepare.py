@@ -24,6 +24,7 @@ from .equal_ranges import send_ranges
 from .fold import eval_mode
 from .plan import Plan, check_rules, plan_of
 from .presets import presets
+from .residual import may_hold_sums
 from .selection import unsupported
 from .spec import QSpec, nearest
 from .states import check_state
@@ -34,6 +35,7 @@ FUSED_PATHS: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
+UNTRACED = "why_sums_are_float"  # attribute of a module whose own forward could not be traced, for report
 SWITCHED_OFF = "fused_path_of_the_float_model"
 
 
@@ -52,6 +54,24 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
     bits, unless a hook could see what is between them. RMSNorm stays apart, as its fused op rounds otherwise, and
     SiLU·mul is no module of torch: ``qk.rms_norm_fake_quantize_dynamic`` and ``qk.silu_mul_fake_quantize_dynamic`` are
     for a model's own forward.
+
+    With ``QConfig(residual=…)`` the tensors between layers are quantized too. ``prepare`` traces the own forward of
+    each module that is not torch's (its children are nodes) and lets it pass these through quantizers, its children
+    ``add_fake_quant``, ``add_1_fake_quant``, ``cat_fake_quant``, …:
+
+    - a sum of two activations or more, once for all its terms, behind the activation function that alone reads it
+      (``relu(x + y)``); sums with parameters, buffers and numbers, and scores that a softmax reads, stay as they are;
+    - of its operands all but the last computed one, unless they are quantized already (``add_input_fake_quant``);
+    - a concatenation of activations; the input of an average pool or of a mean over several dims
+      (``pool_input_fake_quant``; an average pool in a Sequential has ``input_fake_quant``).
+
+    All that reads such a tensor gets the quantized one. A Linear or convolution behind it has the same quantizer and
+    does not call it again; that quantizer then has the spec of the layer's input. A layer whose input has another
+    width or granularity, or is "dynamic", keeps its own behind it. The forward is traced anew when a number, text or
+    switch among the module's attributes, or the kind of an argument, is one that it has not had before. Where it
+    cannot be traced, or a trace would not do what it does (it asks for types, sets attributes, draws random numbers,
+    switches autocast or gradients, checkpoints activations), the module stays as it is, and a warning and ``report``
+    name it with the reason.
 
     A subclass of a layer keeps its class as a base. Where it has its own forward, that must call the parent's by
     ``super().forward``. A subclass of Linear or a convolution may also compute its product itself: ``prepare`` tries it
@@ -125,6 +145,8 @@ def prepare(model: nn.Module, config: QConfig | str | None = None, *, inplace: b
         )
     prepared = model if inplace else copy_of(model)
     made = _quantized_layers(prepared, plan)
+    for name, reason in plan.residuals.reasons.items():
+        prepared.get_submodule(name).__dict__[UNTRACED] = reason
     _warn(model, plan, {name: reader for name, reader in readers.too.items() if name in plan.specs})
     if inplace:
         for layer, qat in made.items():
@@ -143,6 +165,7 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
     made: dict[nn.Module, QATLayer] = {}
     tied: dict[tuple[int, QSpec], FakeQuantize] = {}  # by the Parameter's id: one weight has one scale
     inputs: dict[tuple[int, QSpec, Role], FakeQuantize] = {}  # one tensor has one scale
+    made_before: dict[str, FakeQuantize] = {}  # the layer's quantizer acts where its input is made
     for name, specs in plan.specs.items():
         layer, cls, trial = model.get_submodule(name), plan.classes[name], plan.trials[name]
         quantizers: dict[str, FakeQuantize | None] = {}
@@ -155,6 +178,14 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
                 later[key] = f"{name}.{key}{SUFFIX}".removeprefix("."), spec.for_weight
                 continue
             weight = _weight(layer, cls, role, trial)
+            tensor = plan.residuals.layers.get(name) if key == "input" else None
+            tensor = plan.residuals.same.get(tensor or "", tensor)
+            if tensor is not None:
+                if tensor not in made_before:
+                    made_before[tensor] = _quantizer(*tensor.rpartition(".")[::2], layer, role, spec, None, tied)
+                    made_before[tensor].at_source = True
+                quantizers[key] = made_before[tensor]
+                continue
             if key != "input" or name not in plan.groups:
                 quantizers[key] = _quantizer(name, key, layer, role, spec, weight, tied)
                 continue
@@ -172,14 +203,30 @@ def _quantized_layers(model: nn.Module, plan: Plan) -> dict[nn.Module, QATLayer]
             made[layer].trial = trial  # type: ignore[assignment]
         if later:
             made[layer].later = later  # type: ignore[assignment]
-    for name, parameters in plan.parameters.items():
+    for name in dict.fromkeys((*plan.parameters, *plan.residuals.own, *plan.residuals.pools)):
         module = model.get_submodule(name)
         found = {}
-        for parameter, spec in parameters.items():
+        for parameter, spec in plan.parameters.get(name, {}).items():
             role = QATParameters.role_of(module, parameter)
             weight = _weight(module, QATParameters, role, Trial())
             found[parameter] = _quantizer(name, parameter, module, role, spec, weight, tied)
-        made[module] = QATParameters.of(module, found)
+        for key in plan.residuals.roles_of(name):
+            own = f"{name}.{key}".removeprefix(".")
+            tensor = plan.residuals.same.get(own, own)
+            if tensor not in made_before:
+                dims = plan.residuals.feature_dims.get(tensor, 1)
+                role, spec = Role("residual", feature_dims=dims, per_token=dims == 1), plan.residuals.specs[tensor]
+                made_before[tensor] = _quantizer(name, key, module, role, spec, None, tied)
+            if tensor != own:
+                made_before[tensor].last = LastResult()
+            found[key] = made_before[tensor]
+        made[module] = QATParameters.of(module, found, plan.residuals.traced_forward(name, module))
+    tensors = (*model.parameters(), *model.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), None)
+    for module, layer in made.items():
+        if like is not None and not any(True for _ in (*module.parameters(), *module.buffers())):
+            for _, _, quantizer in layer.own_quantizers():
+                quantizer.to(like.device, like.dtype)
     return made
 
 
@@ -256,6 +303,9 @@ def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
     without = plan.adapters.without_dropout
     if without:
         said.append(f"the dropout of the adapters does not act, as it cannot in a sum: {', '.join(without)}")
+    reasons = {n: r for n, r in plan.residuals.reasons.items() if may_hold_sums(model.get_submodule(n))}
+    if reasons:
+        said.append(f"sums and pools in the forward of {_count(reasons, 'module')} stay in float: {_named(reasons)}")
     known = [model.get_submodule(name) for name in (*plan.specs, *plan.excluded, *plan.floats)]
     # What a parametrization computes a layer's weight from is the layer's own.
     parts = [layer.parametrizations for layer in known if parametrize.is_parametrized(layer)]
@@ -273,8 +323,8 @@ def _warn(model: nn.Module, plan: Plan, too: dict[str, str]) -> None:
         warnings.warn("prepare: " + "; ".join(said) + ". report lists every layer.", stacklevel=3)
 
 
-def _count(layers: Mapping[str, str]) -> str:
-    return f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+def _count(layers: Mapping[str, str], what: str = "layer") -> str:
+    return f"{len(layers)} {what}{'s' if len(layers) > 1 else ''}"
 
 
 def _named(reasons: Mapping[str, str]) -> str:

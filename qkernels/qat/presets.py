@@ -25,7 +25,8 @@ class Presets(Mapping[str, QConfig]):
 
     - "w8a8", "w4a8", "w4a4", "w2a2": weights of so many bits with a scale per output channel, and inputs of so many
       bits with a zero point, one scale for the tensor; all scales are learned. At 4 bits and less it is usual to give
-      the first and the last layer 8 bits by rules.
+      the first and the last layer 8 bits by rules. States of recurrent layers stay in float, and are multiplied in
+      integers all the same (see ``Int8LSTM``), unless a rule gives "hidden".
     - "w4a16-g128": 4-bit weights in groups of 128 with zero points; inputs stay in float. Every layer's last dim has to
       be a multiple of 128; rules take the others.
     - "weight-only": 8-bit weights; inputs stay in float. "activation-only": 8-bit inputs; weights stay in float.

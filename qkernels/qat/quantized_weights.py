@@ -12,7 +12,9 @@ from ..nn.codebook_quantizers import CodebookQuantizer
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.ranges import is_sharded, per_element
-from ..ops.codebook import quantize_codebook
+from ..ops.codebook import dequantize_codebook, fake_quantize_codebook, quantize_codebook
+from ..ops.fake_quantize import fake_quantize
+from ..ops.quantize import dequantize, quantize
 from .calibrate import check_shapes, quantizers_of
 
 
@@ -54,26 +56,51 @@ def quantized_weights(model: nn.Module) -> Iterator[QuantizedWeight]:
                 yield QuantizedWeight(full, layer, parameter, quantizer)
 
 
+Scales = tuple[Tensor, Tensor | None]  # scale and zero point
+
+
 @torch.no_grad()
-def codes_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, int]:
+def scales_of(quantizer: FakeQuantize, x: Tensor) -> Scales:
+    """What the quantizer, in eval mode, rounds the weight x with: a pass over x, so the functions below take it."""
+    return quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)
+
+
+@torch.no_grad()
+def rounded(quantizer: FakeQuantize, x: Tensor, scales: Scales) -> Tensor:
+    """What the quantizer makes of the weight x in eval mode."""
+    if isinstance(quantizer, CodebookQuantizer):
+        return fake_quantize_codebook(x, scales[0], quantizer.levels.detach())
+    return fake_quantize(x, *scales, quant_min=quantizer.quant_min, quant_max=quantizer.quant_max)
+
+
+@torch.no_grad()
+def codes_of(quantizer: FakeQuantize, x: Tensor, scales: Scales) -> tuple[Tensor, int]:
     """The level of each element of the weight x, uint8 from 0 on, and how many levels there are.
 
     Levels that are not trained ascend with their number.
     """
     if isinstance(quantizer, CodebookQuantizer):
         levels = quantizer.levels.detach()
-        return quantize_codebook(x, quantizer.qparams(x)[0], levels), levels.numel()
-    q, _, _ = quantizer.quantize(x)
-    return q.view(torch.uint8) - quantizer.quant_min % 256, quantizer.quant_max - quantizer.quant_min + 1  # modulo 256
+        return quantize_codebook(x, scales[0], levels), levels.numel()
+    low, high = quantizer.quant_min, quantizer.quant_max
+    codes = quantize(x, *scales, quant_min=low, quant_max=high)
+    return codes.view(torch.uint8).sub_(low % 256), high - low + 1  # modulo 256
 
 
 @torch.no_grad()
-def ends_of(quantizer: FakeQuantize, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest level for the weight x, in a shape that broadcasts with x."""
+def values_of(quantizer: FakeQuantize, codes: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """The levels that codes, as ``codes_of`` counts them, stand for."""
     if isinstance(quantizer, CodebookQuantizer):
-        scale = per_element(quantizer.qparams(x)[0], x)
+        return dequantize_codebook(codes, scales[0], quantizer.levels.detach(), dtype=dtype)
+    return dequantize((codes + quantizer.quant_min % 256).view(torch.int8), *scales, dtype=dtype)
+
+
+@torch.no_grad()
+def ends_of(quantizer: FakeQuantize, x: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest level for the weight x, in a shape that broadcasts with x."""
+    scale = per_element(scales[0], x)
+    if isinstance(quantizer, CodebookQuantizer):
         levels = quantizer.levels.detach()
         return levels.amin() * scale, levels.amax() * scale
-    qparams = quantizer.quantize(x)[1:] if quantizer.quantizer == "dynamic" else quantizer.qparams(x)
-    scale, zero = per_element(qparams[0], x), 0 if qparams[1] is None else per_element(qparams[1], x)
+    zero = 0 if scales[1] is None else per_element(scales[1], x)
     return (quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import PROJECTIONS, IntegerMultiheadAttention
 from ..nn.last_result import LastResult
 from ..nn.own_forward import QATForward, Trial, with_forward_of
@@ -27,6 +28,7 @@ from .equal_ranges import send_ranges
 from .model_file import first_of
 from .prepare import FUSED_PATHS, SWITCHED_OFF
 from .states import check_state
+from .traced_forward import TracedForward
 
 OWN = (QuantizedLayer, QATLayer, *COMPOSITES)
 CLASSES = {kind.__name__: kind for kind in INTEGER_LAYERS}
@@ -57,6 +59,9 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
     for name in found["folded"]:
         norm = model.get_submodule(name)
         model = _put(model, names[norm], identity_for(norm))
+    for module in model.modules():
+        if isinstance(module, Int8Stateful):
+            module.pack_for_steps()
     build.tie(model)
     _switch_off(model, found["switched_off"])
     if found["prepared"]:
@@ -206,18 +211,21 @@ class _Builder:
         if name not in self.quantizers:
             options = dict(self.found["quantizers"][name])
             keeps_result, delta = options.pop("keeps_result"), options.pop("ewgs_delta")
+            at_source = options.pop("at_source", False)
             options["granularity"] = granularity_of(options["granularity"])
             with torch.device("cpu"):  # its levels have to be computed
                 quantizer = FakeQuantize(**options)
             quantizer.name, quantizer.ewgs_delta = name, delta
             quantizer.last = LastResult() if keeps_result else None
+            if at_source:
+                quantizer.at_source = True
             self.quantizers[name] = quantizer
         return self.quantizers[name]
 
     def _source(self, module: nn.Module, entry: Description, quantizers: dict[str, FakeQuantize | None]) -> Any:
         """The QAT layer of a float one; for a converted model with a plain weight, as ``convert`` leaves it."""
         if entry["class"] == "QATParameters":
-            layer: Any = QATParameters.of(module, quantizers)  # type: ignore[arg-type]
+            layer: Any = QATParameters.of(module, quantizers, _traced_forward(module, entry))  # type: ignore[arg-type]
         elif _is_summed(module, entry):
             layer = QATAdapted.from_float(module, **quantizers)
             layer = layer.as_sum() if self.is_converted else layer
@@ -317,6 +325,16 @@ class _Builder:
         return kind(source, _products(source), quantizers).eval()  # type: ignore[no-any-return]
 
 
+def _traced_forward(module: nn.Module, entry: Description) -> TracedForward | None:
+    if "traced" not in entry:
+        return None
+    patterns = [tuple(pattern) for pattern in entry["traced"]["patterns"]]
+    try:
+        return TracedForward.of(module, entry["traced"]["roles"], patterns)
+    except Exception as error:  # a forward may raise anything when traced
+        raise OtherModelError(f"the forward of {type(module).__name__} is another one: {error}") from None
+
+
 def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:
     dtype = getattr(layer, projection_weights(layer)[0]).dtype
     bias = layer.in_proj_bias is not None
@@ -325,9 +343,9 @@ def _projections(layer: QATMultiheadAttention) -> dict[str, Any]:
     return dict(zip(PROJECTIONS, made, strict=True))
 
 
-def _products(layer: nn.RNNBase) -> dict[str, Any]:
+def _products(layer: nn.Module) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for name in (name for names in layer._all_weights for name in names if name.startswith("weight")):
+    for name in weight_names(layer):
         n, k = layer._parameters[name].shape  # type: ignore[union-attr]
         bias = layer._parameters.get(name.replace("weight", "bias")) is not None
         made[name.removeprefix("weight_")] = nn.Linear(k, n, bias, dtype=layer._parameters[name].dtype)  # type: ignore[union-attr]

@@ -16,12 +16,13 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Convolution, Int8Linear
-from ..nn.int8_recurrent import Int8Recurrent
+from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import IntegerMultiheadAttention
-from ..nn.integer_embedding import Int4Embedding, Int8Embedding
+from ..nn.integer_embedding import IntegerEmbedding
 from ..nn.qat_attention import projection_weights
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
+from ..nn.quantized_parameters import QATParameters
 from .adapters import Adapters, find_adapters
 from .calibrate import quantizers_replaced
 from .convert import BURNT_IN, convert
@@ -30,11 +31,12 @@ from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
 from .fuse import fused_parts, unfused
 from .integer_convolution import times
 from .measures import clipped_share, sqnr
+from .prepare import UNTRACED
 from .recorded import Record, off_fused_paths, submodule
 from .selection import float_reason, no_integers, unsupported
 from .weight_readers import WeightReaders, find_weight_readers
 
-CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, Int4Embedding, Int8Embedding)
+CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, IntegerEmbedding)
 
 
 @dataclass
@@ -183,6 +185,9 @@ def report(
                 notes[name] = note
     notes.update({**_weights_of_two_quantizers(layers), **notes})
     notes.update({name: f"BatchNorm stays a float layer: {reason}" for name, reason in folds.kept.items()})
+    for name, module in model.named_modules():
+        if UNTRACED in vars(module):
+            notes.setdefault(name, f"any sums and pools in its forward stay in float: {vars(module)[UNTRACED]}")
     if example is not None:
         _run_example(model, example, float_model, layers, folded, rows, notes)
     prepared = any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -242,7 +247,7 @@ def _on_integers(layer: nn.Module | None) -> Sequence[Any]:
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
     """The layers on integers that a converted layer consists of, by their names in it."""
-    return layer.parts if isinstance(layer, IntegerMultiheadAttention | Int8Recurrent) else {}
+    return layer.parts if isinstance(layer, IntegerMultiheadAttention | Int8Stateful) else {}
 
 
 def _float_weight(layer: nn.Module | None) -> Tensor | None:
@@ -250,8 +255,8 @@ def _float_weight(layer: nn.Module | None) -> Tensor | None:
     names: Sequence[str] = ("weight",)
     if isinstance(layer, nn.MultiheadAttention):
         names = projection_weights(layer)
-    elif isinstance(layer, nn.RNNBase):
-        names = [name for names in layer._all_weights for name in names if name.startswith("weight")]
+    elif isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        names = weight_names(layer)
     if layer is None or not isinstance(getattr(layer, names[0], None), Tensor):
         return None
     weights = [effective_weight(layer, name).detach().float() for name in names]
@@ -303,6 +308,8 @@ def _note(name: str, layer: nn.Module, readers: WeightReaders, adapters: Adapter
         return f"{readers.too[name]} also reads its weight, and gets it in float"
     if hasattr(layer, BURNT_IN):
         return f"float weights that hold quantized values: {getattr(layer, BURNT_IN)}"
+    if isinstance(layer, QATParameters) and layer.between:
+        return f"its own forward passes tensors through quantizers: {', '.join(layer.between)}"
     if isinstance(layer, QATLayer):
         if not any(layer.quantized_weights()):
             weightless = all(role.kind != "weight" for role in type(layer).roles(layer).values())

@@ -22,13 +22,14 @@ from ..nn.int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, I
 from ..nn.own_forward import Trial, has_own_forward, try_forward
 from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATConvolution, QATLinear, QATProductLayer
 from ..nn.qat_attention import QATMultiheadAttention, projection_weights
+from ..nn.qat_cells import QATCell
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_conv_transpose import QATConvTranspose, QATConvTranspose1d, QATConvTranspose2d, QATConvTranspose3d
-from ..nn.qat_embedding import QATEmbedding
+from ..nn.qat_embedding import QATEmbedding, QATEmbeddingBag, QATTable
 from ..nn.qat_layer import SUFFIX, QATLayer, bake_weight, class_without_parametrizations
 from ..nn.qat_lazy import QATLazy
 from ..nn.qat_lora import QATAdapted
-from ..nn.qat_recurrent import QATRecurrent
+from ..nn.qat_recurrent import QATRecurrent, QATStateful
 from ..nn.quantized_parameters import QATParameters
 from .integer_layers import projection_inputs
 from .weight_readers import WeightReaders
@@ -47,9 +48,9 @@ def no_integers(layer: QATLayer) -> str | None:
         layer = layer.as_sum()
     if isinstance(layer, QATMultiheadAttention):
         return _no_integer_attention(layer)
-    if isinstance(layer, QATRecurrent):
+    if isinstance(layer, QATStateful):
         return _no_integer_recurrent(layer)
-    if isinstance(layer, QATEmbedding):
+    if isinstance(layer, QATTable):
         return _no_integer_embedding(layer)
     if isinstance(layer, QATParameters) and qat_class_of(layer) is not None:
         return "a rule names its parameter and not the layer"
@@ -91,8 +92,8 @@ def _no_integer_attention(layer: QATMultiheadAttention) -> str | None:
     return None
 
 
-def _no_integer_recurrent(layer: QATRecurrent) -> str | None:
-    if type(layer).forward is not QATRecurrent.forward:
+def _no_integer_recurrent(layer: QATStateful) -> str | None:
+    if type(layer).forward not in (QATRecurrent.forward, QATCell.forward):
         return "its forward is its own"
     for name, input in layer.products():
         quantizer = layer.quantizer_of(name)
@@ -141,20 +142,20 @@ def _no_integer_product(
     return None
 
 
-def _no_integer_embedding(layer: QATEmbedding) -> str | None:
+def _no_integer_embedding(layer: QATTable) -> str | None:
     weight = layer.weight_fake_quant
     assert weight is not None
     granularity = weight.granularity
-    if type(layer).forward is not QATEmbedding.forward:
+    if type(layer).forward not in (QATEmbedding.forward, QATEmbeddingBag.forward):
         return "its forward is its own"
     if not weight.integer_codes:
         return f'the values of "{weight.quantizer}" are no integers times a scale'
     if isinstance(granularity, PerChannel) and granularity.axis not in (0, (0,)):
         return f"its weight has {granularity}; the kernels take PerChannel(0), PerTensor() or PerGroup(size)"
-    if weight.bits not in layouts.BITS:
+    if weight.bits not in layouts.BITS or isinstance(layer, QATEmbeddingBag):
         return None
     try:
-        k = layer.embedding_dim
+        k: Any = layer.embedding_dim
         gemm_checks.weight_group_size(granularity.size if isinstance(granularity, PerGroup) else k, k)
     except RuntimeError as error:
         return f"its weight has {granularity}; {error}"

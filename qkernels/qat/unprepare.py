@@ -12,7 +12,7 @@ from .calibrate import quantizers_of
 from .convert import bake_weights, burnt_in, check_calibrated
 from .copying import become, copy_of, replace_modules
 from .equal_ranges import remove_sending
-from .prepare import FUSED_PATHS, SWITCHED_OFF
+from .prepare import FUSED_PATHS, SWITCHED_OFF, UNTRACED
 from .states import remove_check
 
 
@@ -57,6 +57,7 @@ def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False)
     for module, training in modes:
         made.get(module, module).training = training
     for module in result.modules():
+        module.__dict__.pop(UNTRACED, None)
         for kind, name in FUSED_PATHS.items():
             if isinstance(module, kind) and SWITCHED_OFF in vars(module):
                 setattr(module, name, vars(module).pop(SWITCHED_OFF))

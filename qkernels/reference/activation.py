@@ -149,6 +149,14 @@ def gelu(x: Tensor) -> Tensor:
     return x * torch.where(x < 0, tail, 1 - tail)
 
 
+GELU_TANH = (1.5957691669464111, 0.07135481387376785)  # 2·√(2/π), and 0.044715 times it
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The form with tanh: x·(1 + tanh(u))/2 = x·sigmoid(2u) with 2u = x·(GELU_TANH[0] + GELU_TANH[1]·x²)."""
+    return times_sigmoid(x, x * (x * x * GELU_TANH[1] + GELU_TANH[0]))
+
+
 def silu(x: Tensor) -> Tensor:
     return x * sigmoid(x)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import conv_checks, layouts
-from .activation import FUNCTIONS, sigmoid, tanh
+from .activation import FUNCTIONS, gelu_tanh, sigmoid, tanh
 from .int8_gemm import static_qparams
 
 Step = dict[str, str]
@@ -127,6 +127,7 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     **{name: FUNCTIONS[name] for name in ("relu", "gelu", "silu")},
+    "gelu_tanh": gelu_tanh,
     "sigmoid": sigmoid,
     "tanh": tanh,
     "clamp": _clamp,
@@ -290,6 +291,36 @@ def _batch_norm(m: Machine, step: Step) -> None:
     m.keep(step, _activated(step, "first", y), x.rank)
 
 
+def row_sum(x: Tensor) -> Tensor:
+    """Sums over the last dim in fp64, [..., 1]: 16 lanes, each added up in fp32 over up to 64 values before."""
+    vectors = F.pad(x, (0, -x.shape[-1] % 16)).reshape(*x.shape[:-1], -(-x.shape[-1] // 16), 16)
+    total = torch.zeros(*x.shape[:-1], 16, dtype=torch.float64, device=x.device)
+    for block in vectors.split(64, -2):
+        held = torch.zeros_like(total, dtype=torch.float32)
+        for vector in block.unbind(-2):
+            held = held + vector
+        total = total + held.double()
+    while total.shape[-1] > 1:
+        total = total[..., : total.shape[-1] // 2] + total[..., total.shape[-1] // 2 :]
+    return total
+
+
+def _norm(m: Machine, step: Step, centered: bool) -> None:
+    source = m.values[step["x"]]
+    x = source.floats().movedim(1, -1)
+    weight, bias, count = m.finite(step, "weight"), m.finite(step, "bias"), x.shape[-1]
+    assert count == int(step["channels"])
+    if centered:
+        x = x - (row_sum(x) / count).float()
+    square = (row_sum(x * x) / count).float() + float(step["eps"])
+    y = x * (1 / square.double().sqrt().float())  # torch's root of fp32 is not always the nearest number
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    if not m.shapes_only:
+        m.nan |= y.isnan().flatten(1).any(1)
+    m.keep(step, y.movedim(-1, 1), source.rank)
+
+
 def _cat(m: Machine, step: Step) -> None:
     xs = [m.values[name] for name in step["xs"].split(",")]
     m.values[step["out"]] = Value(torch.cat([x.data for x in xs], 1), xs[0].rank, xs[0].quantizer)
@@ -303,20 +334,39 @@ def _shuffle(m: Machine, step: Step) -> None:
     m.move(step, lambda t: t.unflatten(1, (int(step["groups"]), -1)).transpose(1, 2).flatten(1, 2))
 
 
+def _pixel_shuffle(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: F.pixel_shuffle(t.squeeze(2), int(step["factor"])).unsqueeze(2))
+
+
+def _pixel_unshuffle(m: Machine, step: Step) -> None:
+    m.move(step, lambda t: F.pixel_unshuffle(t.squeeze(2), int(step["factor"])).unsqueeze(2))
+
+
+def _new_sizes(m: Machine, step: Step) -> list[int]:
+    if "like" in step:
+        return list(m.values[step["like"]].data.shape[2:])
+    if "size" in step:
+        return _ints(step, "size")
+    return [size * times for size, times in zip(m.values[step["x"]].data.shape[2:], _ints(step, "scale"), strict=True)]
+
+
 def _upsample(m: Machine, step: Step) -> None:
-    def repeated(t: Tensor) -> Tensor:
-        for dim, times in enumerate(_ints(step, "scale"), 2):
-            t = t.repeat_interleave(times, dim)
+    def nearest(t: Tensor) -> Tensor:
+        if m.shapes_only:
+            return t.new_empty(*t.shape[:2], *_new_sizes(m, step))
+        for dim, (size, out) in enumerate(zip(t.shape[2:], _new_sizes(m, step), strict=True), 2):
+            ratio = torch.tensor(float(size)) / float(out)
+            at = (torch.arange(out, dtype=torch.float32) * ratio).long().clamp(max=size - 1)
+            t = t.index_select(dim, at.to(t.device))
         return t
 
-    m.move(step, repeated)
+    m.move(step, nearest)
 
 
 def _resize(m: Machine, step: Step) -> None:
-    x = m.values[step["x"]]
-    scale = [float(part) for part in step["scale"].split(",")]
+    x, sizes = m.values[step["x"]], _new_sizes(m, step)
     options = {"mode": "trilinear", "align_corners": step.get("align_corners") == "1"}
-    m.keep(step, F.interpolate(x.floats(), scale_factor=scale, **options), x.rank)  # type: ignore[arg-type]
+    m.keep(step, F.interpolate(x.floats(), size=sizes, **options), x.rank)  # type: ignore[arg-type]
 
 
 def _flatten(m: Machine, step: Step) -> None:
@@ -357,9 +407,13 @@ STEPS: dict[str, Callable[[Machine, Step], Any]] = {
     "activate": _activate,
     "binary": _binary,
     "batch_norm": _batch_norm,
+    "layer_norm": lambda m, step: _norm(m, step, centered=True),
+    "rms_norm": lambda m, step: _norm(m, step, centered=False),
     "cat": _cat,
     "slice": _slice,
     "shuffle": _shuffle,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
     "upsample": _upsample,
     "resize": _resize,
     "flatten": _flatten,

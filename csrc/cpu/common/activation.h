@@ -5,7 +5,19 @@
 
 namespace qkernels {
 
-enum class Activation : int { none, relu, gelu, silu, sigmoid, tanh, clamp, leaky_relu, hardswish, hardsigmoid };
+enum class Activation : int {
+  none,
+  relu,
+  gelu,
+  silu,
+  sigmoid,
+  tanh,
+  clamp,
+  leaky_relu,
+  hardswish,
+  hardsigmoid,
+  gelu_tanh
+};
 
 template <typename T>
 struct ExpConstants {
@@ -32,6 +44,10 @@ struct GeluConstants {
   static constexpr float sqrt_half = 0.7071067690849304f, step = 0.3984375f;
   static constexpr float coefficients[] = {-0.10470201075077057f, 0.377718985080719f,   -0.22054575383663177f,
                                            0.2596719563007355f,   0.07092434912919998f, 0.11693238466978073f};
+};
+
+struct GeluTanhConstants {
+  static constexpr float first = 1.5957691669464111f, third = 0.07135481387376785f;
 };
 
 }  // namespace qkernels

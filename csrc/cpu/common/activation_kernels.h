@@ -109,6 +109,12 @@ inline V gelu(V x) {
 }
 
 template <typename V>
+inline V gelu_tanh(V x) {
+  using C = GeluTanhConstants;
+  return times_sigmoid(x, x * (x * x * V::set1(C::third) + V::set1(C::first)));
+}
+
+template <typename V>
 inline V hardsigmoid(V x) {
   const V six = V::set1(6);
   return min(six, max(zero<V>(), x + V::set1(3))) / six;
@@ -140,6 +146,7 @@ inline V activate(V x, Activation activation, float low = 0, float high = 0) {
     case Activation::leaky_relu: return leaky_relu(x, low);
     case Activation::hardswish: return hardswish(x);
     case Activation::hardsigmoid: return hardsigmoid(x);
+    case Activation::gelu_tanh: return gelu_tanh(x);
   }
   return x;
 }

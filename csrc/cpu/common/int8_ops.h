@@ -82,6 +82,24 @@ inline Values<int32_t> zero_point_vector(const char* name, const Tensor& t, int6
   return {values, static_cast<const int32_t*>(values.data_ptr()), t.numel() == 1 ? 0 : 1};
 }
 
+inline void check_packed(const Tensor& data, int64_t n, int64_t k) {
+  check_cpu("data", data);
+  QK_CHECK(data.scalar_type() == ScalarType::Char, "data: got ", dtype_name(data.scalar_type()),
+           "; accepted: torch.int8");
+  QK_CHECK(data.dim() == 4 && data.size(0) == panels(n) && data.size(1) == k_groups(k) && data.size(2) == kPanel &&
+               data.size(3) == 4,
+           "data: got shape ", shape_of(data), "; accepted: what int8_pack gives for N = ", n, " and K = ", k, ", [",
+           panels(n), ", ", k_groups(k), ", ", kPanel, ", 4]");
+  QK_CHECK(data.is_contiguous(), "data: got strided memory; accepted: contiguous");
+}
+
+// The sums of the codes of n output channels.
+inline void check_colsum(const Tensor& colsum, int64_t n) {
+  check_vector("colsum", colsum, n, -1, false, "[N]");
+  QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",
+           dtype_name(colsum.scalar_type()), "; accepted: contiguous torch.int32");
+}
+
 inline void check_codes(int64_t quant_min, int64_t quant_max) {
   QK_CHECK(-128 <= quant_min && quant_min < quant_max && quant_max <= 127, "quant_min, quant_max: got ", quant_min,
            ", ", quant_max, "; accepted: -128 <= quant_min < quant_max <= 127");

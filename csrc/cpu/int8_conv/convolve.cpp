@@ -38,23 +38,23 @@ void set_walk(ConvWork& work, std::initializer_list<Dim> dims) {
   work.step = merged[3].step;
 }
 
-// Divides the work among the threads. All threads read all of x or all of the weights, whichever is less.
-void run(ConvWork& work, int64_t x_bytes) {
+// Divides the work among the threads.
+void run(ConvWork& work, int64_t x_bytes, Team& team) {
   const Convolve convolve_part = choose_convolve(work);
   // Tiles multiply about 4 times as fast.
   const int64_t least = work.segment > kSegment ? 4 * kMultiplyGrain : kMultiplyGrain;
-  const int64_t segments = work.segments(), pairs = (segments + 1) / 2, threads = torch::stable::get_num_threads();
+  const int64_t segments = work.segments(), pairs = (segments + 1) / 2, threads = team.threads();
   const int64_t work_of_pair = work.panel_bytes * 2 * work.segment;  // and one panel
-  if (work.panels * work.panel_bytes <= x_bytes || work.panels == 1) {
-    torch::stable::parallel_for(0, pairs, grain(least, work_of_pair * work.panels), [&](int64_t begin, int64_t end) {
+  if (by_pixels(work.panels * work.panel_bytes, x_bytes) || work.panels == 1) {
+    team.parallel_for(pairs, grain(least, work_of_pair * work.panels), [&](int64_t begin, int64_t end) {
       convolve_part(work, 2 * begin, std::min(2 * end, segments), 0, work.panels);
     });
     return;
   }
   // Where panels cannot be shared out evenly, parts of the pixels are.
   const int64_t parts = work.panels % threads ? std::min(threads, pairs) : 1;
-  torch::stable::parallel_for(
-      0, work.panels * parts, grain(least, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
+  team.parallel_for(
+      work.panels * parts, grain(least, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
         while (begin < end) {
           const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
           const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
@@ -67,8 +67,8 @@ void run(ConvWork& work, int64_t x_bytes) {
 
 }  // namespace
 
-void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& o) {
-  if (is_depthwise(g)) return convolve_depthwise(g, x, data, o);
+void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& o, Team& team) {
+  if (is_depthwise(g)) return convolve_depthwise(g, x, data, o, team);
   const ConvLayout layout(g);
   ConvWork work{};
   work.panels = layout.blocks * layout.block_panels;
@@ -108,7 +108,7 @@ void convolve(const ConvGeometry& g, const CodeImage& x, const int8_t* data, con
   const int64_t k = g.in_channels / g.groups * g.kernel.d * g.kernel.h * g.kernel.w;
   work.wide = is_wide(std::abs(o.in_zero_point), k);
 
-  run(work, x.batch * x.size.d * x.size.h * x.size.w * g.in_channels);
+  run(work, x.batch * x.size.d * x.size.h * x.size.w * g.in_channels, team);
 }
 
 }  // namespace qkernels

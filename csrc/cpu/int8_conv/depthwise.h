@@ -13,6 +13,7 @@
 // the order in which unpacking 4 rows of bytes leaves them.
 #pragma once
 
+#include "cpu/common/team.h"
 #include "cpu/int8_conv/int8_conv.h"
 
 namespace qkernels {
@@ -24,6 +25,7 @@ void pack_depthwise(const ConvGeometry& g, const int8_t* codes, int8_t* data, in
 void unpack_depthwise(const ConvGeometry& g, const int8_t* data, int8_t* codes);
 
 // The sums are exact in int32 for kernels of up to 65536 taps. The residual must not overlap the outputs.
-void convolve_depthwise(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output);
+void convolve_depthwise(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output,
+                        Team& team);
 
 }  // namespace qkernels

@@ -127,7 +127,8 @@ Borders transposed_borders(const ConvGeometry& g, Size3 in) {
   return borders;
 }
 
-void convolve_transposed(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output) {
+void convolve_transposed(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output,
+                         Team& team) {
   const int32_t* colsum = output.colsum;
   for (const Class& c : classes_of(g)) {
     ConvOutput o = output;
@@ -141,7 +142,7 @@ void convolve_transposed(const ConvGeometry& g, const CodeImage& x, const int8_t
     for (int64_t* stride : {&o.floats_d, &o.codes.stride_d, &o.residual_d}) *stride *= g.stride.d;
     for (int64_t* stride : {&o.floats_h, &o.codes.stride_h, &o.residual_h}) *stride *= g.stride.h;
     for (int64_t* stride : {&o.floats_w, &o.codes.stride_w, &o.residual_w}) *stride *= g.stride.w;
-    convolve(c.geometry, x, data, o);
+    convolve(c.geometry, x, data, o, team);
     data += conv_packed_bytes(c.geometry);
     colsum += g.out_channels;
   }

@@ -1,6 +1,7 @@
 // Transposed convolutions of images of codes.
 #pragma once
 
+#include "cpu/common/team.h"
 #include "cpu/int8_conv/int8_conv.h"
 
 namespace qkernels {
@@ -24,6 +25,7 @@ struct Borders {
 };
 Borders transposed_borders(const ConvGeometry& g, Size3 in);
 
-void convolve_transposed(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output);
+void convolve_transposed(const ConvGeometry& g, const CodeImage& x, const int8_t* data, const ConvOutput& output,
+                         Team& team);
 
 }  // namespace qkernels

@@ -23,8 +23,8 @@ inline int32_t load_group(const uint8_t* p) {
 // The dot products of MR rows and one panel: sums[MR][32].
 template <int MR>
 void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int32_t* sums) {
-  // A dot product takes 4 cycles. So a single row takes 16 k at a time, to have 8 dot products in flight.
-  constexpr int kSteps = MR == 1 ? 4 : 1;
+  // A dot product takes 4 or 5 cycles. So a few rows take several groups at a time, to have 8 or more in flight.
+  constexpr int kSteps = MR == 1 ? 4 : MR <= 3 ? 2 : 1;
   __m512i acc[MR * kSteps][2];
 #pragma GCC unroll 12
   for (int i = 0; i < MR * kSteps; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
@@ -43,9 +43,12 @@ void tile(const uint8_t* a, int64_t stride, const int8_t* b, int64_t groups, int
     }
   }
   for (; g < groups; ++g, b += kPanel * 4) {
-    const __m512i codes = _mm512_set1_epi32(load_group(a + g * 4));
-    acc[0][0] = _mm512_dpbusd_epi32(acc[0][0], codes, _mm512_loadu_si512(b));
-    acc[0][1] = _mm512_dpbusd_epi32(acc[0][1], codes, _mm512_loadu_si512(b + 64));
+#pragma GCC unroll 3
+    for (int r = 0; r < MR; ++r) {
+      const __m512i codes = _mm512_set1_epi32(load_group(a + r * stride + g * 4));
+      acc[r * kSteps][0] = _mm512_dpbusd_epi32(acc[r * kSteps][0], codes, _mm512_loadu_si512(b));
+      acc[r * kSteps][1] = _mm512_dpbusd_epi32(acc[r * kSteps][1], codes, _mm512_loadu_si512(b + 64));
+    }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r)

@@ -7,7 +7,8 @@ namespace {
 
 Operand floats_operand(const float* x) { return {x, nullptr, {}}; }
 
-// Copies an input into the arena, with the channels innermost, for steps that want it so.
+// Copies an input into the arena, with the channels innermost, for steps that want it so. Where they read it in place,
+// looks for NaNs alone.
 struct Input final : Step {
   int index, out;
 
@@ -23,11 +24,14 @@ struct Input final : Step {
     const ProgramKernels& kernels = frame.kernels();
     const TensorPlace& x = frame.call.inputs[static_cast<size_t>(index)];
     const FloatImage y = frame.floats(out);
+    const bool in_place = frame.call.layout.places[static_cast<size_t>(out)].memory == Place::Memory::input;
     const int64_t row = y.size.w * y.channels;
     for_each_row(frame, y.size, row, [&](int64_t n, int64_t d, int64_t h) {
       const float* from = x.data + (frame.first + n) * x.stride_n + d * x.stride_d + h * x.stride_h;
       float* to = y.data + n * y.stride_n + d * y.stride_d + h * y.stride_h;
-      if (x.stride_c == 1) {
+      if (in_place) {
+        // The values are where they are read.
+      } else if (x.stride_c == 1) {
         for (int64_t w = 0; w < y.size.w; ++w)
           std::memcpy(to + w * y.stride_w, from + w * x.stride_w, static_cast<size_t>(y.channels) * sizeof(float));
       } else {

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cpu/common/int8_ops.h"
+#include "cpu/common/team.h"
 #include "cpu/int8_program/kernels.h"
 #include "cpu/int8_program/layout.h"
 
@@ -40,7 +41,7 @@ struct Frame {
   const Call& call;
   uint8_t* arena;
   int64_t first, images;
-  bool alone;  // other threads run other frames
+  Team& team;
 
   const ProgramKernels& kernels() const { return call.kernels; }
   const Shape& shape(int value) const { return call.layout.shapes[static_cast<size_t>(value)]; }
@@ -87,9 +88,7 @@ struct Frame {
   // all, so that f can divide by the sizes of the image.
   template <typename F>
   void parallel(int64_t count, int64_t elements, const F& f) const {
-    if (count == 0) return;
-    if (alone || count * elements <= kPointwiseGrain) return f(0, count);
-    torch::stable::parallel_for(0, count, grain(kPointwiseGrain, elements), f);
+    team.parallel_for(count, grain(kPointwiseGrain, elements), f);
   }
 };
 

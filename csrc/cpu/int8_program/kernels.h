@@ -28,6 +28,14 @@ struct Pointwise {
   Quantizer quantizer;
 };
 
+// v = (x - mean) * rstd * weight + bias, where the mean is 0 if not `centered`, and rstd = 1 / sqrt(the mean of
+// (x - mean)² + eps).
+struct Norm {
+  bool centered;
+  float eps;
+  const float *weight, *bias;  // may be null
+};
+
 // The pixels under a window of a pool: counts of pixels, and their strides in elements.
 struct Window {
   int64_t d, h, w;
@@ -48,6 +56,8 @@ struct ProgramKernels {
   bool (*quantize_planes)(const float* x, int64_t stride_c, int64_t channels, int64_t pixels, const Quantizer& q,
                           uint8_t* codes, int64_t stride_w);
   void (*pointwise)(const Pointwise& p, int64_t n);
+  // A row of n values, normalized, as floats, as codes, or both. Returns whether a result is a NaN.
+  bool (*normalize)(const Norm& norm, const Operand& x, int64_t n, const Quantizer& q, float* floats, uint8_t* codes);
   // Of pixels' neighbouring channels to planes: out[c * stride_c + i] = x[i * stride_w + c].
   void (*to_planes)(const Operand& x, int64_t stride_w, int64_t channels, int64_t pixels, float* out, int64_t stride_c);
   void (*bytes_to_planes)(const uint8_t* x, int64_t stride_w, int64_t channels, int64_t pixels, uint8_t* out,

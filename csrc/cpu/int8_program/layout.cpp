@@ -119,10 +119,11 @@ void Places::assign_tensors(const std::vector<bool>& channels_last) {
   }
   for (const auto& [index, value] : plan_.inputs) {
     const size_t v = static_cast<size_t>(value);
-    if (member(value).root != value || !in_place[v] || readers[v] == 0) continue;
+    const bool row = layout_.shapes[v].rank == 0;  // whose channels are neighbours
+    if (member(value).root != value || !(in_place[v] || row) || readers[v] == 0) continue;
     layout_.places[v].memory = Place::Memory::input;
     layout_.places[v].index = static_cast<int>(index);
-    layout_.free[static_cast<size_t>(writer[v])] = true;
+    layout_.free[static_cast<size_t>(writer[v])] = in_place[v];  // else the step looks for NaNs
   }
   for (size_t i = 0; i < plan_.outputs.size(); ++i) {
     const OutputInfo& output = plan_.outputs[i];
@@ -205,6 +206,8 @@ std::shared_ptr<const Layout> make_layout(const Plan& plan, const LayoutKey& key
                             layout->shapes[static_cast<size_t>(output.value)].rank + 2 == key.sizes[0]);
   Places(plan, *layout).assign(channels_last);
   layout->channels_last = channels_last;
+  for (const Shape& shape : layout->shapes) layout->elements += shape.channels * shape.pixels();
+  for (const ConstantUse& use : plan.constants) layout->elements += use.kind == ConstantKind::int8 ? use.numel : 0;
   return layout;
 }
 

@@ -46,6 +46,7 @@ struct Layout {
   std::vector<bool> free;                    // for each step: nothing is to do, since its result lies where it belongs
   std::vector<bool> channels_last;           // for each output
   int64_t bytes = 0;                         // of the arena, for one image
+  int64_t elements = 0;                      // of an image's values, and of the weights
 };
 
 // What Step::infer sees.

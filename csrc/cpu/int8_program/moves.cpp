@@ -1,4 +1,5 @@
 // Steps that move elements, floats or codes, unchanged.
+#include "cpu/int8_program/new_size.h"
 #include "cpu/int8_program/steps.h"
 #include "cpu/int8_program/views.h"
 
@@ -105,30 +106,73 @@ struct Shuffle final : Step {
   }
 };
 
-// The nearest pixel.
-struct Upsample final : Step {
+// Each pixel's channels become factor x factor pixels, in torch's order; or the reverse.
+struct PixelShuffle final : Step {
   int x, out;
-  Size3 scale;
+  bool back;
+  int64_t factor;
 
-  explicit Upsample(Line& line) : x(line.read("x")), out(line.make_like("out", x)), scale(line.sizes("scale", 1)) {}
+  PixelShuffle(Line& line, bool back_)
+      : x(line.read("x")), out(line.make_like("out", x)), back(back_), factor(line.integer("factor", 1, 1 << 15)) {}
 
   void infer(Shapes& shapes) const override {
     Shape shape = shapes.of(x);
-    shape.size = {shape.size.d * scale.d, shape.size.h * scale.h, shape.size.w * scale.w};
+    const int64_t square = factor * factor;
+    const bool divides = back ? shape.size.h % factor == 0 && shape.size.w % factor == 0 : shape.channels % square == 0;
+    QK_CHECK(shape.rank == 2 && divides, where, ": x: got ", text(shape), "; accepted: an image ",
+             back ? "whose sides factor divides" : "whose channels the square of factor divides", ", ", factor);
+    shape.channels = back ? shape.channels * square : shape.channels / square;
+    shape.size.h = back ? shape.size.h / factor : shape.size.h * factor;
+    shape.size.w = back ? shape.size.w / factor : shape.size.w * factor;
     shapes.set(out, shape);
   }
 
   void run(const Frame& frame) const override {
     const Bytes from = bytes_of(frame, x), to = bytes_of(frame, out);
-    const Shape& shape = frame.shape(x);
+    const Shape& coarse = frame.shape(back ? out : x);
+    const int64_t square = factor * factor, each = coarse.channels / square, bytes = each * from.element;
+    for_each_row(frame, coarse.size, coarse.size.w * coarse.channels, [&](int64_t n, int64_t d, int64_t h) {
+      std::vector<uint8_t> parts(static_cast<size_t>(square * bytes));  // of one coarse pixel: its fine ones in turn
+      for (int64_t w = 0; w < coarse.size.w; ++w) {
+        if (!back) frame.kernels().shuffle(from.at(n, d, h, w), from.element, each, coarse.channels, parts.data());
+        uint8_t* part = parts.data();
+        for (int64_t i = 0; i < factor; ++i)
+          for (int64_t j = 0; j < factor; ++j, part += bytes) {
+            if (back)
+              copy(from.at(n, d, h * factor + i, w * factor + j), bytes, part);
+            else
+              copy(part, bytes, to.at(n, d, h * factor + i, w * factor + j));
+          }
+        if (back) frame.kernels().shuffle(parts.data(), from.element, square, coarse.channels, to.at(n, d, h, w));
+      }
+    });
+  }
+};
+
+// The nearest pixel, by torch's rule.
+int64_t nearest(int64_t at, int64_t in, int64_t out) {
+  const float ratio = static_cast<float>(in) / static_cast<float>(out);
+  return in == out ? at : std::min(static_cast<int64_t>(static_cast<float>(at) * ratio), in - 1);
+}
+
+struct Upsample final : Step {
+  int x, out;
+  NewSize size;
+
+  explicit Upsample(Line& line) : x(line.read("x")), out(line.make_like("out", x)), size(line) {}
+
+  void infer(Shapes& shapes) const override { shapes.set(out, size.of(shapes, x, where)); }
+
+  void run(const Frame& frame) const override {
+    const Bytes from = bytes_of(frame, x), to = bytes_of(frame, out);
+    const Shape& shape = frame.shape(out);
+    const Size3 in = frame.shape(x).size, pixels = shape.size;
     const int64_t bytes = shape.channels * from.element;
-    for_each_row(frame, shape.size, shape.size.w * bytes * scale.w, [&](int64_t n, int64_t d, int64_t h) {
-      for (int64_t i = 0; i < scale.d; ++i)
-        for (int64_t j = 0; j < scale.h; ++j) {
-          uint8_t* pixel = to.at(n, d * scale.d + i, h * scale.h + j);
-          for (int64_t w = 0; w < shape.size.w; ++w)
-            for (int64_t k = 0; k < scale.w; ++k, pixel += to.stride_w) copy(from.at(n, d, h, w), bytes, pixel);
-        }
+    for_each_row(frame, pixels, pixels.w * bytes, [&](int64_t n, int64_t d, int64_t h) {
+      const uint8_t* row = from.at(n, nearest(d, in.d, pixels.d), nearest(h, in.h, pixels.h));
+      uint8_t* pixel = to.at(n, d, h);
+      for (int64_t w = 0; w < pixels.w; ++w, pixel += to.stride_w)
+        copy(row + nearest(w, in.w, pixels.w) * from.stride_w, bytes, pixel);
     });
   }
 };
@@ -171,6 +215,8 @@ struct Flatten final : Step {
 std::unique_ptr<Step> make_cat(Line& line) { return std::make_unique<Cat>(line); }
 std::unique_ptr<Step> make_slice(Line& line) { return std::make_unique<Slice>(line); }
 std::unique_ptr<Step> make_shuffle(Line& line) { return std::make_unique<Shuffle>(line); }
+std::unique_ptr<Step> make_pixel_shuffle(Line& line) { return std::make_unique<PixelShuffle>(line, false); }
+std::unique_ptr<Step> make_pixel_unshuffle(Line& line) { return std::make_unique<PixelShuffle>(line, true); }
 std::unique_ptr<Step> make_upsample(Line& line) { return std::make_unique<Upsample>(line); }
 std::unique_ptr<Step> make_flatten(Line& line) { return std::make_unique<Flatten>(line); }
 

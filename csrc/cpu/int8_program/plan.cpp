@@ -99,6 +99,7 @@ ActivationStep Line::activation(const std::string& key) {
                                      {"hardsigmoid", Activation::hardsigmoid, 0},
                                      {"silu", Activation::silu, 0},
                                      {"gelu", Activation::gelu, 0},
+                                     {"gelu_tanh", Activation::gelu_tanh, 0},
                                      {"sigmoid", Activation::sigmoid, 0},
                                      {"tanh", Activation::tanh, 0}};
   const std::string value = text(key);
@@ -112,7 +113,8 @@ ActivationStep Line::activation(const std::string& key) {
     if (good) return {known.kind, numbers[0], numbers[1]};
   }
   refuse(key, ": got '", value,
-         "'; accepted: relu, clamp:low:high, leaky_relu:slope, hardswish, hardsigmoid, silu, gelu, sigmoid, tanh");
+         "'; accepted: relu, clamp:low:high, leaky_relu:slope, hardswish, hardsigmoid, silu, gelu, gelu_tanh, "
+         "sigmoid, tanh");
 }
 
 int Line::read_name(const std::string& key, const std::string& name) {

@@ -120,7 +120,7 @@ struct Product final : Step {
     o.codes = y.codes;
     o.codes_q = y.quantizer;
     const auto multiply = kind == ProductKind::conv_transpose ? convolve_transposed : convolve;
-    multiply(g, image, static_cast<const int8_t*>(frame.call.constants[static_cast<size_t>(data)]), o);
+    multiply(g, image, static_cast<const int8_t*>(frame.call.constants[static_cast<size_t>(data)]), o, frame.team);
   }
 
  private:

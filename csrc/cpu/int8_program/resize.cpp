@@ -1,4 +1,5 @@
 // Linear interpolation between pixels: bilinear, trilinear.
+#include "cpu/int8_program/new_size.h"
 #include "cpu/int8_program/steps.h"
 #include "cpu/int8_program/views.h"
 
@@ -12,11 +13,10 @@ struct Between {
 };
 
 // torch's rule: without align_corners the centers of pixels keep their places, else those of the corner pixels.
-Between between(int64_t at, int64_t in, int64_t scale, bool align_corners) {
-  if (scale == 1) return {at, at, 0};
-  const int64_t out = in * scale;
+Between between(int64_t at, int64_t in, int64_t out, bool align_corners) {
+  if (in == out) return {at, at, 0};
   const float step = align_corners ? (out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1) : 0)
-                                   : 1 / static_cast<float>(scale);
+                                   : static_cast<float>(in) / static_cast<float>(out);
   const float center = static_cast<float>(at);
   const float source = align_corners ? center * step : std::max(0.0f, (center + 0.5f) * step - 0.5f);
   const int64_t low = std::min(static_cast<int64_t>(source), in - 1);
@@ -26,32 +26,28 @@ Between between(int64_t at, int64_t in, int64_t scale, bool align_corners) {
 struct Resize final : Step {
   int x;
   Kept to;
-  Size3 scale;
+  NewSize size;
   bool align_corners;
 
   explicit Resize(Line& line)
-      : x(line.read("x")), to(kept(line)), scale(line.sizes("scale", 1)), align_corners(line.flag("align_corners")) {
+      : x(line.read("x")), to(kept(line)), size(line), align_corners(line.flag("align_corners")) {
     const std::string mode = line.text("mode");
     if (mode != "linear") line.refuse("mode: got '", mode, "'; accepted: linear");
   }
 
-  void infer(Shapes& shapes) const override {
-    Shape shape = shapes.of(x);
-    shape.size = {shape.size.d * scale.d, shape.size.h * scale.h, shape.size.w * scale.w};
-    shapes.set(to, shape);
-  }
+  void infer(Shapes& shapes) const override { shapes.set(to, size.of(shapes, x, where)); }
 
   void run(const Frame& frame) const override {
     const Readable from = readable(frame, x);
     const Writable y = writable(frame, to);
     const Size3 in = frame.shape(x).size;
-    const Size3 out = {in.d * scale.d, in.h * scale.h, in.w * scale.w};
+    const Size3 out = frame.shape(to.floats >= 0 ? to.floats : to.codes).size;
     const int64_t channels = frame.shape(x).channels;
     for_each_row(frame, out, out.w * channels, [&](int64_t n, int64_t d, int64_t h) {
       std::vector<float> kept(y.floats.data ? 0 : static_cast<size_t>(channels));
-      const Between depth = between(d, in.d, scale.d, align_corners), height = between(h, in.h, scale.h, align_corners);
+      const Between depth = between(d, in.d, out.d, align_corners), height = between(h, in.h, out.h, align_corners);
       for (int64_t w = 0; w < out.w; ++w) {
-        const Between width = between(w, in.w, scale.w, align_corners);
+        const Between width = between(w, in.w, out.w, align_corners);
         const Blend blend = {(depth.high - depth.low) * from.stride_d,
                              (height.high - height.low) * from.stride_h,
                              (width.high - width.low) * from.stride_w,

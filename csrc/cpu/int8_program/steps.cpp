@@ -31,6 +31,8 @@ const std::map<std::string, StepMaker>& step_makers() {
                                                           {"activate", make_activate},
                                                           {"binary", make_binary},
                                                           {"batch_norm", make_batch_norm},
+                                                          {"layer_norm", make_layer_norm},
+                                                          {"rms_norm", make_rms_norm},
                                                           {"max_pool", make_max_pool},
                                                           {"avg_pool", make_avg_pool},
                                                           {"adaptive_avg_pool", make_adaptive_avg_pool},
@@ -38,6 +40,8 @@ const std::map<std::string, StepMaker>& step_makers() {
                                                           {"cat", make_cat},
                                                           {"slice", make_slice},
                                                           {"shuffle", make_shuffle},
+                                                          {"pixel_shuffle", make_pixel_shuffle},
+                                                          {"pixel_unshuffle", make_pixel_unshuffle},
                                                           {"upsample", make_upsample},
                                                           {"resize", make_resize},
                                                           {"flatten", make_flatten}};

@@ -27,6 +27,9 @@ std::unique_ptr<Step> make_activate(Line& line);
 std::unique_ptr<Step> make_binary(Line& line);
 std::unique_ptr<Step> make_batch_norm(Line& line);
 
+std::unique_ptr<Step> make_layer_norm(Line& line);
+std::unique_ptr<Step> make_rms_norm(Line& line);
+
 std::unique_ptr<Step> make_max_pool(Line& line);
 std::unique_ptr<Step> make_avg_pool(Line& line);
 std::unique_ptr<Step> make_adaptive_avg_pool(Line& line);
@@ -35,6 +38,8 @@ std::unique_ptr<Step> make_mean(Line& line);
 std::unique_ptr<Step> make_cat(Line& line);
 std::unique_ptr<Step> make_slice(Line& line);
 std::unique_ptr<Step> make_shuffle(Line& line);
+std::unique_ptr<Step> make_pixel_shuffle(Line& line);
+std::unique_ptr<Step> make_pixel_unshuffle(Line& line);
 std::unique_ptr<Step> make_upsample(Line& line);
 std::unique_ptr<Step> make_resize(Line& line);
 std::unique_ptr<Step> make_flatten(Line& line);

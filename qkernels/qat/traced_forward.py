@@ -1,0 +1,344 @@
+"""Quantizers inside of a module's own forward: for its sums, concatenations and average pools.
+
+torch.fx traces the forward with the module's children as leaves. The graph's code, with calls of the quantizers in it,
+then runs in place of the forward. A trace holds for one mode, for certain values of the module's attributes, and for
+certain kinds of arguments; other ones are traced when they come.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import linecache
+import random
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
+
+from ..nn.fake_quantize import FakeQuantize
+from ..nn.qat_layer import SUFFIX, copied_state
+from ..nn.quantized_parameters import QATParameters
+from ..nn.tracing import TRACING, Tracer
+from .forward_tensors import PLACE, Place, Tensors, find_tensors, place_of
+from .fuse import switches
+from .graph import InPlaceProxy, attributes_of, without_writes
+
+GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
+Pattern = tuple[str, ...]
+_FROZEN = (type(None), bool, str)  # arguments by which a forward decides
+_numbers = itertools.count()
+
+
+class TracedForward:
+    """Computes what a module's own forward does, with quantizers in it. Deep copies of a module share it.
+
+    Attributes:
+        roles: the role of the quantizer of each tensor, by the place in the source where the tensor is made.
+        patterns: the kinds of arguments with which the model calls the module.
+    """
+
+    def __init__(self, module: nn.Module, roles: dict[Place, str], traces: Sequence[Trace]) -> None:
+        """traces: one at least; others are made when they are needed."""
+        self.roles = roles
+        self.switches = traces[0].switches
+        self.known = {place for trace in traces for place in trace.places()}
+        self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
+        self.names, self.defaults, self.by_position = parameters_of(type(module))
+        self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
+
+    @classmethod
+    def of(cls, module: nn.Module, roles: dict[Place, str], patterns: Sequence[Pattern]) -> TracedForward:
+        """That of a float module for which the roles and patterns are known.
+
+        Raises:
+            ValueError: its forward does not make these tensors.
+        """
+        traces = _in_both_modes(module, type(module), patterns)
+        made = {place for trace in traces for place in trace.places()}
+        missing = [f"{role} ({place})" for place, role in roles.items() if place not in made]
+        if missing:
+            raise ValueError(f"its forward makes no {', no '.join(missing)}")
+        return cls(module, roles, traces)
+
+    def restore(self, module: QATParameters) -> None:
+        """Traces the module after it was pickled, so that compiled code finds what it needs."""
+        if not self._made:
+            traces = _in_both_modes(module, type(module).float_type, self.patterns)
+            self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
+
+    def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self._bound(args, kwargs)
+        if bound is None:  # the module's own forward says what is wrong
+            return type(module).float_type.forward(module, *args, **kwargs)
+        pattern, values = bound
+        key = pattern, state_of(module, self.switches)
+        if key not in self._made:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{type(module).float_type.__name__}: got a call, or attributes, unlike those that it had when it "
+                    "was prepared; accepted: to call the model once in this way before it is compiled"
+                )
+            with TRACING:
+                trace = self._traced(module, pattern)
+                self._made[key] = trace.function(self.roles)
+            self._name_new_sums(trace)
+        return self._made[key](module, *values)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
+        """The pattern of a call, and the arguments that are given by it; None: they are not those of the forward."""
+        names = self.names
+        if len(args) > self.by_position:
+            return None
+        if kwargs:
+            rest = names[len(args) :]
+            if any(name not in rest for name in kwargs):
+                return None
+        pattern, values = [], []
+        for i, name in enumerate(names):
+            if i < len(args):
+                value = args[i]
+            elif name in kwargs:
+                value = kwargs[name]
+            elif self.defaults[i] is inspect.Parameter.empty:
+                return None
+            else:
+                pattern.append(DEFAULT)
+                continue
+            if not isinstance(value, _FROZEN):
+                pattern.append(GIVEN)
+                values.append(value)
+            else:
+                pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
+        return tuple(pattern), values
+
+    def _name_new_sums(self, trace: Trace) -> None:
+        kinds = trace.tensors().places().items()
+        new = [place for place, kind in kinds if kind in ("add", "cat") and place not in self.known]
+        if new:
+            warnings.warn(
+                f"{', '.join(new)}: a sum or concatenation that was not there when the model was prepared, for other "
+                "arguments or attributes; it stays in float",
+                stacklevel=5,
+            )
+
+    def _traced(self, module: QATParameters, pattern: Pattern) -> Trace:
+        kind = type(module).float_type
+        try:
+            return Trace(shadow_of_own(module, kind), pattern)
+        except Exception as error:  # a forward may raise anything when traced
+            raise RuntimeError(
+                f"{kind.__name__}: its forward cannot be traced for this call ({reason_of(error)}), so that its sums "
+                "could not be quantized; accepted: calls and attributes like those that it had when it was prepared, "
+                'or a rule that gives its "residual" None'
+            ) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedForward:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": {}}
+
+
+def _in_both_modes(module: nn.Module, kind: type[nn.Module], patterns: Sequence[Pattern]) -> list[Trace]:
+    traces = []
+    for training, pattern in itertools.product((False, True), patterns):
+        shadow = shadow_of_own(module, kind)
+        shadow.training = training
+        traces.append(Trace(shadow, pattern))
+    return traces
+
+
+def state_of(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
+    """The values of some attributes of a module, and which of its children are missing."""
+    values = tuple([getattr(module, name, None) for name in names])
+    return values, tuple([child is None for child in module._modules.values() if not isinstance(child, FakeQuantize)])
+
+
+def shadow_of_own(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The module with its own class again; it shares children and tensors."""
+    shadow = kind.__new__(kind)
+    shadow.__dict__ = copied_state(module)
+    return shadow
+
+
+def reason_of(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")[:120]
+    return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
+
+
+def parameters_of(kind: type[nn.Module]) -> tuple[list[str], list[Any], int]:
+    """The names and defaults of the arguments of a class's forward, and how many it takes by position.
+
+    Raises:
+        NotImplementedError: it takes any number.
+    """
+    _, *found = inspect.signature(kind.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
+        raise NotImplementedError("its forward takes any number of arguments")
+    return [p.name for p in found], [p.default for p in found], sum(p.kind is not p.KEYWORD_ONLY for p in found)
+
+
+def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
+    """The kinds of the arguments in a call."""
+    names, defaults, _ = parameters_of(kind)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    pattern = []
+    for name, default in zip(names, defaults, strict=True):
+        value = given.get(name, default)
+        if value is default:
+            pattern.append(GIVEN if default is inspect.Parameter.empty else DEFAULT)
+        else:
+            pattern.append(f"is {value!r}" if isinstance(value, _FROZEN) else GIVEN)
+    return tuple(pattern)
+
+
+class _Asked(InPlaceProxy):
+    """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        frame = sys._getframe(1)
+        while (name := frame.f_globals.get("__name__", "")) in ("abc", "typing", "inspect", "functools"):
+            frame = frame.f_back  # type: ignore[assignment]
+        if name == "torch" or name.startswith(_OWN_CODE):
+            return _Asked
+        raise NotImplementedError("it asks for the type of what it is given")
+
+
+class _OwnTracer(Tracer):
+    """Traces a module's own forward. It refuses what the graph would not do as the forward does."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, pattern: Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        self._counts: dict[str, int] = {}
+        self._modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _Asked(node, self)
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        kind = type(self.root)
+        names, defaults, by_position = parameters_of(kind)
+        values: list[Any] = []
+        for name, default, how in zip(names, defaults, self.pattern, strict=True):
+            if how == GIVEN:
+                values.append(self.create_proxy("placeholder", name, (), {}))
+            else:
+                values.append(default if how == DEFAULT else ast.literal_eval(how.removeprefix("is ")))
+        by_name = dict(zip(names[by_position:], values[by_position:], strict=True))
+        return functools.partial(kind.forward, **by_name), [self.root, *values[:by_position]]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.calls.append((m, args, kwargs))
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, Proxy):
+            raise NotImplementedError("it makes a tensor of nothing that it is given")
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind != "output":
+            if _modes() != self._modes:
+                raise NotImplementedError("it switches gradients or autocast")
+            if kind not in ("placeholder", "get_attr"):
+                node.meta[PLACE] = self._place()
+        return node
+
+    def _place(self) -> Place:
+        """The line of the user's code that runs, and how many calls that line has made before."""
+        frame, code, line = sys._getframe(2), None, 0
+        while frame is not None and frame.f_code is not _OwnTracer.trace.__code__:
+            name = frame.f_globals.get("__name__", "")
+            if name == "torch.utils.checkpoint":
+                raise NotImplementedError("it uses activation checkpointing")
+            if code is None and not name.startswith(_OWN_CODE):
+                code, line = frame.f_code, frame.f_lineno
+            frame = frame.f_back  # type: ignore[assignment]
+        place = "" if code is None else f"{getattr(code, 'co_qualname', code.co_name)}+{line - code.co_firstlineno}"
+        count = self._counts[place] = self._counts.get(place, -1) + 1
+        return f"{place}#{count}" if count else place
+
+
+_OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")
+
+
+def _modes() -> tuple[Any, ...]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
+
+
+class Trace:
+    """The graph of a module's own forward for one pattern, in its mode.
+
+    Raises:
+        NotImplementedError: the graph would not do what the forward does.
+        Exception: whatever the forward raises when it is traced.
+    """
+
+    def __init__(self, module: nn.Module, pattern: Pattern) -> None:
+        self.pattern, self.switches = pattern, ["training", *switches(module)]
+        self.state = state_of(module, self.switches)
+        self._module, self._name = module, f"{type(module).__module__}.{type(module).__qualname__}"
+        tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
+        before, drawn = attributes_of(near), (torch.get_rng_state(), random.getstate())
+        self.graph = tracer.trace(module)
+        if attributes_of(near) != before:
+            raise NotImplementedError("it sets attributes")
+        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
+            raise NotImplementedError("it draws random numbers")
+        self.calls = tracer.calls
+        without_writes(self.graph, module)
+
+    def tensors(self) -> Tensors:
+        return find_tensors(self.graph, self._module)
+
+    def places(self) -> dict[Place, fx.Node]:
+        """The nodes that make tensors, or other values, by their places."""
+        return {place_of(node): node for node in self.graph.nodes if node.op == "placeholder" or PLACE in node.meta}
+
+    def function(self, roles: Mapping[Place, str]) -> Callable[..., Any]:
+        """The forward with quantizers, a function of the module and the given arguments."""
+        added: list[fx.Node] = []
+        made = self.places()
+        for place, role in roles.items():
+            node = made.get(place)
+            if node is None:
+                continue
+            with self.graph.inserting_after(node):
+                quantizer = self.graph.get_attr(role + SUFFIX)
+            with self.graph.inserting_after(quantizer):
+                result = self.graph.call_function(passed, (quantizer, node))
+            node.replace_all_uses_with(result, lambda user, result=result: user is not result)  # type: ignore[misc]
+            added += [quantizer, result]
+        code = self.graph.python_code("self")
+        for node in reversed(added):  # the trace may serve with other roles
+            if node.op == "call_function":
+                node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        file = f"<{self._name} with quantizers {next(_numbers)}>"
+        linecache.cache[file] = len(code.src), None, code.src.splitlines(True), file  # for tracebacks
+        scope = dict(code.globals)
+        exec(compile(code.src, file, "exec"), scope)
+        return scope["forward"]  # type: ignore[no-any-return]
+
+
+def passed(quantizer: nn.Module, x: Any) -> Any:
+    """x through the quantizer, if it is a tensor of floats."""
+    if isinstance(x, Tensor):
+        return quantizer(x) if x.is_floating_point() else x
+    return quantizer(x) if isinstance(x, Proxy) else x

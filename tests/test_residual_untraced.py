@@ -1,0 +1,100 @@
+"""Forwards that no trace does with a quantized residual: they stay as they are, and are named."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # else checkpoint would import it while torch.fx has replaced the functions of math
+from test_residual import ON, SHAPE, Block, roles
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import qkernels as qk
+
+
+def branches(block, a, b):
+    return a + b if float(a.sum()) > 1e9 else a + b * 2
+
+
+def asks(block, a, b):
+    return a + b if isinstance(a, torch.Tensor) else a
+
+
+def without_gradient(block, a, b):
+    with torch.no_grad():
+        y = a * 2
+    return y + b
+
+
+def counts(block, a, b):
+    block.count = getattr(block, "count", 0) + 1
+    return a + b
+
+
+def draws(block, a, b):
+    return a + b * float(torch.rand(()))
+
+
+def makes(block, a, b):
+    return a + b + torch.tensor(1.0)
+
+
+def checkpointed(block, a, b):
+    return checkpoint(block.a, a, use_reentrant=False) + b
+
+
+LEFT_ALONE = {
+    branches: r"TypeError: float\(\)",
+    asks: "asks for the type",
+    without_gradient: "switches gradients",
+    counts: "sets attributes",
+    draws: "random numbers",
+    makes: "makes a tensor of nothing",
+    checkpointed: "activation checkpointing",
+}
+
+
+@pytest.mark.parametrize("join", LEFT_ALONE, ids=lambda join: join.__name__)
+def test_forwards_that_no_trace_does_are_left_alone_and_named(join: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(join), nn.Conv2d(4, 4, 1)), torch.randn(SHAPE)
+    before = dict(vars(model[0]))
+    with pytest.warns(
+        UserWarning, match=rf"sums and pools in the forward of 1 module stay in float: 0 \(.*{LEFT_ALONE[join]}"
+    ):
+        prepared = qk.prepare(model, ON)
+    assert roles(prepared) == {}
+    assert type(prepared[0]) is Block
+    assert {k: v for k, v in vars(model[0]).items() if k != "count"} == {
+        k: v for k, v in before.items() if k != "count"
+    }
+    qk.calibrate(prepared, [x])
+    assert re.search(LEFT_ALONE[join], qk.report(prepared).notes["0"])
+    qk.enable_fake_quant(prepared, False)
+    torch.manual_seed(3)
+    y = prepared(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, model(x))
+    assert "why_sums_are_float" not in vars(qk.unprepare(prepared)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qk.prepare(model, qk.QConfig(residual=qk.QSpec(8), rules=[("0", {"residual": None})]))
+
+
+def test_what_holds_no_sum_is_not_named() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) if float(x.sum()) > 0 else self.fc(-x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qk.prepare(Plain(), ON)
