@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from named_quantizers import KEEPING, NEW, WITHOUT_INTEGERS, made, width
+from named_quantizers import INPUTS, KEEPING, NEW, WITHOUT_INTEGERS, made, width
 from torch import nn
 from torch.nn import functional as F
 
@@ -362,3 +362,22 @@ def test_symbolic_trace(name):
     quantizer.eval()
     traced = torch.fx.symbolic_trace(nn.Sequential(quantizer))
     assert torch.equal(traced(x), quantizer(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_result_may_be_written_in_place(name, symmetric, training):
+    """As that of any function of torch: in a forward with ``y += x`` a quantizer stands behind the first y."""
+    if symmetric not in RULES[name].symmetric:
+        pytest.skip("RULES says so")
+    quantizer = made(name, symmetric=symmetric)
+    x = torch.randn(4, 16, requires_grad=True)
+    quantizer(x)
+    quantizer.train(training)
+    apart = copy.deepcopy(quantizer)
+    y = quantizer(x * 1)
+    y += x
+    expected = apart(x * 1) + x
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])

@@ -126,7 +126,7 @@ class _AlreadyMasked(Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         ctx.stride = y.stride()
         ctx.save_for_backward(mask)
-        return y.view_as(y)
+        return y.detach()  # a new tensor that is no view to autograd, so it may be written in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -138,7 +138,7 @@ class _StraightThrough(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
