@@ -123,3 +123,23 @@ def test_a_weight_under_two_quantizers() -> None:
         "for both makes them one"
     }
     assert qk.report(prepared_and_converted(Shares(), (x,))[0]).notes == {}
+
+
+class Sum(Layers):
+    def forward(self, x):
+        y = self.a(x)
+        return self.c(y + self.b(y))
+
+
+def test_a_converted_model_with_quantizers_of_sums_is_not_its_own_reference() -> None:
+    """Without those quantizers its layers would still round, so the SQNR would be that of the sums alone."""
+    model, x = Sum(), torch.randn(16, 8)
+    prepared = qk.prepare(model, QConfig(residual=QSpec(8)))
+    qk.calibrate(prepared, [x])
+    converted = qk.convert(prepared)
+    assert all(row.output_sqnr is None for row in qk.report(converted, x).layers)
+    measured = {row.name: row.output_sqnr for row in qk.report(converted, x, float_model=model).layers}
+    for row in qk.report(prepared, x).layers:
+        if row.kind == "QATLinear":
+            assert row.output_sqnr is not None
+            assert measured[row.name] == pytest.approx(row.output_sqnr, abs=1)

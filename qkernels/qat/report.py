@@ -419,7 +419,8 @@ def _run_example(
         if float_model is not None:
             with eval_mode(float_model), off_fused_paths(float_model):
                 references = Record(float_model, example, {name: folded.get(name, name) for name in layers}).outputs
-        elif any(isinstance(layer, QATLayer) for layer in layers.values()):
+        elif not any(_on_integers(layer) or hasattr(layer, BURNT_IN) for layer in layers.values()):
+            # A converted model's weights stay what they are without its quantizers, so it cannot be its own reference.
             with quantizers_replaced(model, lambda quantizer, x: x):
                 references = Record(model, example, same).outputs
     for row in rows:
