@@ -119,6 +119,13 @@ def test_smallest_budget_is_named() -> None:
         qk.assign(found, 1.5, cost="bits")
 
 
+def test_infinite_budgets() -> None:
+    found = random_table(0, 5)
+    assert qk.assign(found, float("inf")).score == pytest.approx(qk.assign(found, 1e12).score)
+    with pytest.raises(ValueError, match="budget: got -inf bytes; accepted: at least"):
+        qk.assign(found, float("-inf"))
+
+
 def test_units_of_cost() -> None:
     found = table([[0.0, 0.1, 0.2, 0.3]] * 2, [80, 240], [[0.0, 0.1, 0.2, 0.3]] * 2)
     assert qk.assign(found, 4, cost="bits").cost == pytest.approx(4)

@@ -48,8 +48,8 @@ def gptq(
         layer -> mean squared error of its output by the rounding of its weight, to the nearest and now.
 
     Raises:
-        ValueError: a model that is not prepared or not calibrated, no batches, NaN or infinity in a layer's input, no
-            layer for ``where``, a damping that is not positive.
+        ValueError: a model that is not prepared or not calibrated, no batches, NaN or infinity in a layer's input or in
+            its square, no layer for ``where``, a damping that is not positive.
         TypeError: another type of an argument.
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
@@ -59,7 +59,13 @@ def gptq(
     for name in progress(work.names, "gptq: layers", len(work.names)):
         layer = work.layer(name)
         with torch.no_grad():
-            weight, error = _rounded(layer, _moments(layer, work.inputs(name)), damping)
+            moments, count = _moments(layer, work.inputs(name))
+            if not bool(moments.isfinite().all()):
+                raise ValueError(
+                    f"batches: the squares of the inputs of layer {name!r} overflow fp32; accepted: batches whose "
+                    "squares are finite"
+                )
+            weight, error = _rounded(layer, (moments, count), damping)
         errors[name] = error
         work.set_weight(name, weight)
     work.commit()

@@ -16,7 +16,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConvolution, QATLinear
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.ranges import per_element, write
-from .calibrate import call, quantizers_replaced, run_batches
+from .calibrate import call, quantizers_replaced, run_batches, unwrapped
 from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
@@ -55,7 +55,7 @@ class Layerwise:
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
-        self.source = model
+        self.source = model = unwrapped(model)
         self.float_model = model if float_model is None else _with_weights_of(float_model, copy_of(model))
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
@@ -141,6 +141,7 @@ def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
     """
     if not isinstance(float_model, nn.Module):
         raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
+    float_model = unwrapped(float_model)
     held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
     quantizers = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, FakeQuantize))
     given = dict(
@@ -214,8 +215,13 @@ def _record(
 def roundable(model: nn.Module) -> list[str]:
     """The layers of a prepared model whose weights can be rounded in another way than to the nearest."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QATLayer)}
-    held = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    held = holders_of(model)
     return [name for name, layer in layers.items() if _is_roundable(layer) and held[id(layer.weight)] == 1]
+
+
+def holders_of(model: nn.Module) -> Counter[int]:
+    """How many modules, quantized or not, hold each parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _is_roundable(layer: QATLayer) -> bool:
