@@ -32,6 +32,9 @@ SHAPES = [
     (29, 34, 80, 16),
     (1, 130, 1056, 32),
     (2, 96, 4104, 4104),
+    # What matrix tiles pay for: 3 blocks of 13 rows, of which the last two overlap, and groups that no tile divides.
+    (37, 70, 600, 200),
+    (20, 33, 1030, 1030),
 ]
 EMPTY = [(0, 3, 32, 16), (3, 0, 32, 16), (3, 4, 0, 0), (0, 0, 0, 0)]
 

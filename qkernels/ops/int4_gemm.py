@@ -126,7 +126,7 @@ _int4_pack = library.define(
     "(Tensor q) -> Tensor",
     reference.int4_pack,
     _fake_pack,
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_int4_pack_samples,
 )
 _int4_unpack = library.define(
@@ -134,7 +134,7 @@ _int4_unpack = library.define(
     "(Tensor data, SymInt n, SymInt k) -> Tensor",
     reference.int4_unpack,
     lambda data, n, k: data.new_empty((n, k), dtype=torch.int8),
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     samples=_int4_unpack_samples,
 )
 _int4_linear = library.define(
@@ -144,7 +144,7 @@ _int4_linear = library.define(
     "SymInt quant_max, ScalarType out_dtype) -> Tensor",
     reference.int4_linear,
     _fake_linear,
-    cpu=("avx512vnni", "avx2", "scalar"),
+    cpu=("amx", "avx512vnni", "avx2", "scalar"),
     cuda=_not_for_cuda,
     triton=True,
     triton_first=True,  # until csrc/cuda's kernel has been measured on a GPU

@@ -3,6 +3,9 @@
 #include "cpu/int4_gemm/pack.h"
 #include "cpu/int4_gemm/rows.h"
 #include "cpu/int4_gemm/tile.h"
+#if QK_PATH == QK_PATH_AVX512VNNI
+#include "cpu/int4_gemm/amx.h"
+#endif
 
 namespace qkernels::QK_NAMESPACE {
 namespace {
@@ -50,6 +53,34 @@ void multiply_float(const float* rows, int64_t row_stride, const Int4Term* terms
 
 constexpr Int4Kernels kKernels = {kIsa,       kTileRows, kFloatTileRows, pack_panel, unpack_panel,
                                   code_terms, widen_row, float_terms,    multiply,   multiply_float};
+
+#if QK_PATH == QK_PATH_AVX512VNNI && defined(QK_HAS_AMX)
+// Whether tiles take less time: for a panel, widening 4 k of its weights takes 6 cycles, and scaling a block's sums at
+// each group as long as 4 steps.
+inline bool tiles_pay(int64_t blocks, const AmxRun& run, int64_t m, const Int4Panel& panel) {
+  const int64_t steps = panel.k / panel.group_size * (run.tiles + 4), groups = k_groups(panel.k);
+  return amx_pays(blocks, steps, m, groups, 6 * groups);
+}
+
+// By tiles of equal height; the last one overlaps the one before it, whose results it gives once more.
+void multiply_amx(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                  const Int4Panel& panel, const Int4Output& output) {
+  const AmxRun run(k_groups(panel.group_size));
+  const int64_t count = (m + kAmxRows - 1) / kAmxRows, height = (m + count - 1) / count;
+  if (panel.k == 0 || panel.group_size > kMaxGroup || !tiles_pay(count, run, m, panel))
+    return multiply(rows, row_stride, terms, term_stride, m, panel, output);
+  std::vector<int64_t> blocks;
+  for (int64_t i = 0; i < count; ++i) blocks.push_back(std::min(i * height, m - height));
+  std::vector<float> y(static_cast<size_t>(count * height * kPanel));
+  (panel.affine() ? add_products<true> : add_products<false>)(rows, row_stride, terms, term_stride, blocks, height,
+                                                              panel, run, y.data());
+  for (int64_t i = 0; i < count; ++i)
+    finish(y.data() + i * height * kPanel, height, blocks[static_cast<size_t>(i)], output);
+}
+
+constexpr Int4Kernels kAmxKernels = {Isa::amx,   2 * kAmxRows, kFloatTileRows, pack_panel,   unpack_panel,
+                                     code_terms, widen_row,    float_terms,    multiply_amx, multiply_float};
+#endif
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE

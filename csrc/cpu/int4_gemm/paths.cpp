@@ -5,6 +5,11 @@
 
 namespace qkernels {
 
-const Int4Kernels& int4_kernels() { return QK_OF_ACTIVE_ISA(kKernels); }
+const Int4Kernels& int4_kernels() {
+#ifdef QK_HAS_AMX
+  if (active_isa() >= Isa::amx) return avx512vnni::kAmxKernels;
+#endif
+  return QK_OF_ACTIVE_ISA(kKernels);
+}
 
 }  // namespace qkernels

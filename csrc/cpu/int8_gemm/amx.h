@@ -33,10 +33,11 @@ struct AmxRun {
 };
 
 // Whether `tiles` blocks of rows, of so many steps, take less time than the dot products of `rows` rows with so many
-// groups of 4 codes. In cycles for one panel, measured on a Xeon of 2023 (2026-12): 250 set the tiles up, 50 move a
-// block's sums, and a step takes 44, or 35 where all operands are in the first-level cache.
-inline bool amx_pays(int64_t tiles, int64_t steps, int64_t rows, int64_t groups) {
-  return 250 + tiles * (50 + 44 * steps) < rows * groups * 115 / 100;
+// groups of 4 codes. In cycles for one panel, measured on a Xeon of 2023 (2026-12): 250 set the tiles up, `more` is
+// what else tiles need, 50 move a block's sums, and a step takes 44, or 35 where all operands are in the first-level
+// cache.
+inline bool amx_pays(int64_t tiles, int64_t steps, int64_t rows, int64_t groups, int64_t more = 0) {
+  return 250 + more + tiles * (50 + 44 * steps) < rows * groups * 115 / 100;
 }
 
 // A tile's place in a row of codes, in bytes, and the weights that it meets.
@@ -68,9 +69,23 @@ class AmxTiles {
   int64_t groups_, rows_ = 0;
 };
 
+// What tile_dot does for signed codes and unsigned weights.
+template <int kSums, int kCodes, int kWeights>
+inline void tile_dot_signed() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kCodes), "i"(kWeights));
+}
+
+template <bool kSigned, int kSums, int kCodes, int kWeights>
+inline void tile_dot_of() {
+  if constexpr (kSigned)
+    tile_dot_signed<kSums, kCodes, kWeights>();
+  else
+    tile_dot<kSums, kCodes, kWeights>();
+}
+
 // Dot products of kBlocks blocks of rows, which begin at rows[block] and are row_step bytes apart, with 16 * kHalves
-// channels: sums[block][16][32], which begin at start[32].
-template <int kBlocks, int kHalves>
+// channels: sums[block][16][32], which begin at start[32]. kSigned: codes are signed and weights are not.
+template <int kBlocks, int kHalves, bool kSigned = false>
 inline void multiply_tiles(const uint8_t* const* rows, int64_t row_step, const AmxStep* steps, int64_t n,
                            const int32_t* start, int32_t* sums) {
   constexpr bool kBoth = kHalves == 2, kTwo = kBlocks == 2;
@@ -81,12 +96,12 @@ inline void multiply_tiles(const uint8_t* const* rows, int64_t row_step, const A
   for (const AmxStep* step = steps; step < steps + n; ++step) {
     tile_load<6>(step->weights, kPanel * 4);
     tile_load<4>(rows[0] + step->codes, row_step);
-    tile_dot<0, 4, 6>();
+    tile_dot_of<kSigned, 0, 4, 6>();
     if constexpr (kBoth) tile_load<7>(step->weights + 64, kPanel * 4);
-    if constexpr (kBoth) tile_dot<1, 4, 7>();
+    if constexpr (kBoth) tile_dot_of<kSigned, 1, 4, 7>();
     if constexpr (kTwo) tile_load<5>(rows[1] + step->codes, row_step);
-    if constexpr (kTwo) tile_dot<2, 5, 6>();
-    if constexpr (kTwo && kBoth) tile_dot<3, 5, 7>();
+    if constexpr (kTwo) tile_dot_of<kSigned, 2, 5, 6>();
+    if constexpr (kTwo && kBoth) tile_dot_of<kSigned, 3, 5, 7>();
   }
   constexpr int64_t kStep = kPanel * sizeof(int32_t);
   tile_store<0>(sums, kStep);
@@ -95,12 +110,15 @@ inline void multiply_tiles(const uint8_t* const* rows, int64_t row_step, const A
   if constexpr (kTwo && kBoth) tile_store<3>(sums + kAmxRows * kPanel + 16, kStep);
 }
 
+template <bool kSigned = false>
 inline void multiply_tiles(int64_t blocks, bool both, const uint8_t* const* rows, int64_t row_step,
                            const AmxStep* steps, int64_t n, const int32_t* start, int32_t* sums) {
   if (both)
-    (blocks == 2 ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)(rows, row_step, steps, n, start, sums);
+    (blocks == 2 ? multiply_tiles<2, 2, kSigned> : multiply_tiles<1, 2, kSigned>)(rows, row_step, steps, n, start,
+                                                                                  sums);
   else
-    (blocks == 2 ? multiply_tiles<2, 1> : multiply_tiles<1, 1>)(rows, row_step, steps, n, start, sums);
+    (blocks == 2 ? multiply_tiles<2, 1, kSigned> : multiply_tiles<1, 1, kSigned>)(rows, row_step, steps, n, start,
+                                                                                  sums);
 }
 
 }  // namespace qkernels
