@@ -367,3 +367,28 @@ def test_names_are_those_inside_a_wrapper() -> None:
     wrapped = torch.compile(prepared(model, batches), backend="eager")
     assert list(qk.correct_bias(wrapped, batches, float_model=torch.compile(model, backend="eager"))) == ["0", "2"]
     assert list(qk.gptq(wrapped, batches, where="2")) == ["2"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_samples_without_a_batch(method: str, kind: type[nn.Module]) -> None:
+    shape = (4, 9) if kind is nn.Conv1d else (4, 9, 7)
+    model, batches = nn.Sequential(kind(4, 6, 3, groups=2)), [torch.randn(shape), torch.randn(shape)]
+    alone, batched = prepared(model, batches), prepared(model, batches)
+    METHODS[method](alone, batches)
+    METHODS[method](batched, [x[None] for x in batches])
+    for a, b in zip(alone.parameters(), batched.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_the_user_change_nothing(method: str) -> None:
+    """The layer is compared with itself in float, before a hook makes something else of what it returns."""
+    model, batches = nn.Sequential(nn.Linear(32, 24)), [correlated(64)]
+    plain = prepared(model, batches)
+    METHODS[method](plain, batches)
+    hooked = prepared(model, batches)
+    hooked[0].register_forward_hook(lambda layer, args, output: 3 * output)
+    METHODS[method](hooked, batches)
+    for a, b in zip(plain.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -268,3 +268,16 @@ def test_names_are_those_inside_a_wrapper() -> None:
     assert list(found.specs) == ["0", "1"]
     assert isinstance(qk.prepare(model, qk.assign(found, 4, cost="bits").config)[0], qk.nn.QATLinear)
     assert list(qk.measure_latency(compiled, x, bits=(4,), calls=1)) == ["0", "1"]
+
+
+def test_fisher_looks_at_a_layer_before_hooks_of_the_user() -> None:
+    class Threefold(nn.Module):
+        def forward(self, x):
+            return 3 * x
+
+    layers, x = [nn.Linear(8, 8), nn.Linear(8, 4)], torch.randn(9, 8)
+    plain = qk.sensitivity(nn.Sequential(layers[0], Threefold(), layers[1]), [x], metric="fisher", loss=mse)
+    layers[0].register_forward_hook(lambda layer, args, output: 3 * output)
+    hooked = qk.sensitivity(nn.Sequential(layers[0], nn.Identity(), layers[1]), [x], metric="fisher", loss=mse)
+    for a, b in zip(plain.rows, hooked.rows, strict=True):
+        assert a.scores == pytest.approx(b.scores, rel=1e-5)

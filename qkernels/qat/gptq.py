@@ -90,7 +90,8 @@ def _moments(layer: Any, inputs: list[Tensor]) -> tuple[Tensor, int]:
 def _patches(layer: Any, x: Tensor) -> Tensor:
     """The patches [groups, n, k] of a convolution's input: what it gives for a weight of unit vectors."""
     k = layer.weight[0].numel()
-    unit = torch.eye(k, device=x.device).view(k, *layer.weight.shape[1:]).repeat(layer.groups, *[1] * (x.dim() - 1))
+    shape = k, *layer.weight.shape[1:]
+    unit = torch.eye(k, device=x.device).view(shape).repeat(layer.groups, *[1] * (len(shape) - 1))
     batched = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
     patches = layer._conv_forward(batched.float(), unit.view(-1, *layer.weight.shape[1:]), None)
     return patches.unflatten(1, (layer.groups, k)).movedim(0, 1).flatten(3).movedim(2, 3).flatten(1, 2)  # type: ignore[no-any-return]

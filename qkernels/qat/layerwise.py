@@ -199,7 +199,8 @@ def _record(
         if not left:
             raise _Reached
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    # Before the user's hooks, which may change what the layer itself returns.
+    handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad(), random_state_kept(model):
             seed(_device(model))
