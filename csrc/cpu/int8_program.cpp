@@ -3,13 +3,29 @@
 #include "cpu/int8_program/cache.h"
 #include "cpu/int8_program/views.h"
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+
 namespace qkernels {
 namespace {
 
 constexpr size_t kPlans = 64, kLayouts = 16;    // how many are kept, and for each plan
-constexpr int64_t kFrameBytes = 768 << 10;      // what one thread's activations may take of its second-level cache
 constexpr int64_t kMany = 8;                    // images for each thread
 constexpr int64_t kRegionElements = 128 << 10;  // from about 20 us on a region for all steps is worth its start
+
+// What one thread's activations may take: three quarters of its second-level cache, of which some CPUs have 1 MiB and
+// some 2. Several cores may share a larger one.
+int64_t frame_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t size = 0;
+#endif
+  return (size > 0 ? std::clamp<int64_t>(size, 512 << 10, 2 << 20) : 1 << 20) / 4 * 3;
+}
 
 struct Program {
   std::unique_ptr<Plan> plan;
@@ -218,7 +234,7 @@ void run_frame(const Frame& frame) {
 void run_all(const Call& call, int64_t batch) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t apart = batch >= kMany * threads ? batch : batch / threads * threads, rest = batch - apart;
-  const int64_t fitting = std::max<int64_t>(1, kFrameBytes / std::max<int64_t>(1, call.layout.bytes));
+  const int64_t fitting = std::max<int64_t>(1, frame_bytes() / std::max<int64_t>(1, call.layout.bytes));
   const int64_t share = std::max<int64_t>(1, (apart + threads - 1) / threads);
   const int64_t chunk = (share - 1) / ((share + fitting - 1) / fitting) + 1;
   const int64_t bytes = std::max(apart ? threads * chunk : 0, rest) * call.layout.bytes;
