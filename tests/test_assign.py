@@ -248,6 +248,7 @@ def test_mixed_model_beats_the_uniform_one() -> None:
         ((None, 3, 7), TypeError, "cost: got a int"),
         ((None, 3, "bites"), ValueError, "cost: got 'bites'; accepted: bytes, bits, bitops.*did you mean 'bits'"),
         ((None, 3, {}), ValueError, "cost: got none for '0' at 8 bits"),
+        ((None, 3, {"0": 5}), TypeError, "cost: got 5 for '0'; accepted: a mapping from bits"),
         ((None, 3, {"0": dict.fromkeys(WIDTHS, "a")}), ValueError, "cost: got 'a' for '0' at 8 bits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -249,9 +249,11 @@ class Stops:
         ([correlated(4, 7)], {}, RuntimeError, r"batches\[0\]: layer '0'"),
         (Stops(), {}, OSError, "the disk is gone"),
         ([correlated(4)], {"where": "nothing"}, ValueError, "where: got 'nothing'; accepted.*: '0', '2'"),
+        ([correlated(4)], {"where": 2}, TypeError, "where: got 2; accepted: a glob"),
+        ([correlated(4)], {"where": [2]}, TypeError, r"where: got \[2\]; accepted: a glob"),
         ([correlated(4)], {"max_batches": 0}, ValueError, "max_batches: got 0"),
     ],
-    ids=["none", "tensor", "nan", "shape", "loader", "where", "max_batches"],
+    ids=["none", "tensor", "nan", "shape", "loader", "where", "number", "numbers", "max_batches"],
 )
 def test_refusals(method: str, batches, options, error, text) -> None:
     made = prepared(mlp(), [correlated(64)])

@@ -53,6 +53,9 @@ class Layerwise:
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
         if is_sharded_model(model):
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
+        patterns = (where,) if isinstance(where, str) else where
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"where: got {where!r}; accepted: a glob on names of layers, or a list of names and globs")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
         self.source = model = unwrapped(model)
@@ -61,7 +64,6 @@ class Layerwise:
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
         able = [name for name in roundable(self.model) if name in self.calls]
-        patterns = (where,) if isinstance(where, str) else tuple(where)
         self.names = [
             name
             for name in self.calls
