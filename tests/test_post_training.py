@@ -394,3 +394,21 @@ def test_hooks_of_the_user_change_nothing(method: str) -> None:
     METHODS[method](hooked, batches)
     for a, b in zip(plain.parameters(), hooked.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_model_with_an_autocast_of_its_own(method: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layers(x).float()
+
+    model, batches, new = Model(), [correlated(256)], correlated(256)
+    made = prepared(model, batches)
+    before = error(model, made, new)
+    assert list(METHODS[method](made, batches)) == ["layers.0", "layers.2"]
+    assert error(model, made, new) < 0.92 * before

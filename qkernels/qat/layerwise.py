@@ -180,6 +180,7 @@ def grid_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's product with another weight, and its bias."""
+    x = x.to(weight.dtype)  # under an autocast of the model's own they differ
     if isinstance(layer, QATLinear):
         return F.linear(x, weight, layer.bias)
     return layer._conv_forward(x, weight, layer.bias)  # type: ignore[no-any-return]
