@@ -36,8 +36,8 @@ def conv2d_shape(
         ("dilation", dilation, 1),
     ):
         require(
-            len(pair) == 2 and min(pair) >= least,
-            f"{name}: got {list(pair)}; accepted: 2 integers, height and width, at least {least}",
+            len(pair) == 2 and min(pair) >= least and max(pair) <= 2**31,
+            f"{name}: got {list(pair)}; accepted: 2 integers, height and width, at least {least} and at most 2^31",
         )
     size = []
     for i, side in enumerate(("height", "width")):

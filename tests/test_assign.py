@@ -119,6 +119,13 @@ def test_smallest_budget_is_named() -> None:
         qk.assign(found, 1.5, cost="bits")
 
 
+def test_infinite_budgets() -> None:
+    found = random_table(0, 5)
+    assert qk.assign(found, float("inf")).score == pytest.approx(qk.assign(found, 1e12).score)
+    with pytest.raises(ValueError, match="budget: got -inf bytes; accepted: at least"):
+        qk.assign(found, float("-inf"))
+
+
 def test_units_of_cost() -> None:
     found = table([[0.0, 0.1, 0.2, 0.3]] * 2, [80, 240], [[0.0, 0.1, 0.2, 0.3]] * 2)
     assert qk.assign(found, 4, cost="bits").cost == pytest.approx(4)
@@ -241,6 +248,7 @@ def test_mixed_model_beats_the_uniform_one() -> None:
         ((None, 3, 7), TypeError, "cost: got a int"),
         ((None, 3, "bites"), ValueError, "cost: got 'bites'; accepted: bytes, bits, bitops.*did you mean 'bits'"),
         ((None, 3, {}), ValueError, "cost: got none for '0' at 8 bits"),
+        ((None, 3, {"0": 5}), TypeError, "cost: got 5 for '0'; accepted: a mapping from bits"),
         ((None, 3, {"0": dict.fromkeys(WIDTHS, "a")}), ValueError, "cost: got 'a' for '0' at 8 bits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -99,10 +99,10 @@ def test_gradients_of_the_int8_layer_have_the_width() -> None:
     y.backward(grad)
     expected = (q.double() @ w_t.double().t()) * scale.double() * w_scale.double().t()
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-6)
-    for bits in (1, 9):
-        with pytest.raises(ValueError, match=rf"^grad_bits: got {bits}; accepted: 2 to 8"):
+    for bits in (1, 9, 4.5, "4"):
+        with pytest.raises(ValueError, match=rf"^grad_bits: got {bits!r}; accepted: 2 to 8"):
             qk.int8_training_linear(x, layer.weight, grad_bits=bits)
-        with pytest.raises(ValueError, match=rf"^grad_bits: got {bits}; accepted: 2 to 8"):
+        with pytest.raises(ValueError, match=rf"^grad_bits: got {bits!r}; accepted: 2 to 8"):
             qk.nn.Int8TrainingLinear(4, 4, grad_bits=bits)
 
 
@@ -250,6 +250,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
             make()
     with pytest.raises(TypeError, match=r"^steps: got 2.5, a float"):
         qk.schedules.progressive(8, 4, steps=2.5)
+    with pytest.raises(TypeError, match=r"^widths: got \[8, 4\]; accepted: a dict of steps and their widths"):
+        qk.schedules.steps([8, 4])  # type: ignore[arg-type]
     model = prepared("mlp")
     schedule = qk.BitSchedule(model, {"*": lambda step: 8 - 4 * step})
     schedule.step()

@@ -92,6 +92,18 @@ def test_paths_and_threads_give_the_same_bits() -> None:
     assert all(torch.equal(results[0], y) for y in results)
 
 
+def test_threads_do_not_decide_which_rows_an_infinity_reaches(kernel: str) -> None:
+    """A value that causal rows do not see is multiplied by 0 in some of them, which is NaN."""
+    q, k, v = operands((1, 1, 1, 200, 200, 16, 16))
+    v[0, 0, 77, 3] = torch.inf
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(op(q, k, v, True, 0.3))
+    for y in results:
+        torch.testing.assert_close(y, results[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_large_scores_and_what_is_not_finite(kernel: str) -> None:
     q, k, v = operands((1, 2, 2, 20, 20, 8, 8))
     q[0, 0] *= 1e3

@@ -116,3 +116,11 @@ def test_refusals(change, error, text) -> None:
 def test_prepared_models_are_refused() -> None:
     with pytest.raises(ValueError, match="model: got one that is prepared; accepted: a float model"):
         qk.hybrid(qk.prepare(Wide()), [torch.randn(9, 24)], 1e6)
+
+
+def test_computed_weights_are_frozen_too() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(24, 24)), nn.Linear(24, 6))
+    found = qk.hybrid(torch.compile(model, backend="eager"), [torch.randn(9, 24)], 4, cost="bits", share=0)
+    assert {*found.frozen} == {"0", "1"}
+    assert not any(p.requires_grad for p in found.model.parameters())
+    assert all(p.requires_grad for p in model.parameters())

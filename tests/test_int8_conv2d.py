@@ -263,6 +263,7 @@ ERRORS = [
     (9, [3, 0], "kernel_size: got .*; accepted: 2 integers, height and width, at least 1"),
     (10, [0, 1], "stride: got .*; accepted: 2 integers, height and width, at least 1"),
     (11, [1, -1], "padding: got .*; accepted: 2 integers, height and width, at least 0"),
+    (11, [1, 2**31 + 1], r"padding: got .*; accepted: .* at most 2\^31"),
     (12, [1, 1, 1], "dilation: got .*; accepted: 2 integers, height and width, at least 1"),
     (13, 0, "groups: got 0; accepted: a divisor"),
     (13, 4, "groups: got 4; accepted: a divisor"),
@@ -274,6 +275,16 @@ def test_errors(kernel: str, position: int, value: object, message: str) -> None
     args = list(sample())
     args[position] = value
     with pytest.raises(RuntimeError, match=message):
+        torch.ops.qkernels.int8_conv2d(*args)
+
+
+def test_padded_images_that_no_memory_holds(kernel: str) -> None:
+    """The result has 3 x 3 pixels: only the codes are too many."""
+    if kernel == "reference":
+        pytest.skip("it pads by torch, which says so in its own words")
+    args = list(sample())
+    args[10] = args[11] = [2**31, 2**31]
+    with pytest.raises(RuntimeError, match=r"padding: got 2147483648 and .*; accepted: up to 2\^40 elements"):
         torch.ops.qkernels.int8_conv2d(*args)
 
 

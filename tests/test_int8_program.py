@@ -314,6 +314,27 @@ def test_sizes_of_any_ratio(kernel: str, shape: tuple[int, ...], step: str) -> N
     check(plan, torch.randn(shape), torch.randn(2 if rank < 3 else 1, 3, *(5, 6, 2)[:rank]), tolerance=1e-6)
 
 
+def test_pixel_shuffles_of_no_channels(kernel: str) -> None:
+    plan = Plan()
+    x = plan.input()
+    for step in ("pixel_unshuffle", "pixel_shuffle"):
+        plan.output(plan.move(step, x, factor=2))
+    assert [y.shape for y in run(plan, torch.randn(2, 0, 4, 6))] == [(2, 0, 2, 3), (2, 0, 8, 12)]
+
+
+@pytest.mark.parametrize("step", ["upsample", "resize"])
+def test_no_pixels_have_no_other_size(kernel: str, step: str) -> None:
+    """As in torch; an empty result there may be."""
+    for size in ((1, 4, 4), (1, 1, 1)):
+        plan = Plan()
+        plan.output(plan.move(step, plan.input(), size=size, mode="linear" if step == "resize" else None))
+        with pytest.raises(RuntimeError, match=r"x: got \[N, 3, 0, 5\]; accepted: at least one pixel"):
+            run(plan, torch.randn(2, 3, 0, 5))
+    plan = Plan()
+    plan.output(plan.move("upsample", plan.input(), scale=(1, 2, 3)))
+    check(plan, torch.randn(2, 3, 0, 5))
+
+
 @pytest.mark.parametrize("factor", [1, 2, 3])
 @pytest.mark.parametrize("channels", [1, 3, 16, 33])
 def test_pixel_shuffles(kernel: str, factor: int, channels: int) -> None:

@@ -131,6 +131,22 @@ def test_kurtosis_is_that_of_the_formula() -> None:
         assert qk.losses.kurtosis(model, target=target).item() == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_weights_have_no_kurtosis(dtype: torch.dtype, value: float) -> None:
+    """A layer that starts from zeros takes no part, and does not make the others' gradients NaN."""
+    torch.manual_seed(0)
+    model = qk.prepare(nn.Sequential(nn.Linear(30, 7), nn.Linear(7, 5)), config(4)).to(dtype)
+    nn.init.constant_(model[0].weight, value)
+    loss = qk.losses.kurtosis(model)
+    loss.backward()
+    w = model[1].weight.detach()
+    expected = (((w - w.mean()) / w.std(unbiased=False)).pow(4).mean() - 1.8).square() / 2
+    torch.testing.assert_close(loss.detach(), expected)
+    assert not model[0].weight.grad.any()
+    assert model[1].weight.grad.abs().max() > 0
+
+
 def test_activation_range_and_its_gradient() -> None:
     model = prepared("transformer", bits=4)
     inputs = [q for q in quantizers(model).values() if q.learns and not q.is_weight]

@@ -203,6 +203,7 @@ def test_bad_arguments_are_refused_by_name() -> None:
             r"^threshold: got -0.1; accepted: a number of at least 0, None, or a function",
         ),
         ({"threshold": "0.1"}, TypeError, r"^threshold: got '0.1'"),
+        ({"where": ["0.weight"]}, TypeError, r"^where: got \['0.weight'\], a list; accepted: a glob on names"),
         ({"where": "fc.*"}, ValueError, r"^where: got 'fc.\*'; accepted: a glob on 0.weight"),
     ):
         with pytest.raises(error, match=text):

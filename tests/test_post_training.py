@@ -9,6 +9,7 @@ import torch
 from qat_models import ConvNet, assert_unchanged, images, snapshot
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import qkernels as qk
 
@@ -248,9 +249,11 @@ class Stops:
         ([correlated(4, 7)], {}, RuntimeError, r"batches\[0\]: layer '0'"),
         (Stops(), {}, OSError, "the disk is gone"),
         ([correlated(4)], {"where": "nothing"}, ValueError, "where: got 'nothing'; accepted.*: '0', '2'"),
+        ([correlated(4)], {"where": 2}, TypeError, "where: got 2; accepted: a glob"),
+        ([correlated(4)], {"where": [2]}, TypeError, r"where: got \[2\]; accepted: a glob"),
         ([correlated(4)], {"max_batches": 0}, ValueError, "max_batches: got 0"),
     ],
-    ids=["none", "tensor", "nan", "shape", "loader", "where", "max_batches"],
+    ids=["none", "tensor", "nan", "shape", "loader", "where", "number", "numbers", "max_batches"],
 )
 def test_refusals(method: str, batches, options, error, text) -> None:
     made = prepared(mlp(), [correlated(64)])
@@ -286,3 +289,126 @@ def test_models(method: str) -> None:
         METHODS[method](mlp(), [correlated(4)])
     with pytest.raises(ValueError, match="is not calibrated"):
         METHODS[method](qk.prepare(mlp()), [correlated(4)])
+
+
+class Routed(nn.Module):
+    """Each row goes to one of two layers, the first by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.first, self.second = nn.Linear(32, 2), nn.Linear(32, 4), nn.Linear(32, 4)
+
+    def forward(self, x):
+        first = self.gate(x).argmax(-1) == 0
+        y = x.new_zeros(len(x), 4)
+        y[first], y[~first] = self.first(x[first]), self.second(x[~first])
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:qk.calibrate. no batch reached second:UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_without_samples_stay(method: str) -> None:
+    model, batches = Routed(), [correlated(64)]
+    nn.init.zeros_(model.gate.weight)
+    nn.init.constant_(model.gate.bias[:1], 1)
+    made = qk.prepare(model, qk.QConfig(qk.QSpec(3)))
+    qk.calibrate(made, batches, fallback=1.0)
+    rounded = made.second.weight_fake_quant(made.second.weight).detach()
+    found = METHODS[method](made, batches)
+    assert "first" in found
+    assert torch.equal(made.second.bias, model.second.bias)
+    assert torch.equal(made.second.weight_fake_quant(made.second.weight), rounded)
+
+
+def test_adaround_refuses_a_layer_that_gets_other_samples_in_float() -> None:
+    model, batches = Routed(), [correlated(256)]
+    made = qk.prepare(model, qk.QConfig(qk.QSpec(2), qk.QSpec(2)))
+    qk.calibrate(made, batches)
+    before = snapshot(made)
+    with pytest.raises(ValueError, match="where: got 'first', to which the float model sends other samples"):
+        qk.adaround(made, batches, where="first", steps=1)
+    assert_unchanged(made, before)
+
+
+def test_weight_of_a_layer_in_float_stays() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False))
+    model[2].weight = model[0].weight
+    batches = [torch.randint(0, 9, (6, 5))]
+    made = qk.prepare(model, qk.QConfig(qk.QSpec(3), rules=[("0", None)]))
+    qk.calibrate(made, batches)
+    assert list(qk.gptq(made, batches)) == ["1"]
+    assert torch.equal(made[0].weight, model[0].weight)
+
+
+def test_bias_correction_leaves_shared_and_computed_biases() -> None:
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model, batches = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))), [correlated(64)]
+    model[1].bias = model[0].bias
+    parametrize.register_parametrization(model[2], "bias", Twice())
+    made = prepared(model, batches)
+    biases = [layer.bias.clone() for layer in made]
+    assert list(qk.correct_bias(made, batches)) == ["3"]
+    assert [torch.equal(layer.bias, bias) for layer, bias in zip(made, biases, strict=True)] == [True] * 3 + [False]
+
+
+def test_inputs_whose_squares_overflow() -> None:
+    batches = [correlated(8) * 1e25]
+    made = prepared(mlp(), batches)
+    before = snapshot(made)
+    with pytest.raises(ValueError, match="batches: the squares of the inputs of layer '0' overflow fp32"):
+        qk.gptq(made, batches)
+    assert_unchanged(made, before)
+
+
+def test_names_are_those_inside_a_wrapper() -> None:
+    batches = [correlated(64)]
+    model = mlp()
+    wrapped = torch.compile(prepared(model, batches), backend="eager")
+    assert list(qk.correct_bias(wrapped, batches, float_model=torch.compile(model, backend="eager"))) == ["0", "2"]
+    assert list(qk.gptq(wrapped, batches, where="2")) == ["2"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_samples_without_a_batch(method: str, kind: type[nn.Module]) -> None:
+    shape = (4, 9) if kind is nn.Conv1d else (4, 9, 7)
+    model, batches = nn.Sequential(kind(4, 6, 3, groups=2)), [torch.randn(shape), torch.randn(shape)]
+    alone, batched = prepared(model, batches), prepared(model, batches)
+    METHODS[method](alone, batches)
+    METHODS[method](batched, [x[None] for x in batches])
+    for a, b in zip(alone.parameters(), batched.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_the_user_change_nothing(method: str) -> None:
+    """The layer is compared with itself in float, before a hook makes something else of what it returns."""
+    model, batches = nn.Sequential(nn.Linear(32, 24)), [correlated(64)]
+    plain = prepared(model, batches)
+    METHODS[method](plain, batches)
+    hooked = prepared(model, batches)
+    hooked[0].register_forward_hook(lambda layer, args, output: 3 * output)
+    METHODS[method](hooked, batches)
+    for a, b in zip(plain.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_model_with_an_autocast_of_its_own(method: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layers(x).float()
+
+    model, batches, new = Model(), [correlated(256)], correlated(256)
+    made = prepared(model, batches)
+    before = error(model, made, new)
+    assert list(METHODS[method](made, batches)) == ["layers.0", "layers.2"]
+    assert error(model, made, new) < 0.92 * before

@@ -208,3 +208,20 @@ def test_models_without_norms() -> None:
         qk.smoothquant(ConvNet(), [images()])
     with pytest.raises(TypeError, match="model: got a int"):
         qk.smoothquant(3, [images()])
+
+
+def test_norm_that_no_sample_reached_stays() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = Block(), Block(), Block()
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(x[:0])])
+
+    model = Model()
+    before = [snapshot(block) for block in (model.b, model.c)]
+    found = qk.smoothquant(torch.compile(model, backend="eager"), [torch.randn(9, 32)])
+    assert found == {"a.norm": ("a.query", "a.key")}
+    for block, state in zip((model.b, model.c), before, strict=True):
+        assert_unchanged(block, state)

@@ -236,3 +236,48 @@ def test_refusals_of_prepared_models() -> None:
 
 def test_rows_compare_by_value() -> None:
     assert SensitivityRow(("a",), "weight", {8: 1.0}) == SensitivityRow(("a",), "weight", {8: 1.0})
+
+
+def test_multiplications_of_attention_and_bags() -> None:
+    """Key and value have other lengths than the query; a bag looks up."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(20, 16)
+            self.same = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.other = nn.MultiheadAttention(16, 2, kdim=8, vdim=4, batch_first=True)
+
+        def forward(self, ids, x, k, v):
+            x = self.same(x + self.bag(ids)[:, None], x, value=x)[0]
+            return self.other(x, k, v)[0]
+
+    batch = torch.randint(0, 20, (2, 3)), torch.randn(2, 5, 16), torch.randn(2, 7, 8), torch.randn(2, 7, 4)
+    found = qk.sensitivity(Model(), [batch], bits=(8,))
+    each = {row.layers: row.multiplications for row in found.rows if row.tensor == "weight"}
+    assert each["bag",] == 0
+    assert each["same",] == 3 * 5 * 16 * 16
+    assert each["other",] == 5 * 16 * 16 + 7 * 16 * (8 + 4)
+    assert each["other.out_proj",] == 5 * 16 * 16
+
+
+def test_names_are_those_inside_a_wrapper() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(9, 8)
+    compiled = torch.compile(model, backend="eager")
+    found = qk.sensitivity(compiled, [x], bits=(4,))
+    assert list(found.specs) == ["0", "1"]
+    assert isinstance(qk.prepare(model, qk.assign(found, 4, cost="bits").config)[0], qk.nn.QATLinear)
+    assert list(qk.measure_latency(compiled, x, bits=(4,), calls=1)) == ["0", "1"]
+
+
+def test_fisher_looks_at_a_layer_before_hooks_of_the_user() -> None:
+    class Threefold(nn.Module):
+        def forward(self, x):
+            return 3 * x
+
+    layers, x = [nn.Linear(8, 8), nn.Linear(8, 4)], torch.randn(9, 8)
+    plain = qk.sensitivity(nn.Sequential(layers[0], Threefold(), layers[1]), [x], metric="fisher", loss=mse)
+    layers[0].register_forward_hook(lambda layer, args, output: 3 * output)
+    hooked = qk.sensitivity(nn.Sequential(layers[0], nn.Identity(), layers[1]), [x], metric="fisher", loss=mse)
+    for a, b in zip(plain.rows, hooked.rows, strict=True):
+        assert a.scores == pytest.approx(b.scores, rel=1e-5)

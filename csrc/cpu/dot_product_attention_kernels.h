@@ -206,7 +206,8 @@ void attend_rows(const Attention& a, int64_t n, int64_t head, int64_t first, int
 
 }  // namespace
 
-// Threads take heads; where these cannot be shared out evenly, parts of their rows.
+// Threads take heads; where these cannot be shared out evenly, parts of their rows: whole blocks, so that the rows of a
+// tile are the same on any number of threads. An infinity in v reaches all rows of a tile, as 0 times it is NaN.
 void attend(const Attention& a) {
   const int64_t heads = a.batch * a.heads, threads = torch::stable::get_num_threads();
   const int64_t blocks = (a.rows + kBlockRows - 1) / kBlockRows;
@@ -216,7 +217,8 @@ void attend(const Attention& a) {
   torch::stable::parallel_for(0, heads * parts, grain(kMultiplyGrain, work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / parts, part = i % parts;
-      attend_rows(a, head / a.heads, head % a.heads, part * a.rows / parts, (part + 1) * a.rows / parts);
+      attend_rows(a, head / a.heads, head % a.heads, part * blocks / parts * kBlockRows,
+                  std::min((part + 1) * blocks / parts * kBlockRows, a.rows));
     }
   });
 }

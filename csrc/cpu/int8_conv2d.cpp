@@ -18,8 +18,10 @@ struct Pair {
 Pair pair_of(const char* name, const std::vector<int64_t>& values, int64_t least) {
   std::string got;
   for (int64_t value : values) got += (got.empty() ? "" : ", ") + std::to_string(value);
-  QK_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, name, ": got [", got,
-           "]; accepted: 2 integers, height and width, at least ", least);
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const auto good = [&](int64_t value) { return least <= value && value <= kMost; };
+  QK_CHECK(values.size() == 2 && good(values[0]) && good(values[1]), name, ": got [", got,
+           "]; accepted: 2 integers, height and width, at least ", least, " and at most 2^31");
   return {values[0], values[1]};
 }
 
@@ -248,6 +250,11 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
   g.dilation = {1, spread.h, spread.w};
   g.out = {1, out_size("height", x.size(2) + 2 * border.h, kernel.h, step.h, spread.h),
            out_size("width", x.size(3) + 2 * border.w, kernel.w, step.w, spread.w)};
+  constexpr int64_t kMostCodes = int64_t{1} << 40;  // far from what int64 holds
+  QK_CHECK(x.size(3) + 2 * border.w <=
+               kMostCodes / std::max<int64_t>(g.in_channels, 1) / std::max<int64_t>(x.size(2) + 2 * border.h, 1),
+           "padding: got ", border.h, " and ", border.w, " for x of shape ", shape_of(x),
+           "; accepted: up to 2^40 elements of a padded image");
   check_k("data", g.in_channels / groups * kernel.h * kernel.w);
   check_packed(data, conv_packed_bytes(g), "int8_conv_pack");
   QK_CHECK(colsum.scalar_type() == ScalarType::Int && colsum.is_contiguous(), "colsum: got ",

@@ -2,7 +2,8 @@
 
 ``qkernels::dot_product_attention(q, k, v, causal, scale)`` is softmax(scale · q kᵀ) v for q of [batch, heads, rows,
 size], k of [batch, heads', keys, size] and v of [batch, heads', keys, size'], where heads' divides heads. ``causal``:
-row i sees the keys 0 to i. The result's memory is [batch, rows, heads, size'], which a linear layer reads next.
+row i sees the keys 0 to i; where a hidden row of v holds a NaN or an infinity, row i may be NaN, as it always is by the
+formula: 0 times that is. The result's memory is [batch, rows, heads, size'], which a linear layer reads next.
 """
 
 from __future__ import annotations

@@ -287,8 +287,8 @@ def _modes(output: str, grad_input: str, grad_weight: str) -> tuple[bool, bool, 
 
 
 def check_grad_bits(grad_bits: int) -> None:
-    if not 2 <= grad_bits <= 8:
-        raise ValueError(f"grad_bits: got {grad_bits}; accepted: 2 to 8")
+    if not isinstance(grad_bits, int) or not 2 <= grad_bits <= 8:
+        raise ValueError(f"grad_bits: got {grad_bits!r}; accepted: 2 to 8")
 
 
 def _check(

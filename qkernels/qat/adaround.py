@@ -52,11 +52,12 @@ def adaround(
         max_batches: how many batches to take at most; None: all.
 
     Returns:
-        layer -> mean squared error of its output beside the float model's, with rounding to the nearest and now.
+        layer -> mean squared error of its output beside the float model's, with rounding to the nearest and now. A
+            layer that got no samples stays as it is.
 
     Raises:
         ValueError: as ``gptq``; steps or batch_size below 1, an lr that is not positive, a float_model without one of
-            the layers.
+            the layers, a layer to which it sends other samples.
         TypeError: another type of an argument.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
@@ -69,9 +70,15 @@ def adaround(
     errors = {}
     for name in progress(work.names, "adaround: layers", len(work.names)):
         layer = work.layer(name)
-        pairs = [
-            (_batched(layer, x), _batched(layer, y)) for x, y in zip(work.inputs(name), work.targets(name), strict=True)
-        ]
+        inputs, targets = ([_batched(layer, t) for t in found] for found in (work.inputs(name), work.targets(name)))
+        if list(map(len, inputs)) != list(map(len, targets)):
+            raise ValueError(
+                f"where: got {name!r}, to which the float model sends other samples than the quantized one, as behind "
+                "a routing; accepted: layers that get the same samples from both"
+            )
+        pairs = [(x, y) for x, y in zip(inputs, targets, strict=True) if x.numel()]
+        if not pairs:
+            continue
         weight, errors[name] = _rounded(layer, pairs, steps, lr, batch_size)
         work.set_weight(name, weight)
     work.commit()

@@ -208,7 +208,10 @@ def _price(
 
 
 def _of_layer(cost: Costs, layer: str, bits: int) -> float:
-    value: Any = cost.get(layer, {}).get(bits)
+    of_layer = cost.get(layer, {})
+    if not isinstance(of_layer, Mapping):
+        raise TypeError(f"cost: got {of_layer!r} for {layer!r}; accepted: a mapping from bits to costs")
+    value: Any = of_layer.get(bits)
     if value is None:
         raise ValueError(f"cost: got none for {layer!r} at {bits} bits; accepted: one for each width that was tried")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

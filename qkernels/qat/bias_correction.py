@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.qat import QATLinear
 from .calibrate import progress
 from .fold import find_folds
-from .layerwise import Layerwise
+from .layerwise import Layerwise, holders_of
 
 
 def correct_bias(
@@ -26,8 +27,9 @@ def correct_bias(
 
     Empirical bias correction (arXiv 1906.04721, as in AIMET): b −= mean(quantized output − float output), over all dims
     but the channels', layer after layer, each with the quantized inputs that those before it leave it. A convolution
-    without a bias has its BatchNorm's running mean moved, if it has one behind it that ``convert`` folds; other layers
-    without a bias stay as they are. The weights do not change.
+    without a bias of its own has its BatchNorm's running mean moved, if it has one behind it that ``convert`` folds;
+    other layers without one (none, a computed one, one that other modules hold too) stay as they are, and so do layers
+    that got no samples. The weights do not change.
 
     Args:
         model: prepared and calibrated. It stays as it was after every error.
@@ -44,30 +46,34 @@ def correct_bias(
         ValueError, TypeError: as ``gptq`` and ``adaround``.
     """
     work = Layerwise(model, batches, where, max_batches, float_model)
-    norms = find_folds(work.model).batch_norm_of
+    norms, holders = find_folds(work.model).batch_norm_of, holders_of(work.model)
     corrected, moved = {}, {}
     for name in progress(work.names, "correct_bias: layers", len(work.names)):
-        held = _held(work.model, name, norms)
+        held = _held(work.model, name, norms, holders)
         if held is None:
             continue
         with torch.no_grad():
             layer = work.layer(name)
-            off = _mean(layer, work.outputs(name)) - _mean(layer, work.targets(name))
-            held += (off if name in norms and layer.bias is None else -off).to(held.dtype)
+            outputs, targets = work.outputs(name), work.targets(name)
+            if not all(any(y.numel() for y in found) for found in (outputs, targets)):
+                continue
+            off = _mean(layer, outputs) - _mean(layer, targets)
+            held += (-off if held is layer.bias else off).to(held.dtype)
         moved[name], corrected[name] = float(off.abs().max()), held
     with torch.no_grad():
+        holders = holders_of(work.source)
         for name, value in corrected.items():
-            own = _held(model, name, norms)
+            own = _held(work.source, name, norms, holders)
             assert own is not None
             own.copy_(value)
     return moved
 
 
-def _held(model: nn.Module, name: str, norms: dict[str, str]) -> Tensor | None:
-    """What takes the correction of a layer: its bias, or the mean that the BatchNorm behind it takes off."""
-    layer: Any = model.get_submodule(name)
-    if layer.bias is not None:
-        return layer.bias  # type: ignore[no-any-return]
+def _held(model: nn.Module, name: str, norms: dict[str, str], holders: Counter[int]) -> Tensor | None:
+    """What takes the correction of a layer: its own bias, or the mean that the BatchNorm behind it takes off."""
+    bias = model.get_submodule(name)._parameters.get("bias")
+    if bias is not None and holders[id(bias)] == 1:
+        return bias
     return model.get_submodule(norms[name]).running_mean if name in norms else None  # type: ignore[return-value]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def best(options: Options, budget: float) -> Picked | None:
     and of these only what may still beat the best plan known so far: the sum of a pair and the relaxed problem of the
     items left bounds what it can lead to.
     """
-    limit = budget + SLACK * abs(budget)
+    limit = budget if math.isinf(budget) else budget + SLACK * abs(budget)
     first = cheapest(options)
     if total(options, first)[0] > limit:
         return None

@@ -48,8 +48,8 @@ def gptq(
         layer -> mean squared error of its output by the rounding of its weight, to the nearest and now.
 
     Raises:
-        ValueError: a model that is not prepared or not calibrated, no batches, NaN or infinity in a layer's input, no
-            layer for ``where``, a damping that is not positive.
+        ValueError: a model that is not prepared or not calibrated, no batches, NaN or infinity in a layer's input or in
+            its square, no layer for ``where``, a damping that is not positive.
         TypeError: another type of an argument.
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
@@ -59,7 +59,13 @@ def gptq(
     for name in progress(work.names, "gptq: layers", len(work.names)):
         layer = work.layer(name)
         with torch.no_grad():
-            weight, error = _rounded(layer, _moments(layer, work.inputs(name)), damping)
+            moments, count = _moments(layer, work.inputs(name))
+            if not bool(moments.isfinite().all()):
+                raise ValueError(
+                    f"batches: the squares of the inputs of layer {name!r} overflow fp32; accepted: batches whose "
+                    "squares are finite"
+                )
+            weight, error = _rounded(layer, (moments, count), damping)
         errors[name] = error
         work.set_weight(name, weight)
     work.commit()
@@ -84,7 +90,8 @@ def _moments(layer: Any, inputs: list[Tensor]) -> tuple[Tensor, int]:
 def _patches(layer: Any, x: Tensor) -> Tensor:
     """The patches [groups, n, k] of a convolution's input: what it gives for a weight of unit vectors."""
     k = layer.weight[0].numel()
-    unit = torch.eye(k, device=x.device).view(k, *layer.weight.shape[1:]).repeat(layer.groups, *[1] * (x.dim() - 1))
+    shape = k, *layer.weight.shape[1:]
+    unit = torch.eye(k, device=x.device).view(shape).repeat(layer.groups, *[1] * (len(shape) - 1))
     batched = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
     patches = layer._conv_forward(batched.float(), unit.view(-1, *layer.weight.shape[1:]), None)
     return patches.unflatten(1, (layer.groups, k)).movedim(0, 1).flatten(3).movedim(2, 3).flatten(1, 2)  # type: ignore[no-any-return]

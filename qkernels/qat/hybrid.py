@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
 from .assign import Assignment, Costs, assign
-from .calibrate import calibrate
+from .calibrate import calibrate, unwrapped
 from .config import QConfig
 from .gptq import gptq
 from .layerwise import roundable
@@ -90,6 +91,7 @@ def hybrid(
     if isinstance(model, nn.Module) and any(isinstance(module, FakeQuantize) for module in model.modules()):
         raise ValueError("model: got one that is prepared; accepted: a float model")
     kept = batches_of(batches, max_batches)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     found = sensitivity(model, kept, metric=metric, bits=bits, loss=loss, config=config)
     plan = assign(found, budget, cost=cost)
     prepared = prepare(model, plan.config)
@@ -126,6 +128,8 @@ def _divided(found: Sensitivity, plan: Assignment, share: float) -> tuple[tuple[
 def _freeze(layer: nn.Module) -> None:
     for parameter in layer.parameters(recurse=False):
         parameter.requires_grad_(False)
+    if parametrize.is_parametrized(layer):  # its tensors are computed from parameters of modules inside it
+        layer.parametrizations.requires_grad_(False)  # type: ignore[union-attr, operator]
     if isinstance(layer, QATLayer):
         for _, _, quantizer in layer.own_quantizers():
             quantizer.requires_grad_(False)

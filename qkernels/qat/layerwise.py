@@ -16,7 +16,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConvolution, QATLinear
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.ranges import per_element, write
-from .calibrate import call, quantizers_replaced, run_batches
+from .calibrate import call, quantizers_replaced, run_batches, unwrapped
 from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
@@ -53,15 +53,17 @@ class Layerwise:
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
         if is_sharded_model(model):
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
+        patterns = (where,) if isinstance(where, str) else where
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"where: got {where!r}; accepted: a glob on names of layers, or a list of names and globs")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
-        self.source = model
+        self.source = model = unwrapped(model)
         self.float_model = model if float_model is None else _with_weights_of(float_model, copy_of(model))
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
         able = [name for name in roundable(self.model) if name in self.calls]
-        patterns = (where,) if isinstance(where, str) else tuple(where)
         self.names = [
             name
             for name in self.calls
@@ -141,6 +143,7 @@ def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
     """
     if not isinstance(float_model, nn.Module):
         raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
+    float_model = unwrapped(float_model)
     held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
     quantizers = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, FakeQuantize))
     given = dict(
@@ -177,6 +180,7 @@ def grid_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's product with another weight, and its bias."""
+    x = x.to(weight.dtype)  # under an autocast of the model's own they differ
     if isinstance(layer, QATLinear):
         return F.linear(x, weight, layer.bias)
     return layer._conv_forward(x, weight, layer.bias)  # type: ignore[no-any-return]
@@ -198,7 +202,8 @@ def _record(
         if not left:
             raise _Reached
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    # Before the user's hooks, which may change what the layer itself returns.
+    handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
     try:
         with torch.no_grad(), random_state_kept(model):
             seed(_device(model))
@@ -214,8 +219,13 @@ def _record(
 def roundable(model: nn.Module) -> list[str]:
     """The layers of a prepared model whose weights can be rounded in another way than to the nearest."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QATLayer)}
-    held = Counter(id(p) for layer in layers.values() for p in layer._parameters.values() if p is not None)
+    held = holders_of(model)
     return [name for name, layer in layers.items() if _is_roundable(layer) and held[id(layer.weight)] == 1]
+
+
+def holders_of(model: nn.Module) -> Counter[int]:
+    """How many modules, quantized or not, hold each parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _is_roundable(layer: QATLayer) -> bool:

@@ -100,6 +100,7 @@ def kurtosis(model: nn.Module, *, target: float = 1.8) -> Tensor:
     """Makes weights uniform: the mean over layers of (mean(((w − mean)/sd)⁴) − target)² (KURE, arXiv 2002.07686).
 
     Uniform weights have a kurtosis of 1.8, normal ones of 3; those that are spread evenly lose less by any scale.
+    Weights that are all equal (a layer that starts from zeros) have none: they count zero, without a gradient.
 
     Args:
         model: from ``prepare``; its quantizers decide which weights count, and nothing else.
@@ -110,10 +111,14 @@ def kurtosis(model: nn.Module, *, target: float = 1.8) -> Tensor:
     """
 
     def pull(x: Tensor, _: FakeQuantize) -> tuple[Tensor, Tensor]:
-        d = wide(x) - wide(x).mean()
-        squares, n = d.square(), max(x.numel(), 1)
+        mean = wide(x).mean()
+        d = wide(x) - mean
+        squares, n, limits = d.square(), max(x.numel(), 1), torch.finfo(d.dtype)
         second, third, fourth = _dot(d, d) / n, _dot(squares, d) / n, _dot(squares, squares) / n
-        excess = fourth / second.square() - target
+        # What the mean of equal weights is off by rounding is no variance, nor is what has no square.
+        equal = second <= (16 * limits.eps * mean).square().clamp(min=limits.tiny**0.5)
+        second = second.masked_fill(equal, 1)
+        excess = (fourth / second.square() - target).masked_fill(equal, 0)
         slopes = squares.sub_(fourth / second).mul_(d).sub_(third)  # of the kurtosis, up to a factor
         return excess.square(), slopes.mul_(8 / n * excess / second.square())
 

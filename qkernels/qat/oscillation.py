@@ -14,6 +14,7 @@ from .calibrate import unwrapped
 from .fold import eval_mode
 from .quant_loss import steps_of
 from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, scales_of, values_of
+from .spec import check_type
 
 FEW_BITS = 4  # at more the steps are so fine that it does not matter which of two codes a weight has
 UNORDERED = {"dorefa": "which rounds tanh of the weight", "kmeans": "whose levels are trained"}
@@ -72,7 +73,7 @@ class OscillationTracker:
         ValueError: the model has no quantizers, where matches no quantized weight, a "dorefa" or "kmeans" quantizer;
             with a threshold also weights that are computed from other tensors or that differing quantizers share; a
             momentum or threshold out of range.
-        TypeError: model is not a module, or threshold neither a number nor a function.
+        TypeError: model is not a module, threshold neither a number nor a function, or where no text.
         RuntimeError: weights under ``fully_shard``.
     """
 
@@ -90,6 +91,8 @@ class OscillationTracker:
             raise ValueError(f"momentum: got {momentum!r}; accepted: above 0, at most 1")
         if not callable(threshold):
             _check_threshold("threshold", threshold)
+        if where is not None:
+            check_type("where", where, str, "a glob on names of weights, or None")
         self.model, self.momentum, self.threshold = unwrapped(model), momentum, threshold
         self.steps = 0  # how often ``step`` was called
         self._holds_ranges = False

@@ -91,8 +91,10 @@ def steps(widths: Mapping[int, int]) -> ByStep:
         widths: the width from each step on; one is from step 0.
 
     Raises:
-        ValueError, TypeError: a width or step is out of range or no int, or none is for step 0.
+        ValueError, TypeError: widths is no dict, a width or step is out of range or no int, or none is for step 0.
     """
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths: got {widths!r}; accepted: a dict of steps and their widths")
     for at, bits in widths.items():
         check_type("step", at, int, "a whole number of at least 0")
         check_bits(f"the width from step {at} on", bits)

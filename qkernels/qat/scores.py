@@ -124,7 +124,8 @@ def fisher_scores(trials: Trials, wanted: list[Trial], loss: Loss) -> Scores:
 
         y.register_hook(arrived)
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in places]
+    # Before the user's hooks, which may change what the layer itself returns.
+    handles = [layer.register_forward_hook(hook, with_kwargs=True, prepend=True) for layer in places]
     try:
         with torch.enable_grad(), trials.running():
             outputs = progress(trials.outputs(), "sensitivity: fisher", len(trials.batches))

@@ -13,7 +13,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
 from ..nn.qat_lora import QATAdapted
 from ..nn.quantized_parameters import QATParameters
-from .calibrate import check_shapes
+from .calibrate import check_shapes, unwrapped
 from .config import QConfig
 from .prepare import prepare
 from .scores import Scores, fisher_scores, hessian_scores, output_scores
@@ -107,7 +107,7 @@ def trials_of(
     model: nn.Module, batches: Any, widths: Sequence[int], config: QConfig | str | None, max_batches: int | None
 ) -> Trials:
     """The model's copy to try widths on."""
-    kept = batches_of(batches, max_batches)
+    kept, model = batches_of(batches, max_batches), unwrapped(model)
     if any(isinstance(module, FakeQuantize) for module in model.modules()):
         if config is not None:
             raise ValueError("config: got one with a prepared model; accepted: None, as the model has its own")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
-from .calibrate import calibrate, quantizers_replaced, run_batches
+from .calibrate import calibrate, quantizers_replaced, run_batches, unwrapped
 from .chains import Chains
 from .copying import copy_of
 from .fold import eval_mode
@@ -39,7 +39,8 @@ def smoothquant(
         max_batches: how many batches to take at most; None: all.
 
     Returns:
-        norm -> the layers behind it. Norms are nn.LayerNorm and nn.RMSNorm with a weight, in what torch.fx can trace.
+        norm -> the layers behind it. Norms are nn.LayerNorm and nn.RMSNorm with a weight, in what torch.fx can trace;
+            one that no sample reached stays as it is, and is not among them.
 
     Raises:
         ValueError: no such norm, no batches, NaN or infinity in a norm's output, an alpha outside of 0 to 1.
@@ -47,6 +48,8 @@ def smoothquant(
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha: got {alpha!r}; accepted: 0 to 1")
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
     behind = dict(Chains(model).behind_norms())
     kept = batches_of(batches, max_batches)
     if not behind:
@@ -58,8 +61,9 @@ def smoothquant(
     quantizers = [module for module in work.modules() if isinstance(module, FakeQuantize)]
     calibrated = any(quantizer.is_calibrated for quantizer in quantizers if not quantizer.is_weight)
     modules: dict[str, Any] = dict(work.named_modules())
+    reached = _largest(work, behind, kept)
     with torch.no_grad():
-        for norm, largest in _largest(work, behind, kept).items():
+        for norm, largest in reached.items():
             weights = [modules[name].weight for name in behind[norm]]
             widest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0).clamp(min=FLOOR)
             factor = (largest**alpha / widest ** (1 - alpha)).clamp(min=FLOOR)
@@ -73,7 +77,7 @@ def smoothquant(
     if calibrated:
         with random_state_kept(model):
             calibrate(work, kept)
-    changed = {*behind, *(name for layers in behind.values() for name in layers)}
+    changed = {name for norm in reached for name in (norm, *behind[norm])}
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, FakeQuantize):
@@ -81,7 +85,7 @@ def smoothquant(
             elif name in changed:
                 for key, parameter in module.named_parameters(recurse=False):
                     parameter.copy_(modules[name].get_parameter(key))
-    return {norm: tuple(layers) for norm, layers in behind.items()}
+    return {norm: tuple(layers) for norm, layers in behind.items() if norm in reached}
 
 
 def _largest(model: nn.Module, norms: Iterable[str], batches: list[Any]) -> dict[str, Tensor]:
@@ -91,6 +95,8 @@ def _largest(model: nn.Module, norms: Iterable[str], batches: list[Any]) -> dict
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
+            if not output.numel():
+                return
             largest = output.detach().abs().flatten(0, -2).amax(0).float()
             if not bool(largest.isfinite().all()):
                 raise ValueError(

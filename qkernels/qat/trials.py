@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConvolution
+from ..nn.qat_attention import QATMultiheadAttention, projection_weights
 from ..nn.qat_conv_transpose import QATConvTranspose
-from ..nn.qat_embedding import QATEmbedding
+from ..nn.qat_embedding import QATTable
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized_parameters import QATParameters
 from .calibrate import calibrate, check_batches, check_max_batches, quantizers_replaced, run_batches, tensors_in
@@ -87,7 +88,7 @@ class Trials:
 
         def hook_of(name: str) -> Callable[..., None]:
             def hook(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-                more = _multiplications(layer, first_float((args, kwargs)), first_float(output))
+                more = _multiplications(layer, args, kwargs, first_float(output))
                 before = counts.get(name, 0)
                 counts[name] = None if more is None or before is None else before + more
 
@@ -202,11 +203,14 @@ def _samples(batch: Any) -> int:
     return 1 if first is None or first.dim() == 0 else first.shape[0]
 
 
-def _multiplications(layer: Any, x: Tensor | None, y: Tensor | None) -> int | None:
+def _multiplications(layer: Any, args: Any, kwargs: Any, y: Tensor | None) -> int | None:
     """Of one call: how many products with elements of quantized weights there are; None: it is not known."""
     elements = sum(layer.unquantized(parameter).numel() for parameter, _ in layer.quantized_weights())
-    if not elements or isinstance(layer, QATEmbedding):
+    if not elements or isinstance(layer, QATTable):
         return 0
+    if isinstance(layer, QATMultiheadAttention):
+        return _projections(layer, *args, **kwargs)
+    x = first_float((args, kwargs))
     if isinstance(layer, QATParameters):
         return None
     if isinstance(layer, QATConvolution) and y is not None:
@@ -214,6 +218,14 @@ def _multiplications(layer: Any, x: Tensor | None, y: Tensor | None) -> int | No
     if isinstance(layer, QATConvTranspose) and x is not None:
         return elements * (x.numel() // layer.in_channels)  # type: ignore[operator]
     return None if x is None else elements * (x.numel() // max(x.shape[-1], 1))
+
+
+def _projections(layer: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """The products of one call of an attention with the weights that project query, key and value."""
+    quantized = {parameter for parameter, _ in layer.quantized_weights()}
+    names = projection_weights(layer)
+    given = zip(names if len(names) == 3 else names * 3, (query, key, value), strict=True)
+    return sum(layer.embed_dim * x.numel() for name, x in given if name in quantized)  # type: ignore[no-any-return]
 
 
 def _joined(groups: Sequence[Group], together: Iterable[Sequence[str]]) -> list[Group]:

@@ -50,6 +50,15 @@ class Phases {
     std::atomic<int64_t> claimed{0};
   };
 
+  // The tasks of a phase that one thread has claimed.
+  struct Claims {
+    std::atomic<int64_t>& done;
+    int64_t count = 0;
+    ~Claims() {
+      if (count) done.fetch_add(count, std::memory_order_acq_rel);
+    }
+  };
+
   // Every second phase runs backwards: it begins with the data that the caches still hold of the phase before.
   static int64_t in_turns(int64_t phase, int64_t i, int64_t count) { return phase % 2 ? count - 1 - i : i; }
 
@@ -61,20 +70,25 @@ class Phases {
   template <typename Worker>
   void work(size_t own, Worker& worker) {
     for (int64_t phase = finished(); phase < phases_; ++phase) {
-      int64_t count = 0;
-      for (size_t i = 0; i < parts_.size(); ++i) {
-        const size_t part = (own + i) % parts_.size();
-        const int64_t first = first_of(part), length = first_of(part + 1) - first, end = (phase + 1) * length;
-        std::atomic<int64_t>& claimed = parts_[part].claimed;
-        for (int64_t at = claimed.load(std::memory_order_relaxed); at < end;)
-          if (claimed.compare_exchange_weak(at, at + 1, std::memory_order_relaxed)) {
-            worker(phase, first + in_turns(phase, at - phase * length, length));
-            ++count;
-            at = claimed.load(std::memory_order_relaxed);
-          }
-      }
-      if (count) done_.fetch_add(count, std::memory_order_acq_rel);
+      work(phase, own, worker);
       for (int spins = 0; finished() <= phase; ++spins) pause(spins);
+    }
+  }
+
+  // Does what is left of one phase. A task that throws counts as done: others wait for it.
+  template <typename Worker>
+  void work(int64_t phase, size_t own, Worker& worker) {
+    Claims claims{done_};
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const size_t part = (own + i) % parts_.size();
+      const int64_t first = first_of(part), length = first_of(part + 1) - first, end = (phase + 1) * length;
+      std::atomic<int64_t>& claimed = parts_[part].claimed;
+      for (int64_t at = claimed.load(std::memory_order_relaxed); at < end;)
+        if (claimed.compare_exchange_weak(at, at + 1, std::memory_order_relaxed)) {
+          ++claims.count;
+          worker(phase, first + in_turns(phase, at - phase * length, length));
+          at = claimed.load(std::memory_order_relaxed);
+        }
     }
   }
 

@@ -17,7 +17,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace qkernels {
@@ -45,7 +47,8 @@ class Team {
   int64_t threads() const { return static_cast<int64_t>(parts_.size()); }
 
   // Calls f(begin, end) for parts of 0 … count, of at least `grain` as far as there are so many; for none not at all.
-  // Whatever one loop has written is visible to the next. Only the thread that f of run() is called on may call this.
+  // Whatever one loop has written is visible to the next. What f throws is thrown here once all threads have left f.
+  // Only the thread that f of run() is called on may call this.
   template <typename F>
   void parallel_for(int64_t count, int64_t grain, const F& f) {
     if (count == 0) return;
@@ -68,6 +71,9 @@ class Team {
     offers_.fetch_add(1, std::memory_order_release);
     work(leader_);
     for (int spins = 0; done_.load(std::memory_order_acquire) < pieces; ++spins) pause(spins);
+    if (!error_) return;
+    failed_.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -92,14 +98,6 @@ class Team {
     Closing& operator=(const Closing&) = delete;
     ~Closing() { team.offers_.store(kClosed, std::memory_order_release); }
   };
-  // Counts a piece as done, whatever happens.
-  struct Done {
-    std::atomic<int64_t>& count;
-    explicit Done(std::atomic<int64_t>& c) : count(c) {}
-    Done(const Done&) = delete;
-    Done& operator=(const Done&) = delete;
-    ~Done() { count.fetch_add(1, std::memory_order_release); }
-  };
   static constexpr int64_t kClosed = -1;
 
   Team(int64_t threads, bool shared) : shared_(shared && threads > 1), parts_(static_cast<size_t>(threads)) {}
@@ -115,8 +113,12 @@ class Team {
       for (uint64_t pieces = unclaimed.load(std::memory_order_acquire); pieces >> 32 < (pieces & 0xffffffff);) {
         if (!unclaimed.compare_exchange_weak(pieces, pieces + (uint64_t{1} << 32), std::memory_order_acq_rel)) continue;
         const Loop& loop = *loop_.load(std::memory_order_relaxed);
-        const Done done(done_);
-        loop.call(loop, static_cast<int64_t>(pieces >> 32));
+        try {
+          loop.call(loop, static_cast<int64_t>(pieces >> 32));
+        } catch (...) {
+          if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+        }
+        done_.fetch_add(1, std::memory_order_release);
         pieces += uint64_t{1} << 32;
       }
     }
@@ -144,6 +146,8 @@ class Team {
   std::atomic<bool> led_{false};
   alignas(64) std::atomic<int64_t> offers_{0};
   std::atomic<const Loop*> loop_{nullptr};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // the first one of a loop
   alignas(64) std::atomic<int64_t> done_{0};
 };
 

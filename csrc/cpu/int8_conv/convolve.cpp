@@ -53,16 +53,15 @@ void run(ConvWork& work, int64_t x_bytes, Team& team) {
   }
   // Where panels cannot be shared out evenly, parts of the pixels are.
   const int64_t parts = work.panels % threads ? std::min(threads, pairs) : 1;
-  team.parallel_for(
-      work.panels * parts, grain(least, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-          const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
-          const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
-          convolve_part(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
-                        panel + std::max<int64_t>(whole, 1));
-          begin += whole ? whole * parts : last_part - part;
-        }
-      });
+  team.parallel_for(work.panels * parts, grain(least, work_of_pair * pairs / parts), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t panel = begin / parts, part = begin % parts, whole = part ? 0 : (end - begin) / parts;
+      const int64_t last_part = whole ? parts : std::min(parts, part + end - begin);
+      convolve_part(work, part * pairs / parts * 2, std::min(last_part * pairs / parts * 2, segments), panel,
+                    panel + std::max<int64_t>(whole, 1));
+      begin += whole ? whole * parts : last_part - part;
+    }
+  });
 }
 
 }  // namespace

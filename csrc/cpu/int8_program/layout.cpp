@@ -9,8 +9,20 @@ namespace {
 
 constexpr int64_t kLine = 64;
 constexpr int64_t kSlack = 64;  // what convolutions may read behind the last code
+// Of one value of an image, with its border, and of each of its dims. Sizes in bytes stay far from what int64 holds.
+constexpr int64_t kMostElements = int64_t{1} << 40, kMostSize = int64_t{1} << 31;
 
 int64_t rounded_up(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+void check_elements(const std::string& where, const Shape& shape) {
+  int64_t elements = 1;
+  for (int64_t size : {shape.channels, shape.size.w, shape.size.h, shape.size.d}) {
+    QK_CHECK(size <= kMostSize && elements <= kMostElements / std::max<int64_t>(size, 1), where,
+             ": got a value of shape ", text(shape), "; accepted: sizes up to 2^31 and, with the border, up to 2^40 ",
+             "elements an image");
+    elements *= std::max<int64_t>(size, 1);
+  }
+}
 
 Size3 larger(Size3 a, Size3 b) { return {std::max(a.d, b.d), std::max(a.h, b.h), std::max(a.w, b.w)}; }
 
@@ -169,11 +181,14 @@ void Places::assign_arena() {
     const Shape& shape = layout_.shapes[v];
     const bool codes = plan_.values[v].codes();
     const Size3 before = before_[v], after = after_[v];
+    const Size3 padded = {before.d + shape.size.d + after.d, before.h + shape.size.h + after.h,
+                          before.w + shape.size.w + after.w};
+    check_elements(plan_.steps[first[v]]->where, {shape.rank, shape.channels, padded});
     place.stride_w = shape.channels;
-    place.stride_h = place.stride_w * (before.w + shape.size.w + after.w);
-    place.stride_d = place.stride_h * (before.h + shape.size.h + after.h);
+    place.stride_h = place.stride_w * padded.w;
+    place.stride_d = place.stride_h * padded.h;
     const int64_t element = codes ? 1 : static_cast<int64_t>(sizeof(float));
-    const int64_t image = place.stride_d * (before.d + shape.size.d + after.d) * element;
+    const int64_t image = place.stride_d * padded.d * element;
     const int64_t bytes = rounded_up(image) + kSlack;
     place.inside = (before.d * place.stride_d + before.h * place.stride_h + before.w * place.stride_w) * element;
     place.stride_n = bytes / element;
@@ -199,7 +214,10 @@ std::shared_ptr<const Layout> make_layout(const Plan& plan, const LayoutKey& key
     shape = {static_cast<int>(dims - 2), sizes[1], {size(dims - 3), size(dims - 2), size(dims - 1)}};
   }
   Shapes shapes(*layout);
-  for (const auto& step : plan.steps) step->infer(shapes);
+  for (const auto& step : plan.steps) {
+    step->infer(shapes);
+    for (int value : step->writes) check_elements(step->where, shapes.of(value));
+  }
   std::vector<bool> channels_last;
   for (const OutputInfo& output : plan.outputs)
     channels_last.push_back(output.like_input && key.channels_last &&

@@ -131,6 +131,7 @@ struct PixelShuffle final : Step {
     const Bytes from = bytes_of(frame, x), to = bytes_of(frame, out);
     const Shape& coarse = frame.shape(back ? out : x);
     const int64_t square = factor * factor, each = coarse.channels / square, bytes = each * from.element;
+    if (each == 0) return;
     for_each_row(frame, coarse.size, coarse.size.w * coarse.channels, [&](int64_t n, int64_t d, int64_t h) {
       std::vector<uint8_t> parts(static_cast<size_t>(square * bytes));  // of one coarse pixel: its fine ones in turn
       for (int64_t w = 0; w < coarse.size.w; ++w) {

@@ -17,6 +17,7 @@ struct NewSize {
 
   Shape of(const Shapes& shapes, int x, const std::string& where) const {
     Shape shape = shapes.of(x);
+    const Size3 from = shape.size;
     if (like >= 0) {
       const Shape& other = shapes.of(like);
       QK_CHECK(other.rank == shape.rank, where, ": like: got ", text(other), "; accepted: as many dims as x, ",
@@ -27,6 +28,8 @@ struct NewSize {
     } else {
       shape.size = {shape.size.d * scale.d, shape.size.h * scale.h, shape.size.w * scale.w};
     }
+    QK_CHECK((from.d && from.h && from.w) || shape.pixels() == 0, where, ": x: got ", text(shapes.of(x)),
+             "; accepted: at least one pixel, for an output that has some");
     return shape;
   }
 };

@@ -7,10 +7,9 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-constexpr ProgramKernels kProgramKernels = {quantize,   quantize_planes, pointwise, normalize,
-                                            to_planes,  bytes_to_planes, max_codes, max_floats,
-                                            average,    blend,           shuffle,   all_finite,
-                                            any_nan};
+constexpr ProgramKernels kProgramKernels = {quantize,        quantize_planes, pointwise,  normalize, to_planes,
+                                            bytes_to_planes, max_codes,       max_floats, average,   blend,
+                                            shuffle,         all_finite,      any_nan};
 
 }  // namespace
 }  // namespace qkernels::QK_NAMESPACE
