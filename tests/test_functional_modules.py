@@ -319,3 +319,19 @@ def test_a_graph_with_them_can_be_traced_and_compiled():
     torch.testing.assert_close(compiled(x), prepared(x))
     with torch.no_grad():
         assert torch.equal(qk.exact(prepared)(x), converted(x))
+
+
+def test_what_a_float_functional_makes_is_quantized_once() -> None:
+    """Its method runs in the model's forward, of which ``residual`` means the sums that it makes itself."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum = FloatFunctional()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.sum.cat([self.sum.add(x, x.flip(0)), x])
+
+    prepared = prepare(Sums(), QConfig(residual=QSpec(4)))
+    names = [name for name, module in prepared.named_modules() if isinstance(module, qk.nn.FakeQuantize)]
+    assert names == ["sum.output_fake_quant"]

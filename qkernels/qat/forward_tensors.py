@@ -15,7 +15,7 @@ from .graph import writes
 from .operations import POOL_MODULES
 
 Place = str  # where in the source a tensor is made, whatever mode and arguments a trace is for
-PLACE = "place"  # the key of a node's place in its ``meta``
+PLACE, OBSERVED = "place", "observed"  # keys of a node's ``meta``: its place; whether it has a quantizer of its own
 
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__")
 CATS = (torch.cat, torch.concat, torch.concatenate)
@@ -160,11 +160,11 @@ class _Finder:
         return any(name_of(user, self.root) in OF_SCORES for user in node.users)
 
     def _is_sum(self, node: fx.Node) -> bool:
-        calls = node.op in ("call_function", "call_method") and node.target in SUMS
+        calls = node.op in ("call_function", "call_method") and node.target in SUMS and not node.meta.get(OBSERVED)
         return calls and len(node.args) == 2 and "out" not in node.kwargs and self._are_activations(node.args)
 
     def _is_cat(self, node: fx.Node) -> bool:
-        if node.op != "call_function" or node.target not in CATS or "out" in node.kwargs:
+        if node.op != "call_function" or node.target not in CATS or "out" in node.kwargs or node.meta.get(OBSERVED):
             return False
         tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
         return isinstance(tensors, tuple | list) and len(tensors) > 1 and self._are_activations(tensors)

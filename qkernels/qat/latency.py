@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def _timed(layers: dict[int, nn.Module], arguments: list[tuple[Any, Any]], calls
             _wait()
             if round >= 0:
                 seconds[width].append(time.perf_counter() - begin)
-    return {width: median(each) for width, each in seconds.items()}
+    return {width: sorted(each)[len(each) // 2] for width, each in seconds.items()}
 
 
 def _wait() -> None:

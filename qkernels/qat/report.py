@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int4 import Int4Linear
 from ..nn.int8 import Int8Convolution, Int8Linear
+from ..nn.int8_cells import Int8Cell
 from ..nn.int8_stateful import Int8Stateful, weight_names
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.integer_embedding import IntegerEmbedding
@@ -291,7 +292,9 @@ def _input_quantizer(layer: QATLayer) -> FakeQuantize | None:
 
 
 def _has_one_scale(layer: nn.Module) -> bool:
-    """Whether a fixed scale quantizes the input of every call."""
+    """Whether a fixed scale quantizes the input of every call. Cells are there to be called more than once."""
+    if isinstance(layer, Int8Cell | nn.RNNCellBase):
+        return False
     if parts := _on_integers(layer):
         return getattr(parts[0], "input_scale", None) is not None
     quantizer = _input_quantizer(layer) if isinstance(layer, QATLayer) else None
@@ -335,8 +338,11 @@ def _weights_of_two_quantizers(layers: Mapping[str, nn.Module]) -> dict[str, str
     first: dict[int, tuple[str, int]] = {}
     notes = {}
     for name, layer in layers.items():
+        own = dict(layer.named_parameters(recurse=False))  # to read a computed one may change what it is computed from
         for parameter, quantizer in layer.quantized_weights() if isinstance(layer, QATLayer) else ():
-            other, known = first.setdefault(id(getattr(layer, parameter, None)), (name, id(quantizer)))
+            if parameter not in own:
+                continue
+            other, known = first.setdefault(id(own[parameter]), (name, id(quantizer)))
             if known != id(quantizer):
                 notes[name] = (
                     f"its {parameter} is also that of {other!r}, under another quantizer, so the file holds codes of "

@@ -26,7 +26,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, Tracer
-from .forward_tensors import PLACE, Place, Tensors, find_tensors, place_of
+from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
 from .fuse import switches
 from .graph import InPlaceProxy, attributes_of, without_writes
 
@@ -257,22 +257,26 @@ class _OwnTracer(Tracer):
             if _modes() != self._modes:
                 raise NotImplementedError("it switches gradients or autocast")
             if kind not in ("placeholder", "get_attr"):
-                node.meta[PLACE] = self._place()
+                node.meta[PLACE], node.meta[OBSERVED] = self._place()
         return node
 
-    def _place(self) -> Place:
-        """The line of the user's code that runs, and how many calls that line has made before."""
-        frame, code, line = sys._getframe(2), None, 0
+    def _place(self) -> tuple[Place, bool]:
+        """The line of the user's code that runs, and how many calls that line has made before.
+
+        And whether a method of torch's FloatFunctional runs, which hands its results to a quantizer of its own.
+        """
+        frame, code, line, observed = sys._getframe(2), None, 0, False
         while frame is not None and frame.f_code is not _OwnTracer.trace.__code__:
             name = frame.f_globals.get("__name__", "")
             if name == "torch.utils.checkpoint":
                 raise NotImplementedError("it uses activation checkpointing")
+            observed = observed or name.startswith("torch.ao.nn.quantized.")
             if code is None and not name.startswith(_OWN_CODE):
                 code, line = frame.f_code, frame.f_lineno
             frame = frame.f_back  # type: ignore[assignment]
         place = "" if code is None else f"{getattr(code, 'co_qualname', code.co_name)}+{line - code.co_firstlineno}"
         count = self._counts[place] = self._counts.get(place, -1) + 1
-        return f"{place}#{count}" if count else place
+        return f"{place}#{count}" if count else place, observed
 
 
 _OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")
