@@ -148,6 +148,7 @@ def test_a_converted_model_with_quantizers_of_sums_is_not_its_own_reference() ->
 def test_a_report_reads_no_computed_weight() -> None:
     """Spectral norm takes a step of its iteration whenever its weight is read in training mode."""
     model = qk.prepare(nn.Sequential(*(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)) for _ in range(2))))
+    qk.calibrate(model, [torch.randn(3, 4)])
     before = {name: value.clone() for name, value in model.train().state_dict().items()}
     assert not any("under another quantizer" in note for note in qk.report(model).notes.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
