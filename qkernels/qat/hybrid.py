@@ -17,9 +17,9 @@ from .config import QConfig
 from .gptq import gptq
 from .layerwise import roundable
 from .prepare import prepare
+from .repeated_batches import batches_of, random_state_kept
 from .sensitivity import sensitivity
 from .sensitivity_table import Sensitivity
-from .trials import batches_of, random_state_kept
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,7 +14,8 @@ from .calibrate import calibrate, progress
 from .config import QConfig
 from .convert import convert
 from .copying import copy_of
-from .sensitivity import random_state_kept, trials_of, widths_of
+from .repeated_batches import random_state_kept
+from .sensitivity import trials_of, widths_of
 from .spec import check_type
 from .trials import takes
 

@@ -20,7 +20,7 @@ from .calibrate import call, quantizers_replaced, run_batches, unwrapped
 from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
-from .trials import batches_of, random_state_kept, seed
+from .repeated_batches import batches_of, random_state_kept, seed
 
 # Their codes are integers times a scale that stays where it is set.
 ROUNDED = ("lsq", "lsq+", "ewgs", "minmax", "stochastic")

@@ -16,10 +16,11 @@ from ..nn.quantized_parameters import QATParameters
 from .calibrate import check_shapes, unwrapped
 from .config import QConfig
 from .prepare import prepare
+from .repeated_batches import batches_of, random_state_kept
 from .scores import Scores, fisher_scores, hessian_scores, output_scores
 from .sensitivity_table import METRICS, Sensitivity, SensitivityRow, Specs
 from .spec import QSpec, check_type, nearest
-from .trials import KINDS, Group, Trials, batches_of, random_state_kept
+from .trials import KINDS, Group, Trials
 
 WITH_LOSS = ("loss", "fisher", "hessian")
 

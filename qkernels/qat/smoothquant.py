@@ -13,7 +13,7 @@ from .calibrate import calibrate, quantizers_replaced, run_batches, unwrapped
 from .chains import Chains
 from .copying import copy_of
 from .fold import eval_mode
-from .trials import batches_of, random_state_kept
+from .repeated_batches import batches_of, random_state_kept
 
 FLOOR = 1e-5  # of the factors and of the largest weights, as in the authors' code
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +19,10 @@ from ..nn.qat_conv_transpose import QATConvTranspose
 from ..nn.qat_embedding import QATTable
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized_parameters import QATParameters
-from .calibrate import calibrate, check_batches, check_max_batches, quantizers_replaced, run_batches, tensors_in
+from .calibrate import calibrate, quantizers_replaced, run_batches, tensors_in
 from .copying import copy_of
 from .fold import eval_mode
+from .repeated_batches import seed
 from .sharing import find_inputs
 from .training import enable_fake_quant
 
@@ -149,40 +148,6 @@ class Trials:
         seed(device)
         for _, output in run_batches(self.model, self.batches, None, ""):
             yield output
-
-
-@contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Gives the random generators of Python and torch their state back."""
-    devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng([device for device in devices if device is not None]):
-            yield
-    finally:
-        random.setstate(state)
-
-
-def seed(device: torch.device) -> None:
-    random.seed(0)
-    torch.default_generator.manual_seed(0)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(0)
-
-
-def batches_of(batches: Any, max_batches: int | None) -> list[Any]:
-    """The batches as a list, because they are run several times; those without elements are left out."""
-    check_batches(batches)
-    check_max_batches(max_batches)
-    found = list(itertools.islice(batches, max_batches))
-    full = [batch for batch in found if not (sizes := [t.numel() for t in tensors_in(batch)]) or any(sizes)]
-    if not full:
-        raise ValueError(
-            f"batches: got {'none' if not found else f'{len(found)} without samples'}; accepted: at least one batch of "
-            "inputs (a generator or iterator can be read once only)"
-        )
-    return full
 
 
 def takes(quantizer: FakeQuantize, bits: int) -> bool:

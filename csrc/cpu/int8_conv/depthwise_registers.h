@@ -14,23 +14,34 @@ inline bool is_dense(const DepthwiseRow& row, int64_t columns, int64_t products)
 // 3 columns of up to 4 rows; or 5 columns of 5 rows, of which the last takes 2 products of 4 taps.
 inline bool fits_registers(const DepthwiseRow& row) { return is_dense(row, 3, 3) || is_dense(row, 5, 7); }
 
+// The columns of the first 4 rows, one after the other.
+template <int Width>
+struct Columns {
+  const DepthwiseRow& row;
+  const Parts<Width>& parts;
+  const uint8_t* rows[4];
+
+  QK_INLINE Columns(const DepthwiseRow& r, const uint8_t* codes, const Parts<Width>& p) : row(r), parts(p) {
+    for (int i = 0; i < 4; ++i) rows[i] = codes + row.groups[0].row_bytes[i];
+  }
+  QK_INLINE void next(Interleaved (&v)[4]) {
+    Codes of_row[4];
+    for (int i = 0; i < 4; ++i) {
+      of_row[i] = load_codes<Width>(rows[i], parts.bytes);
+      rows[i] += row.pixel_bytes;
+    }
+    interleave(of_row, v);
+  }
+};
+
 template <int Width, int Stride, typename Sink>
 inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, const Parts<Width>& parts,
                              const Weights (&w)[3][4], const BlockValues<Width>& values, Sink& sink) {
-  const uint8_t* rows[4];
-  for (int r = 0; r < 4; ++r) rows[r] = codes + row.groups[0].row_bytes[r];
-  const auto next_column = [&](Interleaved(&v)[4]) QK_INLINE {
-    Codes of_row[4];
-    for (int r = 0; r < 4; ++r) {
-      of_row[r] = load_codes<Width>(rows[r], parts.bytes);
-      rows[r] += row.pixel_bytes;
-    }
-    interleave(of_row, v);
-  };
+  Columns<Width> columns(row, codes, parts);
   Interleaved v[3][4];
-  for (int k = 0; k < 3 - Stride; ++k) next_column(v[k]);
+  for (int k = 0; k < 3 - Stride; ++k) columns.next(v[k]);
   for (int64_t output = 0; output < parts.outputs; ++output) {
-    for (int k = 3 - Stride; k < 3; ++k) next_column(v[k]);
+    for (int k = 3 - Stride; k < 3; ++k) columns.next(v[k]);
     Sums sums[4];
     for (int q = 0; q < 4; ++q) {
       sums[q] = load_sums(values.sums_start + q * kLanes * 4);
@@ -45,16 +56,7 @@ inline void sum_in_registers(const DepthwiseRow& row, const uint8_t* codes, cons
 template <int Width, int Stride, typename Sink>
 inline void sum_5x5(const DepthwiseRow& row, const uint8_t* codes, const Parts<Width>& parts, const uint8_t* weights,
                     const BlockValues<Width>& values, Sink& sink) {
-  const uint8_t* rows[4];
-  for (int r = 0; r < 4; ++r) rows[r] = codes + row.groups[0].row_bytes[r];
-  const auto next_column = [&](Interleaved(&v)[4]) QK_INLINE {
-    Codes of_row[4];
-    for (int r = 0; r < 4; ++r) {
-      of_row[r] = load_codes<Width>(rows[r], parts.bytes);
-      rows[r] += row.pixel_bytes;
-    }
-    interleave(of_row, v);
-  };
+  Columns<Width> columns(row, codes, parts);
   // The fifth row: 4 neighbouring codes from `column` on. An output reads those of its first column and, with three
   // weights of 0, those of its last.
   const uint8_t* const fifth = codes + row.groups[1].row_bytes[0];
@@ -75,9 +77,9 @@ inline void sum_5x5(const DepthwiseRow& row, const uint8_t* codes, const Parts<W
   const auto weight = [&](int product, int q)
                           QK_INLINE { return load_interleaved(weights + (product * 4 + q) * kVectorBytes); };
   Interleaved v[5][4];
-  for (int k = 0; k < 5 - Stride; ++k) next_column(v[k]);
+  for (int k = 0; k < 5 - Stride; ++k) columns.next(v[k]);
   for (int64_t output = 0; output < parts.outputs; ++output) {
-    for (int k = 5 - Stride; k < 5; ++k) next_column(v[k]);
+    for (int k = 5 - Stride; k < 5; ++k) columns.next(v[k]);
     Interleaved end[4];
     neighbours(output * Stride + 4, end);
     Sums sums[4];
