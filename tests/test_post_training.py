@@ -165,6 +165,8 @@ def test_float_model_gives_the_targets() -> None:
     model, batches = mlp(), [correlated(256)]
     made = prepared(model, batches, 2)
     qk.gptq(made, batches)
+    with pytest.warns(UserWarning, match="^0, 2: the weights hold quantized values already, as behind qk.gptq"):
+        qk.correct_bias(made, batches)
     qk.correct_bias(made, batches, float_model=model)
     with torch.no_grad():
         torch.testing.assert_close(made(batches[0]).mean(0), model(batches[0]).mean(0), rtol=0, atol=1e-4)

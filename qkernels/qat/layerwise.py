@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -73,6 +74,19 @@ class Layerwise:
             others = ", ".join(map(repr, able)) or "none"
             raise ValueError(f"where: got {where!r}; accepted: a glob on the layers that can be changed: {others}")
         self.changed: dict[str, nn.Module] = {}
+        if float_model is None and all(map(self._is_on_grid, self.names)):
+            warnings.warn(
+                f"{', '.join(self.names)}: the weights hold quantized values already, as behind qk.gptq or qk.adaround, "
+                "so that there is no error to make up for; begin with the trained weights, or give float_model, the "
+                "model before qk.prepare, to a method that takes it",
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def _is_on_grid(self, name: str) -> bool:
+        layer = self.layer(name)
+        weight = layer.weight
+        return bool(weight.any()) and torch.equal(layer.weight_fake_quant(weight), weight)
 
     def _count_calls(self, layers: dict[str, QATLayer]) -> dict[str, list[int]]:
         """How often each layer is called in each batch, in the order of the first calls."""
