@@ -76,7 +76,7 @@ class Layerwise:
         self.changed: dict[str, nn.Module] = {}
         if float_model is None and all(map(self._is_on_grid, self.names)):
             warnings.warn(
-                f"{', '.join(self.names)}: the weights hold quantized values already, as behind qk.gptq or qk.adaround, "
+                f"{', '.join(self.names)}: the weights hold quantized values already, as behind qk.gptq, "
                 "so that there is no error to make up for; begin with the trained weights, or give float_model, the "
                 "model before qk.prepare, to a method that takes it",
                 stacklevel=3,
