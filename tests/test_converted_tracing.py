@@ -12,7 +12,6 @@ import torch
 import torch.multiprocessing
 from converted import CONFIGS, DTYPES, KINDS, batch, layers, made
 from torch import nn
-from torch.fx import Proxy
 from torch.nn import functional as F
 
 import qkernels as qk
