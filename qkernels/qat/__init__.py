@@ -7,6 +7,7 @@ from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
 from .bit_schedule import BitSchedule
 from .calibrate import calibrate
+from .compare import ComparedLayer, Comparison, compare
 from .config import QConfig
 from .convert import convert
 from .equalize import equalize
@@ -30,6 +31,8 @@ from .unprepare import unprepare
 __all__ = [
     "Assignment",
     "BitSchedule",
+    "ComparedLayer",
+    "Comparison",
     "Hybrid",
     "OscillationTracker",
     "QConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "adaround",
     "assign",
     "calibrate",
+    "compare",
     "convert",
     "correct_bias",
     "enable_fake_quant",
