@@ -26,6 +26,7 @@ from .sensitivity_table import Sensitivity, SensitivityRow
 from .smoothquant import smoothquant
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
+from .training_log import TrainingLog
 from .unprepare import unprepare
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Report",
     "Sensitivity",
     "SensitivityRow",
+    "TrainingLog",
     "Widths",
     "adaround",
     "assign",
