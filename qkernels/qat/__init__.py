@@ -2,6 +2,8 @@
 
 from . import losses, schedules
 from .adaround import adaround
+from .advice import Advice, WidthAdvice
+from .advise import advise
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
@@ -28,6 +30,7 @@ from .training import enable_fake_quant, freeze_observers, parameter_groups, set
 from .unprepare import unprepare
 
 __all__ = [
+    "Advice",
     "Assignment",
     "BitSchedule",
     "Hybrid",
@@ -38,8 +41,10 @@ __all__ = [
     "Report",
     "Sensitivity",
     "SensitivityRow",
+    "WidthAdvice",
     "Widths",
     "adaround",
+    "advise",
     "assign",
     "calibrate",
     "convert",
