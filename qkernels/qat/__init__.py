@@ -2,6 +2,8 @@
 
 from . import losses, schedules
 from .adaround import adaround
+from .advice import Advice, WidthAdvice
+from .advise import advise
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
@@ -30,6 +32,7 @@ from .training_log import TrainingLog
 from .unprepare import unprepare
 
 __all__ = [
+    "Advice",
     "Assignment",
     "BitSchedule",
     "ComparedLayer",
@@ -43,8 +46,10 @@ __all__ = [
     "Sensitivity",
     "SensitivityRow",
     "TrainingLog",
+    "WidthAdvice",
     "Widths",
     "adaround",
+    "advise",
     "assign",
     "calibrate",
     "compare",
