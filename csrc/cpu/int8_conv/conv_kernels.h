@@ -46,8 +46,8 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
   const uint8_t* x = work.x + number / work.block_panels * work.block_in;
   alignas(64) int32_t sums[2 * kSegment * kPanel];
   const int64_t zero = 0, row_bytes = work.run_groups * 4;
-  TileInput in = {{}, work.step.x, work.offsets, work.runs, work.run_groups, work.first_half};
-  if (work.gather) in = {{}, row_bytes, &zero, 1, work.run_groups, 0};
+  TileInput in = {{}, work.step.x, work.offsets, work.runs, work.run_groups, work.first_half, panel.colsum};
+  if (work.gather) in = {{}, row_bytes, &zero, 1, work.run_groups, 0, panel.colsum};
 #if QK_PATH == QK_PATH_AVX512VNNI
   const bool clamped = shared.has_clamped && panel.finite;
   shared.clamped.inside = panel.channels == kPanel ? ~0u : (1u << panel.channels) - 1;
