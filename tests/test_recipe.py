@@ -145,7 +145,7 @@ def test_a_recipe_that_has_run_goes_back_to_an_earlier_step() -> None:
         recipe.load_state_dict(state)
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(copy.deepcopy(saved[1]))
-        assert (own.observes, own.log_scale.requires_grad, norm.training, own.bits) == (True, True, True, 5)
+        assert (own.observes, own.log_scale.requires_grad, norm.training, own.bits) == (True, True, True, 6)
         assert not model[3].weight_fake_quant.log_scale.requires_grad
     run(model, optimizer, recipe, batches[4:])
     assert_same(state_of(model), end)

@@ -305,7 +305,7 @@ class QuantizerState(nn.Module):
             super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
             self._quantizes = self.fake_quant_on.is_meta or bool(self.fake_quant_on)
             return
-        self.exact_zero_point = None if exact_zero_point is None else exact_zero_point.to(self._scale.device, copy=True)
+        self.exact_zero_point = None if exact_zero_point is None else exact_zero_point.detach().clone()
         if scale is None:
             missing_keys.append(prefix + "scale")
         elif scale.shape != self._scale.shape:
