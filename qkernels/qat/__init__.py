@@ -22,7 +22,8 @@ from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
 from .recipe import Phase, Recipe
-from .report import Report, report
+from .report import report
+from .report_table import Report
 from .saving import load, save
 from .scale_tuning import ScaleTuning
 from .sensitivity import sensitivity
