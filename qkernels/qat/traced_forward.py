@@ -306,6 +306,7 @@ class Trace:
         if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
             raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
+        self._made: dict[tuple[tuple[Place, str], ...], Callable[..., Any]] = {}
         without_writes(self.graph, module)
 
     def tensors(self) -> Tensors:
@@ -317,12 +318,15 @@ class Trace:
 
     def function(self, roles: Mapping[Place, str]) -> Callable[..., Any]:
         """The forward with quantizers, a function of the module and the given arguments."""
-        added: list[fx.Node] = []
         made = self.places()
-        for place, role in roles.items():
-            node = made.get(place)
-            if node is None:
-                continue
+        here = tuple((place, role) for place, role in roles.items() if place in made)
+        if here not in self._made:
+            self._made[here] = self._compiled([(made[place], role) for place, role in here])
+        return self._made[here]
+
+    def _compiled(self, places: list[tuple[fx.Node, str]]) -> Callable[..., Any]:
+        added: list[fx.Node] = []
+        for node, role in places:
             with self.graph.inserting_after(node):
                 quantizer = self.graph.get_attr(role + SUFFIX)
             with self.graph.inserting_after(quantizer):
