@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,8 +18,8 @@ from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
-from ..nn.tracing import Tracer
 from .copying import shadow_of
+from .faithful_tracing import IN_PLACE, FaithfulTracer, attributes_of, is_number, traced_with_and_without_gradients
 from .norms import NORMS, function_norm, module_norm
 from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
@@ -36,38 +35,8 @@ ANY_RANK = (
 )  # they also take [..., C] with any number of dims in front
 
 
-# What makes numbers of a tensor.
-SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item")
-IN_PLACE = {  # operators that overwrite a tensor, and those that make a number of a number
-    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
-    for name in (*("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-                 *("and", "or", "xor", "lshift", "rshift"))
-}  # fmt: skip
-
-
-class InPlaceProxy(fx.Proxy):
-    """Records ``x += y`` as what it does. fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was."""
-
-
-def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        function = IN_PLACE[in_place] if _is_number(self.node) else in_place
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _operator in IN_PLACE:
-    setattr(InPlaceProxy, f"__{_operator.__name__}__", _recorder(_operator))
-
-
-class LayerTracer(Tracer):
-    """Layers of this package are single nodes, and buffers are read when the graph runs, as parameters are."""
-
-    proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
+class LayerTracer(FaithfulTracer):
+    """Layers of this package are single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, QATParameters) and (m.between or type(m).float_type in POOL_MODULES):
@@ -296,41 +265,30 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
         NotImplementedError: the forward does something that the graph would not do: it sets attributes, or draws
             random numbers that depend on no input.
     """
-    shadow = shadow_of(root)
-    modules = dict(shadow.named_modules())
-    before, drawn = attributes_of(modules), (torch.get_rng_state(), random.getstate())
+    constants: dict[str, Any] = {}
+
+    def trace() -> fx.Graph:
+        shadow = shadow_of(root)
+        modules = dict(shadow.named_modules())
+        before = attributes_of(modules)
+        graph = LayerTracer().trace(shadow, concrete)
+        for (path, name), value in attributes_of(modules).items():
+            if _is_constant(path, name):
+                constants[name] = getattr(shadow, name)
+            elif before.get((path, name)) != value:
+                raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
+        return graph
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
     try:
-        graph = LayerTracer().trace(shadow, concrete)
+        return traced_with_and_without_gradients(trace), constants
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    after = attributes_of(modules)
-    for (path, name), value in after.items():
-        if before.get((path, name)) != value and not _is_constant(path, name):
-            raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
-    if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-        raise NotImplementedError("its forward draws random numbers")
-    return graph, {name: getattr(shadow, name) for path, name in after if _is_constant(path, name)}
 
 
 def _is_constant(path: str, name: str) -> bool:
     return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
-
-
-def attributes_of(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], tuple[int, list[int]]]:
-    """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
-    return {
-        (path, name): (id(value), list(map(id, _contents(value))))
-        for path, module in modules.items()
-        for name, value in vars(module).items()
-    }
-
-
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | set) else []
 
 
 def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
@@ -426,21 +384,6 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     return False
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a node's result is a size, or another number, which nothing can overwrite."""
-    if not isinstance(value, fx.Node):
-        return True
-    if value.op == "call_method":
-        return value.target in SIZES
-    if value.op != "call_function":
-        return False
-    if value.target is getattr:
-        return value.args[1] in ("shape", "ndim")
-    if value.target is operator.getitem:
-        return _is_number(value.args[0])
-    return getattr(value.target, "__module__", "") == operator.add.__module__ and all(map(_is_number, value.args))
-
-
 def _is_asked_to_write(node: fx.Node) -> bool:
     if node.kwargs.get("inplace") is True:
         return True
@@ -463,7 +406,7 @@ def _is_view(node: fx.Node, root: nn.Module) -> bool:
         *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     )
-    if _is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
+    if is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
         return False
     if node.op == "call_module":
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)

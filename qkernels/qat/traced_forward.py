@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import linecache
-import random
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,11 @@ from torch.fx import Proxy
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
-from ..nn.tracing import TRACING, Tracer
+from ..nn.tracing import TRACING
+from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
 from .fuse import switches
-from .graph import InPlaceProxy, attributes_of, without_writes
+from .graph import without_writes
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
 Pattern = tuple[str, ...]
@@ -199,36 +199,17 @@ def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(pattern)
 
 
-class _Asked(InPlaceProxy):
-    """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        frame = sys._getframe(1)
-        while (name := frame.f_globals.get("__name__", "")) in ("abc", "typing", "inspect", "functools"):
-            frame = frame.f_back  # type: ignore[assignment]
-        if name == "torch" or name.startswith(_OWN_CODE):
-            return _Asked
-        raise NotImplementedError("it asks for the type of what it is given")
-
-
-class _OwnTracer(Tracer):
-    """Traces a module's own forward. It refuses what the graph would not do as the forward does."""
-
-    proxy_buffer_attributes = True
+class _OwnTracer(FaithfulTracer):
+    """Traces a module's own forward, and notes where in the source each tensor is made."""
 
     def __init__(self, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
         self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self._counts: dict[str, int] = {}
-        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
-
-    def proxy(self, node: fx.Node) -> Proxy:
-        return _Asked(node, self)
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
         kind = type(self.root)
@@ -253,11 +234,8 @@ class _OwnTracer(Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
-        if kind != "output":
-            if _modes() != self._modes:
-                raise NotImplementedError("it switches gradients or autocast")
-            if kind not in ("placeholder", "get_attr"):
-                node.meta[PLACE], node.meta[OBSERVED] = self._place()
+        if kind not in ("output", "placeholder", "get_attr"):
+            node.meta[PLACE], node.meta[OBSERVED] = self._place()
         return node
 
     def _place(self) -> tuple[Place, bool]:
@@ -266,24 +244,17 @@ class _OwnTracer(Tracer):
         And whether a method of torch's FloatFunctional runs, which hands its results to a quantizer of its own.
         """
         frame, code, line, observed = sys._getframe(2), None, 0, False
-        while frame is not None and frame.f_code is not _OwnTracer.trace.__code__:
+        while frame is not None and frame.f_code is not FaithfulTracer.trace.__code__:
             name = frame.f_globals.get("__name__", "")
             if name == "torch.utils.checkpoint":
                 raise NotImplementedError("it uses activation checkpointing")
             observed = observed or name.startswith("torch.ao.nn.quantized.")
-            if code is None and not name.startswith(_OWN_CODE):
+            if code is None and not name.startswith(OWN_CODE):
                 code, line = frame.f_code, frame.f_lineno
             frame = frame.f_back  # type: ignore[assignment]
         place = "" if code is None else f"{getattr(code, 'co_qualname', code.co_name)}+{line - code.co_firstlineno}"
         count = self._counts[place] = self._counts.get(place, -1) + 1
         return f"{place}#{count}" if count else place, observed
-
-
-_OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")
-
-
-def _modes() -> tuple[Any, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
 
 
 class Trace:
@@ -298,16 +269,18 @@ class Trace:
         self.pattern, self.switches = pattern, ["training", *switches(module)]
         self.state = state_of(module, self.switches)
         self._module, self._name = module, f"{type(module).__module__}.{type(module).__qualname__}"
-        tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
-        before, drawn = attributes_of(near), (torch.get_rng_state(), random.getstate())
-        self.graph = tracer.trace(module)
-        if attributes_of(near) != before:
-            raise NotImplementedError("it sets attributes")
-        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-            raise NotImplementedError("it draws random numbers")
-        self.calls = tracer.calls
+        self.graph = traced_with_and_without_gradients(functools.partial(self._traced, module))
         self._made: dict[tuple[tuple[Place, str], ...], Callable[..., Any]] = {}
         without_writes(self.graph, module)
+
+    def _traced(self, module: nn.Module) -> fx.Graph:
+        tracer, near = _OwnTracer(self.pattern), {"": module, **dict(module.named_children())}
+        before = attributes_of(near)
+        graph = tracer.trace(module)
+        if attributes_of(near) != before:
+            raise NotImplementedError("it sets attributes")
+        self.calls = tracer.calls
+        return graph
 
     def tensors(self) -> Tensors:
         return find_tensors(self.graph, self._module)
