@@ -14,6 +14,7 @@ from converted import CONFIGS, DTYPES, KINDS, batch, layers, made
 from torch import nn
 from torch.nn import functional as F
 
+import qkernels as qk
 from qkernels.nn import Int8TrainingLinear
 from qkernels.nn.tracing import Tracer
 from qkernels.qat import convert
@@ -185,3 +186,42 @@ def test_other_threads_run_models_while_one_traces():
     assert isinstance(weight, nn.Parameter)
     assert [node.name for node in results[0].nodes] == ["input_1", "relu", "_1", "output"]
     assert torch.equal(model(x), expected)
+
+
+def test_other_threads_run_converted_layers_while_convert_traces():
+    """Its tracer goes through the layers of an attention, of those calls alone that its own thread makes."""
+    torch.manual_seed(0)
+    x, tracing, called = torch.randn(2, 5, 8), threading.Event(), threading.Event()
+    called.set()
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.fc(x) + x
+            tracing.set()
+            assert called.wait(60)
+            return y
+
+    def converted(model: nn.Module) -> nn.Module:
+        prepared = qk.prepare(model.eval(), "w8a8")
+        qk.calibrate(prepared, [x])
+        return qk.convert(prepared)
+
+    attention, slow = converted(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), converted(Slow())
+    attention.self_attn.register_forward_hook(lambda *_: None)  # so that no program runs instead of the layers
+    with torch.no_grad():
+        expected = attention(x), slow(x)
+        slow, results = copy.deepcopy(slow), []
+        called.clear()
+        tracing.clear()
+        thread = threading.Thread(target=lambda: results.append(slow(x)))  # traces at the first call
+        thread.start()
+        assert tracing.wait(60)
+        found = attention(x)
+        called.set()
+        thread.join()
+    assert torch.equal(found, expected[0])
+    assert torch.equal(results[0], expected[1])

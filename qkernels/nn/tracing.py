@@ -33,6 +33,12 @@ class Tracer(torch.fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        return self.record_call(m, forward, args, kwargs)
+
+    def record_call(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What becomes of a call that the traced forward makes. Tracers override this, never ``call_module``."""
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:

@@ -46,14 +46,14 @@ class LayerTracer(FaithfulTracer):
         holds = any(isinstance(inner, QuantizedLayer) for inner in m.modules())  # as torch's Transformer layers do
         return not holds and super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(
+    def record_call(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if isinstance(m, IntegerMultiheadAttention):
             given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
             if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
                 return m.in_parts(**given)
-        return super().call_module(m, forward, args, kwargs)
+        return super().record_call(m, forward, args, kwargs)
 
 
 class Graph:

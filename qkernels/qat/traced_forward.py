@@ -223,9 +223,9 @@ class _OwnTracer(FaithfulTracer):
         by_name = dict(zip(names[by_position:], values[by_position:], strict=True))
         return functools.partial(kind.forward, **by_name), [self.root, *values[:by_position]]
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def record_call(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.calls.append((m, args, kwargs))
-        return super().call_module(m, forward, args, kwargs)
+        return super().record_call(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, Proxy):
