@@ -56,6 +56,13 @@ for _operator in IN_PLACE:
     setattr(StandIn, f"__{_operator.__name__}__", _recorder(_operator))
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node asks for the size of its first argument, or for how many dims it has."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim", "ndimension", "numel", "nelement")
+
+
 def is_number(value: Any) -> bool:
     """Whether a node's result is a size, or another number, which nothing can overwrite."""
     if not isinstance(value, fx.Node):

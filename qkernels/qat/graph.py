@@ -19,10 +19,19 @@ from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
 from .copying import shadow_of
-from .faithful_tracing import IN_PLACE, FaithfulTracer, attributes_of, is_number, traced_with_and_without_gradients
+from .faithful_tracing import (
+    IN_PLACE,
+    FaithfulTracer,
+    attributes_of,
+    is_number,
+    is_size,
+    traced_with_and_without_gradients,
+)
+from .handwritten_norms import handwritten_norm
 from .norms import NORMS, function_norm, module_norm
 from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
+SAME_SIZE = ("activate", "alias", "quantizer", "batch_norm", *NORMS)  # their results have the size of their input
 # Their results hold elements of their inputs.
 MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
 ANY_RANK = (
@@ -82,6 +91,7 @@ class Graph:
             operation = self._operation(node)
             if operation is not None:
                 self.operations[node] = operation
+        self.keep(self._read())  # without the single operations of a norm
         self.ranks: dict[fx.Node, int | None] = {}
         self.channels: dict[fx.Node, int] = {}
         self.points: set[fx.Node] = set()
@@ -98,6 +108,15 @@ class Graph:
     def keep(self, nodes: Collection[fx.Node]) -> None:
         """Forgets the operations of all other nodes, which then read what they read in the graph."""
         self.operations = {node: operation for node, operation in self.operations.items() if node in nodes}
+        self.read = self._read()
+
+    def read_sizes_of_inputs(self) -> None:
+        """Lets what asks for the size of a result ask its input, where that has the same: nobody then needs floats."""
+        for node in reversed(self.graph.nodes):
+            if node in self.operations and self.operations[node].kind in SAME_SIZE:
+                for user in list(node.users):
+                    if is_size(user):
+                        user.replace_input_with(node, self.operations[node].inputs[0])
         self.read = self._read()
 
     def _read(self) -> set[fx.Node]:
@@ -137,7 +156,8 @@ class Graph:
             return module_norm(node, module) or module_operation(node, module)
         if node.op in ("call_function", "call_method"):
             read = FUNCTIONS.get(node.target)
-            return function_norm(node, self.root) if read is None else read(node)
+            norm = function_norm(node, self.root) or handwritten_norm(node, self.root)
+            return norm or (None if read is None else read(node))
         return None
 
     def _infer_ranks(self) -> None:
