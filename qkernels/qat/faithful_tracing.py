@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from ..nn.tracing import Tracer
+from .call_patterns import GIVEN, Arguments, Pattern
 
 # What makes numbers of a tensor.
 SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item")
@@ -82,13 +86,23 @@ class FaithfulTracer(Tracer):
     """Refuses forwards that ask for types, switch gradients or autocast, or draw random numbers.
 
     Buffers are read when the graph runs.
+
+    Args:
+        pattern: the kind of the call; the graph has a placeholder for each argument that is given.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: Pattern = ()) -> None:
         super().__init__()
-        self._modes = _modes()
+        self.pattern, self._modes = pattern, _modes()
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        arguments = Arguments(type(self.root))
+        names = [name for name, how in zip(arguments.names, self.pattern, strict=True) if how == GIVEN]
+        given = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        by_position, by_name = arguments.values(self.pattern, given)
+        return functools.partial(type(self.root).forward, **by_name), [self.root, *by_position]
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         drawn = torch.get_rng_state(), random.getstate()
@@ -128,6 +142,39 @@ def traced_with_and_without_gradients(trace: Callable[[], fx.Graph]) -> fx.Graph
 
 def _described(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
+
+
+@contextlib.contextmanager
+def transformer_layers_traced_through() -> Iterator[None]:
+    """Lets torch's Transformer layers be traced with masks.
+
+    Their fast path, which a converted layer never takes, asks for much. What brings their masks to one dtype branches
+    on it, and is called when the graph runs instead.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    own = {name: getattr(F, name) for name in ("_canonical_mask", "_none_or_dtype") if hasattr(F, name)}
+    torch.backends.mha.set_fastpath_enabled(False)
+    for name, function in own.items():
+        setattr(F, name, _recorded(function))
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for name, function in own.items():
+            setattr(F, name, function)
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is one node of the graph if it gets a stand-in; tensors of other threads it treats as ever."""
+
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        stand_ins = [x for x in (*args, *kwargs.values()) if isinstance(x, fx.Proxy)]
+        if not stand_ins:
+            return function(*args, **kwargs)
+        return stand_ins[0].tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
 
 
 def attributes_of(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], tuple[int, list[int]]]:

@@ -7,7 +7,6 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
+from .call_patterns import Pattern
 from .copying import shadow_of
 from .faithful_tracing import (
     IN_PLACE,
@@ -26,6 +26,7 @@ from .faithful_tracing import (
     is_number,
     is_size,
     traced_with_and_without_gradients,
+    transformer_layers_traced_through,
 )
 from .handwritten_norms import handwritten_norm
 from .norms import NORMS, function_norm, module_norm
@@ -59,9 +60,7 @@ class LayerTracer(FaithfulTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if isinstance(m, IntegerMultiheadAttention):
-            given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
-            if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
-                return m.in_parts(**given)
+            return m.in_parts(*args, **kwargs)
         return super().record_call(m, forward, args, kwargs)
 
 
@@ -82,9 +81,9 @@ class Graph:
         copies: nodes at the end that overwrite arguments, and these.
     """
 
-    def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
+    def __init__(self, root: nn.Module, pattern: Pattern, cautious: bool) -> None:
         self.root, self._cautious = root, cautious
-        self.graph, self.constants = _traced(root, concrete)
+        self.graph, self.constants = _traced(root, pattern)
         self.copies = _copied_back(self.graph, without_writes(self.graph, root))
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
@@ -278,7 +277,7 @@ def channels_of(layer: Any) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
-def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[str, Any]]:
+def _traced(root: nn.Module, pattern: Pattern) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph of a module, and the constants in it. What the forward does while it is traced, it does to a copy.
 
     Raises:
@@ -291,7 +290,7 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
         shadow = shadow_of(root)
         modules = dict(shadow.named_modules())
         before = attributes_of(modules)
-        graph = LayerTracer().trace(shadow, concrete)
+        graph = LayerTracer(pattern).trace(shadow)
         for (path, name), value in attributes_of(modules).items():
             if _is_constant(path, name):
                 constants[name] = getattr(shadow, name)
@@ -299,12 +298,8 @@ def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[s
                 raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
         return graph
 
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
-    try:
+    with transformer_layers_traced_through():
         return traced_with_and_without_gradients(trace), constants
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _is_constant(path: str, name: str) -> bool:

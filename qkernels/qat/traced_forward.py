@@ -7,9 +7,7 @@ certain kinds of arguments; other ones are traced when they come.
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import itertools
 import linecache
 import sys
@@ -25,14 +23,12 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING
+from .call_patterns import Arguments, Pattern
 from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
 from .fuse import switches
 from .graph import without_writes
 
-GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
-Pattern = tuple[str, ...]
-_FROZEN = (type(None), bool, str)  # arguments by which a forward decides
 _numbers = itertools.count()
 
 
@@ -50,7 +46,7 @@ class TracedForward:
         self.switches = traces[0].switches
         self.known = {place for trace in traces for place in trace.places()}
         self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
-        self.names, self.defaults, self.by_position = parameters_of(type(module))
+        self.arguments = Arguments(type(module))
         self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
 
     @classmethod
@@ -74,7 +70,7 @@ class TracedForward:
             self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
 
     def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self._bound(args, kwargs)
+        bound = self.arguments.bound(args, kwargs)
         if bound is None:  # the module's own forward says what is wrong
             return type(module).float_type.forward(module, *args, **kwargs)
         pattern, values = bound
@@ -90,33 +86,6 @@ class TracedForward:
                 self._made[key] = trace.function(self.roles)
             self._name_new_sums(trace)
         return self._made[key](module, *values)
-
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
-        """The pattern of a call, and the arguments that are given by it; None: they are not those of the forward."""
-        names = self.names
-        if len(args) > self.by_position:
-            return None
-        if kwargs:
-            rest = names[len(args) :]
-            if any(name not in rest for name in kwargs):
-                return None
-        pattern, values = [], []
-        for i, name in enumerate(names):
-            if i < len(args):
-                value = args[i]
-            elif name in kwargs:
-                value = kwargs[name]
-            elif self.defaults[i] is inspect.Parameter.empty:
-                return None
-            else:
-                pattern.append(DEFAULT)
-                continue
-            if not isinstance(value, _FROZEN):
-                pattern.append(GIVEN)
-                values.append(value)
-            else:
-                pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
-        return tuple(pattern), values
 
     def _name_new_sums(self, trace: Trace) -> None:
         kinds = trace.tensors().places().items()
@@ -173,55 +142,16 @@ def reason_of(error: Exception) -> str:
     return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
 
 
-def parameters_of(kind: type[nn.Module]) -> tuple[list[str], list[Any], int]:
-    """The names and defaults of the arguments of a class's forward, and how many it takes by position.
-
-    Raises:
-        NotImplementedError: it takes any number.
-    """
-    _, *found = inspect.signature(kind.forward).parameters.values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
-        raise NotImplementedError("its forward takes any number of arguments")
-    return [p.name for p in found], [p.default for p in found], sum(p.kind is not p.KEYWORD_ONLY for p in found)
-
-
-def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
-    """The kinds of the arguments in a call."""
-    names, defaults, _ = parameters_of(kind)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    pattern = []
-    for name, default in zip(names, defaults, strict=True):
-        value = given.get(name, default)
-        if value is default:
-            pattern.append(GIVEN if default is inspect.Parameter.empty else DEFAULT)
-        else:
-            pattern.append(f"is {value!r}" if isinstance(value, _FROZEN) else GIVEN)
-    return tuple(pattern)
-
-
 class _OwnTracer(FaithfulTracer):
     """Traces a module's own forward, and notes where in the source each tensor is made."""
 
     def __init__(self, pattern: Pattern) -> None:
-        super().__init__()
-        self.pattern = pattern
+        super().__init__(pattern)
         self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self._counts: dict[str, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
-
-    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        kind = type(self.root)
-        names, defaults, by_position = parameters_of(kind)
-        values: list[Any] = []
-        for name, default, how in zip(names, defaults, self.pattern, strict=True):
-            if how == GIVEN:
-                values.append(self.create_proxy("placeholder", name, (), {}))
-            else:
-                values.append(default if how == DEFAULT else ast.literal_eval(how.removeprefix("is ")))
-        by_name = dict(zip(names[by_position:], values[by_position:], strict=True))
-        return functools.partial(kind.forward, **by_name), [self.root, *values[:by_position]]
 
     def record_call(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.calls.append((m, args, kwargs))
