@@ -1,4 +1,4 @@
-"""python -m qkernels info | demo | bench | selfcheck | tune"""
+"""python -m qkernels info | demo | bench | selfcheck | tune | advise"""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         "bench": "time the kernels against their peers; options go to pytest. Alone: bench gemm [--gpu], bench model",
         "selfcheck": "every kernel that can run here against the reference",
         "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
+        "advise": "whether a model needs quantization-aware training, and for which layers; options: advise --help",
     }
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in commands.items():
@@ -53,6 +54,10 @@ def main(argv: list[str]) -> int:
         from . import tune
 
         return tune.main(rest)
+    if options.command == "advise":
+        from . import advise_file
+
+        return advise_file.main(rest)
     from . import info
 
     if options.command == "info":

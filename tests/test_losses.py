@@ -232,11 +232,11 @@ def test_layer_outputs_compare_with_the_float_model() -> None:
         pairs = (y1, f1), (model[2](y1), f2)
     errors = [(y - f).square().sum() / f.square().sum() for y, f in pairs]
     torch.testing.assert_close(loss, sum(errors) / 2)
-    torch.testing.assert_close(qk.losses.layer_outputs(model, [x], layers="2"), errors[1])
+    torch.testing.assert_close(qk.losses.layer_outputs(model, [x], where="2"), errors[1])
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "2.bias")
-    with pytest.raises(ValueError, match=r"^layers: 'blocks\.\*' matches no module; the model has 0"):
-        qk.losses.layer_outputs(model, x, layers="blocks.*")
+    with pytest.raises(ValueError, match=r"^where: got 'blocks\.\*'; accepted: .*the names of modules: '', '0'"):
+        qk.losses.layer_outputs(model, x, where="blocks.*")
 
 
 @pytest.mark.parametrize("name", MODELS)

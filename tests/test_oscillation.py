@@ -184,7 +184,8 @@ def test_weights_of_few_bits_are_tracked_unless_others_are_named() -> None:
     model = qk.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config(8))
     qk.set_bits(model, 4, "1.*")
     assert list(qk.OscillationTracker(model).frozen()) == ["1.weight"]
-    assert list(qk.OscillationTracker(model, where="*").frozen()) == ["0.weight", "1.weight"]
+    for where in ("*", ["1.*", "0.weight"]):
+        assert list(qk.OscillationTracker(model, where=where).frozen()) == ["0.weight", "1.weight"]
     parametrizations.weight_norm(model[1])
     assert list(qk.OscillationTracker(model).frozen()) == ["1.weight"]
     with pytest.raises(ValueError, match=r"^where: got '1.weight', which is computed from other tensors"):
@@ -203,8 +204,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
             r"^threshold: got -0.1; accepted: a number of at least 0, None, or a function",
         ),
         ({"threshold": "0.1"}, TypeError, r"^threshold: got '0.1'"),
-        ({"where": ["0.weight"]}, TypeError, r"^where: got \['0.weight'\], a list; accepted: a glob on names"),
-        ({"where": "fc.*"}, ValueError, r"^where: got 'fc.\*'; accepted: a glob on 0.weight"),
+        ({"where": 0}, TypeError, r"^where: got 0; accepted: a glob, or a list of globs, on the names of weights"),
+        ({"where": []}, ValueError, r"^where: got \[\]; accepted: a glob"),
+        ({"where": "fc.*"}, ValueError, r"^where: got 'fc.\*'; accepted: .*: '0.weight'"),
     ):
         with pytest.raises(error, match=text):
             qk.OscillationTracker(model, **options)
@@ -217,7 +219,7 @@ def test_bad_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"^model: got a int"):
         qk.OscillationTracker(3)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"^where: got a model without weights of at most 4 bits; accepted: .* 0.weight"
+        ValueError, match=r"^where: got None for a model without weights of at most 4 bits; accepted: .* 0.weight"
     ):
         qk.OscillationTracker(layer(8))
     for quantizer in ("dorefa", "kmeans"):

@@ -93,7 +93,7 @@ def test_weights_follow_the_step_and_terms_may_pause() -> None:
         ({"dampening": lambda: Term(1, x=3)}, ValueError, r"^dampening: got the option 'x'; accepted: none"),
         ({"distillation": 1.0}, ValueError, r"^distillation: got no teacher; accepted: .*Term\(weight, teacher=…\)"),
         ({"consistency": lambda: Term(1, measure="l1")}, ValueError, r"^measure: got 'l1'"),
-        ({"layer_outputs": lambda: Term(1, layers="x.*")}, ValueError, r"^layers: 'x\.\*' matches no module"),
+        ({"layer_outputs": lambda: Term(1, where="x.*")}, ValueError, r"^where: got 'x\.\*'; accepted: .* modules"),
     ],
 )
 def test_bad_terms_are_refused_by_name(terms, error, text) -> None:

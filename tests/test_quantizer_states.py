@@ -26,9 +26,11 @@ def test_switches(quantizer):
     off.apply(torch.ao.quantization.disable_fake_quant)
     for mode in (True, False):
         assert torch.equal(off.train(mode)(x), model(x))
-    qk.enable_fake_quant(off)
+    names = ["weight_fake_quant", "input_fake_quant"]
+    assert qk.enable_fake_quant(off) == names
+    assert qk.enable_fake_quant(off) == []
     assert not torch.equal(off(x), model(x))
-    qk.enable_fake_quant(off, False)
+    assert qk.enable_fake_quant(off, False) == names
     assert torch.equal(off(x), model(x))
     loaded = qk.prepare(model, config(4, quantizer))
     loaded.load_state_dict(off.state_dict())
@@ -36,6 +38,9 @@ def test_switches(quantizer):
     off.apply(torch.ao.quantization.enable_fake_quant)
     assert not torch.equal(off(x), model(x))
     off.train()
+    assert qk.freeze_observers(off) == names
+    assert qk.freeze_observers(off) == []
+    assert qk.freeze_observers(off, False) == names
     off.apply(torch.ao.quantization.disable_observer)
     before = copy.deepcopy(off.state_dict())
     off(10 * x)
@@ -69,6 +74,7 @@ def test_set_bits_keeps_the_range(quantizer):
         if quantizer != "dynamic"
     }
     assert qk.set_bits(prepared, 4, "0.*") == ["0.weight_fake_quant", "0.input_fake_quant"]
+    assert qk.set_bits(prepared, 4, ["0.*"]) == []
     assert [q.bits for q in quantizers(prepared).values()] == [4, 4, 8, 8]
     for name, (scale, zero_point) in before.items():
         changed = quantizers(prepared)[name]
@@ -91,7 +97,7 @@ def test_set_bits_keeps_the_range(quantizer):
         assert zero_point is None or torch.equal(quantizers(prepared)[name].qparams()[1], zero_point)
     with pytest.raises(ValueError, match="bits: got 9"):
         qk.set_bits(prepared, 9)
-    with pytest.raises(ValueError, match=r"where: 'fc\.\*' matches no quantizer"):
+    with pytest.raises(ValueError, match=r"where: got 'fc\.\*'; accepted: .* quantizers: '0\.weight_fake_quant'"):
         qk.set_bits(prepared, 4, "fc.*")
     with pytest.raises(AttributeError, match="bits"):
         prepared[0].weight_fake_quant.bits = 4

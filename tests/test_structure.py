@@ -27,7 +27,7 @@ LAYERS = (
     ("ops",),
     ("nn",),
     ("qat", "integrations"),
-    ("qkernels", "selfcheck", "tune"),
+    ("qkernels", "selfcheck", "tune", "advise_file"),
     ("demo_picture",),
     ("info", "demo"),
     ("__main__",),

@@ -210,6 +210,11 @@ class FakeQuantize(MovingScale):
             return scale, None
         return scale, whole(zero_point.detach()).round().clamp(self.quant_min, self.quant_max).to(torch.int32)
 
+    def held_qparams(self) -> list[Tensor]:
+        """The tensors that ``qparams()`` makes scale and zero point of."""
+        held = self._buffers.get("_scale"), *map(self._parameters.get, ("log_scale", "zero_point"))
+        return [t for t in (*held, self._buffers.get("zero_point")) if t is not None]
+
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The integers behind forward's result in eval mode: codes (int8, x's shape), scale, zero point (None: 0).

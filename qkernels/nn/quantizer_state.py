@@ -171,6 +171,11 @@ class QuantizerState(nn.Module):
         return self._quantizes
 
     @property
+    def observes(self) -> bool:
+        """Whether training moves the range by what it sees; ``enable_observer`` switches it."""
+        return self._observes
+
+    @property
     def scale(self) -> Tensor:
         """The scale, fp32, in the shape that the granularity gives; NaN before it is known."""
         if self.learns:

@@ -2,11 +2,14 @@
 
 from . import losses, schedules
 from .adaround import adaround
+from .advice import Advice, WidthAdvice
+from .advise import advise
 from .assign import Assignment, Widths, assign
 from .batch_norm import freeze_bn, reestimate_bn
 from .bias_correction import correct_bias
 from .bit_schedule import BitSchedule
 from .calibrate import calibrate
+from .compare import ComparedLayer, Comparison, compare
 from .config import QConfig
 from .convert import convert
 from .equalize import equalize
@@ -25,11 +28,15 @@ from .sensitivity_table import Sensitivity, SensitivityRow
 from .smoothquant import smoothquant
 from .spec import QSpec
 from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
+from .training_log import TrainingLog
 from .unprepare import unprepare
 
 __all__ = [
+    "Advice",
     "Assignment",
     "BitSchedule",
+    "ComparedLayer",
+    "Comparison",
     "Hybrid",
     "OscillationTracker",
     "QConfig",
@@ -38,10 +45,14 @@ __all__ = [
     "Report",
     "Sensitivity",
     "SensitivityRow",
+    "TrainingLog",
+    "WidthAdvice",
     "Widths",
     "adaround",
+    "advise",
     "assign",
     "calibrate",
+    "compare",
     "convert",
     "correct_bias",
     "enable_fake_quant",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ..nn.qat import QATLinear
 from .calibrate import progress
 from .layerwise import Layerwise, grid_of, product
 from .spec import check_type
+from .where import Where
 
 STRETCH = 0.1  # the sigmoid is stretched by this much beyond 0 and 1, so that it reaches them
 REGULARIZER = 0.01
@@ -23,7 +23,7 @@ def adaround(
     model: nn.Module,
     batches: Any,
     *,
-    where: str | Sequence[str] = "*",
+    where: Where = "*",
     steps: int = 1000,
     lr: float = 1e-2,
     batch_size: int = 32,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ from ..nn.qat import QATLinear
 from .calibrate import progress
 from .fold import find_folds
 from .layerwise import Layerwise, holders_of
+from .where import Where
 
 
 def correct_bias(
     model: nn.Module,
     batches: Any,
     *,
-    where: str | Sequence[str] = "*",
+    where: Where = "*",
     float_model: nn.Module | None = None,
     max_batches: int | None = None,
 ) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from .calibrate import check_shapes, unwrapped
 from .quant_loss import steps_of
 from .schedules import ByStep, check_bits
 from .training import change_widths, check_widths
+from .where import chosen
 
 Width = int | ByStep | Callable[[int], int]
 GRADIENT = "grad"
@@ -65,10 +65,7 @@ class BitSchedule:
             raise TypeError(f"widths: got {widths!r}; accepted: a dict of globs on names and their widths")
         self._widths: dict[str, Width] = {}
         for glob, width in widths.items():
-            found = fnmatch.filter(names, glob)
-            if not found:
-                raise ValueError(f"widths: {glob!r} matches nothing; there are {', '.join(names)}")
-            self._widths.update(dict.fromkeys(found, width))
+            self._widths.update(dict.fromkeys(chosen(glob, names, "quantizers and gradients", "widths"), width))
         for name, width in self._widths.items():
             if isinstance(width, ByStep) or not callable(width):  # what a user's function returns is not known yet
                 for bits in width.every if isinstance(width, ByStep) else (width,):

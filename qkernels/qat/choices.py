@@ -65,7 +65,8 @@ def best(options: Options, budget: float) -> Picked | None:
     known = _filled(options, first, limit)
     bound = total(options, known)[1]
     spread = sum(max(c.score for c in choices) - min(c.score for c in choices) for choices in options)
-    bound += 1e-9 * spread
+    # Sums in another order differ in their last bits, also where each item has a single choice and the spread is 0.
+    bound += 1e-9 * spread + SLACK * sum(max(abs(c.score) for c in choices) for choices in options)
     costs, scores = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     history: list[tuple[Tensor, Tensor]] = []
     steps = _steps(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..nn.qat import QATLinear
 from .calibrate import progress
 from .layerwise import Layerwise, grid_of
+from .where import Where
 
 BLOCK = 128  # columns after which the error goes to all columns that are left
 
@@ -19,7 +19,7 @@ def gptq(
     model: nn.Module,
     batches: Any,
     *,
-    where: str | Sequence[str] = "*",
+    where: Where = "*",
     damping: float = 0.01,
     max_batches: int | None = None,
 ) -> dict[str, tuple[float, float]]:
@@ -38,9 +38,8 @@ def gptq(
     Args:
         model: prepared and calibrated. It stays as it was after every error.
         batches: as for ``calibrate``, taken as a list; 128 samples do.
-        where: a glob on the names of the layers, or a list of names and globs. Some stay as they are all the same:
-            those with a forward of their own, a computed or shared weight, or a quantizer without integers times a
-            fixed scale.
+        where: a glob, or a list of globs, on the names of the layers that can be changed. Those are not: layers with a
+            forward of their own, a computed or shared weight, or a quantizer without integers times a fixed scale.
         damping: the share of H's mean diagonal that is added to the diagonal.
         max_batches: how many batches to take at most; None: all.
 
@@ -49,7 +48,8 @@ def gptq(
 
     Raises:
         ValueError: a model that is not prepared or not calibrated, no batches, NaN or infinity in a layer's input or in
-            its square, no layer for ``where``, a damping that is not positive.
+            its square, a glob of ``where`` that matches no
+            such layer, a damping that is not positive.
         TypeError: another type of an argument.
     """
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from .prepare import prepare
 from .repeated_batches import batches_of, random_state_kept
 from .sensitivity import sensitivity
 from .sensitivity_table import Sensitivity
+
+Layers = tuple[str, ...]  # that have one width
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,15 +116,20 @@ def _divided(found: Sensitivity, plan: Assignment, share: float) -> tuple[tuple[
         # Beside a budget that narrows weights alone, inputs have the width of the config, which may not be a tried one.
         score = row.scores.get(own, 0.0) if own is not None else 0.0
         scores[row.layers] = scores.get(row.layers, 0.0) + max(score, 0.0)
+    trained, frozen = holding(scores, share)
+    return sum(trained, ()), sum(frozen, ())
+
+
+def holding(scores: Mapping[Layers, float], share: float) -> tuple[list[Layers], list[Layers]]:
+    """The fewest keys that hold the share of the sum of the scores, the largest first, and the others."""
     wanted = share * sum(scores.values())
-    trained: list[str] = []
-    frozen: list[str] = []
+    taken: list[Layers] = []
+    left: list[Layers] = []
     held = 0.0
-    for layers in sorted(scores, key=lambda layers: -scores[layers]):
-        into = trained if held < wanted else frozen
-        into += layers
-        held += scores[layers]
-    return tuple(trained), tuple(frozen)
+    for key in sorted(scores, key=lambda key: -scores[key]):
+        (taken if held < wanted else left).append(key)
+        held += scores[key]
+    return taken, left
 
 
 def _freeze(layer: nn.Module) -> None:

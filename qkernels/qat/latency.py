@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from .repeated_batches import random_state_kept
 from .sensitivity import trials_of, widths_of
 from .spec import check_type
 from .trials import takes
+
+Key = TypeVar("Key")
 
 
 def measure_latency(
@@ -72,7 +74,7 @@ def measure_latency(
         times: dict[str, dict[int, float]] = {}
         for name in progress(called, "measure_latency: layers", len(called)):
             taken = [w for w in widths if all(takes(q, w) for _, q in layers[name].quantized_weights())]
-            times[name] = _timed({width: converted[width][name] for width in taken}, called[name], calls)
+            times[name] = timed({width: _calling(converted[width][name], called[name]) for width in taken}, calls)
     return times
 
 
@@ -94,19 +96,28 @@ def _calls(trials: Any, layers: dict[str, Any]) -> dict[str, list[tuple[Any, Any
     return {name: called[name] for name in layers if name in called}
 
 
-def _timed(layers: dict[int, nn.Module], arguments: list[tuple[Any, Any]], calls: int) -> dict[int, float]:
-    """Seconds of each of the layers for all of these calls."""
-    seconds: dict[int, list[float]] = {width: [] for width in layers}
+def _calling(layer: nn.Module, arguments: list[tuple[Any, Any]]) -> Callable[[], None]:
+    """All these calls of the layer."""
+
+    def call() -> None:
+        for args, kwargs in arguments:
+            layer(*args, **kwargs)
+
+    return call
+
+
+def timed(contestants: Mapping[Key, Callable[[], Any]], calls: int) -> dict[Key, float]:
+    """The median of the seconds of each contestant; they take turns."""
+    seconds: dict[Key, list[float]] = {key: [] for key in contestants}
     for round in range(-2, calls):  # the first two warm up
-        for width, layer in layers.items():
+        for key, contestant in contestants.items():
             _wait()
             begin = time.perf_counter()
-            for args, kwargs in arguments:
-                layer(*args, **kwargs)
+            contestant()
             _wait()
             if round >= 0:
-                seconds[width].append(time.perf_counter() - begin)
-    return {width: sorted(each)[len(each) // 2] for width, each in seconds.items()}
+                seconds[key].append(time.perf_counter() - begin)
+    return {key: sorted(each)[len(each) // 2] for key, each in seconds.items()}
 
 
 def _wait() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
 from .repeated_batches import batches_of, random_state_kept, seed
+from .where import Where, chosen
 
 # Their codes are integers times a scale that stays where it is set.
 ROUNDED = ("lsq", "lsq+", "ewgs", "minmax", "stochastic")
@@ -46,7 +46,7 @@ class Layerwise:
         self,
         model: nn.Module,
         batches: Any,
-        where: str | Sequence[str],
+        where: Where,
         max_batches: int | None,
         float_model: nn.Module | None,
     ) -> None:
@@ -54,9 +54,6 @@ class Layerwise:
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
         if is_sharded_model(model):
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
-        patterns = (where,) if isinstance(where, str) else where
-        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"where: got {where!r}; accepted: a glob on names of layers, or a list of names and globs")
         check_calibrated(model)
         self.batches = batches_of(batches, max_batches)
         self.source = model = unwrapped(model)
@@ -64,15 +61,8 @@ class Layerwise:
         self.model = copy_of(model).eval()
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
-        able = [name for name in roundable(self.model) if name in self.calls]
-        self.names = [
-            name
-            for name in self.calls
-            if name in able and any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        ]
-        if not self.names:
-            others = ", ".join(map(repr, able)) or "none"
-            raise ValueError(f"where: got {where!r}; accepted: a glob on the layers that can be changed: {others}")
+        able = set(roundable(self.model))
+        self.names = chosen(where, [name for name in self.calls if name in able], "layers that can be changed")
         self.changed: dict[str, nn.Module] = {}
         if float_model is None and all(map(self._is_on_grid, self.names)):
             warnings.warn(

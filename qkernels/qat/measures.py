@@ -10,7 +10,8 @@ from torch import Tensor
 def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
     """10·log10(Σ reference² / Σ (reference − approximation)²) in dB; inf if equal, None for a reference of zeros.
 
-    None too if the shapes differ, which happens behind a routing that chose another way.
+    −inf if the approximation is infinite somewhere, NaN if either holds NaN. None too if the shapes differ, which
+    happens behind a routing that chose another way.
     """
     if reference.shape != approximation.shape:
         return None
@@ -18,7 +19,8 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float | None:
     signal, noise = float(reference.square().sum()), float((reference - approximation).square().sum())
     if signal == 0:
         return None
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
+    ratio = signal / noise if noise else math.inf
+    return 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> float:

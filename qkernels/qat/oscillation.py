@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from .calibrate import unwrapped
 from .fold import eval_mode
 from .quant_loss import steps_of
 from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, scales_of, values_of
-from .spec import check_type
+from .where import Where, chosen
 
 FEW_BITS = 4  # at more the steps are so fine that it does not matter which of two codes a weight has
 UNORDERED = {"dorefa": "which rounds tanh of the weight", "kmeans": "whose levels are trained"}
@@ -67,13 +66,14 @@ class OscillationTracker:
         threshold: above which frequency a weight is frozen: a number of at least 0, or a function of the step that
             returns one or None; None: weights are tracked alone. The authors lower it from 0.1 to 0.01 by half a
             cosine, after a first quarter of the training without.
-        where: a glob on names of weights, such as ``"blocks.*.weight"``. None: those of at most 4 bits.
+        where: a glob, or a list of globs, on names of weights, such as ``"blocks.*.weight"``. None: those of at most 4
+            bits.
 
     Raises:
         ValueError: the model has no quantizers, where matches no quantized weight, a "dorefa" or "kmeans" quantizer;
             with a threshold also weights that are computed from other tensors or that differing quantizers share; a
             momentum or threshold out of range.
-        TypeError: model is not a module, threshold neither a number nor a function, or where no text.
+        TypeError: model is not a module, threshold neither a number nor a function, or where no text or list of texts.
         RuntimeError: weights under ``fully_shard``.
     """
 
@@ -83,7 +83,7 @@ class OscillationTracker:
         *,
         momentum: float = 0.01,
         threshold: float | Callable[[int], float | None] | None = None,
-        where: str | None = None,
+        where: Where | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
@@ -91,17 +91,16 @@ class OscillationTracker:
             raise ValueError(f"momentum: got {momentum!r}; accepted: above 0, at most 1")
         if not callable(threshold):
             _check_threshold("threshold", threshold)
-        if where is not None:
-            check_type("where", where, str, "a glob on names of weights, or None")
         self.model, self.momentum, self.threshold = unwrapped(model), momentum, threshold
         self.steps = 0  # how often ``step`` was called
         self._holds_ranges = False
         every = {weight.name: weight for weight in quantized_weights(self.model)}
         few = {name: weight for name, weight in every.items() if weight.quantizer.bits <= FEW_BITS}
-        self._weights = few if where is None else {n: every[n] for n in fnmatch.filter(every, where)}
-        if not self._weights:
-            given = "a model without weights of at most 4 bits" if where is None else repr(where)
-            raise ValueError(f"where: got {given}; accepted: a glob on {', '.join(every)}")
+        if where is None and not few:
+            raise ValueError(
+                f"where: got None for a model without weights of at most 4 bits; accepted: a glob on {', '.join(every)}"
+            )
+        self._weights = few if where is None else {name: every[name] for name in chosen(where, every, "weights")}
         with torch.no_grad(), eval_mode(self.model):
             self._check()
             self._tracks = {}

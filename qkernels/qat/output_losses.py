@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from ..nn.qat_layer import QATLayer
 from .calibrate import call, check_shapes, quantizers_of, quantizers_replaced, tensors_in, uncompiled
 from .fold import BatchNorm, eval_mode
 from .model_losses import total, wide
+from .where import Where, chosen
 
 MEASURES = ("kl", "mse")
 
@@ -106,7 +106,7 @@ def distillation(
     return divergence(output, target, measure=measure, temperature=temperature, dim=dim)
 
 
-def layer_outputs(model: nn.Module, inputs: Any, *, layers: str = "*") -> Tensor:
+def layer_outputs(model: nn.Module, inputs: Any, *, where: Where = "*") -> Tensor:
     """How far layers are from the float model: the mean over their outputs of Σ (y − f)² / Σ f².
 
     y is what the quantized model computes, from quantized inputs; f what the same weights compute without quantization
@@ -117,21 +117,21 @@ def layer_outputs(model: nn.Module, inputs: Any, *, layers: str = "*") -> Tensor
     Args:
         model: from ``prepare``.
         inputs: as in ``consistency``.
-        layers: a glob on module names, such as ``"blocks.?"``. "*": all layers with quantizers.
+        where: a glob, or a list of globs, on names of modules, such as ``"blocks.?"``. "*": all layers with quantizers.
 
     Raises:
-        ValueError: the model has no quantizers, or layers matches no module that the model calls.
+        ValueError: the model has no quantizers, or where matches no module that the model calls.
     """
     check_shapes(model)
     quantizers_of(model)
-    chosen = chosen_layers(model, layers)
+    layers = chosen_layers(model, where)
     found: dict[nn.Module, list[Tensor]] = {}
 
     def record(module: nn.Module, _: Any, result: Any) -> None:
         if (tensor := _floating(result)) is not None:
             found.setdefault(module, []).append(tensor)
 
-    hooks = [module.register_forward_hook(record) for module in chosen.values()]
+    hooks = [module.register_forward_hook(record) for module in layers.values()]
     try:
         with undisturbed(model):
             with torch.no_grad(), quantizers_replaced(model, lambda _, x: x):
@@ -144,7 +144,7 @@ def layer_outputs(model: nn.Module, inputs: Any, *, layers: str = "*") -> Tensor
             hook.remove()
     pairs = [(y, f) for module, ys in found.items() for y, f in zip(ys, floats.get(module, []), strict=False)]
     if not pairs:
-        raise ValueError(f"layers: got {layers!r}, but the model calls none of {', '.join(chosen)} on these inputs")
+        raise ValueError(f"where: got {where!r}, but the model calls none of {', '.join(layers)} on these inputs")
     errors = [
         (wide(y) - wide(f)).square().sum() / wide(f).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
         for y, f in pairs
@@ -168,13 +168,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = tracks
 
 
-def chosen_layers(model: nn.Module, layers: str = "*") -> dict[str, nn.Module]:
-    kinds = QATLayer if layers == "*" else nn.Module
+def chosen_layers(model: nn.Module, where: Where = "*") -> dict[str, nn.Module]:
+    kinds = QATLayer if where == "*" else nn.Module
     named = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    found = {name: module for name, module in named.items() if fnmatch.fnmatchcase(name, layers)}
-    if not found:
-        raise ValueError(f"layers: {layers!r} matches no module; the model has {', '.join(filter(None, named))}")
-    return found
+    return {name: named[name] for name in chosen(where, named, "modules")}
 
 
 def _floating(value: Any) -> Tensor | None:

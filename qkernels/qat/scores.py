@@ -73,12 +73,12 @@ def _divergence(reference: Any, output: Any, batch: Any) -> tuple[float, float]:
 
 def _loss_growth(loss: Loss) -> Callable[[Any, Any, Any], tuple[float, float]]:
     def growth(reference: Any, output: Any, batch: Any) -> tuple[float, float]:
-        return float(_loss_of(loss, output, batch)) - float(_loss_of(loss, reference, batch)), 1.0
+        return float(loss_of(loss, output, batch)) - float(loss_of(loss, reference, batch)), 1.0
 
     return growth
 
 
-def _loss_of(loss: Loss, output: Any, batch: Any) -> Any:
+def loss_of(loss: Loss, output: Any, batch: Any) -> Any:
     value = loss(output, batch)
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"loss: got a tensor of shape {list(value.shape)}; accepted: one number for a batch")
@@ -130,7 +130,7 @@ def fisher_scores(trials: Trials, wanted: list[Trial], loss: Loss) -> Scores:
         with torch.enable_grad(), trials.running():
             outputs = progress(trials.outputs(), "sensitivity: fisher", len(trials.batches))
             for batch, output in zip(trials.batches, outputs, strict=True):
-                _differentiable(_loss_of(loss, output, batch)).backward()  # type: ignore[no-untyped-call]
+                differentiable(loss_of(loss, output, batch)).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
@@ -157,7 +157,7 @@ def hessian_scores(trials: Trials, wanted: list[Trial], loss: Loss) -> Scores:
     with torch.enable_grad(), _twice_differentiable(), trials.running(take):
         outputs = progress(trials.outputs(), "sensitivity: hessian", len(trials.batches))
         for batch, output in zip(trials.batches, outputs, strict=True):
-            value = _differentiable(_loss_of(loss, output, batch))
+            value = differentiable(loss_of(loss, output, batch))
             keys, weights = list(taken), list(taken.values())
             taken.clear()
             try:
@@ -201,7 +201,7 @@ def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight)
 
 
-def _differentiable(value: Any) -> Tensor:
+def differentiable(value: Any) -> Tensor:
     if not (isinstance(value, Tensor) and value.requires_grad):
         raise TypeError("loss: got a value without a gradient; accepted: a tensor computed from the model's output")
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
 from .spec import check_type
+from .where import Where, chosen
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     ]
 
 
-def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
+def freeze_observers(model: nn.Module, frozen: bool = True) -> list[str]:
     """Stops everything that moves the ranges of a prepared model in training, in place.
 
     This stops the averages of "ema" quantizers, the ranges of followed weights, the growth of input ranges with a
@@ -50,15 +50,19 @@ def freeze_observers(model: nn.Module, frozen: bool = True) -> None:
         model: from ``prepare``.
         frozen: False undoes it. A state_dict holds the switch.
 
+    Returns:
+        The names of the quantizers that changed.
+
     Raises:
         ValueError: the model has no quantizers, or lazy layers that have not run yet.
     """
     check_shapes(model)
-    quantizers = set(quantizers_of(model).values())
+    quantizers = {name: q for name, q in quantizers_of(model).items() if q.observes == frozen}
     if frozen:
-        _follow_weights(model, quantizers)
-    for quantizer in quantizers:
+        _follow_weights(model, set(quantizers.values()))
+    for quantizer in quantizers.values():
         quantizer.enable_observer(not frozen)
+    return list(quantizers)
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def _follow_weights(model: nn.Module, quantizers: Collection[FakeQuantize]) -> N
 
 def enable_fake_quant(
     model: nn.Module, enabled: bool | None = None, *, weights: bool | None = None, inputs: bool | None = None
-) -> None:
+) -> list[str]:
     """Switches quantizers of a prepared model on or off, in place; a quantizer that is off still observes.
 
     ``enable_fake_quant(model, False)`` switches all off, ``enable_fake_quant(model, weights=False)`` those of weights.
@@ -87,43 +91,50 @@ def enable_fake_quant(
             is None beside ``inputs``.
         inputs: the same for all other quantizers: of inputs, outputs and states.
 
+    Returns:
+        The names of the quantizers that changed.
+
     Raises:
         ValueError: the model has no quantizers, or lazy layers that have not run yet.
     """
     check_shapes(model)
     if enabled is None and weights is None and inputs is None:
         enabled = True
-    for quantizer in quantizers_of(model).values():
+    changed = []
+    for name, quantizer in quantizers_of(model).items():
         wanted = weights if quantizer.is_weight else inputs
         wanted = enabled if wanted is None else wanted
-        if wanted is not None:
+        if wanted is not None and wanted != quantizer.quantizes:
             quantizer.enable_fake_quant(wanted)
+            changed.append(name)
+    return changed
 
 
-def set_bits(model: nn.Module, bits: int, where: str = "*") -> list[str]:
+def set_bits(model: nn.Module, bits: int, where: Where = "*") -> list[str]:
     """Changes the width of quantizers of a prepared model in place and keeps their ranges.
 
     Args:
         model: from ``prepare``.
         bits: 2 to 8.
-        where: a glob on the names of quantizers, such as ``"*.weight_fake_quant"`` or ``"layer1.*"``.
+        where: a glob, or a list of globs, on the names of quantizers, such as ``"*.weight_fake_quant"`` or
+            ``"layer1.*"``.
 
     Returns:
         The names of the quantizers that changed.
 
     Raises:
-        TypeError: bits is no int.
+        TypeError: bits is no int, or where no text or list of texts.
         ValueError: lazy layers that have not run yet, bits other than 2 to 8, a width that a quantizer does not take,
             or a glob that no quantizer's name matches. The model then stays as it was.
     """
     check_shapes(model)
-    chosen = {name: quantizer for name, quantizer in quantizers_of(model).items() if fnmatch.fnmatchcase(name, where)}
-    if not chosen:
-        raise ValueError(f"where: {where!r} matches no quantizer; there are {', '.join(quantizers_of(model))}")
+    quantizers = quantizers_of(model)
+    names = chosen(where, quantizers, "quantizers")
     check_type("bits", bits, int, "2 to 8")
-    check_widths(chosen, dict.fromkeys(chosen, bits))
-    change_widths(model, dict.fromkeys(chosen.values(), bits))
-    return list(chosen)
+    check_widths(quantizers, dict.fromkeys(names, bits))
+    changed = [name for name in names if quantizers[name].bits != bits]
+    change_widths(model, {quantizers[name]: bits for name in changed})
+    return changed
 
 
 def check_widths(quantizers: Mapping[str, FakeQuantize], widths: Mapping[str, int]) -> None:
@@ -131,9 +142,9 @@ def check_widths(quantizers: Mapping[str, FakeQuantize], widths: Mapping[str, in
 
     The way back would lose what is rounded or forgotten.
     """
-    for name, quantizer in quantizers.items():
+    for name, bits in widths.items():
         try:
-            quantizer.check_width(widths[name])
+            quantizers[name].check_width(bits)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -18,6 +18,7 @@
 #undef QK_CONV_TILE
 #undef QK_CONV_TRANSPOSE
 #undef QK_INT8_TILE
+#undef QK_AVX2_PRODUCTS
 #undef QK_INT4_GROUPS
 #undef QK_CODES
 #undef QK_CONV_OUTPUT
