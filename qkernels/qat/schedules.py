@@ -21,33 +21,46 @@ class ByStep:
     Args:
         function: (step, name) -> bits.
         every: all that it may return.
+        text: the call that makes it, its ``repr``.
     """
 
-    def __init__(self, function: Callable[[int, str], int], every: tuple[int, ...]) -> None:
-        self.function, self.every = function, every
+    def __init__(self, function: Callable[[int, str], int], every: tuple[int, ...], text: str) -> None:
+        self.function, self.every, self.text = function, every, text
+
+    def __repr__(self) -> str:
+        return f"schedules.{self.text}"
 
     def __call__(self, step: int, name: str = "") -> int:
         return self.function(step, name)
 
 
-def cyclic(low: int, high: int, *, period: int) -> ByStep:
+def cyclic(low: int, high: int, *, period: int, steps: int | None = None) -> ByStep:
     """From low to high by half a cosine, and again from low (cyclic precision training, arXiv 2101.09868, equation 1).
 
-    The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout.
+    The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout. Give
+    ``steps``, the length of the training: behind its last step the model then has the width high, at which it is to
+    run; without it the next cycle would begin at low.
 
     Args:
         low, high: the ends of a cycle, 2 to 8.
         period: how many steps a cycle takes.
+        steps: from this step on the width is high; None: the cycles never end.
 
     Raises:
-        ValueError, TypeError: low, high or period is out of range or no int.
+        ValueError, TypeError: low, high, period or steps is out of range or no int.
     """
     _check_ends("low", low, "high", high)
     _check_count("period", period)
-    return ByStep(
-        lambda step, _: round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2),
-        _between(low, high),
-    )
+    if steps is not None:
+        _check_count("steps", steps)
+
+    def width(step: int, _: str) -> int:
+        if steps is not None and step >= steps:
+            return high
+        return round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2)
+
+    ends = "" if steps is None else f", steps={steps}"
+    return ByStep(width, _between(low, high), f"cyclic({low}, {high}, period={period}{ends})")
 
 
 def cosine(start: int, end: int, *, steps: int) -> ByStep:
@@ -65,6 +78,7 @@ def cosine(start: int, end: int, *, steps: int) -> ByStep:
     return ByStep(
         lambda step, _: round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2),
         _between(start, end),
+        f"cosine({start}, {end}, steps={steps})",
     )
 
 
@@ -81,7 +95,11 @@ def progressive(start: int, end: int, *, steps: int) -> ByStep:
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
     stages = range(start, end - 1, -1) if start > end else range(start, end + 1)
-    return ByStep(lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)], _between(start, end))
+    return ByStep(
+        lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)],
+        _between(start, end),
+        f"progressive({start}, {end}, steps={steps})",
+    )
 
 
 def steps(widths: Mapping[int, int]) -> ByStep:
@@ -101,7 +119,11 @@ def steps(widths: Mapping[int, int]) -> ByStep:
     if 0 not in widths or min(widths) < 0:
         raise ValueError(f"widths: got steps {sorted(widths)}; accepted: 0, and others above it")
     starts = dict(sorted(widths.items()))
-    return ByStep(lambda step, _: starts[max(at for at in starts if at <= step)], tuple(sorted(set(starts.values()))))
+    return ByStep(
+        lambda step, _: starts[max(at for at in starts if at <= step)],
+        tuple(sorted(set(starts.values()))),
+        f"steps({starts})",
+    )
 
 
 def random(low: int, high: int, *, seed: int = 0) -> ByStep:
@@ -118,7 +140,11 @@ def random(low: int, high: int, *, seed: int = 0) -> ByStep:
     """
     _check_ends("low", low, "high", high)
     every = _between(low, high)
-    return ByStep(lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every), every)
+    return ByStep(
+        lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every),
+        every,
+        f"random({low}, {high}, seed={seed})",
+    )
 
 
 def check_bits(name: str, bits: object) -> None:
