@@ -111,7 +111,14 @@ class FusedForward:
                 if reason not in (None, NOTHING):
                     assert self._arguments is not None
                     self.refused = f"{self._arguments.described(pattern)}: {reason}"
+                    self._fuse_children()
         return self._built.get(pattern)
+
+    def _fuse_children(self) -> None:
+        """Lets the modules inside run programs of their own where this one's own forward calls them."""
+        for child in self.module.children():
+            if not fused_parts(child):
+                fuse(child)
 
     def _is_current(self) -> bool:
         return self._state is not None and self._state.holds()
