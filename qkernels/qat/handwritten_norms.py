@@ -66,10 +66,11 @@ class _Reader:
     def _source(self, value: Any) -> Any:
         """What a tensor is made of by casts alone."""
         while (name := _name(value)) in ("float", "to", "type", "type_as"):
-            x, *rest = (*value.args, *value.kwargs.values())
+            given: list[Any] = [*value.args, *value.kwargs.values()]
+            x, rest = given[0], given[1:]
             if len(rest) != (name != "float") or set(value.kwargs) - {"dtype"}:
                 break
-            (to,) = rest or [torch.float32]
+            to = rest[0] if rest else torch.float32
             if _name(to) == "getattr" and to.args[1] == "dtype":
                 self.like.add(to.args[0])
             elif name == "type_as":
