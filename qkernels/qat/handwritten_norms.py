@@ -70,7 +70,7 @@ class _Reader:
             x, rest = given[0], given[1:]
             if len(rest) != (name != "float") or set(value.kwargs) - {"dtype"}:
                 break
-            to = rest[0] if rest else torch.float32
+            to: Any = rest[0] if rest else torch.float32
             if _name(to) == "getattr" and to.args[1] == "dtype":
                 self.like.add(to.args[0])
             elif name == "type_as":
