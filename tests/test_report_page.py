@@ -238,5 +238,5 @@ def test_two_hundred_layers(browser: Browser, tmp_path) -> None:
     many_layers(200).html(tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < 5e6
     browser.open(tmp_path / "page.html", 390)
-    assert browser.run("return document.documentElement.scrollHeight") < 20_000
+    assert browser.run("return document.documentElement.scrollHeight") < 12_000
     assert browser.run(OVERFLOWS) == [0]

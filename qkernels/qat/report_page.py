@@ -40,13 +40,16 @@ figcaption { margin-bottom: 8px; } figcaption p { font-size: 0.84rem; line-heigh
 svg { display: block; width: 100%; height: auto; }
 details { margin-top: 12px; padding: 10px 14px; } summary { cursor: pointer; font-weight: 600; }
 details .grid { margin-top: 12px; } details figure { border: 0; padding: 0; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
+.table { overflow: auto; max-height: 85vh; } @media print { .table { max-height: none; } }
+table { border-collapse: collapse; font-size: 0.85rem; width: 100%; }
 th, td { padding: 5px 10px; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-thead th { border-bottom: 1px solid var(--line); color: var(--muted); font-weight: 600; }
+thead th { position: sticky; top: 0; background: var(--card); box-shadow: 0 1px var(--line); color: var(--muted);
+  font-weight: 600; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
 th:first-child { position: sticky; left: 0; background: var(--card); font-weight: 500; white-space: normal;
   min-width: min(44vw, 16em); overflow-wrap: anywhere; }
+thead th:first-child { z-index: 1; font-weight: 600; }
 .before { color: var(--orange); } .after { color: var(--blue); } h2 + .lead { margin-bottom: 10px; font-size: 0.9rem; }
 .bad { color: var(--bad); font-weight: 600; }
 ul { margin: 8px 0 0; padding-left: 20px; font-size: 0.88rem; overflow-wrap: anywhere; }
@@ -188,8 +191,13 @@ def _section(heading: str, figures: list[str]) -> str:
 
 def _figure(heading: str, caption: str, draw: plots.Draw, height: float) -> str:
     label = escape(f"{heading}. {caption}", quote=True)
-    text = f"<h3>{escape(heading)}</h3>" + (f"<p>{escape(caption)}</p>" if caption else "")
+    text = f"<h3>{_breakable(heading)}</h3>" + (f"<p>{escape(caption)}</p>" if caption else "")
     return f"<figure><figcaption>{text}</figcaption>{plots.svg(draw, height, label)}</figure>\n"
+
+
+def _breakable(name: str) -> str:
+    """A name that a line may end in, behind a dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def _figures_of_layers(report: Report) -> list[str]:
@@ -296,7 +304,7 @@ def _table(report: Report) -> str:
     body = []
     for row, line in zip(report.layers, lines, strict=True):
         bad = _bad(row)
-        cells = [f"<th>{escape(line[0]).replace('.', '.<wbr>')}</th>"]
+        cells = [f"<th>{_breakable(line[0])}</th>"]
         for at, cell in enumerate(line[1:], 1):
             cells.append(f"<td{' class=bad' if header[at] in bad else ''}>{escape(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
