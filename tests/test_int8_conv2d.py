@@ -94,6 +94,32 @@ def test_equals_the_reference_bit_for_bit(kernel: str, case: tuple, dtype: torch
             assert kernel == "reference" or batch == 0 or f"cpu_{library.host.last_isa()}" == kernel
 
 
+@pytest.mark.parametrize("lowest", [-3, -64, -65, -127, -128])
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[11], CASES[15]], ids=str)
+def test_the_largest_products_of_weights_of_any_range(kernel: str, case: tuple, lowest: int) -> None:
+    """Some paths multiply pairs of bytes in int16, in another way for each range; here all reach its end."""
+    batch, channels, h, w, out_channels, size, stride, padding, dilation, groups = case
+    ends = torch.tensor([lowest, min(-lowest, 127)], dtype=torch.int8)
+    q = ends[torch.randint(2, (out_channels, channels // groups, *size))]
+    q[: out_channels // 2] = lowest
+    packed = PackedInt8Conv2d.from_quantized(q, torch.rand(out_channels), groups)
+    for x in (torch.randn(batch, channels, h, w).sign() * 9, torch.full((batch, channels, h, w), -9.0)):
+        for zero_point in (None, torch.tensor(127)):
+            got = int8_conv2d(
+                *(x, packed),
+                input_scale=torch.tensor(0.02),
+                input_zero_point=zero_point,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+            )
+            want = reference.int8_conv2d(
+                *(x, packed.data, packed.colsum, packed.scale, None, torch.tensor(0.02), zero_point, -128, 127),
+                *(size, stride, padding, dilation, groups),
+            )
+            same(got, want)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_the_float_convolution_of_dequantized_values(kernel: str, case: tuple) -> None:
     """Against torch's conv2d in fp64, with powers of two for scales so that every step is exact."""

@@ -49,6 +49,17 @@ def test_mm_is_exact(kernel: str, m: int, n: int, k: int) -> None:
         assert m == 0 or n == 0 or ran(kernel)
 
 
+@pytest.mark.parametrize("lowest", [-64, -127, -128])
+def test_the_largest_products_of_weights_of_any_range(kernel: str, lowest: int) -> None:
+    """Some paths multiply pairs of bytes in int16, in another way for each range; here all reach its end."""
+    ends = torch.tensor([lowest, min(-lowest, 127)], dtype=torch.int8)
+    w = ends[torch.randint(2, (70, 37))]
+    w[:33] = lowest
+    for m in (1, 2, 5, 16, 17):
+        for a in (torch.tensor([-128, 127], dtype=torch.int8)[torch.randint(2, (m, 37))], torch.full((m, 37), -128)):
+            assert torch.equal(int8_mm(a.to(torch.int8), w.t()).long(), exact(a, w.t()))
+
+
 @pytest.mark.parametrize("m", [1, 3, 16, 17])
 @pytest.mark.parametrize(("low", "high"), [(-128, -128), (-128, 127), (127, 127)])
 def test_mm_at_the_longest_k(kernel: str, m: int, low: int, high: int) -> None:

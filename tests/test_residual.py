@@ -251,6 +251,30 @@ def test_converted_streams_are_codes() -> None:
         assert forward.refused is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.log_scale.data.fill_(0.5),
+        lambda q: q.zero_point.data.fill_(120),
+        lambda q: q._scale.mul_(1.5),
+        lambda q: setattr(q, "log_scale", nn.Parameter(torch.full_like(q.log_scale, 0.25))),
+    ],
+)
+def test_programs_follow_what_quantizers_of_sums_hold(change: Callable[[Any], object]) -> None:
+    """They remember scale and zero point for as long only as these are made of the same numbers."""
+    torch.manual_seed(0)
+    converted, x = qk.convert(prepared_of(Net()).eval()), torch.randn(SHAPE)
+    with torch.no_grad():
+        before, again = converted(x), converted(x)
+        quantizer = next(m for name, m in converted.named_modules() if name.endswith("add_fake_quant"))
+        change(quantizer)
+        after = converted(x)
+        converted.__dict__.pop("forward")
+        assert torch.equal(before, again)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, converted(x), rtol=1e-6, atol=1e-6)
+
+
 SPECS = {
     "the layer's": (qk.QSpec(8), qk.QSpec(symmetric=False), True),
     "another way": (qk.QSpec(8), qk.QSpec(symmetric=False, quantizer="ema"), True),

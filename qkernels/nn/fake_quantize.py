@@ -187,12 +187,15 @@ class FakeQuantize(MovingScale):
         self._scale.copy_(scale)
         if not self.symmetric:
             exact = zero_point = whole(self.zero_point)  # type: ignore[arg-type]
-            if self._unrounded is not None and torch.equal(self._unrounded[0].to(exact.device), zero_point):
-                exact = self._unrounded[1].to(exact.device)  # so that few bits do not blur the range of many
+            before_rounding = self.exact_zero_point
+            if before_rounding is not None and torch.equal(
+                before_rounding.to(exact.device).round(), zero_point.float()
+            ):
+                exact = before_rounding.to(exact.device)  # so that few bits do not blur the range of many
             moved = self.quant_min + (exact - lowest) * (self.steps / before)
             if not zero_point.is_floating_point():
-                self._unrounded = moved.round().to(zero_point.dtype), moved
-                moved = self._unrounded[0]
+                self.exact_zero_point = moved
+                moved = moved.round().to(zero_point.dtype)
             write(self.zero_point, moved)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -209,6 +212,11 @@ class FakeQuantize(MovingScale):
         if self.symmetric or zero_point is None:
             return scale, None
         return scale, whole(zero_point.detach()).round().clamp(self.quant_min, self.quant_max).to(torch.int32)
+
+    def held_qparams(self) -> list[Tensor]:
+        """The tensors that ``qparams()`` makes scale and zero point of."""
+        held = self._buffers.get("_scale"), *map(self._parameters.get, ("log_scale", "zero_point"))
+        return [t for t in (*held, self._buffers.get("zero_point")) if t is not None]
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

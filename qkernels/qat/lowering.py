@@ -12,7 +12,7 @@ from ..nn.fake_quantize import FakeQuantize
 from .graph import MOVES, Graph, channels_of
 from .norms import NORMS
 from .operations import LAYERS, PRODUCTS, Operation
-from .program_constants import Held, Made, value_of
+from .program_constants import Held, Made, Qparams, value_of
 
 
 @dataclass
@@ -38,13 +38,15 @@ class Part:
     dicts: list[dict[str, Any]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
+    qparams: dict[FakeQuantize, Qparams] = field(default_factory=dict)
 
     def constants(self) -> list[Tensor]:
         tensors: list[Tensor] = list(map(operator.getitem, self.dicts, self.names))
+        now = {quantizer: qparams.now() for quantizer, qparams in self.qparams.items()}
         for made in self.made:
-            value = made.quantizer.qparams()[made.part]
+            value = now[made.quantizer][made.part]
             assert value is not None
-            tensors.append(value.detach().float() if made.part == 0 else value)
+            tensors.append(value)
         return tensors
 
 
@@ -472,6 +474,7 @@ class _Writer:
             places[constant] = len(places)
             if isinstance(constant, Made):
                 self.part.made.append(constant)
+                self.part.qparams.setdefault(constant.quantizer, Qparams(constant.quantizer))
             else:
                 self.part.dicts.append(constant.tensors)
                 self.part.names.append(constant.name)

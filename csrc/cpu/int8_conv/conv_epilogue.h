@@ -39,9 +39,15 @@ struct ClampedCodes {
   uint32_t inside;  // a bit for each channel of the panel
   uint8_t* codes[2];
   int64_t step;
+  // On the avx2 path: results are first clamped, then codes of a residual are added, if `residual` is not null.
+  float first_low, first_high, residual_scale, residual_zero;
+  const uint8_t* residual[2];
+  int64_t residual_step;
 };
 
-inline bool has_clamped_codes(const ConvWork& work) { return !work.wide && gives_clamped_codes(*work.output); }
+inline bool has_clamped_codes(const ConvWork& work) {
+  return !work.wide && gives_clamped_codes(*work.output, QK_PATH == QK_PATH_AVX2);
+}
 
 inline ClampedCodes clamped_codes(const ConvWork& work) {
   const ConvOutput& o = *work.output;
@@ -53,7 +59,13 @@ inline ClampedCodes clamped_codes(const ConvWork& work) {
           byte_of(kInfinity, o),
           0,
           {},
-          work.step.codes};
+          work.step.codes,
+          low_of(o.first),
+          high_of(o.first),
+          o.residual_q.scale,
+          static_cast<float>(128 + o.residual_q.zero_point),
+          {},
+          work.step.residual};
 }
 
 // acc - zero_point * colsum where it may leave int32.

@@ -17,7 +17,7 @@ constexpr std::array<Tile, sizeof...(H)> tiles_of(std::integer_sequence<int, H..
 constexpr std::array<std::array<Tile, kSegment>, 2> kConvTiles = {
     tiles_of<1>(std::make_integer_sequence<int, kSegment>()), tiles_of<2>(std::make_integer_sequence<int, kSegment>())};
 
-#if QK_PATH == QK_PATH_AVX512VNNI
+#if QK_PATH != QK_PATH_SCALAR
 using TileOfCodes = void (*)(const TileInput&, const int8_t*, const PanelValues&, const ClampedCodes&);
 
 template <int Segments, int... H>
@@ -46,9 +46,10 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
   const uint8_t* x = work.x + number / work.block_panels * work.block_in;
   alignas(64) int32_t sums[2 * kSegment * kPanel];
   const int64_t zero = 0, row_bytes = work.run_groups * 4;
-  TileInput in = {{}, work.step.x, work.offsets, work.runs, work.run_groups, work.first_half, panel.colsum};
-  if (work.gather) in = {{}, row_bytes, &zero, 1, work.run_groups, 0, panel.colsum};
-#if QK_PATH == QK_PATH_AVX512VNNI
+  TileInput in = {{},          work.step.x, work.offsets, work.runs, work.run_groups, work.first_half, panel.channels,
+                  panel.colsum};
+  if (work.gather) in = {{}, row_bytes, &zero, 1, work.run_groups, 0, panel.channels, panel.colsum};
+#if QK_PATH != QK_PATH_SCALAR
   const bool clamped = shared.has_clamped && panel.finite;
   shared.clamped.inside = panel.channels == kPanel ? ~0u : (1u << panel.channels) - 1;
 #endif
@@ -64,10 +65,14 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
       }
     }
     const size_t c = static_cast<size_t>(count - 1), h = static_cast<size_t>(width - 1);
-#if QK_PATH == QK_PATH_AVX512VNNI
+#if QK_PATH != QK_PATH_SCALAR
     if (clamped) {
-      for (int s = 0; s < count; ++s)
-        shared.clamped.codes[s] = work.output->codes.data + segments[i + s].at.codes + panel.first;
+      for (int s = 0; s < count; ++s) {
+        const Offsets& at = segments[i + s].at;
+        shared.clamped.codes[s] = work.output->codes.data + at.codes + panel.first;
+        if (const uint8_t* codes = work.output->residual_codes)
+          shared.clamped.residual[s] = codes + at.residual + panel.first;
+      }
       kTilesOfCodes[c][h](in, weights, panel, shared.clamped);
       i += count;
       continue;

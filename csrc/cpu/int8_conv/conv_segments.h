@@ -83,7 +83,7 @@ struct Shared {
   Finish finish_segment;
   std::vector<PanelValues> panels;  // from first_panel on
   int64_t first_panel;
-#if QK_PATH == QK_PATH_AVX512VNNI
+#if QK_PATH != QK_PATH_SCALAR
   bool has_clamped;
   ClampedCodes clamped;
 #endif
@@ -98,7 +98,7 @@ struct Shared {
       const int64_t end = std::min(work.out_channels, (block + 1) * work.block_out);
       panels.emplace_back(*work.output, channel, std::min<int64_t>(kPanel, end - channel), work.wide);
     }
-#if QK_PATH == QK_PATH_AVX512VNNI
+#if QK_PATH != QK_PATH_SCALAR
     has_clamped = has_clamped_codes(work);
     clamped = has_clamped ? clamped_codes(work) : ClampedCodes{};
 #endif

@@ -62,7 +62,8 @@ struct TileInput {
   // If not 0, the panel's first 16 channels have weights for so many groups of 4 codes of a run, the others for the
   // rest.
   int64_t first_half;
-  const int32_t* colsum;  // of the panel's weights, by channel
+  int64_t channels;       // of the panel
+  const int32_t* colsum;  // of its weights, by channel
 };
 
 // Computes the segments and panels with these numbers.

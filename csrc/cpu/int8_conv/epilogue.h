@@ -17,28 +17,32 @@ inline bool only_clamps(const ActivationStep& step) {
 
 // Whether results are codes alone and activations only bound them. Then codes can be bounded instead, because rounding
 // keeps order; byte_of of -infinity and infinity gives the bounds. If scale and bias are finite too, nothing is NaN.
-inline bool gives_clamped_codes(const ConvOutput& o) {
-  return o.codes.data && !o.floats && !o.residual && !o.residual_codes && only_clamps(o.first) &&
-         only_clamps(o.second) && o.in_scale > 0 && std::isfinite(o.in_scale) && o.codes_q.inverse > 0 &&
-         std::isfinite(o.codes_q.inverse);
+// With a residual of codes the first activation is not the last step; only some paths take it.
+inline bool gives_clamped_codes(const ConvOutput& o, bool with_residual = false) {
+  const bool fits = !o.residual_codes || (with_residual && std::isfinite(o.residual_q.scale));
+  return o.codes.data && !o.floats && !o.residual && fits && only_clamps(o.first) && only_clamps(o.second) &&
+         o.in_scale > 0 && std::isfinite(o.in_scale) && o.codes_q.inverse > 0 && std::isfinite(o.codes_q.inverse);
 }
 
 inline uint8_t byte_of(float v, const ConvOutput& o) {
   float lane[16];
-  ToCodes(o.codes_q)(activate(activate(F32::set1(v), o.first), o.second)).store(lane);
+  const F32 first = o.residual_codes ? F32::set1(v) : activate(F32::set1(v), o.first);
+  ToCodes(o.codes_q)(activate(first, o.second)).store(lane);
   return static_cast<uint8_t>(lane[0]);
 }
 
 // none, relu and clamp as the clamp that they are: a NaN and the sign of a zero stay.
+inline float low_of(const ActivationStep& step) {
+  if (step.kind == Activation::clamp) return step.low;
+  return step.kind == Activation::relu ? 0 : -std::numeric_limits<float>::infinity();
+}
+inline float high_of(const ActivationStep& step) {
+  return step.kind == Activation::clamp ? step.high : std::numeric_limits<float>::infinity();
+}
 struct Clamp {
   F32 low, high;
 
-  explicit Clamp(const ActivationStep& step) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    const bool clamp = step.kind == Activation::clamp;
-    low = F32::set1(clamp ? step.low : step.kind == Activation::relu ? 0 : -kInfinity);
-    high = F32::set1(clamp ? step.high : kInfinity);
-  }
+  explicit Clamp(const ActivationStep& step) : low(F32::set1(low_of(step))), high(F32::set1(high_of(step))) {}
   F32 operator()(F32 v) const { return min(high, max(low, v)); }
 };
 
