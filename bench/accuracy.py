@@ -100,16 +100,16 @@ def late(weight: float, count: int) -> Callable[[int], float]:
     return lambda step: weight * (1 - math.cos(math.pi * max(0, step - begin) / (count - begin))) / 2
 
 
-def dampened(made: nn.Module, count: int, _: nn.Module) -> qk.QuantLoss:
+def dampened(made: nn.Module, count: int, _: Study) -> qk.QuantLoss:
     return qk.QuantLoss(made, dampening=late(0.1, count))
 
 
-def consistent(made: nn.Module, count: int, _: nn.Module) -> qk.QuantLoss:
+def consistent(made: nn.Module, count: int, _: Study) -> qk.QuantLoss:
     return qk.QuantLoss(made, consistency=1.0)
 
 
-def distilled(made: nn.Module, count: int, teacher: nn.Module) -> qk.QuantLoss:
-    return qk.QuantLoss(made, distillation=qk.losses.Term(1.0, teacher=teacher, temperature=2.0))
+def distilled(made: nn.Module, count: int, study: Study) -> qk.QuantLoss:
+    return qk.QuantLoss(made, distillation=qk.losses.Term(1.0, teacher=study.full, temperature=2.0))
 
 
 def frozen_late(made: nn.Module, count: int) -> qk.OscillationTracker:

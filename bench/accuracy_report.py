@@ -11,6 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 Seeds = dict[int, float]
 Key = tuple[str, str, str]  # network, widths, method
 
+WAYS = ("PTQ", "PTQ, GPTQ", "PTQ, AdaRound", "QAT")
 FEW_BITS = ("W4A8", "W4A4", "W3A8", "W3A3", "W2A4", "W2A2")
 # Network, widths, and two methods: what is tried, and its plain counterpart.
 COMPARED = (
@@ -75,36 +76,37 @@ def signed(values: Seeds) -> str:
     if not values:
         return "–"
     low, high = min(values.values()), max(values.values())
-    return f"{mean(values):+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{mean(values):+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
 
 
 def widths_table(found: dict[Key, Seeds]) -> str:
-    """Accuracy by widths: without training in three ways, with training, and what is lost beside float."""
+    """Accuracy by widths: without training, with it, and what is then lost beside float."""
+    widths = [key[1] for key in found if key[0] == "cnn" and key[2] == "QAT" and "everywhere" not in key[1]]
+    ways = [way for way in WAYS if any(("cnn", width, way) in found for width in widths)]
     float_ = found["cnn", "float", "float"]
     lines = [
-        "| weights, inputs | PTQ | PTQ, GPTQ | PTQ, AdaRound | QAT | QAT − float |",
-        "|---|---|---|---|---|---|",
-        f"| float | {shown(float_)} | | | | |",
+        f"| weights, inputs | {' | '.join(ways)} | QAT − float |",
+        "|---" * (len(ways) + 2) + "|",
+        f"| float: {shown(float_)} |{' |' * (len(ways) + 1)}",
     ]
-    for net, widths, method in found:
-        if (net, method) != ("cnn", "QAT") or "everywhere" in widths:
-            continue
-        cells = [shown(found.get(("cnn", widths, way))) for way in ("PTQ", "PTQ, GPTQ", "PTQ, AdaRound", "QAT")]
-        lines.append(f"| {widths} | {' | '.join(cells)} | {mean(minus(found[net, widths, method], float_)):+.1f} |")
+    for width in widths:
+        cells = [shown(found.get(("cnn", width, way))) for way in ways]
+        lost = f"{mean(minus(found['cnn', width, 'QAT'], float_)):+.1f}".replace("-", "−")
+        lines.append(f"| {width} | {' | '.join(cells)} | {lost} |")
     return "\n".join(lines)
 
 
 def compared_table(found: dict[Key, Seeds]) -> str:
     """Each method beside its plain counterpart: means, and the differences of the seeds."""
     lines = [
-        "| method | network, widths | with it | without | gain (lowest to highest of the seeds) |",
-        "|---|---|---|---|---|",
+        "| method | network, widths | beside | with it | without | gain (lowest to highest of the seeds) |",
+        "|---|---|---|---|---|---|",
     ]
     for title, net, widths, method, plain in COMPARED:
         a, b = found.get((net, widths, method)), found.get((net, widths, plain))
         if a and b:
-            where = f"{net}, {widths}, {plain.partition(',')[0]}"
-            lines.append(f"| {title} | {where} | {mean(a):.1f} | {mean(b):.1f} | {signed(minus(a, b))} |")
+            gain = signed(minus(a, b))
+            lines.append(f"| {title} | {net}, {widths} | {plain} | {mean(a):.1f} | {mean(b):.1f} | {gain} |")
     return "\n".join(lines)
 
 

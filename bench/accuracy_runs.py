@@ -63,8 +63,7 @@ def config(weight: int, given: int, *, quantizer: str = "lsq", ends: bool = True
 class Qat:
     """How a run trains beside the loss of the task; each function gets the prepared model and the number of steps."""
 
-    penalty: Callable[[nn.Module, int, nn.Module], qk.QuantLoss] | None = None
-    """Also gets the float model that was trained for all steps."""
+    penalty: Callable[[nn.Module, int, Study], qk.QuantLoss] | None = None
     others: Sequence[Callable[[nn.Module, int], Any]] = ()
     """What is to ``step`` after the optimizer: a BitSchedule, an OscillationTracker."""
 
@@ -161,7 +160,7 @@ class Study:
     def trained(self, made: nn.Module, qat: Qat = PLAIN) -> float:
         """The accuracy of a prepared model after the second half of the steps."""
         count = len(self.second_half)
-        penalty = None if qat.penalty is None else qat.penalty(made, count, self.full)
+        penalty = None if qat.penalty is None else qat.penalty(made, count, self)
         others = [make(made, count) for make in qat.others]
         train(made, self.data, self.seed, self.second_half, self.rate, penalty, others)
         return accuracy(made, self.data)

@@ -102,10 +102,21 @@ def test_a_run_is_not_repeated(bench: Any, data: Data, monkeypatch: pytest.Monke
     assert [row["case"] for row in rows] == ["cnn, W8A8: PTQ; seed 0", "cnn, W8A8: PTQ; seed 1"]
 
 
+def test_the_pages_show_the_raw_results(bench: Any) -> None:
+    report = bench("accuracy_report")
+    found = report.accuracies(report.newest())
+    widths, compared = report.tables(found)
+    assert widths in (ROOT / "README.md").read_text(), "README.md is not what bench/accuracy_report.py prints"
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    assert widths in page
+    assert compared in page, "docs/accuracy.md is not what bench/accuracy_report.py prints"
+
+
 def test_means_spreads_and_differences(bench: Any) -> None:
     report = bench("accuracy_report")
     a, b = {0: 80.0, 1: 82.0}, {0: 79.0, 1: 78.0, 2: 1.0}
     assert report.shown(a) == "81.0 ± 1.0"
     assert report.signed(report.minus(a, b)) == "+2.50 (+1.00 to +4.00)"
     found = {("cnn", "float", "float"): a, ("cnn", "W4A8", "PTQ"): b, ("cnn", "W4A8", "QAT"): {0: 81.0, 1: 82.5}}
-    assert "| W4A8 | 52.7 ± 51.7 | – | – | 81.8 ± 0.8 | +0.8 |" in report.widths_table(found)
+    assert "| W4A8 | 52.7 ± 51.7 | 81.8 ± 0.8 | +0.8 |" in report.widths_table(found)
+    assert report.signed({0: -1.0}) == "−1.00 (−1.00 to −1.00)"
