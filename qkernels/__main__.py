@@ -15,7 +15,7 @@ def bench(arguments: list[str]) -> int:
     if not folder.is_dir():
         print("bench: the benchmarks are not part of the installed package; run this from a source checkout")
         return 2
-    if arguments[:1] in (["gemm"], ["model"]):
+    if arguments[:1] in (["gemm"], ["model"], ["accuracy"]):
         path = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
         gpu = arguments[0] == "gemm" and "--gpu" in arguments
         script = folder / ("gpu/gemm.py" if gpu else f"{arguments[0]}.py")
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     commands = {
         "info": "what runs on this machine and what is missing; one block for a bug report",
         "demo": "train, quantize and compare a small model; all options: demo --help",
-        "bench": "time the kernels against their peers; options go to pytest. Alone: bench gemm [--gpu], bench model",
+        "bench": "time kernels against their peers; options go to pytest. Alone: bench gemm [--gpu], model or accuracy",
         "selfcheck": "every kernel that can run here against the reference",
         "tune": "time the int8 GEMM's tiles on this machine's GPU and keep the fastest; options: tune --help",
         "advise": "whether a model needs quantization-aware training, and for which layers; options: advise --help",

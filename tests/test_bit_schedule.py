@@ -26,6 +26,7 @@ def test_widths_by_the_step() -> None:
     assert cycle[:20] == cycle[20:]
     assert cycle[:20] == [round(3 + 2.5 * (1 - math.cos(t / 20 * math.pi))) for t in range(20)]
     assert (cycle[0], cycle[19]) == (3, 8)
+    assert drawn(qk.schedules.cyclic(3, 8, period=20, steps=50), 60) == [*cycle, *cycle[:10], *[8] * 10]
     assert drawn(qk.schedules.progressive(8, 4, steps=10), 12) == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 4, 4]
     assert drawn(qk.schedules.progressive(2, 4, steps=3), 5) == [2, 3, 4, 4, 4]
     falling = drawn(qk.schedules.cosine(8, 2, steps=30), 40)
@@ -238,6 +239,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
         (lambda: qk.schedules.cyclic(8, 3, period=4), r"^low: got 8 with high=3; accepted: at most high"),
         (lambda: qk.schedules.cyclic(3, 9, period=4), r"^high: got 9; accepted: 2 to 8"),
         (lambda: qk.schedules.cyclic(3, 8, period=0), r"^period: got 0; accepted: a whole number of at least 1"),
+        (
+            lambda: qk.schedules.cyclic(3, 8, period=4, steps=0),
+            r"^steps: got 0; accepted: a whole number of at least 1",
+        ),
         (lambda: qk.schedules.cosine(8, 1, steps=3), r"^end: got 1; accepted: 2 to 8"),
         (lambda: qk.schedules.steps({5: 8}), r"^widths: got steps \[5\]; accepted: 0, and others above it"),
         (lambda: qk.schedules.steps({0: 8, 7: 12}), r"^the width from step 7 on: got 12"),

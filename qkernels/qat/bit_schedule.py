@@ -23,7 +23,7 @@ class BitSchedule:
     """Gives quantizers of a prepared model, and gradients of int8 training layers, the widths of each step.
 
     ```
-    schedule = qk.BitSchedule(prepared, {"*": qk.schedules.cyclic(3, 8, period=500), "head.*": 8})
+    schedule = qk.BitSchedule(prepared, {"*": qk.schedules.cyclic(3, 8, period=500, steps=5000), "head.*": 8})
     for x, target in batches:
         ...
         optimizer.step()

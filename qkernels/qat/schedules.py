@@ -30,24 +30,32 @@ class ByStep:
         return self.function(step, name)
 
 
-def cyclic(low: int, high: int, *, period: int) -> ByStep:
+def cyclic(low: int, high: int, *, period: int, steps: int | None = None) -> ByStep:
     """From low to high by half a cosine, and again from low (cyclic precision training, arXiv 2101.09868, equation 1).
 
-    The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout.
+    The authors take 3 to 8 bits and 32 periods for weights and activations, and 8 for gradients throughout. Give
+    ``steps``, the length of the training: behind its last step the model then has the width high, at which it is to
+    run; without it the next cycle would begin at low.
 
     Args:
         low, high: the ends of a cycle, 2 to 8.
         period: how many steps a cycle takes.
+        steps: from this step on the width is high; None: the cycles never end.
 
     Raises:
-        ValueError, TypeError: low, high or period is out of range or no int.
+        ValueError, TypeError: low, high, period or steps is out of range or no int.
     """
     _check_ends("low", low, "high", high)
     _check_count("period", period)
-    return ByStep(
-        lambda step, _: round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2),
-        _between(low, high),
-    )
+    if steps is not None:
+        _check_count("steps", steps)
+
+    def width(step: int, _: str) -> int:
+        if steps is not None and step >= steps:
+            return high
+        return round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2)
+
+    return ByStep(width, _between(low, high))
 
 
 def cosine(start: int, end: int, *, steps: int) -> ByStep:
