@@ -13,6 +13,7 @@ from conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORT = {  # what takes longer as it is
+    "character_models": ["--quick"],
     "fashion_mnist": ["--steps", "60", "--test-images", "1000"],
     "smartwatch_exercises": ["--quick"],
     "tabular_regression": ["--quick"],
@@ -49,6 +50,12 @@ def test_claims_hold(example: str, seed: int, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(f"{NEEDS[example]} is not installed")
     monkeypatch.setattr(sys, "argv", [example, "--seed", str(seed)])
     runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
+
+
+def test_the_gru_of_character_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["character_models.py", "--model", "gru", "--quick"])
+    runpy.run_path(str(ROOT / "examples" / "character_models.py"), run_name="__main__")
+    assert "gru: perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("example", sorted(NEEDS))
