@@ -245,17 +245,61 @@ def test_bf16_models_run_as_before() -> None:
         assert torch.equal(y, *own(low, x.to(torch.bfloat16)))
 
 
-def test_masks_are_the_own_forwards() -> None:
-    _, converted, x = case("encoder")
+@pytest.mark.parametrize("name", ["encoder", "encoder, norm first"])
+def test_masks(name: str) -> None:
+    """Programs run with masks of either kind, bool and float, and a causal one with its hint."""
+    prepared, converted, x = case(name)
     padding = torch.zeros(3, 11, dtype=torch.bool)
     padding[1, 8:] = True
+    hidden = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    causal = torch.zeros(11, 11).masked_fill(hidden, -torch.inf)
+    kept = copy.deepcopy(converted)
+    for module in kept.modules():
+        vars(module).pop("forward", None)
+    calls: list[dict[str, Any]] = [
+        {"src_key_padding_mask": padding},
+        {"mask": hidden},
+        {"mask": causal, "src_key_padding_mask": torch.zeros(3, 11).masked_fill(padding, -torch.inf)},
+        {"mask": causal, "is_causal": True},
+    ]
     with torch.no_grad():
-        got = converted(x, src_key_padding_mask=padding)
-        kept = copy.deepcopy(converted)
-        for module in kept.modules():
-            vars(module).pop("forward", None)
-        assert torch.equal(got, kept(x, src_key_padding_mask=padding))
-        assert not torch.allclose(got[1], converted(x)[1])
+        plain = converted(x)
+        for masks in calls:
+            got = converted(x, **masks)
+            assert_close(got, kept(x, **masks))
+            assert_close(got, prepared(x, **masks))
+            assert not torch.allclose(got[1], plain[1])
+            assert_ran(converted)
+    for part in fused_parts(converted).values():
+        assert len(part._built) == 4  # torch finds that the last two masks are causal
+        assert all(built is not None and len(built.parts) == 2 for built in part._built.values())
+
+
+def test_attention_layers_with_masks() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attn = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x, padding, weights=False):
+            y = self.norm(x)
+            y, found = self.attn(y, y, y, padding, need_weights=weights)
+            return self.head(x + y), found
+
+    padding = torch.zeros(3, 11, dtype=torch.bool)
+    padding[1, 8:] = True
+    prepared, converted = made(Model(), (sequences(), padding))
+    x = sequences()
+    with torch.no_grad():
+        for weights in (False, True):
+            got = tensors(converted(x, padding, weights))
+            for want in (own(converted, x, padding, weights), tensors(prepared(x, padding, weights))):
+                for a, b in zip(got, want, strict=True):
+                    assert_close(a, b)
+        assert_ran(converted)
+        with pytest.raises(RuntimeError, match="key_padding_mask: got shape"):
+            converted(x, padding[:, :5])
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -63,8 +63,8 @@ def prepared_and_converted(model: nn.Module, x: Any, config: QConfig | None = No
     ("kind", "reason"),
     [
         (DecidesByValues, "torch.fx cannot trace its forward (TraceError: symbolically traced variables cannot be"),
-        (TakesAny, "its forward takes arguments by *args, **kwargs or by name alone"),
-        (TakesAnyNames, "its forward takes arguments by *args, **kwargs or by name alone"),
+        (TakesAny, "its forward takes any number of arguments"),
+        (TakesAnyNames, "its forward takes any number of arguments"),
     ],
 )
 def test_a_model_that_cannot_be_traced(kind: type[nn.Module], reason: str) -> None:

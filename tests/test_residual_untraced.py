@@ -31,6 +31,10 @@ def without_gradient(block, a, b):
     return y + b
 
 
+def by_mode(block, a, b):
+    return a + b if torch.is_grad_enabled() else a + b * 2
+
+
 def counts(block, a, b):
     block.count = getattr(block, "count", 0) + 1
     return a + b
@@ -52,6 +56,7 @@ LEFT_ALONE = {
     branches: r"TypeError: float\(\)",
     asks: "asks for the type",
     without_gradient: "switches gradients",
+    by_mode: "asks whether gradients are wanted",
     counts: "sets attributes",
     draws: "random numbers",
     makes: "makes a tensor of nothing",

@@ -250,3 +250,15 @@ def test_weights_alone_come_back_without_a_calibration(tmp_path):
     qk.calibrate(prepared, [x])
     qk.save(prepared.eval(), path)
     assert_same(qk.load(path, mlp().eval()), prepared, x)
+
+
+def test_a_zero_point_that_a_width_rounded_comes_back_exactly(tmp_path):
+    path, x = tmp_path / "model.safetensors", rows()
+    prepared = qk.prepare(mlp(), QConfig(input=QSpec(8, symmetric=False, quantizer="minmax"))).eval()
+    qk.calibrate(prepared, [x])
+    before = prepared(x)
+    qk.set_bits(prepared, 3, "*input_fake_quant")
+    qk.save(prepared, path)
+    loaded = qk.load(path, mlp().eval())
+    qk.set_bits(loaded, 8, "*input_fake_quant")
+    torch.testing.assert_close(loaded(x), before)

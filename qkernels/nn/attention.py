@@ -63,12 +63,22 @@ class AttentionForward(nn.Module):
             RuntimeError: a tensor has another shape or kind.
         """
         self.check(query, key, value, key_padding_mask, attn_mask, is_causal)
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else _added(attn_mask, query.dtype)
-        padding = _added(key_padding_mask, query.dtype)
+        masks = self.masks(query.dtype, key_padding_mask, attn_mask, is_causal, need_weights)
         projections = self.projected(query, key, value)
-        y, weights = self.attended(*projections, mask, padding, causal, need_weights, average_attn_weights)
+        y, weights = self.attended(*projections, *masks, need_weights, average_attn_weights)
         return self.passed("output", self.out_proj(y)), weights
+
+    @staticmethod
+    def masks(
+        dtype: torch.dtype,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor | None, Tensor | None, bool]:
+        """``attended``'s mask, padding and causal, in the dtype of the scores."""
+        causal = is_causal and key_padding_mask is None and not need_weights
+        return None if causal else _added(attn_mask, dtype), _added(key_padding_mask, dtype), causal
 
     def attended(
         self,

@@ -187,12 +187,15 @@ class FakeQuantize(MovingScale):
         self._scale.copy_(scale)
         if not self.symmetric:
             exact = zero_point = whole(self.zero_point)  # type: ignore[arg-type]
-            if self._unrounded is not None and torch.equal(self._unrounded[0].to(exact.device), zero_point):
-                exact = self._unrounded[1].to(exact.device)  # so that few bits do not blur the range of many
+            before_rounding = self.exact_zero_point
+            if before_rounding is not None and torch.equal(
+                before_rounding.to(exact.device).round(), zero_point.float()
+            ):
+                exact = before_rounding.to(exact.device)  # so that few bits do not blur the range of many
             moved = self.quant_min + (exact - lowest) * (self.steps / before)
             if not zero_point.is_floating_point():
-                self._unrounded = moved.round().to(zero_point.dtype), moved
-                moved = self._unrounded[0]
+                self.exact_zero_point = moved
+                moved = moved.round().to(zero_point.dtype)
             write(self.zero_point, moved)  # type: ignore[arg-type]
 
     @torch.no_grad()

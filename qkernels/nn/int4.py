@@ -183,6 +183,11 @@ class Int4Linear(QuantizedInputLayer):
         self._hold(_private_of(packed))
         self._set_bias(bias)
 
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Gives the weight other scales of the same shape, rounded to ``scale_dtype``; its codes and the bias stay."""
+        self._hold(self._pack({**self._unpack(), "scale": scale.to(self.scale_dtype)}), in_place=True)
+
     def compute(self, input: Tensor) -> Tensor:
         out_dtype = self._out_dtype(input)
         if input.dtype == torch.float64:

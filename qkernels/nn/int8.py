@@ -115,6 +115,11 @@ class Int8Layer(QuantizedInputLayer):
             self.zero_point = spread(zero_point.to(torch.int8))
         self._set_bias(bias)
 
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Gives the weight other scales of the same shape; its codes and the bias stay."""
+        self.scale.copy_(scale)
+
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         scale, zero_point = self._scale_of("scale"), self.zero_point
         n, groups = scale.shape if scale.dim() == 2 else (scale.shape[0], 1)

@@ -25,14 +25,17 @@ def between(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_padding_mask: Tensor | None,
     need_weights: bool,
+    attn_mask: Tensor | None,
     average: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What the layer computes of the projections, in a graph that runs without gradients."""
-    layer.check(query, key, value, None, None, is_causal)  # they have the lengths of what they are projections of
-    causal = is_causal and not need_weights
-    return layer.attended(query, key, value, None, None, causal, need_weights, average, attend)
+    # The projections have the lengths of what they are made of.
+    layer.check(query, key, value, key_padding_mask, attn_mask, is_causal)
+    masks = layer.masks(query.dtype, key_padding_mask, attn_mask, is_causal, need_weights)
+    return layer.attended(query, key, value, *masks, need_weights, average, attend)
 
 
 class IntegerMultiheadAttention(AttentionForward):
@@ -85,18 +88,18 @@ class IntegerMultiheadAttention(AttentionForward):
         query: Proxy,
         key: Proxy,
         value: Proxy,
-        key_padding_mask: None = None,
+        key_padding_mask: Proxy | None = None,
         need_weights: bool = True,
-        attn_mask: None = None,
+        attn_mask: Proxy | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Any, Any]:
-        """``forward`` without masks in a graph: its layers, and what lies between them as one node, ``between``."""
+        """``forward`` in a graph: its layers, and what lies between them as one node, ``between``."""
         tracer: Any = query.tracer
         layer = tracer.create_proxy("get_attr", tracer.path_of_module(self), (), {})
         projections = self.projected(query, key, value)  # type: ignore[arg-type]
-        arguments = layer, *projections, need_weights, average_attn_weights, is_causal
-        both = tracer.create_proxy("call_function", between, arguments, {})
+        settings = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        both = tracer.create_proxy("call_function", between, (layer, *projections, *settings), {})
         y, weights = both[0], both[1]
         return self.passed("output", self.out_proj(y)), weights
 

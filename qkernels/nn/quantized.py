@@ -19,6 +19,7 @@ from ..ops.pickling import reduce_for_a_process
 from ..ops.quantize import choose_qparams
 from .fake_quantize import FakeQuantize
 from .granularity import PerToken
+from .log_gain import with_gain
 from .quantizer_state import apply_keeping_dtype
 from .tracing import call_as_leaf, root_as_leaf
 
@@ -55,7 +56,7 @@ class QuantizedLayer(nn.Module):
     weight_shape: tuple[int, ...]
     private_buffers: tuple[str, ...] = ()
     private_parameters: tuple[str, ...] = ()
-    kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point")  # private tensors keep theirs too
+    kept_dtypes = ("scale", "zero_point", "input_scale", "input_zero_point", "log_gain")  # private ones keep theirs too
     tied_to: tuple[QuantizedLayer, ...] = ()  # a layer of the same float weight, with which this one shares tensors
     weight_elsewhere = False  # whether the float model also holds the weight under an earlier name
 
@@ -116,7 +117,7 @@ class QuantizedLayer(nn.Module):
         self.output_fake_quant = quantizer
 
     def _output(self, y: Tensor) -> Tensor:
-        quantizer = self._modules.get("output_fake_quant")
+        y, quantizer = with_gain(y, self), self._modules.get("output_fake_quant")
         return y if quantizer is None else quantizer(y)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -229,7 +230,7 @@ class QuantizedLayer(nn.Module):
 
     def _unsaved(self) -> tuple[str, ...]:
         """Parameters that no state_dict holds."""
-        return "weight_dtype", *self.private_parameters
+        return tuple({"weight_dtype", "log_gain", *self.private_parameters} & self._parameters.keys())
 
     def _unpack_once(self) -> dict[str, Tensor]:
         """``_unpack`` and ``codes_form``; the last result again if it is still alive and nothing has changed."""

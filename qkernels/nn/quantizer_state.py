@@ -76,7 +76,7 @@ class QuantizerState(nn.Module):
         if not isinstance(self, _classes.get(quantizer, QuantizerState)):
             raise ValueError(f'quantizer: got "{quantizer}" in {type(self).__name__}; accepted: FakeQuantize itself')
         self.feature_dims = feature_dims
-        self._unrounded: tuple[Tensor, Tensor] | None = None  # an integer zero point and what set_bits rounded to it
+        self.exact_zero_point: Tensor | None = None  # what set_bits rounded to an integer zero point
         self.name = ""  # its name in the model, for errors
         self.last: LastResult | None = None  # where several layers get one tensor, which is then quantized once
         self._set_width(bits)
@@ -271,6 +271,8 @@ class QuantizerState(nn.Module):
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
+        if self.exact_zero_point is not None:
+            destination[prefix + "exact_zero_point"] = self.exact_zero_point
         if self.learns:
             destination[prefix + "scale"] = self.scale.detach()
             destination[prefix + "start"] = scale
@@ -291,7 +293,7 @@ class QuantizerState(nn.Module):
         rest = strict, missing_keys, unexpected_keys, error_msgs
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
-        magnitude = state.pop("magnitude", None)
+        magnitude, exact_zero_point = state.pop("magnitude", None), state.pop("exact_zero_point", None)
         if bits is not None and int(bits) != self.bits:
             error_msgs.append(
                 f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
@@ -303,6 +305,7 @@ class QuantizerState(nn.Module):
             super()._load_from_state_dict({prefix + key: t for key, t in state.items()}, prefix, local_metadata, *rest)
             self._quantizes = self.fake_quant_on.is_meta or bool(self.fake_quant_on)
             return
+        self.exact_zero_point = None if exact_zero_point is None else exact_zero_point.detach().clone()
         if scale is None:
             missing_keys.append(prefix + "scale")
         elif scale.shape != self._scale.shape:

@@ -21,13 +21,16 @@ from .oscillation import OscillationTracker
 from .prepare import prepare
 from .presets import presets
 from .quant_loss import QuantLoss
-from .report import Report, report
+from .recipe import Phase, Recipe
+from .report import report
+from .report_table import Report
 from .saving import load, save
+from .scale_tuning import ScaleTuning
 from .sensitivity import sensitivity
 from .sensitivity_table import Sensitivity, SensitivityRow
 from .smoothquant import smoothquant
 from .spec import QSpec
-from .training import enable_fake_quant, freeze_observers, parameter_groups, set_bits
+from .training import enable_fake_quant, freeze_observers, freeze_scales, parameter_groups, set_bits
 from .training_log import TrainingLog
 from .unprepare import unprepare
 
@@ -39,10 +42,13 @@ __all__ = [
     "Comparison",
     "Hybrid",
     "OscillationTracker",
+    "Phase",
     "QConfig",
     "QSpec",
     "QuantLoss",
+    "Recipe",
     "Report",
+    "ScaleTuning",
     "Sensitivity",
     "SensitivityRow",
     "TrainingLog",
@@ -60,6 +66,7 @@ __all__ = [
     "exact",
     "freeze_bn",
     "freeze_observers",
+    "freeze_scales",
     "gptq",
     "hybrid",
     "load",

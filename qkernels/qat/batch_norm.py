@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..nn.made_classes import made_again
 from .calibrate import check_max_batches, run_batches
 from .fold import BatchNorm, eval_mode
+from .where import Where, chosen
 
 
-def freeze_bn(model: nn.Module, frozen: bool = True) -> list[str]:
+def freeze_bn(model: nn.Module, frozen: bool = True, where: Where = "*") -> list[str]:
     """Keeps every BatchNorm in eval mode, in place: it normalizes by its running statistics, which stay as they are.
 
     ``model.train()`` does not change that, until ``freeze_bn(model, frozen=False)``. Gamma and beta go on learning;
@@ -29,18 +30,22 @@ def freeze_bn(model: nn.Module, frozen: bool = True) -> list[str]:
     Args:
         model: any model, prepared or not.
         frozen: False undoes it: the layers are then in the mode of ``model`` itself.
+        where: a glob, or a list of globs, on the names of BatchNorms; "*" also for a model without any.
 
     Returns:
         The names of the BatchNorms that changed.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or where no text or list of texts.
+        ValueError: where matches no BatchNorm.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    norms = batch_norms(model)
     changed = []
-    for name, norm in model.named_modules():
-        if not isinstance(norm, BatchNorm) or norm.running_mean is None or isinstance(norm, _Frozen) is frozen:
+    for name in norms if where == "*" else chosen(where, norms, "BatchNorms"):
+        norm = norms[name]
+        if isinstance(norm, _Frozen) is frozen:
             continue
         norm.__class__ = _frozen_class(type(norm)) if frozen else type(norm).__bases__[1]  # type: ignore[arg-type]
         norm.train(model.training)
@@ -86,7 +91,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], *, max_batches: int 
         TypeError: a batch has another form, or more elements than the model takes arguments.
     """
     check_max_batches(max_batches)
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+    norms = batch_norms(model)
     if not norms:
         raise ValueError("model: got one without a BatchNorm that keeps running statistics; accepted: one with some")
     before = {name: ([t.clone() for t in _statistics(norm)], norm.momentum) for name, norm in norms.items()}
@@ -112,6 +117,11 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], *, max_batches: int 
     missed = [name for name in norms if name not in reached]
     if missed:
         warnings.warn(f"qk.reestimate_bn: no batch reached {', '.join(missed)}; they stay as they were", stacklevel=2)
+
+
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Those that keep running statistics."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
 
 
 def _statistics(norm: nn.Module) -> list[Tensor]:

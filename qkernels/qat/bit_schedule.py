@@ -52,30 +52,10 @@ class BitSchedule:
     """
 
     def __init__(self, model: nn.Module, widths: Mapping[str, Width]) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        self._targets, self._widths = checked_widths(model, widths)
         self.model = unwrapped(model)
-        check_shapes(self.model)
-        self._quantizers, self._layers = _targets_of(self.model)
         self.steps = 0  # how often ``step`` was called
-        names = [*self._quantizers, *self._layers]
-        if not names:
-            raise ValueError("model: got one without quantizers or Int8TrainingLinear; accepted: one with some")
-        if not isinstance(widths, Mapping) or not widths:
-            raise TypeError(f"widths: got {widths!r}; accepted: a dict of globs on names and their widths")
-        self._widths: dict[str, Width] = {}
-        for glob, width in widths.items():
-            self._widths.update(dict.fromkeys(chosen(glob, names, "quantizers and gradients", "widths"), width))
-        for name, width in self._widths.items():
-            if isinstance(width, ByStep) or not callable(width):  # what a user's function returns is not known yet
-                for bits in width.every if isinstance(width, ByStep) else (width,):
-                    self._check(name, bits)
         self._apply(0)
-
-    def _check(self, name: str, bits: int) -> None:
-        check_bits(name, bits)
-        if name in self._quantizers:
-            check_widths({name: self._quantizers[name]}, {name: bits})
 
     @property
     def bits(self) -> dict[str, int]:
@@ -83,7 +63,8 @@ class BitSchedule:
         return {name: self._bits_of(name) for name in self._widths}
 
     def _bits_of(self, name: str) -> int:
-        return self._quantizers[name].bits if name in self._quantizers else self._layers[name].grad_bits
+        target = self._targets[name]
+        return target.bits if isinstance(target, FakeQuantize) else target.grad_bits
 
     def step(self) -> dict[str, int]:
         """Goes on by one step, after one of the optimizer's.
@@ -100,15 +81,18 @@ class BitSchedule:
         return changed
 
     def _apply(self, step: int) -> dict[str, int]:
-        wanted = {name: _at(width, step, name) for name, width in self._widths.items()}
+        wanted = {name: at_step(width, step, name) for name, width in self._widths.items()}
         changed = {name: bits for name, bits in wanted.items() if bits != self._bits_of(name)}
+        quantizers = {}
         for name, bits in changed.items():
-            self._check(name, bits)
-        quantizers = {name: self._quantizers[name] for name in changed if name in self._quantizers}
+            _check(self._targets, name, bits)
+            if isinstance(target := self._targets[name], FakeQuantize):
+                quantizers[target] = bits
         if quantizers:
-            change_widths(self.model, {quantizer: changed[name] for name, quantizer in quantizers.items()})
-        for name in changed.keys() - quantizers.keys():
-            self._layers[name].grad_bits = changed[name]
+            change_widths(self.model, quantizers)
+        for name, bits in changed.items():
+            if isinstance(target := self._targets[name], Int8TrainingLinear):
+                target.grad_bits = bits
         return changed
 
     def state_dict(self) -> dict[str, int]:
@@ -128,17 +112,42 @@ class BitSchedule:
         self.steps = steps
 
 
-def _targets_of(model: nn.Module) -> tuple[dict[str, FakeQuantize], dict[str, Int8TrainingLinear]]:
-    quantizers, layers = {}, {}
+Targets = dict[str, FakeQuantize | Int8TrainingLinear]
+
+
+def checked_widths(model: nn.Module, widths: Mapping[str, Width]) -> tuple[Targets, dict[str, Width]]:
+    """What a schedule of these widths changes, and the width of each name in it; it raises as ``BitSchedule``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+    model = unwrapped(model)
+    check_shapes(model)
+    targets: Targets = {}
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantize):
-            quantizers[name] = module
+            targets[name] = module
         elif isinstance(module, Int8TrainingLinear):
-            layers[f"{name}.{GRADIENT}".removeprefix(".")] = module
-    return quantizers, layers
+            targets[f"{name}.{GRADIENT}".removeprefix(".")] = module
+    if not targets:
+        raise ValueError("model: got one without quantizers or Int8TrainingLinear; accepted: one with some")
+    if not isinstance(widths, Mapping) or not widths:
+        raise TypeError(f"widths: got {widths!r}; accepted: a dict of globs on names and their widths")
+    found: dict[str, Width] = {}
+    for glob, width in widths.items():
+        found.update(dict.fromkeys(chosen(glob, targets, "quantizers and gradients", "widths"), width))
+    for name, width in found.items():
+        if isinstance(width, ByStep) or not callable(width):  # what a user's function returns is not known yet
+            for bits in width.every if isinstance(width, ByStep) else (width,):
+                _check(targets, name, bits)
+    return targets, found
 
 
-def _at(width: Width, step: int, name: str) -> int:
+def _check(targets: Targets, name: str, bits: int) -> None:
+    check_bits(name, bits)
+    if isinstance(target := targets[name], FakeQuantize):
+        check_widths({name: target}, {name: bits})
+
+
+def at_step(width: Width, step: int, name: str) -> int:
     bits = width(step, name) if isinstance(width, ByStep) else width(step) if callable(width) else width
     check_bits(f"{name}, at step {step}", bits)
     return bits

@@ -16,7 +16,7 @@ from ..nn.qat_layer import QATLayer
 from .calibrate import call, check_shapes, tensors_in, uncompiled, unwrapped
 from .copying import shadow_of, whole
 from .fold import BatchNorm, eval_mode, find_folds
-from .measures import sqnr
+from .measures import as_json, sqnr
 from .recorded import off_fused_paths
 from .repeated_batches import random_state_kept, seed
 
@@ -75,8 +75,11 @@ class Comparison:
 
         JSON has no number for what is not finite: "inf", "-inf" and "nan" stand for these.
         """
-        rows = [{key: _plain(value) for key, value in asdict(row).items()} for row in self.layers]
-        return {"layers": rows, "notes": self.notes, "first": None if self.first is None else self.first.name}
+        return {
+            "layers": as_json([asdict(row) for row in self.layers]),
+            "notes": self.notes,
+            "first": None if self.first is None else self.first.name,
+        }
 
     def to_json(self) -> str:
         """``to_dict`` as JSON; it raises nothing."""
@@ -261,7 +264,3 @@ def _mark(rows: list[ComparedLayer], bits: dict[str, int | None]) -> None:
         if row.sqnr is not None:
             row.departs = not row.sqnr >= min(5 * narrowest - 5, 30, lowest - DOUBLED)  # NaN departs
             lowest = min(lowest, row.sqnr) if not math.isnan(row.sqnr) else lowest
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,6 +26,7 @@ from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import TRACING
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
+from .call_patterns import Arguments, Pattern
 from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
 
@@ -36,6 +37,9 @@ NOTHING = "no two operations in a row that a program can run"
 
 class FusedForward:
     """The forward of a converted module, in as few calls of programs as its graph allows.
+
+    The graph is that of one kind of calls, first of those that leave all optional arguments out; calls of another kind,
+    such as those with a mask, are traced when they come.
 
     It stands in the module's ``forward`` attribute, so that the tree of modules, their names, hooks and state_dict stay
     as they are. The module's own forward runs instead where a program would not do the same: if a module is in training
@@ -52,11 +56,14 @@ class FusedForward:
         self.module = module
         self.reason: str | None = None
         self.refused: str | None = None
-        self._built: _Built | None = None
+        self._built: dict[Pattern, _Built | None] = {}
         self._state: _State | None = None
         self._cautious = False
-        parameters = inspect.signature(type(module).forward).parameters.values()
-        self._defaults = {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
+        self._arguments: Arguments | None = None
+        try:
+            self._arguments = Arguments(type(module))
+        except NotImplementedError as error:
+            self.reason = str(error)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -74,47 +81,73 @@ class FusedForward:
     def build(self) -> None:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
         with TRACING:
-            state, built, reason = _State(self.module), None, None
-            try:
-                built = _Built(self.module, self._cautious)
-            except Exception as error:  # a module's forward may raise anything when traced
-                first = next(iter(str(error).splitlines()), "")[:120]
-                named = isinstance(error, NotImplementedError)
-                reason = first if named else f"torch.fx cannot trace its forward ({type(error).__name__}: {first})"
-            self._built, self.reason = built, reason
-            self._state = state  # at last, as other threads look at it first
+            if self._arguments is None:
+                self._state = _State(self.module)
+            else:
+                self.reason = self._build(self._arguments.pattern_of((), {}), {}, _State(self.module))
+
+    def _build(self, pattern: Pattern, others: dict[Pattern, _Built | None], state: _State | None) -> str | None:
+        """Traces the module for one more kind of calls; why it has no programs for it."""
+        built, reason = None, None
+        try:
+            built = _Built(self.module, pattern, self._cautious)
+        except Exception as error:  # a module's forward may raise anything when traced
+            first = next(iter(str(error).splitlines()), "")[:120]
+            named = isinstance(error, NotImplementedError)
+            reason = first if named else f"torch.fx cannot trace its forward ({type(error).__name__}: {first})"
+        self._built = {**others, pattern: built}
+        self._state = state  # at last, as other threads look at it first
+        return reason
+
+    def _programs(self, pattern: Pattern) -> _Built | None:
+        """What there is for calls of a kind, which is made if it was not asked for since the module has changed."""
+        if not self._is_current():
+            with TRACING:
+                if not self._is_current():  # another thread may have built it meanwhile
+                    self.build()
+        if pattern not in self._built and not torch.compiler.is_compiling():
+            with TRACING:
+                reason = self._build(pattern, self._built, self._state) if pattern not in self._built else None
+                if reason not in (None, NOTHING):
+                    assert self._arguments is not None
+                    self.refused = f"{self._arguments.described(pattern)}: {reason}"
+                    self._fuse_children()
+        return self._built.get(pattern)
+
+    def _fuse_children(self) -> None:
+        """Lets the modules inside run programs of their own where this one's own forward calls them."""
+        for child in self.module.children():
+            if not fused_parts(child):
+                fuse(child)
 
     def _is_current(self) -> bool:
         return self._state is not None and self._state.holds()
 
     @property
     def plans(self) -> list[str]:
-        """The programs, in the language of ``ops/int8_program.py``."""
-        return [] if self._built is None else [part.plan for part in self._built.parts]
+        """The programs for calls without optional arguments, in the language of ``ops/int8_program.py``."""
+        built = next(iter(self._built.values()), None)
+        return [] if built is None else [part.plan for part in built.parts]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        if kwargs:  # torch's Transformer says by keyword that there are no masks
-            kwargs = {name: value for name, value in kwargs.items() if self._defaults.get(name, kwargs) is not value}
-        if kwargs or module.training or _is_watched():
+        bound = None if self._arguments is None else self._arguments.bound(args, kwargs)
+        if bound is None or module.training or _is_watched() or any(isinstance(x, fx.Proxy) for x in bound[1]):
             return self._own(*args, **kwargs)
-        if not self._is_current():
-            with TRACING:
-                if not self._is_current():  # another thread may have built it meanwhile
-                    self.build()
-        built, state = self._built, self._state
-        assert state is not None
-        if built is None or any(state.hooks) or state.trains or not built.takes(args):
-            return self._own(*args)
+        pattern, values = bound
+        built, state = self._programs(pattern), self._state
+        if built is None or state is None or any(state.hooks) or state.trains or not built.takes(values):
+            return self._own(*args, **kwargs)
         try:
             try:
-                return self._run(built, args)
+                return self._run(built, values, args, kwargs)
             except _Stale:
                 self.build()
-            return self._own(*args) if self._built is None else self._run(self._built, args)
+            again = self._programs(pattern)
+            return self._own(*args, **kwargs) if again is None else self._run(again, values, args, kwargs)
         except (_Stale, _Unfit) as error:
             self.refused = str(error)
-            result = self._own(*args)  # raises where the input is at fault
+            result = self._own(*args, **kwargs)  # raises where the input is at fault
             self._be_cautious()
             return result
 
@@ -126,18 +159,21 @@ class FusedForward:
             self._cautious = True
             self.build()
 
-    def _run(self, built: _Built, args: tuple[Any, ...]) -> Any:
-        if not self._wants_gradient(args) or torch.compiler.is_exporting():
-            return built.run(*args)
+    def _run(self, built: _Built, values: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._wants_gradient(values) or torch.compiler.is_exporting():
+            return built.run(*values)
         if torch.compiler.is_compiling() or built.overwritten:  # the backward pass would run on what was overwritten
-            return self._own(*args)
-        return _with_gradient(self._own, built, args, self.module)
+            return self._own(*args, **kwargs)
+        assert self._arguments is not None
+        return _with_gradient(self._own, built, values, self._arguments, self.module)
 
-    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+    def _wants_gradient(self, values: list[Any]) -> bool:
         assert self._state is not None
         if not torch.is_grad_enabled():
             return False
-        return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(args)) or self._state.wants_gradient()
+        return (
+            any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(values)) or self._state.wants_gradient()
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         return FusedForward(copy.deepcopy(self.module, memo))
@@ -225,17 +261,13 @@ class _Stale(Exception):
 class _Built:
     """The graph of a module with calls of programs in it."""
 
-    def __init__(self, module: nn.Module, cautious: bool) -> None:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
-            raise NotImplementedError("its forward takes arguments by *args, **kwargs or by name alone")
-        concrete = {p.name: p.default for p in parameters if p.default is not p.empty}
-        graph = Graph(module, concrete, cautious)
+    def __init__(self, module: nn.Module, pattern: Pattern, cautious: bool) -> None:
+        self.pattern = pattern
+        graph = Graph(module, pattern, cautious)
         self.parts = parts_of(graph)
         if not self.parts:
             raise NotImplementedError(NOTHING)
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        places = places[: len(parameters) - len(concrete)]
         read = {node for part in self.parts for node in part.inputs}
         ranks = [graph.ranks.get(node) for node in places]
         # For each argument the dims that a program wants of it: a number, 0 for any, or None if no program reads it.
@@ -246,23 +278,22 @@ class _Built:
         self.overwritten = [i for i, node in enumerate(places) if node in graph.copies.values()]
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
-    def takes(self, args: tuple[Any, ...]) -> bool:
-        return (
-            len(args) == len(self.dims)
-            and all(
-                dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(args, self.dims, strict=True)
-            )
-            and all(isinstance(args[i], Tensor) and _is_alone(args[i], args) for i in self.overwritten)
-        )
+    def takes(self, values: list[Any]) -> bool:
+        return all(
+            dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(values, self.dims, strict=True)
+        ) and all(isinstance(values[i], Tensor) and _is_alone(values[i], values) for i in self.overwritten)
 
 
-def _with_gradient(own: Callable[..., Any], built: _Built, args: tuple[Any, ...], module: nn.Module) -> Any:
+def _with_gradient(
+    own: Callable[..., Any], built: _Built, values: list[Any], arguments: Arguments, module: nn.Module
+) -> Any:
     wanted = [p for p in module.parameters() if p.requires_grad]
-    flat, spec = tree_flatten(args)
+    flat, spec = tree_flatten(values)
     structure: list[Any] = []
 
     def own_of(given: Any) -> Any:
-        return own(*tree_unflatten(list(given), spec))
+        args, kwargs = arguments.values(built.pattern, tree_unflatten(list(given), spec))
+        return own(*args, **kwargs)
 
     def run(given: Any) -> Any:
         return built.run(*tree_unflatten(list(given), spec))
@@ -317,9 +348,9 @@ class _Recomputed(Function):
         return (None, None, None, None, *gradients)
 
 
-def _is_alone(x: Tensor, args: tuple[Any, ...]) -> bool:
+def _is_alone(x: Tensor, values: list[Any]) -> bool:
     """Whether no other tensor among the arguments has its memory; a graph of torch.compile cannot ask."""
-    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
     if len(tensors) == 1 or torch.compiler.is_compiling():
         return len(tensors) == 1
     return sum(t.untyped_storage()._cdata == x.untyped_storage()._cdata for t in tensors) == 1

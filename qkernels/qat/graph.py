@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -19,11 +17,22 @@ from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
-from ..nn.tracing import Tracer
+from .call_patterns import Pattern
 from .copying import shadow_of
+from .faithful_tracing import (
+    IN_PLACE,
+    FaithfulTracer,
+    attributes_of,
+    is_number,
+    is_size,
+    traced_with_and_without_gradients,
+    transformer_layers_traced_through,
+)
+from .handwritten_norms import handwritten_norm
 from .norms import NORMS, function_norm, module_norm
 from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_operation
 
+SAME_SIZE = ("activate", "alias", "quantizer", "batch_norm", *NORMS)  # their results have the size of their input
 # Their results hold elements of their inputs.
 MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
 ANY_RANK = (
@@ -36,38 +45,8 @@ ANY_RANK = (
 )  # they also take [..., C] with any number of dims in front
 
 
-# What makes numbers of a tensor.
-SIZES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "item")
-IN_PLACE = {  # operators that overwrite a tensor, and those that make a number of a number
-    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
-    for name in (*("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-                 *("and", "or", "xor", "lshift", "rshift"))
-}  # fmt: skip
-
-
-class InPlaceProxy(fx.Proxy):
-    """Records ``x += y`` as what it does. fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was."""
-
-
-def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        function = IN_PLACE[in_place] if _is_number(self.node) else in_place
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _operator in IN_PLACE:
-    setattr(InPlaceProxy, f"__{_operator.__name__}__", _recorder(_operator))
-
-
-class LayerTracer(Tracer):
-    """Layers of this package are single nodes, and buffers are read when the graph runs, as parameters are."""
-
-    proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
+class LayerTracer(FaithfulTracer):
+    """Layers of this package are single nodes."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, QATParameters) and (m.between or type(m).float_type in POOL_MODULES):
@@ -81,9 +60,7 @@ class LayerTracer(Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if isinstance(m, IntegerMultiheadAttention):
-            given = inspect.signature(m.in_parts).bind(*args, **kwargs).arguments
-            if given.get("key_padding_mask") is None and given.get("attn_mask") is None:
-                return m.in_parts(**given)
+            return m.in_parts(*args, **kwargs)
         return super().record_call(m, forward, args, kwargs)
 
 
@@ -104,15 +81,16 @@ class Graph:
         copies: nodes at the end that overwrite arguments, and these.
     """
 
-    def __init__(self, root: nn.Module, concrete: dict[str, Any], cautious: bool) -> None:
+    def __init__(self, root: nn.Module, pattern: Pattern, cautious: bool) -> None:
         self.root, self._cautious = root, cautious
-        self.graph, self.constants = _traced(root, concrete)
+        self.graph, self.constants = _traced(root, pattern)
         self.copies = _copied_back(self.graph, without_writes(self.graph, root))
         self.operations: dict[fx.Node, Operation] = {}
         for node in self.graph.nodes:
             operation = self._operation(node)
             if operation is not None:
                 self.operations[node] = operation
+        self.keep(self._read())  # without the single operations of a norm
         self.ranks: dict[fx.Node, int | None] = {}
         self.channels: dict[fx.Node, int] = {}
         self.points: set[fx.Node] = set()
@@ -129,6 +107,15 @@ class Graph:
     def keep(self, nodes: Collection[fx.Node]) -> None:
         """Forgets the operations of all other nodes, which then read what they read in the graph."""
         self.operations = {node: operation for node, operation in self.operations.items() if node in nodes}
+        self.read = self._read()
+
+    def read_sizes_of_inputs(self) -> None:
+        """Lets what asks for the size of a result ask its input, where that has the same: nobody then needs floats."""
+        for node in reversed(self.graph.nodes):
+            if node in self.operations and self.operations[node].kind in SAME_SIZE:
+                for user in list(node.users):
+                    if is_size(user):
+                        user.replace_input_with(node, self.operations[node].inputs[0])
         self.read = self._read()
 
     def _read(self) -> set[fx.Node]:
@@ -168,7 +155,8 @@ class Graph:
             return module_norm(node, module) or module_operation(node, module)
         if node.op in ("call_function", "call_method"):
             read = FUNCTIONS.get(node.target)
-            return function_norm(node, self.root) if read is None else read(node)
+            norm = function_norm(node, self.root) or handwritten_norm(node, self.root)
+            return norm or (None if read is None else read(node))
         return None
 
     def _infer_ranks(self) -> None:
@@ -289,48 +277,33 @@ def channels_of(layer: Any) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
-def _traced(root: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph, dict[str, Any]]:
+def _traced(root: nn.Module, pattern: Pattern) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph of a module, and the constants in it. What the forward does while it is traced, it does to a copy.
 
     Raises:
         NotImplementedError: the forward does something that the graph would not do: it sets attributes, or draws
             random numbers that depend on no input.
     """
-    shadow = shadow_of(root)
-    modules = dict(shadow.named_modules())
-    before, drawn = attributes_of(modules), (torch.get_rng_state(), random.getstate())
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which a converted Transformer layer never takes, but looks for
-    try:
-        graph = LayerTracer().trace(shadow, concrete)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    after = attributes_of(modules)
-    for (path, name), value in after.items():
-        if before.get((path, name)) != value and not _is_constant(path, name):
-            raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
-    if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-        raise NotImplementedError("its forward draws random numbers")
-    return graph, {name: getattr(shadow, name) for path, name in after if _is_constant(path, name)}
+    constants: dict[str, Any] = {}
+
+    def trace() -> fx.Graph:
+        shadow = shadow_of(root)
+        modules = dict(shadow.named_modules())
+        before = attributes_of(modules)
+        graph = LayerTracer(pattern).trace(shadow)
+        for (path, name), value in attributes_of(modules).items():
+            if _is_constant(path, name):
+                constants[name] = getattr(shadow, name)
+            elif before.get((path, name)) != value:
+                raise NotImplementedError(f"its forward sets the attribute {f'{path}.{name}' if path else name}")
+        return graph
+
+    with transformer_layers_traced_through():
+        return traced_with_and_without_gradients(trace), constants
 
 
 def _is_constant(path: str, name: str) -> bool:
     return not path and name.startswith("_tensor_constant")  # the name that torch.fx gives them
-
-
-def attributes_of(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], tuple[int, list[int]]]:
-    """What the modules hold, and what the lists and dicts that they hold hold, by module and name, as identities."""
-    return {
-        (path, name): (id(value), list(map(id, _contents(value))))
-        for path, module in modules.items()
-        for name, value in vars(module).items()
-    }
-
-
-def _contents(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | set) else []
 
 
 def _parts(channels: int, options: dict[str, Any]) -> list[tuple[int, int]]:
@@ -426,21 +399,6 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     return False
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a node's result is a size, or another number, which nothing can overwrite."""
-    if not isinstance(value, fx.Node):
-        return True
-    if value.op == "call_method":
-        return value.target in SIZES
-    if value.op != "call_function":
-        return False
-    if value.target is getattr:
-        return value.args[1] in ("shape", "ndim")
-    if value.target is operator.getitem:
-        return _is_number(value.args[0])
-    return getattr(value.target, "__module__", "") == operator.add.__module__ and all(map(_is_number, value.args))
-
-
 def _is_asked_to_write(node: fx.Node) -> bool:
     if node.kwargs.get("inplace") is True:
         return True
@@ -463,7 +421,7 @@ def _is_view(node: fx.Node, root: nn.Module) -> bool:
         *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     )
-    if _is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
+    if is_number(node) or (node.target is getattr and node.args[1] in ("dtype", "device")):
         return False
     if node.op == "call_module":
         kinds = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)

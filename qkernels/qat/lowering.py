@@ -82,6 +82,7 @@ def parts_of(graph: Graph) -> list[Part]:
         groups.setdefault(find(node), []).append(node)
     kept = [nodes for nodes in groups.values() if _is_worth_it(graph, nodes)]
     graph.keep({node for nodes in kept for node in nodes})
+    graph.read_sizes_of_inputs()
     return [_part(graph, nodes) for nodes in kept]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -34,3 +35,12 @@ def clipped_share(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
             zero_point = None if zero_point is None else zero_point.repeat_interleave(repeat, dim)
     q = (x.detach().float() / scale).round() + (0 if zero_point is None else zero_point)
     return float(((q < quant_min) | (q > quant_max)).float().mean())
+
+
+def as_json(value: Any) -> Any:
+    """The value with "inf", "-inf" and "nan" for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .operations import Operation
-from .program_constants import Held
+from .program_constants import Held, held_by
 
 NORMS = ("layer_norm", "rms_norm")  # the steps of these nodes
 KINDS: dict[Any, str] = {
@@ -49,14 +49,14 @@ def function_norm(node: fx.Node, root: nn.Module) -> Operation | None:
     tensors = {}
     for name in ("weight", "bias"):
         if given[name] is not None:
-            held = _held(given[name], root)
+            held = held_by(given[name], root)
             if held is None:
                 return None
             tensors[name] = held
     shape = given["normalized_shape"]
     if isinstance(shape, fx.Node):  # weight.shape
         source = shape.args[0] if shape.target is getattr and shape.args[1] == "shape" else None
-        held = _held(source, root)
+        held = held_by(source, root)
         shape = () if held is None else tuple(held.tensors[held.name].shape)
     if len(shape) != 1 or not isinstance(shape[0], int) or not isinstance(given["eps"], float | int | None):
         return None
@@ -71,16 +71,3 @@ def _norm(kind: str, x: Any, channels: int, tensors: dict[str, Held], eps: float
         return None
     eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
     return Operation(kind, [x], {"channels": channels, "eps": eps, **tensors})
-
-
-def _held(value: Any, root: nn.Module) -> Held | None:
-    """What holds the tensor of a node that reads an attribute."""
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return None
-    path, _, name = str(value.target).rpartition(".")
-    try:
-        module = root.get_submodule(path)
-    except AttributeError:
-        return None
-    tensors = next((held for held in (module._parameters, module._buffers) if held.get(name) is not None), None)
-    return None if tensors is None else Held(tensors, name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from ..nn.fake_quantize import FakeQuantize
 
@@ -68,3 +68,16 @@ def value_of(constant: Held | Made) -> float | int:
     value = constant.quantizer.qparams()[constant.part]
     assert value is not None
     return value.item()
+
+
+def held_by(value: Any, root: nn.Module) -> Held | None:
+    """What holds the tensor of a node that reads an attribute of the graph's root, or of a module inside."""
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    path, _, name = str(value.target).rpartition(".")
+    try:
+        module = root.get_submodule(path)
+    except AttributeError:
+        return None
+    tensors = next((held for held in (module._parameters, module._buffers) if held.get(name) is not None), None)
+    return None if tensors is None else Held(tensors, name)

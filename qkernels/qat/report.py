@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,103 +32,12 @@ from .integer_convolution import times
 from .measures import clipped_share, sqnr
 from .prepare import UNTRACED
 from .recorded import Record, off_fused_paths, submodule
+from .report_table import LayerRow, Report
 from .selection import float_reason, no_integers, unsupported
+from .weight_histograms import WeightHistogram, of_converted, of_prepared
 from .weight_readers import WeightReaders, find_weight_readers
 
 CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, IntegerEmbedding)
-
-
-@dataclass
-class LayerRow:
-    """A layer with weights: quantized, or float because a rule, its kind or its module keeps it so.
-
-    Bits of None mean float. SQNR is in dB and clipped is a share of the elements; None: not known, or not comparable.
-    Bytes count the tensors that the layer adds to the model: a shared weight counts in the first row that holds it.
-    """
-
-    name: str
-    kind: str
-    weight_bits: int | None
-    input_bits: int | None
-    weight_sqnr: float | None = None
-    output_sqnr: float | None = None
-    weight_clipped: float | None = None
-    input_clipped: float | None = None
-    float_bytes: int = 0
-    quantized_bytes: int = 0
-
-
-@dataclass
-class Report:
-    """Rows per layer, totals for the model, and notes, such as why a layer or BatchNorm stays float.
-
-    quantized_bytes counts the tensors in the state_dict of the converted model, each storage once; a file of it takes
-    as much, plus its header. float_bytes counts the float model in the same way. Both totals include tensors that are
-    in no row: norms, and parameters and buffers of less than two dims.
-
-    Attributes:
-        layers: a row for each layer with weights.
-        float_bytes, quantized_bytes: bytes of the whole model; ``ratio`` is the first over the second.
-        notes: layer name -> why the layer is float, or another remark.
-        accuracy: the number that ``report`` got.
-    """
-
-    layers: list[LayerRow]
-    float_bytes: int
-    quantized_bytes: int
-    notes: dict[str, str]
-    accuracy: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        return self.float_bytes / max(self.quantized_bytes, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "ratio": self.ratio}
-
-    def __str__(self) -> str:
-        header = [
-            "layer",
-            "kind",
-            "W bits",
-            "A bits",
-            "W SQNR dB",
-            "out SQNR dB",
-            "W clipped",
-            "A clipped",
-            "kB",
-            "was kB",
-        ]
-        table = [header] + [
-            [
-                row.name or "(model)",
-                row.kind,
-                _cell(row.weight_bits, "d", "float"),
-                _cell(row.input_bits, "d", "float"),
-                _cell(row.weight_sqnr, ".1f"),
-                _cell(row.output_sqnr, ".1f"),
-                _cell(row.weight_clipped, ".2%"),
-                _cell(row.input_clipped, ".2%"),
-                f"{row.quantized_bytes / 1e3:.1f}",
-                f"{row.float_bytes / 1e3:.1f}",
-            ]
-            for row in self.layers
-        ]
-        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        lines.append(
-            f"model: {self.float_bytes / 1e3:.1f} kB in float, {self.quantized_bytes / 1e3:.1f} kB quantized, "
-            f"{self.ratio:.2f}x smaller" + ("" if self.accuracy is None else f", accuracy {self.accuracy:.2%}")
-        )
-        lines += [f"note: {name or '(model)'}: {reason}" for name, reason in self.notes.items()]
-        return "\n".join(lines)
 
 
 def report(
@@ -150,7 +57,8 @@ def report(
         accuracy: any number measured elsewhere, shown with the rest.
 
     Returns:
-        A ``Report``: ``print`` shows its table, ``to_dict`` gives a dict that can be written as JSON.
+        A ``Report``: ``print`` shows its table, ``html`` writes a page with plots, ``to_dict`` gives a dict that can be
+        written as JSON.
 
     Raises:
         ValueError: a model that is neither prepared nor converted.
@@ -169,18 +77,21 @@ def report(
     }
     readers, adapters = find_weight_readers(model), find_adapters(model)
     rows, notes = [], {}
+    histograms: dict[str, WeightHistogram] = {}
     # In training mode, to read a weight under spectral_norm would change it.
     with eval_mode(model), eval_mode(model if float_model is None else float_model):
         for name, layer in layers.items():
             row, note = _row(name, layer), _note(name, layer, readers, adapters)
             parts = _on_integers(layer)
-            if parts and float_model is not None:
-                weight = _float_weight(submodule(float_model, name))
-                if weight is not None:
-                    if name in folded:
-                        factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
-                        weight = times(layer, weight, factor.float())
-                    row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
+            weight = _float_weight(submodule(float_model, name)) if parts and float_model is not None else None
+            if weight is not None and float_model is not None:
+                if name in folded:
+                    factor, _ = factor_and_bias(float_model.get_submodule(folded[name]), None)
+                    weight = times(layer, weight, factor.float())
+                row.weight_sqnr = sqnr(weight.flatten(), torch.cat([part.dequantize().flatten() for part in parts]))
+            histogram = of_converted(parts, weight) if parts else of_prepared(layer)
+            if histogram is not None:
+                histograms[name] = histogram
             rows.append(row)
             if note:
                 notes[name] = note
@@ -212,7 +123,7 @@ def report(
     float_bytes = _weigh(source, rows, "float_bytes", _names_of_quantizers(source))
     if float_model is None:
         float_bytes += sum(_as_float(row, layers[row.name]) for row in rows)
-    return Report(rows, float_bytes, quantized_bytes, notes, accuracy)
+    return Report(rows, float_bytes, quantized_bytes, notes, accuracy, histograms)
 
 
 def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -459,7 +370,3 @@ def _run_example(
 def _eval(quantizer: FakeQuantize, x: Tensor) -> Tensor:
     with eval_mode(quantizer), torch.no_grad():
         return quantizer(x)
-
-
-def _cell(value: float | None, spec: str, missing: str = "–") -> str:
-    return missing if value is None else format(value, spec)

@@ -20,12 +20,13 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
+from .call_patterns import Arguments, Pattern
 from .copying import replace_modules, shadow_of
 from .forward_tensors import POOLS, Place, Tensors, name_of
 from .operations import POOL_MODULES
 from .sharing import graphs_of
 from .spec import QSpec
-from .traced_forward import Pattern, Trace, TracedForward, pattern_of, reason_of, shadow_of_own
+from .traced_forward import Trace, TracedForward, reason_of, shadow_of_own
 
 # Their results hold values of their input, and no others.
 MOVES = frozenset(
@@ -202,7 +203,7 @@ def _traces(
                 raise NotImplementedError("its forward was replaced on the instance")
             if parametrize.is_parametrized(module):
                 raise NotImplementedError("its parameters are computed by torch's parametrizations")
-            pattern = pattern_of(kind, args, kwargs)
+            pattern = Arguments(kind).pattern_of(args, kwargs)
             if (module, pattern) in seen:
                 continue
             seen.add((module, pattern))

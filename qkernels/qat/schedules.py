@@ -21,10 +21,14 @@ class ByStep:
     Args:
         function: (step, name) -> bits.
         every: all that it may return.
+        text: the call that makes it, its ``repr``.
     """
 
-    def __init__(self, function: Callable[[int, str], int], every: tuple[int, ...]) -> None:
-        self.function, self.every = function, every
+    def __init__(self, function: Callable[[int, str], int], every: tuple[int, ...], text: str) -> None:
+        self.function, self.every, self.text = function, every, text
+
+    def __repr__(self) -> str:
+        return f"schedules.{self.text}"
 
     def __call__(self, step: int, name: str = "") -> int:
         return self.function(step, name)
@@ -55,7 +59,8 @@ def cyclic(low: int, high: int, *, period: int, steps: int | None = None) -> ByS
             return high
         return round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2)
 
-    return ByStep(width, _between(low, high))
+    ends = "" if steps is None else f", steps={steps}"
+    return ByStep(width, _between(low, high), f"cyclic({low}, {high}, period={period}{ends})")
 
 
 def cosine(start: int, end: int, *, steps: int) -> ByStep:
@@ -73,6 +78,7 @@ def cosine(start: int, end: int, *, steps: int) -> ByStep:
     return ByStep(
         lambda step, _: round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2),
         _between(start, end),
+        f"cosine({start}, {end}, steps={steps})",
     )
 
 
@@ -89,7 +95,11 @@ def progressive(start: int, end: int, *, steps: int) -> ByStep:
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
     stages = range(start, end - 1, -1) if start > end else range(start, end + 1)
-    return ByStep(lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)], _between(start, end))
+    return ByStep(
+        lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)],
+        _between(start, end),
+        f"progressive({start}, {end}, steps={steps})",
+    )
 
 
 def steps(widths: Mapping[int, int]) -> ByStep:
@@ -109,7 +119,11 @@ def steps(widths: Mapping[int, int]) -> ByStep:
     if 0 not in widths or min(widths) < 0:
         raise ValueError(f"widths: got steps {sorted(widths)}; accepted: 0, and others above it")
     starts = dict(sorted(widths.items()))
-    return ByStep(lambda step, _: starts[max(at for at in starts if at <= step)], tuple(sorted(set(starts.values()))))
+    return ByStep(
+        lambda step, _: starts[max(at for at in starts if at <= step)],
+        tuple(sorted(set(starts.values()))),
+        f"steps({starts})",
+    )
 
 
 def random(low: int, high: int, *, seed: int = 0) -> ByStep:
@@ -126,7 +140,11 @@ def random(low: int, high: int, *, seed: int = 0) -> ByStep:
     """
     _check_ends("low", low, "high", high)
     every = _between(low, high)
-    return ByStep(lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every), every)
+    return ByStep(
+        lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every),
+        every,
+        f"random({low}, {high}, seed={seed})",
+    )
 
 
 def check_bits(name: str, bits: object) -> None:

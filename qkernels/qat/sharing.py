@@ -9,7 +9,6 @@ from typing import Any
 from torch import fx, nn
 
 from ..nn.tracing import Tracer
-from .copying import shadow_of
 
 
 class _LayerTracer(Tracer):
@@ -35,16 +34,16 @@ def find_inputs(model: nn.Module, names: Collection[str]) -> Inputs:
     """Where the first arguments of the named layers come from.
 
     torch.fx traces the model; where it cannot, it traces the children one by one. A layer that is called more than
-    once, or only in a part that cannot be traced, is in no group. What a forward does while it is traced, it does to a
-    copy of the modules.
+    once, or only in a part that cannot be traced, is in no group. The model becomes one in eval mode, and what a
+    forward does while it is traced, it does to the model: give a ``shadow_of`` it.
     """
-    shadow = shadow_of(model).eval()
-    layers = {shadow.get_submodule(name): name for name in names}
+    model.eval()
+    layers = {model.get_submodule(name): name for name in names}
     found = Inputs()
-    for module, graph in graphs_of(shadow, layers):
+    for module, graph in graphs_of(model, layers):
         sources = _sources(module, graph, layers)
         found.groups += [names for names in sources.values() if len(names) > 1]
-        if module is shadow:
+        if module is model:
             free = _free_of_weights(module, graph)
             found.given.update(name for node, names in sources.items() if node in free for name in names)
     return found

@@ -7,12 +7,9 @@ certain kinds of arguments; other ones are traced when they come.
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import itertools
 import linecache
-import random
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +22,13 @@ from torch.fx import Proxy
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
-from ..nn.tracing import TRACING, Tracer
+from ..nn.tracing import TRACING
+from .call_patterns import Arguments, Pattern
+from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
 from .fuse import switches
-from .graph import InPlaceProxy, attributes_of, without_writes
+from .graph import without_writes
 
-GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
-Pattern = tuple[str, ...]
-_FROZEN = (type(None), bool, str)  # arguments by which a forward decides
 _numbers = itertools.count()
 
 
@@ -50,7 +46,7 @@ class TracedForward:
         self.switches = traces[0].switches
         self.known = {place for trace in traces for place in trace.places()}
         self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
-        self.names, self.defaults, self.by_position = parameters_of(type(module))
+        self.arguments = Arguments(type(module))
         self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
 
     @classmethod
@@ -74,7 +70,7 @@ class TracedForward:
             self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
 
     def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self._bound(args, kwargs)
+        bound = self.arguments.bound(args, kwargs)
         if bound is None:  # the module's own forward says what is wrong
             return type(module).float_type.forward(module, *args, **kwargs)
         pattern, values = bound
@@ -90,33 +86,6 @@ class TracedForward:
                 self._made[key] = trace.function(self.roles)
             self._name_new_sums(trace)
         return self._made[key](module, *values)
-
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pattern, list[Any]] | None:
-        """The pattern of a call, and the arguments that are given by it; None: they are not those of the forward."""
-        names = self.names
-        if len(args) > self.by_position:
-            return None
-        if kwargs:
-            rest = names[len(args) :]
-            if any(name not in rest for name in kwargs):
-                return None
-        pattern, values = [], []
-        for i, name in enumerate(names):
-            if i < len(args):
-                value = args[i]
-            elif name in kwargs:
-                value = kwargs[name]
-            elif self.defaults[i] is inspect.Parameter.empty:
-                return None
-            else:
-                pattern.append(DEFAULT)
-                continue
-            if not isinstance(value, _FROZEN):
-                pattern.append(GIVEN)
-                values.append(value)
-            else:
-                pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
-        return tuple(pattern), values
 
     def _name_new_sums(self, trace: Trace) -> None:
         kinds = trace.tensors().places().items()
@@ -173,74 +142,16 @@ def reason_of(error: Exception) -> str:
     return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
 
 
-def parameters_of(kind: type[nn.Module]) -> tuple[list[str], list[Any], int]:
-    """The names and defaults of the arguments of a class's forward, and how many it takes by position.
-
-    Raises:
-        NotImplementedError: it takes any number.
-    """
-    _, *found = inspect.signature(kind.forward).parameters.values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
-        raise NotImplementedError("its forward takes any number of arguments")
-    return [p.name for p in found], [p.default for p in found], sum(p.kind is not p.KEYWORD_ONLY for p in found)
-
-
-def pattern_of(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
-    """The kinds of the arguments in a call."""
-    names, defaults, _ = parameters_of(kind)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    pattern = []
-    for name, default in zip(names, defaults, strict=True):
-        value = given.get(name, default)
-        if value is default:
-            pattern.append(GIVEN if default is inspect.Parameter.empty else DEFAULT)
-        else:
-            pattern.append(f"is {value!r}" if isinstance(value, _FROZEN) else GIVEN)
-    return tuple(pattern)
-
-
-class _Asked(InPlaceProxy):
-    """A stand-in for a tensor that refuses to say of what type it is, since it would say something else."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        frame = sys._getframe(1)
-        while (name := frame.f_globals.get("__name__", "")) in ("abc", "typing", "inspect", "functools"):
-            frame = frame.f_back  # type: ignore[assignment]
-        if name == "torch" or name.startswith(_OWN_CODE):
-            return _Asked
-        raise NotImplementedError("it asks for the type of what it is given")
-
-
-class _OwnTracer(Tracer):
-    """Traces a module's own forward. It refuses what the graph would not do as the forward does."""
-
-    proxy_buffer_attributes = True
+class _OwnTracer(FaithfulTracer):
+    """Traces a module's own forward, and notes where in the source each tensor is made."""
 
     def __init__(self, pattern: Pattern) -> None:
-        super().__init__()
-        self.pattern = pattern
+        super().__init__(pattern)
         self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self._counts: dict[str, int] = {}
-        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
-
-    def proxy(self, node: fx.Node) -> Proxy:
-        return _Asked(node, self)
-
-    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        kind = type(self.root)
-        names, defaults, by_position = parameters_of(kind)
-        values: list[Any] = []
-        for name, default, how in zip(names, defaults, self.pattern, strict=True):
-            if how == GIVEN:
-                values.append(self.create_proxy("placeholder", name, (), {}))
-            else:
-                values.append(default if how == DEFAULT else ast.literal_eval(how.removeprefix("is ")))
-        by_name = dict(zip(names[by_position:], values[by_position:], strict=True))
-        return functools.partial(kind.forward, **by_name), [self.root, *values[:by_position]]
 
     def record_call(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.calls.append((m, args, kwargs))
@@ -253,11 +164,8 @@ class _OwnTracer(Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
-        if kind != "output":
-            if _modes() != self._modes:
-                raise NotImplementedError("it switches gradients or autocast")
-            if kind not in ("placeholder", "get_attr"):
-                node.meta[PLACE], node.meta[OBSERVED] = self._place()
+        if kind not in ("output", "placeholder", "get_attr"):
+            node.meta[PLACE], node.meta[OBSERVED] = self._place()
         return node
 
     def _place(self) -> tuple[Place, bool]:
@@ -266,24 +174,17 @@ class _OwnTracer(Tracer):
         And whether a method of torch's FloatFunctional runs, which hands its results to a quantizer of its own.
         """
         frame, code, line, observed = sys._getframe(2), None, 0, False
-        while frame is not None and frame.f_code is not _OwnTracer.trace.__code__:
+        while frame is not None and frame.f_code is not FaithfulTracer.trace.__code__:
             name = frame.f_globals.get("__name__", "")
             if name == "torch.utils.checkpoint":
                 raise NotImplementedError("it uses activation checkpointing")
             observed = observed or name.startswith("torch.ao.nn.quantized.")
-            if code is None and not name.startswith(_OWN_CODE):
+            if code is None and not name.startswith(OWN_CODE):
                 code, line = frame.f_code, frame.f_lineno
             frame = frame.f_back  # type: ignore[assignment]
         place = "" if code is None else f"{getattr(code, 'co_qualname', code.co_name)}+{line - code.co_firstlineno}"
         count = self._counts[place] = self._counts.get(place, -1) + 1
         return f"{place}#{count}" if count else place, observed
-
-
-_OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")
-
-
-def _modes() -> tuple[Any, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))
 
 
 class Trace:
@@ -298,15 +199,18 @@ class Trace:
         self.pattern, self.switches = pattern, ["training", *switches(module)]
         self.state = state_of(module, self.switches)
         self._module, self._name = module, f"{type(module).__module__}.{type(module).__qualname__}"
-        tracer, near = _OwnTracer(pattern), {"": module, **dict(module.named_children())}
-        before, drawn = attributes_of(near), (torch.get_rng_state(), random.getstate())
-        self.graph = tracer.trace(module)
+        self.graph = traced_with_and_without_gradients(functools.partial(self._traced, module))
+        self._made: dict[tuple[tuple[Place, str], ...], Callable[..., Any]] = {}
+        without_writes(self.graph, module)
+
+    def _traced(self, module: nn.Module) -> fx.Graph:
+        tracer, near = _OwnTracer(self.pattern), {"": module, **dict(module.named_children())}
+        before = attributes_of(near)
+        graph = tracer.trace(module)
         if attributes_of(near) != before:
             raise NotImplementedError("it sets attributes")
-        if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
-            raise NotImplementedError("it draws random numbers")
         self.calls = tracer.calls
-        without_writes(self.graph, module)
+        return graph
 
     def tensors(self) -> Tensors:
         return find_tensors(self.graph, self._module)
@@ -317,12 +221,15 @@ class Trace:
 
     def function(self, roles: Mapping[Place, str]) -> Callable[..., Any]:
         """The forward with quantizers, a function of the module and the given arguments."""
-        added: list[fx.Node] = []
         made = self.places()
-        for place, role in roles.items():
-            node = made.get(place)
-            if node is None:
-                continue
+        here = tuple((place, role) for place, role in roles.items() if place in made)
+        if here not in self._made:
+            self._made[here] = self._compiled([(made[place], role) for place, role in here])
+        return self._made[here]
+
+    def _compiled(self, places: list[tuple[fx.Node, str]]) -> Callable[..., Any]:
+        added: list[fx.Node] = []
+        for node, role in places:
             with self.graph.inserting_after(node):
                 quantizer = self.graph.get_attr(role + SUFFIX)
             with self.graph.inserting_after(quantizer):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.learned_scale import keep_inside
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import check_shapes, quantizers_of
 from .fold import eval_mode
@@ -39,30 +40,67 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     ]
 
 
-def freeze_observers(model: nn.Module, frozen: bool = True) -> list[str]:
+def freeze_observers(model: nn.Module, frozen: bool = True, where: Where = "*") -> list[str]:
     """Stops everything that moves the ranges of a prepared model in training, in place.
 
     This stops the averages of "ema" quantizers, the ranges of followed weights, the growth of input ranges with a
     learned scale, and starts from a first batch. A followed weight keeps its present range, so the model computes the
-    same in eval mode. Learned scales go on learning; ``requires_grad_(False)`` on them stops that.
+    same in eval mode. Learned scales go on learning; ``freeze_scales`` stops that too.
 
     Args:
         model: from ``prepare``.
         frozen: False undoes it. A state_dict holds the switch.
+        where: as in ``set_bits``.
 
     Returns:
         The names of the quantizers that changed.
 
     Raises:
-        ValueError: the model has no quantizers, or lazy layers that have not run yet.
+        ValueError: the model has no quantizers, lazy layers that have not run yet, or none of the names that where
+            asks for.
+        TypeError: where is no text or list of texts.
     """
-    check_shapes(model)
-    quantizers = {name: q for name, q in quantizers_of(model).items() if q.observes == frozen}
+    quantizers = _chosen_quantizers(model, where)
+    changed = {name: quantizer for name, quantizer in quantizers.items() if quantizer.observes == frozen}
     if frozen:
-        _follow_weights(model, set(quantizers.values()))
-    for quantizer in quantizers.values():
+        _follow_weights(model, set(changed.values()))
+    for quantizer in changed.values():
         quantizer.enable_observer(not frozen)
-    return list(quantizers)
+    return list(changed)
+
+
+def freeze_scales(model: nn.Module, frozen: bool = True, where: Where = "*") -> list[str]:
+    """Fixes the grid of the quantizers of a prepared model, in place, while the weights train on.
+
+    This is ``freeze_observers``, and learned scales, zero points and levels get no gradient any more, so that an
+    optimizer that already has them leaves them alone. The usual end of a training at few bits: what the last steps
+    learn then fits the very grid that ``convert`` stores. With ``enable_fake_quant(model, False)`` as well the weights
+    train in float, and ``enable_fake_quant(model)`` rounds them to the frozen grid.
+
+    A "dynamic" quantizer has no scale that could be frozen: it goes on taking the range of the tensor at hand.
+
+    Args:
+        model: from ``prepare``.
+        frozen: False undoes it. A state_dict holds the observers' switches, and not which parameters get gradients.
+        where: as in ``set_bits``.
+
+    Returns:
+        The names of the quantizers that changed.
+
+    Raises:
+        ValueError, TypeError: as ``freeze_observers``.
+    """
+    quantizers = _chosen_quantizers(model, where)
+    changed = set(freeze_observers(model, frozen, where))
+    for name, quantizer in quantizers.items():
+        if quantizer.learns:  # the optimizer's last step may have moved it out
+            keep_inside(quantizer.zero_point, quantizer.quant_min, quantizer.quant_max)
+        for parameter in quantizer.parameters():
+            if parameter.requires_grad == frozen:
+                parameter.requires_grad_(not frozen)
+                parameter.grad = None  # with one that is left over an optimizer would go on moving it
+                changed.add(name)
+    return [name for name in quantizers if name in changed]
 
 
 @torch.no_grad()
@@ -127,14 +165,18 @@ def set_bits(model: nn.Module, bits: int, where: Where = "*") -> list[str]:
         ValueError: lazy layers that have not run yet, bits other than 2 to 8, a width that a quantizer does not take,
             or a glob that no quantizer's name matches. The model then stays as it was.
     """
+    quantizers = _chosen_quantizers(model, where)
+    check_type("bits", bits, int, "2 to 8")
+    check_widths(quantizers, dict.fromkeys(quantizers, bits))
+    changed = {name: quantizer for name, quantizer in quantizers.items() if quantizer.bits != bits}
+    change_widths(model, dict.fromkeys(changed.values(), bits))
+    return list(changed)
+
+
+def _chosen_quantizers(model: nn.Module, where: Where) -> dict[str, FakeQuantize]:
     check_shapes(model)
     quantizers = quantizers_of(model)
-    names = chosen(where, quantizers, "quantizers")
-    check_type("bits", bits, int, "2 to 8")
-    check_widths(quantizers, dict.fromkeys(names, bits))
-    changed = [name for name in names if quantizers[name].bits != bits]
-    change_widths(model, {quantizers[name]: bits for name in changed})
-    return changed
+    return {name: quantizers[name] for name in chosen(where, quantizers, "quantizers")}
 
 
 def check_widths(quantizers: Mapping[str, FakeQuantize], widths: Mapping[str, int]) -> None:

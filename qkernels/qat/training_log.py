@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class TrainingLog:
                 scales = scales_of(quantizer, weight)
                 if bool(scales[0].isfinite().all()):
                     self._flipped(quantizer, weight, scales)
-        self._to = _Csv(Path(to)) if isinstance(to, str | Path) else _Board(to)
+        self._to = _Csv(Path(to)) if isinstance(to, str | os.PathLike) else _Board(to)
         self.steps = self._to.steps  # how often ``step`` was called
 
     def step(self, inputs: Any = None, **losses: Any) -> None:
@@ -253,7 +254,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else format(value, ".6g")
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a CSV file of a ``TrainingLog``: step, name, and the numbers of the other columns or None.
 
     Raises:

@@ -20,7 +20,7 @@ from ..nn.qat_embedding import QATTable
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized_parameters import QATParameters
 from .calibrate import calibrate, quantizers_replaced, run_batches, tensors_in
-from .copying import copy_of
+from .copying import copy_of, shadow_of
 from .fold import eval_mode
 from .repeated_batches import seed
 from .sharing import find_inputs
@@ -121,7 +121,8 @@ class Trials:
             elif any(role.kind in KINDS for _, role, _ in layer.own_quantizers()):
                 unreached.append(name)
         samples = sum(max(_samples(batch), 1) for batch in self.batches)
-        return _joined(found, find_inputs(self.model, [group.names[0] for group in found]).groups), unreached, samples
+        inputs = find_inputs(shadow_of(self.model), [group.names[0] for group in found])
+        return _joined(found, inputs.groups), unreached, samples
 
     @contextlib.contextmanager
     def running(self, fn: Callable[[FakeQuantize, Tensor], Tensor] | None = None) -> Iterator[None]:

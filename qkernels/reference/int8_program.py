@@ -5,19 +5,29 @@ A value is a tensor [N, C, D, H, W], floats or codes (int64), with the number of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import conv_checks, layouts
+from ..checks import require
 from .activation import FUNCTIONS, gelu_tanh, sigmoid, tanh
 from .int8_gemm import static_qparams
 
 Step = dict[str, str]
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {  # of constants, as errors call them
+    "torch.float32": (torch.float32,),
+    "torch.int8": (torch.int8,),
+    "torch.int32": (torch.int32,),
+    "an integer dtype": INTEGERS,
+    "torch.float32 or an integer dtype": (torch.float32, *INTEGERS),
+}
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,13 @@ class Value:
         return self.data if self.quantizer is None else self.quantizer.values(self.data)
 
 
-def parse(plan: str) -> list[tuple[str, Step]]:
-    """The steps of a plan: each one's name, and its values by their keys."""
+def parse(plan: str) -> list[tuple[int, str, Step]]:
+    """The steps of a plan: each one's line and name, and its values by their keys."""
     steps = []
-    for line in plan.splitlines():
+    for number, line in enumerate(plan.splitlines(), 1):
         name, *pairs = line.split(" ")
-        if name not in STEPS:
-            raise RuntimeError(f"plan: got a step {name!r}; accepted: {', '.join(STEPS)}")
-        steps.append((name, dict(pair.split("=", 1) for pair in pairs)))
+        require(name in STEPS, f"plan: line {number}: got the step '{name}'; accepted: {', '.join(sorted(STEPS))}")
+        steps.append((number, name, dict(pair.split("=", 1) for pair in pairs)))
     return steps
 
 
@@ -61,9 +70,11 @@ def int8_program(
     inputs: Sequence[Tensor], constants: Sequence[Tensor], plan: str, shapes_only: bool = False
 ) -> list[Tensor]:
     """shapes_only: looks at no values, for tracing: tensors may then be fake."""
+    steps = parse(plan)
     conv_checks.int8_program(inputs)
     machine = Machine(inputs, constants, shapes_only)
-    for name, step in parse(plan):
+    for number, name, step in steps:
+        machine.where = f"plan: line {number} ({name})"
         STEPS[name](machine, step)
     return [machine.finished(output) for _, output in sorted(machine.outputs.items())]
 
@@ -76,6 +87,7 @@ class Machine:
         self.quantizers: dict[str, Quantizer] = {}
         self.values: dict[str, Value] = {}
         self.outputs: dict[int, Tensor] = {}
+        self.where = ""  # the line that runs, for errors
         self.broken = False  # a scale or a bias is not finite
         self.nan = torch.zeros(inputs[0].shape[0], dtype=torch.bool, device=inputs[0].device)  # images with a NaN
 
@@ -87,14 +99,33 @@ class Machine:
             output[nan] = torch.nan
         return output
 
-    def constant(self, step: Step, key: str) -> Tensor | None:
-        return self.constants[int(step[key])].detach() if key in step else None
+    def refuse(self, text: str) -> NoReturn:
+        raise RuntimeError(f"{self.where}: {text}")
 
-    def finite(self, step: Step, key: str) -> Tensor | None:
-        t = self.constant(step, key)
-        if not self.shapes_only:
-            self.broken |= t is not None and not bool(t.isfinite().all())
+    def constant(self, step: Step, key: str, count: int, what: str = "torch.float32") -> Tensor:
+        i = int(step[key])
+        if i >= len(self.constants):
+            self.refuse(f"{key}: got constant {i}; accepted: below {len(self.constants)}")
+        t, device = self.constants[i].detach(), self.inputs[0].device
+        if t.device != device:
+            raise RuntimeError(f"Tensor on device {t.device} is not on the expected device {device}!")
+        if t.dtype not in DTYPES[what] or t.numel() != count or not t.is_contiguous():
+            got = f"{'' if t.is_contiguous() else 'strided '}{t.dtype} of shape {list(t.shape)}"
+            self.refuse(f"{key}: got constant {i}, {got}; accepted: contiguous {what} with {count} elements")
         return t
+
+    def finite(self, step: Step, key: str, count: int) -> Tensor | None:
+        """Floats that a step may do without."""
+        if key not in step:
+            return None
+        t = self.constant(step, key, count)
+        if not self.shapes_only:
+            self.broken |= not bool(t.isfinite().all())
+        return t
+
+    def with_channels(self, x: Value, channels: int) -> None:
+        if x.data.shape[1] != channels:
+            self.refuse(f"x: got {x.data.shape[1]} channels; accepted: {channels}")
 
     def keep(self, step: Step, y: Tensor, rank: int) -> None:
         """Keeps a result as floats, as codes, or both."""
@@ -139,22 +170,22 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 def _quantizer(m: Machine, step: Step) -> None:
     low, high = int(step["low"]), int(step["high"])
-    scale = m.finite(step, "scale")
+    scale = m.finite(step, "scale", 1)
+    zero_point = m.constant(step, "zero_point", 1, "an integer dtype") if "zero_point" in step else None
     assert scale is not None
     if m.shapes_only:
         scale, zero_point = scale.reshape(()), torch.zeros((), dtype=torch.int64, device=scale.device)
     else:
-        scale, zero_point = static_qparams("input", scale, m.constant(step, "zero_point"), low, high)
+        scale, zero_point = static_qparams("input", scale, zero_point, low, high)
         m.broken |= not bool(scale.isfinite())
     m.quantizers[step["id"]] = Quantizer(scale, zero_point, low, high)
 
 
 def _equal(m: Machine, step: Step) -> None:
-    if not m.shapes_only and m.constants[int(step["a"])].item() != m.constants[int(step["b"])].item():
-        raise RuntimeError(
-            f"int8_program: constants {step['a']} and {step['b']} differ; accepted: equal ones, as the plan takes them "
-            "for one quantizer"
-        )
+    a, b = (m.constant(step, key, 1, "torch.float32 or an integer dtype") for key in ("a", "b"))
+    if not m.shapes_only and a.item() != b.item():
+        accepted = "equal ones, as the plan takes them for one quantizer"
+        m.refuse(f"constants {step['a']} and {step['b']} differ; accepted: {accepted}")
 
 
 def _input(m: Machine, step: Step) -> None:
@@ -187,7 +218,7 @@ def _finish_product(m: Machine, step: Step, acc: Tensor, x: Value) -> None:
     def by_channel(t: Tensor) -> Tensor:
         return t.float().reshape(-1, 1, 1, 1)
 
-    scale, bias = m.finite(step, "scale"), m.finite(step, "bias")
+    scale, bias = (m.finite(step, key, int(step["out_channels"])) for key in ("scale", "bias"))
     assert scale is not None
     y = acc.float() * by_channel(scale) * x.quantizer.scale
     if bias is not None:
@@ -200,11 +231,13 @@ def _finish_product(m: Machine, step: Step, acc: Tensor, x: Value) -> None:
 
 def _conv(m: Machine, step: Step) -> None:
     x, kernel, groups = m.values[step["x"]], _ints(step, "kernel"), int(step.get("groups", "1"))
-    data = m.constant(step, "data")
-    assert data is not None
     assert x.quantizer is not None
     n, c = int(step["out_channels"]), int(step["in"])
-    weight = layouts.conv_unpack(data, (n, c // groups, *kernel), groups)
+    m.with_channels(x, c)
+    shape = n, c // groups, *kernel
+    data = m.constant(step, "data", layouts.conv_bytes(shape, groups), "torch.int8")
+    m.constant(step, "colsum", n, "torch.int32")
+    weight = layouts.conv_unpack(data, shape, groups)
     before, after = _ints(step, "padding"), _ints(step, "padding_after", step.get("padding", "0,0,0"))
     sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
     # (q - zero_point) is zero in the padding, because the zero point is the code of an exact 0.
@@ -216,11 +249,12 @@ def _conv(m: Machine, step: Step) -> None:
 
 def _conv_transpose(m: Machine, step: Step) -> None:
     x, kernel, groups = m.values[step["x"]], _ints(step, "kernel"), int(step.get("groups", "1"))
-    data = m.constant(step, "data")
-    assert data is not None
     assert x.quantizer is not None
     stride, dilation = _ints(step, "stride"), _ints(step, "dilation")
     shape = int(step["in"]), int(step["out_channels"]) // groups, *kernel
+    m.with_channels(x, shape[0])
+    data = m.constant(step, "data", layouts.conv_transpose_bytes(shape, groups, stride, dilation), "torch.int8")
+    m.constant(step, "colsum", math.prod(stride) * int(step["out_channels"]), "torch.int32")
     weight = layouts.conv_transpose_unpack(data, shape, groups, stride, dilation).double()
     values = (x.data - x.quantizer.zero_point).double()
     padding = _ints(step, "padding"), _ints(step, "output_padding")
@@ -280,8 +314,7 @@ def _binary(m: Machine, step: Step) -> None:
 
 def _batch_norm(m: Machine, step: Step) -> None:
     x = m.values[step["x"]]
-    mean, var = m.finite(step, "mean"), m.finite(step, "var")
-    weight, bias = m.finite(step, "weight"), m.finite(step, "bias")
+    mean, var, weight, bias = (m.finite(step, key, x.data.shape[1]) for key in ("mean", "var", "weight", "bias"))
     assert mean is not None
     assert var is not None
     alpha = torch.rsqrt(var + float(step["eps"]))
@@ -307,9 +340,10 @@ def row_sum(x: Tensor) -> Tensor:
 
 def _norm(m: Machine, step: Step, centered: bool) -> None:
     source = m.values[step["x"]]
+    count = int(step["channels"])
+    m.with_channels(source, count)
     x = source.floats().movedim(1, -1)
-    weight, bias, count = m.finite(step, "weight"), m.finite(step, "bias"), x.shape[-1]
-    assert count == int(step["channels"])
+    weight, bias = m.finite(step, "weight", count), m.finite(step, "bias", count)
     if centered:
         x = x - (row_sum(x) / count).float()
     square = (row_sum(x * x) / count).float() + float(step["eps"])
