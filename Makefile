@@ -31,7 +31,7 @@ docs: $(VENV)/built $(VENV)/docs
 # What compiles runs side by side, each target's output in one piece; then the tests. pytest's closing line ends the output.
 test:
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target \
-	    lint portable cuda asan-build $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs
+	    lint portable cuda asan-build $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/examples
 	@$(MAKE) --no-print-directory asan
 	@$(MAKE) --no-print-directory pytest
 
@@ -45,7 +45,7 @@ POISON = GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 # be in each other's way; tests that need threads ask for them.
 PYTEST = OMP_NUM_THREADS=1 $(POISON) $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs cuda
+pytest: $(VENV)/built $(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/examples cuda
 	$(PYTEST) $(MARKS) --durations=10
 
 lint: $(VENV)/dev
@@ -126,7 +126,7 @@ $(VENV)/built: $(SOURCES) | $(VENV)/installed
 TRITON := 'triton==3.6.*'
 
 # The extras of pyproject.toml, each when a target first needs it, one after the other.
-$(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
+$(VENV)/dev $(VENV)/demo $(VENV)/docs $(VENV)/examples $(VENV)/bench: $(VENV)/%: pyproject.toml | $(VENV)/installed
 	flock $(VENV) $(PYTHON) -m pip install -q 'qkernels[$*]'
 	$(if $(filter dev,$*),$(PYTHON) -m pip install -q --no-deps $(TRITON))
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -11,12 +12,20 @@ import torch
 from conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SHORT = {"fashion_mnist": ["--steps", "60", "--test-images", "1000"]}  # what takes longer as it is
+SHORT = {  # what takes longer as it is
+    "character_models": ["--quick"],
+    "fashion_mnist": ["--steps", "60", "--test-images", "1000"],
+    "smartwatch_exercises": ["--quick"],
+    "tabular_regression": ["--quick"],
+}
+NEEDS = {"smartwatch_exercises": "seglearn", "tabular_regression": "sklearn"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 def test_runs(example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec(NEEDS.get(example.stem, "torch")) is None:
+        pytest.skip(f"{NEEDS[example.stem]} is not installed")
     monkeypatch.setattr(sys, "argv", [str(example), *SHORT.get(example.stem, [])])
     torch._dynamo.reset()
     runpy.run_path(str(example), run_name="__main__")
@@ -31,6 +40,31 @@ def test_fashion_mnist_falls_back_to_the_digits(
     monkeypatch.setitem(program["load"].__globals__, "FASHION_MNIST", tmp_path / "missing")
     assert program["load"]().name == "digits"
     assert "Fashion-MNIST is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("example", [name for name, arguments in SHORT.items() if arguments == ["--quick"]])
+@pytest.mark.parametrize("seed", range(3))
+def test_claims_hold(example: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec(NEEDS.get(example, "torch")) is None:
+        pytest.skip(f"{NEEDS[example]} is not installed")
+    monkeypatch.setattr(sys, "argv", [example, "--seed", str(seed)])
+    runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
+
+
+def test_the_gru_of_character_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["character_models.py", "--model", "gru", "--quick"])
+    runpy.run_path(str(ROOT / "examples" / "character_models.py"), run_name="__main__")
+    assert "gru: perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", sorted(NEEDS))
+def test_names_the_package_that_is_missing(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [example, "--quick"])
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"qkernels\[examples\]"):
+        runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
 
 
 def test_each_is_in_the_table() -> None:
