@@ -223,7 +223,7 @@ CASES = [
     Case("depthwise W8A8", fashion, depthwise_cnn, CLASSES, 8, W8A8),
     Case("depthwise with outlier channels W8A8, per tensor", fashion, depthwise_cnn, CLASSES, 8, PER_TENSOR,
          after=with_outliers),
-    Case("transformer W4A8", text, Language, TEXT, 4, W8A8),
+    Case("transformer W4A8", text, Language, TEXT, 4, W8A8, float_steps=400, qat_steps=200),
     Case("gru W2A8", partial(digits, rows=True), Recurrent, CLASSES, 2, W8A8),
     Case("regression W3A8", friedman, partial(perceptron, 10, 64, 64, 1), NUMBERS, 3, W8A8),
     Case("raw features W8A8", cancer, partial(normalized, 30, 32, 32, 2), CLASSES, 8, W8A8,
