@@ -171,7 +171,9 @@ def test_a_budget_decides() -> None:
 def test_the_config_of_the_user_stays() -> None:
     model, x = network(24, 48, 48, 6), torch.randn(256, 24)
     rules = [("0", None), ("[24]", {"weight": {"granularity": qk.PerTensor()}, "input": {"bits": 7}})]
+    rules.insert(0, (nn.Linear, {"input": None}))
     found = advised(model, x, config=QConfig(QSpec(3), rules=rules), bits=[8, 6], tolerance=0.2)
+    assert of_code(found, model, x) == found.chosen.score
     assert [each.verdict for each in found.widths] == ["ptq", "ptq"]
     prepared = qk.prepare(model, found.at(6).config)
     assert isinstance(prepared[0], nn.Linear)

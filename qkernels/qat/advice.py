@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from .config import QConfig
 from .sensitivity_table import Sensitivity
 
@@ -104,7 +106,15 @@ class Advice:
     def code(self) -> str:
         """Python that follows the advice, where ``model`` and ``batches`` are what ``advise`` got."""
         names = sorted({"QConfig", *re.findall(r"\b(QSpec|Per\w+)\(", repr(self.config))})
-        lines = ["import qkernels as qk", f"from qkernels import {', '.join(names)}", "", f"config = {self.config!r}"]
+        types = [pattern for pattern, _ in self.config.rules if isinstance(pattern, type)]
+        modules = {"torch" if getattr(nn, kind.__name__, None) is kind else kind.__module__ for kind in types}
+        lines = [
+            *(f"import {module}" for module in sorted(modules)),
+            "import qkernels as qk",
+            f"from qkernels import {', '.join(names)}",
+            "",
+            f"config = {self.config!r}",
+        ]
         lines += ["prepared = qk.prepare(model, config)", "qk.calibrate(prepared, batches)"]
         # Training starts from unrounded weights: it moves them, and rounded ones have fixed scales.
         for step in self.chosen.steps[1:] if self.verdict != QAT else ():

@@ -27,6 +27,7 @@ from .training import parameter_groups
 
 SHARE = 0.8  # of the summed sensitivity that the layers to train hold, as in ``hybrid``
 MILD = 10  # times the tolerance: the loss up to which it is enough to train some layers
+MOST = 0.25  # of the tensors may be widened, or two: where it takes more, it is the width that is too narrow
 STORED = (2, 3, 4, 8)  # widths of codes in files
 STEPS = 5  # of training, of which the median time is taken
 
@@ -54,8 +55,9 @@ def advise(
        ``calibrate``, or else after ``gptq`` and ``correct_bias`` too (ranges, then rounding, then biases: the order of
        arXiv 2106.08295).
     2. Else "more bits" if it is within the tolerance with the fewest of the most sensitive tensors widened, weights to
-       8 bits (from 8 bits: left in float), inputs left in float (arXiv 2004.09602 and AIMET's guidebook). The model has
-       to stay smaller than at the next wider of 2, 3, 4, 8 bits and float, or within the budget.
+       8 bits (from 8 bits: left in float), inputs left in float (arXiv 2004.09602 and AIMET's guidebook). These are at
+       most a quarter of the tensors, or two (a layer's weight and input); and the model has to stay smaller than at the
+       next wider of 2, 3, 4, 8 bits and float, or within the budget.
     3. Else "qat". From 4 bits on, with a loss of at most 10 tolerances and no depthwise convolution of at most 4 bits
        (arXiv 2203.11086: these oscillate), the layers to train are those that hold 80 % of the summed sensitivity, as
        ``hybrid`` finds them; otherwise all.
@@ -182,6 +184,8 @@ def _widened(work: PostTraining, plan: Plan, enough: float, fits: Callable[[Plan
     plans = [plan]
     by_score = sorted(plan, key=lambda key: -work.sensitivity_of(key, plan[key]))
     for key in by_score:
+        if len(plans) > max(MOST * len(plan), 2):
+            break
         bits = plan[key]
         more = WIDEST if key[1] == "weight" and bits in range(WIDEST) and WIDEST in work.rows[key].scores else FLOAT
         wider = {**plans[-1], key: more}
