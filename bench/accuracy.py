@@ -128,12 +128,12 @@ def scheduled(pattern: str, width: Callable[[int], Any]) -> Qat:
     return Qat(others=[lambda made, count: qk.BitSchedule(made, {pattern: width(count)})])
 
 
-def last_fifth(**switches: Any) -> Qat:
-    """A recipe that freezes the scales for the last fifth of the steps."""
+def last_fifth(*freeze: str, **switches: Any) -> Qat:
+    """A recipe whose last fifth of the steps is another phase."""
 
     def recipe(made: nn.Module, count: int) -> qk.Recipe:
         rest = count // 5
-        phases = [qk.Phase(steps=count - rest), qk.Phase(steps=rest, freeze="scales", **switches)]
+        phases = [qk.Phase(steps=count - rest), qk.Phase(steps=rest, freeze=freeze, **switches)]
         found = qk.Recipe(made, phases)
         found.start()
         return found
@@ -159,8 +159,8 @@ def final_tuning() -> Iterator[tuple[str, str, str, Run]]:
     """The three ways of docs/recipes.md."""
     for widths in ((2, 4), (3, 3), (4, 8), (8, 8)):
         name, how = label(*widths), config(*widths)
-        yield "cnn", name, "QAT, frozen grid", qat(how, last_fifth())
-        yield "cnn", name, "QAT, float tail", qat(how, last_fifth(fake_quant=False))
+        yield "cnn", name, "QAT, frozen grid", qat(how, last_fifth("scales"))
+        yield "cnn", name, "QAT, float tail", qat(how, last_fifth("scales", "batch_norm", fake_quant=False))
         yield "cnn", name, "QAT, 100 more steps", longer(how, tuned=False)
         yield "cnn", name, "QAT, 100 steps of its scales", longer(how, tuned=True)
 
