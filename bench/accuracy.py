@@ -128,6 +128,43 @@ def scheduled(pattern: str, width: Callable[[int], Any]) -> Qat:
     return Qat(others=[lambda made, count: qk.BitSchedule(made, {pattern: width(count)})])
 
 
+def last_fifth(*freeze: str, **switches: Any) -> Qat:
+    """A recipe whose last fifth of the steps is another phase."""
+
+    def recipe(made: nn.Module, count: int) -> qk.Recipe:
+        rest = count // 5
+        phases = [qk.Phase(steps=count - rest), qk.Phase(steps=rest, freeze=freeze, **switches)]
+        found = qk.Recipe(made, phases)
+        found.start()
+        return found
+
+    return Qat(others=[recipe])
+
+
+def longer(how: qk.QConfig, *, tuned: bool) -> Run:
+    """A short training behind QAT, of the prepared model or of the converted one's scales, biases and norms."""
+
+    def run(study: Study) -> Figures:
+        made = study.prepared(study.half, how)
+        before = study.trained(made)
+        if not tuned:
+            return {"accuracy": study.short(made), "before": before}
+        tuning = qk.ScaleTuning(qk.convert(made))
+        return {"accuracy": study.short(tuning.model, [tuning]), "before": before}
+
+    return run
+
+
+def final_tuning() -> Iterator[tuple[str, str, str, Run]]:
+    """The three ways of docs/recipes.md."""
+    for widths in ((2, 4), (3, 3), (4, 8), (8, 8)):
+        name, how = label(*widths), config(*widths)
+        yield "cnn", name, "QAT, frozen grid", qat(how, last_fifth("scales"))
+        yield "cnn", name, "QAT, float tail", qat(how, last_fifth("scales", "batch_norm", fake_quant=False))
+        yield "cnn", name, "QAT, 100 more steps", longer(how, tuned=False)
+        yield "cnn", name, "QAT, 100 steps of its scales", longer(how, tuned=True)
+
+
 def runs() -> Iterator[tuple[str, str, str, Run]]:
     """Network, widths, method and what to run, one of each for every seed; what answers most comes first."""
     yield "cnn", "float", "float", lambda study: {"accuracy": accuracy(study.full, study.data)}
@@ -187,6 +224,7 @@ def more_of_the_cnn() -> Iterator[tuple[str, str, str, Run]]:
     yield "cnn", "W2A2", "QAT, distillation", qat(config(2, 2), Qat(distilled))
     yield "cnn", "W3A8 everywhere", "hybrid", hybrid(short=False, all_layers=False)
     yield "cnn", "W3A3", "QAT, dampening", qat(config(3, 3), Qat(dampened))
+    yield from final_tuning()
 
 
 def case_of(net: str, widths: str, method: str, seed: int) -> str:

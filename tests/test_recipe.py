@@ -149,6 +149,8 @@ def test_a_recipe_that_has_run_goes_back_to_an_earlier_step() -> None:
         assert not model[3].weight_fake_quant.log_scale.requires_grad
     run(model, optimizer, recipe, batches[4:])
     assert_same(state_of(model), end)
+    recipe.load_state_dict({**state, "steps": 6})  # where the observers are frozen, and nothing else is
+    assert (own.observes, own.log_scale.requires_grad, norm.training) == (False, True, True)
 
 
 def test_compiled_code_goes_through_the_phases() -> None:
@@ -271,6 +273,7 @@ def test_models_and_states_that_do_not_fit_are_refused() -> None:
         ({}, r"^state: got \{\}; accepted: what state_dict\(\) returned"),
         ({"steps": 3}, r"^state: got no phases; accepted: the 6"),
         ({**state, "phases": state["phases"][1:]}, r"^state: got 5 phases; accepted: the 6"),
+        ({**state, "phases": [None] * 6}, r"^state: got one of another recipe, phases\[0\].steps: None; accepted: 2"),
         (longer, r"^state: got one of another recipe, phases\[2\].steps: 6; accepted: 3"),
         (wider, r"^state: .*phases\[2\].bits: \{'\*': 4\}; accepted: \{'\*': 5, '0.\*': 'schedules.steps"),
     ):

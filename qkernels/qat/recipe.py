@@ -58,10 +58,12 @@ class Phase:
 
     @property
     def frozen(self) -> tuple[str, ...]:
+        """``freeze`` as a tuple."""
         return (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
 
     @property
     def widths(self) -> Mapping[str, Width]:
+        """``bits`` as a dict of globs."""
         return {"*": self.bits} if isinstance(self.bits, int) else self.bits or {}
 
     @property
@@ -255,9 +257,11 @@ class Recipe:
         if self.tuning is None:
             enable_fake_quant(self.model, **(self.phase or Phase()).quantizes)
         wanted = {kind for phase in self.phases[: self._index + 1] for kind in phase.frozen}
-        for kind in FREEZES.keys() & self._frozen.keys() - wanted:
-            if names := self._frozen.pop(kind):
-                FREEZES[kind](self.model, False, names)
+        if self._frozen.keys() - wanted:  # back to an earlier phase; what others froze is not undone
+            for kind, names in self._frozen.items():
+                if names:
+                    FREEZES[kind](self.model, False, names)
+            self._frozen = {}
         for kind in FREEZES:
             if kind in wanted and kind not in self._frozen:
                 self._frozen[kind] = FREEZES[kind](self.model)
@@ -288,13 +292,14 @@ class Recipe:
         steps, given = steps_of(state), state.get("phases")
         own = self._described()
         if not isinstance(given, list) or len(given) != len(own):
-            got = f"{len(given)} phases" if isinstance(given, list) else "no phases"
-            raise ValueError(f"state: got {got}; accepted: the {len(own)} of this recipe")
+            count = f"{len(given)} phases" if isinstance(given, list) else "no phases"
+            raise ValueError(f"state: got {count}; accepted: the {len(own)} of this recipe")
         for i, (theirs, ours) in enumerate(zip(given, own, strict=True)):
             for key, value in ours.items():
-                if theirs.get(key) != value:
+                got = theirs.get(key) if isinstance(theirs, Mapping) else theirs
+                if got != value:
                     raise ValueError(
-                        f"state: got one of another recipe, phases[{i}].{key}: {theirs.get(key)!r}; accepted: {value!r}"
+                        f"state: got one of another recipe, phases[{i}].{key}: {got!r}; accepted: {value!r}"
                     )
         if self.tuning is not None:
             self.tuning.load_state_dict(state.get("tuning", {}))
