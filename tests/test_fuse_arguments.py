@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from written_transformers import Bert, BertBlock, Llama
 
 import qkernels as qk
-from qkernels.qat.fuse import FusedForward, fused_parts
+from qkernels.qat.fuse import KINDS, FusedForward, fused_parts
 
 
 def own_named(model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -141,6 +142,68 @@ def test_switches_numbers_and_names() -> None:
     assert len(counted(part)) == 6
 
 
+class Mode(str, enum.Enum):
+    PLAIN, TWICE = "plain", "twice"
+
+
+class Named(nn.Module):
+    def __init__(self, twice: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.last, self.twice = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), twice
+
+    def forward(self, x, name: Any = Mode.PLAIN):
+        x = self.first(x)
+        return self.last(x * 2 if self.twice(name) else x)
+
+
+@pytest.mark.parametrize("how", ["==", "in a set", "in a dict"])
+def test_texts_of_other_types(how: str) -> None:
+    """Members of an Enum are arguments like any other, which a forward cannot decide by while it is traced."""
+    torch.manual_seed(0)
+    ways: dict[str, Callable[[Any], Any]] = {
+        "==": lambda name: name == "twice",
+        "in a set": lambda name: name in {"twice", "more"},
+        "in a dict": lambda name: {"twice": True}.get(name),
+    }
+    x = torch.randn(4, 8)
+    _, converted = made(Named(ways[how]), (x,))
+    with torch.no_grad():
+        before = converted(x)
+        assert torch.equal(converted(x, Mode.PLAIN), before)
+        assert counted(fused_parts(converted)[""]) == [1]
+        for name in ("twice", Mode.TWICE, "twice"):
+            assert_close(converted(x, name), *own(converted, x, name))
+            assert not torch.equal(converted(x, name), before)
+    reason = "symbolically traced variables" if how == "==" else "it looks for what it is given in a dict or a set"
+    assert (
+        f"with name given: {'torch.fx cannot trace its forward (TraceError: ' if how == '==' else ''}{reason}"
+        in (qk.report(converted).notes[""])
+    )
+    assert list(fused_parts(converted)) == ["", "first", "last"]
+
+
+def test_more_kinds_of_calls_than_are_kept() -> None:
+    """The forward then runs as it is written, and the modules inside run programs."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    _, converted = made(Named(lambda name: str(name)[-1] in "02468"), (x,))
+    whole = fused_parts(converted)[""]
+    with torch.no_grad():
+        for i in range(3 * KINDS):
+            y = converted(x, f"a user's {i}")
+            assert_close(y, *own(converted, x, f"a user's {i}"))
+            assert (len(fused_parts(converted)) == 1) == (i < KINDS - 1)
+        *kinds, more = counted(whole)
+        assert (len(kinds), min(kinds), more) == (KINDS, 1, 0)
+        assert "more than 16 kinds of calls" in qk.report(converted).notes[""]
+        parts = dict(fused_parts(converted))
+        assert list(parts) == ["", "first", "last"]
+        converted(x, "another")
+        assert dict(fused_parts(converted)) == parts
+        assert_close(converted(x, "a user's 2"), *own(converted, x, "a user's 2"))
+
+
 def test_wrong_arguments_are_the_own_forwards_errors() -> None:
     _, converted = made(Switched(), (torch.randn(4, 8),))
     x = torch.randn(4, 8)
@@ -218,6 +281,7 @@ KEEPS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Any], Callable[[A
     "add inside": (lambda c, y: c[0].add(y), lambda: [set()], lambda c: next(iter(c[0])), "add of an argument"),
     "put": (lambda cache, y: cache.put(y), Store, last, "put of an argument"),
     "put, its result read": (lambda cache, y: y + cache.put(y), Store, last, ""),
+    "its result read": (lambda cache, y: y + cache.setdefault("k", y), dict, lambda cache: cache["k"], "setdefault of"),
     "a callback": (lambda cache, y: cache(y), Store, last, "calls an argument"),
     "an attribute": (set_last, Store, last, "sets the attribute last"),
     "setattr": (lambda cache, y: setattr(cache, "last", y), Store, last, "sets the attribute last"),

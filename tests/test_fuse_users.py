@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_fuse import made
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import qkernels as qk
@@ -301,3 +302,34 @@ def test_gradients_of_tensors_in_a_dict() -> None:
         gradients.append(x.grad)
     assert torch.equal(gradients[0], gradients[2])
     assert torch.equal(gradients[1], gradients[2])
+
+
+@pytest.mark.parametrize("fake", ["input", "model"])
+def test_fake_tensors(fake: str) -> None:
+    """A quantizer beside the layers, whose numbers nobody can read then; programs with real ones are as before."""
+    torch.manual_seed(0)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b((self.a(x) + x).relu())
+
+    x = torch.randn(4, 8)
+    _, converted = made(Sum(), (x,), qk.QConfig(residual=qk.QSpec(8)))
+    (part,) = fused_parts(converted).values()
+    with torch.no_grad():
+        before, mode = converted(x), FakeTensorMode(allow_non_fake_inputs=True)
+        if fake == "input":
+            with mode:
+                y = converted(mode.from_tensor(x))
+        else:
+            own = converted.add_fake_quant.named_parameters()
+            tensors = {f"add_fake_quant.{name}": mode.from_tensor(t) for name, t in own}
+            assert tensors
+            y = torch.func.functional_call(converted, tensors, (mode.from_tensor(x),))
+        assert (type(y), y.shape) == (FakeTensor, before.shape)
+        assert (part.refused, part._cautious) == (None, False)
+        assert torch.equal(converted(x), before)

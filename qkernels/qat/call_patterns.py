@@ -10,7 +10,7 @@ from torch import nn
 
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
 Pattern = tuple[str, ...]
-_FROZEN = (type(None), bool, str)  # arguments by which a forward decides
+_FROZEN = (type(None), bool, str)  # types of arguments by which a forward decides; those derived have other values
 
 
 class Arguments:
@@ -48,11 +48,9 @@ class Arguments:
             else:
                 pattern.append(DEFAULT)
                 continue
-            if not isinstance(value, _FROZEN):
-                pattern.append(GIVEN)
+            pattern.append(_how(value, self.defaults[i]))
+            if pattern[-1] == GIVEN:
                 values.append(value)
-            else:
-                pattern.append(DEFAULT if value is self.defaults[i] else f"is {value!r}")
         return tuple(pattern), values
 
     def pattern_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
@@ -61,10 +59,7 @@ class Arguments:
         pattern = []
         for name, default in zip(self.names, self.defaults, strict=True):
             value = given.get(name, default)
-            if value is default:
-                pattern.append(GIVEN if default is inspect.Parameter.empty else DEFAULT)
-            else:
-                pattern.append(f"is {value!r}" if isinstance(value, _FROZEN) else GIVEN)
+            pattern.append(GIVEN if value is inspect.Parameter.empty else _how(value, default))
         return tuple(pattern)
 
     def described(self, pattern: Pattern) -> str:
@@ -83,3 +78,10 @@ class Arguments:
                 values.append(default if how == DEFAULT else ast.literal_eval(how.removeprefix("is ")))
         count = self.by_position
         return values[:count], dict(zip(self.names[count:], values[count:], strict=True))
+
+
+def _how(value: Any, default: Any) -> str:
+    """What a trace knows of an argument with this value."""
+    if value is default:
+        return DEFAULT
+    return f"is {value!r}" if type(value) in _FROZEN else GIVEN

@@ -62,6 +62,11 @@ class StandIn(fx.Proxy):
             raise self.tracer.refusal(f"it sets the attribute {name} of what it is given")
         super().__setattr__(name, value)
 
+    def __hash__(self) -> int:
+        if not _is_own(sys._getframe(1)):
+            raise self.tracer.refusal("it looks for what it is given in a dict or a set")
+        return super().__hash__()
+
 
 class _Attribute(StandIn, fx.proxy.Attribute):
     """Stands for an attribute of what a stand-in stands for, or for its method if it is called."""

@@ -33,6 +33,8 @@ from .lowering import Part, parts_of
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
 _OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
+KINDS = 16  # of calls that a module is traced for
+_MORE: Pattern = ("more",)  # stands for all further ones
 
 
 class FusedForward:
@@ -90,6 +92,8 @@ class FusedForward:
         """Traces the module for one more kind of calls; why it has no programs for it."""
         built, reason = None, None
         try:
+            if pattern == _MORE:
+                raise NotImplementedError(f"more than {KINDS} kinds of calls, each value of a text being one")
             built = _Built(self.module, pattern, self._cautious)
         except Exception as error:  # a module's forward may raise anything when traced
             first = next(iter(str(error).splitlines()), "")[:120]
@@ -105,12 +109,15 @@ class FusedForward:
             with TRACING:
                 if not self._is_current():  # another thread may have built it meanwhile
                     self.build()
+        if pattern not in self._built and len(self._built) >= KINDS:
+            pattern = _MORE
         if pattern not in self._built and not torch.compiler.is_compiling():
             with TRACING:
                 reason = self._build(pattern, self._built, self._state) if pattern not in self._built else None
                 if reason not in (None, NOTHING):
                     assert self._arguments is not None
-                    self.refused = f"{self._arguments.described(pattern)}: {reason}"
+                    kind = "" if pattern == _MORE else f"{self._arguments.described(pattern)}: "
+                    self.refused = f"{kind}{reason}"
                     self._fuse_children()
         return self._built.get(pattern)
 
@@ -281,14 +288,10 @@ class _Built:
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
     def takes(self, values: list[Any]) -> bool:
-        return (
-            all(
-                dims is None or (_is_plain(x) and dims in (0, x.dim()))
-                for x, dims in zip(values, self.dims, strict=True)
-            )
-            and all(isinstance(values[i], Tensor) for i in self.tensors)
-            and all(_is_alone(values[i], values) for i in self.overwritten)
-        )
+        pairs = zip(values, self.dims, strict=True)
+        fits = all(dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in pairs)
+        tensors = all(isinstance(values[i], Tensor) for i in self.tensors)
+        return fits and tensors and all(_is_alone(values[i], values) for i in self.overwritten)
 
 
 def _with_gradient(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..nn.fake_quantize import FakeQuantize
 
@@ -45,10 +46,10 @@ class Qparams:
 
     def now(self) -> tuple[Tensor, Tensor | None]:
         """Scale (fp32) and zero point."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # such as FakeTensorMode
             return self._made()
         held = self._quantizer.held_qparams()
-        if any(t.numel() != 1 for t in held):
+        if any(t.numel() != 1 or isinstance(t, FakeTensor) for t in held):
             return self._made()
         numbers, known = [t.item() for t in held], self._known  # another thread may replace it meanwhile
         if known is None or known[0] != numbers:
