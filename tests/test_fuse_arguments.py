@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,6 +178,118 @@ def test_a_kind_of_calls_that_cannot_be_traced_is_named() -> None:
         assert converted(x, mask).shape == got.shape
         assert dict(fused_parts(converted)) == before  # nothing is made anew
         assert counted(whole) == [4, 0]
+
+
+class Store:
+    """What a forward may get besides tensors."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+
+    def put(self, y: Any) -> Any:  # tensors have a method of this name
+        self.last = y
+        return y * 2
+
+    __call__ = put
+
+
+def set_last(cache: Any, y: Any) -> None:
+    cache.last = y
+
+
+def set_item(cache: Any, y: Any) -> None:
+    cache["k"] = y
+
+
+def set_last_of_one_inside(cache: Any, y: Any) -> None:
+    cache[0].last = y
+
+
+def last(cache: Any) -> Any:
+    return cache.last
+
+
+# What a forward does with what it gets and a tensor; what it gets; the tensor in it; and why no program runs.
+KEEPS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Any], Callable[[Any], Any], str]] = {
+    "append": (lambda cache, y: cache.append(y), list, lambda cache: cache[0], "append of an argument"),
+    "update": (lambda cache, y: cache.update(k=y), dict, lambda cache: cache["k"], "update of an argument"),
+    "an item": (set_item, dict, lambda cache: cache["k"], "does not support item assignment"),
+    "add": (lambda cache, y: cache.add(y), set, lambda cache: next(iter(cache)), "add of an argument"),
+    "add inside": (lambda c, y: c[0].add(y), lambda: [set()], lambda c: next(iter(c[0])), "add of an argument"),
+    "put": (lambda cache, y: cache.put(y), Store, last, "put of an argument"),
+    "put, its result read": (lambda cache, y: y + cache.put(y), Store, last, ""),
+    "a callback": (lambda cache, y: cache(y), Store, last, "calls an argument"),
+    "an attribute": (set_last, Store, last, "sets the attribute last"),
+    "setattr": (lambda cache, y: setattr(cache, "last", y), Store, last, "sets the attribute last"),
+    "an attribute inside": (set_last_of_one_inside, lambda: [Store()], lambda c: c[0].last, "sets the attribute last"),
+}
+
+
+class Keeps(nn.Module):
+    """Hands what lies between its layers to what it gets besides."""
+
+    def __init__(self, keep: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.last, self.keep = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), keep
+
+    def forward(self, x, cache=None):
+        y = self.first(x).relu()
+        if cache is not None:
+            kept = self.keep(cache, y)
+            y = y if kept is None else y + 1
+        return self.last(y)
+
+
+class KeepsAlways(Keeps):
+    def forward(self, x, cache):
+        return super().forward(x, cache)
+
+
+@pytest.mark.parametrize("kind", [Keeps, KeepsAlways])
+@pytest.mark.parametrize("how", KEEPS)
+def test_what_a_forward_does_to_other_arguments(how: str, kind: type[Keeps]) -> None:
+    """It does it to lists, dicts, sets, objects and functions as ever."""
+    torch.manual_seed(0)
+    keep, empty, kept, reason = KEEPS[how]
+    x = torch.randn(4, 8)
+    _, converted = made(kind(keep), (x,) if kind is Keeps else (x, empty()))
+    with torch.no_grad():
+        for _ in range(2):
+            cache, other = empty(), empty()
+            y, (want,) = converted(x, cache), own(converted, x, other)
+            assert torch.equal(kept(cache), kept(other))
+            assert torch.equal(y, want)
+    assert reason in qk.report(converted).notes.get("", "")
+    assert {"first", "last"} <= {*fused_parts(converted)} or not reason
+
+
+class ReadsACache(nn.Module):
+    """Tensors in a dict and in a list, and one that it overwrites at a position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, cache, values, at):
+        y = self.b(self.a(x).relu())
+        values.index_copy_(0, at, y)
+        return y + cache["k"] + cache["rest"][1] + values.sum(0, keepdim=True) * at.shape[0], cache["rest"][0]
+
+
+def test_reads_a_cache_and_overwrites_it() -> None:
+    torch.manual_seed(0)
+    x, at = torch.randn(2, 8), torch.tensor([3, 1])
+    cache = {"k": torch.randn(2, 8), "rest": [torch.randn(2, 8), torch.randn(2, 8)]}
+    _, converted = made(ReadsACache(), (x, cache, torch.zeros(4, 8), at))
+    with torch.no_grad():
+        values, others = torch.zeros(4, 8), torch.zeros(4, 8)
+        for got, want in zip(converted(x, cache, values, at), own(converted, x, cache, others, at), strict=True):
+            assert_close(got, want)
+    assert_close(values, others)
+    assert values.any(1).tolist() == [False, True, False, True]
+    assert [len(part.plans) for part in fused_parts(converted).values()] == [1]
+    assert_ran(converted)
 
 
 def test_changes_copies_and_files() -> None:

@@ -47,7 +47,59 @@ def by_mode(x: Any) -> Any:
     return x * 3 if torch.is_grad_enabled() else x * 2
 
 
+def asks_in_a_match(x: Any) -> Any:
+    match x:
+        case Tensor():
+            return x + 1
+    return x
+
+
+def asks_and_catches(x: Any) -> Any:
+    try:
+        tensor = isinstance(x, Tensor)
+    except Exception:
+        tensor = False
+    return x + 1 if tensor else x
+
+
+def asks_for_the_type_of_an_attribute(x: Any) -> Any:
+    return x + 1 if isinstance(x.mT, Tensor) else x
+
+
+def asks_for_an_attribute(x: Any) -> Any:
+    return x if hasattr(x, "nothing") else x + 1
+
+
+def gets_an_attribute(x: Any) -> Any:
+    return x + getattr(x, "nothing", 1)
+
+
+def sets_an_attribute(x: Any) -> Any:
+    x.seen = True
+    return x + 1
+
+
+def overwrites_a_constant(x: Any) -> Any:
+    total = torch.zeros(8)
+    total.add_(x[0])
+    return x + total
+
+
+def overwrites_a_part_of_a_constant(x: Any) -> Any:
+    total = torch.zeros(8, 8)
+    total[:, 0] = x[:, 0]
+    return x + total
+
+
 REASONS = {
+    asks_in_a_match: "asks for the type",
+    asks_and_catches: "asks for the type",
+    asks_for_the_type_of_an_attribute: "asks for the type",
+    asks_for_an_attribute: "asks whether what it is given has the attribute nothing",
+    gets_an_attribute: "asks whether what it is given has the attribute nothing",
+    sets_an_attribute: "sets the attribute seen of what it is given",
+    overwrites_a_constant: "overwrites a tensor that it makes of constants",
+    overwrites_a_part_of_a_constant: "overwrites a tensor that it makes of constants",
     asks: "asks for the type",
     asks_torch: "asks for the type",
     asks_by_a_tuple: "asks for the type",

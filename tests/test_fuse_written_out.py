@@ -60,6 +60,11 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(-1, keepdim=True)
 
 
+@torch.fx.wrap
+def square(x: Tensor) -> Tensor:  # another one than torch's
+    return x.square() * 2
+
+
 RMS = {
     "rsqrt": lambda x, w, b: x * torch.rsqrt(mean(x**2) + 1e-3) * w,
     "weight first": lambda x, w, b: w * (torch.rsqrt((x * x).mean([-1], True) + 1e-3) * x),
@@ -91,6 +96,7 @@ OTHERS = {
     "variance of a sample": lambda x, w, b: (x - mean(x)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-3) * w + b,
     "squares of what is not centered": lambda x, w, b: (x - mean(x)) / torch.sqrt(mean(x * x) + 1e-3) * w + b,
     "a mean of something else": lambda x, w, b: (x - mean(x * 2)) / torch.sqrt(mean((x - mean(x)) ** 2) + 1e-3) * w,
+    "a user's square": lambda x, w, b: x * torch.rsqrt(mean(square(x)) + 1e-3) * w,
     "a norm that is an integer's": lambda x, w, b: (x * torch.rsqrt(mean(x * x) + 1e-3)).to(torch.int32) * w,
 }
 
@@ -127,3 +133,15 @@ def test_what_a_norm_cannot_be(norm: type[nn.Module]) -> None:
         if norm is not BertNorm:
             low = converted.to(torch.bfloat16)
             assert torch.equal(low(x.bfloat16()), *own(low, x.bfloat16()))
+
+
+def test_a_weight_of_one_element_is_a_factor() -> None:
+    """As in ScaleNorm: the layers around it run in programs, which take it for no norm of one channel."""
+    torch.manual_seed(1)
+    x = torch.randn(4, 9, WIDTH)
+    net = Written(RMS["rsqrt"])
+    net.weight = nn.Parameter(torch.tensor([0.7]))
+    _, converted = made(nn.Sequential(net, nn.ReLU(), nn.Linear(5, 5)), (x,))
+    with torch.no_grad():
+        assert_close(converted(x), *own(converted, x))
+    assert_ran(converted)

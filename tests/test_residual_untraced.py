@@ -25,6 +25,22 @@ def asks(block, a, b):
     return a + b if isinstance(a, torch.Tensor) else a
 
 
+def asks_and_catches(block, a, b):
+    try:
+        return a + b if isinstance(a, torch.Tensor) else a
+    except Exception:
+        return a
+
+
+def asks_for_an_attribute(block, a, b):
+    return a if hasattr(a, "nothing") else a + b
+
+
+def sets_an_attribute(block, a, b):
+    a.seen = True
+    return a + b
+
+
 def without_gradient(block, a, b):
     with torch.no_grad():
         y = a * 2
@@ -55,6 +71,9 @@ def checkpointed(block, a, b):
 LEFT_ALONE = {
     branches: r"TypeError: float\(\)",
     asks: "asks for the type",
+    asks_and_catches: "asks for the type",
+    asks_for_an_attribute: "asks whether what it is given has the attribute nothing",
+    sets_an_attribute: "sets the attribute seen of what it is given",
     without_gradient: "switches gradients",
     by_mode: "asks whether gradients are wanted",
     counts: "sets attributes",
@@ -103,3 +122,49 @@ def test_what_holds_no_sum_is_not_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qk.prepare(Plain(), ON)
+
+
+class Keeps(Block):
+    """Two sums, of which it hands the first one to what it gets besides."""
+
+    def __init__(self, keep: Callable[[Any, Any], Any]) -> None:
+        super().__init__(torch.add)
+        self.keep = keep
+
+    def forward(self, x, cache=None):
+        y = self.a(x) + self.b(x)
+        if cache is not None:
+            self.keep(cache, y)
+        return y + x
+
+
+def test_what_a_forward_does_to_other_arguments() -> None:
+    """It calls their methods as ever; a call that would set an attribute is refused, as it would be lost."""
+
+    def attribute(cache, y):
+        cache.last = y
+
+    x = torch.randn(SHAPE)
+    for keep, empty in ((lambda cache, y: cache.append(y), list), (lambda cache, y: cache(y), Seen)):
+        model = Keeps(keep)
+        prepared, cache = qk.prepare(model, ON), empty()
+        qk.calibrate(prepared, [x])
+        qk.enable_fake_quant(prepared, False)
+        y = prepared(x, cache)
+        (kept,) = cache if isinstance(cache, list) else cache.values
+        assert torch.equal(kept, model.a(x) + model.b(x))
+        assert torch.equal(y, kept + x)
+    prepared, cache = qk.prepare(Keeps(attribute), ON), Seen()
+    qk.calibrate(prepared, [x])
+    with pytest.raises(RuntimeError, match=r"Keeps: its forward cannot be traced .* sets the attribute last"):
+        prepared(x, cache)
+    assert vars(cache) == {"values": []}
+    assert prepared(x).shape == x.shape
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def __call__(self, y: Any) -> None:
+        self.values.append(y)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,28 +26,55 @@ IN_PLACE = {  # operators that overwrite a tensor, and those that make a number 
     for name in (*("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
                  *("and", "or", "xor", "lshift", "rshift"))
 }  # fmt: skip
-OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")  # modules that may ask a stand-in for its type
+OWN_CODE = ("torch.", "qkernels.nn.", "qkernels.qat.")  # modules that may ask a stand-in what it is
 _PASS_ON = ("abc", "typing", "inspect", "functools")  # those that ask for somebody else
 
 
 class StandIn(fx.Proxy):
-    """Stands for a tensor while a forward is traced.
+    """Stands for a tensor, or for another argument, while a forward is traced.
 
     It records ``x += y`` as what it does; fx.Proxy takes it for ``x = x + y``, which leaves the tensor as it was. To
-    the user's code it does not say of what type it is, since it would say something else than the tensor.
+    the user's code it does not say of what type it is, or which attributes it has, since it would say something else
+    than the tensor; and it takes no attributes, which the tensor would not get.
     """
+
+    tracer: Any
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         frame, passed_on = sys._getframe(1), False
         while frame.f_globals.get("__name__", "") in _PASS_ON or frame.f_code is torch.is_tensor.__code__:
             frame, passed_on = frame.f_back, True  # type: ignore[assignment]
-        name = frame.f_globals.get("__name__", "")
         # Torch's functions in C ask too, for symbolic numbers, when the user's code calls them.
         asks = passed_on or not {"isinstance", "__class__"}.isdisjoint(frame.f_code.co_names)
-        if name == "torch" or name.startswith(OWN_CODE) or not asks:
+        if _is_own(frame) or not (asks or _instruction(frame) == "MATCH_CLASS"):
             return StandIn
-        raise NotImplementedError("it asks for the type of what it is given")
+        raise self.tracer.refusal("it asks for the type of what it is given")
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        frame = sys._getframe(1)
+        if not _is_own(frame) and not _instruction(frame).startswith("LOAD_"):  # hasattr or getattr, not x.name
+            raise self.tracer.refusal(f"it asks whether what it is given has the attribute {name}")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not _is_own(sys._getframe(1)):
+            raise self.tracer.refusal(f"it sets the attribute {name} of what it is given")
+        super().__setattr__(name, value)
+
+
+class _Attribute(StandIn, fx.proxy.Attribute):
+    """Stands for an attribute of what a stand-in stands for, or for its method if it is called."""
+
+
+def _is_own(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name == "torch" or name.startswith(OWN_CODE)
+
+
+def _instruction(frame: FrameType) -> str:
+    """The name of the instruction that runs."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]]
 
 
 def _recorder(in_place: Any) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -83,7 +112,7 @@ def is_number(value: Any) -> bool:
 
 
 class FaithfulTracer(Tracer):
-    """Refuses forwards that ask for types, switch gradients or autocast, or draw random numbers.
+    """Refuses forwards that ask for types or set attributes, switch gradients or autocast, or draw random numbers.
 
     Buffers are read when the graph runs.
 
@@ -96,6 +125,7 @@ class FaithfulTracer(Tracer):
     def __init__(self, pattern: Pattern = ()) -> None:
         super().__init__()
         self.pattern, self._modes = pattern, _modes()
+        self._refusal = ""
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
         arguments = Arguments(type(self.root))
@@ -104,9 +134,16 @@ class FaithfulTracer(Tracer):
         by_position, by_name = arguments.values(self.pattern, given)
         return functools.partial(type(self.root).forward, **by_name), [self.root, *by_position]
 
+    def refusal(self, reason: str) -> NotImplementedError:
+        """To be raised; if the forward catches it, the trace fails at its end."""
+        self._refusal = self._refusal or reason
+        return NotImplementedError(reason)
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         drawn = torch.get_rng_state(), random.getstate()
         graph = super().trace(root, concrete_args)
+        if self._refusal:
+            raise NotImplementedError(self._refusal)
         if not torch.equal(drawn[0], torch.get_rng_state()) or drawn[1] != random.getstate():
             raise NotImplementedError("it draws random numbers")
         return graph
@@ -117,7 +154,7 @@ class FaithfulTracer(Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if kind != "output" and _modes() != self._modes:
-            raise NotImplementedError("it switches gradients or autocast")
+            raise self.refusal("it switches gradients or autocast")
         return node
 
 

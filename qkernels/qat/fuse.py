@@ -276,12 +276,19 @@ class _Built:
             for node, rank in zip(places, ranks, strict=True)
         ]
         self.overwritten = [i for i, node in enumerate(places) if node in graph.copies.values()]
+        called = {node.args[0] for node in graph.graph.nodes if node.op == "call_method"}
+        self.tensors = [i for i, node in enumerate(places) if node in called]  # another object may do anything
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
     def takes(self, values: list[Any]) -> bool:
-        return all(
-            dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in zip(values, self.dims, strict=True)
-        ) and all(isinstance(values[i], Tensor) and _is_alone(values[i], values) for i in self.overwritten)
+        return (
+            all(
+                dims is None or (_is_plain(x) and dims in (0, x.dim()))
+                for x, dims in zip(values, self.dims, strict=True)
+            )
+            and all(isinstance(values[i], Tensor) for i in self.tensors)
+            and all(_is_alone(values[i], values) for i in self.overwritten)
+        )
 
 
 def _with_gradient(

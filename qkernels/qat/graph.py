@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..nn.fake_quantize import FakeQuantize
@@ -35,6 +35,7 @@ from .operations import FUNCTIONS, LAYERS, POOL_MODULES, Operation, module_opera
 SAME_SIZE = ("activate", "alias", "quantizer", "batch_norm", *NORMS)  # their results have the size of their input
 # Their results hold elements of their inputs.
 MOVES = ("max_pool", "cat", "slice", "shuffle", "pixel_shuffle", "pixel_unshuffle", "upsample", "flatten")
+_OF_TENSORS = frozenset(dir(Tensor))
 ANY_RANK = (
     "linear",
     "quantizer",
@@ -281,8 +282,8 @@ def _traced(root: nn.Module, pattern: Pattern) -> tuple[fx.Graph, dict[str, Any]
     """The graph of a module, and the constants in it. What the forward does while it is traced, it does to a copy.
 
     Raises:
-        NotImplementedError: the forward does something that the graph would not do: it sets attributes, or draws
-            random numbers that depend on no input.
+        NotImplementedError: the forward does something that the graph would not do: it sets attributes, draws random
+            numbers that depend on no input, or calls what may change an argument that is no tensor.
     """
     constants: dict[str, Any] = {}
 
@@ -299,7 +300,26 @@ def _traced(root: nn.Module, pattern: Pattern) -> tuple[fx.Graph, dict[str, Any]
         return graph
 
     with transformer_layers_traced_through():
-        return traced_with_and_without_gradients(trace), constants
+        graph = traced_with_and_without_gradients(trace)
+    for node in graph.nodes:
+        if node.op == "call_method" and _may_be_no_tensors(node, root):
+            what = "an argument" if node.target == "__call__" else f"{node.target} of an argument"
+            raise NotImplementedError(f"it calls {what} that may be no tensor")
+        whole = overwritten(node, root)[-1:] if writes(node, root) else []
+        if node.target == "__setitem__" or any(made.op == "get_attr" and made.target in constants for made in whole):
+            raise NotImplementedError("it overwrites a tensor that it makes of constants")
+    return graph, constants
+
+
+def _may_be_no_tensors(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a called method may be that of a list, a dict or another object, which it may change."""
+    if node.target not in _OF_TENSORS:
+        return True
+    source: Any = node.args[0]
+    while isinstance(source, fx.Node) and source.target in (getattr, operator.getitem):
+        source = source.args[0]
+    of_argument = isinstance(source, fx.Node) and source.op == "placeholder"
+    return of_argument and not (node.users or is_number(node) or writes(node, root))  # as set.add, without its result
 
 
 def _is_constant(path: str, name: str) -> bool:

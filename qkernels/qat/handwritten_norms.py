@@ -1,7 +1,7 @@
 """Reads RMSNorm and LayerNorm that a forward writes out in single operations.
 
 Such as ``x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight`` in Llama, in fp32 with casts around it, and
-``weight * (x - mean) / torch.sqrt(variance + eps) + bias`` in the first BERT.
+``weight * ((x - mean) / torch.sqrt(variance + eps)) + bias`` in the first BERT.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Reader:
         tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
         values = [held.tensors[held.name] for held in tensors.values()]
         channels = values[0].numel()
-        if any(t.dtype != torch.float32 or t.shape != (channels,) for t in values) or not channels:
+        if any(t.dtype != torch.float32 or t.shape != (channels,) for t in values) or channels < 2:  # 1: a factor
             return None
         if not all(self._source(y) is x for y in list(self.like)):
             return None
@@ -131,7 +131,11 @@ class _Reader:
 def _name(value: Any) -> str:
     if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method"):
         return ""
-    return _NAMES.get(value.target) or getattr(value.target, "__name__", None) or str(value.target)
+    if value.op == "call_method":
+        return str(value.target)
+    name = getattr(value.target, "__name__", "")
+    torchs = value.target is getattr or getattr(torch, name, None) is value.target  # a user's may have the name too
+    return _NAMES.get(value.target, name if torchs else "")
 
 
 def _operands(value: Any, name: str, count: int) -> list[Any] | None:

@@ -159,7 +159,7 @@ class _OwnTracer(FaithfulTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, Proxy):
-            raise NotImplementedError("it makes a tensor of nothing that it is given")
+            raise self.refusal("it makes a tensor of nothing that it is given")
         return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -177,7 +177,7 @@ class _OwnTracer(FaithfulTracer):
         while frame is not None and frame.f_code is not FaithfulTracer.trace.__code__:
             name = frame.f_globals.get("__name__", "")
             if name == "torch.utils.checkpoint":
-                raise NotImplementedError("it uses activation checkpointing")
+                raise self.refusal("it uses activation checkpointing")
             observed = observed or name.startswith("torch.ao.nn.quantized.")
             if code is None and not name.startswith(OWN_CODE):
                 code, line = frame.f_code, frame.f_lineno
