@@ -240,6 +240,21 @@ def test_nothing_of_the_callers_changes() -> None:
     assert [each.plain_score for each in first.widths] == [each.plain_score for each in again.widths]
 
 
+@pytest.mark.parametrize(
+    ("score", "tolerance", "text"),
+    [
+        ([0.0, -3.0], None, r"^tolerance: got None with a float score of 0"),
+        ([0.9, 0.3], 1, r"^tolerance: got 1, as far as the float model \(0.9\) is above"),
+        ([0.9, 0.89], 0.05, r"^evaluate: returned 0.9 for the float model"),
+    ],
+)
+def test_scores_by_which_nothing_can_be_said(score, tolerance, text) -> None:
+    model, x = network(8, 16, 4), torch.randn(64, 8)
+    scores = iter(score)
+    with pytest.raises(ValueError, match=text):
+        qk.advise(model, [x], evaluate=lambda _: next(scores), tolerance=tolerance)
+
+
 def later(value):
     """Right for the float and the shuffled model, then this value."""
     calls = iter([1.0, 0.0])

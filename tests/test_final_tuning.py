@@ -287,3 +287,20 @@ def test_other_models_and_states_are_refused() -> None:
     assert all(torch.equal(after[0][key], t) for key, t in before[0].items())
     tuning.finish()
     qk.ScaleTuning(converted)
+
+
+def test_the_best_scales_can_be_taken_back() -> None:
+    """``finish`` leaves the model as it is: a state loaded before stays."""
+    model, x, target = ready()
+    converted = qk.convert(model.eval())
+    tuning = qk.ScaleTuning(converted)
+    best = {name: t.clone() for name, t in converted.state_dict().items() if "log_gain" not in name}
+    train(converted, tuning.parameters(), x, target, tuning.step)
+    assert not torch.equal(
+        best[next(n for n in best if n.endswith(".scale"))],
+        dict(converted.state_dict())[next(n for n in best if n.endswith(".scale"))],
+    )
+    converted.load_state_dict(best, strict=False)
+    tuning.finish()
+    for name, t in converted.state_dict().items():
+        assert torch.equal(t, best[name]), name

@@ -178,6 +178,28 @@ def test_float_model_gives_the_targets() -> None:
         qk.adaround(made, batches, float_model=3)
 
 
+class Queries(nn.Module):
+    """Two layers read one tensor, and share its quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) * self.k(x)
+
+
+def test_float_model_of_layers_that_share_a_quantizer() -> None:
+    model, batches = Queries().eval(), [correlated(256)]
+    made = prepared(model, batches)
+    assert made.q.input_fake_quant is made.k.input_fake_quant
+    qk.gptq(made, batches)
+    assert set(qk.correct_bias(made, batches, float_model=model)) == {"q", "k"}
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval().k(batches[0]).mean(0), model.k(batches[0]).mean(0), rtol=0, atol=1e-5)
+    assert set(METHODS["adaround"](prepared(model, batches), batches, float_model=model)) == {"q", "k"}
+
+
 def test_layers_that_the_float_model_does_not_call() -> None:
     """torch's attention reads the weight of its out_proj, and a whole layer on its fused path all weights."""
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(4, 6, 8)

@@ -180,7 +180,7 @@ def test_a_calibration_that_fails_leaves_all_as_it_was() -> None:
     recipe.start()
     loss_of(model, x).backward()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"batches\[1\]"):
+    with pytest.raises(ValueError, match=r"^phases\[1\].calibrate: batches\[1\]"):
         recipe.step()
     assert_unchanged(model, before)
     assert (recipe.steps, recipe.phase, model[0].weight_fake_quant.bits) == (0, recipe.phases[0], 8)
@@ -193,6 +193,7 @@ def test_a_calibration_that_fails_leaves_all_as_it_was() -> None:
 
 Bad = tuple[list[Phase], type[Exception], str]
 GOOD = Phase(steps=1)
+ONCE = iter([torch.ones(2, 11)])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,11 @@ GOOD = Phase(steps=1)
             [GOOD, Phase(steps=2, bits={"0.*": qk.schedules.progressive(8, 4, steps=2)}, freeze="scales")],
             ValueError,
             r"^phases\[1\].bits: got widths that follow the step with freeze='scales'",
+        ),
+        (
+            [Phase(steps=1, calibrate=ONCE), Phase(steps=1, calibrate=ONCE)],
+            ValueError,
+            r"^phases\[1\].calibrate: got an iterator that an earlier phase uses up",
         ),
         ([Phase(steps=1, calibrate=torch.ones(2, 11))], TypeError, r"^phases\[0\].calibrate: batches: got a Tensor"),
     ],

@@ -108,6 +108,13 @@ def advise(
         float_score = work.score(copy_of(model), "the float model")
         shuffled = work.shuffled_score()
         accepted = 0.01 * abs(float_score) if tolerance is None else float(tolerance)
+        if not accepted and tolerance is None:
+            raise ValueError("tolerance: got None with a float score of 0, of which 1 % is nothing; accepted: a number")
+        if 0.1 * abs(float_score) < float_score - shuffled <= accepted:
+            raise ValueError(
+                f"tolerance: got {tolerance}, as far as the float model ({float_score:.6g}) is above a copy with "
+                f"shuffled weights ({shuffled:.6g}); accepted: less, in the unit of the score"
+            )
         if float_score - shuffled <= accepted:
             raise ValueError(
                 f"evaluate: returned {float_score:.6g} for the float model and {shuffled:.6g} for a copy with shuffled "

@@ -27,7 +27,7 @@ def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Modul
     sharded = [module for module in model.modules() if _is_sharded(module)]
     for module in model.modules():
         for value in vars(module).values():
-            if type(value) is OrderedDict and not value:  # of hooks; copy.deepcopy takes half of its time for them
+            if type(value) is OrderedDict and not value:  # of hooks, for which copy.deepcopy takes long
                 copies[id(value)] = OrderedDict()
             for t in value if isinstance(value, list) else (value,):  # torch's recurrent layers keep a list of weights
                 if isinstance(t, Tensor) and not t.is_leaf:

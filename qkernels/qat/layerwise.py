@@ -149,7 +149,8 @@ def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
         raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
     float_model = unwrapped(float_model)
     held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
-    quantizers = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, FakeQuantize))
+    every = prepared.named_modules(remove_duplicate=False)  # layers that read one tensor share its quantizer
+    quantizers = tuple(f"{name}." for name, module in every if isinstance(module, FakeQuantize))
     given = dict(
         [*float_model.named_parameters(remove_duplicate=False), *float_model.named_buffers(remove_duplicate=False)]
     )

@@ -168,6 +168,11 @@ class Recipe:
                     raise ValueError(
                         f"{where}.bits: got widths that follow the step with freeze={phase.freeze!r}; accepted: numbers"
                     )
+            if isinstance(phase.calibrate, Iterator) and any(p.calibrate is phase.calibrate for p in self.phases[:i]):
+                raise ValueError(
+                    f"{where}.calibrate: got an iterator that an earlier phase uses up; accepted: batches that can be "
+                    "gone through again, such as a list"
+                )
             if phase.calibrate is not None and behind:
                 raise ValueError(f"{where}.calibrate: got batches, but {behind}; accepted: None from there on")
             for kind in phase.frozen:
@@ -182,7 +187,8 @@ class Recipe:
         if "batch_norm" in frozen and not batch_norms(self.model):
             i = frozen["batch_norm"]
             raise ValueError(
-                f"phases[{i}].freeze: got 'batch_norm' for a model without BatchNorm; accepted: {', '.join(RANGES)}"
+                f"phases[{i}].freeze: got 'batch_norm' for a model without BatchNorm; accepted: "
+                + ("()" if self.tuning is not None else ", ".join(RANGES))
             )
 
     @property
@@ -248,7 +254,10 @@ class Recipe:
                 if callable(phase.calibrate):
                     phase.calibrate(self.model)
                 elif phase.calibrate is not None:
-                    calibrate(self.model, phase.calibrate)
+                    try:
+                        calibrate(self.model, phase.calibrate)
+                    except (ValueError, TypeError) as error:
+                        raise type(error)(f"phases[{index}].calibrate: {error}") from error
         self._schedule, self._index = schedule, index
         self._switch()
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from html import escape
+from numbers import Real
 from typing import Any
 
 from . import report_plots as plots
@@ -148,7 +149,7 @@ def _items(argument: str, given: Any, accepted: str) -> list[tuple[Any, Any]]:
 
 
 def _check_number(argument: str, name: Any, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{argument}: got {number!r} for {name!r}; accepted: a number")
     if not math.isfinite(number):
         raise ValueError(f"{argument}: got {number} for {name!r}; accepted: a finite number")
@@ -165,8 +166,8 @@ def _lead(report: Report) -> str:
 
 
 def _worst(report: Report, attribute: str) -> list[LayerRow]:
-    known = [row for row in report.layers if getattr(row, attribute) is not None]
-    return sorted(known, key=lambda row: getattr(row, attribute))
+    known = [(getattr(row, attribute), row) for row in report.layers if getattr(row, attribute) is not None]
+    return [row for _, row in sorted(known, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])]
 
 
 def _tiles(report: Report) -> str:
@@ -232,7 +233,8 @@ def _most(rows: list[LayerRow], attributes: tuple[str, ...], lowest: bool) -> li
 
     def badness(row: LayerRow) -> float:
         values = [getattr(row, key) for key in attributes if getattr(row, key) is not None]
-        return -values[0] if lowest else max(values)
+        worst: float = -values[0] if lowest else max(values)
+        return math.inf if math.isnan(worst) else worst
 
     return sorted(rows, key=badness, reverse=True)[: plots.WORST]
 
@@ -312,13 +314,13 @@ def _table(report: Report) -> str:
 
 
 def _bad(row: LayerRow) -> list[str]:
-    """The columns in which a layer looks bad."""
+    """The columns in which a layer looks bad, as it does with a NaN."""
     found = []
     least = min(5 * (row.weight_bits or 0) - 5, 30)
-    if row.weight_bits and row.weight_sqnr is not None and row.weight_sqnr < least:
+    if row.weight_bits and row.weight_sqnr is not None and not row.weight_sqnr >= least:
         found.append("W SQNR dB")
     bits = min(row.weight_bits or 8, row.input_bits or 8)
-    if row.weight_bits and row.output_sqnr is not None and row.output_sqnr < min(5 * bits - 5, 30):
+    if row.weight_bits and row.output_sqnr is not None and not row.output_sqnr >= min(5 * bits - 5, 30):
         found.append("out SQNR dB")
     found += ["W clipped"] if (row.weight_clipped or 0) > 0.01 else []
     found += ["A clipped"] if (row.input_clipped or 0) > 0.01 else []

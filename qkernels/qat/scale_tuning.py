@@ -93,8 +93,7 @@ class ScaleTuning:
             layer.set_scale(start.float() * log_gain.exp().view(-1, *[1] * (start.dim() - 1)))
 
     def finish(self) -> None:
-        """Ends the tuning: the model has the last scales, and its other parameters get gradients as before."""
-        self.step()
+        """Ends the tuning: the model keeps the scales that it has, and its other parameters get gradients as before."""
         for layer in self._layers.values():
             del layer.log_gain
         for parameter in self._stopped:

@@ -144,7 +144,7 @@ inline void store_codes(const int32_t* sums, const PanelValues& panel, const Cla
 
 template <int H, int Segments>
 void conv_tile_codes(const TileInput& in, const int8_t* weights, const PanelValues& panel, const ClampedCodes& to) {
-  alignas(64) int32_t sums[H * Segments * kPanel] = {};  // of channels that are not there: 0
+  alignas(64) int32_t sums[H * Segments * kPanel];
   conv_tile<H, Segments>(in, weights, panel.start, sums);
   to.residual[0] ? store_codes<H, Segments, true>(sums, panel, to) : store_codes<H, Segments, false>(sums, panel, to);
 }

@@ -53,7 +53,7 @@ struct ConvWork {
 };
 
 // What a tile reads: H pixels of each segment. It gives sums[pixel][32], which begin at start[32] and wrap around, so
-// that they are exact if the result fits.
+// that they are exact if the result fits; those of channels that the panel does not have may be left as they are.
 struct TileInput {
   const uint8_t* pixels[2];  // the first pixel of each segment
   int64_t step;              // bytes from pixel to pixel

@@ -19,7 +19,7 @@ inline bool only_clamps(const ActivationStep& step) {
 // keeps order; byte_of of -infinity and infinity gives the bounds. If scale and bias are finite too, nothing is NaN.
 // With a residual of codes the first activation is not the last step; only some paths take it.
 inline bool gives_clamped_codes(const ConvOutput& o, bool with_residual = false) {
-  const bool fits = !o.residual_codes || (with_residual && std::isfinite(o.residual_q.scale));
+  const bool fits = !o.residual_codes || (with_residual && std::isfinite(255 * o.residual_q.scale));
   return o.codes.data && !o.floats && !o.residual && fits && only_clamps(o.first) && only_clamps(o.second) &&
          o.in_scale > 0 && std::isfinite(o.in_scale) && o.codes_q.inverse > 0 && std::isfinite(o.codes_q.inverse);
 }

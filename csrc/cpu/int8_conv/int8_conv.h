@@ -54,7 +54,8 @@ struct ConvOutput {
   int32_t in_zero_point;
   ActivationStep first, second;
 
-  // The residual, of the output's shape, if one of the pointers is set: floats, or bytes code + 128 of `residual_q`.
+  // The residual, of the output's shape, if one of the pointers is set: floats, or bytes code + 128 of `residual_q`,
+  // behind which 64 bytes can be read, as in a CodeImage.
   const float* residual;
   const uint8_t* residual_codes;
   Quantizer residual_q;

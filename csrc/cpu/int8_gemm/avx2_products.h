@@ -14,7 +14,7 @@ namespace {
 //   any:    with |code|, and the weight with the code's sign: 2 * 128 * 127 < 2^15,
 //   lowest: nor where a weight is -128, which has no negative: it is -127 - 1.
 // Of what kind weights are shows while rows are multiplied with them, watched: as any, and the largest |weight| is
-// kept. On a Zen 3, of 1 core, any ran at 0.70 of the speed of small, and at twice the speed of products widened to
+// kept. One core of a Zen 3 (December 2026): any at 0.70 of the speed of small, and twice that of products widened to
 // int16.
 enum class Weights { watched, small, any, lowest };
 
