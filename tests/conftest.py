@@ -69,6 +69,16 @@ def results_on(kernel: str, threads: int, calls: Sequence[Callable[[], Any]]) ->
     return results
 
 
+def lstm_runs_under_autocast(dtype: torch.dtype) -> bool:
+    """Whether torch's own LSTM does: oneDNN has none in 16 bits for CPUs without AVX-512."""
+    try:
+        with torch.autocast("cpu", dtype):
+            torch.nn.LSTM(2, 2)(torch.ones(1, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
 def untouched(elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Memory that takes no room before it is written to, however large. Not from malloc, which writes to it here."""
     return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)

@@ -14,7 +14,7 @@ from qkernels import __main__
 FILE = """
 import torch
 from torch import nn
-from shapes import WIDTH
+from shapes_of_mine import WIDTH
 
 print("training")
 torch.manual_seed(0)
@@ -32,7 +32,7 @@ def evaluate(other):
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "shapes.py").write_text("WIDTH = 24")
+    (tmp_path / "shapes_of_mine.py").write_text("WIDTH = 24")
     path = tmp_path / "mine.py"
     path.write_text(FILE)
     return path

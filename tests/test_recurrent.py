@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import lstm_runs_under_autocast
 from recurrent_models import CASES, Tagger, build, leaves, packed, rebuilt, reference, rule_for
 from torch import nn
 from torch.func import functional_call
@@ -435,10 +436,11 @@ def test_in_training_loops(rules):
     assert not torch.equal(changed, wanted)
     compiled = torch.compile(prepared, backend="eager")(x)[0]
     torch.testing.assert_close(compiled, wanted)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = prepared(x)[0]
-    cast.float().sum().backward()
-    torch.testing.assert_close(cast.float(), wanted, rtol=0, atol=0.05)
+    if lstm_runs_under_autocast(torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = prepared(x)[0]
+        cast.float().sum().backward()
+        torch.testing.assert_close(cast.float(), wanted, rtol=0, atol=0.05)
     low = copy.deepcopy(prepared).bfloat16()(x.bfloat16())[0]
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), wanted, rtol=0, atol=0.05)
