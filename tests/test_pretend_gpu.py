@@ -114,7 +114,7 @@ def test_a_run_with_five_faults(tmp_path: Path) -> None:
     """A build that fails, a wrong kernel, a step that hangs, a peer that no graph captures, no compute-sanitizer."""
     hung = tmp_path / "hung"
     code, steps, back = gpu_run(
-        tmp_path, "check", "bench", "--minutes", "3",
+        tmp_path, "check", "bench", "--minutes", "5",
         tools=("nvcc",),
         PRETEND_BUILD_FAILS="1",
         PRETEND_WRONG="silu_mul_quantize_dynamic",
@@ -124,8 +124,11 @@ def test_a_run_with_five_faults(tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 1
     failed = {name for name, outcome in steps.items() if outcome.startswith("FAILED")}
-    again = {"fake_quantize-rest", "fake_quantize-compiled"}  # the same wrong kernel, where there is time
-    assert failed - again == {"build", "triton", "host", "fake_quantize"}, steps
+    # The last steps meet the same wrong kernel, or their end on a machine whose cores are busy.
+    late = {"int4_gemm", *REST}
+    assert failed - late == {"build", "triton", "host", "fake_quantize"}, steps
+    for name in failed & {"int4_gemm", "gemm-rest", "gemm-compiled"}:
+        assert "killed after" in steps[name], steps
     assert steps["build-cpu"] == "passed"
     assert "CUDA library was not built" in steps["cuda"]
     assert "not installed" in steps["sanitizer"]
