@@ -7,6 +7,7 @@ import functools
 import heapq
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from typing import Any
@@ -23,17 +24,16 @@ from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
-from ..nn.tracing import TRACING
+from ..nn.tracing import NAMED, TRACING, first_line, say_which_of_torch
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .call_patterns import Arguments, Pattern
+from .call_patterns import KINDS, Arguments, Pattern
 from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
 _OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
-KINDS = 16  # of calls that a module is traced for
 _MORE: Pattern = ("more",)  # stands for all further ones
 
 
@@ -95,10 +95,15 @@ class FusedForward:
             if pattern == _MORE:
                 raise NotImplementedError(f"more than {KINDS} kinds of calls, each value of a text being one")
             built = _Built(self.module, pattern, self._cautious)
-        except Exception as error:  # a module's forward may raise anything when traced
-            first = next(iter(str(error).splitlines()), "")[:120]
-            named = isinstance(error, NotImplementedError)
-            reason = first if named else f"torch.fx cannot trace its forward ({type(error).__name__}: {first})"
+        except NotImplementedError as error:
+            reason = first_line(error)
+        except Exception as error:  # nobody's model is to fail by it, as its layers compute the same one by one
+            reason = f"a fault of qkernels ({type(error).__name__}: {first_line(error)})"
+            warnings.warn(
+                f"{type(self.module).__name__}: its layers run one by one because of {reason}; please report it with "
+                "the model",
+                stacklevel=1,
+            )
         self._built = {**others, pattern: built}
         self._state = state  # at last, as other threads look at it first
         return reason
@@ -137,6 +142,13 @@ class FusedForward:
         return [] if built is None else [part.plan for part in built.parts]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._called(args, kwargs)
+        except NAMED as error:
+            say_which_of_torch(error)
+            raise
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
         bound = None if self._arguments is None else self._arguments.bound(args, kwargs)
         if bound is None or module.training or _is_watched() or any(isinstance(x, fx.Proxy) for x in bound[1]):

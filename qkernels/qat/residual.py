@@ -20,13 +20,14 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
+from ..nn.tracing import first_line
 from .call_patterns import Arguments, Pattern
 from .copying import replace_modules, shadow_of
 from .forward_tensors import POOLS, Place, Tensors, name_of
 from .operations import POOL_MODULES
 from .sharing import graphs_of
 from .spec import QSpec
-from .traced_forward import Trace, TracedForward, reason_of, shadow_of_own
+from .traced_forward import Trace, TracedForward, shadow_of_own
 
 # Their results hold values of their input, and no others.
 MOVES = frozenset(
@@ -208,8 +209,8 @@ def _traces(
                 continue
             seen.add((module, pattern))
             trace = Trace(shadow_of_own(module, kind), pattern)
-        except Exception as error:  # a module's forward may raise anything when traced
-            reasons.setdefault(names[module], reason_of(error))
+        except NotImplementedError as error:
+            reasons.setdefault(names[module], first_line(error))
             continue
         calls += trace.calls
         yield module, trace
