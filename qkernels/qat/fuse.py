@@ -9,7 +9,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..nn.attend import attend
 from ..nn.fake_quantize import FakeQuantize
+from ..nn.int8 import Int8Convolution
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import NAMED, TRACING, first_line, say_which_of_torch
@@ -31,6 +32,7 @@ from .call_patterns import KINDS, Arguments, Pattern
 from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
 
+_TRAINING = operator.itemgetter("training")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
 _OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
@@ -205,8 +207,8 @@ class _State:
     """What programs take for granted of a module, besides what tensors hold.
 
     That is its tree, the dtypes of its integer layers, whether a module trains, which have a forward of their own, and
-    the numbers, texts and switches in the attributes of modules that torch.fx traces through. It is compared at each
-    call, so it holds the dicts of the modules, which live as long as they.
+    the numbers, texts and switches in the attributes of modules, of integer layers and quantizers those that their
+    users may change. It is compared at each call, so it holds the dicts of the modules, which live as long as they.
 
     Attributes:
         hooks: the dicts of the hooks of modules inside.
@@ -220,24 +222,19 @@ class _State:
         self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
         self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
         self._all = [vars(m) for m in modules]
-        self._inner = [vars(m) for m in modules if m is not module]
-        is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
-        for name, m in module.named_modules():
-            if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
-                read += [(vars(m), switch) for switch in switches(m)]
+        read = [(vars(m), "forward") for m in modules if m is not module]
+        read += [(vars(m), name) for m in modules for name in _changeable(m)]
+        # Two lists, as hundreds of attributes are read, which takes 25 ns each in this way.
         self._held, self._names = [held for held, _ in read], [name for _, name in read]
-        self._quantizers = [m for m in modules if isinstance(m, FakeQuantize)]
         self._form = self._present()
         self.trains: bool = self._form[0]
 
     def _present(self) -> tuple[Any, ...]:
         return (
-            any(map(operator.getitem, self._all, repeat("training"))),
+            any(map(_TRAINING, self._all)),
             list(chain.from_iterable(map(dict.values, self._children))),
             [held["weight_dtype"].dtype for held in self._integers],
-            list(map(dict.get, self._inner, repeat("forward"))),
             list(map(dict.get, self._held, self._names)),
-            [(quantizer.quantizes, quantizer.bits) for quantizer in self._quantizers],
         )
 
     def holds(self) -> bool:
@@ -247,6 +244,15 @@ class _State:
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
         return any(p is not None and p.requires_grad for p in held)
+
+
+def _changeable(module: nn.Module) -> list[str]:
+    """The names of a module's attributes by which its forward decides."""
+    if isinstance(module, FakeQuantize):
+        return ["_quantizes", "quantizer", "symmetric", "quant_min", "quant_max"]
+    if isinstance(module, Int8Convolution):
+        return ["stride", "padding", "dilation", *(["output_padding"] if module.transposed else [])]
+    return [] if isinstance(module, QuantizedLayer) else switches(module)
 
 
 def switches(module: nn.Module) -> list[str]:
@@ -289,10 +295,11 @@ class _Built:
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         read = {node for part in self.parts for node in part.inputs}
         ranks = [graph.ranks.get(node) for node in places]
-        # For each argument the dims that a program wants of it: a number, 0 for any, or None if no program reads it.
+        # The arguments that programs read, and how many dims they want of them; 0: any number.
         self.dims = [
-            None if node not in read else 0 if rank is None else rank + 2
-            for node, rank in zip(places, ranks, strict=True)
+            (i, 0 if rank is None else rank + 2)
+            for i, (node, rank) in enumerate(zip(places, ranks, strict=True))
+            if node in read
         ]
         self.overwritten = [i for i, node in enumerate(places) if node in graph.copies.values()]
         called = {node.args[0] for node in graph.graph.nodes if node.op == "call_method"}
@@ -300,10 +307,13 @@ class _Built:
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
     def takes(self, values: list[Any]) -> bool:
-        pairs = zip(values, self.dims, strict=True)
-        fits = all(dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in pairs)
-        tensors = all(isinstance(values[i], Tensor) for i in self.tensors)
-        return fits and tensors and all(_is_alone(values[i], values) for i in self.overwritten)
+        for i, dims in self.dims:  # loops, as this runs at each call: generators would take 1 µs more
+            if not (_is_plain(values[i]) and dims in (0, values[i].dim())):
+                return False
+        for i in self.tensors:
+            if not isinstance(values[i], Tensor):
+                return False
+        return all(_is_alone(values[i], values) for i in self.overwritten) if self.overwritten else True
 
 
 def _with_gradient(
@@ -448,19 +458,21 @@ def _getter(graph: Graph, name: str) -> Callable[[], Any]:
 
 def _caller(part: Part) -> Callable[..., list[Tensor]]:
     def int8_part(*inputs: Tensor) -> list[Tensor]:
-        if not all(_is_plain(x) for x in inputs):
-            raise _Unfit("an input of a program is no fp32 tensor on the CPU")
-        if any(dims not in (None, x.dim()) for dims, x in zip(part.dims, inputs, strict=True)):
-            raise _Unfit(f"inputs of a program have {[x.dim() for x in inputs]} dims; accepted: {part.dims}")
+        for x, dims in zip(inputs, part.dims, strict=True):
+            if not _is_plain(x):
+                raise _Unfit("an input of a program is no fp32 tensor on the CPU")
+            if dims not in (None, x.dim()):
+                raise _Unfit(f"inputs of a program have {[x.dim() for x in inputs]} dims; accepted: {part.dims}")
+        flat = part.in_rows and (len(inputs) > 1 or inputs[0].dim() > 2)
         lead = inputs[0].shape[:-1]
-        if part.in_rows and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
+        if flat and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
             raise _Unfit(f"inputs of a program have shapes {[list(x.shape) for x in inputs]}; accepted: equal ones")
         try:
-            given = [x.flatten(0, -2) for x in inputs] if part.in_rows else list(inputs)
+            given = [x.flatten(0, -2) for x in inputs] if flat else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
             raise (_Stale if "for one quantizer" in str(error) else _Unfit)(str(error)) from None
-        return [y.reshape(*lead, y.shape[-1]) for y in outputs] if part.in_rows else outputs
+        return [y.reshape(*lead, y.shape[-1]) for y in outputs] if flat else outputs
 
     return int8_part
 
