@@ -21,8 +21,6 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..nn.attend import attend
-from ..nn.fake_quantize import FakeQuantize
-from ..nn.int8 import Int8Convolution
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
 from ..nn.tracing import NAMED, TRACING, first_line, say_which_of_torch
@@ -31,10 +29,8 @@ from ..ops.int8_program import int8_program
 from .call_patterns import KINDS, Arguments, Pattern
 from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
+from .module_state import ModuleState
 
-_TRAINING = operator.itemgetter("training")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
-_OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
 _MORE: Pattern = ("more",)  # stands for all further ones
 
@@ -61,7 +57,7 @@ class FusedForward:
         self.reason: str | None = None
         self.refused: str | None = None
         self._built: dict[Pattern, _Built | None] = {}
-        self._state: _State | None = None
+        self._state: ModuleState | None = None
         self._cautious = False
         self._arguments: Arguments | None = None
         try:
@@ -86,11 +82,11 @@ class FusedForward:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
         with TRACING:
             if self._arguments is None:
-                self._state = _State(self.module)
+                self._state = ModuleState(self.module)
             else:
-                self.reason = self._build(self._arguments.pattern_of((), {}), {}, _State(self.module))
+                self.reason = self._build(self._arguments.pattern_of((), {}), {}, ModuleState(self.module))
 
-    def _build(self, pattern: Pattern, others: dict[Pattern, _Built | None], state: _State | None) -> str | None:
+    def _build(self, pattern: Pattern, others: dict[Pattern, _Built | None], state: ModuleState | None) -> str | None:
         """Traces the module for one more kind of calls; why it has no programs for it."""
         built, reason = None, None
         try:
@@ -201,71 +197,6 @@ class FusedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(FusedForward(self.module))}
-
-
-class _State:
-    """What programs take for granted of a module, besides what tensors hold.
-
-    That is its tree, the dtypes of its integer layers, whether a module trains, which have a forward of their own, and
-    the numbers, texts and switches in the attributes of modules, of integer layers and quantizers those that their
-    users may change. It is compared at each call, so it holds the dicts of the modules, which live as long as they.
-
-    Attributes:
-        hooks: the dicts of the hooks of modules inside.
-        trains: whether a module was in training mode, as dropout is for Monte Carlo estimates.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._children = [m._modules for m in modules if m._modules]
-        self._parameters = [m._parameters for m in modules if m._parameters]
-        self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
-        self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
-        self._all = [vars(m) for m in modules]
-        read = [(vars(m), "forward") for m in modules if m is not module]
-        read += [(vars(m), name) for m in modules for name in _changeable(m)]
-        # Two lists, as hundreds of attributes are read, which takes 25 ns each in this way.
-        self._held, self._names = [held for held, _ in read], [name for _, name in read]
-        self._form = self._present()
-        self.trains: bool = self._form[0]
-
-    def _present(self) -> tuple[Any, ...]:
-        return (
-            any(map(_TRAINING, self._all)),
-            list(chain.from_iterable(map(dict.values, self._children))),
-            [held["weight_dtype"].dtype for held in self._integers],
-            list(map(dict.get, self._held, self._names)),
-        )
-
-    def holds(self) -> bool:
-        """Whether the module still is as it was."""
-        return self._present() == self._form
-
-    def wants_gradient(self) -> bool:
-        held = chain.from_iterable(map(dict.values, self._parameters))
-        return any(p is not None and p.requires_grad for p in held)
-
-
-def _changeable(module: nn.Module) -> list[str]:
-    """The names of a module's attributes by which its forward decides."""
-    if isinstance(module, FakeQuantize):
-        return ["_quantizes", "quantizer", "symmetric", "quant_min", "quant_max"]
-    if isinstance(module, Int8Convolution):
-        return ["stride", "padding", "dilation", *(["output_padding"] if module.transposed else [])]
-    return [] if isinstance(module, QuantizedLayer) else switches(module)
-
-
-def switches(module: nn.Module) -> list[str]:
-    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
-    own = (name for name, value in vars(module).items() if _is_switch(value))
-    return [name for name in dict.fromkeys((*own, *of_kinds)) if name not in _OF_ANY_MODULE]
-
-
-def _is_switch(value: Any) -> bool:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))
 
 
 def _is_watched() -> bool:

@@ -26,8 +26,8 @@ from ..nn.tracing import TRACING, first_line, name_in_what_was_called
 from .call_patterns import KINDS, Arguments, Pattern
 from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
-from .fuse import switches
 from .graph import without_writes
+from .module_state import switches
 
 _numbers = itertools.count()
 
