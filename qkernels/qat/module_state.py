@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8 import Int8Convolution
 from ..nn.quantized import QuantizedLayer
 
-_TRAINING = operator.itemgetter("training")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
 _OF_ANY_MODULE = vars(nn.Module())
 
@@ -46,7 +45,7 @@ class ModuleState:
 
     def _present(self) -> tuple[Any, ...]:
         return (
-            any(map(_TRAINING, self._all)),
+            any(map(operator.getitem, self._all, repeat("training"))),
             list(chain.from_iterable(map(dict.values, self._children))),
             [held["weight_dtype"].dtype for held in self._integers],
             list(map(dict.get, self._held, self._names)),
