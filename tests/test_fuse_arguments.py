@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from written_transformers import Bert, BertBlock, Llama
 
 import qkernels as qk
-from qkernels.qat.fuse import KINDS, FusedForward, fused_parts
+from qkernels.qat.call_patterns import KINDS
+from qkernels.qat.fuse import FusedForward, fused_parts
 
 
 def own_named(model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -333,3 +333,31 @@ def test_fake_tensors(fake: str) -> None:
         assert (type(y), y.shape) == (FakeTensor, before.shape)
         assert (part.refused, part._cautious) == (None, False)
         assert torch.equal(converted(x), before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "setting", "value"),
+    [
+        ("0", "stride", (2, 2)),
+        ("0", "padding", (0, 0)),
+        ("0", "dilation", (2, 2)),
+        ("1", "negative_slope", 0.5),
+        ("2", "stride", 1),
+        ("2", "padding", 1),
+        ("3", "scale_factor", 3),
+        ("4", "kernel_size", 3),
+        ("5", "max_val", 0.2),
+        ("6", "start_dim", 2),
+    ],
+)
+def test_a_setting_of_a_layer_that_changes_is_noticed(layer: str, setting: str, value: Any) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+    _, converted = made(nn.Sequential(*layers, nn.AvgPool2d(2), nn.Hardtanh(-0.5, 0.5), nn.Flatten()), (X,))
+    assert list(fused_parts(converted)) == [""]
+    with torch.no_grad():
+        before = converted(X)
+        setattr(converted.get_submodule(layer), setting, value)
+        after = converted(X)
+        assert before.shape != after.shape or not torch.equal(before, after)
+        torch.testing.assert_close(after, own(converted, X))

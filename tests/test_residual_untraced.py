@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
+from qkernels.qat.call_patterns import KINDS
 
 
 def branches(block, a, b):
@@ -138,6 +140,15 @@ class Keeps(Block):
         return y + x
 
 
+class Holds(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([inner])
+
+    def forward(self, x, cache):
+        return self.inner[0](x, cache)
+
+
 def test_what_a_forward_does_to_other_arguments() -> None:
     """It calls their methods as ever; a call that would set an attribute is refused, as it would be lost."""
 
@@ -156,8 +167,13 @@ def test_what_a_forward_does_to_other_arguments() -> None:
         assert torch.equal(y, kept + x)
     prepared, cache = qk.prepare(Keeps(attribute), ON), Seen()
     qk.calibrate(prepared, [x])
-    with pytest.raises(RuntimeError, match=r"Keeps: its forward cannot be traced .* sets the attribute last"):
-        prepared(x, cache)
+    text = (
+        r"Keeps.?: its sums cannot be quantized in a call with cache given: it sets the attribute last .*; "
+        r"accepted: .* the rule \(Keeps, \{\"residual\": None\}\)"
+    )
+    for whole, name in ((prepared, ""), (Holds(prepared), r"inner\.0 \(")):
+        with pytest.raises(RuntimeError, match=f"^{name}{text}"):
+            whole(x, cache)
     assert vars(cache) == {"values": []}
     assert prepared(x).shape == x.shape
 
@@ -168,3 +184,29 @@ class Seen:
 
     def __call__(self, y: Any) -> None:
         self.values.append(y)
+
+
+class Named(Block):
+    def forward(self, x, name="", times=1.0):
+        y = self.a(x) + self.b(x)
+        return y * times * self.factor if name[-1:] in "02468" else y
+
+
+def test_traces_of_many_kinds_of_calls_are_not_kept() -> None:
+    """As in converted models the number is bounded; the calls that the model itself makes stay known."""
+    x = torch.randn(SHAPE)
+    model = Named(torch.add)
+    model.factor = 1.0
+    prepared = qk.prepare(model, ON)
+    qk.calibrate(prepared, [x])
+    made, files = prepared.traced_forward._made, len(linecache.cache)
+    first, y = list(made), prepared(x)
+    for i in range(KINDS + 3):
+        assert torch.equal(prepared(x, f"a user's {i}"), y)
+    assert list(made)[: len(first)] == first
+    assert len(made) == len(first) + KINDS
+    for i in range(3):  # an attribute by which the forward may decide is a part of the kind
+        prepared.factor = 1.0 + i
+        prepared(x)
+    assert len(made) == len(first) + KINDS
+    assert len(linecache.cache) < files + 2 * KINDS

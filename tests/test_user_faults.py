@@ -184,6 +184,8 @@ WRONG = [
     ("up", torch.rand(2, 4, 5, 5), "up.0", "ConvTranspose1d", "2, 4, 5, 5"),
     ("linear", torch.rand(2, 5), "linear", "Linear", "2, 5|2x5"),
     ("table", torch.rand(2), "table", "Embedding", "float|Float"),
+    ("table", torch.tensor([9]), "table", "Embedding", "out of range"),
+    ("linear", [0.5], "linear", "Linear", "list"),
     ("gru", torch.rand(4, 2, 5), "gru", "GRU", "6"),
     ("gru", torch.rand(5), "gru", "GRU", "dims"),
     ("attention", torch.rand(4, 2, 5), "attention", "Attention", "4, 2, 5"),
@@ -204,7 +206,7 @@ def stages():
 def test_an_error_says_which_layer_of_the_model_it_is_of(stages, stage, kind, x, name, layer, text):
     """By the name in the model that was called, whatever model that is."""
     for model, prefix in ((stages[stage], ""), (nn.Sequential(Pairs(stages[stage])), "0.model.")):
-        with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
+        with pytest.raises((RuntimeError, TypeError, ValueError, IndexError, AttributeError)) as error:
             model((kind, x)) if prefix else model(kind, x)
         place = re.escape(prefix + name)
         assert re.match(rf"{place} \(\w*{layer}\w*\): .*({text})", str(error.value), re.DOTALL), error.value
@@ -214,3 +216,31 @@ def test_an_error_of_a_layer_alone_says_its_class():
     layer = qk.nn.Int8Linear.from_float(nn.Linear(3, 4))
     with pytest.raises(RuntimeError, match=r"^Int8Linear: input: got shape \[2, 4\]; accepted: \[\.\.\., 3\]$"):
         layer(torch.rand(2, 4))
+
+
+class Steps(nn.Module):
+    """As Lightning's modules: another method than forward is called, and calls the parts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def step(self, x):
+        return self.model.conv(x)
+
+
+def test_the_name_is_that_in_the_module_whose_method_runs(stages):
+    with pytest.raises(RuntimeError, match=r"^model\.conv\.0\.0 \(Int8Conv2d\): input: got shape"):
+        Steps(stages["converted"]).step(torch.rand(2, 5, 8, 8))
+    with pytest.raises(RuntimeError, match=r"^conv\.0\.0 \(Int8Conv2d\): input: got shape"):
+        stages["converted"].forward("conv", torch.rand(2, 5, 8, 8))
+
+
+def test_an_error_of_one_of_torchs_layers_says_which():
+    """An fp64 image passes through an integer layer, and not through a norm in fp32."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval()
+    prepared = qk.prepare(model)
+    qk.calibrate(prepared, [torch.rand(2, 3, 4, 4)])
+    converted = qk.convert(prepared.eval())
+    with pytest.raises(RuntimeError, match=r"^2 \(BatchNorm2d\): .*dtype"):
+        converted(torch.rand(2, 3, 4, 4, dtype=torch.float64))

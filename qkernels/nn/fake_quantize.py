@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,10 +214,10 @@ class FakeQuantize(MovingScale):
             return scale, None
         return scale, whole(zero_point.detach()).round().clamp(self.quant_min, self.quant_max).to(torch.int32)
 
-    def held_qparams(self) -> list[Tensor]:
-        """The tensors that ``qparams()`` makes scale and zero point of."""
-        held = self._buffers.get("_scale"), *map(self._parameters.get, ("log_scale", "zero_point"))
-        return [t for t in (*held, self._buffers.get("zero_point")) if t is not None]
+    def held_qparams(self) -> list[tuple[dict[str, Any], str]]:
+        """What holds the tensors that ``qparams()`` makes scale and zero point of, and their names there."""
+        learned = ((self._parameters, name) for name in ("log_scale", "zero_point"))
+        return [(self._buffers, "_scale"), *learned, (self._buffers, "zero_point")]
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

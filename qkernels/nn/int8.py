@@ -213,7 +213,7 @@ class Int8Linear(Int8Layer):
         return take_over(layer, linear, ("weight", "bias")).train(linear.training)
 
     def compute(self, input: Tensor) -> Tensor:
-        _check_input(input, -1, self.in_features, f"[..., {self.in_features}]")
+        _check_input(input, -1, self.in_features)
         out_dtype = self._out_dtype(input)
         if self._computes_in_float(input.dtype):
             return self.for_steps(input.dtype)(input)
@@ -221,7 +221,7 @@ class Int8Linear(Int8Layer):
         return int8_linear(
             input,
             self._packed(),
-            self.bias,
+            self._parameters["bias"],
             input_scale=input_scale,
             input_zero_point=input_zero_point,
             quant_min=self.quant_min,
@@ -268,7 +268,8 @@ class Int8Linear(Int8Layer):
         return {"data": packed.data, "colsum": packed.colsum}
 
     def _packed(self) -> PackedInt8:
-        return PackedInt8(self.data, self.colsum, self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
+        held = self._buffers  # as an attribute each takes 0.4 µs more
+        return PackedInt8(held["data"], held["colsum"], self._scale_of("scale"), self.weight_shape)  # type: ignore[arg-type]
 
 
 class Int8Convolution(Int8Layer):
@@ -349,9 +350,7 @@ class Int8Convolution(Int8Layer):
         return layer
 
     def compute(self, input: Tensor) -> Tensor:
-        rank = len(self.kernel_size)
-        sizes = f"{self.in_channels}, {('L', 'H, W', 'D, H, W')[rank - 1]}]"
-        _check_input(input, -1 - rank, self.in_channels, f"[N, {sizes} or [{sizes}", most=rank + 2)
+        _check_input(input, -1 - len(self.kernel_size), self.in_channels)
         return self.convolve(input, self.stride, self.padding, self.dilation, self.padding_mode)
 
     def convolve(self, input: Tensor, stride: Any, padding: Any, dilation: Any, mode: str = "zeros") -> Tensor:
@@ -457,14 +456,22 @@ class Int8Conv2d(Int8Convolution):
         return y if x.dim() == 4 else y.squeeze(0)
 
 
-def _check_input(x: Tensor, dim: int, channels: int, accepted: str, most: int | None = None) -> None:
-    """Refuses an input with other channels in that dim, or with more than ``most`` dims."""
+def _check_input(x: Tensor, dim: int, channels: int) -> None:
+    """Refuses an input of a linear layer (dim −1) or a convolution with other channels in that dim, or other dims."""
+    if isinstance(x, Tensor):
+        checks.dense("input", x)
+        if torch.jit.is_tracing():  # sizes are tensors then
+            return
+        dims = x.dim()
+        if dims >= -dim and (dim == -1 or dims <= 1 - dim) and x.shape[dim] == channels:
+            return
+    accepted = f"[..., {channels}]"
+    if dim < -1:
+        sizes = f"{channels}, {('L', 'H, W', 'D, H, W')[-2 - dim]}]"
+        accepted = f"[N, {sizes} or [{sizes}"
     if not isinstance(x, Tensor):
         raise TypeError(f"input: got {type(x).__name__}; accepted: a tensor {accepted}")
-    checks.dense("input", x)
-    if not torch.jit.is_tracing():  # sizes are tensors then
-        fits = -dim <= x.dim() <= (most or x.dim()) and x.shape[dim] == channels
-        checks.require(fits, f"input: got shape {list(x.shape)}; accepted: {accepted}")
+    raise RuntimeError(f"input: got shape {list(x.shape)}; accepted: {accepted}")
 
 
 def suggests_channels_last(x: Tensor) -> bool:

@@ -442,9 +442,10 @@ class QuantizedInputLayer(QuantizedLayer):
         return torch.get_autocast_dtype(device)
 
     def _input_qparams(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        checks.dense("x", x)
-        if self.input_scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
-            return self.input_scale, self.input_zero_point
+        """Those for an input that ``_out_dtype`` has taken."""
+        scale = self._buffers["input_scale"]
+        if scale is not None or self.input_bits is None or isinstance(self.input_granularity, PerToken):
+            return scale, self._buffers["input_zero_point"]
         low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
         scale, zero_point = choose_qparams(
             low.float(),

@@ -92,10 +92,14 @@ class RecurrentForward(nn.Module):
             if index and self.dropout and self.training:
                 x = F.dropout(x, self.dropout)
             x = self.passed(f"input_l{index}" if index else "input", x)
-            part = slice(index * self.directions, (index + 1) * self.directions)
-            x, ended = self._run_level(index, x, sizes, tuple(state[part] for state in states))
+            first = states
+            if self.num_layers > 1:
+                part = slice(index * self.directions, (index + 1) * self.directions)
+                first = tuple(state[part] for state in states)
+            x, ended = self._run_level(index, x, sizes, first)
             last.append(ended)
-        return self.passed("output", x), tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+        joined = last[0] if len(last) == 1 else tuple(torch.cat(parts) for parts in zip(*last, strict=True))
+        return self.passed("output", x), joined
 
     def _run_fused(
         self, x: Tensor, sizes: Tensor | None, states: States, weights: Sequence[Sequence[Tensor]]
@@ -122,13 +126,15 @@ class RecurrentForward(nn.Module):
         flat = steps_first.flatten(0, 1) if sizes is None else x
         outputs, ended = [], []
         for index in range(self.directions):
-            y, last = run(index, flat, tuple(state[index] for state in states))
+            y, last = run(index, flat, tuple(state.select(0, index) for state in states))
             outputs.append(y)
             ended.append(last)
         y = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
         if sizes is None:
-            y = y.unflatten(0, steps_first.shape[:2])
+            y = y.view(*steps_first.shape[:2], y.shape[-1])
             y = y.transpose(0, 1) if self.batch_first else y
+        if len(ended) == 1:
+            return y, tuple(state.unsqueeze(0) for state in ended[0])
         return y, tuple(torch.stack(parts) for parts in zip(*ended, strict=True))
 
 

@@ -59,8 +59,9 @@ class Sequence:
         product = self.input.for_steps(rows.dtype)
         if not self.is_taken(rows):
             return self.by_steps(product(rows), first)
-        if wants_gradient(rows, self.input.bias, self.hidden.bias, *first):
-            y, *last = _Recomputed.apply(self, product(rows), self.hidden.bias, *first)
+        biases = [part._parameters["bias"] for part in (self.input, self.hidden)]
+        if wants_gradient(rows, *biases, *first):
+            y, *last = _Recomputed.apply(self, product(rows), biases[1], *first)
             return y, tuple(last)
         pieces = self._pieces(rows)
         outputs: list[Tensor] = []
@@ -102,10 +103,11 @@ class Sequence:
             assert isinstance(self.cell, FakeQuantize)
             codes["cell_scale"], codes["cell_zero_point"] = self.cell.qparams()
             codes.update(cell_min=self.cell.quant_min, cell_max=self.cell.quant_max)
-        assert hidden.colsum is not None
-        weight = hidden.data, hidden.colsum, hidden._scale_of("scale"), hidden.bias
+        packed: Any = hidden._packed()
+        weight = packed.data, packed.colsum, packed.scale, hidden._parameters["bias"]
         options: Any = {**codes, "sizes": sizes, "reverse": self.reverse}
-        y, last = int8_recurrent(gates, torch.stack(first), self.mode, *weight, **options)
+        states = first[0].unsqueeze(0) if len(first) == 1 else torch.stack(first)
+        y, last = int8_recurrent(gates, states, self.mode, *weight, **options)
         return y, last.unbind()
 
 

@@ -11,6 +11,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, Proxy
 
+NAMED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)  # classes of errors of a layer's arguments
 TRACING = threading.RLock()  # held by the thread that traces
 
 
@@ -24,9 +25,21 @@ class Tracer(torch.fx.Tracer):
     _thread: int
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        """The graph.
+
+        Raises:
+            NotImplementedError: whatever the forward raises when it gets stand-ins for tensors. Any other error is a
+                fault of this package.
+        """
         with TRACING:
             self._thread = threading.get_ident()
-            return super().trace(root, concrete_args)
+            try:
+                return super().trace(root, concrete_args)
+            except Exception as error:  # a forward may raise anything
+                if _is_fault(error) or (isinstance(error, NotImplementedError) and str(error)):
+                    raise
+                text = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+                raise NotImplementedError(f"torch.fx cannot trace its forward ({text})") from error
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -47,6 +60,20 @@ class Tracer(torch.fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:120]
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether an error in a trace is one of this package's code: of a class that the code never raises on purpose."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+    own = module == __name__ or module.startswith("qkernels.qat.")
+    return own and not isinstance(error, RuntimeError | ValueError)
+
+
 def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``nn.Module.__call__`` that a tracer records as one call; the default tracer would trace into the layer.
 
@@ -57,7 +84,7 @@ def call_as_leaf(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(first, Proxy):
         try:
             return nn.Module.__call__(self, *args, **kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except NAMED as error:
             _say_where(error, self)
             raise
     tracer: Any = first.tracer
@@ -94,23 +121,34 @@ def _say_where(error: Exception, layer: nn.Module) -> None:
 
     An error of another class, such as one that calibrate raises in a hook, is not about the arguments of the layer.
     """
-    plain = type(error) in (RuntimeError, TypeError, ValueError) and [type(arg) for arg in error.args] == [str]
+    plain = type(error) in NAMED and [type(arg) for arg in error.args] == [str]
     if not plain or hasattr(error, "layer"):
         return
-    kind, name = type(layer).__name__, _name_in_what_was_called(layer)
+    kind, name = type(layer).__name__, name_in_what_was_called(layer)
     error.layer = name  # type: ignore[attr-defined]
     error.args = (f"{name} ({kind}): {error}" if name else f"{kind}: {error}",)
 
 
-def _name_in_what_was_called(layer: nn.Module) -> str:
-    """The layer's name in the outermost module whose call is running; "": the layer itself was called.
+def say_which_of_torch(error: Exception) -> None:
+    """The same for an error of a layer of torch's own, by the call of it that the error came through last."""
+    at, layer = error.__traceback__, None
+    while at is not None:
+        if at.tb_frame.f_code is nn.Module._call_impl.__code__:
+            layer = at.tb_frame.f_locals["self"]
+        at = at.tb_next
+    if layer is not None and type(layer).__module__.startswith("torch.nn."):
+        _say_where(error, layer)
+
+
+def name_in_what_was_called(layer: nn.Module) -> str:
+    """The layer's name in the outermost module of which a method is running; "": the layer itself was called.
 
     It is looked up when it is wanted, so that no layer has to remember a name, which another model may not know it by.
     """
     found, frame = "", sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            called: nn.Module = frame.f_locals["self"]
+        called = frame.f_locals.get("self")
+        if isinstance(called, nn.Module):
             found = next((name for name, module in called.named_modules() if module is layer), found)
         frame = frame.f_back  # type: ignore[assignment]
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+KINDS = 16  # of calls for which a module keeps what it was traced to
 GIVEN, DEFAULT = "given", "default"  # what a trace knows of an argument; else "is" and its value
 Pattern = tuple[str, ...]
 _FROZEN = (type(None), bool, str)  # types of arguments by which a forward decides; those derived have other values

@@ -27,8 +27,8 @@ def copy_of(model: nn.Module, memo: dict[int, Tensor] | None = None) -> nn.Modul
     sharded = [module for module in model.modules() if _is_sharded(module)]
     for module in model.modules():
         for value in vars(module).values():
-            if type(value) is OrderedDict and not value:  # of hooks, for which copy.deepcopy takes long
-                copies[id(value)] = OrderedDict()
+            if type(value) in (OrderedDict, dict, set) and not value:  # of hooks and the like: copy.deepcopy takes long
+                copies[id(value)] = type(value)()
             for t in value if isinstance(value, list) else (value,):  # torch's recurrent layers keep a list of weights
                 if isinstance(t, Tensor) and not t.is_leaf:
                     copies.setdefault(id(t), t.detach().clone())

@@ -14,7 +14,7 @@ from ..nn.int8_conv1d import Int8Conv1d
 from ..nn.int8_conv3d import Int8Conv3d
 from ..nn.int8_conv_transpose import Int8ConvTranspose1d, Int8ConvTranspose2d, Int8ConvTranspose3d
 from ..nn.qat_conv_transpose import QATConvTranspose
-from ..nn.tracing import Tracer
+from ..nn.tracing import Tracer, first_line
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base of torch's BatchNorms
 # The BatchNorm of as many dims; SyncBatchNorm takes any.
@@ -70,9 +70,8 @@ def find_folds(model: nn.Module) -> Folds:
     try:
         with eval_mode(model):
             graph = LayerTracer().trace(model)
-    except Exception as error:  # a model's forward may raise anything when traced; the report repeats its message
-        reason = f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
-        folds.kept = dict.fromkeys(norms, reason)
+    except NotImplementedError as error:
+        folds.kept = dict.fromkeys(norms, first_line(error).replace("its forward", "the model", 1))
         return folds
 
     calls: dict[str, list[torch.fx.Node]] = {}

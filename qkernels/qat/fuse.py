@@ -7,8 +7,9 @@ import functools
 import heapq
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,20 +21,17 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..nn.attend import attend
-from ..nn.fake_quantize import FakeQuantize
 from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.quantized import QuantizedLayer
-from ..nn.tracing import TRACING
+from ..nn.tracing import NAMED, TRACING, first_line, say_which_of_torch
 from ..ops.autograd import transformed
 from ..ops.int8_program import int8_program
-from .call_patterns import Arguments, Pattern
+from .call_patterns import KINDS, Arguments, Pattern
 from .graph import Graph, LayerTracer, overwritten
 from .lowering import Part, parts_of
+from .module_state import ModuleState
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # those of the backward pass run there
-_OF_ANY_MODULE = vars(nn.Module())
 NOTHING = "no two operations in a row that a program can run"
-KINDS = 16  # of calls that a module is traced for
 _MORE: Pattern = ("more",)  # stands for all further ones
 
 
@@ -59,7 +57,7 @@ class FusedForward:
         self.reason: str | None = None
         self.refused: str | None = None
         self._built: dict[Pattern, _Built | None] = {}
-        self._state: _State | None = None
+        self._state: ModuleState | None = None
         self._cautious = False
         self._arguments: Arguments | None = None
         try:
@@ -84,21 +82,26 @@ class FusedForward:
         """Traces the module and writes its programs; ``reason`` says if there are none."""
         with TRACING:
             if self._arguments is None:
-                self._state = _State(self.module)
+                self._state = ModuleState(self.module)
             else:
-                self.reason = self._build(self._arguments.pattern_of((), {}), {}, _State(self.module))
+                self.reason = self._build(self._arguments.pattern_of((), {}), {}, ModuleState(self.module))
 
-    def _build(self, pattern: Pattern, others: dict[Pattern, _Built | None], state: _State | None) -> str | None:
+    def _build(self, pattern: Pattern, others: dict[Pattern, _Built | None], state: ModuleState | None) -> str | None:
         """Traces the module for one more kind of calls; why it has no programs for it."""
         built, reason = None, None
         try:
             if pattern == _MORE:
                 raise NotImplementedError(f"more than {KINDS} kinds of calls, each value of a text being one")
             built = _Built(self.module, pattern, self._cautious)
-        except Exception as error:  # a module's forward may raise anything when traced
-            first = next(iter(str(error).splitlines()), "")[:120]
-            named = isinstance(error, NotImplementedError)
-            reason = first if named else f"torch.fx cannot trace its forward ({type(error).__name__}: {first})"
+        except NotImplementedError as error:
+            reason = first_line(error)
+        except Exception as error:  # nobody's model is to fail by it, as its layers compute the same one by one
+            reason = f"a fault of qkernels ({type(error).__name__}: {first_line(error)})"
+            warnings.warn(
+                f"{type(self.module).__name__}: its layers run one by one because of {reason}; please report it with "
+                "the model",
+                stacklevel=1,
+            )
         self._built = {**others, pattern: built}
         self._state = state  # at last, as other threads look at it first
         return reason
@@ -137,6 +140,13 @@ class FusedForward:
         return [] if built is None else [part.plan for part in built.parts]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._called(args, kwargs)
+        except NAMED as error:
+            say_which_of_torch(error)
+            raise
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module
         bound = None if self._arguments is None else self._arguments.bound(args, kwargs)
         if bound is None or module.training or _is_watched() or any(isinstance(x, fx.Proxy) for x in bound[1]):
@@ -189,67 +199,6 @@ class FusedForward:
         return {**vars(FusedForward(self.module))}
 
 
-class _State:
-    """What programs take for granted of a module, besides what tensors hold.
-
-    That is its tree, the dtypes of its integer layers, whether a module trains, which have a forward of their own, and
-    the numbers, texts and switches in the attributes of modules that torch.fx traces through. It is compared at each
-    call, so it holds the dicts of the modules, which live as long as they.
-
-    Attributes:
-        hooks: the dicts of the hooks of modules inside.
-        trains: whether a module was in training mode, as dropout is for Monte Carlo estimates.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._children = [m._modules for m in modules if m._modules]
-        self._parameters = [m._parameters for m in modules if m._parameters]
-        self._integers: list[dict[str, Any]] = [m._parameters for m in modules if isinstance(m, QuantizedLayer)]
-        self.hooks = [vars(m)[name] for m in modules if m is not module for name in _HOOKS]
-        self._all = [vars(m) for m in modules]
-        self._inner = [vars(m) for m in modules if m is not module]
-        is_leaf, read = LayerTracer().is_leaf_module, list[tuple[dict[str, Any], str]]()
-        for name, m in module.named_modules():
-            if m is module or isinstance(m, FakeQuantize) or not is_leaf(m, name):
-                read += [(vars(m), switch) for switch in switches(m)]
-        self._held, self._names = [held for held, _ in read], [name for _, name in read]
-        self._quantizers = [m for m in modules if isinstance(m, FakeQuantize)]
-        self._form = self._present()
-        self.trains: bool = self._form[0]
-
-    def _present(self) -> tuple[Any, ...]:
-        return (
-            any(map(operator.getitem, self._all, repeat("training"))),
-            list(chain.from_iterable(map(dict.values, self._children))),
-            [held["weight_dtype"].dtype for held in self._integers],
-            list(map(dict.get, self._inner, repeat("forward"))),
-            list(map(dict.get, self._held, self._names)),
-            [(quantizer.quantizes, quantizer.bits) for quantizer in self._quantizers],
-        )
-
-    def holds(self) -> bool:
-        """Whether the module still is as it was."""
-        return self._present() == self._form
-
-    def wants_gradient(self) -> bool:
-        held = chain.from_iterable(map(dict.values, self._parameters))
-        return any(p is not None and p.requires_grad for p in held)
-
-
-def switches(module: nn.Module) -> list[str]:
-    """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
-    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
-    own = (name for name, value in vars(module).items() if _is_switch(value))
-    return [name for name in dict.fromkeys((*own, *of_kinds)) if name not in _OF_ANY_MODULE]
-
-
-def _is_switch(value: Any) -> bool:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))
-
-
 def _is_watched() -> bool:
     """Whether something runs that wants to see each layer, or that programs do not serve."""
     tracing = torch._C._get_tracing_state() is not None if not torch.compiler.is_compiling() else False
@@ -277,10 +226,11 @@ class _Built:
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         read = {node for part in self.parts for node in part.inputs}
         ranks = [graph.ranks.get(node) for node in places]
-        # For each argument the dims that a program wants of it: a number, 0 for any, or None if no program reads it.
+        # The arguments that programs read, and how many dims they want of them; 0: any number.
         self.dims = [
-            None if node not in read else 0 if rank is None else rank + 2
-            for node, rank in zip(places, ranks, strict=True)
+            (i, 0 if rank is None else rank + 2)
+            for i, (node, rank) in enumerate(zip(places, ranks, strict=True))
+            if node in read
         ]
         self.overwritten = [i for i, node in enumerate(places) if node in graph.copies.values()]
         called = {node.args[0] for node in graph.graph.nodes if node.op == "call_method"}
@@ -288,10 +238,13 @@ class _Built:
         self.run: Callable[..., Any] = fx.GraphModule(module, _rewritten(graph, self.parts)).forward
 
     def takes(self, values: list[Any]) -> bool:
-        pairs = zip(values, self.dims, strict=True)
-        fits = all(dims is None or (_is_plain(x) and dims in (0, x.dim())) for x, dims in pairs)
-        tensors = all(isinstance(values[i], Tensor) for i in self.tensors)
-        return fits and tensors and all(_is_alone(values[i], values) for i in self.overwritten)
+        for i, dims in self.dims:  # loops, as this runs at each call: generators would take 1 µs more
+            if not (_is_plain(values[i]) and dims in (0, values[i].dim())):
+                return False
+        for i in self.tensors:
+            if not isinstance(values[i], Tensor):
+                return False
+        return all(_is_alone(values[i], values) for i in self.overwritten) if self.overwritten else True
 
 
 def _with_gradient(
@@ -436,19 +389,21 @@ def _getter(graph: Graph, name: str) -> Callable[[], Any]:
 
 def _caller(part: Part) -> Callable[..., list[Tensor]]:
     def int8_part(*inputs: Tensor) -> list[Tensor]:
-        if not all(_is_plain(x) for x in inputs):
-            raise _Unfit("an input of a program is no fp32 tensor on the CPU")
-        if any(dims not in (None, x.dim()) for dims, x in zip(part.dims, inputs, strict=True)):
-            raise _Unfit(f"inputs of a program have {[x.dim() for x in inputs]} dims; accepted: {part.dims}")
+        for x, dims in zip(inputs, part.dims, strict=True):
+            if not _is_plain(x):
+                raise _Unfit("an input of a program is no fp32 tensor on the CPU")
+            if dims not in (None, x.dim()):
+                raise _Unfit(f"inputs of a program have {[x.dim() for x in inputs]} dims; accepted: {part.dims}")
+        flat = part.in_rows and (len(inputs) > 1 or inputs[0].dim() > 2)
         lead = inputs[0].shape[:-1]
-        if part.in_rows and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
+        if flat and any(x.shape[:-1] != lead for x in inputs):  # as many rows can mean others
             raise _Unfit(f"inputs of a program have shapes {[list(x.shape) for x in inputs]}; accepted: equal ones")
         try:
-            given = [x.flatten(0, -2) for x in inputs] if part.in_rows else list(inputs)
+            given = [x.flatten(0, -2) for x in inputs] if flat else list(inputs)
             outputs = int8_program(given, part.constants(), part.plan)
         except RuntimeError as error:
             raise (_Stale if "for one quantizer" in str(error) else _Unfit)(str(error)) from None
-        return [y.reshape(*lead, y.shape[-1]) for y in outputs] if part.in_rows else outputs
+        return [y.reshape(*lead, y.shape[-1]) for y in outputs] if flat else outputs
 
     return int8_part
 

@@ -17,6 +17,7 @@ from ..nn.integer_attention import IntegerMultiheadAttention
 from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
+from ..nn.tracing import first_line
 from .call_patterns import Pattern
 from .copying import shadow_of
 from .faithful_tracing import (
@@ -288,7 +289,10 @@ def _traced(root: nn.Module, pattern: Pattern) -> tuple[fx.Graph, dict[str, Any]
     constants: dict[str, Any] = {}
 
     def trace() -> fx.Graph:
-        shadow = shadow_of(root)
+        try:
+            shadow = shadow_of(root)
+        except Exception as error:  # as what a user has set on a module may raise when it is copied
+            raise NotImplementedError(f"it cannot be copied ({type(error).__name__}: {first_line(error)})") from error
         modules = dict(shadow.named_modules())
         before = attributes_of(modules)
         graph = LayerTracer(pattern).trace(shadow)

@@ -25,8 +25,9 @@ class Part:
         dims: how many dims each input must have; None: any.
         in_rows: whether all dims in front of the last are one: [..., C] is then run as [N, C].
         plan: the program's text.
-        dicts, names: the dicts and keys of the program's constants, followed by ``made``. Two lists, since hundreds of
-            constants are read at each call, and each further object that is looked at may lie outside the caches.
+        dicts, names: the dicts and keys of the program's constants, followed by those of ``qparams``. Two lists, since
+            hundreds of constants are read at each call, and each further object that is looked at may lie outside the
+            caches.
     """
 
     nodes: list[fx.Node]
@@ -37,17 +38,10 @@ class Part:
     plan: str = ""
     dicts: list[dict[str, Any]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    made: list[Made] = field(default_factory=list)
-    qparams: dict[FakeQuantize, Qparams] = field(default_factory=dict)
+    qparams: Qparams = field(default_factory=lambda: Qparams(()))
 
     def constants(self) -> list[Tensor]:
-        tensors: list[Tensor] = list(map(operator.getitem, self.dicts, self.names))
-        now = {quantizer: qparams.now() for quantizer, qparams in self.qparams.items()}
-        for made in self.made:
-            value = now[made.quantizer][made.part]
-            assert value is not None
-            tensors.append(value)
-        return tensors
+        return [*map(operator.getitem, self.dicts, self.names), *self.qparams.now()]
 
 
 def parts_of(graph: Graph) -> list[Part]:
@@ -473,12 +467,10 @@ class _Writer:
             if constant in places:
                 continue
             places[constant] = len(places)
-            if isinstance(constant, Made):
-                self.part.made.append(constant)
-                self.part.qparams.setdefault(constant.quantizer, Qparams(constant.quantizer))
-            else:
+            if isinstance(constant, Held):
                 self.part.dicts.append(constant.tensors)
                 self.part.names.append(constant.name)
+        self.part.qparams = Qparams([constant for constant in places if isinstance(constant, Made)])
 
         def text(value: Any) -> str:
             if isinstance(value, Held | Made):

@@ -331,7 +331,7 @@ def _traced_forward(module: nn.Module, entry: Description) -> TracedForward | No
     patterns = [tuple(pattern) for pattern in entry["traced"]["patterns"]]
     try:
         return TracedForward.of(module, entry["traced"]["roles"], patterns)
-    except Exception as error:  # a forward may raise anything when traced
+    except (NotImplementedError, ValueError) as error:
         raise OtherModelError(f"the forward of {type(module).__name__} is another one: {error}") from None
 
 

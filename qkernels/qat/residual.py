@@ -20,13 +20,14 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import SUFFIX
 from ..nn.quantized_parameters import QATParameters
+from ..nn.tracing import first_line
 from .call_patterns import Arguments, Pattern
 from .copying import replace_modules, shadow_of
 from .forward_tensors import POOLS, Place, Tensors, name_of
 from .operations import POOL_MODULES
 from .sharing import graphs_of
 from .spec import QSpec
-from .traced_forward import Trace, TracedForward, reason_of, shadow_of_own
+from .traced_forward import Trace, TracedForward, shadow_of_own
 
 # Their results hold values of their input, and no others.
 MOVES = frozenset(
@@ -82,9 +83,15 @@ class Residuals:
     feature_dims: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    _marked: nn.Module | None = None
 
     def marked(self, model: nn.Module) -> nn.Module:
-        """A copy of the model in which each tensor passes through a quantizer."""
+        """A copy of the model in which each tensor passes through a quantizer; the same until tensors are dropped."""
+        if self._marked is None:
+            self._marked = self._marked_anew(model)
+        return self._marked
+
+    def _marked_anew(self, model: nn.Module) -> nn.Module:
         shadow, made = shadow_of(model), dict[nn.Module, nn.Module]()
         for name, own in self.own.items():
             module = shadow.get_submodule(name)
@@ -109,6 +116,7 @@ class Residuals:
 
     def drop(self, tensors: Collection[str]) -> None:
         """Leaves these tensors as they are."""
+        self._marked = None
         self.specs = {name: spec for name, spec in self.specs.items() if name not in tensors}
         self.pools = [name for name in self.pools if _joined(name, "input") in self.specs]
         for name, own in self.own.items():
@@ -208,8 +216,8 @@ def _traces(
                 continue
             seen.add((module, pattern))
             trace = Trace(shadow_of_own(module, kind), pattern)
-        except Exception as error:  # a module's forward may raise anything when traced
-            reasons.setdefault(names[module], reason_of(error))
+        except NotImplementedError as error:
+            reasons.setdefault(names[module], first_line(error))
             continue
         calls += trace.calls
         yield module, trace

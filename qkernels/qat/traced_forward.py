@@ -22,12 +22,12 @@ from torch.fx import Proxy
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
-from ..nn.tracing import TRACING
-from .call_patterns import Arguments, Pattern
+from ..nn.tracing import TRACING, first_line, name_in_what_was_called
+from .call_patterns import KINDS, Arguments, Pattern
 from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
-from .fuse import switches
 from .graph import without_writes
+from .module_state import switches
 
 _numbers = itertools.count()
 
@@ -47,7 +47,11 @@ class TracedForward:
         self.known = {place for trace in traces for place in trace.places()}
         self.patterns = list(dict.fromkeys(trace.pattern for trace in traces))
         self.arguments = Arguments(type(module))
-        self._made = {(trace.pattern, trace.state): trace.function(roles) for trace in traces}
+        self._make(traces)
+
+    def _make(self, traces: Sequence[Trace]) -> None:
+        self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
+        self._first = len(self._made)
 
     @classmethod
     def of(cls, module: nn.Module, roles: dict[Place, str], patterns: Sequence[Pattern]) -> TracedForward:
@@ -67,7 +71,7 @@ class TracedForward:
         """Traces the module after it was pickled, so that compiled code finds what it needs."""
         if not self._made:
             traces = _in_both_modes(module, type(module).float_type, self.patterns)
-            self._made = {(trace.pattern, trace.state): trace.function(self.roles) for trace in traces}
+            self._make(traces)
 
     def __call__(self, module: QATParameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.arguments.bound(args, kwargs)
@@ -75,7 +79,8 @@ class TracedForward:
             return type(module).float_type.forward(module, *args, **kwargs)
         pattern, values = bound
         key = pattern, state_of(module, self.switches)
-        if key not in self._made:
+        forward = self._made.get(key)
+        if forward is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     f"{type(module).float_type.__name__}: got a call, or attributes, unlike those that it had when it "
@@ -83,9 +88,17 @@ class TracedForward:
                 )
             with TRACING:
                 trace = self._traced(module, pattern)
-                self._made[key] = trace.function(self.roles)
+                forward = trace.function(self.roles)
+                self._keep(key, forward)
             self._name_new_sums(trace)
-        return self._made[key](module, *values)
+        return forward(module, *values)
+
+    def _keep(self, key: tuple[Any, ...], forward: Callable[..., Any]) -> None:
+        """Beside those that were made first, as the model makes such calls itself, the last ones."""
+        others = list(self._made)[self._first :]
+        if len(others) >= KINDS:
+            linecache.cache.pop(self._made.pop(others[0]).__code__.co_filename, None)
+        self._made[key] = forward
 
     def _name_new_sums(self, trace: Trace) -> None:
         kinds = trace.tensors().places().items()
@@ -101,11 +114,13 @@ class TracedForward:
         kind = type(module).float_type
         try:
             return Trace(shadow_of_own(module, kind), pattern)
-        except Exception as error:  # a forward may raise anything when traced
+        except NotImplementedError as error:
+            name = name_in_what_was_called(module)
             raise RuntimeError(
-                f"{kind.__name__}: its forward cannot be traced for this call ({reason_of(error)}), so that its sums "
-                "could not be quantized; accepted: calls and attributes like those that it had when it was prepared, "
-                'or a rule that gives its "residual" None'
+                f"{f'{name} ({kind.__name__})' if name else kind.__name__}: its sums cannot be quantized in a call "
+                f"{self.arguments.described(pattern)}: {first_line(error)}; accepted: calls and attributes like those "
+                "that it had when it was prepared, or to prepare the model with the rule "
+                f'({kind.__name__}, {{"residual": None}}), which leaves its sums in float'
             ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedForward:
@@ -135,11 +150,6 @@ def shadow_of_own(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     shadow = kind.__new__(kind)
     shadow.__dict__ = copied_state(module)
     return shadow
-
-
-def reason_of(error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), "")[:120]
-    return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"
 
 
 class _OwnTracer(FaithfulTracer):
@@ -191,8 +201,7 @@ class Trace:
     """The graph of a module's own forward for one pattern, in its mode.
 
     Raises:
-        NotImplementedError: the graph would not do what the forward does.
-        Exception: whatever the forward raises when it is traced.
+        NotImplementedError: the forward cannot be traced, or the graph would not do what it does.
     """
 
     def __init__(self, module: nn.Module, pattern: Pattern) -> None:
