@@ -54,7 +54,7 @@ def gradients(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=at_least(1), default=64)
-    parser.add_argument("--columns", type=at_least(2), default=256)
+    parser.add_argument("--columns", type=at_least(32, multiple_of=32), default=256)
     parser.add_argument("--steps", type=at_least(1), default=100)
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor needs a compiler")
     options = parser.parse_args()

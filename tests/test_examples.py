@@ -109,7 +109,7 @@ def test_a_size_that_is_too_small_or_too_large_is_named(
         ("fake_quant_in_your_loop", ["--width", "1", "--steps", "1"]),
         ("qat_start_to_finish", ["--channels", "1", "--size", "5", "--steps", "1"]),
         ("torch_ao_override", ["--channels", "1", "--size", "4", "--steps", "1"]),
-        ("your_own_quantizer", ["--rows", "1", "--columns", "2", "--steps", "1"]),
+        ("your_own_quantizer", ["--rows", "1", "--columns", "32", "--steps", "1"]),
     ],
 )
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
