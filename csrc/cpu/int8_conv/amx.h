@@ -70,15 +70,19 @@ struct SharedAmx : Shared {
   }
 };
 
-inline void finish_codes(const int32_t* sums, int64_t width, const CodesOfSums& of, uint8_t* codes, int64_t step) {
-  const auto words = [&](const int32_t* pixel)
-                         QK_INLINE { return of.words(_mm512_load_si512(pixel), _mm512_load_si512(pixel + 16)); };
-  for (; width > 1; width -= 2, sums += 2 * kPanel, codes += 2 * step) {
-    const __m512i two = of.bytes(words(sums), words(sums + kPanel));
-    of.store(_mm512_castsi512_si256(two), codes);
-    of.store(_mm512_extracti64x4_epi64(two, 1), codes + step);
+template <bool kResidual>
+inline void finish_codes(const int32_t* sums, int64_t width, const PanelValues& panel, const ClampedCodes& to) {
+  const CodesOfSums<kResidual> of(panel, to);
+  const auto words = [&](int64_t pixel) QK_INLINE {
+    const int32_t* at = sums + pixel * kPanel;
+    const uint8_t* residual = kResidual ? to.residual[0] + pixel * to.residual_step : nullptr;
+    return of.words(_mm512_load_si512(at), _mm512_load_si512(at + 16), residual);
+  };
+  for (int64_t pixel = 0; pixel < width; pixel += 2) {
+    const __m512i two = of.bytes(words(pixel), words(std::min(pixel + 1, width - 1)));
+    of.store(_mm512_castsi512_si256(two), to.codes[0] + pixel * to.step);
+    if (pixel + 1 < width) of.store(_mm512_extracti64x4_epi64(two, 1), to.codes[0] + (pixel + 1) * to.step);
   }
-  if (width) of.store(_mm512_castsi512_si256(of.bytes(words(sums), words(sums))), codes);
 }
 
 // One panel and a list of tiles of at most `most` rows.
@@ -91,7 +95,6 @@ void convolve_panel(SharedAmx& shared, const Segment* segments, const PixelTile*
   const bool clamped = shared.has_clamped && panel.finite;
   shared.clamped.inside = panel.channels == kPanel ? ~0u : (1u << panel.channels) - 1;
   shared.set_steps(number);
-  const CodesOfSums of(panel, shared.clamped);
   // Other configurations cost as much as many products. So tiles of fewer rows read more pixels too, if there are any.
   const auto enough = [&](const PixelTile& tile) { return tile.x + (most - 1) * work.step.x <= shared.last_pixel; };
   for (int64_t i = 0; i < n;) {
@@ -105,11 +108,15 @@ void convolve_panel(SharedAmx& shared, const Segment* segments, const PixelTile*
         const Segment& segment = segments[s];
         const int64_t row = work.step.x ? (segment.at.x - tiles[i].x) / work.step.x : 0;
         const int32_t* of_segment = sums + (t * kAmxRows + row) * kPanel;
-        if (clamped)
-          finish_codes(of_segment, segment.width, of, work.output->codes.data + segment.at.codes + panel.first,
-                       work.step.codes);
-        else
+        if (!clamped) {
           finish(shared, of_segment, segment.width, panel, segment.at);
+          continue;
+        }
+        shared.place_codes(0, segment.at, panel);
+        if (shared.clamped.residual[0])
+          finish_codes<true>(of_segment, segment.width, panel, shared.clamped);
+        else
+          finish_codes<false>(of_segment, segment.width, panel, shared.clamped);
       }
   }
 }

@@ -67,7 +67,9 @@ inline __attribute__((always_inline)) void multiply_tile(const TileInput& in, co
     const uint8_t* p0 = in.pixels[0] + in.offsets[r];
     const uint8_t* p1 = Segments == 2 ? in.pixels[1] + in.offsets[r] : p0;
     int64_t g = in.run_groups;
-    if (in.first_half) {
+    if (in.channels <= 16) {
+      for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), First(), p0, p1);
+    } else if (in.first_half) {
       for (; g > in.run_groups - in.first_half; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), First(), p0, p1);
       for (; g > 0; --g, p0 += 4, p1 += 4, w += 128) multiply(First(), Second(), p0, p1);
     }
@@ -101,8 +103,9 @@ void conv_tile(const TileInput& in, const int8_t* weights, const int32_t* start,
   });
 }
 
-// Codes straight from the sums of a panel's channels, where the results are finite and the activation only clamps them:
-// 9 instructions for 16.
+// Codes straight from the sums of a panel's channels, where the results are finite and activations only clamp them: 9
+// instructions for 16, and 9 more where codes of a residual are added.
+template <bool kResidual>
 class CodesOfSums {
  public:
   CodesOfSums(const PanelValues& panel, const ClampedCodes& to)
@@ -110,15 +113,23 @@ class CodesOfSums {
         in_scale_(_mm512_set1_ps(to.in_scale)),
         inverse_(_mm512_set1_ps(to.inverse)),
         most_(_mm512_set1_ps(1e9f)),
+        residual_scale_(_mm512_set1_ps(to.residual_scale)),
+        residual_zero_(_mm512_set1_ps(to.residual_zero)),
+        first_low_(_mm512_set1_ps(to.first_low)),
+        first_high_(_mm512_set1_ps(to.first_high)),
         zero_point_(_mm512_set1_epi16(to.zero_point)),
         low_(_mm512_set1_epi8(static_cast<char>(to.low))),
         high_(_mm512_set1_epi8(static_cast<char>(to.high))),
         order_(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)),
         inside_(to.inside) {}
 
-  // Of one pixel, as words.
-  QK_INLINE __m512i words(__m512i first, __m512i second) const {
-    return _mm512_adds_epi16(_mm512_packs_epi32(steps(first, 0), steps(second, 16)), zero_point_);
+  // Of one pixel, as words. `residual`: the codes of its channels.
+  QK_INLINE __m512i words(__m512i first, __m512i second, const uint8_t* residual) const {
+    __m256i codes = _mm256_setzero_si256();
+    if constexpr (kResidual) codes = _mm256_maskz_loadu_epi8(inside_, residual);
+    const __m512i both = _mm512_packs_epi32(steps(first, 0, _mm256_castsi256_si128(codes)),
+                                            steps(second, 16, _mm256_extracti128_si256(codes, 1)));
+    return _mm512_adds_epi16(both, zero_point_);
   }
   // Of two pixels, one behind the other, as bytes.
   QK_INLINE __m512i bytes(__m512i first, __m512i second) const {
@@ -128,36 +139,54 @@ class CodesOfSums {
   QK_INLINE void store(__m256i codes, uint8_t* pixel) const { _mm256_mask_storeu_epi8(pixel, inside_, codes); }
 
  private:
-  QK_INLINE __m512i steps(__m512i sum, int at) const {
+  QK_INLINE __m512i steps(__m512i sum, int at, __m128i residual) const {
     __m512 v = _mm512_cvtepi32_ps(sum);
     v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_load_ps(panel_.scale + at)), in_scale_);
     v = _mm512_add_ps(v, _mm512_load_ps(panel_.bias + at));
+    if constexpr (kResidual) {
+      v = _mm512_min_ps(_mm512_max_ps(v, first_low_), first_high_);
+      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(residual));
+      v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_sub_ps(code, residual_zero_), residual_scale_));
+    }
     return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(v, inverse_), most_));
   }
 
   const PanelValues& panel_;
   __m512 in_scale_, inverse_;
   __m512 most_;  // more would not fit into int32, and means the highest code too
+  __m512 residual_scale_, residual_zero_, first_low_, first_high_;
   __m512i zero_point_, low_, high_;
   __m512i order_;  // packing two pixels leaves 4 channels of each half of each pixel in every 128 bits
   __mmask32 inside_;
 };
 
+// The sums of a tile, in registers, as codes.
+template <int H, int Segments, bool kResidual>
+QK_INLINE inline void store_codes(__m512i (&acc)[H * Segments][2], const PanelValues& panel, const ClampedCodes& to) {
+  constexpr int kPixels = H * Segments;
+  const CodesOfSums<kResidual> of(panel, to);
+  for_each_pixel(std::make_index_sequence<(kPixels + 1) / 2>(), [&](auto pair) __attribute__((always_inline)) {
+    constexpr int kFirst = 2 * decltype(pair)::value, kSecond = std::min(kFirst + 1, kPixels - 1);
+    const auto words = [&](auto pixel) __attribute__((always_inline)) {
+      constexpr int kPixel = decltype(pixel)::value;
+      const uint8_t* residual = kResidual ? to.residual[kPixel / H] + kPixel % H * to.residual_step : nullptr;
+      return of.words(acc[kPixel][0], acc[kPixel][1], residual);
+    };
+    const __m512i codes =
+        of.bytes(words(std::integral_constant<int, kFirst>()), words(std::integral_constant<int, kSecond>()));
+    of.store(_mm512_castsi512_si256(codes), to.codes[kFirst / H] + kFirst % H * to.step);
+    if constexpr (kFirst != kSecond)
+      of.store(_mm512_extracti64x4_epi64(codes, 1), to.codes[kSecond / H] + kSecond % H * to.step);
+  });
+}
+
 template <int H, int Segments>
 void conv_tile_codes(const TileInput& in, const int8_t* weights, const PanelValues& panel, const ClampedCodes& to) {
-  multiply_tile<H, Segments>(
-      in, weights, panel.start, [&](__m512i(&acc)[H * Segments][2]) __attribute__((always_inline)) {
-        constexpr int kPixels = H * Segments;
-        const CodesOfSums of(panel, to);
-        for_each_pixel(std::make_index_sequence<(kPixels + 1) / 2>(), [&](auto pair) __attribute__((always_inline)) {
-          constexpr int kFirst = 2 * decltype(pair)::value, kSecond = std::min(kFirst + 1, kPixels - 1);
-          const __m512i codes =
-              of.bytes(of.words(acc[kFirst][0], acc[kFirst][1]), of.words(acc[kSecond][0], acc[kSecond][1]));
-          of.store(_mm512_castsi512_si256(codes), to.codes[kFirst / H] + kFirst % H * to.step);
-          if constexpr (kFirst != kSecond)
-            of.store(_mm512_extracti64x4_epi64(codes, 1), to.codes[kSecond / H] + kSecond % H * to.step);
-        });
-      });
+  multiply_tile<H, Segments>(in, weights, panel.start,
+                             [&](__m512i(&acc)[H * Segments][2]) __attribute__((always_inline)) {
+                               to.residual[0] ? store_codes<H, Segments, true>(acc, panel, to)
+                                              : store_codes<H, Segments, false>(acc, panel, to);
+                             });
 }
 
 }  // namespace

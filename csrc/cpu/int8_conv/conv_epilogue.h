@@ -39,15 +39,13 @@ struct ClampedCodes {
   uint32_t inside;  // a bit for each channel of the panel
   uint8_t* codes[2];
   int64_t step;
-  // On the avx2 path: results are first clamped, then codes of a residual are added, if `residual` is not null.
+  // If `residual` is not null, results are first clamped, and then its codes are added.
   float first_low, first_high, residual_scale, residual_zero;
   const uint8_t* residual[2];
   int64_t residual_step;
 };
 
-inline bool has_clamped_codes(const ConvWork& work) {
-  return !work.wide && gives_clamped_codes(*work.output, QK_PATH == QK_PATH_AVX2);
-}
+inline bool has_clamped_codes(const ConvWork& work) { return !work.wide && gives_clamped_codes(*work.output, true); }
 
 inline ClampedCodes clamped_codes(const ConvWork& work) {
   const ConvOutput& o = *work.output;

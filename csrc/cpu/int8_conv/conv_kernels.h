@@ -67,12 +67,7 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
     const size_t c = static_cast<size_t>(count - 1), h = static_cast<size_t>(width - 1);
 #if QK_PATH != QK_PATH_SCALAR
     if (clamped) {
-      for (int s = 0; s < count; ++s) {
-        const Offsets& at = segments[i + s].at;
-        shared.clamped.codes[s] = work.output->codes.data + at.codes + panel.first;
-        if (const uint8_t* codes = work.output->residual_codes)
-          shared.clamped.residual[s] = codes + at.residual + panel.first;
-      }
+      for (int s = 0; s < count; ++s) shared.place_codes(s, segments[i + s].at, panel);
       kTilesOfCodes[c][h](in, weights, panel, shared.clamped);
       i += count;
       continue;

@@ -104,6 +104,14 @@ struct Shared {
 #endif
     if (work.gather) gathered.resize(static_cast<size_t>(2 * kSegment * work.run_groups * 4));
   }
+
+#if QK_PATH != QK_PATH_SCALAR
+  void place_codes(int segment, const Offsets& at, const PanelValues& panel) {
+    const ConvOutput& o = *work.output;
+    clamped.codes[segment] = o.codes.data + at.codes + panel.first;
+    clamped.residual[segment] = o.residual_codes ? o.residual_codes + at.residual + panel.first : nullptr;
+  }
+#endif
 };
 
 // The epilogue of a segment, with floats of any strides.

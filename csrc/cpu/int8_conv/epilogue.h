@@ -17,7 +17,7 @@ inline bool only_clamps(const ActivationStep& step) {
 
 // Whether results are codes alone and activations only bound them. Then codes can be bounded instead, because rounding
 // keeps order; byte_of of -infinity and infinity gives the bounds. If scale and bias are finite too, nothing is NaN.
-// With a residual of codes the first activation is not the last step; only some paths take it.
+// With a residual of codes the first activation is not the last step; only some callers take it.
 inline bool gives_clamped_codes(const ConvOutput& o, bool with_residual = false) {
   const bool fits = !o.residual_codes || (with_residual && std::isfinite(255 * o.residual_q.scale));
   return o.codes.data && !o.floats && !o.residual && fits && only_clamps(o.first) && only_clamps(o.second) &&
