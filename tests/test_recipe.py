@@ -297,9 +297,8 @@ def test_a_recipe_goes_with_a_copy_of_its_model(copied, done) -> None:
     model = qk.prepare(nn.Sequential(nn.Linear(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)), qk.QConfig())
     falling = {"*.weight_fake_quant": qk.schedules.progressive(8, 4, steps=3)}
     x = torch.randn(8, 11)
-    recipe = Recipe(
-        model, [Phase(steps=2, calibrate=[x]), Phase(steps=3, bits=falling), Phase(steps=1, freeze="scales")]
-    )
+    phases = [Phase(steps=2, calibrate=[x]), Phase(steps=3, bits=falling), Phase(steps=1, freeze="scales")]
+    recipe = qk.Recipe(model, phases)
     recipe.start()
     for _ in range(done):
         recipe.step()
