@@ -295,7 +295,7 @@ def test_models_and_states_that_do_not_fit_are_refused() -> None:
 def test_a_recipe_goes_with_a_copy_of_its_model(copied, done) -> None:
     torch.manual_seed(0)
     model = qk.prepare(nn.Sequential(nn.Linear(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)), qk.QConfig())
-    falling = {"*.weight_fake_quant": qk.schedules.progressive(8, 4, steps=3)}
+    falling = {"*.weight_fake_quant": qk.schedules.progressive(8, 4, steps=2)}
     x = torch.randn(8, 11)
     phases = [Phase(steps=2, calibrate=[x]), Phase(steps=3, bits=falling), Phase(steps=1, freeze="scales")]
     recipe = qk.Recipe(model, phases)
