@@ -1,7 +1,7 @@
 """Compiles what the Triton ops launch for every supported GPU, without having one; run by test_triton_compile.py.
 
 The ops are called on meta tensors with a launcher that writes down what it is given, and each distinct launch is
-compiled from that: what is checked is what runs. One run compiles for two of the GPUs, and for all with --all. Prints
+compiled from that: what is checked is what runs. One run compiles for one of the GPUs, and for all with --all. Prints
 the names of all kernels and the GPUs as a JSON line, then a line for each launch and GPU.
 """
 
@@ -361,7 +361,7 @@ def jobs(everything: bool, arches: Sequence[int]) -> Iterator[tuple[str, tuple[A
 def main() -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "the interpreter compiles nothing"
     everything = "--all" in sys.argv
-    arches = ARCHITECTURES if everything else in_turn(ARCHITECTURES, 2)
+    arches = ARCHITECTURES if everything else in_turn(ARCHITECTURES)
     print(json.dumps([sorted(kernels()), arches]))
     with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
         for line in pool.imap_unordered(compiled, jobs(everything, arches), chunksize=4):

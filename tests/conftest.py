@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +77,12 @@ def lstm_runs_under_autocast(dtype: torch.dtype) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def on_backends(cases: Iterable[Any]) -> list[tuple[Any, str]]:
+    """(case, backend of torch.compile): each by AOTAutograd, one of this run by inductor, which takes seconds."""
+    every = list(cases)
+    return [*((case, "aot_eager") for case in every), *((case, "inductor") for case in sampling.in_turn(every))]
 
 
 def untouched(elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -150,8 +156,11 @@ def run_python(code: str, *arguments: str, root: Path = ROOT, **env: str) -> sub
     )
 
 
-# Files with few and long tests. They run first, so that no worker is left with one of them at the end.
-LONG = ("test_pretend_gpu", "test_triton_launch", "test_triton_compile", "test_cuda_emulated", "test_cuda_sass")
+# The longest files, longest first. They run first, so that no worker is left with one of them at the end.
+LONG = (
+    "test_pretend_gpu", "test_cuda_emulated", "test_triton_launch", "test_install", "test_triton_compile",
+    "test_library", "test_bench_gemm", "test_fake_quantize", "test_codebook", "test_cuda_sass",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
@@ -163,7 +172,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if hasattr(item, "callspec"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for name, cases in tests.items():
         kept = sampling.cases_of([case.callspec.params for case in cases], name)
         for at in set(range(len(cases))) - kept:

@@ -71,9 +71,9 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     first, *others = selfcheck.inputs(quick=True)
     yield from self_check([first])
     quick.update(stub_gpu.compilations)
-    # The self-check's products are padded to K = 48 and so never remembered: one that is not.
-    yield "int8_mm", (samples.codes(70, 96), samples.codes(32, 96).t())
-    yield from drawn(more_calls([*others, *edges()]), 0.2, "launch_triton")
+    # The self-check's products are padded to K = 48 and so never remembered: some that are not.
+    yield from products(70, 33, 96)
+    yield from drawn(more_calls([*others, *edges()]), 0.05, "launch_triton")
 
 
 def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -87,17 +87,21 @@ def more_calls(inputs: list[Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def small_products() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """M, N and K of 1 in all combinations, and one of each alone beside sizes that take every kind of tile."""
     for m, n, k in (*((m, n, k) for m in (1, 70) for n in (1, 33) for k in (1, 96)), (1, 4096, 4096), (300, 1, 4096)):
-        a, w = samples.codes(m, k), samples.codes(n, k)
-        yield "int8_mm", (a, w.t())
-        plain = "none", torch.bfloat16, None, None
-        yield "int8_scaled_mm", (a, w.t(), torch.rand(m, 1), torch.rand(n), None, None, None, *plain)
-        padded = torch.nn.functional.pad(w, (0, -k % 16))
-        layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
-        yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
-        packed = layouts.int4_to_halves(w.clamp(-8, 7), k)
-        for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
-            of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
-            yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)
+        yield from products(m, n, k)
+
+
+def products(m: int, n: int, k: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    a, w = samples.codes(m, k), samples.codes(n, k)
+    yield "int8_mm", (a, w.t())
+    plain = "none", torch.bfloat16, None, None
+    yield "int8_scaled_mm", (a, w.t(), torch.rand(m, 1), torch.rand(n), None, None, None, *plain)
+    padded = torch.nn.functional.pad(w, (0, -k % 16))
+    layer = padded, w.sum(1, dtype=torch.int32), torch.rand(n), torch.rand(n)
+    yield "int8_linear", (torch.rand(m, k), *layer, None, None, -128, 127, *plain)
+    packed = layouts.int4_to_halves(w.clamp(-8, 7), k)
+    for act_bits, dtype in ((8, torch.float32), (16, torch.bfloat16)):
+        of = packed, torch.rand(1, n), None, None, torch.rand(n), None, k, act_bits
+        yield "int4_linear", (torch.rand(m, k).to(dtype), *of, None, None, -128, 127, dtype)
 
 
 def module_of(op: str) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
 import pytest
+import sampling
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -223,12 +224,12 @@ def pytest_configure() -> None:
 # By words of their names. They need layouts that a device's name decides, values that a GPU does not look at, tensors
 # of two devices, or assembly; the others take minutes in the interpreter.
 IMPOSSIBLE = (
-    "layers_on_the_gpu", "weights_on_the_gpu", "give_nan", "bad_arguments", "assembly_is_its_twin",
+    "layers_on_the_gpu", "weights_on_the_gpu", "give_nan", "bad_arguments", "assembly_is_its_twin", "second_device",
     "large_in_fp32 triton", "every_granularity triton bfloat16",
 )  # fmt: skip
 LONG = ("large_in_fp32", "int4_linear_by", "same_bits_in")  # tests of many seconds
 SHORT = ("0-dim", "odd", "misaligned", "channels_last")  # cases of every_granularity
-SIZES = {"INT4_K": 256, "ODD": (5, 45), "MANY": (9, 72), "REPEATS": 2}
+SIZES = {"INT4_K": 256, "INT4_NK": (72, 256), "ODD": (5, 45), "MANY": (9, 72), "LARGE": 256, "REPEATS": 2}
 LEAST = {"n": (1000, 1024), "k": (1040,), "m": (1,), "group_size": (32, -1)}  # of the tests of every tile
 
 
@@ -248,8 +249,27 @@ def params_of(item: Any) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
+def dealt(items: list[Any]) -> list[Any]:
+    """Of the tests of every kernel, a run makes each with a third of the kernels: each kernel is in two of them."""
+    turn = sampling.seed()
+    if turn is None:
+        return items
+    of_kernels = [item for item in items if "kernel" in params_of(item)]
+    tests = list(dict.fromkeys(item.originalname for item in of_kernels))
+    kernels = list(dict.fromkeys(id(params_of(item)["kernel"]) for item in of_kernels))
+
+    def waits(item: Any) -> bool:
+        at = tests.index(item.originalname) + kernels.index(id(params_of(item)["kernel"]))
+        return (at + turn) % 3 > 0
+
+    left_out = {id(item) for item in of_kernels if waits(item)}
+    return [item for item in items if id(item) not in left_out]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     chosen = [item for item in items if possible(item) and not (Asked.few and any(word in item.name for word in LONG))]
+    if not Asked.few:
+        chosen = dealt(chosen)
     for item in chosen:
         for name in SIZES.keys() & vars(item.module).keys():
             setattr(item.module, name, SIZES[name])

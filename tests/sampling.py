@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 SEED = "QKERNELS_TEST_SEED"
 # A test of more cases than this runs a sample of them. The sample holds each value of each parameter at least once
 # (each kernel, each path, each dtype), unless the parameter has more values than MOST_VALUES.
-MOST_CASES, MOST_VALUES = 10, 80
+MOST_CASES, MOST_VALUES = 4, 80
 T = TypeVar("T")
 
 

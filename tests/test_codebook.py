@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from compare import same
-from conftest import kernels_of, untouched
+from conftest import kernels_of, on_backends, untouched
 from gradients import saved_bytes
 from torch import Tensor
 
@@ -306,8 +306,7 @@ COMPILE_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", COMPILE_CASES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("case", "backend"), on_backends(COMPILE_CASES))
 def test_compile_fullgraph_without_recompiles(case: str, backend: str) -> None:
     fn = COMPILE_CASES[case]
     torch._dynamo.reset()

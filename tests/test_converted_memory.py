@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from converted import CONFIGS, KINDS, Net, batch, layers, made
+from sampling import in_turn
 from torch import nn
 
 import qkernels as qk
@@ -228,7 +229,7 @@ def compare(rank, things, expected) -> None:
     things["Int8Linear"].bias.data.fill_(7)
 
 
-@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
+@pytest.mark.parametrize("strategy", in_turn(["file_descriptor", "file_system"]))
 def test_a_spawned_process_gets_them(strategy):
     if strategy not in torch.multiprocessing.get_all_sharing_strategies():
         pytest.skip("not on this system")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of, zero_points
 from compare import same
-from conftest import assert_ran, kernels_of, untouched
+from conftest import assert_ran, kernels_of, on_backends, untouched
 from gradients import saved_bytes
 from samples import op_samples
 from torch import Tensor
@@ -122,7 +122,7 @@ def test_fault_offsets_beyond_2_31(kernel: str) -> None:
 
 def test_dense_tensor_beyond_2_31() -> None:
     """A dense tensor whose element numbers need 64 bits: 4 GiB in (zero pages) and 4 GiB out."""
-    x = torch.empty(2, 2**30 + 2048, dtype=torch.bfloat16)
+    x = untouched(2 * (2**30 + 2048), torch.bfloat16).view(2, -1)
     tail = torch.randn(2, 2048).bfloat16()
     x[:, -2048:] = tail
     scale = torch.tensor([[0.1], [0.2]])
@@ -157,8 +157,7 @@ COMPILE_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", COMPILE_CASES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("case", "backend"), on_backends(COMPILE_CASES))
 def test_compile_fullgraph_without_recompiles(case: str, backend: str) -> None:
     fn = COMPILE_CASES[case]
     torch._dynamo.reset()

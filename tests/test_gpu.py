@@ -30,6 +30,7 @@ GPU_KERNELS = [
 ]
 ODD = (37, 1029)
 MANY, REPEATS = (300, 1040), 20  # of a sum that must come out the same every time
+LARGE = 4096
 NAMES = sorted({kernel.name for kernel in GPU_KERNELS})
 kernels = pytest.mark.parametrize("kernel", GPU_KERNELS, ids=lambda kernel: f"{kernel.op}-{kernel.name}")
 names = pytest.mark.parametrize("name", NAMES)
@@ -236,10 +237,17 @@ def test_same_bits_every_time(kernel: registry.Kernel) -> None:
 
 
 @names
-@pytest.mark.parametrize("shape", [(1,), (4096, 1), (1, 4096), (4096, 128)], ids=str)
-def test_large_in_fp32_equals_the_cpu(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column", "group"])
+def test_large_in_fp32_equals_the_cpu(name: str, granularity: str) -> None:
     """16M elements, bit for bit what the CPU's compiled kernel gives."""
-    x, grad = torch.randn(4096, 4096), torch.randn(4096, 4096)
+    x, grad = torch.randn(LARGE, LARGE), torch.randn(LARGE, LARGE)
+    shapes: dict[str, tuple[int, ...]] = {
+        "tensor": (1,),
+        "row": (LARGE, 1),
+        "column": (1, LARGE),
+        "group": (LARGE, LARGE // 32),
+    }
+    shape = shapes[granularity]
     scale = torch.rand(shape) * 0.02 + 0.01
     y, mask = ops._forward_mask(x, scale, None, -128, 127)
     with qk.use_kernel(name):

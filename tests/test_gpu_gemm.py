@@ -127,13 +127,16 @@ def test_int4_cuda_sums_that_are_exact(shape: tuple[int, int, int, int], kind: s
         same(run_int4_cuda(selfcheck.on("cuda", args)), int4_reference.int4_linear(*args))
 
 
+INT4_NK, REPEATS = (5000, 4096), 20
+
+
 @int4_cuda
 @pytest.mark.parametrize("m", [1, 16, 64])
 def test_int4_cuda_same_bits_in_a_graph_and_on_any_stream(m: int) -> None:
     """Sums in a fixed order and no state between calls: eagerly, replayed, and on two streams at once."""
-    args = selfcheck.on("cuda", arguments(m, 5000, 4096, 128, "zero_point"))
+    args = selfcheck.on("cuda", arguments(m, *INT4_NK, 128, "zero_point"))
     want = run_int4_cuda(args)
-    assert all(torch.equal(run_int4_cuda(args), want) for _ in range(20))
+    assert all(torch.equal(run_int4_cuda(args), want) for _ in range(REPEATS))
     graph, x = torch.cuda.CUDAGraph(), torch.zeros_like(args[0])
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -144,7 +147,7 @@ def test_int4_cuda_same_bits_in_a_graph_and_on_any_stream(m: int) -> None:
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results = []
-    for _ in range(20):
+    for _ in range(REPEATS):
         for stream in streams:
             with torch.cuda.stream(stream):
                 results.append(run_int4_cuda(args))

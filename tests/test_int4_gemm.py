@@ -82,7 +82,25 @@ def test_float_activations(kernel: str, m: int, n: int, k: int, group_size: int,
     assert ran(kernel)
     for dtype in (torch.bfloat16, torch.float16):
         half = x.to(dtype)
-        same(int4_linear(half, packed, bias, 16), int4_linear(half.float(), packed, bias, 16).to(dtype))
+        wide = int4_linear(half.float(), packed, bias, 16)
+        same(int4_linear(half, packed, bias, 16, out_dtype=torch.float32), wide)
+        same(int4_linear(half, packed, bias, 16), wide.to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_special_values(kernel: str, form: str) -> None:
+    """NaN and infinity reach their rows alone; numbers below the smallest normal one count, or count as 0."""
+    packed, x = pack(*parts(37, 30, 30, form)), torch.randn(14, 30).bfloat16()
+    clean = int4_linear(x, packed, None, 16)
+    x[1, 3], x[4, 29], x[13, 0] = torch.nan, torch.inf, 1e-39
+    got, want = int4_linear(x, packed, None, 16), int4_linear(x.float(), packed, None, 16).bfloat16()
+    assert got[1].isnan().all()
+    assert not got[4].isfinite()[packed.dequantize()[:, 29] != 0].any()
+    same(got[:13], want[:13])
+    others = torch.tensor([i for i in range(13) if i not in (1, 4)])
+    same(got[others], clean[others])
+    x[13, 1:] = 0
+    assert int4_linear(x[13:], packed, None, 16).abs().max() <= 1e-36
 
 
 @pytest.mark.parametrize("act_bits", [8, 16])

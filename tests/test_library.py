@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_python
+from forked import run_forked
 from sampling import in_turn
 
 import qkernels as qk
@@ -57,7 +58,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 def probe(root: Path, expected: str, before: str = "") -> str:
     """The reason given, after checking that it was said once, gives the command, and that the reference serves."""
-    done = run_python(before + PROBE, root=root)
+    done = run_forked(before + PROBE, root=root)
     assert done.returncode == 0, done.stderr
     assert "right: True" in done.stdout
     reason = done.stdout.splitlines()[0].removeprefix("missing: ")
@@ -68,13 +69,13 @@ def probe(root: Path, expected: str, before: str = "") -> str:
 
 
 def test_intact_copy_loads(copy: Path) -> None:
-    done = run_python(PROBE, root=copy)
+    done = run_forked(PROBE, root=copy)
     assert done.stdout == "missing: None\nwarnings: []\nright: True\n", done.stdout + done.stderr
 
 
 def test_the_library_is_bound_to_no_version_of_python(copy: Path) -> None:
     another = "import importlib.machinery as m; m.EXTENSION_SUFFIXES[:] = ['.cpython-399-x86_64-linux-gnu.so']\n"
-    done = run_python(another + PROBE, root=copy)
+    done = run_forked(another + PROBE, root=copy)
     assert done.stdout == "missing: None\nwarnings: []\nright: True\n", done.stdout + done.stderr
 
 
@@ -105,7 +106,7 @@ def test_built_for_another_version(copy: Path) -> None:
 
 def test_sources_changed_since_the_build(copy: Path) -> None:
     shutil.copytree(ROOT / "csrc", copy / "csrc")
-    assert run_python(PROBE, root=copy).stdout.startswith("missing: None")
+    assert run_forked(PROBE, root=copy).stdout.startswith("missing: None")
     source = copy / "csrc" / "cpu" / "common" / "isa.h"
     source.write_text(source.read_text() + "// changed\n")
     probe(copy, "is stale: csrc has changed since it was built")
@@ -135,7 +136,7 @@ def test_torch_too_old(copy: Path) -> None:
 
 
 def test_op_that_the_library_lacks() -> None:
-    done = run_python("""
+    done = run_forked("""
 import torch, qkernels as qk
 qk.library.define("missing_op", "(Tensor x) -> Tensor", lambda x: x + 1, torch.empty_like,
                   samples=None, cpu=("scalar",))
@@ -154,13 +155,13 @@ import qkernels as qk
 print(qk.library.host.active_isa(), *(name for name, reason in qk.which("int8_mm") if reason is None))
 """
     for isa in ("scalar", qk.library.host.supported_isa()):
-        done = run_python(code, QKERNELS_CPU_ISA=isa)
+        done = run_forked(code, QKERNELS_CPU_ISA=isa)
         assert done.stdout.startswith(f"{isa} cpu_{'avx2' if isa == 'avx512' else isa} "), done.stderr
 
 
 @pytest.mark.parametrize("wanted", ["fast", "AVX2", "amx2", "avx512vnni2"])
 def test_cpu_isa_that_does_not_exist(wanted: str) -> None:
-    done = run_python("import qkernels", QKERNELS_CPU_ISA=wanted)
+    done = run_forked("import qkernels", QKERNELS_CPU_ISA=wanted)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(
         f"ValueError: QKERNELS_CPU_ISA: isa: got '{wanted}'; this CPU runs scalar"
@@ -180,7 +181,7 @@ import torch, qkernels as qk
 a = torch.ones(40, 64, dtype=torch.int8)
 print(qk.library.host.supported_isa(), qk.int8_mm(a, a.t()).unique().tolist(), qk.library.host.last_isa())
 """
-    done = run_python(code)
+    done = run_forked(code)
     assert done.stdout == "avx512vnni [64] avx512vnni\n", done.stderr
 
 
@@ -265,7 +266,7 @@ def test_info_passes_and_names_everything(capsys: pytest.CaptureFixture[str]) ->
 
 def test_info_without_compiled_kernels_says_so_and_passes(copy: Path) -> None:
     cpu_library(copy).unlink()
-    done = run_python("import qkernels.__main__ as m, sys; sys.exit(m.main(['info']))", root=copy)
+    done = run_forked("import qkernels.__main__ as m, sys; sys.exit(m.main(['info']))", root=copy)
     assert done.returncode == 0, done.stderr
     assert "compiled  no: the C++ kernels are not built; build them with: " in done.stdout
     assert "self-test: PASS" in done.stdout
@@ -273,7 +274,7 @@ def test_info_without_compiled_kernels_says_so_and_passes(copy: Path) -> None:
 
 def test_info_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import qkernels.__main__ as m; sys.exit(m.main(['info']))"
-    done = run_python(code)
+    done = run_forked(code)
     assert done.returncode == 0, done.stderr
     assert "triton    not installed; its kernels need: pip install triton" in done.stdout
 
@@ -309,6 +310,6 @@ def test_commands_refuse_what_they_do_not_know(capsys: pytest.CaptureFixture[str
 
 
 def test_bench_outside_a_checkout(copy: Path) -> None:
-    done = run_python("import qkernels.__main__ as m, sys; sys.exit(m.main(['bench']))", root=copy)
+    done = run_forked("import qkernels.__main__ as m, sys; sys.exit(m.main(['bench']))", root=copy)
     assert done.returncode == 2
     assert "run this from a source checkout" in done.stdout

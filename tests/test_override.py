@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same
-from conftest import run_python
+from conftest import on_backends, run_python
 from overriding import AFFINE, NAN, both, gradients, rerouted
 from torch import Tensor, nn
 
@@ -131,8 +131,7 @@ def test_without_compiled_kernels_torch_stays_and_a_warning_says_so(monkeypatch:
 # Above the kernels: tracing, compiling, transforms.
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("case", AFFINE)
+@pytest.mark.parametrize(("case", "backend"), on_backends(AFFINE))
 def test_compiled(case: str, backend: str) -> None:
     """Compiled inside or outside, code is rerouted where it runs inside, and only there."""
     x = torch.cat([torch.randn(39), NAN]).view(4, 10).requires_grad_()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from loop_models import MAKERS, assert_same, batches_of, loss_of, optimizer_of, state_of
 from qat_models import assert_unchanged, config, quantizers, snapshot
+from sampling import cases_of
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -111,12 +112,14 @@ def test_a_run_that_stops_in_any_phase_goes_on_as_one_that_did_not(name: str, wa
     model, phases = made(name, way), whole(name)
     recipe, optimizer, batches = recipe_for(model, phases), optimizer_of(model), batches_of(name, 11)
     recipe.start()
-    saved = []
+    saved, during = [], []
     for x in batches:
         saved.append(copy.deepcopy((recipe.state_dict(), model.state_dict(), optimizer.state_dict())))
+        during.append({"phase": None if recipe.done else [phase is recipe.phase for phase in recipe.phases]})
         run(model, optimizer, recipe, [x])
     expected = state_of(model)
-    for at, (of_recipe, of_model, of_optimizer) in enumerate(saved):
+    for at in sorted(cases_of(during, f"recipe {name} {way}")):  # of each phase a step, and the end
+        of_recipe, of_model, of_optimizer = saved[at]
         again = made(name, way)
         optimizer = optimizer_of(again)
         resumed = recipe_for(again, phases)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of, zero_points
 from compare import same
-from conftest import kernels_of, paths_of, results_on
+from conftest import kernels_of, on_backends, paths_of, results_on
 from gradients import saved_bytes
 from torch import Tensor
 
@@ -189,8 +189,7 @@ def test_opcheck(number: int) -> None:
     torch.library.opcheck(getattr(torch.ops.qkernels, op).default, args)
 
 
-@pytest.mark.parametrize("learned", [True, False])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("learned", "backend"), on_backends([True, False]))
 def test_compile_fullgraph_without_recompiles(backend: str, learned: bool) -> None:
     def fn(x: Tensor, s: Tensor) -> Tensor:
         return qk.relu_fake_quantize(x * 2, s, quant_min=0, quant_max=15)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, channels_last, clamp, scale_of
 from compare import same
-from conftest import kernels_of
+from conftest import kernels_of, on_backends
 from gradients import saved_bytes, straight_through
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -313,8 +313,7 @@ def test_an_offset_changed_before_the_backward_pass_is_noticed() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("learned", "backend"), on_backends([False, True]))
 def test_compile_fullgraph_without_recompiles(backend: str, learned: bool) -> None:
     def fn(x: Tensor, s: Tensor, step: Tensor) -> Tensor:
         codes = qk.quantize_stochastic(x, s, seed=2, offset=step)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOATS, GRANULARITIES, INPUTS, scale_of
 from compare import same
-from conftest import kernels_of
+from conftest import kernels_of, on_backends
 from gradients import saved_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -366,8 +366,7 @@ def test_memory_saved_for_backward() -> None:
         assert saved_bytes(partial(quantize, activation, scale)) == expected
 
 
-@pytest.mark.parametrize("variant", checks.VARIANTS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("variant", "backend"), on_backends(checks.VARIANTS))
 def test_compile_fullgraph(variant: str, backend: str) -> None:
     def fn(x: Tensor, s: Tensor) -> Tensor:
         return qk.fake_quantize(x * 1, s, quant_min=-8, quant_max=7, straight_through=variant, ewgs_delta=0.1)

@@ -186,7 +186,8 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
   const Tensor source = to_contiguous(x);
   const char* x_data = static_cast<const char*>(source.data_ptr());
   const int64_t x_stride = k * static_cast<int64_t>(element_size(type)), stride = code_row_stride(k);  // in elements
-  const int64_t row_bytes = floats ? stride * 4 : stride;
+  const bool pairs = floats && type == Element::bf16 && kernels.multiply_bf16 && has_bf16_dot();
+  const int64_t row_bytes = stride * (pairs ? 2 : floats ? 4 : 1);
   const int tile_rows = floats ? kernels.float_tile_rows : kernels.tile_rows;
   const int64_t pass = std::min(m, std::max<int64_t>(tile_rows, kPassBytes / row_bytes));
   const int64_t n_terms = k ? weights.groups * sums_per_group(group_size) : 0;
@@ -201,9 +202,11 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
         const char* from = x_data + (first + r) * x_stride;
         char* row = rows + r * row_bytes;
         if (floats) {
-          float* values = reinterpret_cast<float*>(row);
-          kernels.widen_row(from, type, k, values);
-          if (affine) kernels.float_terms(values, k, group_size, terms.data() + r, height);
+          if (pairs)
+            kernels.swap_pairs(reinterpret_cast<const uint16_t*>(from), k, reinterpret_cast<uint16_t*>(row));
+          else
+            kernels.widen_row(from, type, k, reinterpret_cast<float*>(row));
+          if (affine) kernels.float_terms(from, type, k, group_size, terms.data() + r, height);
           continue;
         }
         uint8_t* row_codes = reinterpret_cast<uint8_t*>(row);
@@ -231,7 +234,10 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
                    [&](int64_t row, int64_t count, int64_t panel, const Int4Output& o) {
                      const char* block = rows + row * row_bytes;
                      const Int4Term* block_terms = terms.data() + row;
-                     if (floats)
+                     if (pairs)
+                       kernels.multiply_bf16(reinterpret_cast<const uint16_t*>(block), stride, block_terms, height,
+                                             count, weights.at(panel), o);
+                     else if (floats)
                        kernels.multiply_float(reinterpret_cast<const float*>(block), stride, block_terms, height, count,
                                               weights.at(panel), o);
                      else

@@ -34,6 +34,15 @@ inline Isa supported_isa() {
 #endif
 }
 
+// Dot products of bf16 pairs, which not every CPU of the avx512vnni path has.
+inline bool has_bf16_dot() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 inline IsaState isa_state{{static_cast<int>(supported_isa())}, {-1}};
 
 inline Isa active_isa() { return static_cast<Isa>(isa_state.active.load(std::memory_order_relaxed)); }

@@ -67,6 +67,13 @@ constexpr int kFloatTileRows = 12;
 #define QK_FMA_3(low, high, x, r)                                                                                     \
   "vfmadd231ps 12" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                            \
   "vfmadd231ps 12" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
+// The products of pairs of bf16 with the first and the second pair of 4 k.
+#define QK_PAIR_0(low, high, x, r)                                                                                    \
+  "vdpbf16ps 0" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                               \
+  "vdpbf16ps 0" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
+#define QK_PAIR_1(low, high, x, r)                                                                                    \
+  "vdpbf16ps 4" x "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                               \
+  "vdpbf16ps 4" x "%{1to16%},%%zmm25,%%zmm" #high "\n\t"
 // y += scale * dot
 #define QK_ADD(low, high, codes, r)                                                                                   \
   "vmulps %[scale0],%%zmm" #low ",%%zmm" #low "\n\t"                                                                  \
@@ -152,6 +159,37 @@ constexpr int kFloatTileRows = 12;
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
       "xmm22", "xmm23", "xmm24", "xmm25", "xmm26")
+#define QK_PAIR_GROUP(rows, add)                                                                                      \
+  __asm__ volatile(                                                                                                   \
+    QK_ROWS_##rows(QK_ZERO)                                                                                           \
+    "0:\n\t"                                                                                                          \
+    "prefetcht0 1024(%[b])\n\t"                                                                                       \
+    "vmovdqu32 (%[b]),%%zmm26\n\t"                                                                                    \
+    "vpshufb %[first],%%zmm26,%%zmm25\n\t"                                                                            \
+    "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                             \
+    "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                   \
+    "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                             \
+    QK_ROWS_##rows(QK_PAIR_0)                                                                                         \
+    "vpshufb %[second],%%zmm26,%%zmm25\n\t"                                                                           \
+    "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                             \
+    "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                   \
+    "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                             \
+    QK_ROWS_##rows(QK_PAIR_1)                                                                                         \
+    "add $64,%[b]\n\t"                                                                                                \
+    "add $8,%[p0]\n\t"                                                                                                \
+    "add $8,%[p3]\n\t"                                                                                                \
+    "add $8,%[p6]\n\t"                                                                                                \
+    "add $8,%[p9]\n\t"                                                                                                \
+    "dec %[steps]\n\t"                                                                                                \
+    "jnz 0b\n\t"                                                                                                      \
+    QK_ROWS_##rows(add)                                                                                               \
+    : [b] "+r"(b), [p0] "+r"(p0), [p3] "+r"(p3), [p6] "+r"(p6), [p9] "+r"(p9), [steps] "+r"(steps)                    \
+    : [s] "r"(2 * stride), [terms] "r"(terms), [y] "r"(y), [table] "v"(table), [first] "m"(pairs[0]),                 \
+      [second] "m"(pairs[1]), [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                       \
+      [offset0] "v"(values.offset[0].v), [offset1] "v"(values.offset[1].v)                                            \
+    : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
+      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
+      "xmm22", "xmm23", "xmm24", "xmm25", "xmm26")
 #define QK_CASE(rows)                                                                                                 \
   if constexpr (MR == rows) {                                                                                         \
     if constexpr (kAffine)                                                                                            \
@@ -165,6 +203,13 @@ constexpr int kFloatTileRows = 12;
       QK_FLOAT_GROUP(rows, QK_ADD_AFFINE);                                                                            \
     else                                                                                                              \
       QK_FLOAT_GROUP(rows, QK_ADD);                                                                                   \
+  }
+#define QK_PAIR_CASE(rows)                                                                                            \
+  if constexpr (MR == rows) {                                                                                         \
+    if constexpr (kAffine)                                                                                            \
+      QK_PAIR_GROUP(rows, QK_ADD_AFFINE);                                                                             \
+    else                                                                                                              \
+      QK_PAIR_GROUP(rows, QK_ADD);                                                                                    \
   }
 // clang-format on
 
@@ -205,6 +250,45 @@ void float_tile(const float* a, int64_t stride, const Int4Term* all_terms, int64
     QK_FLOAT_CASE(7) QK_FLOAT_CASE(8) QK_FLOAT_CASE(9) QK_FLOAT_CASE(10) QK_FLOAT_CASE(11) QK_FLOAT_CASE(12)
     // clang-format on
   });
+}
+
+// The same for rows of bf16 whose pairs are swapped, so that a dot product, which adds the second product of a pair
+// first, adds them in the order of k. Products of bf16 and codes are exact in fp32: so results are those of float_tile,
+// but where numbers below the smallest normal one occur, which dot products take for 0.
+template <bool kAffine, int MR>
+void bf16_tile(const uint16_t* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride,
+               const Int4Panel& panel, float* y) {
+  // A permutation looks the low 5 bits of each word up: 4 bits of a code, and one of its neighbour, which is ignored.
+  alignas(64) uint16_t codes[32];
+  for (int i = 0; i < 32; ++i) {
+    const float code = static_cast<float>(kAffine ? i % 16 : i % 16 - 8);
+    uint32_t bits;
+    std::memcpy(&bits, &code, 4);
+    codes[i] = static_cast<uint16_t>(bits >> 16);
+  }
+  const __m512i table = _mm512_load_si512(codes);
+  // Of the 4 bytes of a channel, the second and the first, and the fourth and the third, each in a word.
+  const __m512i of_lane = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  const __m512i pairs[2] = {_mm512_add_epi8(of_lane, _mm512_set1_epi32(0x00000101)),
+                            _mm512_add_epi8(of_lane, _mm512_set1_epi32(0x02020303))};
+  for_each_group(panel.k, panel.group_size, [=, &panel](int64_t first, int64_t last, int64_t group, int64_t term) {
+    const GroupValues values(panel, group, kAffine);
+    const uint8_t* b = panel.data + first * 16;
+    const uint16_t *p0 = a + first, *p3 = p0 + 3 * stride, *p6 = p3 + 3 * stride, *p9 = p6 + 3 * stride;
+    const Int4Term* terms = all_terms + term * term_stride;
+    int64_t steps = (last - first + 3) / 4;
+    // clang-format off
+    QK_PAIR_CASE(1) QK_PAIR_CASE(2) QK_PAIR_CASE(3) QK_PAIR_CASE(4) QK_PAIR_CASE(5) QK_PAIR_CASE(6)
+    QK_PAIR_CASE(7) QK_PAIR_CASE(8) QK_PAIR_CASE(9) QK_PAIR_CASE(10) QK_PAIR_CASE(11) QK_PAIR_CASE(12)
+    // clang-format on
+  });
+}
+
+void swap_pairs(const uint16_t* x, int64_t k, uint16_t* row) {
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) _mm512_storeu_si512(row + i, _mm512_rol_epi32(_mm512_loadu_si512(x + i), 16));
+  for (; i < k; i += 4)
+    for (int j = 0; j < 4; ++j) row[i + j] = (i + (j ^ 1)) < k ? x[i + (j ^ 1)] : uint16_t{0};
 }
 
 }  // namespace

@@ -65,11 +65,16 @@ struct Int4Kernels {
                      int64_t term_stride);
   // Converts a row to fp32, with zeros up to a multiple of 4.
   void (*widen_row)(const void* x, Element type, int64_t k, float* row);
-  void (*float_terms)(const float* row, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride);
+  void (*float_terms)(const void* x, Element type, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride);
   void (*multiply)(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
                    const Int4Panel& panel, const Int4Output& output);
   void (*multiply_float)(const float* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
                          const Int4Panel& panel, const Int4Output& output);
+  // Rows of bf16 by dot products of pairs, for CPUs with has_bf16_dot(); null on the other paths. swap_pairs makes a
+  // row of x: k 1, 0, 3, 2, …, with zeros up to a multiple of 4.
+  void (*swap_pairs)(const uint16_t* x, int64_t k, uint16_t* row);
+  void (*multiply_bf16)(const uint16_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                        const Int4Panel& panel, const Int4Output& output);
 };
 
 // The kernels of the best path that active_isa() allows.

@@ -21,6 +21,12 @@ template <bool kAffine, int... MR>
 constexpr std::array<Tile<float>, sizeof...(MR)> make_float_tiles(std::integer_sequence<int, MR...>) {
   return {float_tile<kAffine, MR + 1>...};
 }
+#if QK_PATH == QK_PATH_AVX512VNNI
+template <bool kAffine, int... MR>
+constexpr std::array<Tile<uint16_t>, sizeof...(MR)> make_bf16_tiles(std::integer_sequence<int, MR...>) {
+  return {bf16_tile<kAffine, MR + 1>...};
+}
+#endif
 using TileRows = std::make_integer_sequence<int, kTileRows>;
 using FloatTileRows = std::make_integer_sequence<int, kFloatTileRows>;
 constexpr std::array<Tile<int8_t>, kTileRows> kTiles[2] = {make_tiles<false>(TileRows()), make_tiles<true>(TileRows())};
@@ -51,8 +57,20 @@ void multiply_float(const float* rows, int64_t row_stride, const Int4Term* terms
   multiply_by(kFloatTiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
 }
 
-constexpr Int4Kernels kKernels = {kIsa,       kTileRows, kFloatTileRows, pack_panel, unpack_panel,
-                                  code_terms, widen_row, float_terms,    multiply,   multiply_float};
+#if QK_PATH == QK_PATH_AVX512VNNI
+constexpr std::array<Tile<uint16_t>, kFloatTileRows> kBf16Tiles[2] = {make_bf16_tiles<false>(FloatTileRows()),
+                                                                      make_bf16_tiles<true>(FloatTileRows())};
+
+void multiply_bf16(const uint16_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
+                   const Int4Panel& panel, const Int4Output& output) {
+  multiply_by(kBf16Tiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+}
+#else
+constexpr std::nullptr_t swap_pairs = nullptr, multiply_bf16 = nullptr;
+#endif
+
+constexpr Int4Kernels kKernels = {kIsa,      kTileRows,   kFloatTileRows, pack_panel,     unpack_panel, code_terms,
+                                  widen_row, float_terms, multiply,       multiply_float, swap_pairs,   multiply_bf16};
 
 #if QK_PATH == QK_PATH_AVX512VNNI && defined(QK_HAS_AMX)
 // Whether tiles take less time: for a panel, widening 4 k of its weights takes 6 cycles, and scaling a block's sums at
@@ -78,8 +96,9 @@ void multiply_amx(const int8_t* rows, int64_t row_stride, const Int4Term* terms,
     finish(y.data() + i * height * kPanel, height, blocks[static_cast<size_t>(i)], output);
 }
 
-constexpr Int4Kernels kAmxKernels = {Isa::amx,   2 * kAmxRows, kFloatTileRows, pack_panel,   unpack_panel,
-                                     code_terms, widen_row,    float_terms,    multiply_amx, multiply_float};
+constexpr Int4Kernels kAmxKernels = {Isa::amx,     2 * kAmxRows,   kFloatTileRows, pack_panel,
+                                     unpack_panel, code_terms,     widen_row,      float_terms,
+                                     multiply_amx, multiply_float, swap_pairs,     multiply_bf16};
 #endif
 
 }  // namespace

@@ -15,16 +15,25 @@ void code_terms(const int8_t* row, int64_t k, int64_t group_size, bool affine, I
   });
 }
 
-void float_terms(const float* row, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride) {
+template <typename S>
+inline void sums_of_groups(const S* x, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride) {
   for_each_group(k, group_size, [&](int64_t first, int64_t last, int64_t, int64_t term) {
     F32 sums = F32::set1(0);
-    for_each_16(last - first, [&](int64_t i, auto... tail) { sums = sums + F32::load(row + first + i, tail...); });
+    for_each_16(last - first, [&](int64_t i, auto... tail) { sums = sums + F32::load(x + first + i, tail...); });
     float lanes[16];
     sums.store(lanes);
     for (int width = 8; width > 0; width /= 2)
       for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
     terms[term * term_stride].sum = lanes[0];
   });
+}
+
+void float_terms(const void* x, Element type, int64_t k, int64_t group_size, Int4Term* terms, int64_t term_stride) {
+  switch (type) {
+    case Element::bf16: return sums_of_groups(static_cast<const BFloat16*>(x), k, group_size, terms, term_stride);
+    case Element::f16: return sums_of_groups(static_cast<const Half*>(x), k, group_size, terms, term_stride);
+    default: return sums_of_groups(static_cast<const float*>(x), k, group_size, terms, term_stride);
+  }
 }
 
 template <typename S>
