@@ -9,14 +9,13 @@ At real size: python examples/character_models.py --width 256 --layers 4 --conte
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
-import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from shared import at_least, below, bytes_of, microseconds, study
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,40 +135,22 @@ def generate(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     return torch.cat(made, 1)
 
 
-@torch.inference_mode()
-def microseconds(model: nn.Module, *arguments: object) -> float:
-    """The fastest of 50 calls: what else runs on the machine makes the others slower."""
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        model(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e6
-
-
-def bytes_of(model: nn.Module) -> int:
-    tensors = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
-    return sum(tensors.values())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study(__doc__, 300, "of the float model; all then take a third as many more", least_steps=3)
     parser.add_argument("--model", choices=("gpt", "gru"), default="gpt")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, help="2 of the GPT, 1 of the GRU")
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=300, help="of the float model; all then take a third as many more")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="so few steps that scores say nothing: to see that all runs"
-    )
+    parser.add_argument("--width", type=at_least(16, multiple_of=16), default=64, help="heads have 16 of it")
+    parser.add_argument("--layers", type=at_least(1), help="2 of the GPT, 1 of the GRU")
+    parser.add_argument("--context", type=at_least(8), default=64)
     options = parser.parse_args()
     layers = options.layers or {"gpt": 2, "gru": 1}[options.model]
     if options.quick:
         options.width, options.context, options.steps = 32, 32, 6
+    small = below(options, width=64, context=64, steps=300)
 
     torch.manual_seed(options.seed)
     fit, test, characters = text()
+    if options.context >= len(test):
+        parser.error(f"--context: got {options.context}; accepted: below {len(test)}, the characters to test on")
     windows = test.unfold(0, options.context + 1, options.context)[: 64 if options.quick else None]
 
     def float_model() -> nn.Module:
@@ -225,7 +206,7 @@ def main() -> None:
         loaded = qk.load(Path(folder) / "model.safetensors", float_model())
     with torch.no_grad():
         assert torch.equal(loaded(prompt)[0], narrow(prompt)[0]), "the file lost something"
-    if options.quick:
+    if small:
         return
     assert score["8"] < 1.02 * score["float"], "8 bits cost nothing"
     assert score["4"] < 1.05 * score["float"]

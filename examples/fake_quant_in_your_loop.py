@@ -10,6 +10,7 @@ import argparse
 import time
 
 import torch
+from shared import at_least, below
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,9 +53,10 @@ def accuracy(model: nn.Module, x: Tensor, target: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--width", type=at_least(1), default=128)
+    parser.add_argument("--steps", type=at_least(1), default=400)
     options = parser.parse_args()
+    small = below(options, width=128, steps=400)
 
     torch.manual_seed(0)
     x = torch.randn(4096, 32)
@@ -74,7 +76,7 @@ def main() -> None:
     print(f"float                   accuracy {float_accuracy:.1%}, {1e3 * float_seconds:.2f} ms a step")
     print(f"3-bit weights, rounded  accuracy {ptq_accuracy:.1%}")
     print(f"3-bit weights, trained  accuracy {qat_accuracy:.1%}, {1e3 * qat_seconds:.2f} ms a step")
-    assert qat_accuracy > ptq_accuracy
+    assert small or qat_accuracy > ptq_accuracy
 
 
 if __name__ == "__main__":

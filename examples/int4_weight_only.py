@@ -11,6 +11,7 @@ import io
 import time
 
 import torch
+from shared import at_least, below
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,11 +50,17 @@ def file_of(model: nn.Module) -> io.BytesIO:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1408)
-    parser.add_argument("--tokens", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--width", type=at_least(1), default=512)
+    parser.add_argument("--hidden", type=at_least(1), default=1408)
+    parser.add_argument("--tokens", type=at_least(1), default=4)
+    parser.add_argument("--group-size", type=at_least(1), default=128)
     options = parser.parse_args()
+    small = below(options, width=512, hidden=1408, group_size=128)
+
+    group = options.group_size
+    if group < 16 or group % 8 or options.width % group or options.hidden % group:
+        sizes = f"--width, {options.width}, and --hidden, {options.hidden}"
+        parser.error(f"--group-size: got {group}; accepted: a multiple of 8 of at least 16 that divides {sizes}")
 
     torch.manual_seed(0)
     x = torch.randn(options.tokens, options.width)
@@ -80,7 +87,7 @@ def main() -> None:
     fresh.load_state_dict(torch.load(file_of(int4)))
     assert torch.equal(fresh(x), y)
     assert by_kernel < 1e-5
-    assert was > 7 * now
+    assert small or was > 7 * now
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from shared import at_least, below
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -45,10 +46,11 @@ def train(w: Tensor, x: Tensor, y: Tensor, steps: int, learned: bool) -> tuple[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--columns", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=at_least(1), default=32)
+    parser.add_argument("--columns", type=at_least(4), default=64)
+    parser.add_argument("--steps", type=at_least(1), default=200)
     options = parser.parse_args()
+    small = below(options, rows=32, columns=64, steps=200)
 
     torch.manual_seed(0)
     w = torch.randn(options.rows, options.columns)
@@ -65,7 +67,7 @@ def main() -> None:
     print(f"weights trained, scales fixed    {fixed:8.3f}")
     print(f"weights and scales trained       {learned:8.3f}")
     print(f"the scales moved by a factor of {(after / scale).min():.2f} to {(after / scale).max():.2f}")
-    assert learned < fixed < loss
+    assert small or learned < fixed < loss
 
 
 if __name__ == "__main__":

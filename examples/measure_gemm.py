@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from shared import at_least
 from torch import Tensor
 
 import qkernels as qk
@@ -42,10 +43,12 @@ def medians(calls: dict[str, Call], copies: int, seconds: float) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=1024)
-    parser.add_argument("--m", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--megabytes", type=int, default=16, help="of weights to rotate over: more than the cache")
+    parser.add_argument("--n", type=at_least(1), default=1024)
+    parser.add_argument("--k", type=at_least(128, multiple_of=128), default=1024)
+    parser.add_argument("--m", type=at_least(1), nargs="+", default=[1, 64])
+    parser.add_argument(
+        "--megabytes", type=at_least(1), default=16, help="of weights to rotate over: more than the cache"
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="for each contestant")
     options = parser.parse_args()
 

@@ -10,6 +10,7 @@ import argparse
 import io
 
 import torch
+from shared import at_least, below
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,10 +56,11 @@ def accuracy(model: nn.Module, x: Tensor, target: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=int, default=16)
-    parser.add_argument("--size", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--channels", type=at_least(1), default=16)
+    parser.add_argument("--size", type=at_least(5), default=12)
+    parser.add_argument("--steps", type=at_least(1), default=60)
     options = parser.parse_args()
+    small = below(options, channels=16, size=12, steps=60)
 
     torch.manual_seed(0)
     x, target = images(1024, options.size)
@@ -91,7 +93,7 @@ def main() -> None:
     with torch.no_grad():
         assert torch.equal(loaded(test[0]), converted(test[0])), "the file lost something"
         assert torch.equal(qk.exact(prepared)(test[0]), converted(test[0])), "exact evaluates what convert makes"
-    assert accuracies[2] > accuracies[0] - 0.05
+    assert small or accuracies[2] > accuracies[0] - 0.05
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ At real size: python examples/tabular_regression.py --hidden 256 --steps 1000 --
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from shared import at_least, below, bytes_of, study
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,25 +75,19 @@ def r2(predicted: list[Tensor], targets: list[Tensor]) -> float:
     return 1 - ((y - p).square().sum() / (y - y.mean()).square().sum()).item()
 
 
-def bytes_of(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=150, help="of the float model; all then take half as many more")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="so few steps that scores say nothing: to see that all runs"
-    )
+    parser = study(__doc__, 150, "of the float model; all then take half as many more", least_steps=2)
+    parser.add_argument("--hidden", type=at_least(1), default=64)
+    parser.add_argument("--folds", type=at_least(2), default=5)
     options = parser.parse_args()
     if options.quick:
         options.folds, options.steps = 2, 10
+    small = below(options, hidden=64, folds=5, steps=150)
 
     torch.manual_seed(options.seed)
     x, y = table(options.seed)
+    if options.folds > len(x):
+        parser.error(f"--folds: got {options.folds}; accepted: at most {len(x)}, the number of rows")
     targets: list[Tensor] = []
     predicted: dict[str, list[Tensor]] = defaultdict(list)
     for test in torch.arange(len(x)).chunk(options.folds):
@@ -132,7 +126,7 @@ def main() -> None:
         sizes = file.stat().st_size / 1e3, bytes_of(model) / 1e3
     print("the last model: a file of {:.1f} kB, {:.1f} kB of tensors in float".format(*sizes))
     assert torch.equal(predict(loaded, held_out), predict(converted, held_out)), "the file lost something"
-    if options.quick:
+    if small:
         return
     assert abs(score["PTQ 8"] - score["float"]) < 0.03, "8 bits need no training"
     assert score["QAT 2"] > score["PTQ 2"], "2 bits gain by training"

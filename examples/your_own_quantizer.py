@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from shared import at_least, below
 from torch import Tensor, nn
 
 import qkernels as qk
@@ -52,11 +53,12 @@ def gradients(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--columns", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=at_least(1), default=64)
+    parser.add_argument("--columns", type=at_least(32, multiple_of=32), default=256)
+    parser.add_argument("--steps", type=at_least(1), default=100)
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor needs a compiler")
     options = parser.parse_args()
+    small = below(options, rows=64, columns=256, steps=100)
 
     torch.manual_seed(0)
     w = torch.randn(options.rows, options.columns) * torch.rand(options.rows, 1)
@@ -81,7 +83,7 @@ def main() -> None:
         optimizer.step()
     after = (module(w) - w).square().mean().item()
     print(f"squared error of 3-bit weights: {before:.3e} at 0.98 of the range, {after:.3e} with learned fractions")
-    assert after < before
+    assert small or after < before
 
 
 if __name__ == "__main__":

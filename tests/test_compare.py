@@ -179,10 +179,26 @@ def test_bad_arguments() -> None:
     assert_unchanged(prepared, before)
     with pytest.raises(TypeError, match="float_model: got a int"):
         qk.compare(3, prepared, x)
-    with pytest.raises(TypeError, match="batches: got a str"):
+    with pytest.raises(TypeError, match="batch, for float_model: got a str"):
         qk.compare(model, prepared, "x")
     with pytest.raises(ValueError, match="q_model: got one with none of the layers 0;"):
         qk.compare(model, nn.Sequential(), x)
-    with pytest.raises(RuntimeError):
-        qk.compare(model, prepared, torch.randn(3, 5))
+    other = qk.prepare(nn.Sequential(nn.Linear(4, 3)), qk.QConfig(qk.QSpec(4), None))
+    for first, second, batch, error, text in (
+        (prepared, model, x, ValueError, r"^q_model: got a float model, .*qk.compare\(float_model, q_model, batch\)"),
+        (qk.convert(prepared), model, x, ValueError, "^q_model: got a float model, "),
+        (model, other, x, ValueError, r"^q_model: its '0.weight' has shape \[3, 4\]; accepted: \[4, 4\], as in"),
+        (model, prepared, x[:0], ValueError, "^batch: got one without samples"),
+        (model, prepared, {"x": x}, TypeError, "^batch, for float_model: the model failed with .*; accepted: "),
+        (
+            model,
+            prepared,
+            torch.randn(3, 5),
+            RuntimeError,
+            "^batch, for float_model: layer '0' .* failed with",
+        ),
+        (model, qk.prepare(model), x, RuntimeError, r"^batch, for q_model: layer '0' .*call qk.calibrate"),
+    ):
+        with pytest.raises(error, match=text):
+            qk.compare(first, second, batch)
     assert hooks_of(model) == [0, 0]

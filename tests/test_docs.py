@@ -38,12 +38,17 @@ def documented() -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, as a reader would type them."""
+def test_examples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, as a reader would type them; what stands in comments below a print is what it prints."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(example, names)
+        printed = capsys.readouterr().out
+        for shown in re.findall(r"^print\(.*\)\n((?:# .*\n)+)", example, re.MULTILINE):
+            assert re.sub("^# ", "", shown, flags=re.MULTILINE) in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

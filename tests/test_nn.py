@@ -326,7 +326,7 @@ def test_float_state_dict_loads_and_prepared_one_adds_only_quantizers():
     assert layer.weight is linear.weight
     assert type(linear) is nn.Linear
     assert set(layer.state_dict()) - set(linear.state_dict()) == {
-        f"input_fake_quant.{key}" for key in ("scale", "bits", "calibrated", "observer_on", "fake_quant_on")
+        f"input_fake_quant.{key}" for key in ("scale", "bits", "calibrated", "observer_on", "fake_quant_on", "frozen")
     }
     assert layer.load_state_dict(linear.state_dict(), strict=False).unexpected_keys == []
     with pytest.raises(TypeError, match="accepted: Linear"):

@@ -68,6 +68,7 @@ def test_set_bits_keeps_the_range(quantizer):
             for layer in quantizers(prepared).values():
                 if layer.learns:
                     layer.log_scale.fill_(0.3)
+        qk.freeze_observers(prepared)  # or the range would change with the width
     before = {
         name: tuple(None if t is None else t.clone() for t in q.qparams())
         for name, q in quantizers(prepared).items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -290,3 +291,26 @@ def test_models_and_states_that_do_not_fit_are_refused() -> None:
             recipe.load_state_dict(other)
     assert_unchanged(model, before)
     assert recipe.steps == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_recipe_goes_with_a_copy_of_its_model(copied, done) -> None:
+    torch.manual_seed(0)
+    model = qk.prepare(nn.Sequential(nn.Linear(11, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)), qk.QConfig())
+    falling = {"*.weight_fake_quant": qk.schedules.progressive(8, 4, steps=2)}
+    x = torch.randn(8, 11)
+    phases = [Phase(steps=2, calibrate=[x]), Phase(steps=3, bits=falling), Phase(steps=1, freeze="scales")]
+    recipe = qk.Recipe(model, phases)
+    recipe.start()
+    for _ in range(done):
+        recipe.step()
+    twin, other = copied((model, recipe))
+    assert other.model is twin
+    assert repr(other) == repr(recipe)
+    before = [q.bits for q in model.modules() if isinstance(q, qk.nn.FakeQuantize)]
+    while not other.done:
+        other.step()
+    assert {q.bits for q in twin.modules() if isinstance(q, qk.nn.FakeQuantize) and q.is_weight} == {4}
+    assert all(q.frozen for q in twin.modules() if isinstance(q, qk.nn.FakeQuantize))
+    assert (recipe.steps, [q.bits for q in model.modules() if isinstance(q, qk.nn.FakeQuantize)]) == (done, before)

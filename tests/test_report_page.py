@@ -138,12 +138,21 @@ def test_bad_arguments(tmp_path, monkeypatch) -> None:
         (ValueError, "accuracies: got nan for 'QAT'", {"accuracies": {"QAT": {8: float("nan")}}}),
         (TypeError, "latency: got numbers beside dicts", {"latency": {"a": 1.0, "b": {8: 1.0}}}),
         (ValueError, "got the columns a, b", {"log": tmp_path / "other.csv"}),
-        (FileNotFoundError, "none.csv", {"log": tmp_path / "none.csv"}),
+        (FileNotFoundError, "log: got .*none.csv.*; accepted: a file that exists", {"log": tmp_path / "none.csv"}),
+        (TypeError, "log: got 3; accepted: the path of a CSV file", {"log": 3}),
     ):
         with pytest.raises(error, match=text):
             report.html(path, **arguments)
-    with pytest.raises(FileNotFoundError):
-        report.html(tmp_path / "none" / "page.html")
+    for error, given in (
+        (FileNotFoundError, tmp_path / "none" / "page.html"),
+        (NotADirectoryError, path / "page.html"),
+        (IsADirectoryError, tmp_path),
+    ):
+        with pytest.raises(error, match=f"path: got '{given}' .*; accepted: a file in a folder that exists and can be"):
+            report.html(given)
+    with pytest.raises(TypeError, match="path: got None; accepted: the path of a file"):
+        report.html(None)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["other.csv", "page.html"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="html: matplotlib is missing; run: pip install"):
         report.html(path)

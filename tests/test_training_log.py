@@ -182,6 +182,34 @@ def test_bad_arguments(tmp_path) -> None:
     with pytest.raises(ValueError, match="state: got"):
         log.load_state_dict({})
     assert (log.steps, path.read_text()) == (0, text)
-    path.write_text(text + "0,conv1.weight_fake_quant,3")
-    with pytest.raises(ValueError, match="a line is cut off"):
-        qk.TrainingLog(model, path)
+    for line in ("0,conv1.weight_fake_quant,3", "0,x,3,a,1,1,,,", "x,loss,,,,,,,1", ""):
+        path.write_text(text + f"{line}\n1,loss,,,,,,,1\n")
+        with pytest.raises(ValueError, match=rf"log.csv, line 2: got '{line}'; accepted: .*, so take the line out"):
+            qk.TrainingLog(model, path)
+
+
+@pytest.mark.parametrize("cut", ["1,conv1.weight_fake_quant,3", "1,lö".encode()[:-1], "1"])
+def test_a_last_line_that_is_cut_off_is_dropped_with_a_warning(cut, tmp_path) -> None:
+    model, path = net(), tmp_path / "log.csv"
+    qk.TrainingLog(model, path).step(loss=1.0)
+    whole = path.read_bytes()
+    path.write_bytes(whole + (cut if isinstance(cut, bytes) else cut.encode()))
+    line = whole.count(b"\n") + 1
+    with pytest.warns(UserWarning, match=rf"log.csv, line {line}: got '1.*', which is cut off, .*left out"):
+        rows = read_log(path)
+    with pytest.warns(UserWarning, match=rf"log.csv, line {line}: got '1"):
+        log = qk.TrainingLog(model, path)
+    assert log.steps == 1
+    assert path.read_bytes() == whole
+    log.step(loss=0.5)
+    assert read_log(path)[: len(rows)] == rows
+    assert read_log(path)[-1]["value"] == 0.5
+
+
+def test_a_first_line_that_is_cut_off_is_written_again(tmp_path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,name,bi")
+    with pytest.warns(UserWarning, match="log.csv, line 1: got 'step,name,bi', which is cut off"):
+        log = qk.TrainingLog(net(), path)
+    log.step(loss=1.0)
+    assert read_log(path)[-1]["step"] == 0

@@ -128,7 +128,7 @@ def test_switches_of_weights_and_inputs():
         assert (weight.quantizes, input.quantizes) == (weights, inputs)
         expected = nn.functional.linear(x if inputs else X, w if weights else layer.weight, layer.bias)
         torch.testing.assert_close(prepared(X), expected)
-    with pytest.raises(ValueError, match=r"switched off in 0\.weight_fake_quant; call qk.enable_fake_quant"):
+    with pytest.raises(ValueError, match=r"switched off in 0\.weight_fake_quant; accepted: one behind qk.ena"):
         qk.unprepare(prepared, burn_in=True)
 
 

@@ -244,3 +244,41 @@ def test_an_error_of_one_of_torchs_layers_says_which():
     converted = qk.convert(prepared.eval())
     with pytest.raises(RuntimeError, match=r"^2 \(BatchNorm2d\): .*dtype"):
         converted(torch.rand(2, 3, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model: qk.calibrate(model, [torch.ones(2, 4)]),
+        lambda model: qk.reestimate_bn(model, [torch.ones(2, 4)]),
+        lambda model: qk.gptq(model, [torch.ones(2, 4)]),
+        lambda model: qk.set_bits(model, 4),
+        lambda model: qk.parameter_groups(model, lr=0.1),
+        qk.freeze_observers,
+        qk.freeze_scales,
+        qk.freeze_bn,
+        qk.enable_fake_quant,
+        qk.report,
+    ],
+)
+def test_what_is_no_model_is_named(function):
+    with pytest.raises(TypeError, match=r"^model: got a NoneType; accepted: "):
+        function(None)
+
+
+def test_switches_percentages_and_numbers_of_another_type_are_named():
+    model = qk.prepare(nn.Linear(4, 4))
+    x = [torch.randn(3, 4)]
+    with pytest.raises(TypeError, match=r"^weights: got 'no', a str; accepted: True, False or None"):
+        qk.enable_fake_quant(model, weights="no")
+    with pytest.raises(ValueError, match=r"^percentile: got '99'; accepted: above 50, at most 100"):
+        qk.calibrate(model, x, method="percentile", percentile="99")
+    with pytest.raises(ValueError, match=r"^max_batches: got True; accepted: a whole number"):
+        qk.calibrate(model, x, max_batches=True)
+    with pytest.raises(ValueError, match=r"^model: 'input_fake_quant' is not calibrated; accepted: one behind qk.cali"):
+        qk.gptq(model, x)
+    qk.calibrate(model, x)
+    with pytest.raises(TypeError, match=r"^float_model: got a int; accepted: the model before qk.prepare"):
+        qk.report(model, float_model=3)
+    with pytest.raises(RuntimeError, match=r"^example: .* failed with .*; accepted: what the model takes"):
+        qk.report(model, torch.randn(3, 5))

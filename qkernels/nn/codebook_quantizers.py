@@ -52,8 +52,8 @@ class CodebookQuantizer(FakeQuantize, quantizers=("nf4", "apot", "po2")):
         self.quant_min, self.quant_max, self.steps = -1, 1, 1  # so that the scale is the largest magnitude
 
     @torch.no_grad()
-    def set_bits(self, bits: int) -> None:
-        super().set_bits(bits)
+    def set_bits(self, bits: int, weight: Tensor | None = None) -> None:
+        super().set_bits(bits, weight)
         self.levels = self._levels_of(bits).to(self.levels.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -122,7 +122,7 @@ class KMeansQuantizer(CodebookQuantizer, quantizers=("kmeans",)):
                 "of this quantizer (prepare the model again for another)"
             )
 
-    def set_bits(self, bits: int) -> None:
+    def set_bits(self, bits: int, weight: Tensor | None = None) -> None:
         self.check_width(bits)
 
     def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

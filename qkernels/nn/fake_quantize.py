@@ -25,6 +25,8 @@ from .moving_scale import MovingScale
 from .quantizer_state import QuantizerState
 from .ranges import block_magnitude, block_range, follow, forget_zeros, set_qparams, whole, write
 
+# Standard deviations at which 1, 3, 7, … 255 codes on either side of zero have the smallest squared error.
+GAUSSIAN_CLIPS = (1.22, 1.96, 2.48, 2.90, 3.28, 3.60, 3.92, 4.22)
 AVERAGING_CONST = 0.01  # torch.ao's default: the averages remember about the last hundred batches
 
 # These functions branch on their arguments, so torch.fx must not trace into them.
@@ -129,6 +131,10 @@ class FakeQuantize(MovingScale):
         low, high = block_range(x, self._scale.shape)
         if not bool(low.isfinite().all() & high.isfinite().all()):
             raise RuntimeError(f"{self.name or 'x'}: got a tensor that holds NaN or infinity; accepted: finite values")
+        self._start(x, low, high)
+
+    def _start(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """``start`` for a tensor whose range is known and finite."""
         if self.learns_at_few_bits:
             values = x.detach().float() if x.dtype == torch.float64 else x.detach()
             low, high = mse_range(values, low, high, self.quant_min, self.quant_max, self.symmetric, 0.0)
@@ -166,21 +172,43 @@ class FakeQuantize(MovingScale):
             self._started()
 
     @torch.no_grad()
-    def set_bits(self, bits: int) -> None:
-        """Changes the width and keeps the range: scale·steps and log_scale stay, so an optimizer's state stays valid.
+    def set_bits(self, bits: int, weight: Tensor | None = None) -> None:
+        """Changes the width in place; a learned scale that training moves gets a range that fits it.
+
+        At 4 bits and less a weight's range becomes that with the smallest squared error of its present values, as by
+        ``start``; above, it is that of the values. The range of an input changes as that with the smallest squared
+        error does for Gaussian values: 1.22, 1.96, 2.48, 2.90, 3.28, 3.60, 3.92 and 4.22 standard deviations for 1, 3,
+        7, 15, 31, 63, 127 and 255 codes on the longer side of zero, and linear in the logarithm between them. All
+        other ranges stay (scale' = scale·steps/steps'): those of other quantizers, and those that are frozen or set by
+        hand, or where a method of ``calibrate`` clips above 4 bits. Parameters stay where they are in memory, so an
+        optimizer's state stays valid.
+
+        Args:
+            bits: the new width.
+            weight: the tensor, of a weight's quantizer; without it the range stays at 4 bits and less too.
 
         Raises:
             ValueError: bits other than the quantizer takes.
         """
         self.check_width(bits)
+        if bits == self.bits:
+            return
         scale = None if self.quantizer == "dynamic" else self.scale.clone()
         before, lowest = self.steps, self.quant_min
+        fits = self.learns and self._observes and self._ready
+        clip = self._gaussian_clip() if fits and not self.is_weight else None
         self._set_width(bits)
         if scale is None or not self.is_calibrated:
             return
         if self.quantizer == "ema":
             self.set_range(self.running_min, self.running_max)
             return
+        if fits and weight is not None and self.learns_at_few_bits:
+            weight = whole(weight)
+            low, high = block_range(weight, self._scale.shape)
+            if bool(low.isfinite().all() & high.isfinite().all()):
+                self._start(weight, low, high)
+                return
         scale *= before / self.steps
         if self.learns:
             scale /= learned_scale(torch.ones_like(scale), whole(self.log_scale), self._log_limits(), self.steps)
@@ -198,6 +226,17 @@ class FakeQuantize(MovingScale):
                 self.exact_zero_point = moved
                 moved = moved.round().to(zero_point.dtype)
             write(self.zero_point, moved)  # type: ignore[arg-type]
+        if clip is not None:
+            self._scale *= self._gaussian_clip() / clip
+
+    def _gaussian_clip(self) -> Tensor:
+        """The range with the smallest squared error for the codes on the longer side of zero (see ``set_bits``)."""
+        zero = torch.zeros_like(self._scale) if self.zero_point is None else whole(self.zero_point).detach().float()
+        zero = zero.clamp(self.quant_min, self.quant_max)
+        width = (torch.maximum(self.quant_max - zero, zero - self.quant_min) + 1).log2() - 1  # 0 for one code
+        clips = torch.tensor(GAUSSIAN_CLIPS, device=zero.device)
+        at = width.long().clamp(0, len(GAUSSIAN_CLIPS) - 2)
+        return torch.lerp(clips[at], clips[at + 1], width - at)
 
     @torch.no_grad()
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -358,9 +397,11 @@ class FakeQuantize(MovingScale):
                 "or load a state_dict of a calibrated model"
             )
         if x.numel() and not x.is_meta:
-            observes = self._observes
+            observes, frozen = self._observes, self.frozen
             self.start(x)
             self.enable_observer(observes)
+            if frozen:
+                self.freeze()
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x

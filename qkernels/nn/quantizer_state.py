@@ -82,6 +82,8 @@ class QuantizerState(nn.Module):
         self._set_width(bits)
         self._ready = True
         self._observes = self._quantizes = True
+        self.frozen = False  # whether ``freeze`` holds the range against calibration too
+        self._observed = True  # whether it observed before that
         self.is_weight = shape is not None
         check_tensor(quantizer, self.is_weight)
         self._numel: int | None = None
@@ -191,9 +193,14 @@ class QuantizerState(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether the scale is known or can be computed from the weight (waits for the device)."""
+        return self.has_scale or (self.is_weight and self.quantizer != "ema")
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the scale is known (waits for the device)."""
         if self.quantizer == "ema":
             return self._ready and not bool(self.running_min.isinf().any())
-        return self._ready or self.is_weight or self._was_calibrated()
+        return self._ready or self._was_calibrated()
 
     def _was_calibrated(self) -> bool:
         """What its tensor says: averaging a model copies another quantizer's tensors into this one."""
@@ -212,11 +219,21 @@ class QuantizerState(nn.Module):
     def enable_observer(self, enabled: bool = True) -> None:
         """Sets whether training starts a scale and moves ranges: of "ema", of followed weights, of growing inputs."""
         self._observes = enabled
+        self.frozen = self.frozen and not enabled
         if self.quantizer != "dynamic":
             self.observer_on.fill_(enabled)
 
     def disable_observer(self) -> None:
         self.enable_observer(False)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Holds the range against training and ``calibrate``; False: as it was before, or else the observer is on."""
+        if frozen:
+            self._observed = self._observed if self.frozen else self._observes
+            self.enable_observer(False)
+        else:
+            self.enable_observer(self._observed if self.frozen else True)
+        self.frozen = frozen
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Sets whether the forward pass quantizes; if not, x passes unchanged and observers go on."""
@@ -271,6 +288,7 @@ class QuantizerState(nn.Module):
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
+        destination[prefix + "frozen"] = torch.tensor([self.frozen])
         if self.exact_zero_point is not None:
             destination[prefix + "exact_zero_point"] = self.exact_zero_point
         if self.learns:
@@ -294,6 +312,7 @@ class QuantizerState(nn.Module):
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         bits, scale, start = state.pop("bits", None), state.pop("scale", None), state.pop("start", None)
         magnitude, exact_zero_point = state.pop("magnitude", None), state.pop("exact_zero_point", None)
+        frozen = state.pop("frozen", None)
         if bits is not None and int(bits) != self.bits:
             error_msgs.append(
                 f"{prefix}bits: got a state of {int(bits)} bits; accepted: {self.bits}, the width of this quantizer "
@@ -343,6 +362,7 @@ class QuantizerState(nn.Module):
         if self._scale.is_meta:
             return
         self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
+        self.frozen, self._observed = frozen is not None and bool(frozen), True
         if self.quantizer == "ema":
             self._ready = True
         elif scale is not None:

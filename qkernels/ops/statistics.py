@@ -99,8 +99,8 @@ def quantization_errors(
 
 
 def check_percentile(percentile: float) -> None:
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile: got {percentile}; accepted: above 50, at most 100")
+    if not (isinstance(percentile, int | float) and 50 < percentile <= 100):
+        raise ValueError(f"percentile: got {percentile!r}; accepted: above 50, at most 100")
 
 
 def percentile_range(x: Tensor, low: Tensor, high: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:

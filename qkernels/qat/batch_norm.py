@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.made_classes import made_again
-from .calibrate import check_max_batches, run_batches
+from .calibrate import check_max_batches, check_module, run_batches
 from .fold import BatchNorm, eval_mode
 from .where import Where, chosen
 
@@ -121,6 +121,7 @@ def reestimate_bn(model: nn.Module, batches: Iterable[Any], *, max_batches: int 
 
 def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
     """Those that keep running statistics."""
+    check_module(model, "a torch.nn.Module")
     return {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8_training import Int8TrainingLinear
-from .calibrate import check_shapes, unwrapped
+from .calibrate import check_module, check_shapes, unwrapped
 from .quant_loss import steps_of
 from .schedules import ByStep, check_bits
 from .training import change_widths, check_widths
@@ -31,10 +31,10 @@ class BitSchedule:
     ```
 
     The model gets the widths of step 0 at once. ``step``, called after a step of the optimizer, gives it those of the
-    next. A width that does not change costs nothing; one that does goes by ``qk.set_bits``: the range stays, so
-    scale' = scale·steps/steps' (steps: the codes on the longer side of zero), and so do log_scale and an optimizer's
-    state. Above 4 bits a weight's range is again that of its values, whatever was clipped before. Nothing of a
-    tensor's size is allocated, and scales stay where they are in memory. Compiled code compiles once for each width,
+    next. A width that does not change costs nothing; one that does goes by ``qk.set_bits``, which gives a learned scale
+    a range that fits the width: a weight's by one search over its values for each change to 4 bits or less, an input's
+    by a stated factor. An optimizer's state stays valid. Nothing of a tensor's size is allocated, and scales stay where
+    they are in memory. Compiled code compiles once for each width,
     or combination of widths, that it meets (see ``torch._dynamo.config.recompile_limit``): eager code never.
 
     Args:
@@ -117,8 +117,7 @@ Targets = dict[str, FakeQuantize | Int8TrainingLinear]
 
 def checked_widths(model: nn.Module, widths: Mapping[str, Width]) -> tuple[Targets, dict[str, Width]]:
     """What a schedule of these widths changes, and the width of each name in it; it raises as ``BitSchedule``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+    check_module(model)
     model = unwrapped(model)
     check_shapes(model)
     targets: Targets = {}

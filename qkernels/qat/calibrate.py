@@ -42,10 +42,11 @@ def calibrate(
     """Sets scale and zero point of every quantizer of a prepared model, in place, from a few batches of real inputs.
 
     It runs ``model`` in eval mode without gradients and without quantization, so that each layer gets the float model's
-    values, and restores all modes. A BatchNorm that has seen no batch yet normalizes by the batch's statistics, as it
-    will in training, and keeps none. Weight quantizers start anew from the present weights. A warning names the
-    quantizers that no batch reached; without a fallback they start from their first batch in training. If tqdm is
-    installed, a terminal shows the progress. Memory does not grow with the number of batches.
+    values, and restores all modes. What ``freeze_observers`` or ``freeze_scales`` holds keeps its scale. A BatchNorm
+    that has seen no batch yet normalizes by the batch's statistics, as it will in training, and keeps none. Weight
+    quantizers start anew from the present weights. A warning names the quantizers that no batch reached; without a
+    fallback they start from their first batch in training. If tqdm is installed, a terminal shows the progress. Memory
+    does not grow with the number of batches.
 
     **Many processes.** If torch.distributed is initialized, every process calls ``calibrate`` with its own share of the
     batches. What all of them saw is combined before a scale is set, so that all have the same scales, also where one
@@ -82,13 +83,14 @@ def calibrate(
         group: the process group to combine over, of processes that hold the same model; None: the default group.
 
     Raises:
-        ValueError: there are no batches, or none with samples; an argument has another value; or a layer's input holds
-            NaN or infinity.
+        ValueError: there are no batches, or none with samples; an argument has another value; all quantizers are
+            frozen; or a layer's input holds NaN or infinity.
         TypeError: batches is no iterable, or a batch has another form or more elements than the model takes arguments.
         RuntimeError: another process failed.
         What the model raises on a batch is raised as TypeError, ValueError or RuntimeError. The text gives the batch's
         index, counted from 0, and the layer. The model stays as it was after every error.
     """
+    check_module(model)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
     check_max_batches(max_batches)
@@ -96,7 +98,15 @@ def calibrate(
     fallback_range = _range_of(fallback)
     if any(isinstance(module, QATLazy) for module in model.modules()):
         batches = _with_shapes(model, batches)
-    quantizers = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
+    with_scale = {name: module for name, module in quantizers_of(model).items() if module.quantizer != "dynamic"}
+    frozen = [quantizer for quantizer in with_scale.values() if quantizer.frozen]
+    # A frozen quantizer that has no scale yet has nothing to keep.
+    quantizers = {name: q for name, q in with_scale.items() if not (q.frozen and q.has_scale)}
+    if with_scale and not quantizers:
+        raise ValueError(
+            f"model: got one whose quantizers are all frozen ({', '.join(with_scale)}); accepted: one with others, as "
+            "behind qk.freeze_scales(model, False)"
+        )
     observed = [Observed(name, quantizer, method, percentile) for name, quantizer in quantizers.items()]
     ranks = Ranks(group)
 
@@ -133,6 +143,8 @@ def calibrate(
         if fallback_range is not None:
             for item in inputs:
                 item.fall_back(*fallback_range, _device_of(model, item.quantizer))
+    for quantizer in frozen:
+        quantizer.freeze()
     if unreached:
         advice = "fallback= gives inputs a range" if fallback_range is None else f"inputs got {fallback_range}"
         warnings.warn(
@@ -207,7 +219,7 @@ def run_batches(
     taken = itertools.islice(batches, max_batches)
     for at, batch in enumerate(progress(taken, what, total) if what else taken):
         args, kwargs = _arguments(model, batch, f"batches[{at}]")
-        full, output = not _is_empty((args, kwargs)), None
+        full, output = not is_empty((args, kwargs)), None
         if full:
             try:
                 output = runs(*args, **kwargs)
@@ -228,11 +240,12 @@ def check_batches(batches: Any) -> None:
 
 
 def check_max_batches(max_batches: int | None) -> None:
-    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+    number = isinstance(max_batches, int) and not isinstance(max_batches, bool)
+    if max_batches is not None and not (number and max_batches >= 1):
         raise ValueError(f"max_batches: got {max_batches}; accepted: a whole number of at least 1, or None for all")
 
 
-def _is_empty(arguments: Any) -> bool:
+def is_empty(arguments: Any) -> bool:
     """Whether there are tensors in the arguments, and none has elements."""
     sizes = [t.numel() for t in tensors_in(arguments)]
     return bool(sizes) and not any(sizes)
@@ -259,7 +272,7 @@ def _failure(error: Exception, model: nn.Module, batch: str) -> Exception:
     kind = next((kind for kind in (TypeError, ValueError) if isinstance(error, kind)), RuntimeError)
     text = f"{batch}: {where} failed with {type(error).__name__}: {error}"
     if "accepted: " not in text:
-        text += "; accepted: batches that the model takes in eval mode, by shape, dtype and device"
+        text += "; accepted: what the model takes in eval mode, by shape, dtype and device"
     return kind(text)
 
 
@@ -313,7 +326,13 @@ def _has_seen_nothing(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     return not bool(count) and not bool(mean.any()) and bool((var == 1).all())
 
 
+def check_module(model: Any, accepted: str = "what qk.prepare(model, config) returns", argument: str = "model") -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument}: got a {type(model).__name__}; accepted: {accepted}")
+
+
 def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
+    check_module(model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantize)}
     if not found:
         raise ValueError("model: got one without quantizers; accepted: what qk.prepare(model, config) returns")
@@ -321,6 +340,7 @@ def quantizers_of(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def check_shapes(model: nn.Module) -> None:
+    check_module(model)
     lazy = [name for name, module in model.named_modules() if isinstance(module, QATLazy)]
     if lazy:
         raise ValueError(
@@ -336,6 +356,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     """
     args, kwargs = _arguments(model, batch, "batches")
     return model(*args, **kwargs)
+
+
+def call_on(model: nn.Module, batch: Any, argument: str) -> Any:
+    """``call`` on what the user gave as an argument of this name, which errors begin with."""
+    args, kwargs = _arguments(model, batch, argument)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise _failure(error, model, argument) from error
 
 
 def _arguments(model: nn.Module, batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

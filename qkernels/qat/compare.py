@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
-from .calibrate import call, check_shapes, tensors_in, uncompiled, unwrapped
+from ..nn.quantized import QuantizedLayer
+from .calibrate import call_on, check_module, check_shapes, is_empty, tensors_in, uncompiled, unwrapped
 from .copying import shadow_of, whole
 from .fold import BatchNorm, eval_mode, find_folds
 from .measures import as_json, sqnr
@@ -139,12 +141,20 @@ def compare(float_model: nn.Module, q_model: nn.Module, batch: Any) -> Compariso
 
     Raises:
         TypeError: a model is no module, or the batch is none that ``calibrate`` takes.
-        ValueError: the models have no layer in common, or lazy layers have not run yet.
-        RuntimeError, …: what a model raises on the batch, such as a quantizer of inputs that is not calibrated.
+        ValueError: the models have no layer in common or layers of other shapes, or come in the other order; lazy
+            layers have not run yet; the batch has no samples.
+        RuntimeError, TypeError, ValueError: what a model raises on the batch, with its layer, such as a quantizer of
+            inputs that is not calibrated.
     """
     for argument, model in (("float_model", float_model), ("q_model", q_model)):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{argument}: got a {type(model).__name__}; accepted: a torch.nn.Module")
+        check_module(model, "a torch.nn.Module", argument)
+    if _is_quantized(float_model) and not _is_quantized(q_model):
+        raise ValueError(
+            "q_model: got a float model, and a quantized one for float_model; accepted: "
+            "qk.compare(float_model, q_model, batch), in this order"
+        )
+    if is_empty(batch):
+        raise ValueError("batch: got one without samples; accepted: a batch with samples")
     reference, model = _runnable(float_model), _runnable(q_model)
     pairs, notes = _pairs(reference, model)
     if len(pairs) == 1 and notes:
@@ -156,12 +166,12 @@ def compare(float_model: nn.Module, q_model: nn.Module, batch: Any) -> Compariso
         with eval_mode(reference), off_fused_paths(reference):
             kept: dict[str, list[list[Tensor]]] = {name: [] for name in pairs}
             seed(device)
-            _run(reference, batch, {name: _keeper(kept[name]) for name in pairs}, pairs, 0)
+            _run(reference, batch, "float_model", {name: _keeper(kept[name]) for name in pairs}, pairs, 0)
         with eval_mode(model), off_fused_paths(model):
             rows: list[ComparedLayer] = []
             counts = dict.fromkeys(pairs, 0)
             seed(device)
-            _run(model, batch, {name: _comparer(name, kept, counts, rows) for name in pairs}, pairs, 1)
+            _run(model, batch, "q_model", {name: _comparer(name, kept, counts, rows) for name in pairs}, pairs, 1)
     for name, calls in kept.items():
         if len(calls) != counts[name]:
             notes[name] = f"{len(calls)} calls in the float model, {counts[name]} in the other"
@@ -193,6 +203,8 @@ def _pairs(reference: nn.Module, model: nn.Module) -> tuple[dict[str, tuple[nn.M
         held = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
         if not held and not isinstance(other, QATLayer):
             continue
+        if other is not None:
+            _check_alike(name, module, other)
         if other is None:
             notes[name] = "the other model has no layer of this name"
         else:
@@ -201,12 +213,33 @@ def _pairs(reference: nn.Module, model: nn.Module) -> tuple[dict[str, tuple[nn.M
     return pairs, notes
 
 
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, FakeQuantize | QuantizedLayer) for module in model.modules())
+
+
+def _check_alike(name: str, module: nn.Module, other: nn.Module) -> None:
+    """Refuses a layer of another model that has the same name; integers are stored in shapes of their own."""
+    for key, own in module._parameters.items():
+        given = other._parameters.get(key)
+        if own is None or given is None or is_lazy(own) or not given.is_floating_point() or given.shape == own.shape:
+            continue
+        raise ValueError(
+            f"q_model: its '{name}.{key}' has shape {list(given.shape)}; accepted: {list(own.shape)}, as in "
+            "float_model, of which q_model is made"
+        )
+
+
 def _run(
-    model: nn.Module, batch: Any, hooks: dict[str, Hook], pairs: dict[str, tuple[nn.Module, nn.Module]], side: int
+    model: nn.Module,
+    batch: Any,
+    argument: str,
+    hooks: dict[str, Hook],
+    pairs: dict[str, tuple[nn.Module, nn.Module]],
+    side: int,
 ) -> None:
     handles = [pairs[name][side].register_forward_hook(hook) for name, hook in hooks.items()]
     try:
-        call(model, batch)
+        call_on(model, batch, f"batch, for {argument}")
     finally:
         for handle in handles:
             handle.remove()

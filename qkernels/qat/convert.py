@@ -97,15 +97,16 @@ def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:
     off = [name for name, quantizer in quantizers.items() if not quantizer.quantizes]
     if off:
         raise ValueError(
-            f"model: fake quantization is switched off in {', '.join(off)}; call qk.enable_fake_quant(model) first"
+            f"model: fake quantization is switched off in {', '.join(off)}; accepted: one behind "
+            "qk.enable_fake_quant(model)"
         )
     unknown = [repr(name) for name, quantizer in quantizers.items() if not quantizer.is_calibrated]
     if unknown:
         raise ValueError(
             f"model: {unknown[0]} is not calibrated"
             + (f", nor are {', '.join(unknown[1:])}" if unknown[1:] else "")
-            + "; call qk.calibrate(model, batches) with batches that reach all of them, before convert, or leave their "
-            "layers in float by a rule of the QConfig"
+            + "; accepted: one behind qk.calibrate(model, batches) with batches that reach all of them; a rule of the "
+            "QConfig leaves a layer in float"
         )
 
 

@@ -71,8 +71,8 @@ def hybrid(
     It measures ``sensitivity``, finds the widths by ``assign``, prepares and calibrates the model, and divides its
     layers: those with the largest scores that together hold ``share`` of the plan's summed score are left to be
     trained. The others are rounded by ``gptq`` where it takes them, and frozen: their parameters and those of their
-    quantizers need no gradient, and no batch moves their ranges. Train ``found.model`` as any prepared model;
-    ``parameter_groups`` leaves out what is frozen. BatchNorms train unless ``freeze_bn`` stops them.
+    quantizers need no gradient, and neither training nor ``calibrate`` moves their ranges. Train ``found.model`` as any
+    prepared model; ``parameter_groups`` leaves out what is frozen. BatchNorms train unless ``freeze_bn`` stops them.
 
     Args:
         model: a float model; it stays as it is.
@@ -140,4 +140,4 @@ def _freeze(layer: nn.Module) -> None:
     if isinstance(layer, QATLayer):
         for _, _, quantizer in layer.own_quantizers():
             quantizer.requires_grad_(False)
-            quantizer.disable_observer()
+            quantizer.freeze()

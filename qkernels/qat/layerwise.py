@@ -16,7 +16,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat import QATConvolution, QATLinear
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.ranges import per_element, write
-from .calibrate import call, quantizers_replaced, run_batches, unwrapped
+from .calibrate import call, check_module, quantizers_replaced, run_batches, unwrapped
 from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
@@ -50,8 +50,7 @@ class Layerwise:
         max_batches: int | None,
         float_model: nn.Module | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare returns")
+        check_module(model)
         if is_sharded_model(model):
             raise ValueError("model: got one under fully_shard; accepted: a call before sharding")
         check_calibrated(model)
@@ -145,8 +144,7 @@ def _with_weights_of(float_model: nn.Module, prepared: nn.Module) -> nn.Module:
 
     The float model itself may compute without calling its layers, as torch's attention does.
     """
-    if not isinstance(float_model, nn.Module):
-        raise TypeError(f"float_model: got a {type(float_model).__name__}; accepted: the model before qk.prepare, None")
+    check_module(float_model, "the model before qk.prepare, or None", "float_model")
     float_model = unwrapped(float_model)
     held = dict([*prepared.named_parameters(remove_duplicate=False), *prepared.named_buffers(remove_duplicate=False)])
     every = prepared.named_modules(remove_duplicate=False)  # layers that read one tensor share its quantizer

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .files import replacing
 
 KEY = "qkernels"  # of the description among the file's metadata
 FORMAT = 1  # of the description that this version writes, and the newest that it reads
@@ -39,12 +40,10 @@ def write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -
             what each tensor was, so that a reader can name one that was changed.
     """
     package = safetensors()
-    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     written = {name: _facts(t) for name, t in tensors.items()}
     own = {"format": FORMAT, "min_reader": FORMAT, "digest": _UNSIGNED, "tensors": written}
     text = json.dumps({**own, **description})
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask has it; safetensors makes files that their owner alone may read
         package.torch.save_file(tensors, partial, metadata={KEY: text})  # one key: the order of several is random
@@ -54,11 +53,8 @@ def write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -
             file.write(_digest(partial, _UNSIGNED).encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     if os.name == "posix":  # the new name too survives a loss of power
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(partial.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

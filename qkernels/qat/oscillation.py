@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import unwrapped
+from .calibrate import check_module, unwrapped
 from .fold import eval_mode
 from .quant_loss import steps_of
 from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, scales_of, values_of
@@ -85,8 +85,7 @@ class OscillationTracker:
         threshold: float | Callable[[int], float | None] | None = None,
         where: Where | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        check_module(model)
         if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 < momentum <= 1:
             raise ValueError(f"momentum: got {momentum!r}; accepted: above 0, at most 1")
         if not callable(threshold):
@@ -139,7 +138,7 @@ class OscillationTracker:
             if threshold is not None and not self._holds_ranges:
                 for weight in self._weights.values():
                     weight.quantizer.follow(weight.value)
-                    weight.quantizer.enable_observer(False)
+                    weight.quantizer.freeze()
                 self._holds_ranges = True
             for name, weight in self._weights.items():
                 self._look(name, weight, threshold)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
-from .calibrate import check_shapes, quantizers_of, unwrapped
+from .calibrate import check_module, check_shapes, quantizers_of, unwrapped
 from .losses import Term, Weight, check_factor, check_term
 from .spec import nearest
 
@@ -54,8 +54,7 @@ class QuantLoss:
     """
 
     def __init__(self, model: nn.Module, **terms: Weight | Term) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        check_module(model)
         self.model = unwrapped(model)
         check_shapes(self.model)
         quantizers_of(self.model)

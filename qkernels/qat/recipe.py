@@ -14,7 +14,7 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8_training import Int8TrainingLinear
 from .batch_norm import batch_norms, freeze_bn
 from .bit_schedule import BitSchedule, Width, at_step, checked_widths
-from .calibrate import calibrate, check_batches, check_shapes, quantizers_of, unwrapped
+from .calibrate import calibrate, check_batches, check_module, check_shapes, quantizers_of, unwrapped
 from .quant_loss import steps_of
 from .scale_tuning import ScaleTuning
 from .schedules import ByStep
@@ -123,8 +123,7 @@ class Recipe:
     ) -> None:
         self.tuning = model if isinstance(model, ScaleTuning) else None
         model = model.model if isinstance(model, ScaleTuning) else model
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        check_module(model)
         self.model = unwrapped(model)
         if self.tuning is None:
             check_shapes(self.model)

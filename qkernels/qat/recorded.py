@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibrate import call
+from .calibrate import call_on
 from .prepare import FUSED_PATHS
 
 
@@ -35,7 +35,7 @@ class Record:
                 handles.append(module.register_forward_hook(self._hook_of(name), with_kwargs=True))
         try:
             with torch.no_grad():
-                call(model, example)
+                call_on(model, example, "example")
         finally:
             for handle in handles:
                 handle.remove()

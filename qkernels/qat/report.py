@@ -23,7 +23,7 @@ from ..nn.qat_classes import qat_class_of
 from ..nn.qat_layer import QATLayer, effective_weight
 from ..nn.quantized_parameters import QATParameters
 from .adapters import Adapters, find_adapters
-from .calibrate import quantizers_replaced
+from .calibrate import check_module, quantizers_replaced
 from .convert import BURNT_IN, convert
 from .copying import copy_of, whole
 from .fold import BatchNorm, eval_mode, factor_and_bias, find_folds
@@ -37,6 +37,7 @@ from .selection import float_reason, no_integers, unsupported
 from .weight_histograms import WeightHistogram, of_converted, of_prepared
 from .weight_readers import WeightReaders, find_weight_readers
 
+PREPARED = "what qk.prepare or qk.convert returns"
 CONVERTED_LAYERS = (Int8Linear, Int8Convolution, Int4Linear, IntegerEmbedding)
 
 
@@ -62,11 +63,16 @@ def report(
 
     Raises:
         ValueError: a model that is neither prepared nor converted.
+        TypeError: a model is not a module.
+        RuntimeError, TypeError, ValueError: what a model raises on the example, with its layer.
     """
+    check_module(model, PREPARED)
+    if float_model is not None:
+        check_module(float_model, "the model before qk.prepare, or None", "float_model")
     model, float_model = whole(model), None if float_model is None else whole(float_model)
     layers = dict(_layers(model))
     if not any(_is_quantized(layer) for layer in layers.values()):
-        raise ValueError("model: got a float model; accepted: what qk.prepare or qk.convert returns")
+        raise ValueError(f"model: got a float model; accepted: {PREPARED}")
     folds = find_folds(model)
     float_folds = {} if float_model is None else find_folds(float_model).batch_norm_of
     # A converted model no longer has its folded BatchNorms; the float model shows where they were.

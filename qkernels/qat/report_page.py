@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from . import report_plots as plots
+from .files import named
 from .measures import as_json
 from .report_table import LayerRow, Report
 from .training_log import read_log
@@ -73,7 +75,10 @@ def page(
     """The HTML of a report; its arguments are those of ``Report.html``."""
     _check_accuracies(accuracies)
     by_layer = _check_latency(latency)
-    logged = None if log is None else read_log(log)
+    if log is not None and not isinstance(log, str | os.PathLike):
+        raise TypeError(f"log: got {log!r}; accepted: the path of a CSV file of qk.TrainingLog, or None")
+    with contextlib.nullcontext() if log is None else named("log", log):
+        logged = None if log is None else read_log(log)
     measured = []
     if accuracies:
         caption = "Dashed: one figure for all widths."

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from .files import replacing
 from .weight_histograms import WeightHistogram
 
 
@@ -92,19 +91,14 @@ class Report:
 
         Raises:
             ImportError: matplotlib is missing.
-            TypeError, ValueError: accuracies or latency hold something else; log is another file.
-            OSError: a file cannot be read or written.
+            TypeError, ValueError: accuracies or latency hold something else; log is another file; path is no path.
+            OSError: a file cannot be read or written; the text names argument and file.
         """
         from .report_page import page  # which imports this file
 
         text = page(self, title, accuracies, latency, log)
-        path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-        try:
+        with replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def table(self) -> list[list[str]]:
         """The cells that ``print`` shows: a line of headings, and one for each layer; it raises nothing."""

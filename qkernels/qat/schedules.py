@@ -6,9 +6,10 @@ which widths they will ever return, so that a schedule can refuse one that a qua
 
 from __future__ import annotations
 
+import functools
 import math
 import random as generator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from .spec import check_type
 
@@ -19,7 +20,7 @@ class ByStep:
     """A width as a function of the step and the name, and every width that it returns.
 
     Args:
-        function: (step, name) -> bits.
+        function: (step, name) -> bits; one that pickles, so that schedules and recipes do.
         every: all that it may return.
         text: the call that makes it, its ``repr``.
     """
@@ -54,13 +55,15 @@ def cyclic(low: int, high: int, *, period: int, steps: int | None = None) -> ByS
     if steps is not None:
         _check_count("steps", steps)
 
-    def width(step: int, _: str) -> int:
-        if steps is not None and step >= steps:
-            return high
-        return round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2)
-
     ends = "" if steps is None else f", steps={steps}"
-    return ByStep(width, _between(low, high), f"cyclic({low}, {high}, period={period}{ends})")
+    text = f"cyclic({low}, {high}, period={period}{ends})"
+    return ByStep(functools.partial(_cyclic, low, high, period, steps), _between(low, high), text)
+
+
+def _cyclic(low: int, high: int, period: int, steps: int | None, step: int, _: str) -> int:
+    if steps is not None and step >= steps:
+        return high
+    return round(low + (high - low) * (1 - math.cos(math.pi * (step % period) / period)) / 2)
 
 
 def cosine(start: int, end: int, *, steps: int) -> ByStep:
@@ -75,11 +78,12 @@ def cosine(start: int, end: int, *, steps: int) -> ByStep:
     """
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
-    return ByStep(
-        lambda step, _: round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2),
-        _between(start, end),
-        f"cosine({start}, {end}, steps={steps})",
-    )
+    text = f"cosine({start}, {end}, steps={steps})"
+    return ByStep(functools.partial(_cosine, start, end, steps), _between(start, end), text)
+
+
+def _cosine(start: int, end: int, steps: int, step: int, _: str) -> int:
+    return round(end + (start - end) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
 
 
 def progressive(start: int, end: int, *, steps: int) -> ByStep:
@@ -95,11 +99,12 @@ def progressive(start: int, end: int, *, steps: int) -> ByStep:
     _check_ends("start", start, "end", end)
     _check_count("steps", steps)
     stages = range(start, end - 1, -1) if start > end else range(start, end + 1)
-    return ByStep(
-        lambda step, _: stages[min(step * len(stages) // steps, len(stages) - 1)],
-        _between(start, end),
-        f"progressive({start}, {end}, steps={steps})",
-    )
+    text = f"progressive({start}, {end}, steps={steps})"
+    return ByStep(functools.partial(_progressive, stages, steps), _between(start, end), text)
+
+
+def _progressive(stages: Sequence[int], steps: int, step: int, _: str) -> int:
+    return stages[min(step * len(stages) // steps, len(stages) - 1)]
 
 
 def steps(widths: Mapping[int, int]) -> ByStep:
@@ -119,11 +124,11 @@ def steps(widths: Mapping[int, int]) -> ByStep:
     if 0 not in widths or min(widths) < 0:
         raise ValueError(f"widths: got steps {sorted(widths)}; accepted: 0, and others above it")
     starts = dict(sorted(widths.items()))
-    return ByStep(
-        lambda step, _: starts[max(at for at in starts if at <= step)],
-        tuple(sorted(set(starts.values()))),
-        f"steps({starts})",
-    )
+    return ByStep(functools.partial(_from_steps, starts), tuple(sorted(set(starts.values()))), f"steps({starts})")
+
+
+def _from_steps(starts: Mapping[int, int], step: int, _: str) -> int:
+    return starts[max(at for at in starts if at <= step)]
 
 
 def random(low: int, high: int, *, seed: int = 0) -> ByStep:
@@ -140,11 +145,11 @@ def random(low: int, high: int, *, seed: int = 0) -> ByStep:
     """
     _check_ends("low", low, "high", high)
     every = _between(low, high)
-    return ByStep(
-        lambda step, name: generator.Random(f"{seed} {step} {name}").choice(every),
-        every,
-        f"random({low}, {high}, seed={seed})",
-    )
+    return ByStep(functools.partial(_drawn, every, seed), every, f"random({low}, {high}, seed={seed})")
+
+
+def _drawn(every: tuple[int, ...], seed: int, step: int, name: str) -> int:
+    return generator.Random(f"{seed} {step} {name}").choice(every)
 
 
 def check_bits(name: str, bits: object) -> None:

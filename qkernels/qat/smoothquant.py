@@ -43,7 +43,8 @@ def smoothquant(
             one that no sample reached stays as it is, and is not among them.
 
     Raises:
-        ValueError: no such norm, no batches, NaN or infinity in a norm's output, an alpha outside of 0 to 1.
+        ValueError: no such norm, frozen quantizers, no batches, NaN or infinity in a norm's output, an alpha outside of
+            0 to 1.
         TypeError: another type of an argument.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
@@ -56,6 +57,12 @@ def smoothquant(
         raise ValueError(
             "model: holds no LayerNorm or RMSNorm whose output Linear layers alone get, in what torch.fx can trace; "
             "accepted: one with such a norm"
+        )
+    frozen = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize) and module.frozen]
+    if frozen:
+        raise ValueError(
+            f"model: got one whose quantizers {', '.join(frozen)} are frozen, though the factors change their ranges; "
+            "accepted: one without, as behind qk.freeze_scales(model, False)"
         )
     work = copy_of(model)
     quantizers = [module for module in work.modules() if isinstance(module, FakeQuantize)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.learned_scale import keep_inside
 from ..nn.qat_layer import QATLayer, effective_weight
-from .calibrate import check_shapes, quantizers_of
+from .calibrate import check_module, check_shapes, quantizers_of
 from .fold import eval_mode
 from .spec import check_type
 from .where import Where, chosen
@@ -30,8 +30,12 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
         weight_decay: weight decay of the model's own parameters.
 
     Returns:
-        Two dicts, as any torch optimizer takes them. The function raises nothing.
+        Two dicts, as any torch optimizer takes them.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    check_module(model, "a torch.nn.Module")
     own = {id(p) for module in model.modules() if isinstance(module, FakeQuantize) for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -45,11 +49,13 @@ def freeze_observers(model: nn.Module, frozen: bool = True, where: Where = "*") 
 
     This stops the averages of "ema" quantizers, the ranges of followed weights, the growth of input ranges with a
     learned scale, and starts from a first batch. A followed weight keeps its present range, so the model computes the
-    same in eval mode. Learned scales go on learning; ``freeze_scales`` stops that too.
+    same in eval mode. Learned scales go on learning; ``freeze_scales`` stops that too. ``calibrate`` leaves what is
+    frozen as it is, and ``set_bits`` keeps its range.
 
     Args:
         model: from ``prepare``.
-        frozen: False undoes it. A state_dict holds the switch.
+        frozen: False undoes it; ranges that were set by hand, and not frozen here, move then too. A state_dict holds
+            the switch.
         where: as in ``set_bits``.
 
     Returns:
@@ -61,11 +67,11 @@ def freeze_observers(model: nn.Module, frozen: bool = True, where: Where = "*") 
         TypeError: where is no text or list of texts.
     """
     quantizers = _chosen_quantizers(model, where)
-    changed = {name: quantizer for name, quantizer in quantizers.items() if quantizer.observes == frozen}
-    if frozen:
-        _follow_weights(model, set(changed.values()))
+    changed = {name: q for name, q in quantizers.items() if q.observes == frozen or q.frozen != frozen}
+    if frozen:  # the weights may have changed since a forward pass in training mode
+        _on_weights(model, set(changed.values()), FakeQuantize.follow)
     for quantizer in changed.values():
-        quantizer.enable_observer(not frozen)
+        quantizer.freeze(frozen)
     return list(changed)
 
 
@@ -104,14 +110,16 @@ def freeze_scales(model: nn.Module, frozen: bool = True, where: Where = "*") -> 
 
 
 @torch.no_grad()
-def _follow_weights(model: nn.Module, quantizers: Collection[FakeQuantize]) -> None:
-    """Takes the present range of each followed weight, which may have changed since a forward pass in training mode."""
+def _on_weights(
+    model: nn.Module, quantizers: Collection[FakeQuantize], change: Callable[[FakeQuantize, Tensor], None]
+) -> None:
+    """Calls change on those that are of weights with what they get; twice if two layers share them."""
     with eval_mode(model):
         for layer in model.modules():
             if isinstance(layer, QATLayer):
                 for name, quantizer in layer.quantized_weights():
                     if quantizer in quantizers:
-                        quantizer.follow(effective_weight(layer, name))
+                        change(quantizer, effective_weight(layer, name))
 
 
 def enable_fake_quant(
@@ -134,8 +142,12 @@ def enable_fake_quant(
 
     Raises:
         ValueError: the model has no quantizers, or lazy layers that have not run yet.
+        TypeError: an argument of another type.
     """
     check_shapes(model)
+    for name, value in (("enabled", enabled), ("weights", weights), ("inputs", inputs)):
+        if value is not None:
+            check_type(name, value, bool, "True, False or None")
     if enabled is None and weights is None and inputs is None:
         enabled = True
     changed = []
@@ -149,7 +161,17 @@ def enable_fake_quant(
 
 
 def set_bits(model: nn.Module, bits: int, where: Where = "*") -> list[str]:
-    """Changes the width of quantizers of a prepared model in place and keeps their ranges.
+    """Changes the width of quantizers of a prepared model in place, and the ranges of learned scales with it.
+
+    A range that is good at 8 bits is too wide at 2. Where a scale is learned, and neither frozen nor set by hand,
+
+    - a weight's range at 4 bits and less becomes the one with the smallest squared error, one search over its values as
+      in ``calibrate``, and above 4 bits that of the values;
+    - an input's range changes by the ratio that the best ranges of Gaussian values have at the two widths, for which
+      see ``FakeQuantize.set_bits``: behind a ReLU by 0.69 from 8 to 4 bits, and by 0.68 from 4 to 2. The way back
+      undoes it.
+
+    All other ranges stay. Nothing is compiled for it or moves in memory.
 
     Args:
         model: from ``prepare``.
@@ -193,6 +215,11 @@ def check_widths(quantizers: Mapping[str, FakeQuantize], widths: Mapping[str, in
 
 def change_widths(model: nn.Module, widths: Mapping[FakeQuantize, int]) -> None:
     """Gives quantizers of the model widths that they take."""
-    _follow_weights(model, widths.keys())
+
+    def change(quantizer: FakeQuantize, weight: Tensor) -> None:
+        quantizer.follow(weight)
+        quantizer.set_bits(widths[quantizer], weight)
+
+    _on_weights(model, widths.keys(), change)
     for quantizer, bits in widths.items():
         quantizer.set_bits(bits)

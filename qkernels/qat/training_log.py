@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ..nn.fake_quantize import FakeQuantize
 from ..ops.statistics import histogram
-from .calibrate import call, quantizers_of, quantizers_replaced, unwrapped
+from .calibrate import call_on, check_module, quantizers_of, quantizers_replaced, unwrapped
+from .files import named
 from .fold import eval_mode
 from .quant_loss import steps_of
 from .quantized_weights import Scales, codes_of, quantized_weights, scales_of
@@ -58,7 +60,8 @@ class TrainingLog:
     - value: of a loss.
 
     A CSV file that exists is gone on with: rows are appended, and steps go on after its last one, or where
-    ``load_state_dict`` says. Where a run was resumed from before its end, steps come twice; the later rows count. In
+    ``load_state_dict`` says. Where a run was resumed from before its end, steps come twice; the later rows count. A
+    last line that is cut off, as a process leaves it that is killed while it writes, is dropped with a warning. In
     TensorBoard the tags are ``scale/<name>`` and so on.
 
     **Cost.** A step that is not written costs nothing. One that is takes four passes over the weights, one wait for the
@@ -72,15 +75,14 @@ class TrainingLog:
 
     Raises:
         ValueError: the model has no quantizers or lazy layers that have not run, the file does not end in .csv, has
-            other columns or a last line that is cut off, or every is below 1.
+            other columns or a line that is no row, or every is below 1.
         TypeError: an argument of another type.
         RuntimeError: weights under ``fully_shard``.
         OSError: the file cannot be written.
     """
 
     def __init__(self, model: nn.Module, to: Any, *, every: int = 1) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got a {type(model).__name__}; accepted: what qk.prepare(model, config) returns")
+        check_module(model)
         check_type("every", every, int, "a whole number of at least 1")
         if every < 1:
             raise ValueError(f"every: got {every}; accepted: a whole number of at least 1")
@@ -175,7 +177,7 @@ class TrainingLog:
             return type(quantizer).forward(quantizer, x)
 
         with quantizers_replaced(self.model, measure), random_state_kept(self.model):
-            call(self.model, inputs)
+            call_on(self.model, inputs, "inputs")
         return {quantizer: outside / max(elements, 1) for quantizer, (outside, elements) in counts.items()}
 
 
@@ -220,14 +222,17 @@ class _Csv:
                 "torch.utils.tensorboard (pip install tensorboard)"
             )
         self.path, self.steps = path, 0
-        if path.exists() and path.stat().st_size:
-            for row in deque(read_log(path), maxlen=1):
-                self.steps = row["step"] + 1
-        else:
-            self._append([COLUMNS])
+        with named("to", path):
+            if path.exists():
+                for row in deque(read_log(path), maxlen=1):
+                    self.steps = row["step"] + 1
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a line that is cut off
+            if not path.exists() or not path.stat().st_size:
+                self._append([COLUMNS])
 
     def write(self, step: int, rows: dict[str, Figures]) -> None:
-        self._append([step, name, *(_cell(row.get(key)) for key in COLUMNS[2:])] for name, row in rows.items())
+        with named("to", self.path):
+            self._append([step, name, *(_cell(row.get(key)) for key in COLUMNS[2:])] for name, row in rows.items())
 
     def _append(self, rows: Iterable[Iterable[Any]]) -> None:
         text = io.StringIO()
@@ -261,23 +266,30 @@ def _cell(value: Any) -> str:
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a CSV file of a ``TrainingLog``: step, name, and the numbers of the other columns or None.
 
+    A last line without an end, as a process leaves it that is killed while it writes, is left out with a warning.
+
     Raises:
-        ValueError: the file has other columns, or its last line is cut off.
+        ValueError: the file has other columns, or a line that is no row.
         OSError: it cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    lines = csv.reader(io.StringIO(text))
-    columns = tuple(next(lines, ()))
-    if columns != COLUMNS:
-        raise ValueError(f"{path}: got the columns {', '.join(columns)}; accepted: {', '.join(COLUMNS)}")
-    found = list(lines)
-    if not text.endswith("\n") or any(len(line) != len(COLUMNS) for line in found):
-        raise ValueError(f"{path}: a line is cut off or too long; accepted: lines of {len(COLUMNS)} cells")
-    return [
-        {
-            "step": int(step),
-            "name": name,
-            **{k: float(v) if v else None for k, v in zip(COLUMNS[2:], rest, strict=True)},
-        }
-        for step, name, *rest in found
-    ]
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    *whole, last = text.split("\n")
+    head = whole[0] if whole else last
+    if tuple(head.split(",")) != COLUMNS and (whole or not ",".join(COLUMNS).startswith(head)):
+        raise ValueError(f"{path}: got the columns {', '.join(head.split(','))}; accepted: {', '.join(COLUMNS)}")
+    if last:
+        warnings.warn(
+            f"{path}, line {len(whole) + 1}: got {last!r}, which is cut off, as where a process was killed while it "
+            "wrote; it is left out",
+            stacklevel=2,
+        )
+    rows = []
+    for number, line in enumerate(whole[1:], 2):
+        try:
+            step, name, *rest = next(csv.reader([line]))
+            numbers = {k: float(v) if v else None for k, v in zip(COLUMNS[2:], rest, strict=True)}
+            rows.append({"step": int(step), "name": name, **numbers})
+        except (ValueError, StopIteration):
+            accepted = f"a whole step, a name and {len(COLUMNS) - 2} numbers or empty cells, so take the line out"
+            raise ValueError(f"{path}, line {number}: got {line!r}; accepted: {accepted}") from None
+    return rows

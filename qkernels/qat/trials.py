@@ -62,6 +62,9 @@ class Trials:
         self.batches = list(batches)
         self.active: dict[FakeQuantize, FakeQuantize] = {}
         self.own = {q: q.bits for q in self.model.modules() if isinstance(q, FakeQuantize)}
+        for quantizer in self.own:
+            if quantizer.frozen:  # the scores are those of ranges that fit each width
+                quantizer.freeze(False)
         self.at: dict[int, dict[FakeQuantize, FakeQuantize]] = {}
         for bits in widths:
             self.at[bits] = self._calibrated(bits)
