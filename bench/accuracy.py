@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accuracy_runs import PLAIN, STEPS, Qat, Study, accuracy, config
+from accuracy_runs import PLAIN, SHORT_STEPS, STEPS, Qat, Study, accuracy, config
 from laps import RESULTS, device_name, machine, record
 from torch import nn
 
@@ -155,6 +155,17 @@ def longer(how: qk.QConfig, *, tuned: bool) -> Run:
     return run
 
 
+def behind_float(how: qk.QConfig, qat: Qat = PLAIN) -> Run:
+    """A short QAT of the float model of all steps."""
+
+    def run(study: Study) -> Figures:
+        made = study.prepared(study.full, how)
+        penalty = None if qat.penalty is None else qat.penalty(made, SHORT_STEPS, study)
+        return {"accuracy": study.short(made, penalty=penalty)}
+
+    return run
+
+
 def final_tuning() -> Iterator[tuple[str, str, str, Run]]:
     """The three ways of docs/recipes.md."""
     for widths in ((2, 4), (3, 3), (4, 8), (8, 8)):
@@ -225,6 +236,11 @@ def more_of_the_cnn() -> Iterator[tuple[str, str, str, Run]]:
     yield "cnn", "W3A8 everywhere", "hybrid", hybrid(short=False, all_layers=False)
     yield "cnn", "W3A3", "QAT, dampening", qat(config(3, 3), Qat(dampened))
     yield from final_tuning()
+    for widths in ((2, 4), (2, 2)):
+        name, how = label(*widths), config(*widths)
+        yield "cnn", name, "QAT of 100 steps", behind_float(how)
+        yield "cnn", name, "QAT of 100 steps, consistency", behind_float(how, Qat(consistent))
+        yield "cnn", name, "QAT of 100 steps, distillation", behind_float(how, Qat(distilled))
 
 
 def case_of(net: str, widths: str, method: str, seed: int) -> str:

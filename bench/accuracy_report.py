@@ -13,6 +13,7 @@ Key = tuple[str, str, str]  # network, widths, method
 
 WAYS = ("PTQ", "PTQ, GPTQ", "PTQ, AdaRound", "QAT")
 FEW_BITS = ("W4A8", "W4A4", "W3A8", "W3A3", "W2A4", "W2A2")
+TUNED = ("W8A8", "W4A8", "W3A3", "W2A4")
 # Network, widths, and two methods: what is tried, and its plain counterpart.
 COMPARED = (
     ("k-means levels, 3 bits", "cnn", "W3A8", "PTQ, kmeans", "PTQ"),
@@ -25,16 +26,25 @@ COMPARED = (
     ("mixed widths, equal mean bits", "cnn", "W3A8 everywhere", "QAT, mixed at equal bits", "QAT"),
     ("mixed widths, equal BitOPs", "cnn", "W3A3 everywhere", "PTQ, mixed at equal bitops", "PTQ"),
     ("mixed widths, equal BitOPs", "cnn", "W3A3 everywhere", "QAT, mixed at equal bitops", "QAT"),
+    ("hybrid, 100 steps", "cnn", "W3A8 everywhere", "hybrid of 100 steps", "PTQ, mixed at equal bits"),
     ("hybrid, 100 steps", "cnn", "W3A8 everywhere", "hybrid of 100 steps", "mixed, QAT of 100 steps"),
     ("hybrid", "cnn", "W3A8 everywhere", "hybrid", "QAT, mixed at equal bits"),
     *(("AdaRound", "cnn", widths, "PTQ, AdaRound", "PTQ") for widths in FEW_BITS),
     *(("GPTQ", "cnn", widths, "PTQ, GPTQ", "PTQ") for widths in FEW_BITS),
     *(("consistency", "cnn", widths, "QAT, consistency", "QAT") for widths in ("W3A3", "W2A4", "W2A2")),
+    *(("consistency", "cnn", widths, "QAT of 100 steps, consistency", "QAT of 100 steps")
+      for widths in ("W2A4", "W2A2")),
     ("distillation", "cnn", "W2A2", "QAT, distillation", "QAT"),
+    *(("distillation", "cnn", widths, "QAT of 100 steps, distillation", "QAT of 100 steps")
+      for widths in ("W2A4", "W2A2")),
     ("widths in cycles, 3 to 4", "cnn", "W4A4", "QAT, cyclic 3 to 4", "QAT"),
     ("widths falling from 4", "cnn", "W2A4", "QAT, falling 4 to 2", "QAT"),
     ("widths falling from 4", "cnn", "W2A2", "QAT, falling 4 to 2", "QAT"),
     ("dampening", "cnn", "W3A3", "QAT, dampening", "QAT"),
+    *(("scales frozen in the last fifth", "cnn", widths, "QAT, frozen grid", "QAT") for widths in TUNED),
+    *(("float tail in the last fifth", "cnn", widths, "QAT, float tail", "QAT") for widths in TUNED),
+    *(("100 steps of the integer model's scales", "cnn", widths, "QAT, 100 steps of its scales",
+       "QAT, 100 steps of its scales, before") for widths in TUNED),
     *(("statistics anew", "depthwise", widths, "QAT", "QAT, running statistics") for widths in ("W3A3", "W4A4")),
     *(("dampening", "depthwise", widths, "QAT, dampening", "QAT") for widths in ("W3A3", "W4A4")),
     *(("freezing", "depthwise", widths, "QAT, freezing", "QAT") for widths in ("W3A3", "W4A4")),
@@ -42,8 +52,10 @@ COMPARED = (
 
 
 def newest() -> Path:
-    """The newest file of accuracies of any machine."""
-    return max(RESULTS.glob("*/*-accuracy.json"), key=lambda path: path.name)
+    """The newest file of accuracies of any machine; of one day, that with most runs."""
+    return max(
+        RESULTS.glob("*/*-accuracy.json"), key=lambda path: (path.name, len(json.loads(path.read_text())["rows"]))
+    )
 
 
 def accuracies(path: Path) -> dict[Key, Seeds]:

@@ -173,7 +173,7 @@ class Study:
         made = self.prepared(self.half, how)
         return self.trained(made), accuracy(qk.convert(made), self.data)
 
-    def short(self, made: nn.Module, others: Sequence[Any] = ()) -> float:
+    def short(self, made: nn.Module, others: Sequence[Any] = (), penalty: qk.QuantLoss | None = None) -> float:
         """The accuracy after a short training behind all steps, at a tenth of the first learning rate."""
         steps = range(self.steps, self.steps + min(SHORT_STEPS, self.steps))
         train(
@@ -182,7 +182,8 @@ class Study:
             self.seed,
             steps,
             lambda step: SHORT_LEARNING_RATE * (1 + math.cos(math.pi * (step - steps.start) / len(steps))) / 2,
-            others=others,
+            penalty,
+            others,
         )
         return accuracy(made, self.data)
 
