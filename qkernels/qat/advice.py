@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import QConfig
 from .sensitivity_table import Sensitivity
+from .spec import listed
 
 PTQ, MORE_BITS, QAT = "ptq", "more bits", "qat"
 
@@ -182,12 +183,6 @@ class Advice:
         if seconds is not None and any(each.verdict == QAT for each in self.widths):
             text += f" QAT takes about {_time(seconds)}: {self.training_steps} steps of {_ms(self.step_seconds)} ms."
         return text
-
-
-def listed(names: tuple[str, ...]) -> str:
-    """The first of a few names, and how many more there are."""
-    shown = ", ".join(name or "(model)" for name in names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _kb(count: int) -> str:

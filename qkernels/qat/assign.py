@@ -10,8 +10,8 @@ from typing import Any
 
 from .choices import Choice, Picked, best, cheapest, front, total
 from .config import QConfig, Rule
-from .sensitivity_table import Sensitivity, SensitivityRow, named
-from .spec import nearest
+from .sensitivity_table import Sensitivity, SensitivityRow
+from .spec import listed, nearest
 
 COSTS = ("bytes", "bits", "bitops")
 FLOAT_BITS = 32  # of the side of a product that is not quantized
@@ -194,8 +194,8 @@ def _price(
     if cost == "bitops":
         if row.multiplications is None:
             raise ValueError(
-                f"cost: got 'bitops', but the products of {named(layers)} are not known; accepted: 'bytes', 'bits', or "
-                "a sensitivity of a model whose config leaves these in float"
+                f"cost: got 'bitops', but the products of {listed(layers)} are not known; accepted: 'bytes', 'bits', "
+                "or a sensitivity of a model whose config leaves these in float"
             )
         return row.multiplications * (weight or FLOAT_BITS) * (given or FLOAT_BITS)
     assert weight is not None

@@ -21,6 +21,7 @@ from .fold import BatchNorm, eval_mode, find_folds
 from .measures import as_json, sqnr
 from .recorded import off_fused_paths
 from .repeated_batches import random_state_kept, seed
+from .spec import listed
 
 DOUBLED = 6.0  # dB by which the SQNR falls where the error's amplitude doubles
 Hook = Callable[[nn.Module, Any, Any], None]
@@ -159,7 +160,7 @@ def compare(float_model: nn.Module, q_model: nn.Module, batch: Any) -> Compariso
     pairs, notes = _pairs(reference, model)
     if len(pairs) == 1 and notes:
         raise ValueError(
-            f"q_model: got one with none of the layers {', '.join(notes)}; accepted: a model made of float_model"
+            f"q_model: got one with none of the layers {listed(notes)}; accepted: a model made of float_model"
         )
     device = next((t.device for t in reference.parameters()), torch.device("cpu"))
     with uncompiled(), torch.no_grad(), random_state_kept(reference), random_state_kept(model):

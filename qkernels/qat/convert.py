@@ -29,6 +29,7 @@ from .fuse import fuse
 from .integer_convolution import integer_convolution, times
 from .integer_layers import integer_attention, integer_embedding, integer_linear, integer_recurrent
 from .selection import no_integers, to_int4
+from .spec import listed
 from .states import remove_check
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
@@ -80,7 +81,7 @@ def convert(model: nn.Module) -> nn.Module:
     convolution sees the normalized result. ``model`` itself is never changed.
 
     Raises:
-        ValueError: not a prepared model; quantizers that are not calibrated (the text names all); weights that are not
+        ValueError: not a prepared model; quantizers that are not calibrated (the text names some); weights that are not
             finite; or fake quantization that is switched off.
     """
     check_calibrated(model)
@@ -97,14 +98,14 @@ def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:
     off = [name for name, quantizer in quantizers.items() if not quantizer.quantizes]
     if off:
         raise ValueError(
-            f"model: fake quantization is switched off in {', '.join(off)}; accepted: one behind "
+            f"model: fake quantization is switched off in {listed(off)}; accepted: one behind "
             "qk.enable_fake_quant(model)"
         )
     unknown = [repr(name) for name, quantizer in quantizers.items() if not quantizer.is_calibrated]
     if unknown:
         raise ValueError(
             f"model: {unknown[0]} is not calibrated"
-            + (f", nor are {', '.join(unknown[1:])}" if unknown[1:] else "")
+            + (f", nor are {listed(unknown[1:])}" if unknown[1:] else "")
             + "; accepted: one behind qk.calibrate(model, batches) with batches that reach all of them; a rule of the "
             "QConfig leaves a layer in float"
         )

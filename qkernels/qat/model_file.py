@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .files import replacing
+from .spec import listed
 
 KEY = "qkernels"  # of the description among the file's metadata
 FORMAT = 1  # of the description that this version writes, and the newest that it reads
@@ -107,16 +108,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _digest(path, digest) != digest:
         raise ValueError(
             f"path: {str(path)!r} is not as it was written: its digest differs: "
-            f"{first_of(list(_changes(description.get('tensors'), tensors)))}; accepted: a file that nothing has "
+            f"{listed(_changes(description.get('tensors'), tensors), '; ')}; accepted: a file that nothing has "
             "changed, so copy it again or save it again"
         )
     return description, tensors
-
-
-def first_of(differences: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
-    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-    return "; ".join(differences[:3]) + more
 
 
 def _facts(t: Tensor) -> dict[str, Any]:

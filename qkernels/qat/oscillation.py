@@ -13,6 +13,7 @@ from .calibrate import check_module, unwrapped
 from .fold import eval_mode
 from .quant_loss import steps_of
 from .quantized_weights import QuantizedWeight, codes_of, quantized_weights, scales_of, values_of
+from .spec import listed
 from .where import Where, chosen
 
 FEW_BITS = 4  # at more the steps are so fine that it does not matter which of two codes a weight has
@@ -97,7 +98,7 @@ class OscillationTracker:
         few = {name: weight for name, weight in every.items() if weight.quantizer.bits <= FEW_BITS}
         if where is None and not few:
             raise ValueError(
-                f"where: got None for a model without weights of at most 4 bits; accepted: a glob on {', '.join(every)}"
+                f"where: got None for a model without weights of at most 4 bits; accepted: a glob on {listed(every)}"
             )
         self._weights = few if where is None else {name: every[name] for name in chosen(where, every, "weights")}
         with torch.no_grad(), eval_mode(self.model):
@@ -197,7 +198,7 @@ class OscillationTracker:
         for name, track in self._tracks.items():
             shapes = [tuple(weights.get(name, {}).get(key, torch.empty(0)).shape) for key in TENSORS]
             if weights.keys() != self._tracks.keys() or any(shape != tuple(track.codes.shape) for shape in shapes):
-                raise ValueError(f"state: got one of other weights ({', '.join(weights)}); accepted: that of {name}, …")
+                raise ValueError(f"state: got one of other weights ({listed(weights)}); accepted: that of {name}, …")
         for name, track in self._tracks.items():
             track.bits = weights[name]["bits"]
             for key in TENSORS:

@@ -15,6 +15,7 @@ from ..nn.qat_layer import QATLayer
 from .calibrate import call, check_shapes, quantizers_of, quantizers_replaced, tensors_in, uncompiled
 from .fold import BatchNorm, eval_mode
 from .model_losses import total, wide
+from .spec import listed
 from .where import Where, chosen
 
 MEASURES = ("kl", "mse")
@@ -144,7 +145,7 @@ def layer_outputs(model: nn.Module, inputs: Any, *, where: Where = "*") -> Tenso
             hook.remove()
     pairs = [(y, f) for module, ys in found.items() for y, f in zip(ys, floats.get(module, []), strict=False)]
     if not pairs:
-        raise ValueError(f"where: got {where!r}, but the model calls none of {', '.join(layers)} on these inputs")
+        raise ValueError(f"where: got {where!r}, but the model calls none of {listed(layers)} on these inputs")
     errors = [
         (wide(y) - wide(f)).square().sum() / wide(f).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
         for y, f in pairs

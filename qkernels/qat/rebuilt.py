@@ -25,8 +25,8 @@ from .config_json import granularity_of
 from .convert import BURNT_IN, identity_for, own_names
 from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
 from .equal_ranges import send_ranges
-from .model_file import first_of
 from .prepare import FUSED_PATHS, SWITCHED_OFF
+from .spec import listed
 from .states import check_state
 from .traced_forward import TracedForward
 
@@ -77,7 +77,7 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
 
 def refuse(differences: list[str]) -> None:
     if differences:
-        raise OtherModelError(first_of(differences))
+        raise OtherModelError(listed(differences, "; "))
 
 
 def _unknown_layers(found: Description) -> Iterator[str]:

@@ -17,6 +17,7 @@ from ..nn.qat_layer import QATLayer
 from ..nn.quantized import QuantizedLayer
 from .calibrate import unwrapped
 from .layerwise import holders_of
+from .spec import listed
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -119,7 +120,7 @@ class ScaleTuning:
             shapes = [tuple(given.get(key, torch.empty(0)).shape) for key in ("start", "log_gain")]
             if shapes != [tuple(start.shape), (start.shape[0],)]:
                 raise ValueError(
-                    f"state: got one without {name!r} as it is here; accepted: that of {', '.join(self._starts)}"
+                    f"state: got one without {name!r} as it is here; accepted: that of {listed(self._starts)}"
                 )
         for name, layer in self._layers.items():
             self._starts[name].copy_(state[name]["start"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config_json import plain, spec_of
-from .spec import QSpec, check_keys
+from .spec import QSpec, check_keys, listed
 
 METRICS = ("sqnr", "kl", "loss", "fisher", "hessian")
 Specs = Mapping[str, QSpec | None]
@@ -136,7 +136,7 @@ class Sensitivity:
         table = [["layer", "tensor", *(f"{bits} bits{unit}" for bits in widths), "weights"]]
         for row in self.worst_first():
             cells = [self._cell(row.scores[bits]) if bits in row.scores else "–" for bits in widths]
-            table.append([named(row.layers), row.tensor, *cells, str(row.elements or "–")])
+            table.append([listed(row.layers), row.tensor, *cells, str(row.elements or "–")])
         lengths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
         lines = [
             "  ".join(
@@ -153,9 +153,3 @@ class Sensitivity:
         if self.metric != "sqnr":
             return f"{score:.3g}"
         return "inf" if score <= 0 else f"{-10 * math.log10(score):.1f}"
-
-
-def named(layers: tuple[str, ...]) -> str:
-    """The names of a few layers in one cell of a table."""
-    first = ", ".join(name or "(model)" for name in layers[:3])
-    return first if len(layers) <= 3 else f"{first} and {len(layers) - 3} more"

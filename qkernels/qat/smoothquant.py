@@ -14,6 +14,7 @@ from .chains import Chains
 from .copying import copy_of
 from .fold import eval_mode
 from .repeated_batches import batches_of, random_state_kept
+from .spec import listed
 
 FLOOR = 1e-5  # of the factors and of the largest weights, as in the authors' code
 
@@ -61,7 +62,7 @@ def smoothquant(
     frozen = [name for name, module in model.named_modules() if isinstance(module, FakeQuantize) and module.frozen]
     if frozen:
         raise ValueError(
-            f"model: got one whose quantizers {', '.join(frozen)} are frozen, though the factors change their ranges; "
+            f"model: got one whose quantizers {listed(frozen)} are frozen, though the factors change their ranges; "
             "accepted: one without, as behind qk.freeze_scales(model, False)"
         )
     work = copy_of(model)

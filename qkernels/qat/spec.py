@@ -104,10 +104,21 @@ def check_type(name: str, value: Any, kind: type, accepted: str) -> None:
         raise TypeError(f"{name}: got {value!r}, a {type(value).__name__}; accepted: {accepted}")
 
 
+def check_frozen(frozen: Any) -> None:
+    check_type("frozen", frozen, bool, "True or False (names, or globs on them, go to where=)")
+
+
 def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             raise ValueError(f"{where}: got the key {key!r}; accepted: {', '.join(known)}{nearest(key, known)}")
+
+
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    """The first three, and how many more there are: a model may have thousands. Its own name is empty."""
+    every = [name or "(model)" for name in names]
+    more = [f"and {len(every) - 3} more"] if len(every) > 3 else []
+    return separator.join(every[:3] + more)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

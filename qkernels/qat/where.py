@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Sequence
 
-from .spec import nearest
+from .spec import listed, nearest
 
 Where = str | Sequence[str]
 
@@ -26,7 +26,7 @@ def chosen(where: Where, names: Collection[str], what: str, argument: str = "whe
     found = {glob: [name for name in names if matches(glob, name)] for glob in globs}
     for glob in globs:
         if not found[glob]:
-            known = ", ".join(map(repr, names)) or "there are none"
+            known = listed(map(repr, names)) or "there are none"
             raise ValueError(f"{argument}: got {glob!r}; {accepted}: {known}{nearest(glob, names)}")
     if not found:
         raise ValueError(f"{argument}: got {where!r}; {accepted}")
