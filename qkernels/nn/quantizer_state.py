@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,14 @@ def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Applies ``fn`` (of Module._apply) to t, except that the dtype stays."""
     moved = fn(t)
     return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+
+def fault_of_scale(scale: Tensor) -> str:
+    """What is wrong with a scale that is given, for an error; empty: nothing (waits for the device)."""
+    if scale.is_meta or is_sharded(scale):
+        return ""
+    wrong = scale[~(scale > 0) | scale.isinf()]
+    return f"got {float(wrong[0])}; accepted: positive, finite numbers" if wrong.numel() else ""
 
 
 class QuantizerState(nn.Module):
@@ -187,7 +195,13 @@ class QuantizerState(nn.Module):
     @scale.setter
     @torch.no_grad()
     def scale(self, scale: Tensor | float) -> None:
-        self._scale.copy_(torch.as_tensor(scale))
+        scale = torch.as_tensor(scale)
+        own, where = self._scale.shape, f"{self.name}.scale".removeprefix(".")
+        if scale.shape not in (own, (), (1,)):
+            raise ValueError(f"{where}: got shape {list(scale.shape)}; accepted: a number, or shape {list(own)}")
+        if fault := fault_of_scale(scale):
+            raise ValueError(f"{where}: {fault}")
+        self._scale.copy_(scale)
         self._started()
 
     @property
@@ -298,6 +312,16 @@ class QuantizerState(nn.Module):
             for name in self._parameters.keys() & {key.removeprefix(prefix) for key in destination}:
                 destination[prefix + name] = destination[prefix + name].float()
 
+    def fault_of_state(self, state: Mapping[str, Any], scale: Tensor) -> str:
+        """``fault_of_scale`` of a state's, in which a quantizer without a scale yet holds any value."""
+        if self.quantizer == "ema":
+            lowest = state.get("running_min")
+            is_set = lowest is not None and not lowest.is_meta and not bool(lowest.isinf().any())
+        else:
+            calibrated = state.get("calibrated")
+            is_set = calibrated is not None and not calibrated.is_meta and bool(calibrated)
+        return fault_of_scale(scale) if is_set else ""
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -332,6 +356,9 @@ class QuantizerState(nn.Module):
                 f"{prefix}scale: got shape {list(scale.shape)}; accepted: {list(self._scale.shape)}, that of this "
                 "quantizer"
             )
+            return
+        elif fault := self.fault_of_state(state, scale):
+            error_msgs.append(f"{prefix}scale: {fault}")
             return
         if scale is not None:
             for name, value in (("observer_on", self._observes), ("fake_quant_on", self._quantizes)):

@@ -10,10 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
+from .spec import listed
 
 # Modules with a loading of their own may take other shapes than they hold.
 PLAIN = (nn.Module._load_from_state_dict, QATLayer._load_from_state_dict)
-NAMED = 3  # how many differences the error names
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -32,9 +32,8 @@ def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: 
         )
     wrong = list(_differences(model, state))
     if wrong:
-        more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise RuntimeError(
-            f"state_dict: got one of another model or config: {'; '.join(wrong[:NAMED])}{more}. Nothing was loaded; "
+            f"state_dict: got one of another model or config: {listed(wrong, '; ')}. Nothing was loaded; "
             "prepare a model like the one that was saved, with its config"
         )
 
@@ -48,6 +47,10 @@ def _differences(model: nn.Module, state: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{prefix}bits: got a state of {int(bits)} bits; accepted: {module.bits} (qk.set_bits changes it)"
             if module.quantizer != "dynamic" and scale is not None and scale.shape != module.scale.shape:
                 yield f"{prefix}scale: got shape {list(scale.shape)}; accepted: {list(module.scale.shape)}"
+            elif module.quantizer != "dynamic" and scale is not None:
+                own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+                if fault := module.fault_of_state(own, scale):
+                    yield f"{prefix}scale: {fault}"
         elif type(module)._load_from_state_dict in PLAIN and (module is model or not module._load_state_dict_pre_hooks):
             for key, own in (*module._parameters.items(), *module._buffers.items()):
                 given = state.get(prefix + key)
