@@ -391,10 +391,11 @@ class FakeQuantize(MovingScale):
             self._ready = True
             return
         if not self.is_weight and not (self.training and self._observes):
+            held = "" if self._observes else " behind qk.freeze_scales(model, False), as its observer is off"
             raise RuntimeError(
                 f'{self.name or "quantizer"}: this "{self.quantizer}" quantizer has no scale yet; before the first '
-                "forward pass in eval mode call qk.calibrate(model, batches) with batches that reach it, train on one, "
-                "or load a state_dict of a calibrated model"
+                f"forward pass{'' if self.training else ' in eval mode'} call qk.calibrate(model, batches) with "
+                f"batches that reach it, train on one{held}, or load a state_dict of a calibrated model"
             )
         if x.numel() and not x.is_meta:
             observes, frozen = self._observes, self.frozen

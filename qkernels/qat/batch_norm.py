@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..nn.made_classes import made_again
 from .calibrate import check_max_batches, check_module, run_batches
 from .fold import BatchNorm, eval_mode
+from .spec import check_frozen
 from .where import Where, chosen
 
 
@@ -36,11 +37,12 @@ def freeze_bn(model: nn.Module, frozen: bool = True, where: Where = "*") -> list
         The names of the BatchNorms that changed.
 
     Raises:
-        TypeError: model is not a module, or where no text or list of texts.
+        TypeError: model is not a module, frozen no bool, or where no text or list of texts.
         ValueError: where matches no BatchNorm.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
+    check_frozen(frozen)
     norms = batch_norms(model)
     changed = []
     for name in norms if where == "*" else chosen(where, norms, "BatchNorms"):

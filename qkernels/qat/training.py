@@ -13,7 +13,7 @@ from ..nn.learned_scale import keep_inside
 from ..nn.qat_layer import QATLayer, effective_weight
 from .calibrate import check_module, check_shapes, quantizers_of
 from .fold import eval_mode
-from .spec import check_type
+from .spec import check_frozen, check_type
 from .where import Where, chosen
 
 
@@ -64,8 +64,9 @@ def freeze_observers(model: nn.Module, frozen: bool = True, where: Where = "*") 
     Raises:
         ValueError: the model has no quantizers, lazy layers that have not run yet, or none of the names that where
             asks for.
-        TypeError: where is no text or list of texts.
+        TypeError: frozen is no bool, or where no text or list of texts.
     """
+    check_frozen(frozen)
     quantizers = _chosen_quantizers(model, where)
     changed = {name: q for name, q in quantizers.items() if q.observes == frozen or q.frozen != frozen}
     if frozen:  # the weights may have changed since a forward pass in training mode
@@ -96,8 +97,8 @@ def freeze_scales(model: nn.Module, frozen: bool = True, where: Where = "*") -> 
     Raises:
         ValueError, TypeError: as ``freeze_observers``.
     """
-    quantizers = _chosen_quantizers(model, where)
     changed = set(freeze_observers(model, frozen, where))
+    quantizers = _chosen_quantizers(model, where)
     for name, quantizer in quantizers.items():
         if quantizer.learns:  # the optimizer's last step may have moved it out
             keep_inside(quantizer.zero_point, quantizer.quant_min, quantizer.quant_max)
