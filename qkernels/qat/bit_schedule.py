@@ -95,9 +95,9 @@ class BitSchedule:
                 target.grad_bits = bits
         return changed
 
-    def state_dict(self) -> dict[str, int]:
-        """The step, to go on from in a resumed run; it raises nothing."""
-        return {"steps": self.steps}
+    def state_dict(self) -> dict[str, Any]:
+        """The step, to go on from in a resumed run, and the widths as numbers and texts; it raises nothing."""
+        return {"steps": self.steps, "widths": {name: as_text(width) for name, width in self._widths.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from the step of a ``state_dict``, and gives the model its widths.
@@ -105,9 +105,17 @@ class BitSchedule:
         A model's state loads into a model of its widths: load the schedule's first.
 
         Raises:
-            ValueError: state holds no number of steps; or as ``step``.
+            ValueError: state holds no number of steps, or is that of another schedule; or as ``step``.
         """
         steps = steps_of(state)
+        own = self.state_dict()["widths"]
+        given = state.get("widths", own)  # older states hold the step alone
+        if given != own:
+            theirs = given if isinstance(given, Mapping) else {}
+            name = next(name for name in {**own, **theirs} if theirs.get(name) != own.get(name))
+            raise ValueError(
+                f"state: got one of another schedule, {name}: {theirs.get(name)!r}; accepted: {own.get(name)!r}"
+            )
         self._apply(steps)
         self.steps = steps
 
@@ -144,6 +152,13 @@ def _check(targets: Targets, name: str, bits: int) -> None:
     check_bits(name, bits)
     if isinstance(target := targets[name], FakeQuantize):
         check_widths({name: target}, {name: bits})
+
+
+def as_text(width: Width) -> Any:
+    """A width as a number, or as the call that makes it; what a function of the user's does is not known."""
+    if isinstance(width, int):
+        return width
+    return repr(width) if isinstance(width, ByStep) else "a function"
 
 
 def at_step(width: Width, step: int, name: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import losses
 from .calibrate import check_module, check_shapes, quantizers_of, unwrapped
 from .losses import Term, Weight, check_factor, check_term
-from .spec import nearest
+from .spec import listed, nearest
 
 TERMS: dict[str, Callable[..., Tensor]] = {
     name: getattr(losses, name) for name in losses.__all__ if name not in ("Term", "divergence")
@@ -133,5 +133,6 @@ def steps_of(state: Mapping[str, Any]) -> int:
     """The number of steps in a state_dict."""
     steps = state.get("steps") if isinstance(state, Mapping) else None
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"state: got {state!r}; accepted: what state_dict() returned, with the number of 'steps'")
+        got = f"one with the keys {listed(map(repr, state))}" if isinstance(state, Mapping) and state else repr(state)
+        raise ValueError(f"state: got {got}; accepted: what state_dict() returned, with the number of 'steps'")
     return steps

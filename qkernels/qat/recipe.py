@@ -13,11 +13,11 @@ from torch import nn
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.int8_training import Int8TrainingLinear
 from .batch_norm import batch_norms, freeze_bn
-from .bit_schedule import BitSchedule, Width, at_step, checked_widths
+from .bit_schedule import BitSchedule, Width, as_text, at_step, checked_widths
 from .calibrate import calibrate, check_batches, check_module, check_shapes, quantizers_of, unwrapped
 from .quant_loss import steps_of
 from .scale_tuning import ScaleTuning
-from .schedules import ByStep
+from .spec import listed
 from .training import enable_fake_quant, freeze_observers, freeze_scales
 
 KINDS = ("weights", "inputs")  # of quantizers that a phase may switch apart
@@ -100,7 +100,7 @@ class Recipe:
 
     Attributes:
         phases: as given.
-        steps: how often ``step`` was called.
+        steps: how often ``step`` was called, up to total_steps.
         total_steps: of all phases together.
 
     Args:
@@ -180,7 +180,7 @@ class Recipe:
                 unset = [name for name, q in quantizers_of(self.model).items() if not q.is_calibrated]
                 if unset:
                     raise ValueError(
-                        f"{where}.freeze: got {phase.freeze!r}, but {', '.join(unset)} have no scale yet; accepted: "
+                        f"{where}.freeze: got {phase.freeze!r}, but {listed(unset)} have no scale yet; accepted: "
                         "with calibrate=batches, or behind a phase that trains"
                     )
         if "batch_norm" in frozen and not batch_norms(self.model):
@@ -224,7 +224,8 @@ class Recipe:
         """
         if self._index < 0:
             raise RuntimeError("step: got a recipe that has not been started; accepted: a call of start() before")
-        index, _ = self._place(self.steps + 1)
+        steps = min(self.steps + 1, self.total_steps)
+        index, _ = self._place(steps)
         begins = index != self._index
         if begins:
             self._begin(index)
@@ -232,7 +233,7 @@ class Recipe:
             self._schedule.step()
         if self.tuning is not None:
             self.tuning.step()
-        self.steps += 1
+        self.steps = steps
         return self.phase if begins else None
 
     def _place(self, step: int) -> tuple[int, int]:
@@ -284,7 +285,7 @@ class Recipe:
             {
                 "steps": length,
                 "fake_quant": phase.quantizes,
-                "bits": {glob: _text(width) for glob, width in phase.widths.items()},
+                "bits": {glob: as_text(width) for glob, width in phase.widths.items()},
                 "calibrate": phase.calibrate is not None,
                 "freeze": sorted(phase.frozen),
             }
@@ -309,6 +310,10 @@ class Recipe:
                     raise ValueError(
                         f"state: got one of another recipe, phases[{i}].{key}: {got!r}; accepted: {value!r}"
                     )
+        if steps > self.total_steps:
+            raise ValueError(
+                f"state: got one at step {steps}; accepted: up to {self.total_steps}, which this recipe has"
+            )
         if self.tuning is not None:
             self.tuning.load_state_dict(state.get("tuning", {}))
         index, local = self._place(steps)
@@ -409,10 +414,3 @@ def _check_tuned(where: str, phase: Phase) -> None:
             raise ValueError(f"{where}.{key}: got {got} for a converted model; accepted: {value}")
     if set(phase.frozen) - {"batch_norm"}:
         raise ValueError(f"{where}.freeze: got {phase.freeze!r} for a converted model; accepted: 'batch_norm', ()")
-
-
-def _text(width: Width) -> Any:
-    """A width as a number, or as the call that makes it; what a function of the user's does is not known."""
-    if isinstance(width, int):
-        return width
-    return repr(width) if isinstance(width, ByStep) else "a function"
