@@ -282,3 +282,131 @@ def test_switches_percentages_and_numbers_of_another_type_are_named():
         qk.report(model, float_model=3)
     with pytest.raises(RuntimeError, match=r"^example: .* failed with .*; accepted: what the model takes"):
         qk.report(model, torch.randn(3, 5))
+
+
+def small(*layers: nn.Module, config: QConfig | None = None, calibrated: bool = True):
+    model = qk.prepare(nn.Sequential(*(layers or (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)))), config)
+    if calibrated:
+        qk.calibrate(model, [torch.randn(16, 8)])
+    return model
+
+
+@pytest.mark.parametrize("freeze", [qk.freeze_scales, qk.freeze_observers, qk.freeze_bn])
+@pytest.mark.parametrize("frozen", ["*weight*", None, 0])
+def test_a_freeze_takes_a_bool_and_names_by_where(freeze, frozen):
+    model = small()
+    with pytest.raises(TypeError, match=rf"^frozen: got {re.escape(repr(frozen))}.*accepted: True or False .*where="):
+        freeze(model, frozen)
+    assert not any(q.frozen for q in model.modules() if isinstance(q, qk.nn.FakeQuantize))
+    assert type(model[1]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema"])
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
+def test_a_scale_that_is_not_positive_is_refused_by_hand_and_from_a_state(quantizer, value):
+    config = QConfig(QSpec(8, quantizer=quantizer), QSpec(8, quantizer=quantizer))
+    model = small(config=config)
+    text = rf"0\.weight_fake_quant\.scale: got {value}; accepted: positive, finite numbers"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"^{text}"):
+        model[0].weight_fake_quant.scale = value
+    state = copy.deepcopy(before)
+    state["0.weight_fake_quant.scale"][-1] = value
+    for load in (model.load_state_dict, lambda state: nn.ModuleList([model]).load_state_dict(state)):
+        if load != model.load_state_dict:
+            state = {f"0.{key}": t for key, t in state.items()}
+        with pytest.raises(RuntimeError, match=text):
+            load(state)
+        for key, t in model.state_dict().items():
+            if "0.weight_fake_quant" in key:
+                assert torch.equal(t, before[key]), key
+    empty = small(config=config, calibrated=False)
+    empty.load_state_dict(empty.state_dict())  # whose scales are NaN
+
+
+def test_a_scale_of_another_shape_is_named():
+    quantizer = small()[2].weight_fake_quant
+    with pytest.raises(
+        ValueError, match=r"^2.weight_fake_quant.scale: got shape \[3\]; accepted: a number, or shape \["
+    ):
+        quantizer.scale = torch.ones(3)
+    for scale in (0.5, torch.tensor([0.5]), torch.full_like(quantizer.scale, 0.5)):
+        quantizer.scale = scale
+        assert bool((quantizer.scale == 0.5).all())
+
+
+def test_states_of_something_else_are_refused_in_few_words():
+    model = small()
+    recipe = qk.Recipe(model, [qk.Phase(steps=3)])
+    with pytest.raises(ValueError, match=r"^state: got one with the keys '0.weight', .*, and \d+ more; acc") as error:
+        recipe.load_state_dict(model.state_dict())
+    assert len(str(error.value)) < 300
+    with pytest.raises(ValueError, match=r"^state: got one at step 4; accepted: up to 3, which"):
+        recipe.load_state_dict({**recipe.state_dict(), "steps": 4})
+    recipe.start()
+    for _ in range(5):
+        recipe.step()
+    assert recipe.steps == 3
+    recipe.load_state_dict(recipe.state_dict())
+
+
+def test_a_bit_schedule_takes_its_own_state_alone():
+    model = small()
+    state = qk.BitSchedule(model, {"*": 8, "2.weight*": qk.schedules.steps({0: 8, 1: 5})}).state_dict()
+    other = qk.BitSchedule(model, {"*": 8, "2.weight*": qk.schedules.steps({0: 8, 1: 4})})
+    text = (
+        r"^state: got one of another schedule, 2.weight_fake_quant: 'schedules.steps\({0: 8, 1: 5}\)'; accepted: 'sche"
+    )
+    with pytest.raises(ValueError, match=text):
+        other.load_state_dict({**state, "steps": 1})
+    assert (other.steps, model[2].weight_fake_quant.bits) == (0, 8)
+    other.load_state_dict({"steps": 1})  # as earlier versions wrote it
+    assert model[2].weight_fake_quant.bits == 4
+    other.load_state_dict(other.state_dict())
+
+
+def test_long_lists_of_names_end_after_three():
+    layers = [nn.Linear(8, 8) for _ in range(4)]
+    more = r"(, [\w'.]+){2}, and \d more"
+    with pytest.raises(
+        ValueError, match=r"0.input_fake_quant' is not calibrated, nor are '1.\w+', '2.\w+', '3.\w+'; acc"
+    ):
+        qk.convert(small(*layers, calibrated=False).eval())
+    model = small(*layers)
+    with pytest.raises(ValueError, match=rf"on the names of quantizers: '0.weight_fake_quant'{more}"):
+        qk.freeze_scales(model, where="nothing")
+    qk.freeze_scales(model)
+    with pytest.raises(ValueError, match=rf"all frozen \(0.weight_fake_quant{more}\)"):
+        qk.calibrate(model, [torch.randn(2, 8)])
+    qk.enable_fake_quant(model, False)
+    with pytest.raises(ValueError, match=rf"switched off in 0.weight_fake_quant{more};"):
+        qk.convert(model.eval())
+
+
+@pytest.mark.parametrize("method", [qk.gptq, qk.adaround, qk.correct_bias])
+def test_a_model_without_weights_to_round_is_said_to_have_none(method):
+    model = small(config=QConfig(QSpec(4, quantizer="nf4")))
+    with pytest.raises(
+        ValueError, match=r"^model: got one in which .* no Linear layer or convolution .*; accepted: one"
+    ):
+        method(model, [torch.randn(4, 8)])
+
+
+def test_what_is_frozen_without_a_scale_says_how_it_gets_one():
+    model, x = small(calibrated=False), torch.randn(4, 8)
+    qk.freeze_scales(model)
+    with pytest.raises(RuntimeError, match=r"forward pass call qk.calibrate.*behind qk.freeze_scales\(model, False\)"):
+        model(x)
+    qk.calibrate(model, [x])
+    model(x)
+
+
+def test_a_list_of_batches_for_one_is_named():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    prepared = qk.prepare(model)
+    qk.calibrate(prepared, [x])
+    batches = [(x, torch.ones(1))] * 3
+    for function in (lambda: qk.compare(model, prepared, batches), lambda: qk.measure_latency(model, batches)):
+        with pytest.raises(TypeError, match=r": got a list of 3, each a tuple, .*; accepted: one batch") as error:
+            function()
+        assert len(str(error.value)) < 200

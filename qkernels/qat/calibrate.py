@@ -23,6 +23,7 @@ from ..ops.statistics import check_percentile
 from .fold import eval_mode
 from .observed import Observed, Unusable
 from .ranks import Ranks, Status
+from .spec import listed
 
 METHODS = ("auto", "minmax", "moving_average", "percentile", "mse", "entropy", "lsq")
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -104,7 +105,7 @@ def calibrate(
     quantizers = {name: q for name, q in with_scale.items() if not (q.frozen and q.has_scale)}
     if with_scale and not quantizers:
         raise ValueError(
-            f"model: got one whose quantizers are all frozen ({', '.join(with_scale)}); accepted: one with others, as "
+            f"model: got one whose quantizers are all frozen ({listed(with_scale)}); accepted: one with others, as "
             "behind qk.freeze_scales(model, False)"
         )
     observed = [Observed(name, quantizer, method, percentile) for name, quantizer in quantizers.items()]
@@ -226,7 +227,7 @@ def run_batches(
             except Unusable:
                 raise
             except Exception as error:
-                raise _failure(error, model, f"batches[{at}]") from error
+                raise _failure(error, model, batch, f"batches[{at}]") from error
         yield full, output
 
 
@@ -261,8 +262,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _failure(error: Exception, model: nn.Module, batch: str) -> Exception:
-    """What the model raised, with the batch and the innermost of its layers whose code was running."""
+def _failure(error: Exception, model: nn.Module, batch: Any, name: str) -> Exception:
+    """What the model raised, with the batch's name and the innermost of its layers whose code was running."""
     names = {module: name for name, module in model.named_modules() if not isinstance(module, FakeQuantize)}
     where = "the model"
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -270,10 +271,21 @@ def _failure(error: Exception, model: nn.Module, batch: str) -> Exception:
         if isinstance(module, nn.Module) and names.get(module):
             where = f"layer {names[module]!r} ({type(module).__name__})"
     kind = next((kind for kind in (TypeError, ValueError) if isinstance(error, kind)), RuntimeError)
-    text = f"{batch}: {where} failed with {type(error).__name__}: {error}"
+    text = f"{name}: {where} failed with {type(error).__name__}: {error}"
+    if "accepted: " not in text and isinstance(error, TypeError | AttributeError) and _holds_batches(batch):
+        # Torch's own text, of a call with a tuple, lists all ways to call the function.
+        return TypeError(
+            f"{name}: got a {type(batch).__name__} of {len(batch)}, each a {type(batch[0]).__name__}, with which "
+            f"{where} failed with {type(error).__name__}; accepted: one batch, such as one of these"
+        )
     if "accepted: " not in text:
         text += "; accepted: what the model takes in eval mode, by shape, dtype and device"
     return kind(text)
+
+
+def _holds_batches(batch: Any) -> bool:
+    """Whether it may be a list of batches where one is asked for."""
+    return isinstance(batch, tuple | list) and all(isinstance(item, tuple | list | Mapping) for item in batch)
 
 
 def _device_of(model: nn.Module, quantizer: FakeQuantize) -> torch.device:
@@ -344,7 +356,7 @@ def check_shapes(model: nn.Module) -> None:
     lazy = [name for name, module in model.named_modules() if isinstance(module, QATLazy)]
     if lazy:
         raise ValueError(
-            f"model: the shape of {', '.join(map(repr, lazy))} is not known yet; accepted: a model that has run on a "
+            f"model: the shape of {listed(map(repr, lazy))} is not known yet; accepted: a model that has run on a "
             "batch, as by qk.calibrate(model, batches)"
         )
 
@@ -364,7 +376,7 @@ def call_on(model: nn.Module, batch: Any, argument: str) -> Any:
     try:
         return model(*args, **kwargs)
     except Exception as error:
-        raise _failure(error, model, argument) from error
+        raise _failure(error, model, batch, argument) from error
 
 
 def _arguments(model: nn.Module, batch: Any, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

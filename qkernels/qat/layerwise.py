@@ -21,6 +21,7 @@ from .convert import check_calibrated
 from .copying import copy_of, is_sharded_model
 from .fold import eval_mode
 from .repeated_batches import batches_of, random_state_kept, seed
+from .spec import listed
 from .where import Where, chosen
 
 # Their codes are integers times a scale that stays where it is set.
@@ -61,11 +62,17 @@ class Layerwise:
         found = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, QATLayer)}
         self.calls = self._count_calls(found)
         able = set(roundable(self.model))
-        self.names = chosen(where, [name for name in self.calls if name in able], "layers that can be changed")
+        names = [name for name in self.calls if name in able]
+        if not names:
+            raise ValueError(
+                "model: got one in which the batches reach no Linear layer or convolution with an own weight that "
+                f"becomes integers times a fixed scale; accepted: one with some, of the quantizers {', '.join(ROUNDED)}"
+            )
+        self.names = chosen(where, names, "layers that can be changed")
         self.changed: dict[str, nn.Module] = {}
         if float_model is None and all(map(self._is_on_grid, self.names)):
             warnings.warn(
-                f"{', '.join(self.names)}: the weights hold quantized values already, as behind qk.gptq, "
+                f"{listed(self.names)}: the weights hold quantized values already, as behind qk.gptq, "
                 "so that there is no error to make up for; begin with the trained weights, or give float_model, the "
                 "model before qk.prepare, to a method that takes it",
                 stacklevel=3,
