@@ -63,3 +63,48 @@ def test_factors_of_channels_do_not_move_into_a_frozen_grid() -> None:
         qk.smoothquant(model, [torch.randn(32, 8)])
     qk.freeze_scales(model, False)
     qk.smoothquant(model, [torch.randn(32, 8)])
+
+
+def test_thawing_gives_back_whether_a_quantizer_observed() -> None:
+    """In the model, in one that resumes from its state, and where the freeze came before the first scale."""
+    torch.manual_seed(0)
+    model, x = qk.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config(8, "lsq")), torch.randn(32, 8)
+    qk.calibrate(model, [x], method="mse")  # which leaves no range to training
+    observed = {name: q.observes for name, q in quantizers(model).items()}
+    assert not all(observed.values())
+    qk.freeze_scales(model)
+    loaded = qk.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config(8, "lsq"))
+    loaded.load_state_dict(model.state_dict())
+    first = qk.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), config(8, "lsq"))
+    qk.freeze_observers(first)
+    qk.calibrate(first, [x], method="mse")
+    for each in (model, loaded, first):
+        qk.freeze_scales(each, False)
+        for name, q in quantizers(each).items():  # weights have scales from the start, which the freeze has kept
+            assert q.observes == observed[name] or (each is first and name.endswith("weight_fake_quant")), name
+    alone = qk.nn.FakeQuantize(bits=8, shape=(8, 8), granularity=qk.PerChannel(0))
+    alone.freeze()
+    alone(torch.randn(8, 8))
+    assert alone.frozen
+    alone.freeze(False)
+    assert alone.observes
+
+
+def test_a_state_without_the_key_leaves_frozen_inputs() -> None:
+    float_model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model, x = qk.prepare(float_model, config(8)), torch.randn(32, 8)
+    qk.calibrate(model, [x])
+    qk.freeze_scales(model)
+    scale = model[0].input_fake_quant.scale.clone()
+    model.load_state_dict(float_model.state_dict(), strict=False)
+    assert model[0].input_fake_quant.frozen
+    qk.calibrate(model, [7 * x])
+    assert torch.equal(model[0].input_fake_quant.scale, scale)
+
+
+def test_widths_on_the_meta_device() -> None:
+    model = qk.prepare(nn.Linear(8, 4), config(8))
+    qk.calibrate(model, [torch.randn(32, 8)])
+    model.to("meta")
+    qk.set_bits(model, 4)
+    assert model.weight_fake_quant.bits == 4

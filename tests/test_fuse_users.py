@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_fuse import made
@@ -22,6 +23,7 @@ from qkernels.qat.fuse import fused_parts
 
 class Net(nn.Module):
     skips = True
+    note: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,6 +343,7 @@ def test_fake_tensors(fake: str) -> None:
         ("0", "stride", (2, 2)),
         ("0", "padding", (0, 0)),
         ("0", "dilation", (2, 2)),
+        ("0", "padding_mode", "circular"),
         ("1", "negative_slope", 0.5),
         ("2", "stride", 1),
         ("2", "padding", 1),
@@ -361,3 +364,14 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(layer: str, setting: str, 
         after = converted(X)
         assert before.shape != after.shape or not torch.equal(before, after)
         torch.testing.assert_close(after, own(converted, X))
+
+
+def test_an_attribute_that_becomes_an_array_is_noticed() -> None:
+    """Its comparison with what was there has no truth value."""
+    model = fused()
+    before = model(X)
+    for value in (np.arange(4.0), torch.arange(4.0), [1, 2], {"a": 1}):
+        model.note = value
+        torch.testing.assert_close(model(X), before)
+        model.note = None
+        torch.testing.assert_close(model(X), before)

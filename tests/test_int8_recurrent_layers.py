@@ -116,6 +116,16 @@ def assert_equal(converted, prepared, layer, config="hidden"):
     assert_same(converted, copy.deepcopy(prepared).double(), inputs(layer, torch.float64), 1e-9)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_last_states_are_tensors_of_their_own(kind):
+    """Truncated backpropagation detaches them in place, which no view allows."""
+    prepared, converted = prepared_and_converted(kind(12, 20), "hidden")
+    for model in (prepared, converted):
+        _, states = model(torch.randn(3, 2, 12))
+        for state in states if kind is nn.LSTM else [states]:
+            state.detach_()
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("kind", LAYERS)

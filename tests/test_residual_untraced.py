@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
-from qkernels.qat.call_patterns import KINDS
+from qkernels.qat import traced_forward
 
 
 def branches(block, a, b):
@@ -192,8 +192,9 @@ class Named(Block):
         return y * times * self.factor if name[-1:] in "02468" else y
 
 
-def test_traces_of_many_kinds_of_calls_are_not_kept() -> None:
-    """As in converted models the number is bounded; the calls that the model itself makes stay known."""
+def test_traces_of_many_kinds_of_calls_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that the model itself makes stay known."""
+    monkeypatch.setattr(traced_forward, "KEPT", kept := 6)
     x = torch.randn(SHAPE)
     model = Named(torch.add)
     model.factor = 1.0
@@ -201,12 +202,50 @@ def test_traces_of_many_kinds_of_calls_are_not_kept() -> None:
     qk.calibrate(prepared, [x])
     made, files = prepared.traced_forward._made, len(linecache.cache)
     first, y = list(made), prepared(x)
-    for i in range(KINDS + 3):
+    for i in range(kept + 3):
         assert torch.equal(prepared(x, f"a user's {i}"), y)
     assert list(made)[: len(first)] == first
-    assert len(made) == len(first) + KINDS
+    assert len(made) == len(first) + kept
     for i in range(3):  # an attribute by which the forward may decide is a part of the kind
         prepared.factor = 1.0 + i
         prepared(x)
-    assert len(made) == len(first) + KINDS
-    assert len(linecache.cache) < files + 2 * KINDS
+    assert len(made) == len(first) + kept
+    assert len(linecache.cache) < files + 2 * kept
+
+
+def test_an_array_as_attribute_of_a_prepared_model() -> None:
+    """Such attributes are known by their type alone: they cannot be compared or hashed."""
+    model = Named(torch.add)
+    model.factor, model.note = 1.0, None
+    prepared, x = qk.prepare(model, ON), torch.randn(SHAPE)
+    qk.calibrate(prepared, [x])
+    before = prepared(x)
+    for value in ([1, 2], {"a": 1}, torch.arange(3)):
+        prepared.note = value
+        assert torch.equal(prepared(x), before)
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.cache = nn.Linear(8, 8), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            self.cache = x * 2
+        return self.project(self.cache)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_what_a_forward_keeps_while_it_is_traced_is_not_there_in_the_next_trace() -> None:
+    prepared = qk.prepare(nn.Sequential(Cached(), Sum()), ON)
+    assert prepared[0].project.input_fake_quant.quantizer == "minmax"  # of a tensor that no weight made
+    assert prepared[1].a.input_fake_quant is prepared[1].b.input_fake_quant

@@ -119,28 +119,89 @@ def test_shared_tensors_are_stored_once(tmp_path):
     assert loaded.head.data is loaded.table.data
 
 
+def train(model: nn.Module, x: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(qk.parameter_groups(model, lr=0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+
+
 def test_a_loaded_prepared_model_trains_on_as_the_saved_one(tmp_path):
     path, x = tmp_path / "model.safetensors", images()
     prepared = qk.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))
     qk.calibrate(prepared, [x])
 
-    def train(model: nn.Module) -> None:
-        optimizer = torch.optim.SGD(qk.parameter_groups(model, lr=0.1))
-        for _ in range(3):
-            optimizer.zero_grad()
-            model.train()(x).square().mean().backward()
-            optimizer.step()
-
-    train(prepared)
+    train(prepared, x)
     qk.save(prepared, path)
     loaded = qk.load(path, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))
     assert loaded.training
-    train(prepared)
-    train(loaded)
+    train(prepared, x)
+    train(loaded, x)
     assert_same(loaded, prepared, x)
     with pytest.raises(RuntimeError, match="of another model or config"):
         loaded.load_state_dict(qk.prepare(mlp()).state_dict())
     loaded.load_state_dict(prepared.state_dict())
+
+
+def normed() -> nn.Module:
+    """A BatchNorm that convert folds, and one that it keeps."""
+    first = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*first, nn.Linear(24, 8), nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("where", ["*", "1", "5"])
+def test_frozen_batch_norms(where, tmp_path):
+    path, again, x = tmp_path / "model.safetensors", tmp_path / "again.safetensors", torch.randn(5, 3, 8)
+    prepared = qk.prepare(normed())
+    qk.calibrate(prepared, [x])
+    qk.freeze_bn(prepared, where=where)
+    train(prepared, x)
+    qk.save(prepared, path)
+    others = normed()
+    qk.freeze_bn(others, where="5")  # the file says which are frozen
+    for loaded in (qk.load(path, normed()), qk.load(path, others)):
+        assert [m.training for m in loaded] == [m.training for m in prepared.train()]
+        qk.save(loaded, again)
+        assert again.read_bytes() == path.read_bytes()
+    assert [type(m).__name__ for m in (others[1], others[5])] == ["BatchNorm1d", "FrozenBatchNorm1d"]
+    train(prepared, x)
+    train(loaded, x)
+    assert_same(loaded, prepared, x)
+    converted = qk.convert(prepared.eval())
+    qk.save(converted, path)
+    assert_same(qk.load(path, normed()), converted, x)
+    with pytest.raises(ValueError, match=r"'5' is a (Frozen)?BatchNorm1d in the file, and a SyncBatchNorm in"):
+        qk.load(path, nn.SyncBatchNorm.convert_sync_batchnorm(normed()))
+
+
+@pytest.mark.parametrize("frozen", ["scales", "hybrid", "own"])
+def test_what_gets_no_gradient(frozen, tmp_path):
+    torch.manual_seed(0)
+    path, x = tmp_path / "model.safetensors", rows()
+    if frozen == "hybrid":
+        prepared = qk.hybrid(mlp(), [x], 600, share=0.5, bits=(8, 4)).model
+    else:
+        prepared = qk.prepare(mlp(), QConfig(QSpec(4), QSpec(4, quantizer="lsq+")))
+        qk.calibrate(prepared, [x])
+    if frozen == "scales":
+        qk.freeze_scales(prepared)
+    elif frozen == "own":
+        prepared[0].bias.requires_grad_(False)
+    learning = [p.requires_grad for p in prepared.parameters()]
+    assert len(set(learning)) == 2
+    qk.save(prepared, path)
+    loaded = qk.load(path, mlp().requires_grad_(False))
+    assert [p.requires_grad for p in loaded.parameters()] == learning
+    train(prepared, x)
+    train(loaded, x)
+    assert_same(loaded, prepared, x)
+    rewrite(path, gradients=None)  # a file of before it said that
+    older = qk.load(path, mlp().requires_grad_(False))
+    assert not older[0].bias.requires_grad
+    assert qk.load(path, mlp())[0].bias.requires_grad
+    qk.save(qk.convert(prepared.eval()), path)
+    assert_same(qk.load(path, mlp()), qk.convert(prepared), x)
 
 
 def test_what_the_float_model_adds(tmp_path):

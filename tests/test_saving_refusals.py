@@ -349,6 +349,9 @@ def test_what_save_refuses(path, tmp_path):
         qk.save("model", path)
     with pytest.raises(TypeError, match="accepted: the float model"):
         qk.load(path, "model")
+    for call in (lambda: qk.save(model, None), lambda: qk.load(None, mlp())):
+        with pytest.raises(TypeError, match="path: got None; accepted: the path of a file"):
+            call()
     for float_model in (mlp(), nn.Sequential(FakeQuantize())):
         with pytest.raises(ValueError, match=r"holds no layer of this package; accepted: what qk.convert or qk.prep"):
             qk.save(float_model, path)

@@ -72,6 +72,17 @@ def test_the_float_model_comes_back_with_the_trained_weights(make, inplace):
     assert quantizers(again).keys() == quantizers(prepared).keys()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_frozen_batch_norms_are_ordinary_again(inplace):
+    prepared = trained(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), X)
+    qk.freeze_bn(prepared)
+    back = qk.unprepare(prepared, inplace=inplace)
+    assert type(back[1]) is nn.BatchNorm1d
+    assert back[1].training
+    assert torch.equal(back[1].running_mean, prepared[1].running_mean)
+    assert inplace or type(prepared[1]) is not nn.BatchNorm1d
+
+
 def test_burnt_in_weights_are_those_that_the_quantizers_gave():
     prepared = trained(mixed(), X)
     qk.enable_fake_quant(prepared, inputs=False)

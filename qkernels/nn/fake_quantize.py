@@ -203,7 +203,7 @@ class FakeQuantize(MovingScale):
         if self.quantizer == "ema":
             self.set_range(self.running_min, self.running_max)
             return
-        if fits and weight is not None and self.learns_at_few_bits:
+        if fits and weight is not None and not weight.is_meta and self.learns_at_few_bits:
             weight = whole(weight)
             low, high = block_range(weight, self._scale.shape)
             if bool(low.isfinite().all() & high.isfinite().all()):
@@ -398,9 +398,9 @@ class FakeQuantize(MovingScale):
                 f"batches that reach it, train on one{held}, or load a state_dict of a calibrated model"
             )
         if x.numel() and not x.is_meta:
-            observes, frozen = self._observes, self.frozen
+            observes, frozen, observed = self._observes, self.frozen, self._observed
             self.start(x)
-            self.enable_observer(observes)
+            self.enable_observer(observed if frozen else observes)
             if frozen:
                 self.freeze()
 

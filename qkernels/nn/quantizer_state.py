@@ -302,7 +302,7 @@ class QuantizerState(nn.Module):
             return
         scale = self._scale.detach()
         destination[prefix + "scale"] = scale
-        destination[prefix + "frozen"] = torch.tensor([self.frozen])
+        destination[prefix + "frozen"] = torch.tensor([self.frozen, self._observed])
         if self.exact_zero_point is not None:
             destination[prefix + "exact_zero_point"] = self.exact_zero_point
         if self.learns:
@@ -389,7 +389,10 @@ class QuantizerState(nn.Module):
         if self._scale.is_meta:
             return
         self._observes, self._quantizes = bool(self.observer_on), bool(self.fake_quant_on)
-        self.frozen, self._observed = frozen is not None and bool(frozen), True
+        if frozen is None:  # a state of a float model, or of an earlier version
+            self.frozen = self.frozen and not self._observes
+        else:
+            self.frozen, self._observed = frozen.tolist()
         if self.quantizer == "ema":
             self._ready = True
         elif scale is not None:

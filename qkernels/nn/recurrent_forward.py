@@ -133,8 +133,7 @@ class RecurrentForward(nn.Module):
         if sizes is None:
             y = y.view(*steps_first.shape[:2], y.shape[-1])
             y = y.transpose(0, 1) if self.batch_first else y
-        if len(ended) == 1:
-            return y, tuple(state.unsqueeze(0) for state in ended[0])
+        # Stacked even if it is one: users detach states in place, which no view allows.
         return y, tuple(torch.stack(parts) for parts in zip(*ended, strict=True))
 
 

@@ -458,9 +458,9 @@ def int4_linear(
     then the groups in order in fp32: y = Σ scale_g·acc_g, or with zero points or minima Σ (offset_g·Σx_g +
     scale_g·acc_g), where offset_g is the value of code −8. Then out = (y − zero_point·weight_sum)·scale_x + bias,
     rounded once. act_bits 16: sums are in fp32 for every dtype of x, within (K + 4)·2⁻²³·Σ|x|·(15·|scale| + |offset|)
-    of the exact value; a CPU with AVX512_BF16 takes elements of a bf16 x below the smallest normal number for 0. From
-    128 rows of x on, Triton's kernel rounds the weight to x's dtype and torch multiplies: within
-    2⁻⁷·Σ|x|·(15·|scale| + |offset|) for bf16, within 2⁻¹⁰ of that sum for fp16, and for fp32 as
+    of the exact value; with a bf16 x a CPU that has AVX512_BF16 takes elements and partial sums below the smallest
+    normal number for 0. From 128 rows of x on, Triton's kernel rounds the weight to x's dtype and torch multiplies:
+    within 2⁻⁷·Σ|x|·(15·|scale| + |offset|) for bf16, within 2⁻¹⁰ of that sum for fp16, and for fp32 as
     ``torch.set_float32_matmul_precision`` says.
 
     Args:

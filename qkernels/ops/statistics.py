@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def quantization_errors(
 
 
 def check_percentile(percentile: float) -> None:
-    if not (isinstance(percentile, int | float) and 50 < percentile <= 100):
+    if not (isinstance(percentile, Real) and 50 < float(percentile) <= 100):
         raise ValueError(f"percentile: got {percentile!r}; accepted: above 50, at most 100")
 
 

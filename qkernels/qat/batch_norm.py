@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ def freeze_bn(model: nn.Module, frozen: bool = True, where: Where = "*") -> list
     """Keeps every BatchNorm in eval mode, in place: it normalizes by its running statistics, which stay as they are.
 
     ``model.train()`` does not change that, until ``freeze_bn(model, frozen=False)``. Gamma and beta go on learning;
-    ``requires_grad_(False)`` on them stops that. A copy and a pickle of the model are frozen too; a state_dict does not
-    hold the switch. A BatchNorm without running statistics has nothing to keep and is left alone. ``convert`` folds
-    frozen ones as all others. ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes new layers: freeze those afterwards.
+    ``requires_grad_(False)`` on them stops that. A copy, a pickle and a file of ``save`` are frozen too; a state_dict
+    does not hold the switch. A BatchNorm without running statistics has nothing to keep and is left alone. ``convert``
+    folds frozen ones as all others. ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes new layers: freeze those
+    afterwards.
 
     A usual time is the last part of the training, when the batches' statistics would still move what the quantizers
     have settled on, and from the start if batches are smaller than in float training.
@@ -44,15 +45,24 @@ def freeze_bn(model: nn.Module, frozen: bool = True, where: Where = "*") -> list
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
     check_frozen(frozen)
     norms = batch_norms(model)
-    changed = []
-    for name in norms if where == "*" else chosen(where, norms, "BatchNorms"):
-        norm = norms[name]
-        if isinstance(norm, _Frozen) is frozen:
-            continue
-        norm.__class__ = _frozen_class(type(norm)) if frozen else type(norm).__bases__[1]  # type: ignore[arg-type]
-        norm.train(model.training)
-        changed.append(name)
-    return changed
+    names = norms if where == "*" else chosen(where, norms, "BatchNorms")
+    return [name for name in names if _switch(norms[name], frozen, model.training)]
+
+
+def freeze_as_named(model: nn.Module, kinds: Mapping[str, str]) -> None:
+    """Freezes, in place, the BatchNorms of which ``kinds``, names of classes, says that they are, and no others."""
+    for name, norm in batch_norms(model).items():
+        plain = type(norm).__bases__[1] if isinstance(norm, _Frozen) else type(norm)
+        _switch(norm, kinds.get(name) == _frozen_class(plain).__name__, model.training)
+
+
+def _switch(norm: nn.Module, frozen: bool, training: bool) -> bool:
+    """Whether the layer was not so before; ``training``: of the model."""
+    if isinstance(norm, _Frozen) is frozen:
+        return False
+    norm.__class__ = _frozen_class(type(norm)) if frozen else type(norm).__bases__[1]  # type: ignore[arg-type]
+    norm.train(training)
+    return True
 
 
 class _Frozen(nn.Module):

@@ -137,6 +137,9 @@ def calibrate(
                 item.take(ranks.gather(told), _device_of(model, item.quantizer))
         reached = [item for item in observed if item.seen is not None]
         ranges = [item.range() for item in progress(reached, "calibrate: scales", len(reached))]
+        for quantizer in frozen:
+            if not quantizer.has_scale:
+                quantizer.freeze(False)  # so that it knows, when it is frozen again, whether its method lets it observe
         for item, arguments in zip(reached, ranges, strict=True):
             item.apply(arguments)
         unreached = [item for item in observed if item.seen is None]
@@ -224,7 +227,7 @@ def run_batches(
         if full:
             try:
                 output = runs(*args, **kwargs)
-            except Unusable:
+            except (Unusable, torch.OutOfMemoryError):  # loops catch the latter, to go on with smaller batches
                 raise
             except Exception as error:
                 raise _failure(error, model, batch, f"batches[{at}]") from error
@@ -375,6 +378,8 @@ def call_on(model: nn.Module, batch: Any, argument: str) -> Any:
     args, kwargs = _arguments(model, batch, argument)
     try:
         return model(*args, **kwargs)
+    except torch.OutOfMemoryError:  # which loops catch, to go on with smaller batches
+        raise
     except Exception as error:
         raise _failure(error, model, batch, argument) from error
 

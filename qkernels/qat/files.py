@@ -17,8 +17,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         TypeError: path is no path.
         OSError: the file cannot be written; the text names it.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: got {path!r}; accepted: the path of a file")
+    path = as_path(path)
     with named("path", path):
         target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
         partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -28,6 +27,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {path!r}; accepted: the path of a file")
+    return Path(path)
 
 
 @contextlib.contextmanager

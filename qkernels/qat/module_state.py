@@ -53,7 +53,10 @@ class ModuleState:
 
     def holds(self) -> bool:
         """Whether the module still is as it was."""
-        return self._present() == self._form
+        try:
+            return self._present() == self._form
+        except (RuntimeError, ValueError):  # arrays where a number was, which have no truth value
+            return False
 
     def wants_gradient(self) -> bool:
         held = chain.from_iterable(map(dict.values, self._parameters))
@@ -65,18 +68,18 @@ def _changeable(module: nn.Module) -> list[str]:
     if isinstance(module, FakeQuantize):
         return ["_quantizes", "quantizer", "symmetric", "quant_min", "quant_max"]
     if isinstance(module, Int8Convolution):
-        return ["stride", "padding", "dilation", *(["output_padding"] if module.transposed else [])]
+        return ["stride", "padding", "dilation", "padding_mode", *(["output_padding"] if module.transposed else [])]
     return [] if isinstance(module, QuantizedLayer) else switches(module)
 
 
 def switches(module: nn.Module) -> list[str]:
     """The names of attributes by which a forward may decide; an attribute of the class may get a value here later."""
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and _is_switch(value))
-    own = (name for name, value in vars(module).items() if _is_switch(value))
+    of_kinds = (name for kind in kinds for name, value in vars(kind).items() if name[:2] != "__" and is_switch(value))
+    own = (name for name, value in vars(module).items() if is_switch(value))
     return [name for name in dict.fromkeys((*own, *of_kinds)) if name not in _OF_ANY_MODULE]
 
 
-def _is_switch(value: Any) -> bool:
+def is_switch(value: Any) -> bool:
     plain = value is None or isinstance(value, bool | int | float | str)
-    return plain or (isinstance(value, tuple | torch.Size) and all(map(_is_switch, value)))
+    return plain or (isinstance(value, tuple | torch.Size) and all(map(is_switch, value)))

@@ -21,6 +21,7 @@ from ..nn.qat_sequential import join
 from ..nn.quantized import QuantizedInputLayer, QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
 from ..nn.replacing import take_over
+from .batch_norm import freeze_as_named
 from .config_json import granularity_of
 from .convert import BURNT_IN, identity_for, own_names
 from .described import COMPOSITES, FLOAT, INTEGER_LAYERS, QAT_LAYERS, Description, describe, float_name
@@ -47,6 +48,7 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
     Raises:
         OtherModelError: names, classes or settings of modules are not those of the described model.
     """
+    freeze_as_named(model, {**found["modules"], **found["folded"]})
     refuse([*_unknown_layers(found), *_other_modules(model, found)])
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -83,15 +83,9 @@ class Residuals:
     feature_dims: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
-    _marked: nn.Module | None = None
 
     def marked(self, model: nn.Module) -> nn.Module:
-        """A copy of the model in which each tensor passes through a quantizer; the same until tensors are dropped."""
-        if self._marked is None:
-            self._marked = self._marked_anew(model)
-        return self._marked
-
-    def _marked_anew(self, model: nn.Module) -> nn.Module:
+        """A copy of the model in which each tensor passes through a quantizer, to be traced once: traces change it."""
         shadow, made = shadow_of(model), dict[nn.Module, nn.Module]()
         for name, own in self.own.items():
             module = shadow.get_submodule(name)
@@ -116,7 +110,6 @@ class Residuals:
 
     def drop(self, tensors: Collection[str]) -> None:
         """Leaves these tensors as they are."""
-        self._marked = None
         self.specs = {name: spec for name, spec in self.specs.items() if name not in tensors}
         self.pools = [name for name in self.pools if _joined(name, "input") in self.specs]
         for name, own in self.own.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..version import __version__
 from . import model_file
 from .copying import copy_of, is_sharded_model
 from .described import describe
+from .files import as_path
 from .fuse import fuse
 from .rebuilt import OtherModelError, rebuild, refuse
 
@@ -29,9 +29,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file holds the tensors of ``model.state_dict()`` under their names, tensors that are one in the model once, and
     in its metadata, as JSON under ``qkernels``, all that tells the model from the float one: the class, geometry,
-    widths and granularities of its layers, their quantizers, folded BatchNorms, which tensors are shared, the version
-    of the format, and digests of the whole and of each tensor. It holds no code, so to load it runs none. The file is
-    written beside ``path``, and renamed when it is whole: a file that was there before stays until then.
+    widths and granularities of its layers, their quantizers, folded and frozen BatchNorms, which tensors are shared,
+    which parameters get gradients, the version of the format, and digests of the whole and of each tensor. It holds no
+    code, so to load it runs none. The file is written beside ``path``, and renamed when it is whole: a file that was
+    there before stays until then.
 
     Whether a model trains, and hooks, are not saved.
 
@@ -47,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: a torch.nn.Module")
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir() or not path.parent.is_dir():
         error: type[OSError] = IsADirectoryError if path.is_dir() else FileNotFoundError
         raise error(f"path: got {str(path)!r}; accepted: the name of a file in a folder that exists")
@@ -71,10 +72,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             first.setdefault(place, name)
     whole = {name: t for name, t in state.items() if name not in shared}
     formats = {name: form for name, t in whole.items() if (form := _memory_format(t)) is not None}
+    learning = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     model_file.write(
         path,
         {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in whole.items()},
-        {"version": __version__, **found, "shared": shared, "memory_formats": formats},
+        {"version": __version__, **found, "shared": shared, "memory_formats": formats, "gradients": learning},
     )
 
 
@@ -84,6 +86,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     The float model gives the architecture, the forward passes, and what no state_dict holds. Its weights do not count;
     it may be on the meta device, where it takes no memory. A converted model comes back in eval mode; the layers of a
     prepared one keep the modes of the float model's.
+
+    Which parameters get gradients is as in the saved model, and which BatchNorms are frozen.
 
     Everything in the file is compared with the float model before anything is loaded.
 
@@ -103,7 +107,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; accepted: the float model, a torch.nn.Module")
-    path = Path(path)
+    path = as_path(path)
     found, tensors = model_file.read(path)
     device = _device_of(model)
     try:
@@ -234,6 +238,10 @@ def _differing(wanted: dict[str, Any], given: dict[str, Tensor | None]) -> Itera
 def _fill(model: nn.Module, tensors: dict[str, Tensor], found: dict[str, Any]) -> None:
     """Loads the tensors, in memory of their own, shared as they were."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    if (learning := found.get("gradients")) is not None:  # older files do not say it
+        names = set(learning)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in names)
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
         form = found["memory_formats"].get(name)

@@ -23,12 +23,13 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import SUFFIX, copied_state
 from ..nn.quantized_parameters import QATParameters
 from ..nn.tracing import TRACING, first_line, name_in_what_was_called
-from .call_patterns import KINDS, Arguments, Pattern
+from .call_patterns import Arguments, Pattern
 from .faithful_tracing import OWN_CODE, FaithfulTracer, attributes_of, traced_with_and_without_gradients
 from .forward_tensors import OBSERVED, PLACE, Place, Tensors, find_tensors, place_of
 from .graph import without_writes
-from .module_state import switches
+from .module_state import is_switch, switches
 
+KEPT = 256  # kinds of calls unlike the model's own whose traces are kept
 _numbers = itertools.count()
 
 
@@ -96,7 +97,7 @@ class TracedForward:
     def _keep(self, key: tuple[Any, ...], forward: Callable[..., Any]) -> None:
         """Beside those that were made first, as the model makes such calls itself, the last ones."""
         others = list(self._made)[self._first :]
-        if len(others) >= KINDS:
+        if len(others) >= KEPT:
             linecache.cache.pop(self._made.pop(others[0]).__code__.co_filename, None)
         self._made[key] = forward
 
@@ -141,8 +142,9 @@ def _in_both_modes(module: nn.Module, kind: type[nn.Module], patterns: Sequence[
 
 def state_of(module: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
     """The values of some attributes of a module, and which of its children are missing."""
-    values = tuple([getattr(module, name, None) for name in names])
-    return values, tuple([child is None for child in module._modules.values() if not isinstance(child, FakeQuantize)])
+    values = [getattr(module, name, None) for name in names]
+    known = tuple([value if is_switch(value) else type(value) for value in values])
+    return known, tuple([child is None for child in module._modules.values() if not isinstance(child, FakeQuantize)])
 
 
 def shadow_of_own(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -88,7 +88,8 @@ def freeze_scales(model: nn.Module, frozen: bool = True, where: Where = "*") -> 
 
     Args:
         model: from ``prepare``.
-        frozen: False undoes it. A state_dict holds the observers' switches, and not which parameters get gradients.
+        frozen: False undoes it. A state_dict holds the observers' switches, and not which parameters get gradients; a
+            file of ``save`` holds both.
         where: as in ``set_bits``.
 
     Returns:

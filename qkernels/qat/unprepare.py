@@ -8,6 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..nn.qat_layer import QATLayer
 from ..nn.qat_lazy import lazy_hooks
 from ..nn.qat_sequential import part
+from .batch_norm import freeze_bn
 from .calibrate import quantizers_of
 from .convert import bake_weights, burnt_in, check_calibrated
 from .copying import become, copy_of, replace_modules
@@ -19,7 +20,8 @@ from .states import remove_check
 def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False) -> nn.Module:
     """The float model that ``model`` was prepared from, with the weights as they are now.
 
-    Layers have their former classes, names, hooks and modes; their parameters are the trained ones.
+    Layers have their former classes, names, hooks and modes; their parameters are the trained ones. BatchNorms that
+    ``freeze_bn`` froze are ordinary ones again.
 
     Args:
         model: from ``prepare``.
@@ -39,6 +41,7 @@ def unprepare(model: nn.Module, *, burn_in: bool = False, inplace: bool = False)
     remove_sending(result)
     remove_check(result)
     part(result)
+    freeze_bn(result, frozen=False)
     modes = [(module, module.training) for module in result.modules()]
     if burn_in:
         result.eval()  # so that weights are quantized without moving a range
