@@ -27,3 +27,21 @@ def test_linear(compare: Callable[..., None], threads: int, act_bits: int, group
             tolerance=0.02 if act_bits == 8 else 2e-5,  # what 8 bits of activation cost; what sums in fp32 do
             peer_tolerance=0.03 if act_bits == 8 else 0.01,  # activations in groups or per tensor; operands in bf16
         )
+
+
+@pytest.mark.parametrize("n", [4096, 11008])
+@pytest.mark.parametrize("m", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("group_size", [128, 32], ids=lambda group_size: f"g{group_size}")
+def test_linear_on_bf16(compare: Callable[..., None], threads: int, group_size: int, m: int, n: int) -> None:
+    """Weight-only, bf16 in and out, as a model in bf16 calls it: ours sums in fp32."""
+    x, (q, scale) = torch.randn(m, 4096).bfloat16(), peers.int4_weight(n, 4096, group_size)
+    packed = qk.PackedInt4.from_quantized(q, scale)
+    found = peers.int4_linear(x.float(), q, scale, threads, 16)
+    with torch.no_grad():
+        compare(
+            lambda: qk.int4_linear(x, packed, act_bits=16),
+            {name: found[name] for name in ("torch int4pack", "OpenVINO bf16", "bf16")},
+            x.double() @ peers.dequantized(q, scale).double().t(),
+            tolerance=0.004,
+            peer_tolerance=0.01,
+        )
