@@ -57,6 +57,7 @@ def test_every_run_has_a_name_and_every_comparison_its_runs(bench: Any) -> None:
     keys = [run[:3] for run in bench("accuracy").runs()]
     assert len(set(keys)) == len(keys)
     keys += [(*key, f"{method}, running statistics") for *key, method in keys if key[0] == "depthwise"]
+    keys += [(*key, f"{method}, before") for *key, method in keys if "100 steps of its scales" in method]
     for title, net, widths, method, plain in bench("accuracy_report").COMPARED:
         assert {(net, widths, method), (net, widths, plain)} <= set(keys), title
 
