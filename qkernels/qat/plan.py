@@ -20,12 +20,13 @@ from ..nn.qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATC
 from ..nn.qat_layer import QATLayer, Role
 from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized_parameters import VALUES
+from ..nn.quantizer_rules import nearest
 from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule, matches
 from .residual import Residuals, find_residuals, tensor_name
 from .selection import float_reason
 from .sharing import find_inputs
-from .spec import QSpec, nearest
+from .spec import QSpec
 from .weight_readers import WeightReaders
 
 Specs = dict[str, QSpec | None]
@@ -64,7 +65,8 @@ def check_rules(model: nn.Module, config: QConfig) -> None:
     for pattern in config.idle_rules(modules, parameters):
         if isinstance(pattern, str):
             raise ValueError(
-                f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
+                f"rules: {pattern!r} matches no module and no parameter of the model"
+                + nearest(pattern, (*modules, *parameters))
             )
         warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
     first = {module: name for name, module in model.named_modules()}
