@@ -272,13 +272,14 @@ class FakeQuantize(MovingScale):
                 "quantizer.qparams(x)[0], quantizer.levels))"
             )
         if self.quantizer == "dynamic":
-            rows = self._rows(x)
+            order = self._channels_first(x)
             q, scale, zero_point = quantize_dynamic(
-                rows, bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
+                _rows(x, order), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
             )
             if isinstance(self.granularity, PerChannel):
-                scale, zero_point = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (scale, zero_point))
-            return q.view(x.shape), scale, None if self.symmetric else zero_point
+                shape = self.granularity.scale_shape(x.shape)
+                scale, zero_point = (t.reshape(shape) for t in (scale, zero_point))
+            return _back(q, x, order), scale, None if self.symmetric else zero_point
         if not self._ready:
             self._meet(x)
         s, z = self.qparams(x)
@@ -299,7 +300,7 @@ class FakeQuantize(MovingScale):
         if not self._quantizes and self.quantizer != "ema":
             return x
         if self.quantizer == "dynamic":
-            return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
+            return _dynamic(x, self.bits, self._group_size(), self.symmetric, self._channels_first(x))
         if self.quantizer == "ema" and self.training:
             again = recomputing()
             if self.is_weight and not transformed() and not again:
@@ -347,7 +348,7 @@ class FakeQuantize(MovingScale):
         if not self._quantizes:
             return rows
         if self.quantizer == "dynamic":
-            return _dynamic(rows, self.bits, self._group_size(), self.symmetric, False)
+            return _dynamic(rows, self.bits, self._group_size(), self.symmetric, None)
         scale, zero_point = self._range_of_rows(rows, index)
         if not self.learns:
             return self._with_qparams(rows, scale, zero_point)
@@ -404,8 +405,13 @@ class FakeQuantize(MovingScale):
             if frozen:
                 self.freeze()
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
+    def _channels_first(self, x: Tensor) -> tuple[list[int], int] | None:
+        """The order of x's dims in which those of its channels come first, and their number; None: it has none."""
+        if not isinstance(self.granularity, PerChannel) or x.dim() < 2:
+            return None
+        axes = self.granularity.axis if isinstance(self.granularity.axis, tuple) else (self.granularity.axis,)
+        first = sorted({axis % x.dim() for axis in axes})
+        return [*first, *(dim for dim in range(x.dim()) if dim not in first)], len(first)
 
     def _group_size(self) -> int | None:
         if isinstance(self.granularity, PerGroup):
@@ -476,7 +482,26 @@ with contextlib.suppress(AttributeError):  # so that torch.ao's switches find it
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
 
 
-def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
+Order = tuple[list[int], int] | None
+
+
+def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, order: Order) -> Tensor:
     checks.dense("x", x)
-    rows = x.flatten(1) if per_channel and x.dim() > 2 else x
-    return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)
+    y = fake_quantize_dynamic(_rows(x, order), bits=bits, group_size=group_size, symmetric=symmetric)
+    return _back(y, x, order)
+
+
+def _rows(x: Tensor, order: Order) -> Tensor:
+    """x with a row for each channel."""
+    if order is None:
+        return x
+    dims, channels = order
+    return x.permute(dims).unsqueeze(-1).flatten(channels).flatten(0, channels - 1)
+
+
+def _back(rows: Tensor, x: Tensor, order: Order) -> Tensor:
+    """Rows in the shape of x, from which ``_rows`` made them."""
+    if order is None:
+        return rows
+    dims = order[0]
+    return rows.view([x.shape[dim] for dim in dims]).permute([dims.index(dim) for dim in range(x.dim())])
