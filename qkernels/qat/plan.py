@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..nn.granularity import PerTensor
+from ..nn.granularity import PerTensor, PerToken
 from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import Trial
 from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
@@ -170,6 +170,8 @@ def _calibrated(spec: Any) -> Any:
     """The spec for an input of the model, which needs no gradient: to learn its scale would ask for one."""
     if spec is None or spec.quantizer != "lsq" or spec.bits <= MSE_BITS:
         return spec
+    if isinstance(spec.granularity, PerToken):
+        return spec  # which is refused, in the user's words
     return dataclasses.replace(spec, quantizer="minmax", straight_through=None)
 
 
