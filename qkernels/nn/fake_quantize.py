@@ -294,6 +294,8 @@ class FakeQuantize(MovingScale):
         if not self._quantizes and not self.training:
             return x
         if not self._ready:
+            if not self._quantizes and not self._observes:
+                return x
             self._meet(x)
             if not self._ready and not x.numel():
                 return x  # a learned scale would get NaN for its gradient
