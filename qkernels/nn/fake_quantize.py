@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.autograd import recomputing, transformed
-from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic
+from ..ops.dynamic import quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
+from .channels import back, channels_first, dynamic, rows
 from .granularity import PerChannel, PerGroup, PerTensor
 from .learned_scale import keep_inside, learned_scale, pace, trained_scale
 from .moving_scale import MovingScale
@@ -33,10 +34,10 @@ AVERAGING_CONST = 0.01  # torch.ao's default: the averages remember about the la
 for _function in (
     "fake_quantize",
     "observe_fake_quantize",
-    "_dynamic",
     "follow",
     "pace",
     "forget_zeros",
+    "dynamic",
 ):
     torch.fx.wrap(_function)
 
@@ -272,14 +273,14 @@ class FakeQuantize(MovingScale):
                 "quantizer.qparams(x)[0], quantizer.levels))"
             )
         if self.quantizer == "dynamic":
-            order = self._channels_first(x)
+            order = channels_first(self.granularity, x)
             q, scale, zero_point = quantize_dynamic(
-                _rows(x, order), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
+                rows(x, order), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
             )
             if isinstance(self.granularity, PerChannel):
                 shape = self.granularity.scale_shape(x.shape)
                 scale, zero_point = (t.reshape(shape) for t in (scale, zero_point))
-            return _back(q, x, order), scale, None if self.symmetric else zero_point
+            return back(q, x, order), scale, None if self.symmetric else zero_point
         if not self._ready:
             self._meet(x)
         s, z = self.qparams(x)
@@ -302,7 +303,7 @@ class FakeQuantize(MovingScale):
         if not self._quantizes and self.quantizer != "ema":
             return x
         if self.quantizer == "dynamic":
-            return _dynamic(x, self.bits, self._group_size(), self.symmetric, self._channels_first(x))
+            return dynamic(x, self.bits, self._group_size(), self.symmetric, self.granularity)
         if self.quantizer == "ema" and self.training:
             again = recomputing()
             if self.is_weight and not transformed() and not again:
@@ -350,7 +351,7 @@ class FakeQuantize(MovingScale):
         if not self._quantizes:
             return rows
         if self.quantizer == "dynamic":
-            return _dynamic(rows, self.bits, self._group_size(), self.symmetric, None)
+            return dynamic(rows, self.bits, self._group_size(), self.symmetric, self.granularity)
         scale, zero_point = self._range_of_rows(rows, index)
         if not self.learns:
             return self._with_qparams(rows, scale, zero_point)
@@ -406,14 +407,6 @@ class FakeQuantize(MovingScale):
             self.enable_observer(observed if frozen else observes)
             if frozen:
                 self.freeze()
-
-    def _channels_first(self, x: Tensor) -> tuple[list[int], int] | None:
-        """The order of x's dims in which those of its channels come first, and their number; None: it has none."""
-        if not isinstance(self.granularity, PerChannel) or x.dim() < 2:
-            return None
-        axes = self.granularity.axis if isinstance(self.granularity.axis, tuple) else (self.granularity.axis,)
-        first = sorted({axis % x.dim() for axis in axes})
-        return [*first, *(dim for dim in range(x.dim()) if dim not in first)], len(first)
 
     def _group_size(self) -> int | None:
         if isinstance(self.granularity, PerGroup):
@@ -482,28 +475,3 @@ FakeQuantize.__signature__ = _signature.replace(  # type: ignore[attr-defined]
 
 with contextlib.suppress(AttributeError):  # so that torch.ao's switches find it: model.apply(disable_observer)
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
-
-
-Order = tuple[list[int], int] | None
-
-
-def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, order: Order) -> Tensor:
-    checks.dense("x", x)
-    y = fake_quantize_dynamic(_rows(x, order), bits=bits, group_size=group_size, symmetric=symmetric)
-    return _back(y, x, order)
-
-
-def _rows(x: Tensor, order: Order) -> Tensor:
-    """x with a row for each channel."""
-    if order is None:
-        return x
-    dims, channels = order
-    return x.permute(dims).unsqueeze(-1).flatten(channels).flatten(0, channels - 1)
-
-
-def _back(rows: Tensor, x: Tensor, order: Order) -> Tensor:
-    """Rows in the shape of x, from which ``_rows`` made them."""
-    if order is None:
-        return rows
-    dims = order[0]
-    return rows.view([x.shape[dim] for dim in dims]).permute([dims.index(dim) for dim in range(x.dim())])
