@@ -252,18 +252,38 @@ def test_what_changes_a_quantizer_reaches_a_sharded_model(symmetric, dtype, tmp_
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(4, 8), None])
-def test_a_quantizer_called_twice_keeps_what_the_first_call_used(quantizer, symmetric, shape):
+@pytest.mark.parametrize("frozen", [(), ("log_scale",), ("log_scale", "zero_point")])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_quantizer_called_twice_keeps_what_the_first_call_used(quantizer, symmetric, shape, frozen, relu):
     torch.manual_seed(0)
     granularity = PerTensor() if shape is None else PerChannel(0)
     fake_quant = FakeQuantize(quantizer=quantizer, symmetric=symmetric, granularity=granularity, shape=shape)
+    for name, parameter in fake_quant.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    call = fake_quant.of_relu if relu and shape is None else fake_quant
     x = torch.randn(4, 8, requires_grad=True)
     fake_quant(x)
-    y = fake_quant(x)
-    wanted = [x, *fake_quant.parameters()]
+    y = call(x)
+    wanted = [x, *(parameter for parameter in fake_quant.parameters() if parameter.requires_grad)]
     expected = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
-    fake_quant(9 * x + 5 if shape is None else x / 100)
+    call(9 * x - 5 if shape is None else x / 100 + 1)
     for got, gradient in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
         assert torch.equal(got, gradient)
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq+", "minmax", "ema"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_replica_of_data_parallel_quantizes_as_its_original(quantizer, training):
+    """nn.DataParallel copies modules without their parameters, which become attributes."""
+    torch.manual_seed(0)
+    fake_quant = FakeQuantize(quantizer=quantizer, symmetric=False)
+    x = torch.randn(4, 8)
+    fake_quant(x)
+    fake_quant.train(training)
+    replica = copy.deepcopy(fake_quant)._replicate_for_data_parallel()
+    for name, parameter in fake_quant.named_parameters():
+        setattr(replica, name, parameter * 1)
+    assert torch.equal(replica(x + 1), fake_quant(x + 1))
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax", "ema"])

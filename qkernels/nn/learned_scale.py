@@ -48,6 +48,14 @@ def keep_inside(zero_point: Tensor | None, quant_min: int, quant_max: int) -> No
         zero_point.data.clamp_(quant_min, quant_max)
 
 
+def unmoved(zero_point: Tensor | None) -> Tensor | None:
+    """A zero point that a backward pass may save: another call in the same step may move the quantizer's own.
+
+    It is for a frozen log_scale; ``fake_quantize_learned`` keeps a copy of its own.
+    """
+    return None if zero_point is None else zero_point.clone()
+
+
 def learned(
     x: Tensor,
     start: Tensor,
@@ -75,7 +83,7 @@ def learned(
         "ewgs_delta": ewgs_delta,
     }
     if not learns_now(log_scale):
-        return fake_quantize(x, trained_scale(start, log_scale, log_limits, steps), zero_point, **rule)
+        return fake_quantize(x, trained_scale(start, log_scale, log_limits, steps), unmoved(zero_point), **rule)
     scale = learned_scale(start, log_scale, log_limits, steps)
     return fake_quantize_learned(x, scale, zero_point, (log_scale, slope(start, steps)), **rule)
 

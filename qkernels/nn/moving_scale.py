@@ -11,7 +11,7 @@ from ..ops.autograd import recomputing, transformed
 from ..ops.fake_quantize import fake_quantize
 from ..ops.relu_fake_quantize import relu_fake_quantize, relu_fake_quantize_learned
 from .granularity import PerTensor
-from .learned_scale import keep_inside, learned, learned_scale, learns_now, pace, slope, trained_scale
+from .learned_scale import keep_inside, learned, learned_scale, learns_now, pace, slope, trained_scale, unmoved
 from .quantizer_state import QuantizerState
 from .ranges import follow
 
@@ -28,7 +28,7 @@ class MovingScale(QuantizerState):
     def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """x quantized and back with what ``_range`` gave for it."""
         if self.learns:
-            return self._with_learned(x, scale, zero_point, self._parameters["log_scale"])  # type: ignore[arg-type]
+            return self._with_learned(x, scale, zero_point, self._found("log_scale"))
         return fake_quantize(
             x,
             scale,
@@ -62,9 +62,8 @@ class MovingScale(QuantizerState):
         A backward pass may save them, and another call in the same step may move the quantizer's own: these are copies,
         but for a learned scale, from which the ops compute another one.
         """
-        # Module.__getattr__ would take a microsecond for each of these.
         scale: Any = self._buffers["_scale"]
-        zero_point = self._parameters.get("zero_point", self._buffers.get("zero_point"))
+        zero_point = None if self.symmetric else self._found("zero_point")
         if in_place and recomputing():  # a batch moves a range once; copies, for the next forward pass changes these
             return scale.clone(), None if zero_point is None else zero_point.clone()
         if self._paces():
@@ -82,6 +81,14 @@ class MovingScale(QuantizerState):
         if not in_place or self.learns:
             return scale, zero_point
         return scale.clone(), None if zero_point is None else zero_point.clone()
+
+    def _found(self, name: str) -> Any:
+        """A parameter, or what stands for it; Module.__getattr__ alone would take a microsecond.
+
+        nn.DataParallel and FSDP's flat parameters put a tensor in the place of a parameter, as a plain attribute.
+        """
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
 
     def _follows(self) -> bool:
         """Whether the range is always the weight's present one."""
@@ -129,7 +136,7 @@ class MovingScale(QuantizerState):
                     grad_factor=factor,
                     lsq=self.straight_through == "lsq",
                 )
-            scale = trained_scale(scale, self.log_scale, limits, self.steps)
+            scale, zero_point = trained_scale(scale, self.log_scale, limits, self.steps), unmoved(zero_point)
         return relu_fake_quantize(
             x,
             scale,
