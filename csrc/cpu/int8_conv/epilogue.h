@@ -17,17 +17,16 @@ inline bool only_clamps(const ActivationStep& step) {
 
 // Whether results are codes alone and activations only bound them. Then codes can be bounded instead, because rounding
 // keeps order; byte_of of -infinity and infinity gives the bounds. If scale and bias are finite too, nothing is NaN.
-// With a residual of codes the first activation is not the last step; only some callers take it.
+// Only some callers take a residual of codes; it must not be added to what an activation has bounded.
 inline bool gives_clamped_codes(const ConvOutput& o, bool with_residual = false) {
-  const bool fits = !o.residual_codes || (with_residual && std::isfinite(255 * o.residual_q.scale));
+  const bool fits = !o.residual_codes || (with_residual && o.first.kind == Activation::none);
   return o.codes.data && !o.floats && !o.residual && fits && only_clamps(o.first) && only_clamps(o.second) &&
          o.in_scale > 0 && std::isfinite(o.in_scale) && o.codes_q.inverse > 0 && std::isfinite(o.codes_q.inverse);
 }
 
 inline uint8_t byte_of(float v, const ConvOutput& o) {
   float lane[16];
-  const F32 first = o.residual_codes ? F32::set1(v) : activate(F32::set1(v), o.first);
-  ToCodes(o.codes_q)(activate(first, o.second)).store(lane);
+  ToCodes(o.codes_q)(activate(activate(F32::set1(v), o.first), o.second)).store(lane);
   return static_cast<uint8_t>(lane[0]);
 }
 
