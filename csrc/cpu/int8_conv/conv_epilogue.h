@@ -94,17 +94,15 @@ inline bool has_tile_floats(const ConvWork& work) {
 
 inline TileFloats tile_floats(const ConvWork& work) {
   const ConvOutput& o = *work.output;
-  const Clamp second(o.second);
-  const auto clamped = [&](float bound) {
-    float lane[16];
-    second(F32::set1(bound)).store(lane);
-    return lane[0];
-  };
+  float low[16], high[16];
+  const Clamp clamp(o.first, o.second);
+  clamp.low.store(low);
+  clamp.high.store(high);
   const Quantizer& q = o.codes_q;
   return {o.in_scale,
           q.inverse,
-          clamped(low_of(o.first)),
-          clamped(high_of(o.first)),
+          low[0],
+          high[0],
           static_cast<int16_t>(q.zero_point + 128),
           static_cast<uint8_t>(q.low + 128),
           static_cast<uint8_t>(q.high + 128),

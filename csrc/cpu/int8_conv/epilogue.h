@@ -39,10 +39,23 @@ inline float high_of(const ActivationStep& step) {
   return step.kind == Activation::clamp ? step.high : std::numeric_limits<float>::infinity();
 }
 struct Clamp {
+  bool any;  // most layers of floats have none, which is then a branch that is always foreseen
   F32 low, high;
 
-  explicit Clamp(const ActivationStep& step) : low(F32::set1(low_of(step))), high(F32::set1(high_of(step))) {}
-  F32 operator()(F32 v) const { return min(high, max(low, v)); }
+  explicit Clamp(const ActivationStep& step)
+      : any(step.kind != Activation::none), low(F32::set1(low_of(step))), high(F32::set1(high_of(step))) {}
+  // One after the other.
+  Clamp(const ActivationStep& first, const ActivationStep& second)
+      : any(first.kind != Activation::none || second.kind != Activation::none),
+        low(F32::set1(clamped(low_of(first), second))),
+        high(F32::set1(clamped(high_of(first), second))) {}
+
+  F32 operator()(F32 v) const { return any ? min(high, max(low, v)) : v; }
+
+ private:
+  static float clamped(float bound, const ActivationStep& step) {
+    return std::min(std::max(bound, low_of(step)), high_of(step));
+  }
 };
 
 enum class Residual { none, floats, codes };
@@ -63,7 +76,7 @@ class Epilogue {
       : o_(o),
         to_(results),
         in_scale_(F32::set1(o.in_scale)),
-        first_(o.first),
+        first_(kResidual == Residual::none ? Clamp(o.first, o.second) : Clamp(o.first)),
         second_(o.second),
         from_codes_(o.residual_q),
         to_codes_(o.codes_q) {}
@@ -78,7 +91,7 @@ class Epilogue {
       v = v + F32::load(to_.residual + pixel * to_.residual_step + at, tail...);
     if constexpr (kResidual == Residual::codes)
       v = v + from_codes_(F32::load(to_.residual_codes + pixel * to_.residual_step + at, tail...));
-    v = kClamps ? second_(v) : activate(v, o_.second);
+    if constexpr (!kClamps || kResidual != Residual::none) v = kClamps ? second_(v) : activate(v, o_.second);
     if constexpr (kFloats) v.store(to_.floats + pixel * to_.floats_step + at, tail...);
     if constexpr (kCodes) to_codes_(v).store(to_.codes + pixel * to_.codes_step + at, tail...);
   }
