@@ -215,6 +215,7 @@ void conv_tile_codes(const TileInput& in, const int8_t* weights, const PanelValu
 }
 
 // Floats straight from the sums of a panel's channels, where activations only clamp them, and their codes.
+template <bool kResidual>
 class FloatsOfSums {
  public:
   FloatsOfSums(const PanelValues& panel, const TileFloats& to)
@@ -227,12 +228,12 @@ class FloatsOfSums {
         most_(_mm512_set1_ps(kMostSteps)),
         inside_{static_cast<__mmask16>(to.inside), static_cast<__mmask16>(to.inside >> 16)} {}
 
-  // Of half of a pixel's channels. `residual` may be null.
+  // Of half of a pixel's channels.
   QK_INLINE __m512 value(__m512i sum, int half, const float* residual) const {
     __m512 v = _mm512_cvtepi32_ps(sum);
     v = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_load_ps(panel_.scale + 16 * half)), in_scale_);
     v = _mm512_add_ps(v, _mm512_load_ps(panel_.bias + 16 * half));
-    if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside_[half], residual + 16 * half));
+    if constexpr (kResidual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside_[half], residual + 16 * half));
     return _mm512_min_ps(high_, _mm512_max_ps(low_, v));  // a NaN stays
   }
   QK_INLINE void store(__m512 v, int half, float* pixel) const {
@@ -255,17 +256,17 @@ class FloatsOfSums {
 template <int H, int Segments, bool kResidual>
 QK_INLINE inline void store_floats(__m512i (&acc)[H * Segments][2], const PanelValues& panel, const TileFloats& to) {
   constexpr int kPixels = H * Segments;
-  const FloatsOfSums of(panel, to);
+  const FloatsOfSums<kResidual> of(panel, to);
   for_each_pixel(std::make_index_sequence<(kPixels + 1) / 2>(), [&](auto pair) __attribute__((always_inline)) {
     constexpr int kFirst = 2 * decltype(pair)::value, kSecond = std::min(kFirst + 1, kPixels - 1);
     __m512 v[2][2] = {};
     const auto values = [&](auto at, auto pixel) __attribute__((always_inline)) {
-      constexpr int kAt = decltype(at)::value, kPixel = decltype(pixel)::value, kSegment = kPixel / H;
-      const float* residual = kResidual ? to.residual[kSegment] + kPixel % H * to.residual_step : nullptr;
+      constexpr int kAt = decltype(at)::value, kPixel = decltype(pixel)::value, kOf = kPixel / H;
+      const float* residual = kResidual ? to.residual[kOf] + kPixel % H * to.residual_step : nullptr;
       v[kAt][0] = of.value(acc[kPixel][0], 0, residual);
       v[kAt][1] = of.value(acc[kPixel][1], 1, residual);
       if (!to.floats[0]) return;
-      float* const floats = to.floats[kSegment] + kPixel % H * to.floats_step;
+      float* const floats = to.floats[kOf] + kPixel % H * to.floats_step;
       of.store(v[kAt][0], 0, floats);
       of.store(v[kAt][1], 1, floats);
     };
