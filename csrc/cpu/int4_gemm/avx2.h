@@ -17,7 +17,7 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_s
   for_each_group(panel.k, panel.group_size, [&](int64_t first, int64_t last, int64_t group, int64_t term) {
     alignas(32) int32_t sums[MR][kPanel];
     for (int r = 0; r < MR; ++r)
-      for (int c = 0; c < kPanel; ++c) sums[r][c] = kAffine ? 0 : terms[term * term_stride + r].start;
+      for (int c = 0; c < kPanel; ++c) sums[r][c] = terms[term * term_stride + r].start;
     const int64_t steps = (last - first + 3) / 4;
     for (int64_t begin = 0; begin < steps; begin += 8) {
       const int64_t end = std::min(begin + 8, steps);
