@@ -54,7 +54,7 @@ namespace {
   QK_CODES_AND("zmm25")
 #define QK_LAST_3 "vpsrlw $2,%%zmm26,%%zmm26\n\t" QK_CODES_AND("zmm27")
 
-#define QK_LOW_BIT_GROUP(bits, bytes, rows, second_rows, zeros, folds, add)                                           \
+#define QK_LOW_BIT_GROUP(bits, bytes, rows, second_rows, zeros, folds, next, add)                                     \
   __asm__ volatile(                                                                                                   \
     QK_ROWS_##rows(QK_START)                                                                                          \
     zeros                                                                                                             \
@@ -65,10 +65,7 @@ namespace {
     QK_LAST_##bits                                                                                                    \
     second_rows(QK_NEXT_DOTS)                                                                                         \
     "add $" bytes ",%[b]\n\t"                                                                                         \
-    "add $8,%[p0]\n\t"                                                                                                \
-    "add $8,%[p3]\n\t"                                                                                                \
-    "add $8,%[p6]\n\t"                                                                                                \
-    "add $8,%[p9]\n\t"                                                                                                \
+    next                                                                                                              \
     "dec %[blocks]\n\t"                                                                                               \
     "jnz 0b\n\t"                                                                                                      \
     folds                                                                                                             \
@@ -82,9 +79,11 @@ namespace {
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
       "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27")
+#define QK_NEXT_FEW "add $8,%[p0]\n\t" "add $8,%[p3]\n\t"
+#define QK_NEXT_MANY QK_NEXT_FEW "add $8,%[p6]\n\t" "add $8,%[p9]\n\t"
 #define QK_FEW(bits, bytes, rows, add)                                                                                \
-  QK_LOW_BIT_GROUP(bits, bytes, rows, QK_SECONDS_##rows, QK_SECONDS_##rows(QK_ZERO), QK_FOLDS_##rows, add)
-#define QK_MANY(bits, bytes, rows, add) QK_LOW_BIT_GROUP(bits, bytes, rows, QK_ROWS_##rows, "", "", add)
+  QK_LOW_BIT_GROUP(bits, bytes, rows, QK_SECONDS_##rows, QK_SECONDS_##rows(QK_ZERO), QK_FOLDS_##rows, QK_NEXT_FEW, add)
+#define QK_MANY(bits, bytes, rows, add) QK_LOW_BIT_GROUP(bits, bytes, rows, QK_ROWS_##rows, "", "", QK_NEXT_MANY, add)
 #define QK_LOW_BIT_CASE(rows, group)                                                                                  \
   if constexpr (MR == rows) {                                                                                         \
     if constexpr (kBits == 2 && kAffine)                                                                              \
