@@ -191,7 +191,7 @@ constexpr int kFloatTileRows = 12;
     QK_ROWS_##rows(add)                                                                                               \
     : [b] "+r"(b), [p0] "+r"(p0), [p3] "+r"(p3), [p6] "+r"(p6), [p9] "+r"(p9), [steps] "+r"(steps)                    \
     : [s] "r"(2 * stride), [terms] "r"(terms), [y] "r"(y), [table] "v"(table), [first] "m"(pairs.first),              \
-      [second] "m"(pairs.second), [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                     \
+      [second] "m"(pairs.second), [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                   \
       [offset0] "v"(values.offset[0].v), [offset1] "v"(values.offset[1].v)                                            \
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \

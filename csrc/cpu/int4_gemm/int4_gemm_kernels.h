@@ -69,10 +69,14 @@ void multiply(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int
               const Int4Panel& panel, const Int4Output& output) {
 #if QK_PATH == QK_PATH_AVX512VNNI
   const auto& tiles = panel.bits == 4 ? kTiles[panel.affine()] : kLowBitTiles[panel.bits - 2][panel.affine()];
-  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
 #else
+  const auto& tiles = kTiles[panel.affine()];
+#endif
+#if QK_PATH == QK_PATH_SCALAR
   std::vector<uint8_t> memory;
-  multiply_by(kTiles[panel.affine()], rows, row_stride, terms, term_stride, m, in_int4(panel, 0, memory), output);
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, in_int4(panel, 0, memory), output);
+#else
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
 #endif
 }
 
@@ -81,11 +85,15 @@ void multiply_float(const float* rows, int64_t row_stride, const Int4Term* terms
 #if QK_PATH == QK_PATH_AVX512VNNI
   const auto& tiles =
       panel.bits == 4 ? kFloatTiles[panel.affine()] : kLowBitFloatTiles<float>[panel.bits - 2][panel.affine()];
-  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
 #else
+  const auto& tiles = kFloatTiles[panel.affine()];
+#endif
+#if QK_PATH == QK_PATH_SCALAR
   std::vector<uint8_t> memory;
-  multiply_by(kFloatTiles[panel.affine()], rows, row_stride, terms, term_stride, m,
-              in_int4(panel, 8 - code_offset(panel.bits), memory), output);
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, in_int4(panel, 8 - code_offset(panel.bits), memory),
+              output);
+#else
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
 #endif
 }
 
