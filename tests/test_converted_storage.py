@@ -30,7 +30,7 @@ def test_linear_layers_hold_their_bits_in_memory(bits):
     calibrate(prepared, [torch.randn(2, 128)])
     converted = convert(prepared)
     assert converted.data.nbytes == converted.state_dict()["codes"].nbytes == 128 * 64 * bits // 8
-    (row,) = qk.report(converted).rows
+    (row,) = qk.report(converted).layers
     assert (row.kind, row.weight_bits) == ("Int4Linear", bits)
     assert row.quantized_bytes == stored(converted)
 
