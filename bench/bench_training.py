@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,21 @@ from torch.nn import functional as F
 import qkernels as qk
 
 Step = Callable[[], Tensor]
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_kept() -> None:
+    """Free memory stays with the process, as the allocators of torch's tuning guide keep it.
+
+    Otherwise glibc hands it back after each step and each step's page faults are paid anew: which model pays for more
+    of them depends on the calls before, by up to half of a step.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Block(nn.Module):

@@ -2,6 +2,10 @@
 // are thrown before any parallel region, which would lose their text.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -136,6 +140,21 @@ inline void check_floating(const char* name, const Tensor& t) {
            "; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16");
 }
 
+// Huge pages make the first write of fresh memory, in which Linux finds and clears pages, up to three times as fast,
+// and save reading it most of the search for pages: one thread reads weights from beyond the second-level cache at 45
+// GB/s instead of 30. Call this before the memory is first written; nothing depends on its success.
+inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Less memory may hold no huge page, and is soon read through small ones.
+constexpr int64_t kHugePagesFrom = int64_t{4} << 20;
+
 // Takes a third of the time of torch::stable::empty, which goes through the dispatcher.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             Device device = {aoti_torch_device_type_cpu(), 0}) {
@@ -143,7 +162,12 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   shim_dtype, device.type, std::max(device.index, 0), &handle));
-  return Tensor(handle);
+  Tensor t(handle);
+  if (device.type == aoti_torch_device_type_cpu() && t.numel() >= kHugePagesFrom / 8) {
+    const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+    if (bytes >= kHugePagesFrom) ask_for_huge_pages(t.data_ptr(), bytes);
+  }
+  return t;
 }
 
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype,

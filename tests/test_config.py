@@ -1,6 +1,7 @@
 """QConfig: text that makes an equal config, JSON, presets, and rules for modules, types and parameters."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -78,6 +79,21 @@ def test_presets():
     with pytest.raises(ValueError, match=r"config: got 'w8a'; accepted: w8a8.*did you mean 'w8a8'"):
         qk.prepare(model, "w8a")
     assert json.loads(qk.presets["w8a8"].to_json())["weight"]["bits"] == 8
+
+
+@pytest.mark.parametrize(
+    ("ask", "meant"),
+    [
+        (lambda: QSpec(quantizer="LSQ+"), "lsq+"),
+        (lambda: QSpec(straight_through="clipp"), "clip"),
+        (lambda: qk.nn.FakeQuantize(quantizer="minimax"), "minmax"),
+        (lambda: qk.calibrate(qk.prepare(nn.Linear(4, 4)), [torch.randn(2, 4)], method="entropie"), "entropy"),
+        (lambda: qk.prepare(Block(), QConfig(rules=[("experts.gate_up", {"weight": {}})])), "experts.gate_up_proj"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest(ask, meant):
+    with pytest.raises(ValueError, match=f"did you mean {re.escape(repr(meant))}"):
+        ask()
 
 
 class Experts(nn.Module):

@@ -320,6 +320,31 @@ def test_the_state_of_another_layer_is_refused(name, assign):
             model.load_state_dict({**before, "0.codes_form": torch.zeros(1, dtype=torch.int32)})
 
 
+def test_a_model_loads_all_of_a_state_or_nothing(tmp_path):
+    def made(outputs, bits=8):
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, outputs))
+        prepared = prepare(model, QConfig(QSpec(bits)))
+        qk.calibrate(prepared, [torch.randn(8, 4)])
+        return prepared, convert(prepared)
+
+    prepared, converted = made(3)
+    qk.save(converted, tmp_path / "model.safetensors")
+    loaded = qk.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    states = {r"2.codes_form: got codes of 8 bits for a weight \[5, 6\]": made(5)[1].state_dict()}
+    states |= {
+        "0.codes_form: got codes of 4 bits": made(3, 4)[1].state_dict(),
+        "0.weight: got": made(3)[0].state_dict(),
+    }
+    cases = [(model, text, state) for model in (converted, loaded) for text, state in states.items()]
+    for model, text, state in (*cases, (prepared, "0.codes: got those of a converted", made(3)[1].state_dict())):
+        before = copy.deepcopy(model.state_dict())
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"{text}.*Nothing was loaded"):
+                model.load_state_dict(state, strict=strict)
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        model.load_state_dict(before)
+
+
 def test_the_state_of_another_embedding_is_refused():
     tables = [
         Int4Embedding.from_float(nn.Embedding(9, k), -1, weight_bits=bits) for k, bits in ((33, 4), (34, 4), (44, 3))

@@ -419,6 +419,20 @@ def test_what_a_table_of_bytes_refuses():
             make()
 
 
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("spec", [QSpec(8, PerTensor()), QSpec(4, quantizer="ewgs"), QSpec(4, quantizer="nf4")])
+def test_a_table_with_max_norm_is_called_again_before_the_backward_pass(make, spec):
+    torch.manual_seed(0)
+    first, second = torch.randint(0, 9, (2, 3, 4))
+    table = prepare(make(9, 8, max_norm=1.0), QConfig(spec, None))
+    table(torch.arange(9).view(3, 3))  # scales all rows
+    apart = copy.deepcopy(table)
+    (table(first).sum() + table(second).square().sum()).backward()
+    apart(first).sum().backward()
+    apart(second).square().sum().backward()
+    torch.testing.assert_close(table.weight.grad, apart.weight.grad)
+
+
 def test_max_norm_converts_to_the_scaled_rows():
     torch.manual_seed(0)
     for spec in (QSpec(4), QSpec(8)):

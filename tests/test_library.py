@@ -313,3 +313,18 @@ def test_bench_outside_a_checkout(copy: Path) -> None:
     done = run_forked("import qkernels.__main__ as m, sys; sys.exit(m.main(['bench']))", root=copy)
     assert done.returncode == 2
     assert "run this from a source checkout" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or library.cpu_missing is not None, reason="needs C++ kernels on Linux")
+def test_large_results_ask_for_huge_pages() -> None:
+    """Fresh memory is the most of what a large result costs, and huge pages make it a third."""
+    y = qk.fake_quantize(torch.ones(16 << 20), 0.5, quant_min=-8, quant_max=7)
+    middle, flags = y.data_ptr() + 2 * y.numel(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    if not flags:
+        pytest.skip("this kernel tells no VmFlags")
+    assert "hg" in flags.split()

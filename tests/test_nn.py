@@ -342,7 +342,8 @@ def test_float_state_dict_loads_and_prepared_one_adds_only_quantizers():
         ({"granularity": PerChannel(2), "shape": (3, 4)}, "an axis of the tensor"),
         ({"granularity": PerGroup(5), "shape": (3, 4)}, "divides the last dim, 4"),
         ({"granularity": PerToken()}, 'quantizer="dynamic"'),
-        ({"granularity": PerChannel(1), "quantizer": "dynamic"}, r"PerChannel\(0\)"),
+        ({"granularity": PerChannel(2), "quantizer": "dynamic", "shape": (3, 4)}, "an axis of the tensor"),
+        ({"granularity": PerGroup(3), "quantizer": "dynamic", "shape": (3, 4)}, "divides the last dim, 4"),
     ],
 )
 def test_bad_arguments(options, message):

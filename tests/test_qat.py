@@ -106,7 +106,10 @@ def test_rules():
         (lambda: prepare(nn.ReLU()), "holds no layer"),
         (lambda: prepare(nn.Linear(2, 2), QConfig(None, None)), "holds no layer"),
         (lambda: prepare(prepare(nn.Linear(2, 2))), "prepared already"),
-        (lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerToken()))), 'PerToken.*"dynamic"'),
+        (
+            lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerToken()))),
+            'PerToken.*="lsq".*="dynamic"',
+        ),
         (
             lambda: prepare(nn.Linear(2, 2), QConfig(input=QSpec(8, PerChannel()))),
             r"layer '' \(Linear\): input granularity: got PerChannel",

@@ -419,3 +419,13 @@ def test_a_model_without_data_starts_when_it_gets_some(quantizer):
         qk.calibrate(expected, [x])
     assert torch.equal(prepared(x), expected(x))
     assert isinstance(prepared, QATLinear)
+
+
+def test_a_quantizer_that_neither_quantizes_nor_observes_needs_no_scale():
+    model = nn.Linear(8, 4)
+    prepared = qk.prepare(model)
+    prepared.apply(torch.ao.quantization.disable_observer)
+    prepared.apply(torch.ao.quantization.disable_fake_quant)
+    x = torch.randn(3, 8)
+    for training in (True, False):
+        assert torch.equal(prepared.train(training)(x), model(x))

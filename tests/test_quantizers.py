@@ -131,6 +131,19 @@ def test_inputs_by_formula(name, dtype):
     assert torch.equal(quantizer.scale, a.float().reshape(1))  # an input's scale stays
 
 
+@pytest.mark.parametrize("axis", [0, 1, (0, 1), (2, 0), (0, 1, 2)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_weights_of_any_channels(axis, symmetric):
+    torch.manual_seed(0)
+    w = torch.randn(3, 4, 6, requires_grad=True)
+    options = {"granularity": PerChannel(axis), "symmetric": symmetric, "shape": w.shape, "bits": 5}
+    dynamic = made("dynamic", **options)
+    followed = made("minmax", **options)
+    assert torch.equal(dynamic(w), followed(w))  # a weight's present range is the tensor's own
+    for one, other in zip(dynamic.quantize(w), followed.quantize(w), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 def test_midrise_passes_the_largest_value_itself():
     x = torch.tensor([-1.0, -0.2, 0.3, 1.0, 1.5, float("inf"), float("nan")]).requires_grad_()
     quantizer = made("midrise", bits=2)

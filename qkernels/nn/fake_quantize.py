@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.autograd import recomputing, transformed
-from ..ops.dynamic import fake_quantize_dynamic, quantize_dynamic
+from ..ops.dynamic import quantize_dynamic
 from ..ops.fake_quantize import fake_quantize
 from ..ops.observe_fake_quantize import observe_fake_quantize
 from ..ops.quantize import quantize
 from ..ops.statistics import mse_range
+from .channels import back, channels_first, dynamic, rows
 from .granularity import PerChannel, PerGroup, PerTensor
 from .learned_scale import keep_inside, learned_scale, pace, trained_scale
 from .moving_scale import MovingScale
@@ -33,10 +34,10 @@ AVERAGING_CONST = 0.01  # torch.ao's default: the averages remember about the la
 for _function in (
     "fake_quantize",
     "observe_fake_quantize",
-    "_dynamic",
     "follow",
     "pace",
     "forget_zeros",
+    "dynamic",
 ):
     torch.fx.wrap(_function)
 
@@ -272,13 +273,14 @@ class FakeQuantize(MovingScale):
                 "quantizer.qparams(x)[0], quantizer.levels))"
             )
         if self.quantizer == "dynamic":
-            rows = self._rows(x)
+            order = channels_first(self.granularity, x)
             q, scale, zero_point = quantize_dynamic(
-                rows, bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
+                rows(x, order), bits=self.bits, group_size=self._group_size(), symmetric=self.symmetric
             )
             if isinstance(self.granularity, PerChannel):
-                scale, zero_point = (t.reshape(-1, *[1] * (x.dim() - 1)) for t in (scale, zero_point))
-            return q.view(x.shape), scale, None if self.symmetric else zero_point
+                shape = self.granularity.scale_shape(x.shape)
+                scale, zero_point = (t.reshape(shape) for t in (scale, zero_point))
+            return back(q, x, order), scale, None if self.symmetric else zero_point
         if not self._ready:
             self._meet(x)
         s, z = self.qparams(x)
@@ -293,13 +295,15 @@ class FakeQuantize(MovingScale):
         if not self._quantizes and not self.training:
             return x
         if not self._ready:
+            if not self._quantizes and not self._observes:
+                return x
             self._meet(x)
             if not self._ready and not x.numel():
                 return x  # a learned scale would get NaN for its gradient
         if not self._quantizes and self.quantizer != "ema":
             return x
         if self.quantizer == "dynamic":
-            return _dynamic(x, self.bits, self._group_size(), self.symmetric, isinstance(self.granularity, PerChannel))
+            return dynamic(x, self.bits, self._group_size(), self.symmetric, self.granularity)
         if self.quantizer == "ema" and self.training:
             again = recomputing()
             if self.is_weight and not transformed() and not again:
@@ -347,7 +351,7 @@ class FakeQuantize(MovingScale):
         if not self._quantizes:
             return rows
         if self.quantizer == "dynamic":
-            return _dynamic(rows, self.bits, self._group_size(), self.symmetric, False)
+            return dynamic(rows, self.bits, self._group_size(), self.symmetric, self.granularity)
         scale, zero_point = self._range_of_rows(rows, index)
         if not self.learns:
             return self._with_qparams(rows, scale, zero_point)
@@ -403,9 +407,6 @@ class FakeQuantize(MovingScale):
             self.enable_observer(observed if frozen else observes)
             if frozen:
                 self.freeze()
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return x.flatten(1) if isinstance(self.granularity, PerChannel) and x.dim() > 2 else x
 
     def _group_size(self) -> int | None:
         if isinstance(self.granularity, PerGroup):
@@ -474,9 +475,3 @@ FakeQuantize.__signature__ = _signature.replace(  # type: ignore[attr-defined]
 
 with contextlib.suppress(AttributeError):  # so that torch.ao's switches find it: model.apply(disable_observer)
     torch.ao.quantization.FakeQuantizeBase.register(FakeQuantize)
-
-
-def _dynamic(x: Tensor, bits: int, group_size: int | None, symmetric: bool, per_channel: bool) -> Tensor:
-    checks.dense("x", x)
-    rows = x.flatten(1) if per_channel and x.dim() > 2 else x
-    return fake_quantize_dynamic(rows, bits=bits, group_size=group_size, symmetric=symmetric).view(x.shape)

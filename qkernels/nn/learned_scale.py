@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import checks
-from ..ops.autograd import entered, transformed
-from ..ops.fake_quantize import fake_quantize
+from ..ops.autograd import transformed
+from ..ops.fake_quantize import fake_quantize, fake_quantize_learned
 from .ranges import block_magnitude
 
 MSE_BITS = 4  # up to this width a learned scale starts from the smallest squared error, above it from the range
@@ -24,33 +23,22 @@ def learned_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float],
     return (log_scale.detach().float() * steps**-0.5).clamp_(*limits).exp_() * start
 
 
-class _TrainedScale(Function):
-    """``learned_scale`` with the gradient that the docstring of FakeQuantize explains, in few small operations."""
-
-    @staticmethod
-    def forward(ctx: Any, start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
-        ctx.save_for_backward(2 * steps**-0.5 / start)
-        ctx.dtype = log_scale.dtype
-        return learned_scale(start, log_scale, limits, steps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        return None, (grad * slope).to(ctx.dtype), None, None
+def slope(start: Tensor, steps: int) -> Tensor:
+    """What makes a scale's gradient that of log_scale, by multiplication; FakeQuantize's docstring says why."""
+    return start.reciprocal().mul_(2 * steps**-0.5)
 
 
-_with_gradient = entered(_TrainedScale)
+def learns_now(log_scale: Tensor) -> bool:
+    """Whether a call has to pass a gradient on to log_scale, outside of torch.func's transforms."""
+    return torch.is_grad_enabled() and log_scale.requires_grad and not transformed()
 
 
 def trained_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
-    """``learned_scale``, with log_scale's gradient if it is wanted."""
-    if transformed():
-        # The same gradient in operations that torch.func can transform. The value of the added term is zero.
-        scale = learned_scale(start, log_scale, limits, steps)
-        return scale + (log_scale - log_scale.detach()).float() * (2 * steps**-0.5 / start)
-    if torch.is_grad_enabled() and log_scale.requires_grad:
-        return _with_gradient(start, log_scale, limits, steps)  # type: ignore[no-any-return]
-    return learned_scale(start, log_scale, limits, steps)
+    """``learned_scale``, with log_scale's gradient if it is wanted, in operations that torch.func can transform."""
+    scale = learned_scale(start, log_scale, limits, steps)
+    if not transformed() and not learns_now(log_scale):
+        return scale
+    return scale + (log_scale - log_scale.detach()).float() * slope(start, steps)  # the value of the added term is zero
 
 
 def keep_inside(zero_point: Tensor | None, quant_min: int, quant_max: int) -> None:
@@ -76,20 +64,20 @@ def learned(
 ) -> Tensor:
     """fake_quantize with a learned scale and LSQ's gradient factor 1/sqrt(elements per scale·steps)."""
     checks.dense("x", x)
-    scale = trained_scale(start, log_scale, log_limits, steps)
     keep_inside(zero_point, quant_min, quant_max)
     if numel is None:
         numel = x.shape[-feature_dims:].numel()  # type: ignore[operator]
-    return fake_quantize(
-        x,
-        scale,
-        zero_point,
-        quant_min=quant_min,
-        quant_max=quant_max,
-        grad_factor=(numel * steps) ** -0.5 if numel else 1.0,
-        straight_through=straight_through,
-        ewgs_delta=ewgs_delta,
-    )
+    rule: dict[str, Any] = {
+        "quant_min": quant_min,
+        "quant_max": quant_max,
+        "grad_factor": (numel * steps) ** -0.5 if numel else 1.0,
+        "straight_through": straight_through,
+        "ewgs_delta": ewgs_delta,
+    }
+    if not learns_now(log_scale):
+        return fake_quantize(x, trained_scale(start, log_scale, log_limits, steps), zero_point, **rule)
+    scale = learned_scale(start, log_scale, log_limits, steps)
+    return fake_quantize_learned(x, scale, zero_point, (log_scale, slope(start, steps)), **rule)
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..ops.autograd import recomputing, transformed
 from ..ops.fake_quantize import fake_quantize
-from ..ops.relu_fake_quantize import relu_fake_quantize
+from ..ops.relu_fake_quantize import relu_fake_quantize, relu_fake_quantize_learned
 from .granularity import PerTensor
-from .learned_scale import keep_inside, learned, pace, trained_scale
+from .learned_scale import keep_inside, learned, learned_scale, learns_now, pace, slope, trained_scale
 from .quantizer_state import QuantizerState
 from .ranges import follow
 
@@ -26,7 +28,7 @@ class MovingScale(QuantizerState):
     def _with_qparams(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """x quantized and back with what ``_range`` gave for it."""
         if self.learns:
-            return self._with_learned(x, scale, zero_point, self.log_scale)
+            return self._with_learned(x, scale, zero_point, self._parameters["log_scale"])  # type: ignore[arg-type]
         return fake_quantize(
             x,
             scale,
@@ -55,8 +57,14 @@ class MovingScale(QuantizerState):
         )
 
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
-        """The scale (for a learned scale its start) and the zero point to quantize x with."""
-        scale, zero_point = self._scale, self.zero_point
+        """The scale (for a learned scale its start) and the zero point to quantize x with.
+
+        A backward pass may save them, and another call in the same step may move the quantizer's own: these are copies,
+        but for a learned scale, from which the ops compute another one.
+        """
+        # Module.__getattr__ would take a microsecond for each of these.
+        scale: Any = self._buffers["_scale"]
+        zero_point = self._parameters.get("zero_point", self._buffers.get("zero_point"))
         if in_place and recomputing():  # a batch moves a range once; copies, for the next forward pass changes these
             return scale.clone(), None if zero_point is None else zero_point.clone()
         if self._paces():
@@ -69,7 +77,11 @@ class MovingScale(QuantizerState):
             up, down = GROWTH, 0.0
         else:
             return scale, zero_point
-        return follow(x, scale, zero_point, self.quant_min, self.quant_max, self.symmetric, up, down, in_place)
+        rule = self.quant_min, self.quant_max, self.symmetric, up, down
+        scale, zero_point = follow(x, scale, zero_point, *rule, in_place)
+        if not in_place or self.learns:
+            return scale, zero_point
+        return scale.clone(), None if zero_point is None else zero_point.clone()
 
     def _follows(self) -> bool:
         """Whether the range is always the weight's present one."""
@@ -103,9 +115,21 @@ class MovingScale(QuantizerState):
         scale, zero_point = self._range(_ends_of_relu(x) if self._grows() else x, in_place=self.training)
         factor = 1.0
         if self.learns:
-            scale = trained_scale(scale, self.log_scale, self._log_limits(), self.steps)
             keep_inside(zero_point, self.quant_min, self.quant_max)
             factor = self._grad_factor(x)
+            limits = self._log_limits()
+            if learns_now(self.log_scale):
+                return relu_fake_quantize_learned(
+                    x,
+                    learned_scale(scale, self.log_scale, limits, self.steps),
+                    zero_point,
+                    (self.log_scale, slope(scale, self.steps)),
+                    quant_min=self.quant_min,
+                    quant_max=self.quant_max,
+                    grad_factor=factor,
+                    lsq=self.straight_through == "lsq",
+                )
+            scale = trained_scale(scale, self.log_scale, limits, self.steps)
         return relu_fake_quantize(
             x,
             scale,

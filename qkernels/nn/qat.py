@@ -50,11 +50,15 @@ class QATLinear(QATProductLayer, nn.Linear):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_fake_quant is not None and not self.input_fake_quant.at_source:
-            input = self.input_fake_quant(input)
-        weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)
+        quantizer = self.input_fake_quant
+        if quantizer is not None and not quantizer.at_source:
+            input = quantizer(input)
+        quantizer, weight = self.weight_fake_quant, self.weight
+        if quantizer is not None:
+            weight = quantizer(weight)
         y = F.linear(input, weight, self.bias)
-        return y if self.output_fake_quant is None else self.output_fake_quant(y)
+        quantizer = self.output_fake_quant
+        return y if quantizer is None else quantizer(y)
 
 
 class QATBilinear(QATLayer, nn.Bilinear):
@@ -102,11 +106,15 @@ class QATConvolution(QATProductLayer):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_fake_quant is not None and not self.input_fake_quant.at_source:
-            input = self.input_fake_quant(input)
-        weight = self.weight if self.weight_fake_quant is None else self.weight_fake_quant(self.weight)  # type: ignore[arg-type]
+        quantizer = self.input_fake_quant
+        if quantizer is not None and not quantizer.at_source:
+            input = quantizer(input)
+        quantizer, weight = self.weight_fake_quant, self.weight
+        if quantizer is not None:
+            weight = quantizer(weight)  # type: ignore[arg-type]
         y: Tensor = self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
-        return y if self.output_fake_quant is None else self.output_fake_quant(y)
+        quantizer = self.output_fake_quant
+        return y if quantizer is None else quantizer(y)
 
 
 class QATConv1d(QATConvolution, nn.Conv1d):

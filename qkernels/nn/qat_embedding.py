@@ -68,7 +68,10 @@ class QATTable(QATLayer):
 
     def _table(self, weight: Tensor) -> tuple[Tensor, bool]:
         """The quantized table, and whether the gradient of a lookup in it may be sparse."""
-        table = self.passed("weight", weight)
+        saved = weight
+        if self.max_norm is not None and self.weight_fake_quant is not None:
+            saved = weight.clone()  # the next call may scale the weight in place before this one's backward pass
+        table = self.passed("weight", saved)
         return table, bool(self.sparse) and table is weight
 
     def _lookup(self, index: Tensor) -> Callable[[Tensor], Tensor]:

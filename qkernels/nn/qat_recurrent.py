@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .fake_quantize import FakeQuantize
 from .qat_layer import QATLayer, Role
-from .quantizer_rules import QUANTIZERS
+from .quantizer_rules import RULES
 from .recurrent_forward import RecurrentForward
 from .recurrent_steps import STEPS, Products, SequenceQuantizer, States, run_steps
 from .tracing import call_as_leaf
@@ -53,7 +53,7 @@ class QATStateful(QATLayer):
             if role.kind not in ("hidden", "cell"):
                 continue
             if quantizer.quantizer == "ema":
-                others = ", ".join(kind for kind in QUANTIZERS if kind != "ema")
+                others = ", ".join(kind for kind, rule in RULES.items() if rule.inputs and kind != "ema")
                 raise ValueError(
                     f'{quantizer.name or name}: got quantizer="ema", whose averages would count every step, the last '
                     f"ones most; accepted: {others}"

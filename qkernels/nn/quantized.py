@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -264,38 +264,12 @@ class QuantizedLayer(nn.Module):
         arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, *arguments)
-        logical = self._logical()
-        expected = dict(logical)
-        for name, t in (*self._parameters.items(), *self._buffers.items()):
-            if name not in self._non_persistent_buffers_set and name not in self._unsaved():
-                expected[name] = None if t is None else (t.dtype, tuple(t.shape))
-        given: dict[str, Any] = {}
-        missing, errors = [], self._errors_of_form(prefix, state_dict.get(prefix + "codes_form"))
-        for name, form in expected.items():
-            key = prefix + name
-            if name in OLD_NAME and key not in state_dict and prefix + OLD_NAME[name] in state_dict:
-                key = prefix + OLD_NAME[name]
-            value = given[name] = state_dict.get(key)
-            if name in OLD_NAME and key != prefix + name and isinstance(value, Tensor):
-                try:
-                    value = given[name] = self._modernize(value)
-                except RuntimeError as error:
-                    errors.append(f"{key}: {error}")
-                    continue
-            if value is None:
-                missing += [] if form is None else [key]
-            elif form is None:
-                errors.append(f"{key}: got {_describe(value)}; accepted: none, as this layer has none")
-            elif (
-                not isinstance(value, Tensor) or tuple(value.shape) != form[1] or not self._takes(name, value, form[0])
-            ):
-                accepted = f"{form[0]} of shape {list(form[1])}"
-                errors.append(f"{key}: got {_describe(value)}; accepted: {accepted}")
+        given, missing, errors = self.given_in(state_dict, prefix)
         if missing or errors:
             missing_keys += missing
             error_msgs += errors
             return
-        if logical:
+        if logical := self._logical():
             assign = local_metadata.get("assign_to_params_buffers", False)
             device = None if assign else self._device()
             try:
@@ -317,6 +291,33 @@ class QuantizedLayer(nn.Module):
         finally:
             self._load_state_dict_pre_hooks = hooks
         self._share()
+
+    def given_in(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], list[str], list[str]]:
+        """The tensors that a state_dict has for this layer, by their names here; the keys that it lacks; errors."""
+        expected = dict(self._logical())
+        for name, t in (*self._parameters.items(), *self._buffers.items()):
+            if name not in self._non_persistent_buffers_set and name not in self._unsaved():
+                expected[name] = None if t is None else (t.dtype, tuple(t.shape))
+        given: dict[str, Any] = {}
+        missing, errors = [], self._errors_of_form(prefix, state_dict.get(prefix + "codes_form"))
+        for name, form in expected.items():
+            key = prefix + name
+            if name in OLD_NAME and key not in state_dict and prefix + OLD_NAME[name] in state_dict:
+                key = prefix + OLD_NAME[name]
+            value = given[name] = state_dict.get(key)
+            if name in OLD_NAME and key != prefix + name and isinstance(value, Tensor):
+                try:
+                    value = given[name] = self._modernize(value)
+                except RuntimeError as error:
+                    errors.append(f"{key}: {error}")
+                    continue
+            if value is None:
+                missing += [] if form is None else [key]
+            elif form is None:
+                errors.append(f"{key}: got {_describe(value)}; accepted: none, as this layer has none")
+            elif not isinstance(value, Tensor) or value.shape != form[1] or not self._takes(name, value, form[0]):
+                errors.append(f"{key}: got {_describe(value)}; accepted: {form[0]} of shape {list(form[1])}")
+        return given, missing, errors
 
     def _errors_of_form(self, prefix: str, form: Any) -> list[str]:
         """The errors of a state's ``codes_form``, if it has one: another weight's codes may take as many bytes."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .. import checks
 from ..ops.dynamic import range_of_bits
@@ -51,7 +54,9 @@ def resolve(quantizer: str, bits: int, symmetric: bool | None, straight_through:
         ValueError: an unknown name, or values that do not go together.
     """
     if quantizer not in RULES:
-        raise ValueError(f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}")
+        raise ValueError(
+            f"quantizer: got {quantizer!r}; accepted: {', '.join(QUANTIZERS)}{nearest(quantizer, QUANTIZERS)}"
+        )
     rule = RULES[quantizer]
     check_bits(quantizer, bits)
     if symmetric is None:
@@ -61,7 +66,9 @@ def resolve(quantizer: str, bits: int, symmetric: bool | None, straight_through:
     if straight_through is None:
         straight_through = rule.straight_through[0]
     if straight_through not in WAYS:
-        raise ValueError(f"straight_through: got {straight_through!r}; accepted: {', '.join(WAYS)}")
+        raise ValueError(
+            f"straight_through: got {straight_through!r}; accepted: {', '.join(WAYS)}{nearest(straight_through, WAYS)}"
+        )
     if straight_through not in rule.straight_through:
         raise ValueError(
             f'straight_through: got {straight_through!r} with quantizer="{quantizer}"; accepted: '
@@ -87,6 +94,14 @@ def check_tensor(quantizer: str, is_weight: bool) -> None:
             f'quantizer: got "{quantizer}" for an input (no shape); accepted: {_names(weights=False)}, or the shape of '
             "a weight"
         )
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The hint that ends an error about an unknown name; empty if no known one is like it, in capitals or not."""
+    known = list(known)
+    lower = [each.lower() for each in known]
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return f"; did you mean {known[lower.index(close[0])]!r}?" if close else ""
 
 
 def _names(weights: bool) -> str:

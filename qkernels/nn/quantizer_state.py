@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dynamic import range_of_bits
-from .granularity import Granularity, PerChannel, PerTensor
+from .granularity import Granularity, PerTensor, PerToken
 from .last_result import LastResult
 from .learned_scale import LOG_LIMIT, MSE_BITS, learned_scale
 from .quantizer_rules import check_bits, check_tensor, resolve
@@ -96,11 +96,8 @@ class QuantizerState(nn.Module):
         check_tensor(quantizer, self.is_weight)
         self._numel: int | None = None
         if quantizer == "dynamic":
-            if isinstance(granularity, PerChannel) and granularity.axis != 0:
-                raise ValueError(
-                    f'granularity: got {granularity} with quantizer="dynamic"; accepted: PerChannel(0), PerTensor(), '
-                    "PerToken(), PerGroup(size)"
-                )
+            if shape is not None and not isinstance(granularity, PerToken):
+                granularity.scale_shape(shape)  # which refuses what does not fit the shape
             self.register_buffer("fake_quant_on", torch.ones(1, dtype=torch.uint8))
             return
         scale_shape = granularity.scale_shape(shape)

@@ -116,8 +116,7 @@ def follow(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point as ``follow_range`` moves them.
 
-    in_place: the given tensors are changed too, except under torch.func, which forbids it. The results are new tensors,
-    because a backward pass may save them and another call of this module in the same step may change the given ones.
+    in_place: the given tensors are changed and returned, except under torch.func, which forbids it; else these are new.
     On several ranks a zero point that is a Parameter stays for its gradient to move: each rank would move it by its own
     x, and no rank sends parameters to the others as the first one sends its buffers.
     """
@@ -132,9 +131,9 @@ def follow(
         return followed(x, scale, zero_point, **rule)
     if isinstance(zero_point, nn.Parameter) and _of_many_ranks():
         follow_range(x, scale, zero_point.detach().clone(), **rule)
-        return scale.clone(), zero_point
-    follow_range(x, scale, zero_point, **rule)
-    return scale.clone(), None if zero_point is None else zero_point.clone()
+    else:
+        follow_range(x, scale, zero_point, **rule)
+    return scale, zero_point
 
 
 @torch.no_grad()

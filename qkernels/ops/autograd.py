@@ -165,34 +165,53 @@ def learnable(
         no_second: the text of the error if these gradients are differentiated.
         tensors: how many of the Function's arguments, the first ones, are tensors.
         taken: how many of the Function's arguments forward takes.
+
+    Returns:
+        A function of the Function's arguments and of ``source``: a parameter from which scale was computed, and what
+        scale's gradient is multiplied by to become its. What a quantizer may move in place is then kept as it is now.
     """
     run_forward, run_backward, more, last = forward, backward, tensors - 3, taken - 3
 
     class Learnable(Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, scale: Tensor, second: Tensor | None, *rest: Any) -> Any:
+        def forward(
+            ctx: Any, log_scale: Any, slope: Any, x: Tensor, scale: Tensor, second: Tensor | None, *rest: Any
+        ) -> Any:
+            ctx.dtype = None
+            if log_scale is not None:
+                ctx.dtype = log_scale.dtype
+                if second is not None:  # its quantizer may move it in place before the backward pass
+                    second = second.detach().clone()
             if more:
-                ctx.save_for_backward(x, scale, second, *rest[:more])
+                ctx.save_for_backward(slope, x, scale, second, *rest[:more])
                 ctx.rest = rest[more:]
             else:
-                ctx.save_for_backward(x, scale, second)
+                ctx.save_for_backward(slope, x, scale, second)
                 ctx.rest = rest
             return run_forward(x, scale, second, *rest[:last])
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
-            saved, rest = ctx.saved_tensors, ctx.rest
+            (slope, *saved), rest = ctx.saved_tensors, ctx.rest
             if again(grad):
                 with torch.no_grad():
                     gradients = run_backward(grad, *saved, *rest)
                 dx, dscale, dsecond = without_second_derivative(no_second, gradients, (grad, *saved))
             else:
                 dx, dscale, dsecond = run_backward(grad, *saved, *rest)
-            learns = saved[2] is not None and ctx.needs_input_grad[2]
+            dlog_scale = None
+            if ctx.dtype is not None:
+                dlog_scale, dscale = (dscale * slope).to(ctx.dtype), None
+            learns = saved[2] is not None and ctx.needs_input_grad[4]
             nones = (None,) * (len(saved) + len(rest) - 3)
-            return dx, dscale, gradient_of(saved[2], dsecond) if learns else None, *nones
+            return dlog_scale, None, dx, dscale, gradient_of(saved[2], dsecond) if learns else None, *nones
 
-    return entered(Learnable)
+    apply = entered(Learnable)
+
+    def learn(*args: Any, source: tuple[Tensor | None, Tensor | None] = (None, None)) -> Any:
+        return apply(*source, *args)
+
+    return learn
 
 
 def gradient_of(param: Tensor, total: Tensor) -> Tensor:

@@ -174,6 +174,29 @@ def fake_quantize(
     return _forward(x, scale, zero_point, quant_min, quant_max)
 
 
+def fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    source: tuple[Tensor, Tensor],
+    *,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    straight_through: str,
+    ewgs_delta: float,
+) -> Tensor:
+    """``fake_quantize`` whose scale was computed from a parameter, which gets its gradient from the same autograd node.
+
+    source: that parameter, and what scale's gradient is multiplied by to become its. Not under torch.func's transforms.
+    """
+    if straight_through in ("clip", "lsq"):
+        lsq = straight_through == "lsq"
+        return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor, lsq, source=source)  # type: ignore[no-any-return]
+    variant = straight_through, ewgs_delta, grad_factor
+    return _variant(x, scale, zero_point, quant_min, quant_max, *variant, source=source)  # type: ignore[no-any-return]
+
+
 def as_tensors(
     x: Tensor, scale: Tensor | float, zero_point: Tensor | int | None, quant_min: int, quant_max: int
 ) -> tuple[Tensor, Tensor | None]:

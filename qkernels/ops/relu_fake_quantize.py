@@ -88,3 +88,18 @@ def relu_fake_quantize(
         if x.requires_grad:
             return (_kept if is_kept(x) else _masked)(x, scale, zero_point, quant_min, quant_max, lsq)
     return _forward(x, scale, zero_point, quant_min, quant_max)
+
+
+def relu_fake_quantize_learned(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    source: tuple[Tensor, Tensor],
+    *,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+    lsq: bool,
+) -> Tensor:
+    """``relu_fake_quantize`` as ``fake_quantize_learned`` is ``fake_quantize``."""
+    return _learnable(x, scale, zero_point, quant_min, quant_max, grad_factor, lsq, source=source)  # type: ignore[no-any-return]

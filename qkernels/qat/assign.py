@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..nn.quantizer_rules import nearest
 from .choices import Choice, Picked, best, cheapest, front, total
 from .config import QConfig, Rule
 from .sensitivity_table import Sensitivity, SensitivityRow
-from .spec import listed, nearest
+from .spec import listed
 
 COSTS = ("bytes", "bits", "bitops")
 FLOAT_BITS = 32  # of the side of a product that is not quantized

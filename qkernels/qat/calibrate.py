@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_lazy import QATLazy
+from ..nn.quantizer_rules import nearest
 from ..ops.statistics import check_percentile
 from .fold import eval_mode
 from .observed import Observed, Unusable
@@ -93,7 +94,7 @@ def calibrate(
     """
     check_module(model)
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}")
+        raise ValueError(f"method: got {method!r}; accepted: {', '.join(METHODS)}{nearest(method, METHODS)}")
     check_max_batches(max_batches)
     check_percentile(percentile)
     fallback_range = _range_of(fallback)

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from ..nn.qat_classes import QUANTIZABLE
-from ..nn.quantizer_rules import RULES
+from ..nn.quantizer_rules import RULES, nearest
 from .config_json import plain, rules_of, spec_of
-from .spec import QSpec, check_keys, nearest
+from .spec import QSpec, check_keys
 
 Overrides = Mapping[str, Any]
 Rule = tuple[str | type[nn.Module], Overrides | None]

@@ -30,7 +30,7 @@ from .integer_convolution import integer_convolution, times
 from .integer_layers import integer_attention, integer_embedding, integer_linear, integer_recurrent
 from .selection import no_integers, to_int4
 from .spec import listed
-from .states import remove_check
+from .states import check_state, remove_check
 
 BURNT_IN = "why_float"  # attribute of a converted layer whose float weights hold the quantized values, for report
 FOLDED = "batch_norm_class"  # attribute of the Identity in place of a folded BatchNorm: the name of that one's class
@@ -89,7 +89,9 @@ def convert(model: nn.Module) -> nn.Module:
     remove_sending(converted)
     remove_check(converted)
     bake_weights(converted)
-    return fuse(replace_layers(converted, find_folds(converted)))
+    converted = fuse(replace_layers(converted, find_folds(converted)))
+    converted.register_load_state_dict_pre_hook(check_state)
+    return converted
 
 
 def check_calibrated(model: nn.Module, weights_only: bool = False) -> None:

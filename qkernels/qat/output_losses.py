@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.qat_layer import QATLayer
+from ..nn.quantizer_rules import nearest
 from .calibrate import call, check_shapes, quantizers_of, quantizers_replaced, tensors_in, uncompiled
 from .fold import BatchNorm, eval_mode
 from .model_losses import total, wide
@@ -188,6 +189,8 @@ def _first(value: Any, name: str) -> Tensor:
 
 def check_divergence(measure: str, temperature: float) -> None:
     if measure not in MEASURES:
-        raise ValueError(f"measure: got {measure!r}; accepted: {', '.join(map(repr, MEASURES))}")
+        raise ValueError(
+            f"measure: got {measure!r}; accepted: {', '.join(map(repr, MEASURES))}{nearest(measure, MEASURES)}"
+        )
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature!r}; accepted: a positive number")

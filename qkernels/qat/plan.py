@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..nn.granularity import PerTensor
+from ..nn.granularity import PerTensor, PerToken
 from ..nn.learned_scale import MSE_BITS
 from ..nn.own_forward import Trial
 from ..nn.qat import QATConv1d, QATConv2d, QATConv3d, QATLinear
@@ -20,12 +20,13 @@ from ..nn.qat_conv_transpose import QATConvTranspose1d, QATConvTranspose2d, QATC
 from ..nn.qat_layer import QATLayer, Role
 from ..nn.qat_lora import QATAdapted, has_adapters
 from ..nn.quantized_parameters import VALUES
+from ..nn.quantizer_rules import nearest
 from .adapters import Adapters, deciding, find_adapters
 from .config import QConfig, Rule, matches
 from .residual import Residuals, find_residuals, tensor_name
 from .selection import float_reason
 from .sharing import find_inputs
-from .spec import QSpec, nearest
+from .spec import QSpec
 from .weight_readers import WeightReaders
 
 Specs = dict[str, QSpec | None]
@@ -64,7 +65,8 @@ def check_rules(model: nn.Module, config: QConfig) -> None:
     for pattern in config.idle_rules(modules, parameters):
         if isinstance(pattern, str):
             raise ValueError(
-                f"rules: {pattern!r} matches no module and no parameter of the model{nearest(pattern, modules)}"
+                f"rules: {pattern!r} matches no module and no parameter of the model"
+                + nearest(pattern, (*modules, *parameters))
             )
         warnings.warn(f"rules: {pattern.__name__} matches no module of the model", stacklevel=3)
     first = {module: name for name, module in model.named_modules()}
@@ -168,6 +170,8 @@ def _calibrated(spec: Any) -> Any:
     """The spec for an input of the model, which needs no gradient: to learn its scale would ask for one."""
     if spec is None or spec.quantizer != "lsq" or spec.bits <= MSE_BITS:
         return spec
+    if isinstance(spec.granularity, PerToken):
+        return spec  # which is refused, in the user's words
     return dataclasses.replace(spec, quantizer="minmax", straight_through=None)
 
 

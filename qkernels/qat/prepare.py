@@ -18,6 +18,7 @@ from ..nn.qat_lazy import QATLazy
 from ..nn.qat_sequential import join
 from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_parameters import QATParameters
+from ..nn.quantizer_rules import nearest
 from .config import QConfig
 from .copying import become, copy_of, is_sharded_model, replace_modules
 from .equal_ranges import send_ranges
@@ -26,7 +27,7 @@ from .plan import Plan, check_rules, plan_of
 from .presets import presets
 from .residual import may_hold_sums
 from .selection import unsupported
-from .spec import QSpec, nearest
+from .spec import QSpec
 from .states import check_state
 from .weight_readers import find_weight_readers
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..nn.granularity import PerGroup
+from ..nn.quantizer_rules import nearest
 from .config import QConfig
-from .spec import QSpec, nearest
+from .spec import QSpec
 
 _INPUT = QSpec(8, symmetric=False)
 _CONFIGS = {

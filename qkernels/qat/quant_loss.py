@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.quantizer_rules import nearest
 from . import losses
 from .calibrate import check_module, check_shapes, quantizers_of, unwrapped
 from .losses import Term, Weight, check_factor, check_term
-from .spec import listed, nearest
+from .spec import listed
 
 TERMS: dict[str, Callable[..., Tensor]] = {
     name: getattr(losses, name) for name in losses.__all__ if name not in ("Term", "divergence")

@@ -73,6 +73,8 @@ def rebuild(model: nn.Module, found: Description) -> nn.Module:
         if send_ranges not in prepared._forward_hooks.values():
             prepared.register_forward_hook(send_ranges)
             prepared.register_load_state_dict_pre_hook(check_state)
+    if not found["prepared"]:
+        model.register_load_state_dict_pre_hook(check_state)  # as convert does
     refuse([*build.differences, *_differences(describe(model), found)])
     return model
 

@@ -13,13 +13,14 @@ from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
 from ..nn.qat_lora import QATAdapted
 from ..nn.quantized_parameters import QATParameters
+from ..nn.quantizer_rules import nearest
 from .calibrate import check_shapes, unwrapped
 from .config import QConfig
 from .prepare import prepare
 from .repeated_batches import batches_of, random_state_kept
 from .scores import Scores, fisher_scores, hessian_scores, output_scores
 from .sensitivity_table import METRICS, Sensitivity, SensitivityRow, Specs
-from .spec import QSpec, check_type, nearest
+from .spec import QSpec, check_type
 from .trials import KINDS, Group, Trials
 
 WITH_LOSS = ("loss", "fisher", "hessian")

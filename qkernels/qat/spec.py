@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.granularity import Granularity, PerChannel, PerTensor, PerToken
 from ..nn.qat_layer import Role
-from ..nn.quantizer_rules import QUANTIZERS, resolve
+from ..nn.quantizer_rules import QUANTIZERS, nearest, resolve
 
 GRANULARITIES = "PerTensor(), PerChannel(axis), PerGroup(size), PerToken()"
 
@@ -50,11 +49,6 @@ class QSpec:
             check_type("straight_through", self.straight_through, str, "a name as in fake_quantize, None")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits: got {self.bits!r}; accepted: 2 to 8")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(
-                f"quantizer: got {self.quantizer!r}; accepted: {', '.join(QUANTIZERS)}"
-                + nearest(self.quantizer, QUANTIZERS)
-            )
         if self.granularity is not None and not isinstance(self.granularity, Granularity):
             hint = ""
             if inspect.isclass(self.granularity) and issubclass(self.granularity, Granularity):
@@ -119,9 +113,3 @@ def listed(names: Iterable[str], separator: str = ", ") -> str:
     every = [name or "(model)" for name in names]
     more = [f"and {len(every) - 3} more"] if len(every) > 3 else []
     return separator.join(every[:3] + more)
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """The hint that ends an error about an unknown name; empty if no known one is like it."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

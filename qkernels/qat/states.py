@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..nn.fake_quantize import FakeQuantize
 from ..nn.qat_layer import QATLayer
+from ..nn.quantized import QuantizedLayer
 from .spec import listed
 
 # Modules with a loading of their own may take other shapes than they hold.
@@ -17,7 +18,7 @@ PLAIN = (nn.Module._load_from_state_dict, QATLayer._load_from_state_dict)
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """A hook that ``prepare`` gives its result: torch itself would load what fits and raise afterwards.
+    """A hook of prepared and converted models: torch itself would load what fits and raise afterwards.
 
     Raises:
         RuntimeError: a tensor of another shape, a quantizer of another width, or no key that the model has.
@@ -25,7 +26,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: 
     if prefix or not state:
         return
     known = {name.partition(".")[0] for name, _ in (*model.named_parameters(), *model.named_modules()) if name}
-    if not any(key.partition(".")[0] in known for key in state):
+    if not isinstance(model, QuantizedLayer) and not any(key.partition(".")[0] in known for key in state):
         raise RuntimeError(
             f"state_dict: got one whose keys begin with {next(iter(state))!r}; accepted: that of this model, whose "
             f"keys begin with {next(iter(model.state_dict()))!r}. Nothing was loaded"
@@ -34,7 +35,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *args: 
     if wrong:
         raise RuntimeError(
             f"state_dict: got one of another model or config: {listed(wrong, '; ')}. Nothing was loaded; "
-            "prepare a model like the one that was saved, with its config"
+            "prepare (and convert) a model like the one that was saved, with its config"
         )
 
 
@@ -51,7 +52,13 @@ def _differences(model: nn.Module, state: Mapping[str, Any]) -> Iterator[str]:
                 own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
                 if fault := module.fault_of_state(own, scale):
                     yield f"{prefix}scale: {fault}"
-        elif type(module)._load_from_state_dict in PLAIN and (module is model or not module._load_state_dict_pre_hooks):
+        elif module is not model and module._load_state_dict_pre_hooks:
+            continue  # which may change the state
+        elif isinstance(module, QuantizedLayer):
+            yield from module.given_in(state, prefix)[2]
+        elif isinstance(module, QATLayer) and prefix + "codes_form" in state:
+            yield f"{prefix}codes: got those of a converted layer; accepted: the state of a prepared or a float one"
+        elif type(module)._load_from_state_dict in PLAIN:
             for key, own in (*module._parameters.items(), *module._buffers.items()):
                 given = state.get(prefix + key)
                 if own is None or not isinstance(given, Tensor) or is_lazy(own) or own.dim() == 0:

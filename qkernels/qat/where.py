@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Sequence
 
-from .spec import listed, nearest
+from ..nn.quantizer_rules import nearest
+from .spec import listed
 
 Where = str | Sequence[str]
 

@@ -1,10 +1,6 @@
 // Checks and scratch memory that the int8 and int4 linear, matmul and convolution ops share.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <limits>
 #include <string>
@@ -181,18 +177,6 @@ inline RowBlocks row_blocks(int64_t m, int64_t n_panels, int64_t row_stride, int
   const int64_t tiles = (m + count * tile_rows - 1) / (count * tile_rows);
   const int64_t rows = std::max<int64_t>(1, tiles * tile_rows);
   return {rows, (m + rows - 1) / rows};
-}
-
-// Every call reads the weights end to end. Where they come from beyond the second-level cache, finding pages limits the
-// speed: with huge pages one thread reads 45 GB/s instead of 30. Call this before the memory is first written; nothing
-// depends on its success.
-inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 inline size_t element_size(Element type) {
