@@ -45,3 +45,23 @@ def test_linear_on_bf16(compare: Callable[..., None], threads: int, group_size: 
             tolerance=0.004,
             peer_tolerance=0.01,
         )
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (4096, 4096), (11008, 4096)])
+@pytest.mark.parametrize("m", [1, 4, 16, 64])
+@pytest.mark.parametrize("group_size", [128, 32], ids=lambda group_size: f"g{group_size}")
+@pytest.mark.parametrize("act_bits", [8, 16], ids=lambda act_bits: f"a{act_bits}")
+@pytest.mark.parametrize("bits", [2, 3], ids=lambda bits: f"w{bits}")
+def test_low_bits(
+    compare: Callable[..., None], threads: int, bits: int, act_bits: int, group_size: int, m: int, n: int, k: int
+) -> None:
+    """fp32 in and out; against the same codes as int4, and for 2 bits on int8 activations against onnxruntime."""
+    x, (q, scale) = torch.randn(m, k), peers.int4_weight(n, k, group_size, bits=bits)
+    dense, wide = qk.PackedInt.from_quantized(q, scale, bits=bits), qk.PackedInt4.from_quantized(q, scale)
+    others = peers.two_bit_linear(x, q, scale, threads) if (bits, act_bits) == (2, 8) else {}
+    compare(
+        lambda: qk.int4_linear(x, dense, act_bits=act_bits),
+        {"int4": lambda: qk.int4_linear(x, wide, act_bits=act_bits), **others},
+        x.double() @ peers.dequantized(q, scale).double().t(),
+        tolerance=0.02 if act_bits == 8 else 2e-5,
+    )

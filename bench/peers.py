@@ -76,9 +76,16 @@ def linear_dynamic(engine: str, x: Tensor, w: Tensor) -> Call:
 
 
 def onnxruntime_linear(
-    op: str, x: Tensor, n: int, constants: dict[str, Any], threads: int, copies: int, **attributes: int
+    op: str,
+    x: Tensor,
+    n: int,
+    constants: dict[str, Any],
+    threads: int,
+    copies: int,
+    settings: tuple[str, ...] = (),
+    **attributes: int,
 ) -> Call:
-    """x and constants into one node with N outputs. Each session has a thread pool of its own."""
+    """x and constants into one node with N outputs. Each session has a thread pool of its own; it turns settings on."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
@@ -94,7 +101,9 @@ def onnxruntime_linear(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if copies > 1:  # else their pools spin on each other's cores: 8 in turn took 2 to 8 times as long as one
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        settings = (*settings, "session.force_spinning_stop")
+    for name in settings:
+        options.add_session_config_entry(name, "1")
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
@@ -212,11 +221,12 @@ def lstm(layer: torch.nn.LSTM, x: Tensor) -> dict[str, Call | None]:
 # ones, and their product where it quantizes for itself: int4_weight makes codes that quantizing by the range recovers.
 
 
-def int4_weight(n: int, k: int, group_size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Random codes that reach −8 and 7 in every group, and scales that bf16 holds."""
+def int4_weight(n: int, k: int, group_size: int, device: str = "cpu", bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Random codes that reach the lowest and the highest in every group, and scales that bf16 holds."""
     size = k if group_size == -1 else group_size
-    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
-    q[:, ::size], q[:, 1::size] = -8, 7
+    end = 1 << bits - 1
+    q = torch.randint(-end, end, (n, k), dtype=torch.int8, device=device)
+    q[:, ::size], q[:, 1::size] = -end, end - 1
     scale = (torch.rand(n, k // size, device=device) + 0.5) / (4.6 * k**0.5)  # 4.6: the codes' standard deviation
     return q, scale.bfloat16().float()
 
@@ -243,17 +253,29 @@ def torch_int4pack(x: Tensor, q: Tensor, scale: Tensor) -> Call:
     return lambda: torch._weight_int4pack_mm_for_cpu(x, packed, size, scale_and_zero)
 
 
-def onnxruntime_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, copies: int, act_bits: int) -> Call:
+def onnxruntime_bits(
+    x: Tensor, q: Tensor, scale: Tensor, threads: int, copies: int, act_bits: int, bits: int = 4, *settings: str
+) -> Call:
     """MatMulNBits; accuracy_level 4: on int8 activations, quantized in groups as the weight is; 1: in fp32."""
     n, k = q.shape
     size, scale = in_blocks(q, scale, (16, 32, 64, 128, 256))
-    codes = (q + 8).to(torch.uint8)
-    packed = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(n, k // size, size // 2)
+    codes = (q + (1 << bits - 1)).to(torch.uint8).view(n, k // size, size * bits // 8, 8 // bits)
+    packed = (codes << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     constants = {"w": packed.numpy(), "s": scale.numpy()}
-    level = 4 if act_bits == 8 else 1
-    return onnxruntime_linear(
-        "MatMulNBits", x, n, constants, threads, copies, K=k, N=n, bits=4, block_size=size, accuracy_level=level
-    )
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": size, "accuracy_level": 4 if act_bits == 8 else 1}
+    return onnxruntime_linear("MatMulNBits", x, n, constants, threads, copies, settings, **attributes)
+
+
+def two_bit_linear(x: Tensor, q: Tensor, scale: Tensor, threads: int) -> dict[str, Call | None]:
+    """onnxruntime's two ways to multiply int8 activations with codes −2…1: in dot products, and by tables of sums."""
+
+    def way(*settings: str) -> Callable[[], Call]:
+        return lambda: onnxruntime_bits(x, q, scale, threads, 1, 8, 2, *settings)
+
+    return {
+        "onnxruntime": find("onnxruntime, 2 bits", way()),
+        "onnxruntime tables": find("onnxruntime tables, 2 bits", way("mlas.use_lut_gemm")),
+    }
 
 
 def openvino_int4(x: Tensor, q: Tensor, scale: Tensor, threads: int, options: dict[str, Any]) -> Call:
@@ -310,7 +332,7 @@ def int4_linear(
             "OpenVINO bf16": openvino(DYNAMIC_QUANTIZATION_GROUP_SIZE=0, INFERENCE_PRECISION_HINT="bf16"),
         }
     builders = {
-        "onnxruntime": lambda: onnxruntime_int4(x, q, scale, threads, copies, act_bits),
+        "onnxruntime": lambda: onnxruntime_bits(x, q, scale, threads, copies, act_bits),
         **by_openvino,
         "torch int4pack": lambda: torch_int4pack(half, q, scale),
         "torchao": lambda: torchao_int4(x, w, group_size, act_bits),

@@ -62,13 +62,16 @@ template <typename... Args>
     if (!(condition)) ::qkernels::fail(__VA_ARGS__); \
   } while (0)
 
-inline std::string shape_of(const Tensor& t) {
+template <typename Sizes>
+std::string shape_of_sizes(const Sizes& sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.sizes()[i];
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << ']';
   return text.str();
 }
+
+inline std::string shape_of(const Tensor& t) { return shape_of_sizes(t.sizes()); }
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {

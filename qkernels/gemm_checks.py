@@ -234,13 +234,14 @@ def weight_group_size(group_size: int, k: int) -> None:
     )
 
 
-def int4_data(data: Tensor, n: int, k: int, group_size: int, layout: str) -> None:
-    """data is an int4 weight [N, K] in this layout."""
+def int4_data(data: Tensor, n: int, k: int, group_size: int) -> None:
+    """data is a weight [N, K] of 2 to 4 bits, in the layout that its dims tell."""
     require(data.dtype == torch.uint8, f"data: got {data.dtype}; accepted: torch.uint8")
-    expected = layouts.int4_shape(layout, n, k, group_size)
+    bits = layouts.int4_bits(data)
+    expected = layouts.int4_shape(layouts.int4_layout(data), n, k, group_size, bits)
     require(
         tuple(data.shape) == expected,
-        f"data: got shape {list(data.shape)}; accepted: what PackedInt4 holds for N = {n} and K = {k}, "
+        f"data: got shape {list(data.shape)}; accepted: what PackedInt holds for N = {n}, K = {k} and {bits} bits, "
         f"{list(expected)}",
     )
     require(data.is_contiguous(), "data: got strided memory; accepted: contiguous")
@@ -251,7 +252,7 @@ def int4_groups(name: str, t: Tensor, n: int, groups: int, layout: str) -> None:
     expected = layouts.groups_shape(layout, n, groups)
     require(
         tuple(t.shape) == expected,
-        f"{name}: got shape {list(t.shape)}; accepted: what PackedInt4 holds for N = {n} and {groups} groups, "
+        f"{name}: got shape {list(t.shape)}; accepted: what PackedInt holds for N = {n} and {groups} groups, "
         f"{list(expected)}",
     )
     require(t.is_contiguous(), f"{name}: got strided memory; accepted: contiguous")
@@ -301,7 +302,7 @@ def int4_linear(
     )
     max_k("x", k)
     layout = layouts.int4_layout(data)
-    int4_data(data, n, k, group_size, layout)
+    int4_data(data, n, k, group_size)
     weight_group_size(group_size, k)
     groups = layouts.groups_of(k, group_size)
     int4_groups("scale", scale, n, groups, layout)

@@ -53,6 +53,7 @@ def empty_aligned_rows(like: Tensor, rows: int, columns: int) -> Tensor:
 # order of bytes changes.
 
 PANELS = "panels-1"
+PLANES = "planes-1"  # panels of 2 and 3 bits
 ROWS = "rows-1"  # int8
 HALVES = "halves-1"  # int4
 PANEL = 32  # output channels of one panel
@@ -297,6 +298,14 @@ def inputs_first(t: Tensor, groups: int) -> Tensor:
 #     data[panel][k // 4][channel % 16][k % 4]
 #     panel 0, step 0:  c0|c16: k0 k1 k2 k3 | c1|c17: k0 k1 k2 k3 | … | c15|c31: k0 k1 k2 k3
 #
+# Codes of 2 and 3 bits in planes: panels with a block of 64 or 96 bytes for each 8 k. The first 64 hold the low two
+# bits of a code plus 2, or of 3 bits plus 4, so that a mask makes int4 panels of 4 k of them, and a shift of the other
+# 4. Three bits have a second plane with the highest bits: its byte i belongs to the bytes i and 32 + i of the first.
+#
+#     data[panel][k // 8][channel % 16 · 4 + k % 4]
+#     panel 0, block 0, from the low bits on:  byte 0: c0 k0 | c0 k4 | c16 k0 | c16 k4; byte 1: c0 k1 | c0 k5 | …
+#     second plane:  byte 0: c0 k0 | c8 k0 | c0 k4 | c8 k4 | c16 k0 | c24 k0 | c16 k4 | c24 k4; byte 1: c0 k1 | …
+#
 # int4 in halves: rows in which a byte holds the codes of k and k + half. So the low bits of ``half`` bytes are one
 # operand of tensor cores and the high bits another, without reordering, each within one group. Scales, zero points and
 # minima are [groups, N].
@@ -306,13 +315,18 @@ def inputs_first(t: Tensor, groups: int) -> Tensor:
 
 
 def int4_layout(data: Tensor) -> str:
-    """The layout of an int4 weight's data."""
-    return HALVES if data.dim() == 2 else PANELS
+    """The layout of a weight of 2 to 4 bits."""
+    return {2: HALVES, 3: PLANES}.get(data.dim(), PANELS)
 
 
-def int4_layout_on(device: torch.device) -> str:
+def int4_bits(data: Tensor) -> int:
+    """How many bits the layout has room for in a code: halves hold 2- and 3-bit codes as int4 codes."""
+    return (2 if data.shape[2] == 64 else 3) if int4_layout(data) == PLANES else 4
+
+
+def int4_layout_on(device: torch.device, bits: int = 4) -> str:
     """The layout that the kernels of a device take."""
-    return HALVES if device.type == "cuda" else PANELS
+    return HALVES if device.type == "cuda" else PANELS if bits == 4 else PLANES
 
 
 def groups_of(k: int, group_size: int) -> int:
@@ -324,7 +338,9 @@ def half_of(group_size: int, k: int) -> int:
     return 64 if group_size == k else next((half for half in (64, 32, 16) if group_size % half == 0), 64)
 
 
-def int4_shape(layout: str, n: int, k: int, group_size: int) -> tuple[int, ...]:
+def int4_shape(layout: str, n: int, k: int, group_size: int, bits: int = 4) -> tuple[int, ...]:
+    if layout == PLANES:
+        return panels_of(n), (k + 7) // 8, 32 * bits
     if layout == PANELS:
         return panels_of(n), (k + 3) // 4, PANEL // 2, 4
     half = half_of(group_size, k)
@@ -333,16 +349,30 @@ def int4_shape(layout: str, n: int, k: int, group_size: int) -> tuple[int, ...]:
 
 def groups_shape(layout: str, n: int, groups: int) -> tuple[int, ...]:
     """The shape of an int4 weight's scales, zero points or minima."""
-    return (panels_of(n), groups, PANEL) if layout == PANELS else (groups, n)
+    return (groups, n) if layout == HALVES else (panels_of(n), groups, PANEL)
 
 
-def int4_pack(q: Tensor) -> Tensor:
-    """Codes [N, K] in panels."""
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where in a byte codes of so many bits begin."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
+def int4_pack(q: Tensor, bits: int = 4) -> Tensor:
+    """Codes [N, K] in panels, or of 2 and 3 bits in planes."""
     n, k = q.shape
-    n_panels, steps, half, _ = int4_shape(PANELS, n, k, k)
-    codes = torch.nn.functional.pad((q + 8).to(torch.uint8) & 15, (0, steps * 4 - k, 0, n_panels * PANEL - n))
-    low, high = codes.view(n_panels, 2, half, steps, 4).unbind(1)
-    return (low | high << 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
+    offset, step = 1 << bits - 1, 4 if bits == 4 else 8
+    codes = torch.nn.functional.pad((q + offset).to(torch.uint8) & 2 * offset - 1, (0, -k % step, 0, -n % PANEL))
+    codes = codes.view(panels_of(n), 2, PANEL // 2, -(-k // step), step)
+    if bits == 4:
+        low, high = codes.unbind(1)
+        return (low | high << 4).permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format)
+    # panel, block, byte of the first plane, place in it
+    blocks = codes.unflatten(-1, (2, 4)).permute(0, 3, 2, 5, 1, 4).flatten(4).flatten(2, 3)
+    plane = ((blocks & 3) << _shifts(2, q.device)).sum(-1, dtype=torch.uint8)
+    if bits == 2:
+        return plane
+    highest = (blocks >> 2).unflatten(2, (2, 32)).permute(0, 1, 3, 4, 2).flatten(3)
+    return torch.cat((plane, (highest << _shifts(1, q.device)).sum(-1, dtype=torch.uint8)), 2)
 
 
 def int4_to_halves(q: Tensor, group_size: int) -> Tensor:
@@ -357,8 +387,18 @@ def int4_to_halves(q: Tensor, group_size: int) -> Tensor:
 
 
 def int4_unpack(data: Tensor, n: int, k: int, group_size: int) -> Tensor:
-    """The codes [N, K] of either layout."""
-    if int4_layout(data) == PANELS:
+    """The codes [N, K] of any layout."""
+    layout = int4_layout(data)
+    if layout == PLANES:
+        bits = int4_bits(data)
+        blocks = data[:, :, :64, None] >> _shifts(2, data.device) & 3
+        if bits == 3:
+            highest = data[:, :, 64:, None] >> _shifts(1, data.device) & 1
+            blocks = blocks | highest.unflatten(-1, (4, 2)).permute(0, 1, 4, 2, 3).flatten(2, 3) << 2
+        rows = blocks.unflatten(-1, (2, 2)).unflatten(2, (PANEL // 2, 4)).permute(0, 4, 2, 1, 5, 3)
+        codes = rows.reshape(data.shape[0] * PANEL, data.shape[1] * 8)
+        return codes[:n, :k].to(torch.int8) - (1 << bits - 1)
+    if layout == PANELS:
         n_panels, steps, half, _ = data.shape
         codes = torch.stack((data & 15, data >> 4), 1).permute(0, 1, 3, 2, 4).reshape(n_panels * 2 * half, steps * 4)
         return codes[:n, :k].to(torch.int8) - 8
@@ -376,8 +416,8 @@ def to_panels(t: Tensor) -> Tensor:
 
 
 def by_group(t: Tensor, n: int, layout: str) -> Tensor:
-    """Scales, zero points or minima of either layout as [N, groups]."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1])[:n] if layout == PANELS else t.t()
+    """Scales, zero points or minima of any layout as [N, groups]."""
+    return t.t() if layout == HALVES else t.transpose(1, 2).reshape(-1, t.shape[1])[:n]
 
 
 # Files hold codes as a stream of b-bit two's complement numbers along the last dim, low bits first.

@@ -26,8 +26,8 @@ def paths_of(header: Path) -> list[str]:
     """The paths that compile a header, the scalar one first."""
     if header.stem == "amx":  # the path that has the code of another one
         return ["avx512vnni"]
-    if header.stem in PATHS:
-        return [header.stem]
+    if (path := header.stem.split("_")[0]) in PATHS:
+        return [path]
     return [
         path
         for path in PATHS

@@ -9,7 +9,7 @@ import torch
 from conftest import paths_of
 from torch import Tensor
 
-from qkernels import library
+from qkernels import layouts, library
 from qkernels.ops.int4_gemm import PackedInt4
 
 FORMS = ("symmetric", "zero points", "minima")
@@ -53,13 +53,14 @@ def codes(*shape: int, low: int = -8, high: int = 7) -> Tensor:
     return torch.randint(low, high + 1, shape, dtype=torch.int8)
 
 
-def parts(n: int, k: int, group_size: int, form: str, dtype: torch.dtype = torch.float32) -> tuple:
+def parts(n: int, k: int, group_size: int, form: str, dtype: torch.dtype = torch.float32, bits: int = 4) -> tuple:
     """q, scale of either sign, zero point and minimum."""
+    low, high = layouts.code_range(bits)
     groups = k // group_size if k else 1
     scale = ((torch.rand(n, groups) + 0.1) * torch.where(torch.rand(n, groups) < 0.2, -0.01, 0.01)).to(dtype)
-    zero_point = codes(n, groups) if form == "zero points" else None
+    zero_point = codes(n, groups, low=low, high=high) if form == "zero points" else None
     minimum = (torch.randn(n, groups) * 0.1).to(dtype) if form == "minima" else None
-    return codes(n, k), scale, zero_point, minimum
+    return codes(n, k, low=low, high=high), scale, zero_point, minimum
 
 
 def pack(q: Tensor, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None) -> PackedInt4:

@@ -136,7 +136,7 @@ def kernels() -> None:
     """Those of a GPU: the CUDA kernels are there and compute as the reference does, and there are no CPU kernels."""
     from qkernels import layouts, library, registry, selfcheck
 
-    layouts.int4_layout_on = lambda device: layouts.HALVES
+    layouts.int4_layout_on = lambda device, bits=4: layouts.HALVES
     library.gpu, library.cuda_state[:] = "cpu", ["the build failed"] if Asked.build else [None]
 
     def pretended(kernel: registry.Kernel, reference: Any) -> registry.Kernel:

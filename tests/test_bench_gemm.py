@@ -110,6 +110,15 @@ def test_int4_peers_multiply_by_the_same_weight(peers: Any, act_bits: int, group
             assert error < (0.03 if act_bits == 8 else 0.01), name
 
 
+def test_two_bit_peers_multiply_by_the_same_weight(peers: Any) -> None:
+    torch.manual_seed(0)
+    x, (q, scale) = torch.randn(3, 192), peers.int4_weight(64, 192, 32, bits=2)
+    expected = x.double() @ peers.dequantized(q, scale).double().t()
+    for name, call in peers.two_bit_linear(x, q, scale, 1).items():
+        if call is not None:
+            assert (torch.as_tensor(call()).double() - expected).norm() / expected.norm() < 0.03, name
+
+
 def test_the_reason_for_a_missing_int4_peer_is_kept(peers: Any) -> None:
     q, scale = peers.int4_weight(16, 40, -1)
     assert peers.int4_linear(torch.randn(1, 40), q, scale, 1, 16)["torch int4pack"] is None

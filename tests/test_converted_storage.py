@@ -23,6 +23,18 @@ def stored(model: nn.Module) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_linear_layers_hold_their_bits_in_memory(bits):
+    linear = nn.Linear(128, 64)
+    prepared = prepare(linear, QConfig(QSpec(bits)))
+    calibrate(prepared, [torch.randn(2, 128)])
+    converted = convert(prepared)
+    assert converted.data.nbytes == converted.state_dict()["codes"].nbytes == 128 * 64 * bits // 8
+    (row,) = qk.report(converted).layers
+    assert (row.kind, row.weight_bits) == ("Int4Linear", bits)
+    assert row.quantized_bytes == stored(converted)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("input", [QSpec(8), None])
 def test_convolutions_are_stored_at_their_bits(input, bits):

@@ -13,7 +13,7 @@ from int4_cases import DTYPES, EMPTY, FORMS, SHAPES, codes, exact_weight, in_ord
 from torch import Tensor
 
 from qkernels import library
-from qkernels.ops.int4_gemm import PackedInt4, int4_linear
+from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
 pytestmark = pytest.mark.sanitized
@@ -45,6 +45,24 @@ def test_int8_activations(kernel: str, m: int, n: int, k: int, group_size: int, 
     scale_x = torch.rand(m)
     got = int4_linear(a, packed, bias, input_scale=scale_x, out_dtype=torch.float32)
     same(got, in_order(a, scale_x[:, None], 0, *weight) + bias)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), [*SHAPES, (3, 5, 65544, 65544)])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_low_bits(kernel: str, bits: int, m: int, n: int, k: int, group_size: int, form: str) -> None:
+    """Bit for bit what the same codes give as codes of 4 bits, whose values the tests around this one check."""
+    q, scale, zero_point, _ = parts(n, k, group_size, form, bits=bits)
+    dense = PackedInt.from_quantized(q, scale, zero_point, bits=bits)
+    wide = pack(q, scale, zero_point, None)
+    assert dense.data.numel() == (n + 31) // 32 * ((k + 7) // 8) * 32 * bits
+    x, bias = torch.randn(m, k), torch.randn(n)
+    for dtype, act_bits in itertools.product((torch.float32, torch.bfloat16), (8, 16)):
+        got = int4_linear(x.to(dtype), dense, bias, act_bits, out_dtype=torch.float32)
+        assert ran(kernel)
+        same(got, int4_linear(x.to(dtype), wide, bias, act_bits, out_dtype=torch.float32))
+    a, one = codes(m, k, low=-128, high=127), torch.ones(1)
+    same(int4_linear(a, dense, input_scale=one), int4_linear(a, wide, input_scale=one))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -260,10 +278,12 @@ def raw_args() -> list:
     [
         ("data: got torch.int8; accepted: torch.uint8", 1, lambda t: t.view(torch.int8)),
         (
-            r"data: got shape \[1, 15, 16, 4\]; accepted: what PackedInt4 holds for N = 6 and K = 64",
+            r"data: got shape \[1, 15, 16, 4\]; accepted: what PackedInt holds for N = 6, K = 64 and 4 bits",
             1,
             lambda t: t[:, :15],
         ),
+        (r"data: got shape \[1, 7, 64\]; accepted: .* 2 bits, \[1, 8, 64\]", 1, lambda t: t.view(1, 16, 64)[:, :7]),
+        (r"data: got shape \[1, 16, 65\]; accepted: .* 3 bits, \[1, 8, 96\]", 1, lambda t: t.new_zeros(1, 16, 65)),
         ("data: got strided memory", 1, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
         (r"scale: got shape \[1, 3, 32\]", 2, lambda t: t[:, :3]),
         ("scale: got torch.float64", 2, lambda t: t.double()),
@@ -285,6 +305,11 @@ def test_opcheck(op: str) -> None:
     args = raw_args()
     sample = {"int4_pack": (codes(6, 9),), "int4_unpack": (args[1], 6, 64), "int4_linear": tuple(args)}[op]
     torch.library.opcheck(getattr(torch.ops.qkernels, op).default, sample)
+    for bits in (2, 3):
+        q = codes(6, 64, low=-2, high=1)
+        args[1] = torch.ops.qkernels.int4_pack(q, bits)
+        sample = {"int4_pack": (q, bits), "int4_unpack": (args[1], 6, 64), "int4_linear": tuple(args)}[op]
+        torch.library.opcheck(getattr(torch.ops.qkernels, op).default, sample)
 
 
 def test_compile_and_export() -> None:

@@ -41,6 +41,29 @@ def test_pack_and_unpack(kernel: str, n: int, k: int) -> None:
         assert torch.equal(torch.ops.qkernels.int4_unpack(data, n, k), q)
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 4), (32, 8), (33, 9), (64, 67), (70, 132), (0, 8), (3, 0)])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_planes(kernel: str, bits: int, n: int, k: int) -> None:
+    """Each code lies where layouts.py draws it."""
+    low, high = layouts.code_range(bits)
+    whole = codes(2 * n + 1, 3 * k + 1, low=low, high=high)
+    for q in (whole[:n, :k], whole[1::2, 1::3][:n, :k], whole.t()[:n, :k]):
+        n, k = q.shape
+        data = torch.ops.qkernels.int4_pack(q, bits)
+        assert torch.equal(data, reference.int4_pack(q, bits))
+        assert torch.equal(torch.ops.qkernels.int4_unpack(data, n, k), q)
+        if n == 0 or k == 0:
+            continue
+        assert ran(kernel)
+        for channel, at in {(n - 1, k - 1), (n - 1, 0), (0, k - 1), (n // 2, k // 2)}:
+            block = data[channel // 32, at // 8].tolist()
+            byte, place = channel % 16 * 4 + at % 4, at % 8 // 4 + channel % 32 // 16 * 2
+            code = block[byte] >> 2 * place & 3
+            if bits == 3:
+                code |= (block[64 + byte % 32] >> 2 * place + byte // 32 & 1) << 2
+            assert code + low == int(q[channel, at])
+
+
 @pytest.mark.parametrize("k", [16, 33, 96, 240])
 @pytest.mark.parametrize("group_size", [16, 24, 32, 48, 240, -1])
 def test_gpu_layout_on_the_reference(k: int, group_size: int) -> None:
@@ -106,7 +129,7 @@ def test_unpack_is_exact_and_survives_pickling(bits: int, form: str) -> None:
         q = codes(n, k, low=low, high=high)
         zero_point = None if zero_point is None else zero_point.clamp(low, high)
         packed = PackedInt.from_quantized(q, scale, zero_point, minimum=minimum, bits=bits)
-        assert packed.layout == "panels-1"
+        assert packed.layout == ("panels-1" if bits == 4 else "planes-1")
         for p in (packed, pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed), packed.to("cpu")):
             assert (p.shape, p.group_size, p.bits) == ((n, k), size, bits)
             for got, want in zip(p.unpack(), (q, scale, zero_point, minimum), strict=True):

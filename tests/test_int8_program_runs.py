@@ -49,6 +49,25 @@ def network() -> Plan:
     return plan
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_sums_on_their_terms(size: int) -> None:
+    """Each sum of a stream of floats may lie on its last term; the first one is read again."""
+    plan = Plan()
+    x = plan.input()
+    q = plan.quantizer(0.05, 3)
+    codes = plan.quantize(x, q)
+    stream = first = plan.floats("conv", **plan.conv(codes, 20, 40))
+    for _ in range(3):
+        sums, codes = plan.keep("conv", q, True, **plan.conv(codes, 20 if stream == first else 40, 40),
+                                residual=stream, second="relu")  # fmt: skip
+        stream = str(sums)
+    plan.output(plan.floats("binary", kind="add", a=stream, b=first))
+    plan.output(plan.move("dequantize", str(codes), "f"))
+    image = torch.randn(3, 20, size, size)
+    for one, other in zip(run(plan, image), reference.int8_program([image], plan.constants, plan.text), strict=True):
+        same(one, other)
+
+
 def inputs(batch: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 4, 13, 11), torch.randn(batch, 10)
 

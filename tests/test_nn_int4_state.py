@@ -159,7 +159,7 @@ def test_a_move_to_a_gpu_repacks(kind, monkeypatch):
     x = example(layer)
     with qk.use_kernel("reference"):
         expected, state = layer(x), layer.state_dict()
-        monkeypatch.setattr(layouts, "int4_layout_on", lambda device: layouts.HALVES)
+        monkeypatch.setattr(layouts, "int4_layout_on", lambda device, bits=4: layouts.HALVES)
         moved = copy.deepcopy(layer).to("cpu")
         assert moved.data.shape == (37, 32)  # rows of 48 codes in halves of 16
         assert moved.packed_scale.shape == (3, 37)

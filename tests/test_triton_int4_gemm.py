@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qkernels as qk
 from qkernels import layouts
-from qkernels.ops.int4_gemm import PackedInt4, int4_linear
+from qkernels.ops.int4_gemm import PackedInt, PackedInt4, int4_linear
 from qkernels.reference import int4_gemm as reference
 
 if "triton" not in kernels_of("int4_linear"):
@@ -195,6 +195,13 @@ def test_the_cpu_layout_is_taken_and_said_once() -> None:
             warnings.simplefilter("always")
             check_same((torch.randn(3, 96), *of, None, 32, 8, None, None, -128, 127, torch.float32))
         assert [("packed for the CPU" in str(w.message)) for w in said] == [True] * (not params)
+    for bits in (2, 3):
+        low, high = layouts.code_range(bits)
+        with qk.use_kernel("reference"):
+            packed = PackedInt.from_quantized(q.clamp(low, high), scale, bits=bits)
+        assert packed.layout == "planes-1"
+        of = packed.data, packed.scale, None, None, packed.weight_sum
+        check_same((torch.randn(3, 96), *of, None, 32, 8, None, None, -128, 127, torch.float32))
 
 
 def test_what_is_slow_is_said_once() -> None:

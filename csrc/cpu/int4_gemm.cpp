@@ -7,42 +7,53 @@
 namespace qkernels {
 namespace {
 
-Tensor int4_pack(const Tensor& q) {
+std::vector<int64_t> packed_shape(int64_t n, int64_t k, int bits) {
+  if (bits == 4) return {panels(n), k_groups(k), kPanel / 2, 4};
+  return {panels(n), blocks_of(k), block_bytes(bits)};
+}
+
+Tensor int4_pack(const Tensor& q, int64_t width) {
   check_cpu("q", q);
   QK_CHECK(q.scalar_type() == ScalarType::Char, "q: got ", dtype_name(q.scalar_type()), "; accepted: torch.int8");
   QK_CHECK(q.dim() == 2, "q: got shape ", shape_of(q), "; accepted: [N, K]");
+  QK_CHECK(2 <= width && width <= 4, "bits: got ", width, "; accepted: 2, 3, 4");
+  const int bits = static_cast<int>(width);
   const int64_t n = q.size(0), k = q.size(1);
   check_k("q", k);
   const Int4Kernels& kernels = int4_kernels();
   record_isa(kernels.isa);
-  Tensor data = empty({panels(n), k_groups(k), kPanel / 2, 4}, ScalarType::Byte);
+  Tensor data = empty(packed_shape(n, k, bits), ScalarType::Byte);
   if (n == 0 || k == 0) return data;
   const int8_t* source = static_cast<const int8_t*>(q.data_ptr());
   uint8_t* packed = static_cast<uint8_t*>(data.data_ptr());
-  ask_for_huge_pages(packed, panels(n) * int4_panel_bytes(k));
+  const int64_t bytes = int4_panel_bytes(k, bits);
+  ask_for_huge_pages(packed, panels(n) * bytes);
   const int64_t stride_n = q.stride(0), stride_k = q.stride(1);
   torch::stable::parallel_for(0, panels(n), grain(kPointwiseGrain, kPanel * k), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       kernels.pack_panel(source + p * kPanel * stride_n, stride_n, stride_k, std::min<int64_t>(kPanel, n - p * kPanel),
-                         k, packed + p * int4_panel_bytes(k));
+                         k, bits, packed + p * bytes);
   });
   return data;
 }
 
-void check_packed(const Tensor& data, int64_t n, int64_t k) {
+// Returns the bits of a code, which the shape tells.
+int check_packed(const Tensor& data, int64_t n, int64_t k) {
   check_cpu("data", data);
   QK_CHECK(data.scalar_type() == ScalarType::Byte, "data: got ", dtype_name(data.scalar_type()),
            "; accepted: torch.uint8");
-  QK_CHECK(data.dim() == 4 && data.size(0) == panels(n) && data.size(1) == k_groups(k) && data.size(2) == kPanel / 2 &&
-               data.size(3) == 4,
-           "data: got shape ", shape_of(data), "; accepted: what PackedInt4 holds for N = ", n, " and K = ", k, ", [",
-           panels(n), ", ", k_groups(k), ", ", kPanel / 2, ", 4]");
+  const int bits = data.dim() != 3 ? 4 : data.size(2) == block_bytes(2) ? 2 : 3;
+  const std::vector<int64_t> shape = packed_shape(n, k, bits);
+  QK_CHECK(to_vector(data.sizes()) == shape, "data: got shape ", shape_of(data),
+           "; accepted: what PackedInt holds for N = ", n, ", K = ", k, " and ", bits, " bits, ",
+           shape_of_sizes(shape));
   QK_CHECK(data.is_contiguous(), "data: got strided memory; accepted: contiguous");
+  return bits;
 }
 
 Tensor int4_unpack(const Tensor& data, int64_t n, int64_t k) {
   QK_CHECK(n >= 0 && k >= 0, "n, k: got ", n, ", ", k, "; accepted: at least 0");
-  check_packed(data, n, k);
+  const int bits = check_packed(data, n, k);
   const Int4Kernels& kernels = int4_kernels();
   record_isa(kernels.isa);
   Tensor q = empty({n, k}, ScalarType::Char);
@@ -50,7 +61,7 @@ Tensor int4_unpack(const Tensor& data, int64_t n, int64_t k) {
   int8_t* codes = static_cast<int8_t*>(q.data_ptr());
   torch::stable::parallel_for(0, panels(n), grain(kPointwiseGrain, kPanel * k), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      kernels.unpack_panel(packed + p * int4_panel_bytes(k), std::min<int64_t>(kPanel, n - p * kPanel), k,
+      kernels.unpack_panel(packed + p * int4_panel_bytes(k, bits), std::min<int64_t>(kPanel, n - p * kPanel), k, bits,
                            codes + p * kPanel * k);
   });
   return q;
@@ -60,7 +71,7 @@ Tensor int4_unpack(const Tensor& data, int64_t n, int64_t k) {
 void check_groups(const char* name, const Tensor& t, int64_t n, int64_t groups) {
   check_cpu(name, t);
   QK_CHECK(t.dim() == 3 && t.size(0) == panels(n) && t.size(1) == groups && t.size(2) == kPanel, name, ": got shape ",
-           shape_of(t), "; accepted: what PackedInt4 holds for N = ", n, " and ", groups, " groups, [", panels(n), ", ",
+           shape_of(t), "; accepted: what PackedInt holds for N = ", n, " and ", groups, " groups, [", panels(n), ", ",
            groups, ", ", kPanel, "]");
   QK_CHECK(t.is_contiguous(), name, ": got strided memory; accepted: contiguous");
 }
@@ -71,7 +82,7 @@ struct Weights {
   Int4Panel at(int64_t panel) const {
     Int4Panel p = first;
     const int64_t values = panel * groups * kPanel;
-    p.data += panel * int4_panel_bytes(p.k);
+    p.data += panel * int4_panel_bytes(p.k, p.bits);
     p.scale = static_cast<const char*>(p.scale) + values * static_cast<int64_t>(element_size(p.type));
     if (p.zero_point) p.zero_point += values;
     if (p.minimum)
@@ -82,7 +93,7 @@ struct Weights {
 
 Weights weights_of(const Tensor& data, const Tensor& scale, const std::optional<Tensor>& zero_point,
                    const std::optional<Tensor>& minimum, int64_t n, int64_t k, int64_t group_size) {
-  check_packed(data, n, k);
+  const int bits = check_packed(data, n, k);
   QK_CHECK(group_size == k || (group_size >= 16 && group_size % 8 == 0 && k % group_size == 0), "group_size: got ",
            group_size, "; accepted: -1 or K = ", k, ", or a multiple of 8, from 16 on, that divides it");
   Weights w{};
@@ -93,6 +104,7 @@ Weights weights_of(const Tensor& data, const Tensor& scale, const std::optional<
   w.first.type = element_of("scale", scale.scalar_type());
   w.first.k = k;
   w.first.group_size = group_size;
+  w.first.bits = bits;
   if (zero_point) {
     QK_CHECK(!minimum, "minimum: got a tensor beside zero_point; accepted: one of them");
     check_groups("zero_point", *zero_point, n, w.groups);
@@ -214,7 +226,8 @@ Tensor int4_linear(const Tensor& x, const Tensor& data, const Tensor& scale, con
           row_kernels.copy_codes(reinterpret_cast<const int8_t*>(from), 1, k, 0, row_codes);
         else
           row_scales[static_cast<size_t>(r)] = row_kernels.quantize_row(from, type, k, qparams, 0, row_codes);
-        kernels.code_terms(reinterpret_cast<int8_t*>(row), k, group_size, affine, terms.data() + r, height);
+        kernels.code_terms(reinterpret_cast<int8_t*>(row), k, group_size, weights.first.bits, affine, terms.data() + r,
+                           height);
       }
     });
     Int4Output part = output;

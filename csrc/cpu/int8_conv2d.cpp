@@ -5,6 +5,7 @@
 
 #include "cpu/common/int8_ops.h"
 #include "cpu/int8_conv/convolve.h"
+#include "cpu/int8_conv/planes.h"
 #include "cpu/int8_conv/transposed.h"
 #include "cpu/int8_program/kernels.h"
 
@@ -298,9 +299,17 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& data, const Tensor& colsum, co
 
   const Quantizer quantizer = {q.scale, q.inverse, o.in_zero_point, static_cast<int32_t>(q.low),
                                static_cast<int32_t>(q.high)};
+  Team team;
+  if (takes_planes(g, o) && source.stride(3) == 1 && (g.out.h == 1 || source.stride(2) == width)) {
+    const Planes planes = {static_cast<const float*>(source.data_ptr()), batch, pixels, source.stride(0),
+                           source.stride(1)};
+    if (convolve_planes(g, planes, quantizer, static_cast<const int8_t*>(data.data_ptr()), o, team))
+      spread_nan(source, g, 0, batch, o);
+    if (x.scalar_type() != ScalarType::Float) torch::stable::copy_(out, result);
+    return out;
+  }
   const Size3 size = {1, x.size(2), x.size(3)};
   const int64_t bytes = (size.h + 2 * border.h) * (size.w + 2 * border.w) * g.in_channels;
-  Team team;
   const int64_t at_once = std::clamp<int64_t>(kCodesOfThread * team.threads() / std::max<int64_t>(bytes, 1), 1, batch);
   Codes codes(at_once, g.in_channels, size, g.padding, static_cast<uint8_t>(o.in_zero_point + 128));
   for (int64_t first = 0; first < batch; first += at_once, o.floats += at_once * o.floats_n) {

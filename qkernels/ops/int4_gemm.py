@@ -1,4 +1,4 @@
-"""The linear layer on packed, frozen int4 weights."""
+"""The linear layer on packed, frozen weights of 2 to 4 bits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from .weight_groups import grouped, quantize_groups, resolved_group_size
 
 def _int4_pack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
     if x.dim() == 2:
-        yield (torch.randint(-8, 8, x.shape, dtype=torch.int8),)
+        for bits in layouts.BITS:
+            low, high = layouts.code_range(bits)
+            yield torch.randint(low, high + 1, x.shape, dtype=torch.int8), bits
 
 
 def _int4_unpack_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
-    for (q,) in _int4_pack_samples(x):
-        yield reference.int4_pack(q), *q.shape
+    for q, bits in _int4_pack_samples(x):
+        yield reference.int4_pack(q, bits), *q.shape
 
 
 def _int4_linear_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -54,30 +56,22 @@ def _int4_linear_samples(x: Tensor) -> Iterator[tuple[Any, ...]]:
         if x.isfinite().all():
             yield x, data, scale, None, None, total, bias, size, 16, *dynamic
             yield x, data, scale, zero_point, None, total, bias, size, 16, *dynamic
+        for bits in (2, 3):
+            low, high = layouts.code_range(bits)
+            data = reference.int4_pack(torch.randint(low, high + 1, (33, k), dtype=torch.int8), bits)
+            yield x, data, scale, None, None, total, bias, size, 8, *dynamic
+            yield x, data, scale, zero_point, None, total, None, size, 8, *static
 
 
-def _fake_pack(q: Tensor) -> Tensor:
+def _fake_pack(q: Tensor, bits: int = 4) -> Tensor:
     n, k = q.shape
-    return q.new_empty(layouts.int4_shape(layouts.PANELS, n, k, k), dtype=torch.uint8)
+    layout = layouts.PANELS if bits == 4 else layouts.PLANES
+    return q.new_empty(layouts.int4_shape(layout, n, k, k, bits), dtype=torch.uint8)
 
 
-def _fake_linear(
-    x: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    act_bits: int,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    quant_min: int,
-    quant_max: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_sum.shape[0]), dtype=out_dtype)
+def _fake_linear(x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None,
+                 weight_sum: Tensor, *rest: Any) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], weight_sum.shape[0]), dtype=rest[-1])
 
 
 MAX_CUDA_ROWS = 64  # how many rows of x csrc/cuda takes
@@ -123,7 +117,7 @@ def _on_gpu(*args: Any) -> tuple[Any, ...]:
 
 _int4_pack = library.define(
     "int4_pack",
-    "(Tensor q) -> Tensor",
+    "(Tensor q, int bits=4) -> Tensor",
     reference.int4_pack,
     _fake_pack,
     cpu=("amx", "avx512vnni", "avx2", "scalar"),
@@ -155,7 +149,8 @@ _int4_linear = library.define(
 
 
 class PackedInt:
-    """A linear layer's weight [N, K] as integer codes of 2, 3 or 4 bits, two to a byte as the int4 kernels stream them.
+    """A linear layer's weight [N, K] as integer codes of 2, 3 or 4 bits, as the kernels stream them: on a CPU densely,
+    on a GPU two to a byte.
 
     Groups of ``group_size`` weights along K share a scale. A weight is code·scale, (code − zero_point)·scale, or
     (code + 8)·scale + minimum. The layout depends on the device and on this version of the kernels and never leaves the
@@ -185,7 +180,7 @@ class PackedInt:
 
     @property
     def layout(self) -> str:
-        """The name and version of the order of data: "panels-1" on a CPU, "halves-1" on a GPU."""
+        """The name and version of the order of data: "panels-1" or "planes-1" on a CPU, "halves-1" on a GPU."""
         return layouts.int4_layout(self.data)
 
     @classmethod
@@ -273,8 +268,8 @@ class PackedInt:
     ) -> PackedInt:
         """Packs logical tensors in the layout of the device that they are on."""
         n, k = q.shape
-        halves = layouts.int4_layout_on(q.device) == layouts.HALVES
-        data = layouts.int4_to_halves(q, group_size) if halves else _int4_pack(q)
+        halves = layouts.int4_layout_on(q.device, bits) == layouts.HALVES
+        data = layouts.int4_to_halves(q, group_size) if halves else _int4_pack(q, bits)
         packed_scale, packed_zero_point, packed_minimum = (
             None if t is None else t.t().contiguous() if halves else layouts.to_panels(t)
             for t in (scale, zero_point, minimum)
@@ -304,7 +299,7 @@ class PackedInt:
     def to(self, device: torch.device | str) -> PackedInt:
         """The same weight on another device, in that device's layout; itself if it is there already."""
         device = torch.device(device)
-        if device == self.data.device and self.layout == layouts.int4_layout_on(device):
+        if device == self.data.device and self.layout == layouts.int4_layout_on(device, self.bits):
             return self
         q, scale, zero_point, minimum = (None if t is None else t.to(device) for t in self.unpack())
         assert q is not None
@@ -371,7 +366,7 @@ def _rows_of(
 ) -> Tensor:
     """The weight's rows start…stop from packed tensors; start is a multiple of PANEL."""
     n, layout = stop - start, layouts.int4_layout(data)
-    in_panels = layout == layouts.PANELS
+    in_panels = layout != layouts.HALVES
     panels = slice(start // layouts.PANEL, -(-stop // layouts.PANEL))
     part = (panels,) if in_panels else (slice(None), slice(start, stop))
     scale_rows, zero_point_rows, minimum_rows = (

@@ -1,4 +1,4 @@
-"""The linear layer on int4 weights in plain torch: an exact sum for each group, then float operations in fixed order.
+"""The linear layer on weights of 2 to 4 bits in plain torch: an exact sum for each group, then floats in fixed order.
 
 With the parameters of its group along K, a weight is code·scale, (code − zero_point)·scale, or (code + 8)·scale +
 minimum; ``minimum`` is the value of the smallest code, as GGUF's Q4_1 stores it.
@@ -15,15 +15,16 @@ from .int8_gemm import TINY, exact_mm, quantize_codes, static_qparams
 MAX_GROUP = 32768  # longer groups are summed in parts: 16 * 15 * 128 * MAX_GROUP < 2**31
 
 
-def int4_pack(q: Tensor) -> Tensor:
-    """Codes [N, K], −8…7, in panels."""
+def int4_pack(q: Tensor, bits: int = 4) -> Tensor:
+    """Codes [N, K] of 2, 3 or 4 bits, in the layout of a CPU."""
     gemm_checks.matrix_of_codes("q", q)
-    return layouts.int4_pack(q)
+    gemm_checks.bits(bits)
+    return layouts.int4_pack(q, bits)
 
 
 def int4_unpack(data: Tensor, n: int, k: int) -> Tensor:
     gemm_checks.shape_of_weight(n, k)
-    gemm_checks.int4_data(data, n, k, k, layouts.PANELS)
+    gemm_checks.int4_data(data, n, k, k)
     return layouts.int4_unpack(data, n, k, k)
 
 

@@ -348,16 +348,14 @@ def int4_linear(
     n, k = weight_sum.numel(), x.shape[-1]
     if x.numel() == 0 or n == 0:
         return reference.int4_linear(*args)
-    if layouts.int4_layout(data) == layouts.PANELS:
+    if (layout := layouts.int4_layout(data)) != layouts.HALVES:
         say_once(
             "qkernels: int4_linear: the weight is unpacked at every call: it was packed for the CPU; pack it on the "
             "GPU, or take .to(device) of it"
         )
         data = layouts.int4_to_halves(layouts.int4_unpack(data, n, k, group_size), group_size)
         params = (scale, zero_point, minimum)
-        groups = Groups(
-            *(None if t is None else layouts.by_group(t, n, layouts.PANELS).t().contiguous() for t in params)
-        )
+        groups = Groups(*(None if t is None else layouts.by_group(t, n, layout).t().contiguous() for t in params))
     else:
         groups = Groups(scale, zero_point, minimum)
     offset = None if bias is None else as_vector(bias)

@@ -45,7 +45,7 @@ void add_products(const int8_t* rows, int64_t row_stride, const Int4Term* all_te
       for (int64_t b = 0; b < together; ++b)
         for (int64_t r = 0; r < height; ++r) {
           const Int4Term of_row = terms[blocks[static_cast<size_t>(i + b)] + r];
-          const __m512i start = _mm512_set1_epi32(kAffine ? 0 : of_row.start);
+          const __m512i start = _mm512_set1_epi32(of_row.start);
           for (int h = 0; h < 2; ++h) {
             const __m512i dot = _mm512_load_si512(sums + (b * kAmxRows + r) * kPanel + h * 16);
             add_group<kAffine>(values, h, of_row, F32{_mm512_cvtepi32_ps(_mm512_add_epi32(dot, start))},

@@ -45,7 +45,7 @@ constexpr int kFloatTileRows = 12;
   "vpxord %%zmm" #high ",%%zmm" #high ",%%zmm" #high "\n\t"
 // The sums start at -8 * the sum of the row's codes. Those of the high bits start at 16 times that.
 #define QK_START(low, high, codes, r)                                                                                 \
-  "vpbroadcastd 4*" #r "(%[terms]),%%zmm" #low "\n\t"                                                                 \
+  "vpbroadcastd 8*" #r "(%[terms]),%%zmm" #low "\n\t"                                                                 \
   "vpslld $4,%%zmm" #low ",%%zmm" #high "\n\t"
 #define QK_DOTS(low, high, codes, r)                                                                                  \
   "vpdpbusd " codes "%{1to16%},%%zmm24,%%zmm" #low "\n\t"                                                             \
@@ -86,8 +86,8 @@ constexpr int kFloatTileRows = 12;
 #define QK_ADD_AFFINE(low, high, codes, r)                                                                            \
   "vmulps %[scale0],%%zmm" #low ",%%zmm" #low "\n\t"                                                                  \
   "vmulps %[scale1],%%zmm" #high ",%%zmm" #high "\n\t"                                                                \
-  "vmulps 4*" #r "(%[terms])%{1to16%},%[offset0],%%zmm24\n\t"                                                         \
-  "vmulps 4*" #r "(%[terms])%{1to16%},%[offset1],%%zmm25\n\t"                                                         \
+  "vmulps 8*" #r "+4(%[terms])%{1to16%},%[offset0],%%zmm24\n\t"                                                       \
+  "vmulps 8*" #r "+4(%[terms])%{1to16%},%[offset1],%%zmm25\n\t"                                                       \
   "vaddps 128*" #r "(%[y]),%%zmm24,%%zmm24\n\t"                                                                       \
   "vaddps 128*" #r "+64(%[y]),%%zmm25,%%zmm25\n\t"                                                                    \
   "vaddps %%zmm" #low ",%%zmm24,%%zmm24\n\t"                                                                          \
@@ -119,36 +119,39 @@ constexpr int kFloatTileRows = 12;
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
       "xmm22", "xmm23", "xmm24", "xmm25")
+// The 4 k in zmm26, of which the sums of floats take one at a time.
+#define QK_FLOAT_STEP(rows)                                                                                           \
+  "vpermps %[table],%%zmm26,%%zmm24\n\t"                                                                              \
+  "vpsrld $4,%%zmm26,%%zmm25\n\t"                                                                                     \
+  "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                              \
+  QK_ROWS_##rows(QK_FMA_0)                                                                                            \
+  "vpsrld $8,%%zmm26,%%zmm24\n\t"                                                                                     \
+  "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                              \
+  "vpsrld $12,%%zmm26,%%zmm25\n\t"                                                                                    \
+  "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                              \
+  QK_ROWS_##rows(QK_FMA_1)                                                                                            \
+  "vpsrld $16,%%zmm26,%%zmm24\n\t"                                                                                    \
+  "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                              \
+  "vpsrld $20,%%zmm26,%%zmm25\n\t"                                                                                    \
+  "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                              \
+  QK_ROWS_##rows(QK_FMA_2)                                                                                            \
+  "vpsrld $24,%%zmm26,%%zmm24\n\t"                                                                                    \
+  "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                              \
+  "vpsrld $28,%%zmm26,%%zmm25\n\t"                                                                                    \
+  "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                              \
+  QK_ROWS_##rows(QK_FMA_3)                                                                                            \
+  "add $16,%[p0]\n\t"                                                                                                 \
+  "add $16,%[p3]\n\t"                                                                                                 \
+  "add $16,%[p6]\n\t"                                                                                                 \
+  "add $16,%[p9]\n\t"
 #define QK_FLOAT_GROUP(rows, add)                                                                                     \
   __asm__ volatile(                                                                                                   \
     QK_ROWS_##rows(QK_ZERO)                                                                                           \
     "0:\n\t"                                                                                                          \
     "prefetcht0 1024(%[b])\n\t"                                                                                       \
     "vmovdqu32 (%[b]),%%zmm26\n\t"                                                                                    \
-    "vpermps %[table],%%zmm26,%%zmm24\n\t"                                                                            \
-    "vpsrld $4,%%zmm26,%%zmm25\n\t"                                                                                   \
-    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
-    QK_ROWS_##rows(QK_FMA_0)                                                                                          \
-    "vpsrld $8,%%zmm26,%%zmm24\n\t"                                                                                   \
-    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
-    "vpsrld $12,%%zmm26,%%zmm25\n\t"                                                                                  \
-    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
-    QK_ROWS_##rows(QK_FMA_1)                                                                                          \
-    "vpsrld $16,%%zmm26,%%zmm24\n\t"                                                                                  \
-    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
-    "vpsrld $20,%%zmm26,%%zmm25\n\t"                                                                                  \
-    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
-    QK_ROWS_##rows(QK_FMA_2)                                                                                          \
-    "vpsrld $24,%%zmm26,%%zmm24\n\t"                                                                                  \
-    "vpermps %[table],%%zmm24,%%zmm24\n\t"                                                                            \
-    "vpsrld $28,%%zmm26,%%zmm25\n\t"                                                                                  \
-    "vpermps %[table],%%zmm25,%%zmm25\n\t"                                                                            \
-    QK_ROWS_##rows(QK_FMA_3)                                                                                          \
+    QK_FLOAT_STEP(rows)                                                                                               \
     "add $64,%[b]\n\t"                                                                                                \
-    "add $16,%[p0]\n\t"                                                                                               \
-    "add $16,%[p3]\n\t"                                                                                               \
-    "add $16,%[p6]\n\t"                                                                                               \
-    "add $16,%[p9]\n\t"                                                                                               \
     "dec %[steps]\n\t"                                                                                                \
     "jnz 0b\n\t"                                                                                                      \
     QK_ROWS_##rows(add)                                                                                               \
@@ -159,33 +162,36 @@ constexpr int kFloatTileRows = 12;
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
       "xmm22", "xmm23", "xmm24", "xmm25", "xmm26")
+// The same by pairs of bf16.
+#define QK_PAIR_STEP(rows)                                                                                            \
+  "vpshufb %[first],%%zmm26,%%zmm25\n\t"                                                                              \
+  "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                               \
+  "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                     \
+  "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                               \
+  QK_ROWS_##rows(QK_PAIR_0)                                                                                           \
+  "vpshufb %[second],%%zmm26,%%zmm25\n\t"                                                                             \
+  "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                               \
+  "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                     \
+  "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                               \
+  QK_ROWS_##rows(QK_PAIR_1)                                                                                           \
+  "add $8,%[p0]\n\t"                                                                                                  \
+  "add $8,%[p3]\n\t"                                                                                                  \
+  "add $8,%[p6]\n\t"                                                                                                  \
+  "add $8,%[p9]\n\t"
 #define QK_PAIR_GROUP(rows, add)                                                                                      \
   __asm__ volatile(                                                                                                   \
     QK_ROWS_##rows(QK_ZERO)                                                                                           \
     "0:\n\t"                                                                                                          \
     "prefetcht0 1024(%[b])\n\t"                                                                                       \
     "vmovdqu32 (%[b]),%%zmm26\n\t"                                                                                    \
-    "vpshufb %[first],%%zmm26,%%zmm25\n\t"                                                                            \
-    "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                             \
-    "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                   \
-    "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                             \
-    QK_ROWS_##rows(QK_PAIR_0)                                                                                         \
-    "vpshufb %[second],%%zmm26,%%zmm25\n\t"                                                                           \
-    "vpermw %[table],%%zmm25,%%zmm24\n\t"                                                                             \
-    "vpsrlw $4,%%zmm25,%%zmm25\n\t"                                                                                   \
-    "vpermw %[table],%%zmm25,%%zmm25\n\t"                                                                             \
-    QK_ROWS_##rows(QK_PAIR_1)                                                                                         \
+    QK_PAIR_STEP(rows)                                                                                                \
     "add $64,%[b]\n\t"                                                                                                \
-    "add $8,%[p0]\n\t"                                                                                                \
-    "add $8,%[p3]\n\t"                                                                                                \
-    "add $8,%[p6]\n\t"                                                                                                \
-    "add $8,%[p9]\n\t"                                                                                                \
     "dec %[steps]\n\t"                                                                                                \
     "jnz 0b\n\t"                                                                                                      \
     QK_ROWS_##rows(add)                                                                                               \
     : [b] "+r"(b), [p0] "+r"(p0), [p3] "+r"(p3), [p6] "+r"(p6), [p9] "+r"(p9), [steps] "+r"(steps)                    \
-    : [s] "r"(2 * stride), [terms] "r"(terms), [y] "r"(y), [table] "v"(table), [first] "m"(pairs[0]),                 \
-      [second] "m"(pairs[1]), [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                       \
+    : [s] "r"(2 * stride), [terms] "r"(terms), [y] "r"(y), [table] "v"(table), [first] "m"(pairs.first),              \
+      [second] "m"(pairs.second), [scale0] "v"(values.scale[0].v), [scale1] "v"(values.scale[1].v),                   \
       [offset0] "v"(values.offset[0].v), [offset1] "v"(values.offset[1].v)                                            \
     : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
       "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21",              \
@@ -231,14 +237,25 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* all_terms, int64_t te
   });
 }
 
+// What the bits of a code stand for, by the bits of the code and any above them.
+template <int kBits, bool kAffine>
+inline float value_of(int bits) {
+  return static_cast<float>(bits % (1 << kBits) + (kAffine ? 8 : 0) - code_offset(kBits));
+}
+
+// A permutation looks the low 4 bits of each lane up.
+template <int kBits, bool kAffine>
+inline __m512 float_table() {
+  alignas(64) float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = value_of<kBits, kAffine>(i);
+  return _mm512_load_ps(values);
+}
+
 // The same for rows of floats.
 template <bool kAffine, int MR>
 void float_tile(const float* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride, const Int4Panel& panel,
                 float* y) {
-  // A permutation looks the low 4 bits of each lane up in a table of the 16 codes.
-  alignas(64) float codes[16];
-  for (int i = 0; i < 16; ++i) codes[i] = static_cast<float>(kAffine ? i : i - 8);
-  const __m512 table = _mm512_load_ps(codes);
+  const __m512 table = float_table<4, kAffine>();
   for_each_group(panel.k, panel.group_size, [=, &panel](int64_t first, int64_t last, int64_t group, int64_t term) {
     const GroupValues values(panel, group, kAffine);
     const uint8_t* b = panel.data + first * 16;
@@ -252,25 +269,37 @@ void float_tile(const float* a, int64_t stride, const Int4Term* all_terms, int64
   });
 }
 
+// A permutation looks the low 5 bits of each word up: a code, and bits of its neighbours, which are ignored.
+template <int kBits, bool kAffine>
+inline __m512i bf16_table() {
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 32; ++i) {
+    const float value = value_of<kBits, kAffine>(i);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    values[i] = static_cast<uint16_t>(bits >> 16);
+  }
+  return _mm512_load_si512(values);
+}
+
+// Of the 4 bytes of a channel, the second and the first, and the fourth and the third, each in a word.
+struct BytesOfPairs {
+  __m512i first, second;
+};
+inline BytesOfPairs bytes_of_pairs() {
+  const __m512i of_lane = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  return {_mm512_add_epi8(of_lane, _mm512_set1_epi32(0x00000101)),
+          _mm512_add_epi8(of_lane, _mm512_set1_epi32(0x02020303))};
+}
+
 // The same for rows of bf16 whose pairs are swapped, so that a dot product, which adds the second product of a pair
 // first, adds them in the order of k. Products of bf16 and codes are exact in fp32: so results are those of float_tile,
 // but where numbers below the smallest normal one occur, which dot products take for 0.
 template <bool kAffine, int MR>
 void bf16_tile(const uint16_t* a, int64_t stride, const Int4Term* all_terms, int64_t term_stride,
                const Int4Panel& panel, float* y) {
-  // A permutation looks the low 5 bits of each word up: 4 bits of a code, and one of its neighbour, which is ignored.
-  alignas(64) uint16_t codes[32];
-  for (int i = 0; i < 32; ++i) {
-    const float code = static_cast<float>(kAffine ? i % 16 : i % 16 - 8);
-    uint32_t bits;
-    std::memcpy(&bits, &code, 4);
-    codes[i] = static_cast<uint16_t>(bits >> 16);
-  }
-  const __m512i table = _mm512_load_si512(codes);
-  // Of the 4 bytes of a channel, the second and the first, and the fourth and the third, each in a word.
-  const __m512i of_lane = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-  const __m512i pairs[2] = {_mm512_add_epi8(of_lane, _mm512_set1_epi32(0x00000101)),
-                            _mm512_add_epi8(of_lane, _mm512_set1_epi32(0x02020303))};
+  const __m512i table = bf16_table<4, kAffine>();
+  const BytesOfPairs pairs = bytes_of_pairs();
   for_each_group(panel.k, panel.group_size, [=, &panel](int64_t first, int64_t last, int64_t group, int64_t term) {
     const GroupValues values(panel, group, kAffine);
     const uint8_t* b = panel.data + first * 16;
@@ -287,8 +316,8 @@ void bf16_tile(const uint16_t* a, int64_t stride, const Int4Term* all_terms, int
 void swap_pairs(const uint16_t* x, int64_t k, uint16_t* row) {
   int64_t i = 0;
   for (; i + 32 <= k; i += 32) _mm512_storeu_si512(row + i, _mm512_rol_epi32(_mm512_loadu_si512(x + i), 16));
-  for (; i < k; i += 4)
-    for (int j = 0; j < 4; ++j) row[i + j] = (i + (j ^ 1)) < k ? x[i + (j ^ 1)] : uint16_t{0};
+  for (; i < k; i += kBlock)
+    for (int j = 0; j < kBlock; ++j) row[i + j] = (i + (j ^ 1)) < k ? x[i + (j ^ 1)] : uint16_t{0};
 }
 
 }  // namespace

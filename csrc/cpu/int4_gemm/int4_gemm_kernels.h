@@ -26,6 +26,14 @@ template <bool kAffine, int... MR>
 constexpr std::array<Tile<uint16_t>, sizeof...(MR)> make_bf16_tiles(std::integer_sequence<int, MR...>) {
   return {bf16_tile<kAffine, MR + 1>...};
 }
+template <int kBits, bool kAffine, int... MR>
+constexpr std::array<Tile<int8_t>, sizeof...(MR)> make_low_bit_tiles(std::integer_sequence<int, MR...>) {
+  return {low_bit_tile<kBits, kAffine, MR + 1>...};
+}
+template <typename X, int kBits, bool kAffine, int... MR>
+constexpr std::array<Tile<X>, sizeof...(MR)> make_low_bit_float_tiles(std::integer_sequence<int, MR...>) {
+  return {low_bit_float_tile<kBits, kAffine, MR + 1, X>...};
+}
 #endif
 using TileRows = std::make_integer_sequence<int, kTileRows>;
 using FloatTileRows = std::make_integer_sequence<int, kFloatTileRows>;
@@ -47,14 +55,46 @@ inline void multiply_by(const Tiles& tiles, const X* rows, int64_t row_stride, c
   }
 }
 
+#if QK_PATH == QK_PATH_AVX512VNNI
+constexpr std::array<Tile<int8_t>, kTileRows> kLowBitTiles[2][2] = {
+    {make_low_bit_tiles<2, false>(TileRows()), make_low_bit_tiles<2, true>(TileRows())},
+    {make_low_bit_tiles<3, false>(TileRows()), make_low_bit_tiles<3, true>(TileRows())}};
+template <typename X>
+constexpr std::array<Tile<X>, kFloatTileRows> kLowBitFloatTiles[2][2] = {
+    {make_low_bit_float_tiles<X, 2, false>(FloatTileRows()), make_low_bit_float_tiles<X, 2, true>(FloatTileRows())},
+    {make_low_bit_float_tiles<X, 3, false>(FloatTileRows()), make_low_bit_float_tiles<X, 3, true>(FloatTileRows())}};
+#endif
+
 void multiply(const int8_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
               const Int4Panel& panel, const Int4Output& output) {
-  multiply_by(kTiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+#if QK_PATH == QK_PATH_AVX512VNNI
+  const auto& tiles = panel.bits == 4 ? kTiles[panel.affine()] : kLowBitTiles[panel.bits - 2][panel.affine()];
+#else
+  const auto& tiles = kTiles[panel.affine()];
+#endif
+#if QK_PATH == QK_PATH_SCALAR
+  std::vector<uint8_t> memory;
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, in_int4(panel, 0, memory), output);
+#else
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
+#endif
 }
 
 void multiply_float(const float* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
                     const Int4Panel& panel, const Int4Output& output) {
-  multiply_by(kFloatTiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+#if QK_PATH == QK_PATH_AVX512VNNI
+  const auto& tiles =
+      panel.bits == 4 ? kFloatTiles[panel.affine()] : kLowBitFloatTiles<float>[panel.bits - 2][panel.affine()];
+#else
+  const auto& tiles = kFloatTiles[panel.affine()];
+#endif
+#if QK_PATH == QK_PATH_SCALAR
+  std::vector<uint8_t> memory;
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, in_int4(panel, 8 - code_offset(panel.bits), memory),
+              output);
+#else
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
+#endif
 }
 
 #if QK_PATH == QK_PATH_AVX512VNNI
@@ -63,7 +103,9 @@ constexpr std::array<Tile<uint16_t>, kFloatTileRows> kBf16Tiles[2] = {make_bf16_
 
 void multiply_bf16(const uint16_t* rows, int64_t row_stride, const Int4Term* terms, int64_t term_stride, int64_t m,
                    const Int4Panel& panel, const Int4Output& output) {
-  multiply_by(kBf16Tiles[panel.affine()], rows, row_stride, terms, term_stride, m, panel, output);
+  const auto& tiles =
+      panel.bits == 4 ? kBf16Tiles[panel.affine()] : kLowBitFloatTiles<uint16_t>[panel.bits - 2][panel.affine()];
+  multiply_by(tiles, rows, row_stride, terms, term_stride, m, panel, output);
 }
 #else
 constexpr std::nullptr_t swap_pairs = nullptr, multiply_bf16 = nullptr;
@@ -87,11 +129,12 @@ void multiply_amx(const int8_t* rows, int64_t row_stride, const Int4Term* terms,
   const int64_t count = (m + kAmxRows - 1) / kAmxRows, height = (m + count - 1) / count;
   if (panel.k == 0 || panel.group_size > kMaxGroup || !tiles_pay(count, run, m, panel))
     return multiply(rows, row_stride, terms, term_stride, m, panel, output);
+  std::vector<uint8_t> memory;
   std::vector<int64_t> blocks;
   for (int64_t i = 0; i < count; ++i) blocks.push_back(std::min(i * height, m - height));
   std::vector<float> y(static_cast<size_t>(count * height * kPanel));
   (panel.affine() ? add_products<true> : add_products<false>)(rows, row_stride, terms, term_stride, blocks, height,
-                                                              panel, run, y.data());
+                                                              in_int4(panel, 0, memory), run, y.data());
   for (int64_t i = 0; i < count; ++i)
     finish(y.data() + i * height * kPanel, height, blocks[static_cast<size_t>(i)], output);
 }

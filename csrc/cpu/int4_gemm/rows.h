@@ -4,14 +4,13 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
-void code_terms(const int8_t* row, int64_t k, int64_t group_size, bool affine, Int4Term* terms, int64_t term_stride) {
+void code_terms(const int8_t* row, int64_t k, int64_t group_size, int bits, bool affine, Int4Term* terms,
+                int64_t term_stride) {
+  const int32_t missing = (affine ? 8 : 0) - code_offset(bits);
   for_each_group(k, group_size, [&](int64_t first, int64_t last, int64_t, int64_t term) {
     int32_t sum = 0;
     for (int64_t i = first; i < last; ++i) sum += row[i];
-    if (affine)
-      terms[term * term_stride].sum = static_cast<float>(sum);
-    else
-      terms[term * term_stride].start = -8 * sum;
+    terms[term * term_stride] = {missing * sum, static_cast<float>(sum)};
   });
 }
 
@@ -39,7 +38,7 @@ void float_terms(const void* x, Element type, int64_t k, int64_t group_size, Int
 template <typename S>
 inline void widen(const S* x, int64_t k, float* row) {
   for_each_16(k, [&](int64_t i, auto... tail) { F32::load(x + i, tail...).store(row + i, tail...); });
-  for (int64_t i = k; i & 3; ++i) row[i] = 0;
+  for (int64_t i = k; i % kBlock; ++i) row[i] = 0;
 }
 
 void widen_row(const void* x, Element type, int64_t k, float* row) {

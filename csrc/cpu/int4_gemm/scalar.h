@@ -15,7 +15,7 @@ void tile(const int8_t* a, int64_t stride, const Int4Term* terms, int64_t term_s
   for_each_group(panel.k, panel.group_size, [&](int64_t first, int64_t last, int64_t group, int64_t term) {
     int32_t sums[MR][kPanel];
     for (int r = 0; r < MR; ++r)
-      for (int c = 0; c < kPanel; ++c) sums[r][c] = kAffine ? 0 : terms[term * term_stride + r].start;
+      for (int c = 0; c < kPanel; ++c) sums[r][c] = terms[term * term_stride + r].start;
     const uint8_t* b = panel.data + first * 16;
     for (int64_t i = first; i < last; i += 4, b += 64)
       for (int r = 0; r < MR; ++r) {

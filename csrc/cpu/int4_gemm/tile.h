@@ -2,7 +2,7 @@
 #include "cpu/common/path.h"
 
 #if QK_PATH == QK_PATH_AVX512VNNI
-#include "cpu/int4_gemm/avx512vnni.h"
+#include "cpu/int4_gemm/avx512vnni_low_bits.h"
 #elif QK_PATH == QK_PATH_AVX2
 #include "cpu/int4_gemm/avx2.h"
 #else

@@ -92,8 +92,8 @@ void convolve_panel(SharedAmx& shared, const Segment* segments, const PixelTile*
   const PanelValues& panel = shared.panels[static_cast<size_t>(number - shared.first_panel)];
   const uint8_t* x = work.x + number / work.block_panels * work.block_in;
   alignas(64) int32_t sums[2 * kAmxRows * kPanel];
-  const bool clamped = shared.has_clamped && panel.finite;
-  shared.clamped.inside = panel.channels == kPanel ? ~0u : (1u << panel.channels) - 1;
+  const bool clamped = shared.has_clamped && panel.bounded;
+  shared.clamped.inside = panel.inside();
   shared.set_steps(number);
   // Other configurations cost as much as many products. So tiles of fewer rows read more pixels too, if there are any.
   const auto enough = [&](const PixelTile& tile) { return tile.x + (most - 1) * work.step.x <= shared.last_pixel; };

@@ -78,7 +78,7 @@ void conv_tile(const TileInput& in, const int8_t* weights, const int32_t* start,
   dot_part<1>(in, pixels, kPixels, whole, sums);
 }
 
-// Codes from the sums of a panel's channels, where the results are finite and activations only clamp them.
+// Codes from the sums of a panel's channels, where results are bounded and activations only clamp them.
 template <bool kResidual>
 class CodesOfSums {
  public:
@@ -86,11 +86,8 @@ class CodesOfSums {
       : panel_(panel),
         in_scale_(_mm256_set1_ps(to.in_scale)),
         inverse_(_mm256_set1_ps(to.inverse)),
-        most_(_mm256_set1_ps(1e9f)),
         residual_scale_(_mm256_set1_ps(to.residual_scale)),
         residual_zero_(_mm256_set1_ps(to.residual_zero)),
-        first_low_(_mm256_set1_ps(to.first_low)),
-        first_high_(_mm256_set1_ps(to.first_high)),
         zero_point_(_mm256_set1_epi16(to.zero_point)),
         low_(_mm256_set1_epi8(static_cast<char>(to.low))),
         high_(_mm256_set1_epi8(static_cast<char>(to.high))) {}
@@ -119,18 +116,15 @@ class CodesOfSums {
     v = _mm256_mul_ps(_mm256_mul_ps(v, _mm256_load_ps(panel_.scale + at)), in_scale_);
     v = _mm256_add_ps(v, _mm256_load_ps(panel_.bias + at));
     if constexpr (kResidual) {
-      v = _mm256_min_ps(_mm256_max_ps(v, first_low_), first_high_);
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual + at));
       const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
       v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_sub_ps(code, residual_zero_), residual_scale_));
     }
-    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_mul_ps(v, inverse_), most_));
+    return _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse_));
   }
 
   const PanelValues& panel_;
-  __m256 in_scale_, inverse_;
-  __m256 most_;  // more would not fit into int32, and means the highest code too
-  __m256 residual_scale_, residual_zero_, first_low_, first_high_;
+  __m256 in_scale_, inverse_, residual_scale_, residual_zero_;
   __m256i zero_point_, low_, high_;
 };
 

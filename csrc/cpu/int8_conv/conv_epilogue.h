@@ -9,28 +9,36 @@
 namespace qkernels::QK_NAMESPACE {
 namespace {
 
+constexpr float kMostSteps = 1e9f;  // of a quantizer: more might not fit into int32, and mean the highest code too
+
 // The values of a panel's channels, padded to its width.
 struct PanelValues {
   int64_t first, channels;  // output channels
-  bool finite = true;       // scale and bias
+  bool bounded = true;      // no result without a residual, nor one with codes of it, has more steps than kMostSteps
   alignas(64) int32_t start[kPanel];
   alignas(64) int32_t colsum[kPanel];
   alignas(64) float scale[kPanel], bias[kPanel];
 
-  PanelValues(const ConvOutput& o, int64_t first_channel, int64_t n, bool wide)
+  PanelValues(const ConvWork& work, int64_t first_channel, int64_t n)
       : first(first_channel), channels(n), start(), colsum(), scale(), bias() {
-    const uint32_t offset = 128u + (wide ? 0u : static_cast<uint32_t>(o.in_zero_point));
+    const ConvOutput& o = *work.output;
+    const float most_sum = 255.0f * 128.0f * static_cast<float>(work.panel_bytes / kPanel);  // of K products
+    const float added = o.residual_codes ? 255 * std::abs(o.residual_q.scale) : 0;
+    const uint32_t offset = 128u + (work.wide ? 0u : static_cast<uint32_t>(o.in_zero_point));
     for (int64_t c = 0; c < n; ++c) {
       colsum[c] = o.colsum[first + c];
       start[c] = static_cast<int32_t>(0u - offset * static_cast<uint32_t>(colsum[c]));
       scale[c] = o.scale[first + c];
       bias[c] = o.bias ? o.bias[first + c] : -0.0f;  // adding it changes nothing, not even the sign of a zero
-      finite = finite && std::isfinite(scale[c]) && std::isfinite(bias[c]);
+      const float most = most_sum * std::abs(scale[c]) * o.in_scale + std::abs(bias[c]) + added;
+      bounded = bounded && most * o.codes_q.inverse <= kMostSteps;  // false for NaN
     }
   }
+
+  uint32_t inside() const { return channels == kPanel ? ~0u : (1u << channels) - 1; }  // a bit for each channel
 };
 
-// Codes of results that are finite and whose activation only clamps them, so that it can clamp their codes instead. As
+// Codes of results that are bounded and whose activation only clamps them, so that it can clamp their codes instead. As
 // bytes code + 128.
 struct ClampedCodes {
   float in_scale, inverse;
@@ -39,9 +47,8 @@ struct ClampedCodes {
   uint32_t inside;  // a bit for each channel of the panel
   uint8_t* codes[2];
   int64_t step;
-  // If `residual` is not null, results are first clamped, and then its codes are added.
-  float first_low, first_high, residual_scale, residual_zero;
-  const uint8_t* residual[2];
+  float residual_scale, residual_zero;
+  const uint8_t* residual[2];  // its codes, or null
   int64_t residual_step;
 };
 
@@ -58,12 +65,54 @@ inline ClampedCodes clamped_codes(const ConvWork& work) {
           0,
           {},
           work.step.codes,
-          low_of(o.first),
-          high_of(o.first),
           o.residual_q.scale,
           static_cast<float>(128 + o.residual_q.zero_point),
           {},
           work.step.residual};
+}
+
+// Results that are floats with channels side by side, or codes of what a residual of floats is added to, and whose
+// activations only clamp them: `low` and `high` are those of all activations.
+struct TileFloats {
+  float in_scale, inverse, low, high;
+  int16_t zero_point;  // codes are bytes code + 128
+  uint8_t code_low, code_high;
+  uint32_t inside;  // a bit for each channel of the panel
+  float* floats[2];
+  const float* residual[2];
+  uint8_t* codes[2];
+  int64_t floats_step, residual_step, codes_step;
+};
+
+inline bool has_tile_floats(const ConvWork& work) {
+  const ConvOutput& o = *work.output;
+  const bool results = o.floats ? o.floats_c == 1 : o.residual != nullptr;
+  const bool clamps =
+      only_clamps(o.first) && only_clamps(o.second) && !(o.residual && o.first.kind != Activation::none);
+  return results && clamps && !o.residual_codes && !work.wide;
+}
+
+inline TileFloats tile_floats(const ConvWork& work) {
+  const ConvOutput& o = *work.output;
+  float low[16], high[16];
+  const Clamp clamp(o.first, o.second);
+  clamp.low.store(low);
+  clamp.high.store(high);
+  const Quantizer& q = o.codes_q;
+  return {o.in_scale,
+          q.inverse,
+          low[0],
+          high[0],
+          static_cast<int16_t>(q.zero_point + 128),
+          static_cast<uint8_t>(q.low + 128),
+          static_cast<uint8_t>(q.high + 128),
+          0,
+          {},
+          {},
+          {},
+          work.step.floats,
+          work.step.residual,
+          work.step.codes};
 }
 
 // acc - zero_point * colsum where it may leave int32.

@@ -29,6 +29,18 @@ constexpr std::array<std::array<TileOfCodes, kSegment>, 2> kTilesOfCodes = {
     tiles_of_codes<2>(std::make_integer_sequence<int, kSegment>())};
 #endif
 
+#if QK_PATH == QK_PATH_AVX512VNNI
+using TileOfFloats = void (*)(const TileInput&, const int8_t*, const PanelValues&, const TileFloats&);
+
+template <int Segments, int... H>
+constexpr std::array<TileOfFloats, sizeof...(H)> tiles_of_floats(std::integer_sequence<int, H...>) {
+  return {conv_tile_floats<H + 1, Segments>...};
+}
+constexpr std::array<std::array<TileOfFloats, kSegment>, 2> kTilesOfFloats = {
+    tiles_of_floats<1>(std::make_integer_sequence<int, kSegment>()),
+    tiles_of_floats<2>(std::make_integer_sequence<int, kSegment>())};
+#endif
+
 // Copies the runs of a segment's pixels to rows of packed K.
 inline void gather(const ConvWork& work, const uint8_t* pixel, int64_t width, uint8_t* rows) {
   const int64_t together = work.runs / work.packed_runs, packed = k_groups(work.packed_run) * 4;
@@ -50,8 +62,11 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
                   panel.colsum};
   if (work.gather) in = {{}, row_bytes, &zero, 1, work.run_groups, 0, panel.channels, panel.colsum};
 #if QK_PATH != QK_PATH_SCALAR
-  const bool clamped = shared.has_clamped && panel.finite;
-  shared.clamped.inside = panel.channels == kPanel ? ~0u : (1u << panel.channels) - 1;
+  const bool clamped = shared.has_clamped && panel.bounded;
+  shared.clamped.inside = panel.inside();
+#endif
+#if QK_PATH == QK_PATH_AVX512VNNI
+  shared.floats.inside = panel.inside();
 #endif
   for (int64_t i = 0; i < n;) {
     const int count = i + 1 < n && segments[i].width == segments[i + 1].width ? 2 : 1;
@@ -69,6 +84,14 @@ void convolve_panel(Shared& shared, const Segment* segments, int64_t n, int64_t 
     if (clamped) {
       for (int s = 0; s < count; ++s) shared.place_codes(s, segments[i + s].at, panel);
       kTilesOfCodes[c][h](in, weights, panel, shared.clamped);
+      i += count;
+      continue;
+    }
+#endif
+#if QK_PATH == QK_PATH_AVX512VNNI
+    if (shared.has_floats) {
+      for (int s = 0; s < count; ++s) shared.place_floats(s, segments[i + s].at, panel);
+      kTilesOfFloats[c][h](in, weights, panel, shared.floats);
       i += count;
       continue;
     }

@@ -87,6 +87,10 @@ struct Shared {
   bool has_clamped;
   ClampedCodes clamped;
 #endif
+#if QK_PATH == QK_PATH_AVX512VNNI
+  bool has_floats;
+  TileFloats floats;
+#endif
   std::vector<uint8_t> gathered;
 
   Shared(const ConvWork& w, int64_t first, int64_t last)
@@ -96,11 +100,15 @@ struct Shared {
       const int64_t block = number / work.block_panels;
       const int64_t channel = block * work.block_out + number % work.block_panels * kPanel;
       const int64_t end = std::min(work.out_channels, (block + 1) * work.block_out);
-      panels.emplace_back(*work.output, channel, std::min<int64_t>(kPanel, end - channel), work.wide);
+      panels.emplace_back(work, channel, std::min<int64_t>(kPanel, end - channel));
     }
 #if QK_PATH != QK_PATH_SCALAR
     has_clamped = has_clamped_codes(work);
     clamped = has_clamped ? clamped_codes(work) : ClampedCodes{};
+#endif
+#if QK_PATH == QK_PATH_AVX512VNNI
+    has_floats = has_tile_floats(work);
+    floats = has_floats ? tile_floats(work) : TileFloats{};
 #endif
     if (work.gather) gathered.resize(static_cast<size_t>(2 * kSegment * work.run_groups * 4));
   }
@@ -110,6 +118,15 @@ struct Shared {
     const ConvOutput& o = *work.output;
     clamped.codes[segment] = o.codes.data + at.codes + panel.first;
     clamped.residual[segment] = o.residual_codes ? o.residual_codes + at.residual + panel.first : nullptr;
+  }
+#endif
+
+#if QK_PATH == QK_PATH_AVX512VNNI
+  void place_floats(int segment, const Offsets& at, const PanelValues& panel) {
+    const ConvOutput& o = *work.output;
+    floats.floats[segment] = o.floats ? o.floats + at.floats + panel.first : nullptr;
+    floats.residual[segment] = o.residual ? o.residual + at.residual + panel.first : nullptr;
+    floats.codes[segment] = o.codes.data ? o.codes.data + at.codes + panel.first : nullptr;
   }
 #endif
 };

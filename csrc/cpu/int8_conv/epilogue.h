@@ -17,17 +17,16 @@ inline bool only_clamps(const ActivationStep& step) {
 
 // Whether results are codes alone and activations only bound them. Then codes can be bounded instead, because rounding
 // keeps order; byte_of of -infinity and infinity gives the bounds. If scale and bias are finite too, nothing is NaN.
-// With a residual of codes the first activation is not the last step; only some callers take it.
+// Only some callers take a residual of codes; it must not be added to what an activation has bounded.
 inline bool gives_clamped_codes(const ConvOutput& o, bool with_residual = false) {
-  const bool fits = !o.residual_codes || (with_residual && std::isfinite(255 * o.residual_q.scale));
+  const bool fits = !o.residual_codes || (with_residual && o.first.kind == Activation::none);
   return o.codes.data && !o.floats && !o.residual && fits && only_clamps(o.first) && only_clamps(o.second) &&
          o.in_scale > 0 && std::isfinite(o.in_scale) && o.codes_q.inverse > 0 && std::isfinite(o.codes_q.inverse);
 }
 
 inline uint8_t byte_of(float v, const ConvOutput& o) {
   float lane[16];
-  const F32 first = o.residual_codes ? F32::set1(v) : activate(F32::set1(v), o.first);
-  ToCodes(o.codes_q)(activate(first, o.second)).store(lane);
+  ToCodes(o.codes_q)(activate(activate(F32::set1(v), o.first), o.second)).store(lane);
   return static_cast<uint8_t>(lane[0]);
 }
 
@@ -40,10 +39,23 @@ inline float high_of(const ActivationStep& step) {
   return step.kind == Activation::clamp ? step.high : std::numeric_limits<float>::infinity();
 }
 struct Clamp {
+  bool any;  // most layers of floats have none, which is then a branch that is always foreseen
   F32 low, high;
 
-  explicit Clamp(const ActivationStep& step) : low(F32::set1(low_of(step))), high(F32::set1(high_of(step))) {}
-  F32 operator()(F32 v) const { return min(high, max(low, v)); }
+  explicit Clamp(const ActivationStep& step)
+      : any(step.kind != Activation::none), low(F32::set1(low_of(step))), high(F32::set1(high_of(step))) {}
+  // One after the other.
+  Clamp(const ActivationStep& first, const ActivationStep& second)
+      : any(first.kind != Activation::none || second.kind != Activation::none),
+        low(F32::set1(clamped(low_of(first), second))),
+        high(F32::set1(clamped(high_of(first), second))) {}
+
+  F32 operator()(F32 v) const { return any ? min(high, max(low, v)) : v; }
+
+ private:
+  static float clamped(float bound, const ActivationStep& step) {
+    return std::min(std::max(bound, low_of(step)), high_of(step));
+  }
 };
 
 enum class Residual { none, floats, codes };
@@ -64,7 +76,7 @@ class Epilogue {
       : o_(o),
         to_(results),
         in_scale_(F32::set1(o.in_scale)),
-        first_(o.first),
+        first_(kResidual == Residual::none ? Clamp(o.first, o.second) : Clamp(o.first)),
         second_(o.second),
         from_codes_(o.residual_q),
         to_codes_(o.codes_q) {}
@@ -79,7 +91,7 @@ class Epilogue {
       v = v + F32::load(to_.residual + pixel * to_.residual_step + at, tail...);
     if constexpr (kResidual == Residual::codes)
       v = v + from_codes_(F32::load(to_.residual_codes + pixel * to_.residual_step + at, tail...));
-    v = kClamps ? second_(v) : activate(v, o_.second);
+    if constexpr (!kClamps || kResidual != Residual::none) v = kClamps ? second_(v) : activate(v, o_.second);
     if constexpr (kFloats) v.store(to_.floats + pixel * to_.floats_step + at, tail...);
     if constexpr (kCodes) to_codes_(v).store(to_.codes + pixel * to_.codes_step + at, tail...);
   }

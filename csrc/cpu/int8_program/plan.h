@@ -28,6 +28,8 @@ struct Step {
   std::vector<int> reads, writes;  // values
   // Whether the channels of what it reads, or writes as floats, may lie any distance apart.
   bool reads_any_order = false, writes_any_order = false;
+  // Floats that `overwrites_with` may lie on if no later step reads them: each is read before it is written. Or -1.
+  int overwrites = -1, overwrites_with = -1;
 };
 
 // What a step makes: floats, or codes of a quantizer.

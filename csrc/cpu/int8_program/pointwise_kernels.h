@@ -14,8 +14,15 @@ inline F32 load_operand(const Operand& x, int64_t i, Tail... tail) {
   return x.floats ? F32::load(x.floats + i, tail...) : FromCodes(x.quantizer)(F32::load(x.codes + i, tail...));
 }
 
+bool any_nan(const float* x, int64_t n) {
+  uint32_t nan = 0;
+  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE { nan |= is_nan(F32::load(x + i, tail...)).bits(); });
+  return nan != 0;
+}
+
 #if QK_PATH == QK_PATH_AVX512VNNI
-// The codes of 64 floats, in 8 instructions for 16. Steps beyond 2**15 saturate in every conversion.
+// The codes of 64 floats, in 7 instructions for 16. Steps beyond 2**15 saturate in every conversion. Returns a bit for
+// each that has no number of steps: a NaN or, where inverse is 0, an infinity.
 inline uint64_t quantize_64(const float* x, const Quantizer& q, uint8_t* codes) {
   const __m512 inverse = _mm512_set1_ps(q.inverse), most = _mm512_set1_ps(1e9f);
   const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(q.zero_point + 128));
@@ -25,9 +32,9 @@ inline uint64_t quantize_64(const float* x, const Quantizer& q, uint8_t* codes) 
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   uint64_t nan = 0;
   const auto steps = [&](int64_t i) QK_INLINE {
-    const __m512 v = _mm512_loadu_ps(x + i), t = _mm512_mul_ps(v, inverse);
-    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512 t = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
     const __mmask16 number = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
+    nan |= static_cast<uint16_t>(~number);
     return _mm512_maskz_cvtps_epi32(number, _mm512_min_ps(t, most));
   };
   const auto words = [&](int64_t i) QK_INLINE {
@@ -47,6 +54,7 @@ bool quantize(const float* x, int64_t n, const Quantizer& q, uint8_t* codes) {
   int64_t done = 0;
 #if QK_PATH == QK_PATH_AVX512VNNI
   for (; done + 64 <= n; done += 64) nan |= quantize_64(x + done, q, codes + done);
+  if (nan && !(q.inverse > 0)) nan = any_nan(x, done);
 #endif
   for_each_16(n - done, [&](int64_t i, auto... tail) QK_INLINE {
     const F32 v = F32::load(x + done + i, tail...);
@@ -81,12 +89,6 @@ bool all_finite(const float* x, int64_t n) {
     odd |= is_nan(v - v).bits();
   });
   return odd == 0;
-}
-
-bool any_nan(const float* x, int64_t n) {
-  uint32_t nan = 0;
-  for_each_16(n, [&](int64_t i, auto... tail) QK_INLINE { nan |= is_nan(F32::load(x + i, tail...)).bits(); });
-  return nan != 0;
 }
 
 }  // namespace

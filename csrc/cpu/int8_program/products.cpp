@@ -58,6 +58,11 @@ struct Product final : Step {
     residual = line.read_if("residual");
     to = kept(line);
     writes_any_order = true;
+    const bool once = kind != ProductKind::conv_transpose && !is_depthwise(g);  // each output is computed once
+    if (once && residual >= 0 && to.floats >= 0 && !line.plan().values[static_cast<size_t>(residual)].codes()) {
+      overwrites = residual;
+      overwrites_with = to.floats;
+    }
   }
 
   void infer(Shapes& shapes) const override {

@@ -2,6 +2,7 @@
 #ifndef QK_PROGRAM_TRANSPOSE
 #define QK_PROGRAM_TRANSPOSE
 
+#include "cpu/int8_conv/quantized_pixels.h"
 #include "cpu/int8_program/pointwise_kernels.h"
 
 namespace qkernels::QK_NAMESPACE {
@@ -72,9 +73,58 @@ inline void interleave_3(const uint8_t (&planes)[16][16], uint8_t* out) {
 }
 #endif
 
+#if QK_PATH == QK_PATH_AVX512VNNI
+// 16 pixels and 16 channels at a time.
+inline bool quantize_squares(const float* x, int64_t stride_c, int64_t channels, int64_t pixels, const Quantizer& q,
+                             uint8_t* codes, int64_t stride_w) {
+  QuantizedPixels quantized(q);
+  for (int64_t i = 0; i < pixels; i += 16) {
+    const int64_t height = std::min<int64_t>(16, pixels - i);
+    const __mmask16 rows = F32::first(height);
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t width = std::min<int64_t>(16, channels - c);
+      __m512i v[4], t[4], r[4];
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g)  // those behind the last channel are not stored
+        v[g] = g * 4 < width ? quantized(x + (c + g * 4) * stride_c + i, stride_c, width - g * 4, rows) : v[0];
+      t[0] = _mm512_unpacklo_epi32(v[0], v[1]);
+      t[1] = _mm512_unpackhi_epi32(v[0], v[1]);
+      t[2] = _mm512_unpacklo_epi32(v[2], v[3]);
+      t[3] = _mm512_unpackhi_epi32(v[2], v[3]);
+      r[0] = _mm512_unpacklo_epi64(t[0], t[2]);
+      r[1] = _mm512_unpackhi_epi64(t[0], t[2]);
+      r[2] = _mm512_unpacklo_epi64(t[1], t[3]);
+      r[3] = _mm512_unpackhi_epi64(t[1], t[3]);
+      uint8_t* out = codes + i * stride_w + c;
+      const auto pixels_of = [&](auto lane) QK_INLINE {
+        constexpr int kLane = decltype(lane)::value;
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+          const __m128i pixel = _mm512_extracti32x4_epi32(r[p], kLane);
+          uint8_t* to = out + (kLane * 4 + p) * stride_w;
+          if (width == 16)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pixel);
+          else
+            _mm_mask_storeu_epi8(to, F32::first(width), pixel);
+          if (kLane * 4 + p + 1 == height) return;
+        }
+      };
+      pixels_of(std::integral_constant<int, 0>());
+      if (height > 4) pixels_of(std::integral_constant<int, 1>());
+      if (height > 8) pixels_of(std::integral_constant<int, 2>());
+      if (height > 12) pixels_of(std::integral_constant<int, 3>());
+    }
+  }
+  return quantized.found_nan();
+}
+#endif
+
 // 16 pixels at a time: each channel's codes are a row of a square, which is then transposed.
 bool quantize_planes(const float* x, int64_t stride_c, int64_t channels, int64_t pixels, const Quantizer& q,
                      uint8_t* codes, int64_t stride_w) {
+#if QK_PATH == QK_PATH_AVX512VNNI
+  if (channels > 3) return quantize_squares(x, stride_c, channels, pixels, q, codes, stride_w);
+#endif
   const ToCodes to_codes(q);
   uint32_t nan = 0;
   alignas(16) uint8_t square[16][16] = {};
