@@ -59,8 +59,9 @@ class MovingScale(QuantizerState):
     def _range(self, x: Tensor, in_place: bool) -> tuple[Tensor, Tensor | None]:
         """The scale (for a learned scale its start) and the zero point to quantize x with.
 
-        A backward pass may save them, and another call in the same step may move the quantizer's own: these are copies,
-        but for a learned scale, from which the ops compute another one.
+        A backward pass may save them, and another call in the same step may move the quantizer's own. So what was moved
+        is copied, except for a learned scale: there ``learned`` and ``of_relu`` compute the scale that is saved, and
+        copy the zero point.
         """
         scale: Any = self._buffers["_scale"]
         zero_point = None if self.symmetric else self._found("zero_point")

@@ -167,8 +167,9 @@ def learnable(
         taken: how many of the Function's arguments forward takes.
 
     Returns:
-        A function of the Function's arguments and of ``source``: a parameter from which scale was computed, and what
-        scale's gradient is multiplied by to become its. What a quantizer may move in place is then kept as it is now.
+        A function of the Function's arguments and of ``source``, for a scale that was computed from a parameter: that
+        parameter and a factor. The parameter then gets the gradient of scale times the factor, and the backward pass
+        keeps a copy of second, which the quantizer may move in place before it.
     """
     run_forward, run_backward, more, last = forward, backward, tensors - 3, taken - 3
 
@@ -180,7 +181,7 @@ def learnable(
             ctx.dtype = None
             if log_scale is not None:
                 ctx.dtype = log_scale.dtype
-                if second is not None:  # its quantizer may move it in place before the backward pass
+                if second is not None:
                     second = second.detach().clone()
             if more:
                 ctx.save_for_backward(slope, x, scale, second, *rest[:more])

@@ -188,7 +188,7 @@ def fake_quantize_learned(
 ) -> Tensor:
     """``fake_quantize`` whose scale was computed from a parameter, which gets its gradient from the same autograd node.
 
-    source: that parameter, and what scale's gradient is multiplied by to become its. Not under torch.func's transforms.
+    source: that parameter, and the factor that makes scale's gradient the parameter's. Not for torch.func's transforms.
     """
     if straight_through in ("clip", "lsq"):
         lsq = straight_through == "lsq"
