@@ -140,7 +140,7 @@ inline void check_floating(const char* name, const Tensor& t) {
            "; accepted: torch.float32, torch.float64, torch.float16, torch.bfloat16");
 }
 
-// Huge pages make the first write of fresh memory, in which Linux finds and clears pages, up to three times as fast,
+// Huge pages make the first write of fresh memory, in which Linux finds and clears pages, at least three times as fast,
 // and save reading it most of the search for pages: one thread reads weights from beyond the second-level cache at 45
 // GB/s instead of 30. Call this before the memory is first written; nothing depends on its success.
 inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -152,7 +152,7 @@ inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int
 #endif
 }
 
-// Less memory may hold no huge page, and is soon read through small ones.
+// Less memory may not hold one whole huge page.
 constexpr int64_t kHugePagesFrom = int64_t{4} << 20;
 
 // Takes a third of the time of torch::stable::empty, which goes through the dispatcher.
@@ -163,7 +163,7 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   shim_dtype, device.type, std::max(device.index, 0), &handle));
   Tensor t(handle);
-  if (device.type == aoti_torch_device_type_cpu() && t.numel() >= kHugePagesFrom / 8) {
+  if (device.type == aoti_torch_device_type_cpu() && t.numel() >= kHugePagesFrom / 8) {  // of 8 bytes at most
     const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
     if (bytes >= kHugePagesFrom) ask_for_huge_pages(t.data_ptr(), bytes);
   }

@@ -36,7 +36,7 @@ def learns_now(log_scale: Tensor) -> bool:
 def trained_scale(start: Tensor, log_scale: Tensor, limits: tuple[float, float], steps: int) -> Tensor:
     """``learned_scale``, with log_scale's gradient if it is wanted, in operations that torch.func can transform."""
     scale = learned_scale(start, log_scale, limits, steps)
-    if not transformed() and not learns_now(log_scale):
+    if not (learns_now(log_scale) or transformed()):
         return scale
     return scale + (log_scale - log_scale.detach()).float() * slope(start, steps)  # the value of the added term is zero
 
