@@ -1,4 +1,5 @@
 // The kernel of one path for planes: vectors of 16 pixels times single weights.
+#include "cpu/int8_conv/planes_work.h"
 #include "cpu/int8_conv/quantized_pixels.h"
 #include "cpu/int8_gemm/int8_gemm.h"
 
