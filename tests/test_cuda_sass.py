@@ -282,7 +282,7 @@ MAY_CALL = re.compile(
     r"__cuda(RegisterFatBinary|RegisterFatBinaryEnd|UnregisterFatBinary|RegisterFunction|RegisterVar|GetKernel|"
     r"LaunchKernel|PopCallConfiguration)"
     r"|cuda(LaunchKernelExC|DeviceGetAttribute|Func(SetAttribute|GetAttributes)|GetLastError|GetErrorString)"
-    r"|aoti_torch_(abi_version|get_(dim|numel|sizes|strides|dtype|device_type|device_index|current_device_index|"
+    r"|aoti_torch_(abi_version|get_(data_ptr|dim|numel|sizes|strides|dtype|device_type|device_index|current_device_index|"
     r"current_cuda_stream)|is_contiguous|is_defined|empty_strided|dtype_\w+|device_type_(cpu|cuda)|(create|delete)_device_guard|"
     r"new_tensor_handle|new_uninitialized_tensor|delete_tensor_object|library_init_impl|delete_library_object)"
     r"|torch_(get_mutable_data_ptr|get_const_data_ptr|library_impl|call_dispatcher|delete_list|list_get_item|"
