@@ -315,7 +315,8 @@ def test_bench_outside_a_checkout(copy: Path) -> None:
     assert "run this from a source checkout" in done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux" or library.cpu_missing is not None, reason="needs C++ kernels on Linux")
+@pytest.mark.skipif(library.cpu_missing is not None, reason="needs the C++ kernels")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs a kernel with huge pages")
 def test_large_results_ask_for_huge_pages() -> None:
     """Fresh memory is the most of what a large result costs, and huge pages make it a third."""
     y = qk.fake_quantize(torch.ones(16 << 20), 0.5, quant_min=-8, quant_max=7)
